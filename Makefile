@@ -1,0 +1,61 @@
+# make run    balance the packaged trace (tables, picture and JSON in lplb-bench-results/)
+# make test   lint, type-check and test
+#
+# Each works alone on a fresh machine with Python >= 3.10, with or without a GPU. To choose:
+#   PYTHON=python3.12         interpreter to make the environment with
+#   VENV=/path/to/venv        environment, made if it doesn't exist
+#   VENV_ARGS=--system-site-packages    use the torch that is already there
+#   PIP_ARGS="--index-url ..."          for pip, such as another source of torch
+#   CONSTRAINTS=              install without pinned versions (as on a machine with a GPU)
+#   RUN_ARGS="--ep 8,16"      for lplb-bench balance
+#   PYTEST_ARGS="-k solve"    for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_ARGS ?=
+PIP_ARGS ?=
+RUN_ARGS ?= --ep 32 --placement eplb --slots 1,2
+PYTEST_ARGS ?=
+# Which torch fits a GPU depends on its driver, so versions are pinned only where there is none.
+CONSTRAINTS ?= $(if $(shell nvidia-smi -L 2>/dev/null),,-c constraints-ci.txt)
+
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) $(CONSTRAINTS)
+SETTINGS := pyproject.toml constraints-ci.txt
+
+.DELETE_ON_ERROR:
+.PHONY: run test lint format clean
+
+run: $(VENV)/.installed-bench
+	$(BIN)/lplb-bench balance $(RUN_ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo 'Python 3.10 or newer is needed; choose one with PYTHON=' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV_ARGS) "$(VENV)"
+	touch "$@"
+
+# The stamps make a second call quick; an editable install needs no repeat when sources change.
+$(VENV)/.installed-bench: $(VENV)/.made $(SETTINGS)
+	$(INSTALL) -e '.[bench]'
+	touch "$@"
+
+$(VENV)/.installed-dev: $(VENV)/.made $(SETTINGS)
+	$(INSTALL) -e '.[dev]'
+	touch "$@" $(VENV)/.installed-bench
+
+clean:
+	rm -rf build dist lplb_triton.egg-info lplb-bench-results .pytest_cache .mypy_cache \
+	  .ruff_cache .hypothesis

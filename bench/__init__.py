@@ -1,0 +1,1 @@
+"""Workloads, traces, timing and reports: the lplb-bench command."""

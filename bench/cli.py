@@ -1,0 +1,449 @@
+"""The command ``lplb-bench``.
+
+Exit codes: 0 done, 1 a check failed (an LP was not certified within the tolerance), 2 the command
+was used wrongly or something it needs is missing, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lplb_triton import Status, __version__, topologies
+from lplb_triton.bench import balance, plots, tables
+from lplb_triton.bench import trace as traces
+from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, resolve_backend
+from lplb_triton.solver import MIN_TOLERANCE_FLOAT32 as MIN_TOLERANCE
+
+__all__ = ["main"]
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+DEFAULT_OUT = "lplb-bench-results"
+
+_EXAMPLES = """examples:
+  lplb-bench balance
+      the packaged trace on 32 ranks, 1 and 2 redundant slots per rank, placed by EPLB
+  lplb-bench balance --ep 8,16,32,64 --slots 1,2 --placement eplb,cube,torus:4x8
+      a table of every combination; n/a where a topology does not fit
+  lplb-bench balance --trace counts.npz --ep 16 --history 100 --layers 0,4-7
+      own counts: an array `counts` [batches, experts], [batches, layers, experts] or
+      [batches, layers, sources, experts]
+  lplb-bench balance --device cuda --json -
+      solve with the GPU kernel, print JSON to stdout and tables to stderr
+"""
+
+
+class _UsageError(Exception):
+    """Reported as one line, with exit code 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Parameters
+    ----------
+    argv
+        Arguments after the command's name; by default those of the process.
+
+    Returns
+    -------
+    int
+        The exit code. Wrong options end in `SystemExit` with code 2, as argparse has it.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return command(args)
+    except (_UsageError, tables.MissingExtraError) as error:
+        print(f"lplb-bench: error: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("lplb-bench: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="lplb-bench",
+        description="Measure what lplb_triton does for recorded expert loads.",
+        epilog=_EXAMPLES,
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=f"lplb_triton {__version__}")
+    shared = argparse.ArgumentParser(add_help=False)
+    group = shared.add_argument_group("solver and output")
+    group.add_argument(
+        "--backend", choices=("torch", "triton"),
+        help="default: the Triton kernel on cuda, its torch twin on cpu; never replaced silently",
+    )  # fmt: skip
+    group.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    group.add_argument(
+        "--tolerance", type=_tolerance, default=DEFAULT_TOLERANCE, metavar="GAP",
+        help="certified relative gap asked of every LP (default %(default)g)",
+    )  # fmt: skip
+    group.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help=f"folder for the PNG and the JSON (default {DEFAULT_OUT}; none if --json is given)",
+    )  # fmt: skip
+    group.add_argument(
+        "--json", metavar="PATH|-",
+        help="write the JSON there; - prints it to stdout and everything else to stderr",
+    )  # fmt: skip
+
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    sub = commands.add_parser(
+        "balance",
+        parents=[shared],
+        help="imbalance of rank loads before and after, on a recorded trace",
+        description=(
+            "Place experts by the first batches of a trace, balance the following ones, and\n"
+            "compare the imbalance (max/mean of rank loads) of five ways: no balancing, EPLB's\n"
+            "order without replicas, replicas with an even split, replicas with the LP, and the\n"
+            "LP in whole tokens. A trace with a gap in its steps is cut there; each part has its\n"
+            "own history."
+        ),
+        epilog=_EXAMPLES,
+        formatter_class=raw,
+    )
+    sub.set_defaults(run=_balance)
+    sub.add_argument(
+        "--trace", type=Path, metavar="PATH", help=".npz or .json (default: the packaged trace)"
+    )
+    sub.add_argument(
+        "--ep", type=_integers(1), default=(32,), metavar="N[,N...]",
+        help="numbers of expert-parallel ranks (default 32)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--placement", type=_placements, default=("eplb",), metavar="NAME[,NAME...]",
+        help=f"eplb, none, {', '.join(topologies.available())} (default eplb)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--slots", type=_integers(0), default=(1, 2), metavar="N[,N...]",
+        help="redundant slots per rank (default 1,2)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--history", type=_history, default=0.5, metavar="PART|N",
+        help="batches to place experts by: a part in (0, 1) or a number (default 0.5)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--layers", type=_layers, metavar="LIST", help="such as 0,2,4-7 (default: all)"
+    )
+    return parser
+
+
+def _integers(least: int) -> Callable[[str], tuple[int, ...]]:
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            values = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+        except ValueError:
+            values = ()
+        if not values or min(values) < least:
+            raise argparse.ArgumentTypeError(
+                f"expected integers from {least} on, separated by commas, got {text!r}"
+            )
+        return values
+
+    return parse
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise argparse.ArgumentTypeError(
+                f"expected layers such as 0,2,4-7, got {part!r} in {text!r}"
+            )
+        upper = int(last) if dash else int(first)
+        if upper < int(first) or upper > 10**6:
+            raise argparse.ArgumentTypeError(f"no such range of layers: {part!r}")
+        found.extend(range(int(first), upper + 1))
+    return tuple(dict.fromkeys(found))
+
+
+def _placements(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name in ("eplb", "none"):
+            continue
+        try:
+            topologies.from_name(name)
+        except ValueError as error:
+            known = ", ".join(("eplb", "none", *topologies.available()))
+            raise argparse.ArgumentTypeError(f"{error} (placements: {known})") from error
+    return names
+
+
+def _history(text: str) -> float | int:
+    value: float | int
+    try:
+        value = int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        value = 0
+    if value < 1 if isinstance(value, int) else not 0 < value < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a part in (0, 1) or a number of batches from 1 on, got {text!r}"
+        )
+    return value
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not MIN_TOLERANCE <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a gap in [{MIN_TOLERANCE:g}, 1), got {text!r}")
+    return value
+
+
+def _balance(args: argparse.Namespace) -> int:
+    # Whatever can be refused is refused before the work starts.
+    folder = args.out
+    if folder is None and args.json is None:
+        folder = Path(DEFAULT_OUT)
+    json_path = args.json
+    if json_path is None and folder is not None:
+        json_path = str(folder / "balance.json")
+    tables.require("rich")
+    if folder is not None:
+        tables.require("matplotlib")
+    device, backend = _device(args.device, args.backend)
+    trace, source = _load(args.trace)
+    options = balance.Options(
+        ep=args.ep,
+        slots=args.slots,
+        placements=args.placement,
+        history=args.history,
+        layers=args.layers,
+        tolerance=args.tolerance,
+        max_iterations=DEFAULT_MAX_ITERATIONS,
+        backend=backend,
+        device=device,
+    )
+    try:
+        parts = balance.stretches(trace.steps, options.history)
+    except ValueError as error:
+        raise _UsageError(f"argument --history: {error}") from error
+    layers = tuple(range(trace.layers)) if args.layers is None else args.layers
+    if max(layers) >= trace.layers:
+        raise _UsageError(
+            f"argument --layers: the trace has layers 0 to {trace.layers - 1}, got {max(layers)}"
+        )
+    for path in (folder, Path(json_path).parent if json_path not in (None, "-") else None):
+        _make_folder(path)
+
+    begin = time.perf_counter()
+    total = len(balance.combinations(options)) * len(layers)
+    with tables.progress_bar("layers", total) as advance:
+        cells = balance.run(trace, options, advance)
+    seconds = time.perf_counter() - begin
+    if all(cell.reason is not None for cell in cells):
+        raise _UsageError(
+            "; ".join(dict.fromkeys(f"{cell.placement}: {cell.reason}" for cell in cells))
+        )
+
+    tested = sum(part.stop - part.split for part in parts)
+    title = f"{source}: {trace.experts} experts, {len(layers)} layers, {tested} test batches"
+    time_label = _time_label(backend, device)
+    target = tables.console(stderr=json_path == "-")
+    tables.show_balance(target, cells, title=title, time_label=time_label)
+    report = {
+        "command": "balance",
+        "options": {
+            "trace": source,
+            "ep": list(options.ep),
+            "slots": list(options.slots),
+            "placements": list(options.placements),
+            "history": options.history,
+            "layers": list(layers),
+            "tolerance": options.tolerance,
+            "max_iterations": options.max_iterations,
+            "backend": backend,
+            "device": device,
+        },
+        "trace": {
+            "batches": trace.batches,
+            "layers": trace.layers,
+            "sources": trace.sources,
+            "experts": trace.experts,
+            "stretches": [
+                {
+                    "history": [part.start, part.split],
+                    "test": [part.split, part.stop],
+                    "steps": [int(trace.steps[part.start]), int(trace.steps[part.stop - 1])],
+                }
+                for part in parts
+            ],
+            "meta": trace.meta,
+        },
+        "environment": _environment(device),
+        "seconds": seconds,
+        "cells": [_cell_report(cell, time_label) for cell in cells],
+    }
+    if folder is not None:
+        png = folder / "balance.png"
+        _write(png, plots.balance_png(cells, title=title))
+        target.print(f"picture: {png}", markup=False, soft_wrap=True)
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    if json_path == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        _write(Path(json_path), text.encode())
+        target.print(f"figures: {json_path}", markup=False, soft_wrap=True)
+    bad = sum(int((cell.status() != Status.CERTIFIED).sum()) for cell in cells if not cell.reason)
+    if bad:
+        print(
+            f"lplb-bench: {bad} LPs were not certified within {options.tolerance:g}",
+            file=sys.stderr,
+        )
+        return FAILED
+    return OK
+
+
+def _device(device: str | None, backend: str | None) -> tuple[str, str]:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise _UsageError("argument --device: cuda was asked for, but torch finds no GPU")
+    try:
+        return device, resolve_backend(backend, torch.device(device))
+    except (ImportError, ValueError) as error:
+        raise _UsageError(f"argument --backend: {error}") from error
+
+
+def _load(path: Path | None) -> tuple[traces.Trace, str]:
+    try:
+        if path is None:
+            return traces.packaged(), "packaged trace"
+        return traces.load(path), path.name
+    except (OSError, ValueError) as error:
+        raise _UsageError(f"argument --trace: {error}") from error
+
+
+def _make_folder(path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _UsageError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file in one step, so that an interrupted run leaves the old one or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _UsageError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _time_label(backend: str, device: str) -> str:
+    what = {"torch": "batched torch twin", "triton": "Triton kernel"}[backend]
+    where = {"cpu": "CPU", "cuda": "GPU"}[device]
+    note = "throughput, not latency" if device == "cuda" else "not the GPU kernel's time"
+    return f"{what} on the {where}, one call for all batches, divided by its LPs; {note}"
+
+
+def _environment(device: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "lplb_triton": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": None,
+        "cuda": torch.version.cuda,
+    }
+    for name in ("torch", "triton", "numpy", "scipy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or "unknown"
+
+
+def _cell_report(cell: balance.Cell, time_label: str) -> dict[str, Any]:
+    head = {"ep": cell.ep, "slots": cell.slots, "placement": cell.placement}
+    if cell.reason is not None:
+        return {**head, "applicable": False, "reason": cell.reason}
+    values = {variant: cell.imbalance(variant) for variant in balance.VARIANTS}
+    status, iterations, gap = cell.status(), cell.iterations(), cell.gap()
+    example = cell.worst()
+    return {
+        **head,
+        "applicable": True,
+        "imbalance": {
+            variant: {
+                "mean": float(v.mean()),
+                "p95": float(np.percentile(v, 95)),
+                "max": float(v.max()),
+            }
+            for variant, v in values.items()
+        },
+        "lps": {
+            "count": len(status),
+            "certified": int((status == Status.CERTIFIED).sum()),
+            "max_gap": _finite(gap.max()) if len(gap) else None,
+            "mean_iterations": float(iterations.mean()) if len(iterations) else None,
+            "max_iterations": int(iterations.max()) if len(iterations) else None,
+            "median_us_per_lp": cell.microseconds(),
+            "time_is": time_label,
+        },
+        "by_layer": [
+            {
+                "layer": layer,
+                "imbalance": {name: _rounded(v[at]) for name, v in values.items()},
+                "bound": _rounded(cell.bound()[at]),
+            }
+            for at, layer in enumerate(dict.fromkeys(r.layer for r in cell.results))
+        ],
+        "example": {
+            "layer": example.layer,
+            "batch": example.batch,
+            "loads": {name: _rounded(loads) for name, loads in example.loads.items()},
+        },
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _rounded(values: np.ndarray[Any, Any]) -> list[float | None]:
+    return [_finite(round(float(value), 6)) for value in values]

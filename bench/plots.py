@@ -1,0 +1,120 @@
+"""Pictures of benchmark results, drawn by matplotlib without a display."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lplb_triton.bench.tables import LABELS, require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from lplb_triton.bench.balance import Cell
+
+__all__ = ["balance_png"]
+
+_COLORS = {"none": "#b8b8b8", "reordered": "#d9a441", "even": "#3b7dbd", "lp": "#c8374a"}
+
+
+def balance_png(cells: Sequence[Cell], *, title: str) -> bytes:
+    """Draw each combination: rank loads of one bad batch, and imbalance over the test batches.
+
+    Parameters
+    ----------
+    cells
+        Results of `lplb_triton.bench.balance.run`; impossible combinations are left out.
+    title
+        Text above the picture.
+
+    Returns
+    -------
+    bytes
+        A PNG file.
+
+    Raises
+    ------
+    MissingExtraError
+        If matplotlib isn't installed.
+    ValueError
+        If no combination has results.
+    """
+    require("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = [cell for cell in cells if cell.reason is None]
+    if not drawn:
+        raise ValueError("cells must hold at least one combination with results")
+    # The object interface keeps pyplot's global state, and its choice of backend, out of this.
+    figure = Figure(figsize=(12, 0.7 + 3.7 * len(drawn)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    axes = figure.subplots(len(drawn), 2, squeeze=False)
+    for (left, right), cell in zip(axes, drawn, strict=True):
+        _draw_loads(left, cell)
+        _draw_batches(right, cell)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _name(cell: Cell) -> str:
+    slots = "no slots" if cell.slots == 0 else f"{cell.slots} redundant per rank"
+    return f"EP {cell.ep}, {cell.placement}, {slots}"
+
+
+def _draw_loads(ax: Axes, cell: Cell) -> None:
+    example = cell.worst()
+    ranks = np.arange(cell.ep)
+    mean = max(float(example.loads["none"].mean()), 1e-12)
+    for at, variant in enumerate(("none", "even", "lp")):
+        ax.bar(
+            ranks + 0.28 * (at - 1),
+            example.loads[variant] / mean,
+            width=0.28,
+            color=_COLORS[variant],
+            label=LABELS[variant],
+        )
+    ax.axhline(1.0, color="black", linewidth=0.8)
+    ax.set_xlabel("rank")
+    ax.set_ylabel("load / mean load")
+    _head(ax, f"{_name(cell)}: layer {example.layer}, batch {example.batch}")
+
+
+def _draw_batches(ax: Axes, cell: Cell) -> None:
+    for variant, color in _COLORS.items():
+        values = cell.imbalance(variant).mean(0)
+        ax.plot(values, color=color, linewidth=1.6, label=f"{LABELS[variant]} {values.mean():.3f}")
+    seen = recordings = 0
+    first = cell.results[0].layer
+    for result in cell.results:
+        if result.layer == first:
+            if seen:
+                ax.axvline(seen - 0.5, color="black", linestyle=":", linewidth=0.8)
+            recordings += 1
+            seen += result.stretch.stop - result.stretch.split
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:.3g}")
+    ax.yaxis.set_minor_formatter("{x:.3g}")
+    ax.tick_params(axis="y", which="both", labelsize=8)
+    ax.set_xlabel("test batch (dotted: another recording)" if recordings > 1 else "test batch")
+    ax.set_ylabel("max / mean rank load")
+    _head(ax, f"{_name(cell)}: mean over layers")
+
+
+def _head(ax: Axes, title: str) -> None:
+    """Title, and the legend in one line under it, where it hides no data."""
+    ax.set_title(title, fontsize=10, pad=22)
+    ax.legend(
+        fontsize=8,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=len(_COLORS),
+        frameon=False,
+        columnspacing=1.2,
+        handlelength=1.2,
+    )

@@ -1,0 +1,168 @@
+"""Terminal output with rich, which is only imported when it is used."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lplb_triton.solution import Status
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lplb_triton.bench.balance import Cell
+
+__all__ = ["LABELS", "MissingExtraError", "console", "progress_bar", "require", "show_balance"]
+
+LABELS = {
+    "none": "no balancing",
+    "reordered": "reorder only",
+    "even": "split evenly",
+    "lp": "LP",
+    "integer": "LP, tokens",
+}
+
+
+class MissingExtraError(RuntimeError):
+    """A package of the ``bench`` extra is not installed."""
+
+
+def require(module: str) -> None:
+    """Import a module of the ``bench`` extra, or say how to get it.
+
+    Parameters
+    ----------
+    module
+        Name of the module, such as ``"rich"``.
+
+    Raises
+    ------
+    MissingExtraError
+        If it isn't installed.
+    """
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"lplb-bench needs {module}, which is not installed: pip install 'lplb_triton[bench]'"
+        ) from error
+
+
+def console(*, stderr: bool) -> Console:
+    """Return a console that writes to stdout or stderr."""
+    require("rich")
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+@contextmanager
+def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show a bar on stderr while the body runs; nothing where stderr is no terminal.
+
+    Parameters
+    ----------
+    label
+        Text before the bar.
+    total
+        Number of calls of the yielded function that make it full.
+
+    Yields
+    ------
+    callable
+        Advances the bar by one.
+    """
+    require("rich")
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    target = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=target,
+        transient=True,
+        disable=not target.is_terminal,
+    ) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda: bar.advance(task)
+
+
+def show_balance(target: Console, cells: Sequence[Cell], *, title: str, time_label: str) -> None:
+    """Print imbalances and certificates of every combination.
+
+    Parameters
+    ----------
+    target
+        Where to print.
+    cells
+        Results of `lplb_triton.bench.balance.run`.
+    title
+        Line above the first table.
+    time_label
+        What the solve time is a time of.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    # Lines between the columns would not fit 80 characters.
+    imbalance = Table(
+        title=escape(title),
+        caption="imbalance = max/mean of rank loads; LP, tokens = the LP's plan in whole tokens",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for name in ("EP", "slots"):
+        imbalance.add_column(name, justify="right", no_wrap=True)
+    imbalance.add_column("placement", no_wrap=True)
+    imbalance.add_column("")
+    for label in LABELS.values():
+        imbalance.add_column(label.replace(" ", "\n"), justify="right", no_wrap=True)
+    certificates = Table(
+        title="Certificates", caption=escape(f"time per LP: {time_label}"), box=SIMPLE_HEAD
+    )
+    for name in ("EP", "slots"):
+        certificates.add_column(name, justify="right", no_wrap=True)
+    certificates.add_column("placement", no_wrap=True)
+    for name in ("certified", "largest gap", "iterations\nmean, max", "time per LP"):
+        certificates.add_column(name, justify="right")
+
+    for cell in cells:
+        head = (str(cell.ep), str(cell.slots), cell.placement)
+        if cell.reason is not None:
+            imbalance.add_row(*head, "", *["n/a"] * len(LABELS), end_section=True)
+            certificates.add_row(*head, *["n/a"] * 4)
+            continue
+        values = [cell.imbalance(variant) for variant in LABELS]
+        imbalance.add_row(*head, "mean", *[f"{v.mean():.3f}" for v in values], style="bold")
+        imbalance.add_row("", "", "", "p95", *[f"{np.percentile(v, 95):.3f}" for v in values])
+        imbalance.add_row("", "", "", "max", *[f"{v.max():.3f}" for v in values], end_section=True)
+        certificates.add_row(*head, *_certificate(cell))
+    target.print(imbalance)
+    target.print(certificates)
+    for cell in cells:
+        if cell.reason is not None:
+            target.print(
+                f"n/a: EP {cell.ep}, slots {cell.slots}: {escape(cell.reason)}", soft_wrap=True
+            )
+
+
+def _certificate(cell: Cell) -> list[str]:
+    status, microseconds = cell.status(), cell.microseconds()
+    if microseconds is None:
+        return ["no LP", "", "", ""]
+    iterations = cell.iterations()
+    certified = int((status == Status.CERTIFIED).sum())
+    text = f"{certified} of {len(status)}"
+    return [
+        text if certified == len(status) else f"[bold red]{text}[/]",
+        f"{cell.gap().max():.1e}",
+        f"{iterations.mean():.1f}, {iterations.max()}",
+        f"{microseconds:.0f} us" if microseconds >= 10 else f"{microseconds:.2f} us",
+    ]

@@ -1,0 +1,396 @@
+"""Traces of real expert loads: one file with the routed token counts of many batches.
+
+A trace keeps, for every recorded batch and MoE layer, how many tokens each source rank routed to
+each logical expert. The balancer sees exactly these numbers in production, so a trace can be
+replayed through a placement and the solver without the model that produced it.
+
+The saved form is an ordinary ``.npz``: `numpy.load` reads it without this module. The members are
+
+==================  =====================  ========================================================
+``counts``          smallest unsigned int  [batches, layers, sources, experts], in Fortran order
+``steps``           int64                  [batches], training step of each batch
+``meta``            unicode scalar         a JSON object
+``format_version``  int64 scalar           `FORMAT_VERSION` of the writer
+==================  =====================  ========================================================
+
+Fortran order puts the same expert, source and layer of successive batches side by side, and the
+members are compressed with bzip2, whose block sort gains from that more than deflate can.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["FORMAT_VERSION", "Trace", "load", "packaged", "save"]
+
+FORMAT_VERSION = 1
+
+_PACKAGED_NAME = "moe256.npz"
+_AXES = "[batches, layers, sources, experts]"
+# What zipfile and the decompressors raise on a damaged archive; BadZipFile derives from none of
+# the others. RuntimeError and NotImplementedError stand for encryption and unknown methods.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Routed token counts of a sequence of batches.
+
+    Parameters
+    ----------
+    counts
+        Integer array [batches, layers, sources, experts]: assignments (token and expert pairs)
+        that the tokens of one source rank sent to one logical expert. ``sources`` is 1 where only
+        totals over all ranks are known.
+    steps
+        int64 [batches], training step (or position in the stream) of each batch.
+    meta
+        JSON-able description: how the trace was made, model, ``top_k``, tokens per source,
+        hardware, date. Keys are strings.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind.
+    ValueError
+        If a shape or a value is out of range.
+    """
+
+    counts: npt.NDArray[np.integer[Any]]
+    steps: npt.NDArray[np.int64]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check all three arguments."""
+        _check_counts(self.counts, "counts")
+        if self.counts.ndim != 4:
+            raise ValueError(f"counts must have the axes {_AXES}, got shape {self.counts.shape}")
+        _check_steps(self.steps, self.counts.shape[0], "steps")
+        _check_meta(self.meta, "meta")
+
+    @property
+    def batches(self) -> int:
+        """Number of recorded batches."""
+        return int(self.counts.shape[0])
+
+    @property
+    def layers(self) -> int:
+        """Number of MoE layers."""
+        return int(self.counts.shape[1])
+
+    @property
+    def sources(self) -> int:
+        """Number of source ranks; 1 where only totals are known."""
+        return int(self.counts.shape[2])
+
+    @property
+    def experts(self) -> int:
+        """Number of logical experts."""
+        return int(self.counts.shape[3])
+
+    def totals(self) -> npt.NDArray[np.int64]:
+        """Sum the counts over the source ranks.
+
+        Returns
+        -------
+        numpy.ndarray
+            int64 [batches, layers, experts].
+        """
+        totals: npt.NDArray[np.int64] = self.counts.sum(axis=2, dtype=np.int64)
+        return totals
+
+
+def save(path: str | os.PathLike[str], trace: Trace) -> None:
+    """Write a trace to an ``.npz`` file, replacing an existing one in a single step.
+
+    The same trace gives the same bytes: no time stamps are stored in the archive. ``meta`` is
+    written with its ``format_version`` set to `FORMAT_VERSION`.
+
+    Parameters
+    ----------
+    path
+        File to write; must end in ``.npz``. A reader sees the old file or the whole new one.
+    trace
+        What to write.
+
+    Raises
+    ------
+    TypeError
+        If ``trace`` is not a `Trace`.
+    ValueError
+        If ``path`` does not end in ``.npz``, or ``trace.meta`` was changed into something that
+        JSON cannot hold.
+    OSError
+        If the file cannot be written.
+    """
+    if not isinstance(trace, Trace):
+        raise TypeError(f"trace must be a Trace, got {type(trace).__name__}")
+    target = Path(path)
+    if target.suffix != ".npz":
+        raise ValueError(f"path must end in .npz, got {str(target)!r}")
+    _check_meta(trace.meta, "trace.meta")
+    meta = {**trace.meta, "format_version": FORMAT_VERSION}
+    counts = trace.counts
+    members: dict[str, npt.NDArray[Any]] = {
+        "format_version": np.array(FORMAT_VERSION, dtype=np.int64),
+        "meta": np.array(json.dumps(meta, sort_keys=True, allow_nan=False)),
+        "steps": trace.steps,
+        "counts": np.asfortranarray(counts.astype(np.min_scalar_type(int(counts.max())))),
+    }
+    # In the same folder, so that os.replace stays within one file system.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                for name, array in members.items():
+                    entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+                    entry.compress_type = zipfile.ZIP_BZIP2
+                    entry.external_attr = 0o644 << 16
+                    with archive.open(entry, "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> Trace:
+    """Read a trace written by `save`, or a user's own counts.
+
+    Own counts come as ``.npz`` with an array ``counts``, or as ``.json``: nested lists, or an
+    object with ``counts``. Both may also hold ``steps`` [batches]. ``counts`` is
+    [batches, experts], [batches, layers, experts] or [batches, layers, sources, experts]; a
+    missing axis becomes one of length 1, and missing ``steps`` are 0, 1, 2, ... Single numbers and
+    strings beside ``counts`` (``top_k``, say) are kept in ``meta``.
+
+    Parameters
+    ----------
+    path
+        File ending in ``.npz`` or ``.json``.
+
+    Returns
+    -------
+    Trace
+        With ``counts`` as int32 (int64 where that is too small), whatever the stored width, so
+        that sums of a few counts do not overflow.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is damaged, is of a newer format, or a key is missing or holds something else
+        than expected; the message names the file and the key.
+    """
+    source = Path(path)
+    if source.suffix == ".npz":
+        content = _read_npz(source)
+    elif source.suffix == ".json":
+        content = _read_json(source)
+    else:
+        raise ValueError(f"path must end in .npz or .json, got {str(source)!r}")
+    try:
+        return _from_content(content)
+    except (TypeError, ValueError) as error:
+        # One type for every bad file: the caller passed a path, not the wrong kind of object.
+        raise ValueError(f"{source}: {error}") from error
+
+
+def packaged() -> Trace:
+    """Load the trace that comes with the package.
+
+    It was recorded by ``examples/train_moe.py``, whose text describes it; ``meta`` holds the
+    settings.
+
+    Returns
+    -------
+    Trace
+        Early and late training batches of a small MoE language model with 256 experts.
+
+    Raises
+    ------
+    FileNotFoundError
+        If this installation came without the file.
+    """
+    resource = resources.files("lplb_triton.bench").joinpath("data").joinpath(_PACKAGED_NAME)
+    if not resource.is_file():
+        raise FileNotFoundError(
+            f"the packaged trace bench/data/{_PACKAGED_NAME} is not part of this installation; "
+            "record it with examples/train_moe.py --record bench/data/" + _PACKAGED_NAME
+        )
+    with resources.as_file(resource) as path:
+        return load(path)
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    """Every member of an ``.npz`` as an array, without ever unpickling."""
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no such file: {str(path)!r}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not an .npz archive (or cut short)")
+    content: dict[str, Any] = {}
+    name = ""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            # A newer format may hold members that this version cannot read, so look first.
+            for name in sorted(archive.files, key=lambda key: key != "format_version"):
+                content[name] = archive[name]
+                if name == "format_version":
+                    _check_version(content[name], path)
+    except _FormatError:
+        raise
+    except _DAMAGED as error:
+        where = f"key {name!r} cannot be read" if name else "the archive cannot be read"
+        raise ValueError(f"{path}: {where}: {error}") from error
+    return content
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no such file: {str(path)!r}")
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if isinstance(parsed, list):
+        parsed = {"counts": parsed}
+    if not isinstance(parsed, dict):
+        raise ValueError(
+            f"{path}: expected nested lists or an object with the key 'counts', "
+            f"got {type(parsed).__name__}"
+        )
+    if "format_version" in parsed:
+        _check_version(np.asarray(parsed["format_version"]), path)
+    for key in ("counts", "steps"):
+        if key in parsed:
+            parsed[key] = _array_from_json(parsed[key], key, path)
+    return parsed
+
+
+def _array_from_json(value: object, key: str, path: Path) -> npt.NDArray[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{path}: {key!r} must be nested lists, got {type(value).__name__}")
+    try:
+        return np.array(value)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{path}: {key!r} must be nested lists of integers, of equal length on each level"
+        ) from error
+
+
+class _FormatError(ValueError):
+    """Already says everything; not to be wrapped as damage to the file."""
+
+
+def _check_version(version: npt.NDArray[Any], path: Path) -> None:
+    if version.ndim != 0 or version.dtype.kind not in "iu" or version < 1:
+        raise _FormatError(f"{path}: 'format_version' must be a positive integer, got {version!r}")
+    if version > FORMAT_VERSION:
+        raise _FormatError(
+            f"{path}: 'format_version' is {int(version)}, this version of the package reads up to "
+            f"{FORMAT_VERSION}; upgrade the package"
+        )
+
+
+def _from_content(content: dict[str, Any]) -> Trace:
+    if "counts" not in content:
+        keys = ", ".join(repr(key) for key in sorted(content)) or "none"
+        raise ValueError(f"key 'counts' is missing; the file has {keys}")
+    counts = content["counts"]
+    _check_counts(counts, "'counts'")
+    if counts.ndim == 2:
+        counts = counts[:, np.newaxis, np.newaxis, :]
+    elif counts.ndim == 3:
+        counts = counts[:, :, np.newaxis, :]
+    elif counts.ndim != 4:
+        raise ValueError(
+            "'counts' must be [batches, experts], [batches, layers, experts] or "
+            f"{_AXES}, got shape {counts.shape}"
+        )
+    if counts.max() > np.iinfo(np.int64).max:
+        raise ValueError("'counts' must fit in int64")
+    small = counts.max() <= np.iinfo(np.int32).max
+    counts = np.ascontiguousarray(counts, dtype=np.int32 if small else np.int64)
+
+    steps = content.get("steps")
+    if steps is None:
+        steps = np.arange(counts.shape[0], dtype=np.int64)
+    elif steps.dtype.kind in "iu":
+        steps = steps.astype(np.int64)
+    _check_steps(steps, counts.shape[0], "'steps'")
+    return Trace(counts=counts, steps=steps, meta=_meta_from_content(content))
+
+
+def _meta_from_content(content: dict[str, Any]) -> dict[str, Any]:
+    """``meta`` of the file, completed by the single values that stand beside ``counts``."""
+    meta: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "iufbU":
+            value = value.item()
+        if key != "meta" and isinstance(value, (int, float, str)):
+            meta[key] = value
+    stored = content.get("meta", {})
+    if isinstance(stored, np.ndarray):
+        if stored.ndim != 0 or stored.dtype.kind != "U":
+            raise ValueError(f"'meta' must be a JSON string, got an array of {stored.dtype}")
+        try:
+            stored = json.loads(stored.item())
+        except ValueError as error:
+            raise ValueError(f"'meta' is not valid JSON: {error}") from error
+    _check_meta(stored, "'meta'")
+    meta.update(stored)
+    return meta
+
+
+def _check_counts(counts: object, name: str) -> None:
+    if not isinstance(counts, np.ndarray):
+        raise TypeError(f"{name} must be a numpy array, got {type(counts).__name__}")
+    if counts.ndim > 0 and counts.size == 0:
+        raise ValueError(
+            f"{name} must hold at least one batch, layer, source and expert, "
+            f"got shape {counts.shape}"
+        )
+    if counts.dtype.kind not in "iu":
+        raise TypeError(f"{name} must hold integers, got dtype {counts.dtype}")
+    if counts.min() < 0:
+        raise ValueError(f"{name} must not be negative, got {int(counts.min())}")
+
+
+def _check_steps(steps: object, batches: int, name: str) -> None:
+    if not isinstance(steps, np.ndarray) or steps.dtype != np.int64:
+        found = steps.dtype if isinstance(steps, np.ndarray) else type(steps).__name__
+        raise TypeError(f"{name} must be an int64 numpy array, got {found}")
+    if steps.shape != (batches,):
+        raise ValueError(f"{name} must have shape ({batches},), one per batch, got {steps.shape}")
+    if steps.min() < 0:
+        raise ValueError(f"{name} must not be negative, got {int(steps.min())}")
+
+
+def _check_meta(meta: object, name: str) -> None:
+    if not isinstance(meta, dict):
+        raise TypeError(f"{name} must be a dict, got {type(meta).__name__}")
+    for key in meta:
+        if not isinstance(key, str):
+            raise TypeError(f"{name} must have string keys, got {key!r}")
+    try:
+        json.dumps(meta, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be something JSON can hold: {error}") from error

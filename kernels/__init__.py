@@ -1,0 +1,24 @@
+"""Triton kernels and their launchers; imports nothing else of the package.
+
+Launchers take tensors whose sizes and devices the caller has checked.
+"""
+
+from lplb_triton.kernels.launch import (
+    SelectTables,
+    SolveTables,
+    count,
+    is_interpreted,
+    select,
+    solve,
+    solve_counts,
+)
+
+__all__ = [
+    "SelectTables",
+    "SolveTables",
+    "count",
+    "is_interpreted",
+    "select",
+    "solve",
+    "solve_counts",
+]

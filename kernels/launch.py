@@ -1,0 +1,161 @@
+"""Launchers: sizes and configurations for every kernel, nothing of the method itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.runtime.interpreter import InterpretedFunction
+
+from lplb_triton.kernels.solve import _solve_counts_kernel, _solve_lp_kernel
+from lplb_triton.kernels.tokens import _count_kernel, _running_sum_kernel, _select_kernel
+
+# Ids that one program handles at a time. The select kernel compares all pairs of a block.
+COUNT_BLOCK = 1024
+SELECT_BLOCK = 256
+
+
+class SolveTables(NamedTuple):
+    """Device tables that the counts solver reads; shapes as in ``placement.Structure``."""
+
+    mask: torch.Tensor
+    fixed_experts: torch.Tensor
+    column_start: torch.Tensor
+    column_members: torch.Tensor
+    longest_column: torch.Tensor
+    copy_cell: torch.Tensor
+    copy_index: torch.Tensor
+    copy_multiplicity: torch.Tensor
+    copy_group: torch.Tensor
+
+
+class SelectTables(NamedTuple):
+    """Device tables that the select kernel reads."""
+
+    copy_start: torch.Tensor
+    copy_slot: torch.Tensor
+    search_steps: torch.Tensor
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run on the CPU, under Triton's interpreter."""
+    return isinstance(_solve_lp_kernel, InterpretedFunction)
+
+
+def _tile(n_ranks: int, n_columns: int) -> tuple[int, int]:
+    """Padded tile of a group; ``tl.dot`` needs 16 columns where it is used."""
+    ranks = max(2, triton.next_power_of_2(n_ranks))
+    columns = max(2, triton.next_power_of_2(n_columns))
+    return ranks, columns if ranks < 16 else max(16, columns)
+
+
+def _solve_warps(ranks: int, columns: int) -> int:
+    """Warps for a tile."""
+    elements = ranks * max(ranks, columns)
+    return 1 if elements <= 128 else 4 if elements <= 1024 else 8 if elements <= 4096 else 16
+
+
+def solve(
+    weights: torch.Tensor,
+    fixed: torch.Tensor,
+    mask: torch.Tensor,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Solve a batch of programs; returns shares, max_load, lower_bound, gap, iterations, status.
+
+    ``weights`` [B, C], ``fixed`` [B, G], ``mask`` [B or 1, G, C] bool.
+    """
+    batch, n_columns = weights.shape
+    n_ranks = fixed.shape[1]
+    device = weights.device
+    weights = weights.to(torch.float32).contiguous()
+    fixed = fixed.to(torch.float32).contiguous()
+    mask = mask.contiguous().view(torch.int8)
+    shares = torch.empty(batch, n_ranks, n_columns, dtype=torch.float32, device=device)
+    stats = torch.empty(3, batch, dtype=torch.float32, device=device)
+    ints = torch.empty(2, batch, dtype=torch.int32, device=device)
+    if batch:
+        ranks, columns = _tile(n_ranks, n_columns)
+        _solve_lp_kernel[(batch,)](
+            weights, fixed, mask, 0 if mask.shape[0] == 1 else n_ranks * n_columns,
+            shares, stats, ints, tolerance, max_iterations, n_ranks, n_columns,
+            G=ranks, C=columns, num_warps=_solve_warps(ranks, columns),
+        )  # fmt: skip
+    return shares, stats[0], stats[1], stats[2], ints[0], ints[1]
+
+
+def solve_counts(
+    counts: torch.Tensor,
+    tables: SolveTables,
+    shares: torch.Tensor,
+    units: torch.Tensor,
+    cumulative: torch.Tensor,
+    stats: torch.Tensor,
+    ints: torch.Tensor,
+    certified: torch.Tensor,
+    solves: torch.Tensor,
+    tolerance: float,
+    max_iterations: int,
+) -> None:
+    """Solve every group of one batch from its counts by logical expert, into given buffers.
+
+    ``counts`` [n_logical] int32; ``shares`` [n_group, G, C] float32, ``units`` likewise int32,
+    ``cumulative`` [n_physical] int32, ``stats`` [3, n_group] float32, ``ints`` [2, n_group]
+    int32; ``certified`` and ``solves`` one int32 or int64 element each, added to.
+    """
+    n_group, n_ranks, n_columns = shares.shape
+    n_slots = tables.fixed_experts.shape[2]
+    n_copies = cumulative.numel()
+    ranks, columns = _tile(n_ranks, n_columns)
+    _solve_counts_kernel[(n_group,)](
+        counts, *tables, shares, units, cumulative, stats, ints, certified, solves,
+        tolerance, max_iterations, n_ranks, n_columns, n_slots, n_copies,
+        G=ranks, C=columns, S=max(2, triton.next_power_of_2(n_slots)),
+        COPIES=min(1024, max(32, triton.next_power_of_2(n_copies))),
+        num_warps=_solve_warps(ranks, columns),
+    )  # fmt: skip
+
+
+def count(
+    idx: torch.Tensor,
+    running: torch.Tensor,
+    counts: torch.Tensor,
+    status: torch.Tensor,
+    chunk: int,
+) -> None:
+    """Count contiguous ``idx`` by chunk and in total.
+
+    ``running`` [n_sms, n_logical] and ``counts`` [n_logical] int32 are written; ``status`` is
+    two int64 words that the kernel can reach (pinned host memory on a GPU).
+    """
+    n_rows, n_logical = running.shape
+    bins = max(16, triton.next_power_of_2(n_logical))
+    _count_kernel[(n_rows,)](
+        idx, running, status, idx.numel(), chunk, n_logical,
+        BINS=bins, BLOCK=COUNT_BLOCK, num_warps=4,
+    )  # fmt: skip
+    block = 32
+    _running_sum_kernel[(triton.cdiv(n_logical, block),)](
+        running, counts, n_rows, n_logical, ROWS=64, BLOCK=block, num_warps=4
+    )
+
+
+def select(
+    idx: torch.Tensor,
+    out: torch.Tensor,
+    running: torch.Tensor,
+    seen: torch.Tensor,
+    cumulative: torch.Tensor,
+    tables: SelectTables,
+    chunk: int,
+    rank: int,
+) -> None:
+    """Write physical ids of contiguous ``idx`` to ``out`` (same shape and dtype)."""
+    n_rows, n_logical = running.shape
+    _select_kernel[(n_rows,)](
+        idx, out, running, seen, cumulative, *tables,
+        idx.numel(), chunk, n_logical, n_rows, rank,
+        BINS=max(16, triton.next_power_of_2(n_logical)), BLOCK=SELECT_BLOCK, num_warps=4,
+    )  # fmt: skip

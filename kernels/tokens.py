@@ -1,0 +1,158 @@
+"""Per-token kernels: count logical ids, and rewrite them into physical ids.
+
+The flattened batch is cut into one contiguous chunk per program. A token's *position* is the
+number of earlier tokens of the same expert in the batch; it depends neither on the number of
+programs nor on timing, so every result here is deterministic. Equation numbers refer to
+docs/method.md.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SHARE_BITS = tl.constexpr(24)
+# Equation 13: odd multipliers near 2**24 over the golden and the plastic number.
+OFFSET_BY_RANK = tl.constexpr(10368889)
+OFFSET_BY_EXPERT = tl.constexpr(12664745)
+
+STATUS_BAD_ID = tl.constexpr(0)
+
+
+@triton.jit(
+    do_not_specialize=["n_ids", "chunk", "n_logical"],
+    do_not_specialize_on_alignment=["idx_ptr", "status_ptr"],
+)
+def _count_kernel(
+    idx_ptr, by_program_ptr, status_ptr, n_ids, chunk, n_logical,
+    BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Count the ids of one chunk.
+
+    idx [n_ids] int32 or int64, by_program [programs, n_logical] int32 (every element is
+    written). An id outside [-1, n_logical) counts nowhere and leaves itself in ``status``
+    [0] (flag) and [1] (value), int64 words in pinned host memory. Grid (programs,).
+    """
+    program = tl.program_id(0).to(tl.int64)
+    begin = program * chunk
+    end = tl.minimum(begin + chunk, n_ids)
+    bins = tl.zeros((BINS,), dtype=tl.int32)
+    for block in range(begin, end, BLOCK):
+        at = block + tl.arange(0, BLOCK)
+        ids = tl.load(idx_ptr + at, mask=at < end, other=-1)
+        known = (ids >= 0) & (ids < n_logical)
+        bad = (ids < -1) | (ids >= n_logical)
+        if tl.max(bad.to(tl.int32)) > 0:
+            tl.store(status_ptr + 1, tl.max(tl.where(bad, ids, -(2**31)).to(tl.int64)))
+            tl.store(status_ptr + STATUS_BAD_ID, tl.full((), 1, tl.int64))
+        bins += tl.histogram(tl.where(known, ids, 0).to(tl.int32), BINS, mask=known)
+    expert = tl.arange(0, BINS)
+    tl.store(by_program_ptr + program * n_logical + expert, bins, mask=expert < n_logical)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_logical"])
+def _running_sum_kernel(
+    running_ptr, counts_ptr, n_rows, n_logical, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Turn counts by program into running sums, in place, and write their totals.
+
+    running [n_rows, n_logical] int32, counts [n_logical] int32. Grid (experts / BLOCK,).
+    """
+    expert = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = expert < n_logical
+    carry = tl.zeros((BLOCK,), dtype=tl.int32)
+    for first in range(0, n_rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        at = row[:, None].to(tl.int64) * n_logical + expert[None, :]
+        mask = (row < n_rows)[:, None] & inside[None, :]
+        values = tl.load(running_ptr + at, mask=mask, other=0)
+        tl.store(running_ptr + at, tl.cumsum(values, 0) + carry[None, :], mask=mask)
+        carry += tl.sum(values, 0)
+    tl.store(counts_ptr + expert, carry, mask=inside)
+
+
+@triton.jit
+def _quota_end(cumulative_ptr, copy, count, offset):
+    """Tokens of this expert on this rank that go to ``copy`` or an earlier one (equation 12)."""
+    share = tl.load(cumulative_ptr + copy).to(tl.int64)
+    return (count * share + offset) >> SHARE_BITS
+
+
+@triton.jit(
+    do_not_specialize=["n_ids", "chunk", "n_logical", "n_rows", "rank"],
+    do_not_specialize_on_alignment=["idx_ptr", "out_ptr", "running_ptr", "cumulative_ptr"],
+)
+def _select_kernel(
+    idx_ptr, out_ptr, running_ptr, seen_ptr,
+    cumulative_ptr, copy_start_ptr, copy_slot_ptr, search_steps_ptr,
+    n_ids, chunk, n_logical, n_rows, rank,
+    BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Physical ids for one chunk of logical ids (equations 12 to 14).
+
+    idx and out [n_ids]; running [n_rows, n_logical] int32 as `_running_sum_kernel` leaves it
+    (one row per program); seen [n_rows, n_logical] int32 scratch; cumulative and copy_slot
+    [n_copies], copy_start [n_logical + 1], search_steps [1] int32. Grid (n_rows,).
+    """
+    program = tl.program_id(0).to(tl.int64)
+    begin = program * chunk
+    end = tl.minimum(begin + chunk, n_ids)
+    # Tokens of each expert seen so far, ahead of this program's next block.
+    expert = tl.arange(0, BINS)
+    seen_ptr += program * n_logical
+    n_before = tl.where(program > 0, n_logical, 0)
+    before = tl.load(
+        running_ptr + (program - 1) * n_logical + expert, mask=expert < n_before, other=0
+    )
+    tl.store(seen_ptr + expert, before, mask=expert < n_logical)
+    totals_ptr = running_ptr + (n_rows - 1).to(tl.int64) * n_logical
+    steps = tl.load(search_steps_ptr)
+    lane = tl.arange(0, BLOCK)
+    for block in range(begin, end, BLOCK):
+        at = block + lane
+        ids = tl.load(idx_ptr + at, mask=at < end, other=-1)
+        known = (ids >= 0) & (ids < n_logical)
+        e = tl.where(known, ids, 0).to(tl.int32)
+        tag = tl.where(known, e, -1)
+        # Rank within the block by comparing all pairs: stable, hence deterministic.
+        # The transposed copy of the ids comes from memory, which is cheaper than a layout change.
+        other_ids = tl.load(idx_ptr + at, mask=at < end, other=-1)
+        same = tag[:, None] == tl.where(
+            (other_ids >= 0) & (other_ids < n_logical), other_ids, -2
+        ).to(tl.int32)[None, :]
+        earlier = lane[None, :] < lane[:, None]
+        position_here = tl.sum((same & earlier).to(tl.int32), 1)
+        same_here = tl.sum(same.to(tl.int32), 1)
+        tl.debug_barrier()
+        already = tl.load(seen_ptr + e, mask=known, other=0)
+        tl.debug_barrier()
+        # All tokens of one expert in this block write the same value.
+        tl.store(seen_ptr + e, already + same_here, mask=known)
+
+        position = (already + position_here).to(tl.int64)
+        count = tl.load(totals_ptr + e, mask=known, other=0).to(tl.int64)
+        offset = rank.to(tl.int64) * OFFSET_BY_RANK + e.to(tl.int64) * OFFSET_BY_EXPERT
+        offset = (offset + (1 << (SHARE_BITS - 1))) & ((1 << SHARE_BITS) - 1)
+        first = tl.load(copy_start_ptr + e)
+        low = first
+        high = tl.load(copy_start_ptr + e + 1) - 1
+        # Equation 14: halve the range of copies, dealing the node's tokens out evenly.
+        low_end = tl.zeros_like(count)
+        size = count
+        for _ in range(steps):
+            inner = low < high
+            middle = (low + high) // 2
+            middle_end = _quota_end(cumulative_ptr, middle, count, offset)
+            quota = middle_end - low_end
+            scaled = position * quota + size // 2
+            taken = scaled // tl.maximum(size, 1)
+            left = inner & (scaled - taken * size + quota >= size)
+            right = inner & (not left)
+            position = tl.where(left, taken, tl.where(right, position - taken, position))
+            size = tl.where(left, quota, tl.where(right, size - quota, size))
+            low_end = tl.where(right, middle_end, low_end)
+            high = tl.where(left, middle, high)
+            low = tl.where(right, middle + 1, low)
+        slot = tl.load(copy_slot_ptr + low)
+        physical = tl.where(known, slot, -1).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, physical, mask=at < end)

@@ -1,0 +1,29 @@
+"""Per-batch load balancing of mixture-of-experts layers by a certified linear program.
+
+The objects most scripts need are here; see `lplb_triton.topologies` for replica topologies and
+`lplb_triton.bench` for the command line.
+"""
+
+from lplb_triton._version import __version__
+from lplb_triton._workspace import workspace_bytes
+from lplb_triton.balancer import Balancer
+from lplb_triton.eplb import rebalance_experts
+from lplb_triton.placement import Placement
+from lplb_triton.planner import Planner
+from lplb_triton.problem import Problem
+from lplb_triton.solution import Solution, SolveError, Status
+from lplb_triton.solver import solve
+
+__all__ = [
+    "Balancer",
+    "Placement",
+    "Planner",
+    "Problem",
+    "Solution",
+    "SolveError",
+    "Status",
+    "__version__",
+    "rebalance_experts",
+    "solve",
+    "workspace_bytes",
+]

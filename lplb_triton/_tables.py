@@ -1,0 +1,85 @@
+"""A placement's index tables in fixed device memory, rewritten in place."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lplb_triton.placement import Placement
+
+__all__ = ["DeviceTables"]
+
+# Sections start on this many bytes, so that no kernel is compiled twice for alignment.
+ALIGNMENT = 256
+
+
+def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
+    """Everything the kernels read of a placement; shapes depend on its sizes alone."""
+    s = placement.structure
+    lengths = np.diff(s.column_start, axis=1)
+    copy_expert = np.repeat(np.arange(placement.n_logical), np.diff(s.copy_start))
+    most_copies = int(np.diff(s.copy_start).max())
+    return {
+        "mask": s.mask.view(np.int8),
+        "fixed_experts": s.fixed_experts,
+        "column_start": s.column_start,
+        "column_members": s.column_members,
+        "longest_column": lengths.max(axis=1, initial=0).astype(np.int32),
+        "copy_cell": s.copy_cell,
+        "copy_index": s.copy_index,
+        "copy_multiplicity": s.copy_multiplicity,
+        "copy_group": s.cell_group[copy_expert],
+        "copy_start": s.copy_start,
+        "copy_slot": s.copy_slot,
+        "search_steps": np.array([math.ceil(math.log2(most_copies))], dtype=np.int32),
+    }
+
+
+class DeviceTables:
+    """One block of device memory with a typed view for every table.
+
+    Captured CUDA graphs and launches hold the views' addresses, so the block lives as long as
+    its owner and `write` only changes what is in it.
+    """
+
+    def __init__(self, placement: Placement, device: torch.device) -> None:
+        arrays = _arrays(placement)
+        self._offsets: dict[str, int] = {}
+        size = 0
+        for name, array in arrays.items():
+            self._offsets[name] = size
+            size += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        # A table may be empty (no columns); its view must still have an address.
+        self._block = torch.zeros(size + ALIGNMENT, dtype=torch.uint8, device=device)
+        self.views = {
+            name: self._view(self._offsets[name], array) for name, array in arrays.items()
+        }
+        self._sizes = {name: array.shape for name, array in arrays.items()}
+        self.write(placement)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the block."""
+        return self._block.numel()
+
+    def _view(self, offset: int, array: NDArray[Any]) -> torch.Tensor:
+        dtype = torch.from_numpy(np.empty(0, dtype=array.dtype)).dtype
+        return self._block[offset : offset + array.nbytes].view(dtype).view(array.shape)
+
+    def write(self, placement: Placement) -> None:
+        """Copy another placement of the same sizes into the block, on the current stream."""
+        arrays = _arrays(placement)
+        shapes = {name: array.shape for name, array in arrays.items()}
+        if shapes != self._sizes:
+            raise ValueError(f"placement must have the sizes of the first one, got {placement}")
+        host = np.zeros(self._block.numel(), dtype=np.uint8)
+        for name, array in arrays.items():
+            raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            host[self._offsets[name] : self._offsets[name] + raw.size] = raw
+        self._block.copy_(torch.from_numpy(host))

@@ -1,0 +1,650 @@
+"""The per-batch pipeline for any placement: count, sync, solve, select."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lplb_triton import _workspace, reference
+from lplb_triton._tables import DeviceTables
+from lplb_triton.placement import Placement
+from lplb_triton.solution import Solution
+from lplb_triton.solver import (
+    DEFAULT_MAX_ITERATIONS,
+    DEFAULT_TOLERANCE,
+    MIN_TOLERANCE_FLOAT32,
+    check_tolerance,
+    resolve_backend,
+)
+
+__all__ = ["Balancer"]
+
+# Chunks of the batch start on whole multiples of this many ids.
+CHUNK_ALIGNMENT = 128
+CPU_PROGRAMS = 4
+
+
+class _Scratch(NamedTuple):
+    """Typed views of a workspace block for one layer."""
+
+    running: torch.Tensor
+    seen: torch.Tensor
+    counts: torch.Tensor
+    shares: torch.Tensor
+    units: torch.Tensor
+    cumulative: torch.Tensor
+    stats: torch.Tensor
+    ints: torch.Tensor
+
+
+def _chunk(n_ids: int, n_sms: int) -> int:
+    """Ids per program: an even part, rounded up to whole multiples of CHUNK_ALIGNMENT."""
+    part = -(-n_ids // n_sms)
+    return max(1, -(-part // CHUNK_ALIGNMENT)) * CHUNK_ALIGNMENT
+
+
+def _default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+class Balancer:
+    """Rewrites logical into physical expert ids so that the ranks of a group finish together.
+
+    One balancer serves one MoE layer on one rank. Make it with the layer's `Placement`, call
+    `run` on every batch. All ranks of ``group`` take part in every call, with or without
+    tokens. Calls on several streams, and micro-batches in flight, are independent: scratch
+    belongs to the stream, not to the layer.
+
+    Parameters
+    ----------
+    placement : Placement
+        Where experts are. With a ``group``, rank 0's placement is broadcast and used by all.
+    group : torch.distributed.ProcessGroup or None
+        The EP group to sum counts over. ``None``: counts are global as they are (one process,
+        or the caller has summed them).
+    rank : int or None
+        This rank's number in the EP group; by default the group's, or 0 without one. It only
+        decides how this rank rounds its quotas.
+    device : torch.device, str or None
+        Where ids live; by default the current GPU, or the CPU if there is none.
+    backend : {"triton", "torch"} or None
+        ``None`` takes the Triton kernels on a GPU and the torch twin on a CPU. An explicit
+        backend is used or refused, never replaced.
+    tolerance : float
+        Certified relative gap of the plans, at least 1e-5.
+    max_iterations : int
+        Bound on interior-point iterations.
+
+    Attributes
+    ----------
+    certified, solves : torch.Tensor
+        One int64 element on the device: groups certified within the tolerance, and groups
+        solved, since the start.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument that doesn't fit.
+
+    Examples
+    --------
+    >>> load = torch.tensor([90.0, 10.0, 40.0, 60.0])
+    >>> balancer = Balancer(Placement.from_history(load, 2, redundant_per_rank=1), device="cpu")
+    >>> balancer.run(torch.tensor([[0, 2], [0, 3], [0, -1]])).shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        *,
+        group: dist.ProcessGroup | None = None,
+        rank: int | None = None,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+        tolerance: float = DEFAULT_TOLERANCE,
+        max_iterations: int = DEFAULT_MAX_ITERATIONS,
+    ) -> None:
+        if not isinstance(placement, Placement):
+            raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
+        if not isinstance(max_iterations, int) or max_iterations < 1:
+            raise ValueError(f"max_iterations must be a positive int, got {max_iterations!r}")
+        device = _default_device() if device is None else torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device.type not in ("cuda", "cpu"):
+            raise ValueError(f"device must be a CUDA/ROCm GPU or the CPU, got {device}")
+        self.device = device
+        self.backend = resolve_backend(backend, device)
+        self.tolerance = check_tolerance(tolerance, MIN_TOLERANCE_FLOAT32)
+        self.max_iterations = max_iterations
+        self.group: dist.ProcessGroup | None = None
+        self.rank = 0 if rank is None else rank
+        self._own_rank = rank
+        self._placement = placement
+        self.set_group(group)
+        if not 0 <= self.rank < placement.ep_size:
+            raise ValueError(f"rank must be in [0, {placement.ep_size}), got {rank}")
+
+        self._tables = DeviceTables(self._placement, device)
+        self.certified = torch.zeros(1, dtype=torch.int64, device=device)
+        self.solves = torch.zeros(1, dtype=torch.int64, device=device)
+        # Kernels write here, so the host can look without waiting for the device.
+        self._status = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._status_view = self._status.numpy()
+        self._views: dict[tuple[int | None, int], tuple[torch.Tensor, _Scratch]] = {}
+        self._offsets: dict[int, list[tuple[int, int, tuple[int, ...], torch.dtype]]] = {}
+        self.default_n_sms = CPU_PROGRAMS
+        if device.type == "cuda":
+            self.default_n_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        if self.backend == "triton":
+            from lplb_triton import kernels
+
+            views = self._tables.views
+            self._solve_tables = kernels.SolveTables(
+                *(views[name] for name in kernels.SolveTables._fields)
+            )
+            self._select_tables = kernels.SelectTables(
+                *(views[name] for name in kernels.SelectTables._fields)
+            )
+            self._layout(self.default_n_sms)
+        self._handle = next(_handles)
+        _balancers[self._handle] = self
+
+    @property
+    def placement(self) -> Placement:
+        """The placement in use (immutable)."""
+        return self._placement
+
+    def __repr__(self) -> str:
+        """Placement, device, backend, group and tolerance in one line."""
+        sync = "none" if self.group is None else f"torch.distributed({dist.get_backend(self.group)})"
+        return (
+            f"Balancer({self._placement!r}, device={self.device}, backend={self.backend}, "
+            f"sync={sync}, rank={self.rank}, tolerance={self.tolerance:g})"
+        )
+
+    def set_group(self, group: dist.ProcessGroup | None) -> None:
+        """Use ``group`` for summing counts from the next call on; collective over it.
+
+        Parameters
+        ----------
+        group : torch.distributed.ProcessGroup or None
+            Its size must be the placement's ``ep_size``. Rank 0's placement is broadcast.
+
+        Raises
+        ------
+        ValueError
+            If the size doesn't fit.
+        """
+        if group is not None:
+            if group.size() != self._placement.ep_size:
+                raise ValueError(
+                    f"group must have {self._placement.ep_size} ranks, got {group.size()}"
+                )
+            self.rank = dist.get_rank(group) if self._own_rank is None else self._own_rank
+        self.group = group
+        agreed = self._agree(self._placement)
+        if hasattr(self, "_tables") and agreed is not self._placement:
+            self._write(agreed)
+        self._placement = agreed
+
+    def _agree(self, placement: Placement) -> Placement:
+        """Rank 0's placement, on every rank of the group."""
+        if self.group is None:
+            return placement
+        on_gpu = dist.get_backend(self.group) == "nccl"
+        mine = placement.phy2log.long()
+        wire = mine.to(self.device) if on_gpu else mine.clone()
+        dist.broadcast(wire, src=dist.get_global_rank(self.group, 0), group=self.group)
+        theirs = wire.cpu()
+        if torch.equal(theirs, mine):
+            return placement
+        return Placement(
+            theirs,
+            placement.ep_size,
+            n_logical=placement.n_logical,
+            n_group=placement.n_group,
+            max_columns=placement.max_columns,
+        )
+
+    def update_placement(self, placement: Placement) -> Placement:
+        """Write another placement of the same sizes into the device tables.
+
+        Waits for the device before and after, so no batch sees half of it. Captured CUDA
+        graphs use the new placement from their next replay on. Collective over the group.
+
+        Parameters
+        ----------
+        placement : Placement
+            Same numbers of experts, slots, ranks, groups and columns as the first.
+
+        Returns
+        -------
+        Placement
+            The one in use: rank 0's.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no placement, or its sizes differ (nothing is changed then).
+        """
+        if not isinstance(placement, Placement):
+            raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
+        old = self._placement
+        for name in ("n_logical", "n_physical", "ep_size", "n_group", "max_columns"):
+            if getattr(placement, name) != getattr(old, name):
+                raise ValueError(
+                    f"placement must have {name} {getattr(old, name)}, "
+                    f"got {getattr(placement, name)}"
+                )
+        agreed = self._agree(placement)
+        self._write(agreed)
+        self._placement = agreed
+        return agreed
+
+    def _write(self, placement: Placement) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._tables.write(placement)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def run(
+        self,
+        idx: torch.Tensor,
+        *,
+        n_sms: int | None = None,
+        certified: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Physical ids for this batch's logical ids; no host sync, CUDA-graph capturable.
+
+        Parameters
+        ----------
+        idx : torch.Tensor
+            int64 or int32, any shape, logical ids in [-1, n_logical); -1 stays -1. A
+            non-contiguous tensor is copied first.
+        n_sms : int or None
+            Programs for counting and selecting; by default one per multiprocessor. The result
+            doesn't depend on it.
+        certified : torch.Tensor or None
+            One int32 or int64 element on the device that rises by each group certified; by
+            default the balancer's own.
+
+        Returns
+        -------
+        torch.Tensor
+            Physical ids, contiguous, of the shape and dtype of ``idx``. The result is the same
+            in every run: nothing depends on timing.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For an argument of the wrong kind, dtype or device; on a CPU for ids out of range.
+        RuntimeError
+            On a GPU, if an earlier call met an id out of range (it became -1); see `check`.
+        """
+        self._check_ids_tensor(idx)
+        result: torch.Tensor = torch.ops.lplb_triton.balance(
+            idx,
+            self.certified if certified is None else certified,
+            self.solves,
+            self._handle,
+            self._check_n_sms(n_sms),
+        )
+        return result
+
+    def count(self, idx: torch.Tensor, *, n_sms: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count this rank's tokens per logical expert.
+
+        Parameters
+        ----------
+        idx, n_sms
+            As for `run`.
+
+        Returns
+        -------
+        counts : torch.Tensor
+            ``[n_logical]`` int32, fresh.
+        running : torch.Tensor
+            ``[n_sms, n_logical]`` int32, fresh: row i counts what the first i + 1 programs see.
+        """
+        self._check_ids_tensor(idx)
+        n_sms = self._check_n_sms(n_sms)
+        idx = idx.contiguous()
+        if self.backend == "torch":
+            self._check_values(idx)
+            return reference.count_experts(
+                idx, self._placement.n_logical, _chunk(idx.numel(), n_sms), n_sms
+            )
+        from lplb_triton import kernels
+
+        self._raise_on_status()
+        self._check_values(idx)
+        n_logical = self._placement.n_logical
+        running = torch.empty(n_sms, n_logical, dtype=torch.int32, device=self.device)
+        counts = torch.empty(n_logical, dtype=torch.int32, device=self.device)
+        kernels.count(idx, running, counts, self._status, _chunk(idx.numel(), n_sms))
+        return counts, running
+
+    def sync(self, counts: torch.Tensor) -> torch.Tensor:
+        """Sum counts over the EP group; without a group they come back as they are.
+
+        Parameters
+        ----------
+        counts : torch.Tensor
+            ``[n_logical]`` int32.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[n_logical]`` int32; fresh if there is a group.
+        """
+        if self.group is None:
+            return counts
+        total = counts.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def solve(self, counts: torch.Tensor, *, certified: torch.Tensor | None = None) -> Solution:
+        """Solve the LP of every group for counts summed over all ranks.
+
+        Parameters
+        ----------
+        counts : torch.Tensor
+            ``[n_logical]`` int32, tokens per logical expert over the EP group.
+        certified : torch.Tensor or None
+            One int32 or int64 element that rises by each group certified; by default the
+            balancer's own.
+
+        Returns
+        -------
+        Solution
+            ``shares`` is ``[n_group, group_size, max_columns]``; fresh tensors.
+        """
+        certified = self.certified if certified is None else certified
+        if counts.shape != (self._placement.n_logical,) or counts.device != self.device:
+            raise ValueError(
+                f"counts must have shape [{self._placement.n_logical}] on {self.device}, "
+                f"got {tuple(counts.shape)} on {counts.device}"
+            )
+        if self.backend == "torch":
+            return self._solve_torch(counts, certified)
+        buffers = self._fresh_solve_buffers()
+        self._launch_solve(counts.to(torch.int32).contiguous(), buffers, certified)
+        stats, ints = buffers.stats, buffers.ints
+        return Solution(
+            buffers.shares, stats[0], stats[1], stats[2], ints[0], ints[1], self.tolerance
+        )
+
+    def cumulative_shares(self, shares: torch.Tensor) -> torch.Tensor:
+        """Cumulative shares by copy, as `select` wants them (method.md, equation 12).
+
+        Parameters
+        ----------
+        shares : torch.Tensor
+            ``[n_group, group_size, max_columns]`` float32 of a `Solution`.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[n_physical]`` int32 in units of 2**-24, by copy.
+        """
+        v = self._tables.views
+        return reference.cumulative_shares(
+            shares, v["copy_cell"], v["copy_index"], v["copy_multiplicity"], v["copy_start"]
+        )
+
+    def select(
+        self, idx: torch.Tensor, cumulative: torch.Tensor, running: torch.Tensor
+    ) -> torch.Tensor:
+        """Physical ids for given cumulative shares; quotas are met exactly.
+
+        Parameters
+        ----------
+        idx : torch.Tensor
+            As for `run`.
+        cumulative : torch.Tensor
+            ``[n_physical]`` int32 of `cumulative_shares`.
+        running : torch.Tensor
+            ``[n_sms, n_logical]`` int32 of `count` for the same ``idx``.
+
+        Returns
+        -------
+        torch.Tensor
+            Like `run`.
+        """
+        self._check_ids_tensor(idx)
+        if running.ndim != 2 or running.shape[1] != self._placement.n_logical or not len(running):
+            raise ValueError(
+                f"running must be [n_sms, {self._placement.n_logical}], got {tuple(running.shape)}"
+            )
+        idx = idx.contiguous()
+        views = self._tables.views
+        if self.backend == "torch":
+            self._check_values(idx)
+            return reference.assign_copies(
+                idx, running[-1], cumulative, views["copy_start"], views["copy_slot"], self.rank
+            )
+        from lplb_triton import kernels
+
+        self._raise_on_status()
+        running = running.contiguous()
+        out = torch.empty_like(idx)
+        kernels.select(
+            idx, out, running, torch.empty_like(running), cumulative, self._select_tables,
+            _chunk(idx.numel(), len(running)), self.rank,
+        )  # fmt: skip
+        return out
+
+    def warmup(self) -> None:
+        """Compile every kernel that `run` uses, for int32 and int64 ids; local to this rank."""
+        if self.backend != "triton":
+            return
+        counters = torch.zeros(2, 1, dtype=torch.int64, device=self.device)
+        narrow = torch.zeros(1, dtype=torch.int32, device=self.device)
+        for dtype in (torch.int64, torch.int32):
+            idx = torch.arange(2, device=self.device).to(dtype) % self._placement.n_logical
+            for certified in (counters[0], narrow):
+                self._run_triton(idx, certified, counters[1], self.default_n_sms, group=None)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def check(self) -> None:
+        """Wait for the device and raise if a call, or a graph replay, met a bad id.
+
+        Raises
+        ------
+        RuntimeError
+            Naming the id. The flag is cleared, so the next call starts afresh.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._raise_on_status()
+
+    def _raise_on_status(self) -> None:
+        if self._status_view[0]:
+            bad = int(self._status_view[1])
+            self._status_view[:] = 0
+            raise RuntimeError(
+                f"idx held {bad}, outside [-1, {self._placement.n_logical}), in an earlier call; "
+                "such ids became -1"
+            )
+
+    def _check_ids_tensor(self, idx: torch.Tensor) -> None:
+        if not isinstance(idx, torch.Tensor):
+            raise TypeError(f"idx must be a torch.Tensor, got {type(idx).__name__}")
+        if idx.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"idx must be int64 or int32, got {idx.dtype}")
+        if idx.device != self.device:
+            raise ValueError(f"idx is on {idx.device}, expected {self.device}")
+
+    def _check_n_sms(self, n_sms: int | None) -> int:
+        if n_sms is None:
+            return self.default_n_sms
+        if isinstance(n_sms, bool) or not isinstance(n_sms, int):
+            raise TypeError(f"n_sms must be an int, got {type(n_sms).__name__}")
+        if n_sms < 1:
+            raise ValueError(f"n_sms must be at least 1, got {n_sms}")
+        return n_sms
+
+    def _check_values(self, idx: torch.Tensor) -> None:
+        """Raise at once on a CPU, where looking costs nothing."""
+        if idx.device.type == "cpu" and idx.numel():
+            low, high = int(idx.min()), int(idx.max())
+            if low < -1 or high >= self._placement.n_logical:
+                raise ValueError(
+                    f"idx must hold ids in [-1, {self._placement.n_logical}), got {low}..{high}"
+                )
+
+    def _run(
+        self, idx: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor, n_sms: int
+    ) -> torch.Tensor:
+        idx = idx.contiguous()
+        if self.backend == "triton":
+            self._raise_on_status()
+            self._check_values(idx)
+            return self._run_triton(idx, certified, solves, n_sms, self.group)
+        if idx.device.type != "cpu":
+            bad = (idx < -1) | (idx >= self._placement.n_logical)
+            if bool(bad.any()):
+                raise ValueError(
+                    f"idx must hold ids in [-1, {self._placement.n_logical}), "
+                    f"got {int(idx[bad][0])}"
+                )
+        self._check_values(idx)
+        counts, _ = reference.count_experts(
+            idx, self._placement.n_logical, max(1, idx.numel()), 1
+        )
+        solution = self._solve_torch(self.sync(counts), certified, solves)
+        views = self._tables.views
+        return reference.assign_copies(
+            idx, counts, self.cumulative_shares(solution.shares),
+            views["copy_start"], views["copy_slot"], self.rank,
+        )  # fmt: skip
+
+    def _solve_torch(
+        self, counts: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor | None = None
+    ) -> Solution:
+        solution = reference.solve(
+            self._placement.problem(counts), self.tolerance, self.max_iterations, torch.float64
+        )
+        certified += (solution.status == 0).sum()
+        solves = self.solves if solves is None else solves
+        solves += solution.status.numel()
+        return solution
+
+    def _run_triton(
+        self,
+        idx: torch.Tensor,
+        certified: torch.Tensor,
+        solves: torch.Tensor,
+        n_sms: int,
+        group: dist.ProcessGroup | None,
+    ) -> torch.Tensor:
+        from lplb_triton import kernels
+
+        scratch = self._scratch(n_sms)
+        chunk = _chunk(idx.numel(), n_sms)
+        out = torch.empty_like(idx)
+        kernels.count(idx, scratch.running, scratch.counts, self._status, chunk)
+        if group is not None:
+            # This rank's own totals stay in the last row of the running sums.
+            dist.all_reduce(scratch.counts, group=group)
+        self._launch_solve(scratch.counts, scratch, certified, solves)
+        kernels.select(
+            idx, out, scratch.running, scratch.seen, scratch.cumulative, self._select_tables,
+            chunk, self.rank,
+        )  # fmt: skip
+        return out
+
+    def _launch_solve(
+        self,
+        counts: torch.Tensor,
+        buffers: _Scratch,
+        certified: torch.Tensor,
+        solves: torch.Tensor | None = None,
+    ) -> None:
+        from lplb_triton import kernels
+
+        kernels.solve_counts(
+            counts, self._solve_tables, buffers.shares, buffers.units, buffers.cumulative,
+            buffers.stats, buffers.ints, certified, self.solves if solves is None else solves,
+            self.tolerance, self.max_iterations,
+        )  # fmt: skip
+
+    def _shapes(self, n_sms: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every field of `_Scratch`."""
+        p = self._placement
+        cells = (p.n_group, p.group_size, p.max_columns)
+        return [
+            ((n_sms, p.n_logical), torch.int32),
+            ((n_sms, p.n_logical), torch.int32),
+            ((p.n_logical,), torch.int32),
+            (cells, torch.float32),
+            (cells, torch.int32),
+            ((p.n_physical,), torch.int32),
+            ((3, p.n_group), torch.float32),
+            ((2, p.n_group), torch.int32),
+        ]
+
+    def _layout(self, n_sms: int) -> list[tuple[int, int, tuple[int, ...], torch.dtype]]:
+        """Byte ranges of the fields, and room for them in every block of the device."""
+        layout = self._offsets.get(n_sms)
+        if layout is None:
+            layout, offset = [], 0
+            for shape, dtype in self._shapes(n_sms):
+                size = 4 * int(torch.Size(shape).numel())
+                layout.append((offset, offset + size, shape, dtype))
+                offset += -(-max(size, 1) // 256) * 256
+            _workspace.reserve(self.device, offset)
+            self._offsets[n_sms] = layout
+        return layout
+
+    def _scratch(self, n_sms: int) -> _Scratch:
+        layout = self._layout(n_sms)
+        block, stream = _workspace.scratch(self.device)
+        kept, views = self._views.get((stream, n_sms), (None, None))
+        if views is None or kept is not block:
+            views = _Scratch(*(block[a:b].view(d).view(s) for a, b, s, d in layout))
+            if stream is not None:
+                self._views[stream, n_sms] = block, views
+        return views
+
+    def _fresh_solve_buffers(self) -> _Scratch:
+        shapes = self._shapes(1)
+        return _Scratch(*(torch.empty(s, dtype=d, device=self.device) for s, d in shapes))
+
+
+_handles = itertools.count()
+_balancers: weakref.WeakValueDictionary[int, Balancer] = weakref.WeakValueDictionary()
+
+# The op takes an integer for the balancer, so that torch.compile sees one opaque call whose
+# only side effect is on the two counters.
+torch.library.define(
+    "lplb_triton::balance",
+    "(Tensor idx, Tensor(a!) certified, Tensor(b!) solves, int handle, int n_sms) -> Tensor",
+)
+
+
+@torch.library.impl("lplb_triton::balance", "CompositeExplicitAutograd")
+def _balance(
+    idx: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor, handle: int, n_sms: int
+) -> torch.Tensor:
+    balancer = _balancers.get(handle)
+    if balancer is None:
+        raise RuntimeError("the Balancer of this call no longer exists; keep a reference to it")
+    return balancer._run(idx, certified, solves, n_sms)
+
+
+@torch.library.register_fake("lplb_triton::balance")
+def _balance_fake(
+    idx: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor, handle: int, n_sms: int
+) -> torch.Tensor:
+    return torch.empty_like(idx, memory_format=torch.contiguous_format)

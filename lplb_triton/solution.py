@@ -1,0 +1,84 @@
+"""What a solve returns: a feasible plan and the certificate that comes with it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["SHARE_BITS", "Solution", "SolveError", "Status"]
+
+# Shares are multiples of 2**-24. float32 holds each of them exactly and so do their sums: a
+# column's shares add up to exactly 1, and token quotas are computed from them in integers.
+SHARE_BITS = 24
+
+
+class Status(enum.IntEnum):
+    """Outcome of one instance."""
+
+    CERTIFIED = 0
+    """The gap is within the tolerance."""
+    GAP = 1
+    """The plan is feasible and its gap true, but wider than the tolerance."""
+    INVALID = 2
+    """The input held a negative or non-finite load, or weight without a copy."""
+
+
+class SolveError(RuntimeError):
+    """An instance was not certified within its tolerance."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Plans and certificates of a batch of programs; everything stays on the device.
+
+    Whatever the status short of `Status.INVALID`, the plan is feasible and never worse than
+    the even split, and ``lower_bound <= optimum <= max_load`` holds.
+
+    Attributes
+    ----------
+    shares : torch.Tensor
+        ``[B, G, C]`` float32, the part of column c that rank g takes; multiples of 2**-24 that
+        add up to exactly 1 over the ranks with a copy, 0 elsewhere.
+    max_load : torch.Tensor
+        ``[B]``, load of the most loaded rank under ``shares``, in the unit of the weights
+        (infinite for an invalid instance).
+    lower_bound : torch.Tensor
+        ``[B]``, a load that no plan can beat (method.md, equation 3).
+    gap : torch.Tensor
+        ``[B]``, ``(max_load - lower_bound) / max_load``; 0 where there is no load at all.
+    iterations : torch.Tensor
+        ``[B]`` int32, interior-point iterations used.
+    status : torch.Tensor
+        ``[B]`` int32, values of `Status`.
+    tolerance : float
+        The relative gap asked for.
+    """
+
+    shares: torch.Tensor
+    max_load: torch.Tensor
+    lower_bound: torch.Tensor
+    gap: torch.Tensor
+    iterations: torch.Tensor
+    status: torch.Tensor
+    tolerance: float
+
+    def check(self) -> None:
+        """Raise unless every instance is certified; waits for the device.
+
+        Raises
+        ------
+        SolveError
+            Naming the worst instance, its status and its gap.
+        """
+        bad = torch.nonzero(self.status != Status.CERTIFIED).flatten()
+        if bad.numel() == 0:
+            return
+        worst = int(bad[self.gap[bad].argmax()])
+        raise SolveError(
+            f"{bad.numel()} of {self.status.numel()} instances not certified within "
+            f"{self.tolerance:g}; worst is instance {worst}: "
+            f"{Status(int(self.status[worst])).name}, gap {float(self.gap[worst]):.3g} after "
+            f"{int(self.iterations[worst])} iterations"
+        )

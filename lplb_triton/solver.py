@@ -1,0 +1,127 @@
+"""Solve a batch of min-max programs on the backend that fits, or on the one asked for."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lplb_triton import reference
+from lplb_triton.problem import Problem
+from lplb_triton.solution import Solution
+
+__all__ = ["DEFAULT_MAX_ITERATIONS", "DEFAULT_TOLERANCE", "resolve_backend", "solve"]
+
+DEFAULT_TOLERANCE = 1e-3
+DEFAULT_MAX_ITERATIONS = 40
+# Below this, float32 round-off is as large as the gap that is asked for.
+MIN_TOLERANCE_FLOAT32 = 1e-5
+MIN_TOLERANCE_FLOAT64 = 1e-9
+
+
+def resolve_backend(backend: str | None, device: torch.device) -> str:
+    """Name the backend for a device; an explicit choice is kept or refused, never replaced.
+
+    Parameters
+    ----------
+    backend : {"triton", "torch"} or None
+        ``None`` takes the Triton kernels on a GPU and the torch twin on a CPU.
+    device : torch.device
+        Where the data live.
+
+    Returns
+    -------
+    str
+        ``"triton"`` or ``"torch"``.
+
+    Raises
+    ------
+    ValueError
+        If ``backend`` is unknown, or is ``"triton"`` for CPU tensors while Triton's
+        interpreter is off.
+    """
+    if backend is None:
+        return "torch" if device.type == "cpu" else "triton"
+    if backend not in ("triton", "torch"):
+        raise ValueError(f"backend must be 'triton', 'torch' or None, got {backend!r}")
+    if backend == "triton" and device.type == "cpu":
+        from lplb_triton import kernels
+
+        if not kernels.is_interpreted():
+            raise ValueError(
+                "backend='triton' needs GPU tensors, or TRITON_INTERPRET=1 set before the first "
+                "import of triton; got CPU tensors"
+            )
+    return backend
+
+
+def check_tolerance(tolerance: float, minimum: float) -> float:
+    """Return ``tolerance`` as a float, or raise a ValueError that names it."""
+    value = float(tolerance)
+    if not (minimum <= value < 1.0) or math.isnan(value):
+        raise ValueError(f"tolerance must be in [{minimum:g}, 1), got {tolerance!r}")
+    return value
+
+
+def solve(
+    problem: Problem,
+    *,
+    tolerance: float = DEFAULT_TOLERANCE,
+    max_iterations: int = DEFAULT_MAX_ITERATIONS,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Solution:
+    """Solve every instance of ``problem`` to a certified relative gap.
+
+    Parameters
+    ----------
+    problem : Problem
+        The instances.
+    tolerance : float
+        Relative gap at which an instance counts as certified; in [1e-5, 1) for float32,
+        [1e-9, 1) for float64.
+    max_iterations : int
+        Bound on interior-point iterations; 3 to 8 are usual.
+    backend : {"triton", "torch"} or None
+        ``None`` takes the Triton kernel on a GPU and the torch twin on a CPU.
+    dtype : torch.dtype or None
+        Arithmetic of the torch twin, float64 (default) or float32. The kernel computes in
+        float32.
+
+    Returns
+    -------
+    Solution
+        On the problem's device. The call doesn't wait for a GPU; see `Solution.check`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a bad argument, by its name.
+
+    Examples
+    --------
+    >>> mask = torch.tensor([[[True], [True]]])
+    >>> p = Problem(torch.tensor([[6.0]]), torch.tensor([[4.0, 2.0]]), mask)
+    >>> solve(p).max_load.round(decimals=2)
+    tensor([6.0000], dtype=torch.float64)
+    """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem must be a Problem, got {type(problem).__name__}")
+    if not isinstance(max_iterations, int) or max_iterations < 1:
+        raise ValueError(f"max_iterations must be a positive int, got {max_iterations!r}")
+    chosen = resolve_backend(backend, problem.device)
+    if chosen == "torch":
+        dtype = torch.float64 if dtype is None else dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        minimum = MIN_TOLERANCE_FLOAT32 if dtype == torch.float32 else MIN_TOLERANCE_FLOAT64
+        return reference.solve(problem, check_tolerance(tolerance, minimum), max_iterations, dtype)
+    if dtype not in (None, torch.float32):
+        raise ValueError(f"dtype must be None or torch.float32 for backend 'triton', got {dtype}")
+    tolerance = check_tolerance(tolerance, MIN_TOLERANCE_FLOAT32)
+    from lplb_triton import kernels
+
+    out = kernels.solve(
+        problem.weights, problem.fixed, problem.mask, tolerance, max_iterations
+    )
+    return Solution(*out, tolerance=tolerance)

@@ -1,0 +1,407 @@
+"""lplb-bench balance: numbers, files and exit codes."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.optimize import linprog
+
+from lplb_triton import Placement, Status, solve, topologies
+from lplb_triton.bench import balance, cli, plots, tables
+from lplb_triton.bench import trace as traces
+
+TOLERANCE = 1e-3
+VARIANTS = ("none", "reordered", "even", "lp", "integer")
+
+
+def make_trace(batches=12, layers=2, sources=4, experts=32, steps=None, seed=0):
+    rng = np.random.default_rng(seed)
+    long_term = rng.normal(size=(1, layers, 1, experts))
+    jitter = 0.3 * rng.normal(size=(batches, layers, 1, experts))
+    rate = 20 * np.exp(long_term + jitter)
+    counts = rng.poisson(np.broadcast_to(rate, (batches, layers, sources, experts)))
+    if steps is None:
+        steps = np.arange(batches)
+    return traces.Trace(counts.astype(np.int64), np.asarray(steps, dtype=np.int64), {"made": "up"})
+
+
+@pytest.fixture
+def trace_path(tmp_path):
+    path = tmp_path / "counts.npz"
+    traces.save(path, make_trace())
+    return path
+
+
+def command(trace_path, out, *more):
+    return ["balance", "--trace", str(trace_path), "--device", "cpu", "--out", str(out), *more]
+
+
+def exact_optimum(placement, counts):
+    """Solve one batch's min-max LP over slots with HiGHS; rank of slot p is p // slots_per_rank."""
+    slots, ranks = placement.n_physical, placement.ep_size
+    expert = placement.phy2log.numpy()
+    rank = placement.rank_of_slot.numpy()
+    of_expert = np.zeros((placement.n_logical, slots + 1))
+    of_expert[expert, np.arange(slots)] = 1
+    of_rank = np.zeros((ranks, slots + 1))
+    of_rank[rank, np.arange(slots)] = 1
+    of_rank[:, -1] = -1
+    cost = np.r_[np.zeros(slots), 1.0]
+    done = linprog(cost, of_rank, np.zeros(ranks), of_expert, counts, bounds=(0, None))
+    assert done.status == 0
+    return done.fun
+
+
+def test_report(trace_path, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(command(trace_path, out, "--ep", "8", "--slots", "1,2")) == 0
+    shown = capsys.readouterr().out
+    assert "split" in shown and "12 of 12" in shown and "CPU" in shown
+
+    assert sorted(path.name for path in out.iterdir()) == ["balance.json", "balance.png"]
+    with Image.open(out / "balance.png") as image:
+        image.load()
+        assert image.format == "PNG"
+        assert min(image.size) > 400
+        colors = {pixel for _, pixel in image.convert("RGB").getcolors(maxcolors=1 << 20)}
+    assert {(0x3B, 0x7D, 0xBD), (0xC8, 0x37, 0x4A), (0xB8, 0xB8, 0xB8)} <= colors
+
+    report = json.loads((out / "balance.json").read_text())
+    assert report["options"]["ep"] == [8]
+    assert report["options"]["backend"] == "torch"
+    assert report["trace"]["meta"]["made"] == "up"
+    assert report["trace"]["stretches"] == [{"history": [0, 6], "test": [6, 12], "steps": [0, 11]}]
+    assert report["environment"]["torch"] == torch.__version__.partition("+")[0] or (
+        report["environment"]["torch"] == torch.__version__
+    )
+    assert report["environment"]["cpu_count"] == os.cpu_count()
+    assert [(cell["ep"], cell["slots"]) for cell in report["cells"]] == [(8, 1), (8, 2)]
+    for cell in report["cells"]:
+        means = {name: cell["imbalance"][name]["mean"] for name in VARIANTS}
+        for name in VARIANTS:
+            stats = cell["imbalance"][name]
+            assert 1 <= stats["mean"] <= stats["p95"] * 1.5
+            assert stats["p95"] <= stats["max"]
+        assert means["lp"] < means["even"] < means["none"]
+        assert means["lp"] < means["reordered"] < means["none"]
+        lps = cell["lps"]
+        assert lps["count"] == lps["certified"] == 12
+        assert 0 <= lps["max_gap"] <= TOLERANCE
+        assert 1 <= lps["max_iterations"] <= 40
+        assert lps["median_us_per_lp"] > 0
+        assert "not the GPU kernel's time" in lps["time_is"]
+        assert [layer["layer"] for layer in cell["by_layer"]] == [0, 1]
+        assert {len(layer["imbalance"]["lp"]) for layer in cell["by_layer"]} == {6}
+        assert len(cell["example"]["loads"]["lp"]) == 8
+        sums = [sum(cell["example"]["loads"][name]) for name in VARIANTS]
+        assert sums == pytest.approx([sums[0]] * 5, rel=1e-6)
+    one, two = (cell["imbalance"]["lp"]["mean"] for cell in report["cells"])
+    assert two < one
+
+
+@pytest.mark.parametrize(
+    ("name", "ep", "slots"),
+    [("eplb", 8, 1), ("eplb", 4, 2), ("cube", 8, 2), ("ring:4", 8, 1), ("torus:2x4", 8, 2)],
+)
+def test_cell_against_exact_optimum(name, ep, slots):
+    trace = make_trace(batches=8)
+    options = balance.Options((ep,), (slots,), (name,), history=5, tolerance=TOLERANCE)
+    (cell,) = balance.run(trace, options)
+    assert cell.reason is None
+    assert cell.all_certified
+    totals = trace.totals()
+    for result in cell.results:
+        history = torch.from_numpy(totals[:5, result.layer].sum(0)).double()
+        placement = balance.make_placement(name, history, ep, slots)
+        assert placement.n_physical == 32 + ep * slots
+        for at, counts in enumerate(totals[5:, result.layer]):
+            best = exact_optimum(placement, counts)
+            largest = {variant: result.loads[variant][at].max() for variant in VARIANTS}
+            assert result.bound[at] <= best * (1 + 1e-6)
+            assert best <= largest["lp"] * (1 + 1e-6)
+            assert largest["lp"] <= best * (1 + TOLERANCE) / (1 - TOLERANCE) + 1e-6
+            assert largest["lp"] <= largest["even"] * (1 + TOLERANCE)
+            for variant in VARIANTS:
+                assert result.loads[variant][at].sum() == pytest.approx(counts.sum(), rel=1e-6)
+    assert (cell.bound() <= cell.imbalance("lp") * (1 + 1e-6)).all()
+    assert (cell.bound() >= 1 - 1e-6).all()
+
+
+def test_integer_loads_are_near_the_plan():
+    trace = make_trace(batches=6, sources=8)
+    counts = torch.from_numpy(trace.counts[:, 0])
+    for placement in (
+        Placement.from_history(counts.sum((0, 1)).double(), 8, redundant_per_rank=2),
+        Placement.from_topology(topologies.ring(4), 40, 32, 8),
+    ):
+        totals = counts.sum(1)
+        solution = solve(placement.problem(totals))
+        whole = balance.integer_loads(placement, counts, solution)
+        assert whole.dtype == torch.int64
+        assert whole.shape == (6, 8)
+        assert torch.equal(whole.sum(1), totals.sum(1))
+        # Each source rounds each copy by less than one token.
+        limit = 8 * placement.slots_per_rank
+        assert (whole - placement.rank_loads(totals, solution)).abs().max() < limit
+
+
+def test_integer_loads_without_a_choice():
+    counts = torch.tensor([[[3, 1, 0, 5]], [[0, 0, 0, 0]]])
+    placement = Placement.from_phy2log(torch.tensor([0, 1, 2, 3, 0, 0]), 2)
+    solution = solve(placement.problem(counts.sum(1)))
+    whole = balance.integer_loads(placement, counts, solution)
+    assert whole.sum(1).tolist() == [9, 0]
+    # Experts 1 and 2 have one copy, on rank 0; expert 3 is on rank 1.
+    assert whole[0, 0] >= 1 and whole[0, 1] >= 5
+
+
+def test_fold_sources():
+    counts = torch.arange(2 * 6 * 3).reshape(2, 6, 3)
+    folded = balance.fold_sources(counts, 3)
+    assert torch.equal(folded, counts[:, ::2] + counts[:, 1::2])
+    for ep in (4, 6, 12):
+        assert balance.fold_sources(counts, ep) is counts
+
+
+def test_imbalance():
+    loads = np.array([[1, 3], [2, 2], [0, 0]])
+    np.testing.assert_allclose(balance.imbalance(loads), [1.5, 1, 1])
+
+
+def test_stretches():
+    steps = np.r_[0:10, 100:104, 50:52].astype(np.int64)
+    cut = balance.stretches(steps, 0.5)
+    assert [(s.start, s.split, s.stop) for s in cut] == [(0, 5, 10), (10, 12, 14), (14, 15, 16)]
+    assert [s.split - s.start for s in balance.stretches(steps, 1)] == [1, 1, 1]
+    # Every third step recorded is no gap.
+    assert len(balance.stretches(np.arange(0, 30, 3), 0.25)) == 1
+    for history in (2, 0, 1.0, 0.0, -0.5):
+        with pytest.raises(ValueError, match="history"):
+            balance.stretches(steps, history)
+    with pytest.raises(ValueError, match="history"):
+        balance.stretches(np.zeros(1, dtype=np.int64), 0.5)
+
+
+def test_each_stretch_has_its_own_history():
+    early, late = make_trace(batches=6, seed=1), make_trace(batches=6, seed=2)
+    steps = np.r_[0:6, 100:106]
+    both = traces.Trace(np.concatenate([early.counts, late.counts]), steps.astype(np.int64))
+    options = balance.Options((8,), (2,))
+    (cell,) = balance.run(both, options)
+    parts = [balance.run(part, options)[0].imbalance("lp") for part in (early, late)]
+    np.testing.assert_allclose(cell.imbalance("lp"), np.concatenate(parts, axis=1))
+    worst = cell.worst()
+    assert worst.loads["even"].max() / worst.loads["even"].mean() == pytest.approx(
+        cell.imbalance("even").max()
+    )
+    assert both.totals()[worst.batch, worst.layer].sum() == pytest.approx(
+        worst.loads["even"].sum(), rel=1e-9
+    )
+
+
+def test_batches_without_tokens():
+    trace = make_trace(batches=6)
+    trace.counts[4] = 0
+    (cell,) = balance.run(trace, balance.Options((8,), (1,)))
+    assert cell.all_certified
+    for variant in VARIANTS:
+        np.testing.assert_array_equal(cell.imbalance(variant)[:, 1], 1.0)
+    np.testing.assert_array_equal(cell.bound()[:, 1], 1.0)
+
+
+def test_not_applicable_cells(trace_path, tmp_path, capsys):
+    out = tmp_path / "out"
+    args = ("--ep", "4,5,8", "--placement", "cube,eplb", "--slots", "1,2")
+    assert cli.main(command(trace_path, out, *args)) == 0
+    shown = capsys.readouterr().out
+    assert "n/a" in shown
+    assert "cube needs a positive multiple of 2 redundant slots per rank, got 1" in shown
+    report = json.loads((out / "balance.json").read_text())
+    found = {(c["ep"], c["placement"], c["slots"]): c["applicable"] for c in report["cells"]}
+    assert {key for key, applicable in found.items() if applicable} == {
+        (4, "eplb", 1), (4, "eplb", 2), (8, "eplb", 1), (8, "eplb", 2), (8, "cube", 2)
+    }  # fmt: skip
+    assert len(found) == 12
+    assert all("5 does not divide" in c["reason"] for c in report["cells"] if c["ep"] == 5)
+
+
+def test_no_replicas(trace_path, tmp_path, capsys):
+    out = tmp_path / "out"
+    args = ("--ep", "8", "--placement", "none,eplb", "--slots", "0")
+    assert cli.main(command(trace_path, out, *args)) == 0
+    assert "no LP" in capsys.readouterr().out
+    none, reordered = json.loads((out / "balance.json").read_text())["cells"]
+    assert none["lps"]["count"] == reordered["lps"]["count"] == 0
+    assert none["lps"]["median_us_per_lp"] is None
+    assert none["imbalance"]["lp"] == none["imbalance"]["none"]
+    assert reordered["imbalance"]["lp"] == reordered["imbalance"]["reordered"]
+
+
+def test_json_to_stdout(trace_path, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["balance", "--trace", str(trace_path), "--device", "cpu", "--ep", "8", "--json", "-"]
+    assert cli.main([*args, "--layers", "1", "--history", "9"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert report["options"]["layers"] == [1]
+    assert report["trace"]["stretches"][0]["history"] == [0, 9]
+    assert "Certificates" in captured.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["counts.npz"]
+
+
+def test_json_elsewhere(trace_path, tmp_path):
+    path = tmp_path / "new" / "figures.json"
+    assert cli.main(command(trace_path, tmp_path / "out", "--ep", "8", "--json", str(path))) == 0
+    assert json.loads(path.read_text())["command"] == "balance"
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["balance.png"]
+    assert [p.name for p in path.parent.iterdir()] == ["figures.json"]
+
+
+def test_failed_certificate_is_exit_code_1(trace_path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "DEFAULT_MAX_ITERATIONS", 1)
+    out = tmp_path / "out"
+    args = ("--ep", "8", "--slots", "2", "--tolerance", "1e-5")
+    assert cli.main(command(trace_path, out, *args)) == 1
+    assert "not certified within 1e-05" in capsys.readouterr().err
+    lps = json.loads((out / "balance.json").read_text())["cells"][0]["lps"]
+    assert lps["certified"] < lps["count"]
+    assert lps["max_gap"] > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--ep", "5"), "EP size 5 does not divide the 32 experts"),
+        (("--ep", "4", "--placement", "cube"), "cube has groups of 8 ranks"),
+        (("--ep", "8", "--placement", "cube", "--slots", "1"), "multiple of 2"),
+        (("--ep", "8", "--slots", "100"), "redundant slots"),
+        (("--ep", "8", "--layers", "0-2"), "argument --layers"),
+        (("--ep", "8", "--history", "12"), "argument --history"),
+        (("--ep", "8", "--out", "counts.npz"), "cannot make the folder"),
+    ],
+)
+def test_impossible_requests_are_exit_code_2(
+    trace_path, tmp_path, capsys, monkeypatch, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command(trace_path, "out", *options)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "balance.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (("--ep", "0"), "--ep"),
+        (("--ep", "8,x"), "--ep"),
+        (("--slots", "-1"), "--slots"),
+        (("--placement", "cub"), "--placement"),
+        (("--placement", "torus:4"), "--placement"),
+        (("--history", "1.5"), "--history"),
+        (("--history", "0"), "--history"),
+        (("--history", "nan"), "--history"),
+        (("--tolerance", "0"), "--tolerance"),
+        (("--tolerance", "nan"), "--tolerance"),
+        (("--layers", "3-1"), "--layers"),
+        (("--layers", "a"), "--layers"),
+        (("--device", "tpu"), "--device"),
+        (("--backend", "numpy"), "--backend"),
+    ],
+)
+def test_wrong_options_are_exit_code_2(trace_path, tmp_path, capsys, options, name):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command(trace_path, tmp_path / "out", *options))
+    assert stop.value.code == 2
+    assert f"argument {name}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_traces_are_exit_code_2(tmp_path, capsys):
+    assert cli.main(command(tmp_path / "missing.npz", tmp_path / "out")) == 2
+    assert "missing.npz" in capsys.readouterr().err
+    (tmp_path / "bad.npz").write_bytes(b"nothing of the kind")
+    assert cli.main(command(tmp_path / "bad.npz", tmp_path / "out")) == 2
+    assert "bad.npz" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_exit_code_2(trace_path, tmp_path, capsys):
+    args = ["balance", "--trace", str(trace_path), "--device", "cuda", "--out", str(tmp_path / "o")]
+    assert cli.main(args) == 2
+    assert "argument --device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["rich", "matplotlib"])
+def test_missing_extra_names_it(trace_path, tmp_path, capsys, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(command(trace_path, tmp_path / "out", "--ep", "8")) == 2
+    error = capsys.readouterr().err
+    assert module in error
+    assert "pip install 'lplb_triton[bench]'" in error
+
+
+def test_interrupt_leaves_no_file(trace_path, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+
+    def interrupted(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.os, "replace", interrupted)
+    assert cli.main(command(trace_path, out, "--ep", "8")) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+
+
+def test_picture_needs_results():
+    with pytest.raises(ValueError, match="cells"):
+        plots.balance_png([balance.Cell(8, 1, "cube", reason="no")], title="none")
+
+
+def test_picture_is_repeatable():
+    cells = balance.run(make_trace(batches=4), balance.Options((4,), (1,)))
+    first, second = (plots.balance_png(cells, title="twice") for _ in range(2))
+    assert first == second
+    with Image.open(io.BytesIO(first)) as image:
+        assert image.format == "PNG"
+
+
+def test_tables_show_every_figure(capsys):
+    cells = balance.run(make_trace(batches=6), balance.Options((4,), (1, 2)))
+    target = tables.console(stderr=False)
+    tables.show_balance(target, cells, title="a [title]", time_label="of something")
+    shown = capsys.readouterr().out
+    assert "a [title]" in shown
+    for cell in cells:
+        assert cell.all_certified
+        assert (cell.status() == Status.CERTIFIED).all()
+        for variant in VARIANTS:
+            values = cell.imbalance(variant)
+            for figure in (values.mean(), np.percentile(values, 95), values.max()):
+                assert f"{figure:.3f}" in shown
+
+
+def test_module_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "lplb_triton.bench", "balance", "--help"],
+        capture_output=True, text=True, timeout=120, check=False,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "lplb-bench balance --ep 8,16,32,64" in done.stdout
+
+
+@pytest.mark.gpu
+def test_kernel_on_a_gpu(trace_path, tmp_path):
+    out = tmp_path / "out"
+    args = ["balance", "--trace", str(trace_path), "--device", "cuda", "--out", str(out)]
+    assert cli.main([*args, "--ep", "8"]) == 0
+    report = json.loads((out / "balance.json").read_text())
+    assert report["options"]["backend"] == "triton"
+    assert report["environment"]["gpu"]
