@@ -8,7 +8,7 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
-from lplb_triton.kernels.solve import _solve_counts_kernel, _solve_lp_kernel
+from lplb_triton.kernels.interior_point import _solve_counts_kernel, _solve_lp_kernel
 from lplb_triton.kernels.tokens import _count_kernel, _running_sum_kernel, _select_kernel
 
 # Ids that one program handles at a time. The select kernel compares all pairs of a block.
@@ -44,7 +44,7 @@ def is_interpreted() -> bool:
 
 
 def _tile(n_ranks: int, n_columns: int) -> tuple[int, int]:
-    """Padded tile of a group; ``tl.dot`` needs 16 columns where it is used."""
+    """Pad the tile of a group; ``tl.dot`` needs 16 columns where it is used."""
     ranks = max(2, triton.next_power_of_2(n_ranks))
     columns = max(2, triton.next_power_of_2(n_columns))
     return ranks, columns if ranks < 16 else max(16, columns)

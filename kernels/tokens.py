@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 
 SHARE_BITS = tl.constexpr(24)
+SHARE_MASK = tl.constexpr((1 << 24) - 1)
+SHARE_HALF = tl.constexpr(1 << 23)
 # Equation 13: odd multipliers near 2**24 over the golden and the plastic number.
 OFFSET_BY_RANK = tl.constexpr(10368889)
 OFFSET_BY_EXPERT = tl.constexpr(12664745)
@@ -117,9 +119,12 @@ def _select_kernel(
         # Rank within the block by comparing all pairs: stable, hence deterministic.
         # The transposed copy of the ids comes from memory, which is cheaper than a layout change.
         other_ids = tl.load(idx_ptr + at, mask=at < end, other=-1)
-        same = tag[:, None] == tl.where(
-            (other_ids >= 0) & (other_ids < n_logical), other_ids, -2
-        ).to(tl.int32)[None, :]
+        same = (
+            tag[:, None]
+            == tl.where((other_ids >= 0) & (other_ids < n_logical), other_ids, -2).to(tl.int32)[
+                None, :
+            ]
+        )
         earlier = lane[None, :] < lane[:, None]
         position_here = tl.sum((same & earlier).to(tl.int32), 1)
         same_here = tl.sum(same.to(tl.int32), 1)
@@ -132,7 +137,7 @@ def _select_kernel(
         position = (already + position_here).to(tl.int64)
         count = tl.load(totals_ptr + e, mask=known, other=0).to(tl.int64)
         offset = rank.to(tl.int64) * OFFSET_BY_RANK + e.to(tl.int64) * OFFSET_BY_EXPERT
-        offset = (offset + (1 << (SHARE_BITS - 1))) & ((1 << SHARE_BITS) - 1)
+        offset = (offset + SHARE_HALF) & SHARE_MASK
         first = tl.load(copy_start_ptr + e)
         low = first
         high = tl.load(copy_start_ptr + e + 1) - 1
@@ -147,7 +152,7 @@ def _select_kernel(
             scaled = position * quota + size // 2
             taken = scaled // tl.maximum(size, 1)
             left = inner & (scaled - taken * size + quota >= size)
-            right = inner & (not left)
+            right = inner & ~left
             position = tl.where(left, taken, tl.where(right, position - taken, position))
             size = tl.where(left, quota, tl.where(right, size - quota, size))
             low_end = tl.where(right, middle_end, low_end)

@@ -11,7 +11,7 @@ _blocks: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def _stream_key(device: torch.device) -> tuple[torch.device, int]:
-    """Current stream of ``device``; CPUs have one."""
+    """Name the current stream of ``device``; CPUs have one."""
     if device.type != "cuda":
         return device, 0
     return device, torch.cuda.current_stream(device).cuda_stream

@@ -164,7 +164,9 @@ class Balancer:
 
     def __repr__(self) -> str:
         """Placement, device, backend, group and tolerance in one line."""
-        sync = "none" if self.group is None else f"torch.distributed({dist.get_backend(self.group)})"
+        sync = "none"
+        if self.group is not None:
+            sync = f"torch.distributed({dist.get_backend(self.group)})"
         return (
             f"Balancer({self._placement!r}, device={self.device}, backend={self.backend}, "
             f"sync={sync}, rank={self.rank}, tolerance={self.tolerance:g})"
@@ -300,7 +302,9 @@ class Balancer:
         )
         return result
 
-    def count(self, idx: torch.Tensor, *, n_sms: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def count(
+        self, idx: torch.Tensor, *, n_sms: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Count this rank's tokens per logical expert.
 
         Parameters
@@ -519,9 +523,7 @@ class Balancer:
                     f"got {int(idx[bad][0])}"
                 )
         self._check_values(idx)
-        counts, _ = reference.count_experts(
-            idx, self._placement.n_logical, max(1, idx.numel()), 1
-        )
+        counts, _ = reference.count_experts(idx, self._placement.n_logical, max(1, idx.numel()), 1)
         solution = self._solve_torch(self.sync(counts), certified, solves)
         views = self._tables.views
         return reference.assign_copies(
@@ -633,7 +635,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("lplb_triton::balance", "CompositeExplicitAutograd")
 def _balance(
     idx: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor, handle: int, n_sms: int
 ) -> torch.Tensor:
@@ -643,8 +644,11 @@ def _balance(
     return balancer._run(idx, certified, solves, n_sms)
 
 
-@torch.library.register_fake("lplb_triton::balance")
 def _balance_fake(
     idx: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor, handle: int, n_sms: int
 ) -> torch.Tensor:
     return torch.empty_like(idx, memory_format=torch.contiguous_format)
+
+
+torch.library.impl("lplb_triton::balance", "CompositeExplicitAutograd", _balance)
+torch.library.register_fake("lplb_triton::balance", _balance_fake)

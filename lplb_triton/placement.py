@@ -372,7 +372,8 @@ class Placement:
             # np.unique sorts sets, not groups: number the sets within their group in order.
             by = np.argsort(set_group, kind="stable")
             within = np.empty(len(sets), dtype=np.int64)
-            within[by] = np.arange(len(sets)) - np.repeat(np.cumsum(n_columns) - n_columns, n_columns)
+            before = np.cumsum(n_columns) - n_columns
+            within[by] = np.arange(len(sets)) - np.repeat(before, n_columns)
             column_of[replicated] = within[inverse.reshape(-1)]
             which, where = np.nonzero(sets)
             mask[set_group[which], where % self.group_size, within[which]] = True
@@ -464,8 +465,11 @@ class Placement:
         mask = torch.from_numpy(self.structure.mask).to(device)
         if self.n_group > 1:
             mask = mask.repeat(batch, 1, 1)
+        instances = batch * self.n_group
         return Problem(
-            weights.reshape(-1, self.max_columns), fixed.reshape(-1, self.group_size), mask
+            weights.reshape(instances, self.max_columns),
+            fixed.reshape(instances, self.group_size),
+            mask,
         )
 
     def even_loads(self, counts: torch.Tensor) -> torch.Tensor:

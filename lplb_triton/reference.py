@@ -110,9 +110,7 @@ def _step_length(*pairs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return 1.0 / torch.stack(rates).amax(0).clamp(min=1e-30)
 
 
-def solve(
-    problem: Problem, tolerance: float, max_iterations: int, dtype: torch.dtype
-) -> Solution:
+def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.dtype) -> Solution:
     """Primal-dual interior-point method on a batch of instances (equations 1 to 11).
 
     Parameters
@@ -180,7 +178,8 @@ def solve(
         dual = _step_length((z, dz), (y, dy)).clamp(max=1.0)
         xz_affine = (x + primal[:, None, None] * dx) * (z + dual[:, None, None] * dz)
         sy_affine = (s + primal[:, None] * ds) * (y + dual[:, None] * dy)
-        mu_affine = (torch.where(active, xz_affine, 0.0).sum((1, 2)) + sy_affine.sum(1)) / n_products
+        affine = torch.where(active, xz_affine, 0.0).sum((1, 2)) + sy_affine.sum(1)
+        mu_affine = affine / n_products
         target = mu * ((mu_affine / mu) ** 3).clamp(min=MIN_CENTERING, max=1.0)
         dx, dz, ds, dy = newton.direction(
             target[:, None, None] - xz - dx * dz, target[:, None] - sy - ds * dy

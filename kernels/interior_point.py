@@ -29,7 +29,7 @@ STATUS_INVALID = tl.constexpr(2)
 
 @triton.jit
 def _safe_divide(a, b, keep, other):
-    """a / b where ``keep``, ``other`` elsewhere, without dividing by what is masked."""
+    """Divide a by b where ``keep``, ``other`` elsewhere, never by what is masked."""
     return tl.where(keep, a / tl.where(keep, b, 1.0), other)
 
 
@@ -59,8 +59,10 @@ def _invert(matrix, G: tl.constexpr):
 def _gram(v, G: tl.constexpr, C: tl.constexpr):
     """``v @ v.T`` in full float32 precision, ``[G, G]``."""
     if G < 16:
-        return tl.sum(v[:, None, :] * v[None, :, :], 2)
-    return tl.dot(v, tl.trans(v), input_precision="ieee")
+        gram = tl.sum(v[:, None, :] * v[None, :, :], 2)
+    else:
+        gram = tl.dot(v, tl.trans(v), input_precision="ieee")
+    return gram
 
 
 @triton.jit
@@ -175,9 +177,7 @@ def _interior_point(
     both_on = rank_on[:, None] & rank_on[None, :]
 
     iterations = 0
-    while (best_load - bound > TARGET_PART * tolerance * best_load) & (
-        iterations < max_iterations
-    ):
+    while (best_load - bound > TARGET_PART * tolerance * best_load) & (iterations < max_iterations):
         iterations += 1
         d = _safe_divide(x, z, active, 0.0)
         d_column = tl.maximum(tl.sum(d, 0), 1e-37)
@@ -234,7 +234,7 @@ def _interior_point(
     tl.store(best_ptrs, shares, mask=copy)
     max_load = tl.max(fixed + tl.sum(weights[None, :] * shares, 1))
     lower_bound = tl.minimum(bound * unit * (1.0 - BOUND_ALLOWANCE), max_load)
-    gap = tl.where(max_load > 0, (max_load - lower_bound) / tl.where(max_load > 0, max_load, 1.0), 0.0)
+    gap = _safe_divide(max_load - lower_bound, max_load, max_load > 0, 0.0)
     status = tl.where(gap <= tolerance, STATUS_CERTIFIED, STATUS_GAP)
     status = tl.where(invalid, STATUS_INVALID, status)
     max_load = tl.where(invalid, inf, max_load)

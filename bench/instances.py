@@ -1,0 +1,211 @@
+"""Random min-max programs: the load families that solvers are checked and timed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lplb_triton import topologies
+from lplb_triton.placement import Placement
+from lplb_triton.problem import Problem
+
+__all__ = ["FAMILIES", "SHAPES", "Instance", "corpus", "draw_loads", "shape_placement"]
+
+Floats = NDArray[np.float64]
+
+TOKENS_PER_EXPERT = 1024
+
+
+def _normal(rng: np.random.Generator, n: int) -> Floats:
+    return np.clip(rng.normal(1.0, 0.3, n), 0.0, None)
+
+
+def _lognormal(rng: np.random.Generator, n: int) -> Floats:
+    return rng.lognormal(0.0, 1.0, n)
+
+
+def _zipf(rng: np.random.Generator, n: int) -> Floats:
+    return rng.permutation(np.arange(1, n + 1) ** -1.2)
+
+
+def _hot(rng: np.random.Generator, n: int) -> Floats:
+    loads = rng.uniform(0.5, 1.5, n)
+    loads[rng.integers(n)] *= n
+    return loads
+
+
+def _sparse(rng: np.random.Generator, n: int) -> Floats:
+    return rng.lognormal(0.0, 1.0, n) * (rng.random(n) < 0.2)
+
+
+def _dirichlet(rng: np.random.Generator, n: int) -> Floats:
+    return rng.dirichlet(np.full(n, 0.1))
+
+
+def _few_tokens(rng: np.random.Generator, n: int) -> Floats:
+    return rng.poisson(0.5, n).astype(np.float64)
+
+
+def _wide_range(rng: np.random.Generator, n: int) -> Floats:
+    return 10.0 ** rng.uniform(-6.0, 3.0, n)
+
+
+def _equal(rng: np.random.Generator, n: int) -> Floats:
+    return np.full(n, float(rng.integers(1, 100)))
+
+
+def _empty(rng: np.random.Generator, n: int) -> Floats:
+    return np.zeros(n)
+
+
+# The first six are those of the published comparison; the others look for trouble.
+FAMILIES: dict[str, Callable[[np.random.Generator, int], Floats]] = {
+    "normal": _normal,
+    "lognormal": _lognormal,
+    "zipf": _zipf,
+    "one hot expert": _hot,
+    "sparse": _sparse,
+    "dirichlet": _dirichlet,
+    "few tokens": _few_tokens,
+    "wide range": _wide_range,
+    "equal": _equal,
+    "empty": _empty,
+}
+# Families that keep their own small numbers; the rest are scaled to a batch's token counts.
+_UNSCALED = ("few tokens", "equal", "empty")
+
+
+class Instance(NamedTuple):
+    """One shape with a batch of loads."""
+
+    shape: str
+    families: list[str]
+    placement: Placement
+    counts: torch.Tensor
+    """[B, n_logical] int32 tokens per logical expert, row i drawn from ``families[i]``."""
+
+    @property
+    def problem(self) -> Problem:
+        """The programs, one per row (and group)."""
+        return self.placement.problem(self.counts)
+
+
+def draw_loads(family: str, rng: np.random.Generator, n_experts: int) -> torch.Tensor:
+    """Draw token counts per expert from a family.
+
+    Parameters
+    ----------
+    family : str
+        A key of `FAMILIES`.
+    rng : numpy.random.Generator
+        Source of randomness.
+    n_experts : int
+        Number of experts.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[n_experts]`` int32.
+
+    Raises
+    ------
+    ValueError
+        If the family is unknown.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
+    loads = FAMILIES[family](rng, n_experts)
+    if family not in _UNSCALED and loads.sum() > 0:
+        loads = loads * (TOKENS_PER_EXPERT * n_experts / loads.sum())
+    return torch.from_numpy(np.floor(loads).astype(np.int32))
+
+
+def _random_copies(rng: np.random.Generator, ep_size: int, n_logical: int, slots: int) -> Placement:
+    """Any slot map: every expert once, the rest at random, shuffled (several per rank too)."""
+    spare = ep_size * slots - n_logical
+    extra = rng.integers(n_logical, size=spare)
+    flat = rng.permutation(np.concatenate([np.arange(n_logical), extra]))
+    return Placement.from_phy2log(flat, ep_size, n_logical=n_logical)
+
+
+# name: (ranks, redundant slots per rank) for EPLB and random placements of 256 or fewer experts
+SHAPES = (
+    "ring:8",
+    "cube",
+    "hypercube",
+    "torus:4x8",
+    "torus:8x8",
+    "ring:5",
+    "torus:3x4",
+    "eplb:2:1",
+    "eplb:8:1",
+    "eplb:16:2",
+    "eplb:24:1",
+    "eplb:32:2",
+    "eplb:64:1",
+    "eplb:64:2",
+    "random:7:3",
+    "random:12:2",
+    "random:32:4",
+)
+
+
+def shape_placement(shape: str, rng: np.random.Generator) -> Placement:
+    """Make the placement of a shape by its name.
+
+    Parameters
+    ----------
+    shape : str
+        A topology's name (8 experts per rank), ``eplb:RANKS:SLOTS`` (EPLB by a lognormal
+        history) or ``random:RANKS:SLOTS`` (arbitrary copies).
+    rng : numpy.random.Generator
+        Source of the history or of the copies.
+
+    Returns
+    -------
+    Placement
+    """
+    kind, _, rest = shape.partition(":")
+    if kind in ("eplb", "random"):
+        ranks, slots = (int(part) for part in rest.split(":"))
+        per_rank = max(1, 256 // ranks) if ranks >= 16 else 8
+        n_logical = per_rank * ranks
+        if kind == "random":
+            return _random_copies(rng, ranks, n_logical, per_rank + slots)
+        history = draw_loads("lognormal", rng, n_logical)
+        return Placement.from_history(history, ranks, redundant_per_rank=slots)
+    r2o = topologies.from_name(shape)
+    ranks, slots = r2o.shape
+    return Placement.from_topology(r2o, ranks * (8 + slots), ranks * 8, ranks)
+
+
+def corpus(
+    n_instances: int, seed: int, families: tuple[str, ...] = tuple(FAMILIES)
+) -> Iterator[Instance]:
+    """Yield about ``n_instances`` random programs, spread evenly over shapes and families.
+
+    Parameters
+    ----------
+    n_instances : int
+        Total over all shapes; rounded up to whole batches.
+    seed : int
+        Seed of everything drawn.
+    families : tuple of str
+        Keys of `FAMILIES`.
+
+    Yields
+    ------
+    Instance
+        One per shape, with its share of the loads.
+    """
+    rng = np.random.default_rng(seed)
+    per_shape = -(-n_instances // len(SHAPES))
+    for shape in SHAPES:
+        placement = shape_placement(shape, rng)
+        names = [families[i % len(families)] for i in range(per_shape)]
+        rows = [draw_loads(name, rng, placement.n_logical) for name in names]
+        yield Instance(shape, names, placement, torch.stack(rows))

@@ -1,0 +1,192 @@
+"""Hold every answer against HiGHS: feasibility, bound, optimum, gap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linprog
+from scipy.sparse import coo_matrix
+
+from lplb_triton.bench.instances import corpus
+from lplb_triton.problem import Problem
+from lplb_triton.solution import Solution
+from lplb_triton.solver import solve
+
+__all__ = ["Verdict", "highs_optimum", "verify"]
+
+Floats = NDArray[np.float64]
+# Relative slack for comparing two floating-point answers.
+SLACK = 1e-6
+
+
+@dataclass
+class Verdict:
+    """Counts over all instances of one tolerance."""
+
+    tolerance: float
+    instances: int = 0
+    infeasible: int = 0
+    bound_above_optimum: int = 0
+    load_below_optimum: int = 0
+    not_certified: int = 0
+    worst_gap: float = 0.0
+    max_iterations: int = 0
+    total_iterations: int = 0
+
+    @property
+    def sound(self) -> bool:
+        """Whether every plan is feasible and every certificate true."""
+        return not (self.infeasible or self.bound_above_optimum or self.load_below_optimum)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+
+def highs_optimum(weights: Floats, fixed: Floats, mask: NDArray[np.bool_]) -> float:
+    """Optimum of one program (method.md, equation 1) by HiGHS.
+
+    Parameters
+    ----------
+    weights, fixed, mask : numpy.ndarray
+        ``[C]``, ``[G]``, ``[G, C]``.
+
+    Returns
+    -------
+    float
+        The smallest possible load of the most loaded rank, in the unit of the weights.
+
+    Raises
+    ------
+    RuntimeError
+        If HiGHS reports anything but an optimum.
+    """
+    used = (weights > 0) & mask.any(0)
+    weights, mask = weights[used], mask[:, used]
+    ranks, columns = mask.shape
+    unit = (weights.sum() + fixed.sum()) / ranks
+    if unit == 0:
+        return 0.0
+    rank, column = np.nonzero(mask)
+    n = len(rank)
+    loads = coo_matrix(
+        (
+            np.concatenate([weights[column] / unit, -np.ones(ranks)]),
+            (
+                np.concatenate([rank, np.arange(ranks)]),
+                np.concatenate([np.arange(n), np.full(ranks, n)]),
+            ),
+        ),
+        shape=(ranks, n + 1),
+    )
+    sums = coo_matrix((np.ones(n), (column, np.arange(n))), shape=(columns, n + 1))
+    cost = np.zeros(n + 1)
+    cost[-1] = 1.0
+    result = linprog(
+        cost,
+        A_ub=loads.tocsr(),
+        b_ub=-fixed / unit,
+        A_eq=sums.tocsr() if columns else None,
+        b_eq=np.ones(columns) if columns else None,
+        method="highs",
+    )
+    if result.status != 0:
+        raise RuntimeError(f"HiGHS found no optimum: {result.message}")
+    return float(result.fun) * float(unit)
+
+
+def _optimum_of(job: tuple[Floats, Floats, NDArray[np.bool_]]) -> float:
+    return highs_optimum(*job)
+
+
+def _judge(verdict: Verdict, problem: Problem, solution: Solution, optima: Floats) -> None:
+    """Add one batch to a verdict; loads are recomputed in float64 from the shares."""
+    shares = solution.shares.double().cpu()
+    weights, fixed = problem.weights.double().cpu(), problem.fixed.double().cpu()
+    mask = problem.mask.cpu().expand(len(weights), -1, -1)
+    off = ((shares < 0) | (shares > 1) | ((shares != 0) & ~mask)).flatten(1).any(1)
+    sums = torch.where(mask.any(1), shares.sum(1), 1.0)
+    off |= ((sums - 1.0).abs() > SLACK).any(1)
+    loads = (fixed + (weights.unsqueeze(1) * shares).sum(2)).amax(1)
+    optimum = torch.from_numpy(optima)
+    reported = solution.max_load.double().cpu()
+    off |= (reported - loads).abs() > SLACK * loads.clamp(min=1e-300)
+    bound = solution.lower_bound.double().cpu()
+    iterations = solution.iterations.cpu()
+    verdict.instances += len(loads)
+    verdict.infeasible += int(off.sum())
+    verdict.bound_above_optimum += int((bound > optimum * (1 + SLACK)).sum())
+    verdict.load_below_optimum += int((optimum > reported * (1 + SLACK)).sum())
+    true_gap = torch.where(loads > 0, (loads - bound) / loads.clamp(min=1e-300), 0.0)
+    bad = (solution.status.cpu() != 0) | (true_gap > verdict.tolerance * (1 + 1e-3))
+    verdict.not_certified += int(bad.sum())
+    verdict.worst_gap = max(verdict.worst_gap, float(true_gap.max()))
+    verdict.max_iterations = max(verdict.max_iterations, int(iterations.max()))
+    verdict.total_iterations += int(iterations.sum())
+
+
+def verify(
+    n_instances: int,
+    *,
+    seed: int = 0,
+    tolerances: tuple[float, ...] = (1e-3, 1e-4),
+    backend: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    workers: int = 1,
+    progress: Callable[[str, int], None] | None = None,
+) -> list[Verdict]:
+    """Solve the random corpus and compare every instance with HiGHS.
+
+    Parameters
+    ----------
+    n_instances : int
+        Instances over all shapes and families of `lplb_triton.bench.instances`.
+    seed : int
+        Seed of the corpus.
+    tolerances : tuple of float
+        Each gives a row.
+    backend, dtype
+        As for `lplb_triton.solve`.
+    device : str
+        Where to solve.
+    workers : int
+        Processes for HiGHS.
+    progress : callable or None
+        Called with each shape's name and number of instances when it is done.
+
+    Returns
+    -------
+    list of Verdict
+        One per tolerance.
+    """
+    verdicts = [Verdict(tolerance) for tolerance in tolerances]
+    pool = ProcessPoolExecutor(workers) if workers > 1 else None
+    try:
+        for instance in corpus(n_instances, seed):
+            problem = instance.problem
+            masks = problem.mask.expand(problem.n_instances, -1, -1).numpy()
+            jobs = list(zip(problem.weights.numpy(), problem.fixed.numpy(), masks, strict=True))
+            optima = np.array(
+                list(pool.map(_optimum_of, jobs, chunksize=8) if pool else map(_optimum_of, jobs))
+            )
+            there = Problem(
+                problem.weights.to(device), problem.fixed.to(device), problem.mask.to(device)
+            )
+            for verdict in verdicts:
+                solution = solve(
+                    there, tolerance=verdict.tolerance, backend=backend, dtype=dtype
+                )
+                _judge(verdict, problem, solution, optima)
+            if progress is not None:
+                progress(instance.shape, problem.n_instances)
+    finally:
+        if pool is not None:
+            pool.shutdown()
+    return verdicts
