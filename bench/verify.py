@@ -180,9 +180,7 @@ def verify(
                 problem.weights.to(device), problem.fixed.to(device), problem.mask.to(device)
             )
             for verdict in verdicts:
-                solution = solve(
-                    there, tolerance=verdict.tolerance, backend=backend, dtype=dtype
-                )
+                solution = solve(there, tolerance=verdict.tolerance, backend=backend, dtype=dtype)
                 _judge(verdict, problem, solution, optima)
             if progress is not None:
                 progress(instance.shape, problem.n_instances)

@@ -12,8 +12,8 @@ from lplb_triton.kernels.interior_point import _solve_counts_kernel, _solve_lp_k
 from lplb_triton.kernels.tokens import _count_kernel, _running_sum_kernel, _select_kernel
 
 # Ids that one program handles at a time. The select kernel compares all pairs of a block.
-COUNT_BLOCK = 1024
-SELECT_BLOCK = 256
+COUNT_BLOCK = 256
+SELECT_BLOCK = 128
 
 
 class SolveTables(NamedTuple):
@@ -51,9 +51,10 @@ def _tile(n_ranks: int, n_columns: int) -> tuple[int, int]:
 
 
 def _solve_warps(ranks: int, columns: int) -> int:
-    """Warps for a tile."""
-    elements = ranks * max(ranks, columns)
-    return 1 if elements <= 128 else 4 if elements <= 1024 else 8 if elements <= 4096 else 16
+    """Warps for a tile: the quickest of 1, 2, 4, 8, 16 on an H100 (docs/benchmarks.md)."""
+    if ranks <= 8 and columns <= 32:
+        return 1
+    return 4 if ranks * max(ranks, columns) <= 4096 else 8
 
 
 def solve(
@@ -157,5 +158,5 @@ def select(
     _select_kernel[(n_rows,)](
         idx, out, running, seen, cumulative, *tables,
         idx.numel(), chunk, n_logical, n_rows, rank,
-        BINS=max(16, triton.next_power_of_2(n_logical)), BLOCK=SELECT_BLOCK, num_warps=4,
+        BINS=max(16, triton.next_power_of_2(n_logical)), BLOCK=SELECT_BLOCK, num_warps=8,
     )  # fmt: skip
