@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lplb_triton.bench.balance import Cell
+    from lplb_triton.bench.verify import Verdict
 
 __all__ = ["LABELS", "MissingExtraError", "console", "progress_bar", "require", "show_balance"]
 
@@ -166,3 +167,38 @@ def _certificate(cell: Cell) -> list[str]:
         f"{iterations.mean():.1f}, {iterations.max()}",
         f"{microseconds:.0f} us" if microseconds >= 10 else f"{microseconds:.2f} us",
     ]
+
+
+def show_verdicts(target: Console, verdicts: Sequence[Verdict], *, title: str) -> None:
+    """Print what a comparison with HiGHS found.
+
+    Parameters
+    ----------
+    target
+        Where to print.
+    verdicts
+        Results of `lplb_triton.bench.verify.verify`.
+    title
+        Line above the table.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("tolerance")
+    for v in verdicts:
+        table.add_column(f"{v.tolerance:g}", justify="right")
+    rows: dict[str, Callable[[Verdict], str]] = {
+        "instances": lambda v: str(v.instances),
+        "infeasible plans": lambda v: str(v.infeasible),
+        "bounds above the optimum": lambda v: str(v.bound_above_optimum),
+        "loads below the optimum": lambda v: str(v.load_below_optimum),
+        "not certified": lambda v: str(v.not_certified),
+        "worst gap": lambda v: f"{v.worst_gap:.2e}",
+        "iterations, mean": lambda v: f"{v.total_iterations / max(v.instances, 1):.1f}",
+        "iterations, max": lambda v: str(v.max_iterations),
+    }
+    for label, value in rows.items():
+        table.add_row(label, *(value(v) for v in verdicts))
+    target.print(table)

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,8 @@ def replay_us(launch: Callable[[], object], *, calls: int = 20, replays: int = 2
     graph.replay()
     times = []
     for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
@@ -97,9 +99,7 @@ def solve_rows(per_family: int = 4) -> list[dict[str, Any]]:
                 solution = balancer.solve(counts)
                 solution.check()
                 iterations.append(int(solution.iterations.max()))
-                times.append(
-                    replay_us(lambda c=counts, b=balancer: b.solve(c), calls=10, replays=10)
-                )
+                times.append(replay_us(partial(balancer.solve, counts), calls=10, replays=10))
         rows.append(
             {
                 "shape": shape,
@@ -146,12 +146,10 @@ def pipeline_rows() -> list[dict[str, Any]]:
                 {
                     "shape": shape,
                     "tokens": tokens,
-                    "run_us": replay_us(lambda i=idx, b=balancer: b.run(i)),
-                    "count_us": replay_us(lambda i=idx, b=balancer: b.count(i)),
-                    "solve_us": replay_us(lambda c=counts, b=balancer: b.solve(c)),
-                    "select_us": replay_us(
-                        lambda i=idx, b=balancer, c=cumulative, r=running: b.select(i, c, r)
-                    ),
+                    "run_us": replay_us(partial(balancer.run, idx)),
+                    "count_us": replay_us(partial(balancer.count, idx)),
+                    "solve_us": replay_us(partial(balancer.solve, counts)),
+                    "select_us": replay_us(partial(balancer.select, idx, cumulative, running)),
                 }
             )
     return rows

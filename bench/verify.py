@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -101,10 +100,6 @@ def highs_optimum(weights: Floats, fixed: Floats, mask: NDArray[np.bool_]) -> fl
     return float(result.fun) * float(unit)
 
 
-def _optimum_of(job: tuple[Floats, Floats, NDArray[np.bool_]]) -> float:
-    return highs_optimum(*job)
-
-
 def _judge(verdict: Verdict, problem: Problem, solution: Solution, optima: Floats) -> None:
     """Add one batch to a verdict; loads are recomputed in float64 from the shares."""
     shares = solution.shares.double().cpu()
@@ -139,7 +134,6 @@ def verify(
     backend: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
-    workers: int = 1,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Verdict]:
     """Solve the random corpus and compare every instance with HiGHS.
@@ -156,8 +150,6 @@ def verify(
         As for `lplb_triton.solve`.
     device : str
         Where to solve.
-    workers : int
-        Processes for HiGHS.
     progress : callable or None
         Called with each shape's name and number of instances when it is done.
 
@@ -167,24 +159,17 @@ def verify(
         One per tolerance.
     """
     verdicts = [Verdict(tolerance) for tolerance in tolerances]
-    pool = ProcessPoolExecutor(workers) if workers > 1 else None
-    try:
-        for instance in corpus(n_instances, seed):
-            problem = instance.problem
-            masks = problem.mask.expand(problem.n_instances, -1, -1).numpy()
-            jobs = list(zip(problem.weights.numpy(), problem.fixed.numpy(), masks, strict=True))
-            optima = np.array(
-                list(pool.map(_optimum_of, jobs, chunksize=8) if pool else map(_optimum_of, jobs))
-            )
-            there = Problem(
-                problem.weights.to(device), problem.fixed.to(device), problem.mask.to(device)
-            )
-            for verdict in verdicts:
-                solution = solve(there, tolerance=verdict.tolerance, backend=backend, dtype=dtype)
-                _judge(verdict, problem, solution, optima)
-            if progress is not None:
-                progress(instance.shape, problem.n_instances)
-    finally:
-        if pool is not None:
-            pool.shutdown()
+    for instance in corpus(n_instances, seed):
+        problem = instance.problem
+        masks = problem.mask.expand(problem.n_instances, -1, -1).numpy()
+        jobs = zip(problem.weights.numpy(), problem.fixed.numpy(), masks, strict=True)
+        optima = np.array([highs_optimum(*job) for job in jobs])
+        there = Problem(
+            problem.weights.to(device), problem.fixed.to(device), problem.mask.to(device)
+        )
+        for verdict in verdicts:
+            solution = solve(there, tolerance=verdict.tolerance, backend=backend, dtype=dtype)
+            _judge(verdict, problem, solution, optima)
+        if progress is not None:
+            progress(instance.shape, problem.n_instances)
     return verdicts
