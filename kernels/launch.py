@@ -14,6 +14,9 @@ from lplb_triton.kernels.tokens import _count_kernel, _running_sum_kernel, _sele
 # Ids that one program handles at a time. The select kernel compares all pairs of a block.
 COUNT_BLOCK = 256
 SELECT_BLOCK = 128
+# A thread that fuses its own product into a sum over lanes rounds differently from the lane
+# that sends it. All threads must hold the same bits: they take the same branches by them.
+SOLVE_OPTIONS = {"enable_fp_fusion": False}
 
 
 class SolveTables(NamedTuple):
@@ -82,7 +85,7 @@ def solve(
         _solve_lp_kernel[(batch,)](
             weights, fixed, mask, 0 if mask.shape[0] == 1 else n_ranks * n_columns,
             shares, stats, ints, tolerance, max_iterations, n_ranks, n_columns,
-            G=ranks, C=columns, num_warps=_solve_warps(ranks, columns),
+            G=ranks, C=columns, num_warps=_solve_warps(ranks, columns), **SOLVE_OPTIONS,
         )  # fmt: skip
     return shares, stats[0], stats[1], stats[2], ints[0], ints[1]
 
@@ -115,7 +118,7 @@ def solve_counts(
         tolerance, max_iterations, n_ranks, n_columns, n_slots, n_copies,
         G=ranks, C=columns, S=max(2, triton.next_power_of_2(n_slots)),
         COPIES=min(1024, max(32, triton.next_power_of_2(n_copies))),
-        num_warps=_solve_warps(ranks, columns),
+        num_warps=_solve_warps(ranks, columns), **SOLVE_OPTIONS,
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ def main() -> None:
         counts = draw_loads("lognormal", rng, placement.n_logical)
         solve(placement.problem(counts.cuda())).check()
         balancer.check()
+        print(shape, "done", flush=True)
     if "--plant" in sys.argv:
         x = torch.zeros(64, dtype=torch.int32, device="cuda")
         _read_past_the_end_kernel[(1,)](x, x, 1 << 16)

@@ -321,6 +321,8 @@ class TestOnAGpu:
                 expected = twin.select(idx.cpu(), cumulative.cpu(), running.cpu())
                 assert torch.equal(out.cpu(), expected)
 
+    # torch's own use of what it has deprecated
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_compiled_with_inductor(self):
         balancer = Balancer(placement_of(), device="cuda")
         compiled = torch.compile(lambda x: balancer.run(x * 1) + 1, fullgraph=True)
