@@ -1,4 +1,4 @@
-"""Train a small mixture-of-experts language model on one device and record its expert loads.
+r"""Train a small mixture-of-experts language model on one device and record its expert loads.
 
 The batch of every step is divided among simulated source ranks (``--sources``). Each has its own
 part of the text, file by file, as the ranks of data-parallel training do, so the experts that are
@@ -6,17 +6,17 @@ hot differ from rank to rank and from batch to batch. The routing decisions of t
 themselves are counted per step, layer, source rank and logical expert; stretches of early and of
 late training are saved with `lplb_triton.bench.trace`.
 
-The packaged trace, ``bench/data/moe256.npz``, was made on one H100 with the defaults::
+The packaged trace, ``bench/data/moe256.npz``, was made on one H100 with::
 
-    python examples/train_moe.py --device cuda --time-limit 170 --record bench/data/moe256.npz
+    python examples/train_moe.py --device cuda --time-limit 100 --tokens-per-source 32 \
+        --seq-len 32 --record-early 100 --record-late 100 --record bench/data/moe256.npz
 
-that is 256 experts in each of 4 layers, top-8, 32 source ranks with 128 tokens each, up to 3000
-steps, and the first 50 and the last 50 of these steps recorded. Both stretches are there because
-they differ: at first the router is untrained and the selection bias has not caught up with it,
-later most of the imbalance of a batch is particular to that batch. A hundred batches of this shape
-come close to the 2 MB that the packaged file may have; ``--tokens-per-source 32`` with
-``--record-early 100 --record-late 100`` takes about as much. Whole batches are always recorded,
-never a part of one.
+that is 256 experts in each of 4 layers, top-8, 32 source ranks with 32 tokens each, 3000 steps, and
+the first 100 and the last 100 of these recorded (1.6 MB). Both stretches are there because they
+differ: at first the router is untrained and the selection bias has not caught up with it, later
+most of the imbalance of a batch is particular to that batch. The defaults (128 tokens per source,
+50 + 50 batches) make a file of about the same size. Whole batches are always recorded, never a part
+of one.
 
 The text is the source code of Python's own standard library, or ``--text PATH``. The model is a
 pre-norm decoder with causal attention; each layer's feed-forward block is a mixture of SwiGLU
