@@ -72,14 +72,27 @@ def _column_mean(d, d_column, value):
 
 
 @triton.jit
+def _refined_product(matrix, inverse, rhs):
+    """``inverse @ rhs`` with one step of iterative refinement, ``[G]``.
+
+    An explicit inverse in float32 loses more digits than a factorisation; the residual gives
+    them back. Symmetric tiles, so rows serve as columns.
+    """
+    u = tl.sum(inverse * rhs[None, :], 1)
+    residual = rhs - tl.sum(matrix * u[None, :], 1)
+    return u + tl.sum(inverse * residual[None, :], 1)
+
+
+@triton.jit
 def _direction(
-    x, s, y, w, active, rank_on, d, d_column, wd, inverse, inverse_one, target_xz, target_sy
-):
+    x, s, y, w, active, rank_on, d, d_column, wd, matrix, inverse, inverse_one,
+    target_xz, target_sy,
+):  # fmt: skip
     """Newton direction (dx, dz, ds, dy) for complementarity targets (equations 5 and 6)."""
     q = _safe_divide(target_xz, x, active, 0.0)
     q_mean = _column_mean(d, d_column, q)[None, :]
     rhs = tl.sum(wd * (q - q_mean), 1) + tl.where(rank_on, target_sy / y, 0.0)
-    u = tl.sum(inverse * rhs[None, :], 1)
+    u = _refined_product(matrix, inverse, rhs)
     dt = tl.sum(u) / tl.sum(inverse_one)
     dy = u - dt * inverse_one
     dy_tile = tl.broadcast_to(dy[:, None], d.shape)
@@ -112,7 +125,7 @@ def _lower_bound(y, fixed, w, copy, rank_on):
 def _quantize(shares, copy, G: tl.constexpr):
     """Shares as multiples of 2**-24 that sum to exactly 1 per column (equation 11), int32."""
     units = tl.where(copy, (shares * SHARE_ONE + 0.5).to(tl.int32), 0)
-    missing = SHARE_ONE - tl.sum(units, 0)
+    missing = -tl.sum(units, 0) + SHARE_ONE
     rank = tl.arange(0, G)[:, None]
     top = tl.max(tl.where(copy, units, -1), 0)[None, :]
     first_top = tl.min(tl.where(copy & (units == top), rank, G), 0)[None, :]
@@ -157,7 +170,7 @@ def _interior_point(
     # Equation 4: the even split, y uniform, every product x z equal to the mean of s y.
     even = tl.where(copy, 1.0 / tl.maximum(n_copies, 1.0)[None, :], 0.0)
     tl.store(best_ptrs, even, mask=copy)
-    heavy = (w_all > LIGHT_PART * tolerance / C) & (n_copies > 1.5)
+    heavy = (w_all > tolerance * LIGHT_PART / C) & (n_copies > 1.5)
     active = copy & heavy[None, :]
     w = tl.where(heavy, w_all, 0.0)
     base = f + tl.sum(tl.where(heavy[None, :], 0.0, w_all[None, :] * even), 1)
@@ -167,7 +180,7 @@ def _interior_point(
     pinned = f + tl.sum(tl.where(copy & (n_copies == 1.0)[None, :], w_all[None, :], 0.0), 1)
     bound = tl.maximum(mean_load, tl.max(pinned))
 
-    t = best_load + START_MARGIN * tl.maximum(best_load - mean_load, 1e-6)
+    t = best_load + tl.maximum(best_load - mean_load, 1e-6) * START_MARGIN
     s = tl.where(rank_on, t - load, 1.0)
     y = tl.where(rank_on, 1.0 / n_ranks, 1.0)
     x = tl.where(active, even, 1.0)
@@ -177,7 +190,9 @@ def _interior_point(
     both_on = rank_on[:, None] & rank_on[None, :]
 
     iterations = 0
-    while (best_load - bound > TARGET_PART * tolerance * best_load) & (iterations < max_iterations):
+    while (best_load - bound > best_load * (tolerance * TARGET_PART)) & (
+        iterations < max_iterations
+    ):
         iterations += 1
         d = _safe_divide(x, z, active, 0.0)
         d_column = tl.maximum(tl.sum(d, 0), 1e-37)
@@ -187,17 +202,17 @@ def _interior_point(
         matrix = tl.where(off_diagonal, _gram(v, G, C), 0.0)
         diagonal = tl.where(rank_on, tl.sum(matrix, 1) + s / y, 1.0)
         # Equation 7: adding rho * ones changes nothing, since dy sums to 0.
-        rho = REGULARIZATION * tl.max(tl.where(rank_on, diagonal, 0.0))
+        rho = tl.max(tl.where(rank_on, diagonal, 0.0)) * REGULARIZATION
         matrix = tl.where(off_diagonal, -matrix, diagonal[:, None]) + tl.where(both_on, rho, 0.0)
         inverse = _invert(matrix, G)
-        inverse_one = tl.sum(tl.where(both_on, inverse, 0.0), 1)
+        inverse_one = _refined_product(matrix, inverse, rank_on.to(tl.float32))
 
         # Equation 8: predictor, then corrector.
         xz = tl.where(active, x * z, 0.0)
         sy = tl.where(rank_on, s * y, 0.0)
         mu = (tl.sum(xz) + tl.sum(sy)) / n_products
         dx, dz, ds, dy = _direction(
-            x, s, y, w, active, rank_on, d, d_column, wd, inverse, inverse_one, -xz, -sy
+            x, s, y, w, active, rank_on, d, d_column, wd, matrix, inverse, inverse_one, -xz, -sy
         )
         primal = tl.minimum(_step_length(x, dx, s, ds), 1.0)
         dual = tl.minimum(_step_length(z, dz, y, dy), 1.0)
@@ -207,11 +222,11 @@ def _interior_point(
         ratio = affine / n_products / mu
         target = mu * tl.minimum(tl.maximum(ratio * ratio * ratio, MIN_CENTERING), 1.0)
         dx, dz, ds, dy = _direction(
-            x, s, y, w, active, rank_on, d, d_column, wd, inverse, inverse_one,
+            x, s, y, w, active, rank_on, d, d_column, wd, matrix, inverse, inverse_one,
             target - xz - dx * dz, target - sy - ds * dy,
         )  # fmt: skip
-        primal = tl.minimum(STEP_FACTOR * _step_length(x, dx, s, ds), 1.0)
-        dual = tl.minimum(STEP_FACTOR * _step_length(z, dz, y, dy), 1.0)
+        primal = tl.minimum(_step_length(x, dx, s, ds) * STEP_FACTOR, 1.0)
+        dual = tl.minimum(_step_length(z, dz, y, dy) * STEP_FACTOR, 1.0)
         x += primal * dx
         z += dual * dz
         s += primal * ds
@@ -220,9 +235,11 @@ def _interior_point(
         plan = tl.where(active, x, 0.0)
         plan_sum = tl.where(heavy, tl.sum(plan, 0), 1.0)
         plan = tl.where(active, plan / plan_sum[None, :], even)
-        new_load = tl.max(base + tl.sum(w[None, :] * plan, 1))
-        # Comparisons with NaN are false: a broken iterate is never kept.
-        if new_load < best_load:
+        loads = base + tl.sum(w[None, :] * plan, 1)
+        new_load = tl.max(loads)
+        # Triton's maximum passes over NaN, a sum doesn't: a broken iterate is never kept.
+        load_sum = tl.sum(loads)
+        if (new_load < best_load) & (load_sum == load_sum):
             tl.store(best_ptrs, plan, mask=copy)
             best_load = new_load
         new_bound = _lower_bound(y, f, w_all, copy, rank_on)
