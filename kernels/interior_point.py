@@ -73,7 +73,7 @@ def _column_mean(d, d_column, value):
 
 @triton.jit
 def _refined_product(matrix, inverse, rhs):
-    """``inverse @ rhs`` with one step of iterative refinement, ``[G]``.
+    """Multiply ``inverse @ rhs`` with one step of iterative refinement, ``[G]`` (equation 7).
 
     An explicit inverse in float32 loses more digits than a factorisation; the residual gives
     them back. Symmetric tiles, so rows serve as columns.
