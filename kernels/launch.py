@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -17,6 +20,26 @@ SELECT_BLOCK = 128
 # A thread that fuses its own product into a sum over lanes rounds differently from the lane
 # that sends it. All threads must hold the same bits: they take the same branches by them.
 SOLVE_OPTIONS = {"enable_fp_fusion": False}
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
+    """Make the first argument's GPU the current one: Triton launches there."""
+
+    @wraps(launcher)
+    def launch(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensor = args[0]
+        context: AbstractContextManager[object] = nullcontext()
+        if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+            if torch.cuda.current_device() != tensor.device.index:
+                context = torch.cuda.device(tensor.device)
+        with context:
+            return launcher(*args, **kwargs)
+
+    return launch
 
 
 class SolveTables(NamedTuple):
@@ -60,6 +83,7 @@ def _solve_warps(ranks: int, columns: int) -> int:
     return 4 if ranks * max(ranks, columns) <= 4096 else 8
 
 
+@_on_its_device
 def solve(
     weights: torch.Tensor,
     fixed: torch.Tensor,
@@ -90,6 +114,7 @@ def solve(
     return shares, stats[0], stats[1], stats[2], ints[0], ints[1]
 
 
+@_on_its_device
 def solve_counts(
     counts: torch.Tensor,
     tables: SolveTables,
@@ -122,6 +147,7 @@ def solve_counts(
     )  # fmt: skip
 
 
+@_on_its_device
 def count(
     idx: torch.Tensor,
     running: torch.Tensor,
@@ -146,6 +172,7 @@ def count(
     )
 
 
+@_on_its_device
 def select(
     idx: torch.Tensor,
     out: torch.Tensor,

@@ -47,6 +47,19 @@ def _chunk(n_ids: int, n_sms: int) -> int:
     return max(1, -(-part // CHUNK_ALIGNMENT)) * CHUNK_ALIGNMENT
 
 
+def check_counter(name: str, counter: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a counter of one int32 or int64 element on ``device``, or raise naming it."""
+    if not isinstance(counter, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(counter).__name__}")
+    if counter.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {counter.dtype}")
+    if counter.numel() != 1:
+        raise ValueError(f"{name} must have one element, got shape {tuple(counter.shape)}")
+    if counter.device != device:
+        raise ValueError(f"{name} is on {counter.device}, expected {device}")
+    return counter
+
+
 def _default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
@@ -293,6 +306,8 @@ class Balancer:
             On a GPU, if an earlier call met an id out of range (it became -1); see `check`.
         """
         self._check_ids_tensor(idx)
+        if certified is not None:
+            check_counter("certified", certified, self.device)
         result: torch.Tensor = torch.ops.lplb_triton.balance(
             idx,
             self.certified if certified is None else certified,
@@ -373,6 +388,7 @@ class Balancer:
             ``shares`` is ``[n_group, group_size, max_columns]``; fresh tensors.
         """
         certified = self.certified if certified is None else certified
+        check_counter("certified", certified, self.device)
         if counts.shape != (self._placement.n_logical,) or counts.device != self.device:
             raise ValueError(
                 f"counts must have shape [{self._placement.n_logical}] on {self.device}, "
@@ -429,7 +445,17 @@ class Balancer:
             raise ValueError(
                 f"running must be [n_sms, {self._placement.n_logical}], got {tuple(running.shape)}"
             )
-        idx = idx.contiguous()
+        for name, table in (("cumulative", cumulative), ("running", running)):
+            if table.dtype != torch.int32 or table.device != self.device:
+                raise ValueError(
+                    f"{name} must be int32 on {self.device}, got {table.dtype} on {table.device}"
+                )
+        if cumulative.shape != (self._placement.n_physical,):
+            raise ValueError(
+                f"cumulative must have shape [{self._placement.n_physical}], "
+                f"got {tuple(cumulative.shape)}"
+            )
+        idx, cumulative = idx.contiguous(), cumulative.contiguous()
         views = self._tables.views
         if self.backend == "torch":
             self._check_values(idx)

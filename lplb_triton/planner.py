@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton import topologies
-from lplb_triton.balancer import Balancer
+from lplb_triton.balancer import Balancer, check_counter
 from lplb_triton.placement import Placement
 from lplb_triton.solution import SHARE_BITS
 from lplb_triton.solver import DEFAULT_TOLERANCE
@@ -240,7 +240,7 @@ class Planner:
                 f"workload must have {self.n_logical_routed_experts} elements, "
                 f"got shape {tuple(workload.shape)}"
             )
-        counter = self._check_counter(avail_counter)
+        counter = check_counter("avail_counter", avail_counter, self.balancer.device)
         counts = self.balancer.sync(workload.reshape(-1).to(torch.int32))
         solution = self.balancer.solve(counts, certified=counter)
         o_weight = solution.shares.gather(2, self._column)
@@ -308,7 +308,7 @@ class Planner:
         torch.Tensor
             Physical ids, of the shape and dtype of ``idx``.
         """
-        counter = self._check_counter(avail_counter)
+        counter = check_counter("avail_counter", avail_counter, self.balancer.device)
         return self.balancer.run(idx, n_sms=n_sms, certified=counter)
 
     def check(self) -> None:
@@ -318,19 +318,6 @@ class Planner:
     def warmup(self) -> None:
         """Compile everything that `run` uses; see `Balancer.warmup`."""
         self.balancer.warmup()
-
-    def _check_counter(self, counter: torch.Tensor) -> torch.Tensor:
-        if not isinstance(counter, torch.Tensor):
-            raise TypeError(f"avail_counter must be a torch.Tensor, got {type(counter).__name__}")
-        if counter.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"avail_counter must be int32 or int64, got {counter.dtype}")
-        if counter.numel() != 1:
-            raise ValueError(f"avail_counter must have one element, got {tuple(counter.shape)}")
-        if counter.device != self.balancer.device:
-            raise ValueError(
-                f"avail_counter is on {counter.device}, expected {self.balancer.device}"
-            )
-        return counter
 
     def _index_edges(self) -> None:
         """Map (rank, column) pairs of the topology to the LP's columns and to copies."""

@@ -161,6 +161,14 @@ def test_a_dropped_balancer_is_named():
         (lambda b: b.run(random_ids(0, 64), n_sms=0), ValueError, "n_sms"),
         (lambda b: b.run(random_ids(0, 64), n_sms=1.5), TypeError, "n_sms"),
         (lambda b: b.solve(torch.zeros(3, device=b.device).int()), ValueError, "counts"),
+        (
+            lambda b: b.select(
+                random_ids(0, 64), torch.zeros(3).int().to(b.device), b.count(random_ids(0, 64))[1]
+            ),
+            ValueError,
+            "cumulative",
+        ),
+        (lambda b: b.run(random_ids(0, 64), certified=torch.zeros(1)), TypeError, "certified"),
         (lambda b: b.update_placement(3), TypeError, "placement"),
         (lambda b: Balancer(3), TypeError, "placement"),
         (lambda b: Balancer(b.placement, device="cpu", rank=8), ValueError, "rank"),
