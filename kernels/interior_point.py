@@ -18,7 +18,7 @@ REGULARIZATION = tl.constexpr(0.03)
 LIGHT_PART = tl.constexpr(0.05)
 # The loop aims a little lower than the tolerance, so that rounding the shares keeps it.
 TARGET_PART = tl.constexpr(0.98)
-# Taken off the bound: more than float32 sums of 256 terms can be wrong by (2**-20).
+# Taken off the bound for the round-off of its float32 sums (2**-20; equation 3).
 BOUND_ALLOWANCE = tl.constexpr(9.5367431640625e-07)
 SHARE_ONE = tl.constexpr(1 << 24)
 
