@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from lplb_triton.bench import trace as traces
 from lplb_triton.bench.instances import SHAPES
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, resolve_backend
 from lplb_triton.solver import MIN_TOLERANCE_FLOAT32 as MIN_TOLERANCE
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["main"]
 
@@ -166,7 +169,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    return _integers(1)(text)[0]
+    values = _integers(1)(text)
+    if len(values) != 1:
+        raise argparse.ArgumentTypeError(f"expected one number, got {text!r}")
+    return values[0]
 
 
 def _integers(least: int) -> Callable[[str], tuple[int, ...]]:
@@ -323,13 +329,7 @@ def _balance(args: argparse.Namespace) -> int:
         png = folder / "balance.png"
         _write(png, plots.balance_png(cells, title=title))
         target.print(f"picture: {png}", markup=False, soft_wrap=True)
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    if json_path == "-":
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    else:
-        _write(Path(json_path), text.encode())
-        target.print(f"figures: {json_path}", markup=False, soft_wrap=True)
+    _write_report(report, json_path, target)
     bad = sum(int((cell.status() != Status.CERTIFIED).sum()) for cell in cells if not cell.reason)
     if bad:
         print(
@@ -343,12 +343,23 @@ def _balance(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     tables.require("rich")
     device, backend = _device(args.device, args.backend)
+    tolerances = (args.tolerance, args.tolerance / 10)
+    if backend == "triton" and tolerances[1] < MIN_TOLERANCE:
+        raise _UsageError(
+            f"argument --tolerance: a tenth of it must be at least {MIN_TOLERANCE:g} for the "
+            f"Triton kernel, got {args.tolerance:g}"
+        )
+    json_path = args.json
+    if json_path is None and args.out is not None:
+        json_path = str(args.out / "verify.json")
+    if json_path not in (None, "-"):
+        _make_folder(Path(json_path).parent)
     with tables.progress_bar("shapes", len(SHAPES)) as advance:
         begin = time.perf_counter()
         verdicts = verify.verify(
             args.instances,
             seed=args.seed,
-            tolerances=(args.tolerance, args.tolerance / 10),
+            tolerances=tolerances,
             backend=backend,
             device=device,
             dtype=torch.float32 if backend == "triton" else torch.float64,
@@ -364,14 +375,8 @@ def _verify(args: argparse.Namespace) -> int:
         "seconds": seconds,
         "verdicts": [verdict.as_dict() for verdict in verdicts],
     }
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    if args.json == "-":
-        sys.stdout.write(text)
-    elif args.json is not None or args.out is not None:
-        path = Path(args.json) if args.json is not None else args.out / "verify.json"
-        _make_folder(path.parent)
-        _write(path, text.encode())
-        target.print(f"figures: {path}", markup=False, soft_wrap=True)
+    if json_path is not None:
+        _write_report(report, json_path, target)
     first, second = verdicts
     # One in a thousand may miss the tighter tolerance in float32; nothing may be unsound.
     good = first.not_certified == 0 and second.not_certified <= second.instances / 1000
@@ -405,6 +410,17 @@ def _make_folder(path: Path | None) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _UsageError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
+def _write_report(report: dict[str, Any], path: str, target: Console) -> None:
+    """Write the JSON to a file, or to stdout for a dash."""
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        _write(Path(path), text.encode())
+        target.print(f"figures: {path}", markup=False, soft_wrap=True)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -132,7 +132,7 @@ def _random_copies(rng: np.random.Generator, ep_size: int, n_logical: int, slots
     return Placement.from_phy2log(flat, ep_size, n_logical=n_logical)
 
 
-# name: (ranks, redundant slots per rank) for EPLB and random placements of 256 or fewer experts
+# Names that `shape_placement` takes.
 SHAPES = (
     "ring:8",
     "cube",
@@ -183,9 +183,7 @@ def shape_placement(shape: str, rng: np.random.Generator) -> Placement:
     return Placement.from_topology(r2o, ranks * (8 + slots), ranks * 8, ranks)
 
 
-def corpus(
-    n_instances: int, seed: int, families: tuple[str, ...] = tuple(FAMILIES)
-) -> Iterator[Instance]:
+def corpus(n_instances: int, seed: int) -> Iterator[Instance]:
     """Yield about ``n_instances`` random programs, spread evenly over shapes and families.
 
     Parameters
@@ -194,8 +192,6 @@ def corpus(
         Total over all shapes; rounded up to whole batches.
     seed : int
         Seed of everything drawn.
-    families : tuple of str
-        Keys of `FAMILIES`.
 
     Yields
     ------
@@ -203,6 +199,7 @@ def corpus(
         One per shape, with its share of the loads.
     """
     rng = np.random.default_rng(seed)
+    families = tuple(FAMILIES)
     per_shape = -(-n_instances // len(SHAPES))
     for shape in SHAPES:
         placement = shape_placement(shape, rng)

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from lplb_triton.bench.balance import Cell
     from lplb_triton.bench.verify import Verdict
 
-__all__ = ["LABELS", "MissingExtraError", "console", "progress_bar", "require", "show_balance"]
+__all__ = [
+    "LABELS",
+    "MissingExtraError",
+    "console",
+    "progress_bar",
+    "require",
+    "show_balance",
+    "show_verdicts",
+]
 
 LABELS = {
     "none": "no balancing",

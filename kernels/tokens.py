@@ -117,14 +117,7 @@ def _select_kernel(
         e = tl.where(known, ids, 0).to(tl.int32)
         tag = tl.where(known, e, -1)
         # Rank within the block by comparing all pairs: stable, hence deterministic.
-        # The transposed copy of the ids comes from memory, which is cheaper than a layout change.
-        other_ids = tl.load(idx_ptr + at, mask=at < end, other=-1)
-        same = (
-            tag[:, None]
-            == tl.where((other_ids >= 0) & (other_ids < n_logical), other_ids, -2).to(tl.int32)[
-                None, :
-            ]
-        )
+        same = tag[:, None] == tag[None, :]
         earlier = lane[None, :] < lane[:, None]
         position_here = tl.sum((same & earlier).to(tl.int32), 1)
         same_here = tl.sum(same.to(tl.int32), 1)

@@ -17,6 +17,7 @@ from lplb_triton.solver import (
     DEFAULT_MAX_ITERATIONS,
     DEFAULT_TOLERANCE,
     MIN_TOLERANCE_FLOAT32,
+    check_max_iterations,
     check_tolerance,
     resolve_backend,
 )
@@ -126,8 +127,7 @@ class Balancer:
     ) -> None:
         if not isinstance(placement, Placement):
             raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
-        if not isinstance(max_iterations, int) or max_iterations < 1:
-            raise ValueError(f"max_iterations must be a positive int, got {max_iterations!r}")
+        check_max_iterations(max_iterations)
         device = _default_device() if device is None else torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -141,10 +141,11 @@ class Balancer:
         self.rank = 0 if rank is None else rank
         self._own_rank = rank
         self._placement = placement
-        self.set_group(group)
+        self._join(group)
         if not 0 <= self.rank < placement.ep_size:
             raise ValueError(f"rank must be in [0, {placement.ep_size}), got {rank}")
 
+        self._placement = self._agree(placement)
         self._tables = DeviceTables(self._placement, device)
         self.certified = torch.zeros(1, dtype=torch.int64, device=device)
         self.solves = torch.zeros(1, dtype=torch.int64, device=device)
@@ -198,6 +199,13 @@ class Balancer:
         ValueError
             If the size doesn't fit.
         """
+        self._join(group)
+        agreed = self._agree(self._placement)
+        if agreed is not self._placement:
+            self._write(agreed)
+
+    def _join(self, group: dist.ProcessGroup | None) -> None:
+        """Take the group and this rank's number in it."""
         if group is not None:
             if group.size() != self._placement.ep_size:
                 raise ValueError(
@@ -205,10 +213,6 @@ class Balancer:
                 )
             self.rank = dist.get_rank(group) if self._own_rank is None else self._own_rank
         self.group = group
-        agreed = self._agree(self._placement)
-        if hasattr(self, "_tables") and agreed is not self._placement:
-            self._write(agreed)
-        self._placement = agreed
 
     def _agree(self, placement: Placement) -> Placement:
         """Rank 0's placement, on every rank of the group."""
@@ -261,15 +265,16 @@ class Balancer:
                 )
         agreed = self._agree(placement)
         self._write(agreed)
-        self._placement = agreed
         return agreed
 
     def _write(self, placement: Placement) -> None:
+        """Use ``placement`` from the next batch on, with the device idle in between."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._tables.write(placement)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        self._placement = placement
 
     def run(
         self,
@@ -395,9 +400,9 @@ class Balancer:
                 f"got {tuple(counts.shape)} on {counts.device}"
             )
         if self.backend == "torch":
-            return self._solve_torch(counts, certified)
+            return self._solve_torch(counts, certified, self.solves)
         buffers = self._fresh_solve_buffers()
-        self._launch_solve(counts.to(torch.int32).contiguous(), buffers, certified)
+        self._launch_solve(counts.to(torch.int32).contiguous(), buffers, certified, self.solves)
         stats, ints = buffers.stats, buffers.ints
         return Solution(
             buffers.shares, stats[0], stats[1], stats[2], ints[0], ints[1], self.tolerance
@@ -525,8 +530,8 @@ class Balancer:
         return n_sms
 
     def _check_values(self, idx: torch.Tensor) -> None:
-        """Raise at once on a CPU, where looking costs nothing."""
-        if idx.device.type == "cpu" and idx.numel():
+        """Raise at once, unless the kernels do the looking without a wait for the GPU."""
+        if (self.backend == "torch" or idx.device.type == "cpu") and idx.numel():
             low, high = int(idx.min()), int(idx.max())
             if low < -1 or high >= self._placement.n_logical:
                 raise ValueError(
@@ -541,13 +546,6 @@ class Balancer:
             self._raise_on_status()
             self._check_values(idx)
             return self._run_triton(idx, certified, solves, n_sms, self.group)
-        if idx.device.type != "cpu":
-            bad = (idx < -1) | (idx >= self._placement.n_logical)
-            if bool(bad.any()):
-                raise ValueError(
-                    f"idx must hold ids in [-1, {self._placement.n_logical}), "
-                    f"got {int(idx[bad][0])}"
-                )
         self._check_values(idx)
         counts, _ = reference.count_experts(idx, self._placement.n_logical, max(1, idx.numel()), 1)
         solution = self._solve_torch(self.sync(counts), certified, solves)
@@ -558,13 +556,12 @@ class Balancer:
         )  # fmt: skip
 
     def _solve_torch(
-        self, counts: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor | None = None
+        self, counts: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor
     ) -> Solution:
         solution = reference.solve(
             self._placement.problem(counts), self.tolerance, self.max_iterations, torch.float64
         )
         certified += (solution.status == 0).sum()
-        solves = self.solves if solves is None else solves
         solves += solution.status.numel()
         return solution
 
@@ -597,13 +594,13 @@ class Balancer:
         counts: torch.Tensor,
         buffers: _Scratch,
         certified: torch.Tensor,
-        solves: torch.Tensor | None = None,
+        solves: torch.Tensor,
     ) -> None:
         from lplb_triton import kernels
 
         kernels.solve_counts(
             counts, self._solve_tables, buffers.shares, buffers.units, buffers.cumulative,
-            buffers.stats, buffers.ints, certified, self.solves if solves is None else solves,
+            buffers.stats, buffers.ints, certified, solves,
             self.tolerance, self.max_iterations,
         )  # fmt: skip
 

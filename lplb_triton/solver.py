@@ -63,6 +63,13 @@ def check_tolerance(tolerance: float, minimum: float) -> float:
     return value
 
 
+def check_max_iterations(max_iterations: int) -> int:
+    """Return ``max_iterations``, or raise a ValueError that names it."""
+    if not isinstance(max_iterations, int) or max_iterations < 1:
+        raise ValueError(f"max_iterations must be a positive int, got {max_iterations!r}")
+    return max_iterations
+
+
 def solve(
     problem: Problem,
     *,
@@ -107,8 +114,7 @@ def solve(
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"problem must be a Problem, got {type(problem).__name__}")
-    if not isinstance(max_iterations, int) or max_iterations < 1:
-        raise ValueError(f"max_iterations must be a positive int, got {max_iterations!r}")
+    check_max_iterations(max_iterations)
     chosen = resolve_backend(backend, problem.device)
     if chosen == "torch":
         dtype = torch.float64 if dtype is None else dtype

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_triton import Balancer, reference
+from lplb_triton import Balancer, Placement, reference
 from lplb_triton.bench.instances import draw_loads, shape_placement
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,8 +126,6 @@ def test_copies_are_spread_over_the_batch():
 def test_many_copies_are_spread_too():
     rng = np.random.default_rng(3)
     phy2log = np.concatenate([np.zeros(9, dtype=int), np.arange(1, 8)])
-    from lplb_triton import Placement
-
     placement = Placement.from_phy2log(rng.permutation(phy2log), 16, n_logical=8)
     balancer = Balancer(placement, device="cpu")
     cumulative = random_cumulative(rng, placement)
