@@ -1,7 +1,8 @@
 """The command ``lplb-bench``.
 
-Exit codes: 0 done, 1 a check failed (an LP was not certified within the tolerance), 2 the command
-was used wrongly or something it needs is missing, 130 interrupted.
+Exit codes: 0 done, 1 a check failed (an LP was not certified within the tolerance, an answer that
+was to be timed is wrong), 2 the command was used wrongly or something it needs is missing (such as
+a GPU), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,9 +24,9 @@ import numpy as np
 import torch
 
 from lplb_triton import Status, __version__, topologies
-from lplb_triton.bench import balance, plots, tables, verify
+from lplb_triton.bench import balance, plots, tables, timing, verify
 from lplb_triton.bench import trace as traces
-from lplb_triton.bench.instances import SHAPES
+from lplb_triton.bench.instances import SHAPES, shape_placement
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, resolve_backend
 from lplb_triton.solver import MIN_TOLERANCE_FLOAT32 as MIN_TOLERANCE
 
@@ -49,6 +51,10 @@ _EXAMPLES = """examples:
       solve with the GPU kernel, print JSON to stdout and tables to stderr
   lplb-bench verify --instances 2040
       hold the solver against HiGHS on random programs
+  lplb-bench solve --shapes cube,eplb:32:2 --json solve.json
+      times of the solve kernel and of its peers on a GPU
+  lplb-bench pipeline --markdown -
+      times of the whole run on a GPU, as Markdown
 """
 
 
@@ -165,7 +171,93 @@ def _parser() -> argparse.ArgumentParser:
         "--instances", type=_count, default=2040, metavar="N", help="default %(default)s"
     )
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="default %(default)s")
+    _add_timed_commands(commands)
     return parser
+
+
+def _add_timed_commands(commands: Any) -> None:
+    """Add ``solve`` and ``pipeline``, which need a GPU."""
+    shared = argparse.ArgumentParser(add_help=False)
+    group = shared.add_argument_group("solver and output")
+    group.add_argument(
+        "--tolerance", type=_tolerance, default=DEFAULT_TOLERANCE, metavar="GAP",
+        help="certified relative gap asked of every LP (default %(default)g)",
+    )  # fmt: skip
+    group.add_argument(
+        "--json", metavar="PATH|-",
+        help="write the JSON there; - prints it to stdout and everything else to stderr",
+    )  # fmt: skip
+    group.add_argument(
+        "--markdown", metavar="PATH|-",
+        help="write the tables as Markdown there; - prints them to stdout instead of the others",
+    )  # fmt: skip
+    raw = argparse.RawDescriptionHelpFormatter
+    sub = commands.add_parser(
+        "solve",
+        parents=[shared],
+        help="times of the solve kernel and of its peers on a GPU",
+        description=(
+            "Time the LP, from counts by expert to a certified plan, by CUDA-graph replay, on\n"
+            "instances of six load families. Every plan is held against HiGHS first. Peers, on\n"
+            "shapes with two copies per expert: primal affine scaling, coloured edge balancing,\n"
+            "and DeepSeek's LPLB if it is installed."
+        ),
+        formatter_class=raw,
+    )
+    sub.set_defaults(run=_solve)
+    sub.add_argument(
+        "--shapes", type=_shapes, default=timing.SOLVE_SHAPES, metavar="NAME[,NAME...]",
+        help=f"default {','.join(timing.SOLVE_SHAPES)}",
+    )  # fmt: skip
+    sub.add_argument(
+        "--per-family", type=_count, default=34, metavar="N",
+        help="instances of each of the six load families (default %(default)s)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--peers", action=argparse.BooleanOptionalAction, default=True,
+        help="time the peers too (default)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--seed", type=int, default=timing.SEED, metavar="N", help="default %(default)s"
+    )
+    sub = commands.add_parser(
+        "pipeline",
+        parents=[shared],
+        help="times of the whole run on a GPU",
+        description=(
+            "Time Balancer.run and its parts by CUDA-graph replay, for 256 experts and top-8\n"
+            "routing, without load sync; the host's time of an eager call, its allocations, and\n"
+            "the first call of a fresh process."
+        ),
+        formatter_class=raw,
+    )
+    sub.set_defaults(run=_pipeline)
+    sub.add_argument(
+        "--shapes", type=_pipeline_shapes, default=timing.PIPELINE_SHAPES,
+        metavar="NAME[,NAME...]", help=f"default {','.join(timing.PIPELINE_SHAPES)}",
+    )  # fmt: skip
+    sub.add_argument(
+        "--tokens", type=_integers(1), default=timing.PIPELINE_TOKENS, metavar="N[,N...]",
+        help=f"tokens of a batch (default {','.join(map(str, timing.PIPELINE_TOKENS))})",
+    )  # fmt: skip
+    sub.add_argument(
+        "--first-call", action=argparse.BooleanOptionalAction, default=True,
+        help="time the first call in fresh processes too (default)",
+    )  # fmt: skip
+
+
+def _shapes(text: str, *, make: Callable[..., object] = shape_placement) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        try:
+            make(name, np.random.default_rng(0))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{name!r}: {error}") from error
+    return names
+
+
+def _pipeline_shapes(text: str) -> tuple[str, ...]:
+    return _shapes(text, make=timing.pipeline_placement)
 
 
 def _count(text: str) -> int:
@@ -383,6 +475,150 @@ def _verify(args: argparse.Namespace) -> int:
     return OK if good and all(verdict.sound for verdict in verdicts) else FAILED
 
 
+def _solve(args: argparse.Namespace) -> int:
+    device, timer = _start_timed(args)
+    begin = time.perf_counter()
+    rows, peers, groups = [], [], None
+    total = len(args.shapes) * (6 * args.per_family + args.peers) + 1
+    try:
+        with tables.progress_bar("instances", total) as advance:
+            for shape in args.shapes:
+                workload = timing.draw_workload(shape, args.per_family, args.seed)
+                common = {"tolerance": args.tolerance, "progress": advance}
+                rows.append(timing.solve_row(workload, timer, device, **common))
+                if args.peers:
+                    peers.append(timing.peer_row(workload, timer, device, **common))
+            if "cube" in args.shapes:
+                groups = timing.groups_row(
+                    timer,
+                    device,
+                    tolerance=args.tolerance,
+                    per_family=min(args.per_family, 5),
+                    seed=args.seed,
+                )
+            advance()
+    except timing.WrongAnswerError as error:
+        print(f"lplb-bench: wrong answer, not timed: {error}", file=sys.stderr)
+        return FAILED
+    report = {
+        "command": "solve",
+        "options": {
+            "shapes": list(args.shapes),
+            "per_family": args.per_family,
+            "families": list(timing.PUBLISHED_FAMILIES),
+            "seed": args.seed,
+            "tolerance": args.tolerance,
+            "peers": args.peers,
+        },
+        "environment": _environment(device.type),
+        "seconds": time.perf_counter() - begin,
+        "rows": rows,
+        "groups": groups,
+        "peers": peers if args.peers else None,
+    }
+    _finish_timed(args, report, tables.solve_grids(report))
+    return OK
+
+
+def _pipeline(args: argparse.Namespace) -> int:
+    device, timer = _start_timed(args)
+    begin = time.perf_counter()
+    rows, first_calls = [], []
+    bandwidth = timing.copy_bandwidth(timer, device)
+    total = len(args.shapes) * (len(args.tokens) + args.first_call)
+    try:
+        with tables.progress_bar("rows", total) as advance:
+            for shape in args.shapes:
+                for tokens in args.tokens:
+                    rows.append(
+                        timing.pipeline_row(
+                            shape,
+                            tokens,
+                            timer,
+                            device,
+                            tolerance=args.tolerance,
+                            bandwidth=bandwidth,
+                        )
+                    )
+                    advance()
+                if args.first_call:
+                    first_calls.append(timing.first_call_row(shape))
+                    advance()
+    except timing.WrongAnswerError as error:
+        print(f"lplb-bench: wrong answer, not timed: {error}", file=sys.stderr)
+        return FAILED
+    report = {
+        "command": "pipeline",
+        "options": {
+            "shapes": list(args.shapes),
+            "tokens": list(args.tokens),
+            "tolerance": args.tolerance,
+        },
+        "environment": _environment(device.type),
+        "seconds": time.perf_counter() - begin,
+        "bandwidth": bandwidth,
+        "rows": rows,
+        "first_calls": first_calls,
+    }
+    _finish_timed(args, report, tables.pipeline_grids(report))
+    wrong = [row for row in rows if row["allocations_per_call"] not in (None, 1)]
+    for row in wrong:
+        print(
+            f"lplb-bench: {row['shape']}, {row['tokens']} tokens: run allocates "
+            f"{row['allocations_per_call']:g} times per call, expected once",
+            file=sys.stderr,
+        )
+    return FAILED if wrong else OK
+
+
+def _start_timed(args: argparse.Namespace) -> tuple[torch.device, timing.Timer]:
+    """Refuse what can be refused before the work starts, and make the timer."""
+    tables.require("rich")
+    if args.json == "-" and args.markdown == "-":
+        raise _UsageError("arguments --json and --markdown cannot both print to stdout")
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise _UsageError(
+            "TRITON_INTERPRET is set: kernels would run in Triton's interpreter, whose times say "
+            "nothing; unset it"
+        )
+    if not torch.cuda.is_available():
+        raise _UsageError("kernels can only be timed on a GPU, but torch finds none")
+    for path in (args.json, args.markdown):
+        if path not in (None, "-"):
+            _make_folder(Path(path).parent)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return device, timing.GraphTimer(device)
+
+
+def _finish_timed(
+    args: argparse.Namespace, report: dict[str, Any], grids: Sequence[tables.Grid]
+) -> None:
+    """Print or write the tables, the machine that they are of, and the JSON."""
+    target = tables.console(stderr="-" in (args.json, args.markdown))
+    machine = _machine_line(report)
+    if args.markdown == "-":
+        sys.stdout.write(f"{machine}\n\n{tables.markdown(grids)}")
+        sys.stdout.flush()
+    else:
+        target.print(machine, markup=False, soft_wrap=True)
+        tables.show_grids(target, grids)
+    if args.markdown not in (None, "-"):
+        _write(Path(args.markdown), f"{machine}\n\n{tables.markdown(grids)}".encode())
+        target.print(f"tables: {args.markdown}", markup=False, soft_wrap=True)
+    if args.json is not None:
+        _write_report(report, args.json, target)
+
+
+def _machine_line(report: dict[str, Any]) -> str:
+    """Hardware and versions in one line."""
+    e = report["environment"]
+    return (
+        f"{e['gpu']}, driver {e['driver'] or 'unknown'}, torch {e['torch']}, triton {e['triton']}, "
+        f"{e['cpu']}; CUDA-graph replays, gap {report['options']['tolerance']:g}, "
+        f"{report['seconds']:.0f} s in all"
+    )
+
+
 def _device(device: str | None, backend: str | None) -> tuple[str, str]:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -451,6 +687,7 @@ def _environment(device: str) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": None,
+        "driver": None,
         "cuda": torch.version.cuda,
     }
     for name in ("torch", "triton", "numpy", "scipy"):
@@ -460,7 +697,19 @@ def _environment(device: str) -> dict[str, Any]:
             found[name] = None
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
+        found["driver"] = _driver_version()
     return found
+
+
+def _driver_version() -> str | None:
+    """Version of the NVIDIA driver, if nvidia-smi tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.split()
+    return lines[0] if done.returncode == 0 and lines else None
 
 
 def _cpu_name() -> str:

@@ -154,7 +154,9 @@ SHAPES = (
 )
 
 
-def shape_placement(shape: str, rng: np.random.Generator) -> Placement:
+def shape_placement(
+    shape: str, rng: np.random.Generator, *, n_experts: int | None = None
+) -> Placement:
     """Make the placement of a shape by its name.
 
     Parameters
@@ -164,23 +166,38 @@ def shape_placement(shape: str, rng: np.random.Generator) -> Placement:
         history) or ``random:RANKS:SLOTS`` (arbitrary copies).
     rng : numpy.random.Generator
         Source of the history or of the copies.
+    n_experts : int or None
+        Number of logical experts, a multiple of the ranks; by default as named above, and 256
+        for EPLB and arbitrary copies from 16 ranks on.
 
     Returns
     -------
     Placement
+
+    Raises
+    ------
+    ValueError
+        If there is no such shape.
     """
     kind, _, rest = shape.partition(":")
     if kind in ("eplb", "random"):
-        ranks, slots = (int(part) for part in rest.split(":"))
+        sizes = rest.split(":")
+        if len(sizes) != 2 or not all(size.isdecimal() for size in sizes):
+            raise ValueError(f"shape must be {kind}:RANKS:SLOTS, got {shape!r}")
+        ranks, slots = (int(size) for size in sizes)
+        if ranks < 1:
+            raise ValueError(f"shape must have at least one rank, got {shape!r}")
         per_rank = max(1, 256 // ranks) if ranks >= 16 else 8
-        n_logical = per_rank * ranks
+        n_logical = per_rank * ranks if n_experts is None else n_experts
+        per_rank = n_logical // ranks
         if kind == "random":
             return _random_copies(rng, ranks, n_logical, per_rank + slots)
         history = draw_loads("lognormal", rng, n_logical)
         return Placement.from_history(history, ranks, redundant_per_rank=slots)
     r2o = topologies.from_name(shape)
     ranks, slots = r2o.shape
-    return Placement.from_topology(r2o, ranks * (8 + slots), ranks * 8, ranks)
+    n_logical = ranks * 8 if n_experts is None else n_experts
+    return Placement.from_topology(r2o, n_logical + ranks * slots, n_logical, ranks)
 
 
 def corpus(n_instances: int, seed: int) -> Iterator[Instance]:

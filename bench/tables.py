@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,12 +20,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LABELS",
+    "Grid",
     "MissingExtraError",
     "console",
+    "markdown",
+    "pipeline_grids",
     "progress_bar",
     "require",
     "show_balance",
+    "show_grids",
     "show_verdicts",
+    "solve_grids",
 ]
 
 LABELS = {
@@ -210,3 +216,245 @@ def show_verdicts(target: Console, verdicts: Sequence[Verdict], *, title: str) -
     for label, value in rows.items():
         table.add_row(label, *(value(v) for v in verdicts))
     target.print(table)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of strings, for the terminal and for Markdown alike.
+
+    Attributes
+    ----------
+    title : str
+        What the table is of.
+    header : tuple of str
+        Names of the columns; the first holds text, the others numbers.
+    rows : list of tuple of str
+        One cell per column.
+    notes : tuple of str
+        Lines below the table.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    notes: tuple[str, ...] = ()
+
+
+def show_grids(target: Console, grids: Sequence[Grid]) -> None:
+    """Print tables.
+
+    Parameters
+    ----------
+    target
+        Where to print.
+    grids
+        In order.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    for grid in grids:
+        table = Table(
+            title=escape(grid.title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        )
+        for index, name in enumerate(grid.header):
+            header = name.replace(" ", "\n")
+            table.add_column(header, justify="right" if index else "left", no_wrap=True)
+        for row in grid.rows:
+            table.add_row(*(escape(cell) for cell in row))
+        target.print(table)
+        for note in grid.notes:
+            target.print(escape(note), soft_wrap=True)
+
+
+def markdown(grids: Sequence[Grid]) -> str:
+    """Write tables in Markdown.
+
+    Parameters
+    ----------
+    grids
+        In order.
+
+    Returns
+    -------
+    str
+        Ends with a newline.
+    """
+    parts = []
+    for grid in grids:
+        lines = [grid.header, ("---",) * len(grid.header), *grid.rows]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        parts.append("\n\n".join([f"### {grid.title}", table, *grid.notes]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _us(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _times(statistics: dict[str, float]) -> tuple[str, ...]:
+    return tuple(_us(statistics[name]) for name in ("median", "p99", "max"))
+
+
+def solve_grids(report: dict[str, Any]) -> list[Grid]:
+    """Lay out the report of ``lplb-bench solve``.
+
+    Parameters
+    ----------
+    report
+        What the command writes as JSON.
+
+    Returns
+    -------
+    list of Grid
+    """
+    rows = report["rows"]
+    grids = [
+        Grid(
+            "Solve, microseconds",
+            ("shape", "ranks", "columns", "median", "p99", "max", "rotated", "as Problem"),
+            [
+                (
+                    *(row["shape"], str(row["ranks"]), str(row["columns"]), *_times(row["us"])),
+                    *(_us(row["rotated_us"]), _us(row["problem_us"]["median"])),
+                )
+                for row in rows
+            ],
+            (
+                f"{rows[0]['instances']} instances per shape, in equal parts of six load families; "
+                "from counts by expert to a certified plan. rotated: mean over one graph of all "
+                "instances. as Problem: median of lplb_triton.solve.",
+            ),
+        ),
+        Grid(
+            "Certificates, and HiGHS on the CPU",
+            ("shape", "iterations mean", "iterations max", "worst gap", "HiGHS us"),
+            [
+                (
+                    row["shape"],
+                    f"{row['iterations']['mean']:.1f}",
+                    str(row["iterations"]["max"]),
+                    f"{row['worst_gap']:.1e}",
+                    f"{row['highs_us']:.0f}",
+                )
+                for row in rows
+            ],
+            (
+                "Every plan and bound was held against HiGHS before it was timed. HiGHS us: median "
+                "wall time of scipy's linprog.",
+            ),
+        ),
+        Grid(
+            "Solve by load family, median microseconds",
+            ("shape", *rows[0]["by_family_us"]),
+            [(row["shape"], *map(_us, row["by_family_us"].values())) for row in rows],
+        ),
+    ]
+    groups = report["groups"]
+    if groups is not None:
+        lines = {
+            f"{groups['groups']} groups in one launch": "together_us",
+            "the slowest of them alone": "slowest_alone_us",
+        }
+        ratio = groups["ratio"]
+        grids.append(
+            Grid(
+                "Groups of cube, microseconds",
+                ("", "median", "p99", "max"),
+                [(label, *_times(groups[key])) for label, key in lines.items()]
+                + [("quotient", *(f"{ratio[name]:.2f}" for name in ("median", "p99", "max")))],
+                (f"{groups['batches']} batches.",),
+            )
+        )
+    if report["peers"] is not None:
+        grids.append(_peers_grid(report))
+    return grids
+
+
+def _peers_grid(report: dict[str, Any]) -> Grid:
+    names = {
+        "affine_scaling": "affine scaling",
+        "edge_balancing": "edge balancing",
+        "lplb": "LPLB",
+    }
+    lines: list[tuple[str, ...]] = []
+    notes: dict[str, None] = {}
+    for solved, peers in zip(report["rows"], report["peers"], strict=True):
+        shape = peers["shape"]
+        lines.append((shape, "lplb_triton", *_times(solved["us"]), "0"))
+        for key, label in names.items():
+            found = peers[key]
+            if isinstance(found, str):
+                notes[f"{shape}, {label}: {found}"] = None
+                continue
+            times = ("n/a",) * 3 if found["us"] is None else _times(found["us"])
+            kinds = ("infeasible", "inexact", "not_reached", "refused")
+            bad = [f"{found[k]} {k.replace('_', ' ')}" for k in kinds if k in found]
+            lines.append((shape, label, *times, ", ".join(bad)))
+    options = report["options"]
+    n_instances = report["rows"][0]["instances"]
+    return Grid(
+        "Peers on the same instances, microseconds",
+        ("shape", "solver", "median", "p99", "max", "bad answers"),
+        lines,
+        (
+            f"Bad answers of {n_instances}. infeasible: a constraint is off by more than 1e-3 of "
+            "the largest number, or a share is negative. inexact: more than "
+            f"{options['tolerance']:g} from the optimum. not reached: not so near within "
+            "the limit of sweeps. Affine scaling takes five steps. Edge balancing is told how many "
+            "sweeps are enough; its times are of the instances that it can solve. Peers start from "
+            "the loads of columns and ranks, lplb_triton from counts by expert.",
+            *notes,
+        ),
+    )
+
+
+def pipeline_grids(report: dict[str, Any]) -> list[Grid]:
+    """Lay out the report of ``lplb-bench pipeline``.
+
+    Parameters
+    ----------
+    report
+        What the command writes as JSON.
+
+    Returns
+    -------
+    list of Grid
+    """
+    rows = report["rows"]
+    parts = ("run", "count", "solve", "select", "floor", "host")
+    grids = [
+        Grid(
+            "Whole run without load sync, microseconds",
+            ("shape", "tokens", *parts, "KiB moved", "allocations"),
+            [
+                (
+                    *(row["shape"], str(row["tokens"]), *(_us(row[f"{p}_us"]) for p in parts)),
+                    f"{row['bytes'] / 1024:.0f}",
+                    "n/a"
+                    if row["allocations_per_call"] is None
+                    else f"{row['allocations_per_call']:g}",
+                )
+                for row in rows
+            ],
+            (
+                f"{rows[0]['experts']} experts, top-8. floor: the ids, read twice and written "
+                f"once, at {report['bandwidth'] / 1e9:.0f} GB/s, the speed of a large copy in the "
+                "same run (small batches stay in the cache). host: wall time of an eager call.",
+            ),
+        )
+    ]
+    if report["first_calls"]:
+        grids.append(
+            Grid(
+                "First call of a new shape, seconds",
+                ("shape", "empty kernel cache", "full kernel cache"),
+                [
+                    (row["shape"], f"{row['cold_s']:.2f}", f"{row['warm_s']:.2f}")
+                    for row in report["first_calls"]
+                ],
+                ("In a fresh process, imports and placement left out.",),
+            )
+        )
+    return grids

@@ -388,9 +388,10 @@ def expert_outputs(x: Tensor, w_in: Tensor, w_out: Tensor, ends: Tensor, grouped
         return matmul(functional.silu(gate) * value, w_out.to(low), offs=ends).to(x.dtype)
     outputs = []
     begin = 0
-    for expert, end in enumerate(ends.tolist()):
+    # Unbound all at once: the gradient of indexing one expert is as large as all of them.
+    weights = zip(w_in.to(x.dtype).unbind(), w_out.to(x.dtype).unbind(), strict=True)
+    for end, (weight_in, weight_out) in zip(ends.tolist(), weights, strict=True):
         if end > begin:
-            weight_in, weight_out = w_in[expert].to(x.dtype), w_out[expert].to(x.dtype)
             gate, value = (x[begin:end] @ weight_in).chunk(2, dim=-1)
             outputs.append((functional.silu(gate) * value) @ weight_out)
         begin = end

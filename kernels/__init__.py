@@ -6,19 +6,21 @@ Launchers take tensors whose sizes and devices the caller has checked.
 from lplb_triton.kernels.launch import (
     SelectTables,
     SolveTables,
-    count,
+    count_by_program,
     is_interpreted,
     select,
     solve,
     solve_counts,
+    sum_by_program,
 )
 
 __all__ = [
     "SelectTables",
     "SolveTables",
-    "count",
+    "count_by_program",
     "is_interpreted",
     "select",
     "solve",
     "solve_counts",
+    "sum_by_program",
 ]

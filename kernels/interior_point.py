@@ -10,8 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Start and step of the method (equations 4 and 9), and the light columns of equation 10.
+from lplb_triton.kernels.tokens import _sum_rows
+
+# Start, step and centering of the method (equations 4, 8 and 9), light columns (10).
 START_MARGIN = tl.constexpr(0.1)
+START_CENTERING = tl.constexpr(0.03)
 STEP_FACTOR = tl.constexpr(0.99)
 MIN_CENTERING = tl.constexpr(0.01)
 REGULARIZATION = tl.constexpr(0.03)
@@ -21,6 +24,9 @@ TARGET_PART = tl.constexpr(0.98)
 # Taken off the bound for the round-off of its float32 sums (2**-20; equation 3).
 BOUND_ALLOWANCE = tl.constexpr(9.5367431640625e-07)
 SHARE_ONE = tl.constexpr(1 << 24)
+# Where there is no copy, x and z hold these: x / z and every change come out as nothing.
+FAR = tl.constexpr(1e30)
+NEAR = tl.constexpr(1e-30)
 
 STATUS_CERTIFIED = tl.constexpr(0)
 STATUS_GAP = tl.constexpr(1)
@@ -28,97 +34,155 @@ STATUS_INVALID = tl.constexpr(2)
 
 
 @triton.jit
-def _safe_divide(a, b, keep, other):
-    """Divide a by b where ``keep``, ``other`` elsewhere, never by what is masked."""
-    return tl.where(keep, a / tl.where(keep, b, 1.0), other)
+def _inverse(x):
+    """1 / x for positive x, in two instructions."""
+    root = tl.rsqrt(x)
+    return root * root
 
 
 @triton.jit
-def _invert(matrix, G: tl.constexpr):
-    """Inverse of a symmetric positive definite ``[G, G]`` tile, by symmetric sweeps.
+def _minus_product(a, b, c):
+    """c - a b, rounded once. Tiles only: what crosses lanes is never fused (equation 11)."""
+    return tl.fma(-a, b, c)
 
-    Needs no pivoting: every Schur complement of such a matrix is positive definite again.
+
+@triton.jit
+def _or4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 | b0, a1 | b1, a2 | b2, a3 | b3
+
+
+@triton.jit
+def _four_rows(panel):
+    """Split a ``[4, G]`` tile into its rows; bits, so that what is not there adds nothing."""
+    row = tl.arange(0, 4)[:, None]
+    bits = panel.to(tl.int32, bitcast=True)
+    a, b, c, d = tl.reduce(
+        (
+            tl.where(row == 0, bits, 0),
+            tl.where(row == 1, bits, 0),
+            tl.where(row == 2, bits, 0),
+            tl.where(row == 3, bits, 0),
+        ),
+        0,
+        _or4,
+    )
+    return (
+        a.to(tl.float32, bitcast=True),
+        b.to(tl.float32, bitcast=True),
+        c.to(tl.float32, bitcast=True),
+        d.to(tl.float32, bitcast=True),
+    )
+
+
+@triton.jit
+def _pick(tile, here, axis: tl.constexpr):
+    """The one slice of ``tile`` along ``axis`` at ``here``; bits, as above."""
+    bits = tl.where(here, tile.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _eliminate_four(t, k, G: tl.constexpr):
+    """Eliminate rows 4k .. 4k + 3 of ``t`` [G / 4, 4, G] from the rows below (equation 7)."""
+    Q: tl.constexpr = G // 4
+    block = tl.arange(0, Q)[:, None, None]
+    column = tl.arange(0, G)[None, None, :]
+    i = tl.arange(0, G)
+    p0, p1, p2, p3 = _four_rows(_pick(t, block == k, 0))
+    # The 4 x 4 block of pivots, the same in every lane.
+    at = i * 0 + 4 * k
+    a00 = tl.gather(p0, at, 0)
+    a10, a11 = tl.gather(p1, at, 0), tl.gather(p1, at + 1, 0)
+    a20, a21, a22 = tl.gather(p2, at, 0), tl.gather(p2, at + 1, 0), tl.gather(p2, at + 2, 0)
+    a30, a31 = tl.gather(p3, at, 0), tl.gather(p3, at + 1, 0)
+    a32, a33 = tl.gather(p3, at + 2, 0), tl.gather(p3, at + 3, 0)
+    # Its Cholesky factor and, row by row, the inverse factor times [pivot rows | identity].
+    own = i // 4 == k
+    p0 = tl.where(own, tl.where(i % 4 == 0, 1.0, 0.0), p0)
+    p1 = tl.where(own, tl.where(i % 4 == 1, 1.0, 0.0), p1)
+    p2 = tl.where(own, tl.where(i % 4 == 2, 1.0, 0.0), p2)
+    p3 = tl.where(own, tl.where(i % 4 == 3, 1.0, 0.0), p3)
+    r0 = tl.rsqrt(a00)
+    l10, l20, l30 = a10 * r0, a20 * r0, a30 * r0
+    y0 = p0 * r0
+    r1 = tl.rsqrt(_minus_product(l10, l10, a11))
+    l21 = _minus_product(l20, l10, a21) * r1
+    l31 = _minus_product(l30, l10, a31) * r1
+    y1 = _minus_product(l10, y0, p1) * r1
+    r2 = tl.rsqrt(_minus_product(l21, l21, _minus_product(l20, l20, a22)))
+    l32 = _minus_product(l31, l21, _minus_product(l30, l20, a32)) * r2
+    y2 = _minus_product(l21, y1, _minus_product(l20, y0, p2)) * r2
+    r3 = tl.rsqrt(
+        _minus_product(l32, l32, _minus_product(l31, l31, _minus_product(l30, l30, a33)))
+    )
+    y3 = _minus_product(l32, y2, _minus_product(l31, y1, _minus_product(l30, y0, p3))) * r3
+    # By symmetry these rows, transposed, are what the rows below are to be reduced with.
+    which = tl.arange(0, 4)[:, None]
+    rows = tl.where(which == 2, y2[None, :], y3[None, :])
+    rows = tl.where(which == 0, y0[None, :], tl.where(which == 1, y1[None, :], rows))
+    below = tl.broadcast_to(tl.reshape(rows, (4, Q, 4))[:, :, :, None], (4, Q, 4, G))
+    which = tl.arange(0, 4)[:, None, None, None]
+    shape: tl.constexpr = (Q, 4, G)
+    reduced = tl.where(column // 4 == k, 0.0, t)
+    reduced = _minus_product(
+        _pick(below, which == 0, 0), tl.broadcast_to(y0[None, None, :], shape), reduced
+    )
+    reduced = _minus_product(
+        _pick(below, which == 1, 0), tl.broadcast_to(y1[None, None, :], shape), reduced
+    )
+    reduced = _minus_product(
+        _pick(below, which == 2, 0), tl.broadcast_to(y2[None, None, :], shape), reduced
+    )
+    reduced = _minus_product(
+        _pick(below, which == 3, 0), tl.broadcast_to(y3[None, None, :], shape), reduced
+    )
+    return tl.where(block > k, reduced, tl.where(block == k, rows[None, :, :], t))
+
+
+@triton.jit
+def _inverse_factor(matrix, G: tl.constexpr):
+    """S, lower triangular, with ``S.T @ S`` the inverse of ``matrix`` [G, G] (equation 7).
+
+    Returned as [G / 4, 4, G]. Needs no pivoting: the matrix is positive definite.
     """
-    row = tl.arange(0, G)[:, None]
-    col = tl.arange(0, G)[None, :]
-    for k in range(G):
-        at_row = row == k
-        at_col = col == k
-        pivot_row = tl.sum(tl.where(at_row, matrix, 0.0), 0)[None, :]
-        pivot_col = tl.sum(tl.where(at_col, matrix, 0.0), 1)[:, None]
-        pivot = tl.sum(tl.where(at_row & at_col, matrix, 0.0))
-        scale = 1.0 / pivot
-        swept = matrix - pivot_col * (pivot_row * scale)
-        swept = tl.where(at_row, pivot_row * scale, swept)
-        swept = tl.where(at_col, pivot_col * scale, swept)
-        matrix = tl.where(at_row & at_col, -scale, swept)
-    return -matrix
-
-
-@triton.jit
-def _gram(v, G: tl.constexpr, C: tl.constexpr):
-    """``v @ v.T`` in full float32 precision, ``[G, G]``."""
-    if G < 16:
-        gram = tl.sum(v[:, None, :] * v[None, :, :], 2)
+    Q: tl.constexpr = G // 4
+    t = tl.reshape(matrix, (Q, 4, G))
+    if Q <= 2:
+        for k in tl.static_range(Q):
+            t = _eliminate_four(t, k, G)
     else:
-        gram = tl.dot(v, tl.trans(v), input_precision="ieee")
-    return gram
+        for k in range(Q):
+            t = _eliminate_four(t, k, G)
+    row = 4 * tl.arange(0, Q)[:, None, None] + tl.arange(0, 4)[None, :, None]
+    return tl.where(tl.arange(0, G)[None, None, :] <= row, t, 0.0)
 
 
 @triton.jit
-def _column_mean(d, d_column, value):
-    """D-weighted mean of ``value`` over the copies of each column, ``[C]``."""
-    return tl.sum(d * value, 0) / d_column
+def _apply(factor, rhs, G: tl.constexpr):
+    """``S.T @ (S @ rhs)``, [G]."""
+    half = tl.sum(factor * rhs[None, None, :], 2)
+    return tl.sum(tl.reshape(factor * half[:, :, None], (G, G)), 0)
 
 
 @triton.jit
-def _refined_product(matrix, inverse, rhs):
-    """Multiply ``inverse @ rhs`` with one step of iterative refinement, ``[G]`` (equation 7).
-
-    An explicit inverse in float32 loses more digits than a factorisation; the residual gives
-    them back. Symmetric tiles, so rows serve as columns.
-    """
-    u = tl.sum(inverse * rhs[None, :], 1)
-    residual = rhs - tl.sum(matrix * u[None, :], 1)
-    return u + tl.sum(inverse * residual[None, :], 1)
+def _column_sum(tile):
+    return tl.sum(tile, 0, keep_dims=True)
 
 
 @triton.jit
-def _direction(
-    x, s, y, w, active, rank_on, d, d_column, wd, matrix, inverse, inverse_one,
-    target_xz, target_sy,
-):  # fmt: skip
-    """Newton direction (dx, dz, ds, dy) for complementarity targets (equations 5 and 6)."""
-    q = _safe_divide(target_xz, x, active, 0.0)
-    q_mean = _column_mean(d, d_column, q)[None, :]
-    rhs = tl.sum(wd * (q - q_mean), 1) + tl.where(rank_on, target_sy / y, 0.0)
-    u = _refined_product(matrix, inverse, rhs)
-    dt = tl.sum(u) / tl.sum(inverse_one)
-    dy = u - dt * inverse_one
-    dy_tile = tl.broadcast_to(dy[:, None], d.shape)
-    slope = w[None, :] * (dy_tile - _column_mean(d, d_column, dy_tile)[None, :])
-    dx = d * (q - q_mean - slope)
-    dz = tl.where(active, slope + q_mean, 0.0)
-    ds = tl.where(rank_on, dt - tl.sum(w[None, :] * dx, 1), 0.0)
-    return dx, dz, ds, dy
+def _step(rate):
+    """Largest step in [0, 1] for the largest relative decrease per unit step (equation 9)."""
+    return 1.0 / tl.maximum(rate, 1.0)
 
 
 @triton.jit
-def _step_length(tile, d_tile, vector, d_vector):
-    """Largest step at which both stay non-negative (equation 9)."""
-    rate_tile = tl.max(tl.where(d_tile < 0, -d_tile / tile, 0.0))
-    rate_vector = tl.max(tl.where(d_vector < 0, -d_vector / vector, 0.0))
-    return 1.0 / tl.maximum(tl.maximum(rate_tile, rate_vector), 1e-30)
-
-
-@triton.jit
-def _lower_bound(y, fixed, w, copy, rank_on):
+def _lower_bound(y, fixed, w, copy):
     """Load that no plan can beat, from any multipliers ``y`` >= 0 (equation 3)."""
-    y = tl.where(rank_on, y, 0.0)
-    y = y / tl.sum(y)
-    # y <= 1, so the 1 stands for "no copy here" (a column without any copy has no weight).
-    cheapest = tl.min(tl.where(copy, y[:, None], 1.0), 0)
-    return tl.sum(y * fixed) + tl.sum(w * cheapest)
+    # No y is larger than their sum, so it stands for "no copy here" (a column without any copy
+    # has no weight).
+    total = tl.sum(y)
+    cheapest = tl.min(tl.where(copy, y[:, None], total), 0, keep_dims=True)
+    return (tl.sum(y * fixed) + tl.sum(w * cheapest)) / total
 
 
 @triton.jit
@@ -134,25 +198,24 @@ def _quantize(shares, copy, G: tl.constexpr):
 
 @triton.jit
 def _interior_point(
-    weights, fixed, copy, rank_on, best_ptrs, tolerance, max_iterations,
-    G: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Solve one group; the best plan ends up, quantised, at ``best_ptrs``.
+    weights, fixed, copy, rank_on, tolerance, max_iterations, G: tl.constexpr, C: tl.constexpr
+):
+    """Solve one group.
 
     Parameters
     ----------
-    weights, fixed : ``[C]``, ``[G]`` float32
+    weights, fixed : ``[1, C]``, ``[G]`` float32
         Loads in the caller's unit.
     copy, rank_on : ``[G, C]``, ``[G]`` int1
         Where copies are; which ranks are no padding.
-    best_ptrs : ``[G, C]`` pointers to float32
-        Scratch during the loop, then the shares.
 
     Returns
     -------
+    units : ``[G, C]`` int32
+        Shares in units of 2**-24.
     max_load, lower_bound, gap, iterations, status : scalars
     """
-    n_copies = tl.sum(copy.to(tl.float32), 0)
+    n_copies = _column_sum(copy.to(tl.float32))
     inf = float("inf")
     bad_weight = tl.where((weights >= 0) & (weights < inf), 0, 1)
     bad_fixed = tl.where((fixed >= 0) & (fixed < inf), 0, 1)
@@ -167,91 +230,121 @@ def _interior_point(
     w_all = weights / unit
     f = fixed / unit
 
-    # Equation 4: the even split, y uniform, every product x z equal to the mean of s y.
-    even = tl.where(copy, 1.0 / tl.maximum(n_copies, 1.0)[None, :], 0.0)
-    tl.store(best_ptrs, even, mask=copy)
+    # Equation 4: the even split, y uniform, every product x z a part of the mean of s y.
+    copies = tl.maximum(n_copies, 1.0)
+    even = tl.where(copy, 1.0 / copies, 0.0)
     heavy = (w_all > tolerance * LIGHT_PART / C) & (n_copies > 1.5)
-    active = copy & heavy[None, :]
+    active = copy & heavy
     w = tl.where(heavy, w_all, 0.0)
-    base = f + tl.sum(tl.where(heavy[None, :], 0.0, w_all[None, :] * even), 1)
-    load = base + tl.sum(w[None, :] * even, 1)
+    base = f + tl.sum(tl.where(heavy, 0.0, w_all) * even, 1)
+    load = base + tl.sum(w * even, 1)
     best_load = tl.max(load)
     mean_load = tl.sum(load) / n_ranks
-    pinned = f + tl.sum(tl.where(copy & (n_copies == 1.0)[None, :], w_all[None, :], 0.0), 1)
+    pinned = f + tl.sum(tl.where(copy & (n_copies == 1.0), w_all, 0.0), 1)
     bound = tl.maximum(mean_load, tl.max(pinned))
 
     t = best_load + tl.maximum(best_load - mean_load, 1e-6) * START_MARGIN
     s = tl.where(rank_on, t - load, 1.0)
     y = tl.where(rank_on, 1.0 / n_ranks, 1.0)
-    x = tl.where(active, even, 1.0)
-    z = (tl.sum(tl.where(rank_on, s * y, 0.0)) / n_ranks) / x
-    n_products = tl.sum(active.to(tl.float32)) + n_ranks
+    sy = tl.sum(tl.where(rank_on, s * y, 0.0))
+    mu = sy / n_ranks * START_CENTERING
+    x = tl.where(active, even, NEAR)
+    z = tl.where(active, mu * copies, FAR)
+    n_active = tl.sum(active.to(tl.float32))
+    n_products = n_active + n_ranks
+    products = sy + mu * n_active
+    one = tl.where(rank_on, 1.0, 0.0)
     off_diagonal = tl.arange(0, G)[:, None] != tl.arange(0, G)[None, :]
-    both_on = rank_on[:, None] & rank_on[None, :]
+    both_on = (one[:, None] * one[None, :]) > 0
+    best = even
 
     iterations = 0
     while (best_load - bound > best_load * (tolerance * TARGET_PART)) & (
         iterations < max_iterations
     ):
         iterations += 1
-        d = _safe_divide(x, z, active, 0.0)
-        d_column = tl.maximum(tl.sum(d, 0), 1e-37)
-        wd = w[None, :] * d
+        inverse_z = _inverse(z)
+        d = x * inverse_z
+        d_column = tl.where(heavy, _column_sum(d), 1.0)
+        root = tl.rsqrt(d_column)
+        inverse_d = root * root
+        inverse_y = _inverse(y)
+        slack = s * inverse_y
         # Equation 5: off-diagonal first, the diagonal from its row sums (no subtraction).
-        v = wd * tl.rsqrt(d_column)[None, :]
-        matrix = tl.where(off_diagonal, _gram(v, G, C), 0.0)
-        diagonal = tl.where(rank_on, tl.sum(matrix, 1) + s / y, 1.0)
+        v = d * (w * root)
+        matrix = tl.dot(v, tl.trans(v), input_precision="ieee")
+        matrix = tl.where(off_diagonal, matrix, 0.0)
+        diagonal = tl.where(rank_on, tl.sum(matrix, 1) + slack, 1.0)
         # Equation 7: adding rho * ones changes nothing, since dy sums to 0.
         rho = tl.max(tl.where(rank_on, diagonal, 0.0)) * REGULARIZATION
-        matrix = tl.where(off_diagonal, -matrix, diagonal[:, None]) + tl.where(both_on, rho, 0.0)
-        inverse = _invert(matrix, G)
-        inverse_one = _refined_product(matrix, inverse, rank_on.to(tl.float32))
+        matrix = tl.where(off_diagonal, -matrix, diagonal[:, None])
+        factor = _inverse_factor(matrix + tl.where(both_on, rho, 0.0), G)
+        ones = _apply(factor, one, G)
+        inverse_ones = 1.0 / tl.sum(ones)
 
-        # Equation 8: predictor, then corrector.
-        xz = tl.where(active, x * z, 0.0)
-        sy = tl.where(rank_on, s * y, 0.0)
-        mu = (tl.sum(xz) + tl.sum(sy)) / n_products
-        dx, dz, ds, dy = _direction(
-            x, s, y, w, active, rank_on, d, d_column, wd, matrix, inverse, inverse_one, -xz, -sy
-        )
-        primal = tl.minimum(_step_length(x, dx, s, ds), 1.0)
-        dual = tl.minimum(_step_length(z, dz, y, dy), 1.0)
-        affine = tl.sum(tl.where(active, (x + primal * dx) * (z + dual * dz), 0.0)) + tl.sum(
-            tl.where(rank_on, (s + primal * ds) * (y + dual * dy), 0.0)
-        )
-        ratio = affine / n_products / mu
-        target = mu * tl.minimum(tl.maximum(ratio * ratio * ratio, MIN_CENTERING), 1.0)
-        dx, dz, ds, dy = _direction(
-            x, s, y, w, active, rank_on, d, d_column, wd, matrix, inverse, inverse_one,
-            target - xz - dx * dz, target - sy - ds * dy,
-        )  # fmt: skip
-        primal = tl.minimum(_step_length(x, dx, s, ds) * STEP_FACTOR, 1.0)
-        dual = tl.minimum(_step_length(z, dz, y, dy) * STEP_FACTOR, 1.0)
-        x += primal * dx
-        z += dual * dz
-        s += primal * ds
-        y += dual * dy
+        # Equation 8, predictor. h = dz / z, e = dy / y; then dx / x = -1 - h, ds / s = -1 - e.
+        w_mean = w * inverse_d
+        rhs_affine = tl.where(rank_on, base + tl.sum(d * w_mean, 1), 0.0)
+        u = _apply(factor, rhs_affine, G)
+        t_new = tl.sum(u) * inverse_ones
+        dy = _minus_product(t_new, ones, u)
+        shift = inverse_d + w_mean * _column_sum(d * dy[:, None])
+        h = inverse_z * _minus_product(1.0, shift, w * dy[:, None])
+        e = dy * inverse_y
+        primal = _step(1.0 + tl.max(tl.maximum(h, e[:, None])))
+        dual = _step(-tl.min(tl.minimum(h, e[:, None])))
+        affine = products * (1.0 - dual) + (primal - dual) * (t_new - t)
+        ratio = tl.maximum(affine, 0.0) / products
+        ratio *= ratio
+        target = products / n_products * tl.minimum(tl.maximum(ratio * ratio, MIN_CENTERING), 1.0)
 
-        plan = tl.where(active, x, 0.0)
-        plan_sum = tl.where(heavy, tl.sum(plan, 0), 1.0)
-        plan = tl.where(active, plan / plan_sum[None, :], even)
-        loads = base + tl.sum(w[None, :] * plan, 1)
+        # Corrector. moved = D q' = x + x (target - dx dz) / (x z) - x.
+        moved = tl.fma(x, tl.fma(h, h, h), inverse_z * target)
+        moved_column = _column_sum(moved)
+        slack_moved = target * inverse_y + s * (e + e * e)
+        rhs = _minus_product(d, w_mean * moved_column, w * moved)
+        rhs = rhs_affine + tl.where(rank_on, tl.sum(rhs, 1) + slack_moved, 0.0)
+        u = _apply(factor, rhs, G)
+        t_new = tl.sum(u) * inverse_ones
+        dy = _minus_product(t_new, ones, u)
+        shift = inverse_d * (1.0 - moved_column) + w_mean * _column_sum(d * dy[:, None])
+        h = inverse_z * _minus_product(1.0, shift, w * dy[:, None])
+        e = dy * inverse_y
+        x_full = _minus_product(x, h, moved)
+
+        # Equation 9: the full step, with what is negative cut off, gives a plan and a bound.
+        plan = tl.maximum(x_full, 0.0)
+        plan *= _inverse(tl.where(heavy, _column_sum(plan), 1.0))
+        loads = base + tl.sum(w * plan, 1)
         new_load = tl.max(loads)
+        new_bound = _lower_bound(tl.where(rank_on, tl.maximum(y + dy, 0.0), 0.0), f, w_all, copy)
         # Triton's maximum passes over NaN, a sum doesn't: a broken iterate is never kept.
         load_sum = tl.sum(loads)
-        if (new_load < best_load) & (load_sum == load_sum):
-            tl.store(best_ptrs, plan, mask=copy)
-            best_load = new_load
-        new_bound = _lower_bound(y, f, w_all, copy, rank_on)
+        better = (new_load < best_load) & (load_sum == load_sum)
+        best = tl.where(better, plan, best)
+        best_load = tl.where(better, new_load, best_load)
         bound = tl.where(new_bound > bound, new_bound, bound)
 
-    best = tl.load(best_ptrs, mask=copy, other=0.0)
-    units = _quantize(best, copy, G)
+        # Equation 9: how far the iterate itself may go.
+        dx = tl.where(active, x_full - x, 0.0)
+        ds = tl.where(rank_on, slack_moved - s - slack * dy, 0.0)
+        primal = tl.max(tl.maximum(-dx * _inverse(x), (-ds * _inverse(s))[:, None]))
+        primal = _step(primal * (1.0 / STEP_FACTOR))
+        dual = _step(-tl.min(tl.minimum(h, e[:, None])) * (1.0 / STEP_FACTOR))
+        dt = t_new - t
+        products += primal * dt + dual * (n_products * target - products - dt)
+        products = tl.maximum(products, 1e-12)
+        x = tl.fma(dx, primal, x)
+        z = tl.fma(z * h, dual, z)
+        s += primal * ds
+        y += tl.where(rank_on, dual * dy, 0.0)
+        t += primal * dt
+
+    units = _quantize(tl.where(active, best, even), copy, G)
     shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
-    tl.store(best_ptrs, shares, mask=copy)
-    max_load = tl.max(fixed + tl.sum(weights[None, :] * shares, 1))
+    max_load = tl.max(fixed + tl.sum(weights * shares, 1))
     lower_bound = tl.minimum(bound * unit * (1.0 - BOUND_ALLOWANCE), max_load)
-    gap = _safe_divide(max_load - lower_bound, max_load, max_load > 0, 0.0)
+    gap = (max_load - lower_bound) / tl.where(max_load > 0, max_load, 1.0)
     status = tl.where(gap <= tolerance, STATUS_CERTIFIED, STATUS_GAP)
     status = tl.where(invalid, STATUS_INVALID, status)
     max_load = tl.where(invalid, inf, max_load)
@@ -294,88 +387,140 @@ def _solve_lp_kernel(
     weights = tl.load(weights_ptr + program * n_columns + col, mask=col_on, other=0.0)
     fixed = tl.load(fixed_ptr + program * n_ranks + rank, mask=rank_on, other=0.0)
     copy = tl.load(mask_ptr + program * mask_stride + cell, mask=inside, other=0) != 0
-    best_ptrs = shares_ptr + program * n_ranks * n_columns + cell
-    tl.store(best_ptrs, tl.zeros((G, C), dtype=tl.float32), mask=inside & ~copy)
-    _, max_load, lower_bound, gap, iterations, status = _interior_point(
-        weights, fixed, copy, rank_on, best_ptrs, tolerance, max_iterations, G, C
+    units, max_load, lower_bound, gap, iterations, status = _interior_point(
+        weights[None, :], fixed, copy, rank_on, tolerance, max_iterations, G, C
     )
+    shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
+    tl.store(shares_ptr + program * n_ranks * n_columns + cell, shares, mask=inside)
     _store_certificate(
         stats_ptr, ints_ptr, program, tl.num_programs(0),
         max_load, lower_bound, gap, iterations, status,
     )  # fmt: skip
 
 
+@triton.jit
+def _await_counts(counts_ptr, n_logical, BLOCK: tl.constexpr):
+    """Wait until every count has been written: `_count_kernel` left -1 in their places."""
+    for first in range(0, n_logical, BLOCK):
+        expert = first + tl.arange(0, BLOCK)
+        least = -1
+        while least < 0:
+            least = tl.min(
+                tl.load(counts_ptr + expert, mask=expert < n_logical, other=0, volatile=True)
+            )
+
+
+@triton.jit
+def _counts_of(counts_ptr, expert, there):
+    """Counts of experts, 0 where none is there; never from a stale line of a cache."""
+    return tl.load(counts_ptr + expert, mask=there, other=0, volatile=True).to(tl.float32)
+
+
+@triton.jit
+def _store_cumulative(
+    cumulative_ptr, units_ptr, shares_ptr,
+    copy_cell_ptr, copy_index_ptr, copy_multiplicity_ptr, copy_group_ptr,
+    group, n_copies, COPIES: tl.constexpr,
+):  # fmt: skip
+    """Cumulative share of every copy of this group's experts (equation 12).
+
+    ``units`` holds running sums over ranks: copies of one expert ascend by rank.
+    """
+    for block in range(0, n_copies, COPIES):
+        at = block + tl.arange(0, COPIES)
+        inside = at < n_copies
+        mine = inside & (tl.load(copy_group_ptr + at, mask=inside, other=-1) == group)
+        cell = tl.load(copy_cell_ptr + at, mask=mine, other=-1)
+        multiplicity = tl.load(copy_multiplicity_ptr + at, mask=mine, other=1)
+        shared = cell >= 0
+        cumulative = tl.load(units_ptr + cell, mask=shared, other=SHARE_ONE)
+        if tl.max(multiplicity) > 1:
+            # Several copies on one rank divide its share as evenly as integers allow.
+            here = (tl.load(shares_ptr + cell, mask=shared, other=1.0) * SHARE_ONE).to(tl.int32)
+            index = tl.load(copy_index_ptr + at, mask=mine, other=0).to(tl.int64) + 1
+            part = index * here.to(tl.int64) // multiplicity.to(tl.int64)
+            cumulative = cumulative - here + part.to(tl.int32)
+        tl.store(cumulative_ptr + at, cumulative, mask=mine)
+
+
 @triton.jit(
-    do_not_specialize=["max_iterations", "n_ranks", "n_columns", "n_slots", "n_copies"],
+    do_not_specialize=[
+        "max_iterations", "n_ranks", "n_columns", "n_slots", "n_copies", "n_logical",
+        "n_rows", "n_sums",
+    ],
     do_not_specialize_on_alignment=["counts_ptr", "certified_ptr", "solves_ptr"],
-)
+)  # fmt: skip
 def _solve_counts_kernel(
-    counts_ptr,
+    running_ptr, counts_ptr,
     mask_ptr, fixed_experts_ptr, column_start_ptr, column_members_ptr, longest_column_ptr,
     copy_cell_ptr, copy_index_ptr, copy_multiplicity_ptr, copy_group_ptr,
     shares_ptr, units_ptr, cumulative_ptr, stats_ptr, ints_ptr,
     certified_ptr, solves_ptr,
-    tolerance, max_iterations, n_ranks, n_columns, n_slots, n_copies,
+    tolerance, max_iterations, n_ranks, n_columns, n_slots, n_copies, n_logical, n_rows, n_sums,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """Solve group ``program_id(0)`` of one batch, straight from counts by logical expert.
+    """Solve the groups of one batch, straight from counts by logical expert.
 
-    Folds counts into weights and fixed loads, solves, and writes the cumulative share of every
-    copy (equation 12). Shapes as in ``placement.Structure``; counts [n_logical] int32, shares
-    [n_group, n_ranks, n_columns] float32 and units (int32, running over ranks), cumulative
-    [n_copies] int32. ``certified`` [1] rises by one if the group is certified, ``solves`` [1]
-    always (int32 or int64). Grid (n_group,).
+    Programs 0 .. n_sums - 1 first turn counts by program into running sums and totals, as
+    `_running_sum_kernel` does, while the others set up; with ``n_sums`` 0 the counts are there.
+    Program ``n_sums + group`` folds counts into weights and fixed loads, solves, and writes the
+    cumulative share of every copy (equation 12). Programs that sum wait for none, so the
+    waiting ends whatever else is on the GPU.
+
+    Shapes as in ``placement.Structure``; running [n_rows, n_logical] and counts [n_logical]
+    int32, shares [n_group, n_ranks, n_columns] float32 and units (int32, running over ranks),
+    cumulative [n_copies] int32. ``certified`` [1] rises by one if the group is certified,
+    ``solves`` [1] always (int32 or int64). Grid (n_sums + n_group,).
     """
-    group = tl.program_id(0).to(tl.int64)
-    rank = tl.arange(0, G)
-    col = tl.arange(0, C)
-    rank_on = rank < n_ranks
-    col_on = col < n_columns
-    inside = rank_on[:, None] & col_on[None, :]
-    cell = group * n_ranks * n_columns + rank[:, None] * n_columns + col[None, :]
-    copy = tl.load(mask_ptr + cell, mask=inside, other=0) != 0
+    program = tl.program_id(0)
+    if program < n_sums:
+        _sum_rows(running_ptr, counts_ptr, program, n_rows, n_logical, ROWS, EXPERTS)
+    else:
+        group = (program - n_sums).to(tl.int64)
+        rank = tl.arange(0, G)
+        col = tl.arange(0, C)
+        rank_on = rank < n_ranks
+        col_on = col < n_columns
+        inside = rank_on[:, None] & col_on[None, :]
+        first_cell = group * n_ranks * n_columns
+        cell = first_cell + rank[:, None] * n_columns + col[None, :]
+        copy = tl.load(mask_ptr + cell, mask=inside, other=0) != 0
+        slot = tl.arange(0, S)[None, :]
+        expert = tl.load(
+            fixed_experts_ptr + (group * n_ranks + rank[:, None]) * n_slots + slot,
+            mask=rank_on[:, None] & (slot < n_slots), other=-1,
+        )  # fmt: skip
+        start_ptrs = column_start_ptr + group * (n_columns + 1) + col
+        first = tl.load(start_ptrs, mask=col_on, other=0)
+        last = tl.load(start_ptrs + 1, mask=col_on, other=0)
+        longest = tl.load(longest_column_ptr + group)
+        if n_sums > 0:
+            _await_counts(counts_ptr, n_logical, 32 * ROWS // EXPERTS)
 
-    slot = tl.arange(0, S)[None, :]
-    fixed_at = (group * n_ranks + rank[:, None]) * n_slots + slot
-    expert = tl.load(
-        fixed_experts_ptr + fixed_at, mask=rank_on[:, None] & (slot < n_slots), other=-1
-    )
-    fixed = tl.sum(tl.load(counts_ptr + expert, mask=expert >= 0, other=0).to(tl.float32), 1)
+        fixed = tl.sum(_counts_of(counts_ptr, expert, expert >= 0), 1)
+        weights = tl.zeros((C,), dtype=tl.float32)
+        for j in range(longest):
+            there = first + j < last
+            member = tl.load(column_members_ptr + first + j, mask=there, other=0)
+            weights += _counts_of(counts_ptr, member, there)
 
-    start_ptrs = column_start_ptr + group * (n_columns + 1) + col
-    first = tl.load(start_ptrs, mask=col_on, other=0)
-    last = tl.load(start_ptrs + 1, mask=col_on, other=0)
-    weights = tl.zeros((C,), dtype=tl.float32)
-    for j in range(tl.load(longest_column_ptr + group)):
-        there = first + j < last
-        member = tl.load(column_members_ptr + first + j, mask=there, other=0)
-        weights += tl.load(counts_ptr + member, mask=there, other=0).to(tl.float32)
-
-    units, max_load, lower_bound, gap, iterations, status = _interior_point(
-        weights, fixed, copy, rank_on, shares_ptr + cell, tolerance, max_iterations, G, C
-    )
-    _store_certificate(
-        stats_ptr, ints_ptr, group, tl.num_programs(0),
-        max_load, lower_bound, gap, iterations, status,
-    )  # fmt: skip
-    certified = (status == STATUS_CERTIFIED).to(tl.int32)
-    tl.atomic_add(certified_ptr, certified.to(certified_ptr.dtype.element_ty))
-    tl.atomic_add(solves_ptr, tl.full((), 1, solves_ptr.dtype.element_ty))
-
-    # Equation 12: copies of one expert ascend by rank, so running sums over ranks do.
-    tl.store(shares_ptr + cell, tl.zeros((G, C), dtype=tl.float32), mask=inside & ~copy)
-    tl.store(units_ptr + cell, tl.cumsum(units, 0), mask=inside)
-    tl.debug_barrier()
-    for block in range(0, n_copies, COPIES):
-        at = block + tl.arange(0, COPIES)
-        mine = at < n_copies
-        mine = mine & (tl.load(copy_group_ptr + at, mask=mine, other=-1) == group)
-        where = tl.load(copy_cell_ptr + at, mask=mine, other=-1)
-        shared = where >= 0
-        running = tl.load(units_ptr + where, mask=shared, other=SHARE_ONE)
-        here = tl.load(shares_ptr + where, mask=shared, other=1.0) * SHARE_ONE
-        here = here.to(tl.int64)
-        index = tl.load(copy_index_ptr + at, mask=mine, other=0).to(tl.int64)
-        multiplicity = tl.load(copy_multiplicity_ptr + at, mask=mine, other=1).to(tl.int64)
-        cumulative = running - here + (index + 1) * here // multiplicity
-        tl.store(cumulative_ptr + at, cumulative.to(tl.int32), mask=mine)
+        units, max_load, lower_bound, gap, iterations, status = _interior_point(
+            weights[None, :], fixed, copy, rank_on, tolerance, max_iterations, G, C
+        )
+        shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
+        tl.store(shares_ptr + cell, shares, mask=inside)
+        tl.store(units_ptr + cell, tl.cumsum(units, 0), mask=inside)
+        _store_certificate(
+            stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
+            max_load, lower_bound, gap, iterations, status,
+        )  # fmt: skip
+        certified = (status == STATUS_CERTIFIED).to(tl.int32)
+        tl.atomic_add(certified_ptr, certified.to(certified_ptr.dtype.element_ty))
+        tl.atomic_add(solves_ptr, tl.full((), 1, solves_ptr.dtype.element_ty))
+        tl.debug_barrier()
+        _store_cumulative(
+            cumulative_ptr, units_ptr, shares_ptr,
+            copy_cell_ptr, copy_index_ptr, copy_multiplicity_ptr, copy_group_ptr,
+            group, n_copies, COPIES,
+        )  # fmt: skip

@@ -16,11 +16,13 @@ from lplb_triton.kernels.tokens import _count_kernel, _running_sum_kernel, _sele
 
 # Ids that one program handles at a time. The select kernel compares all pairs of a block.
 COUNT_BLOCK = 256
-SELECT_BLOCK = 128
+SELECT_BLOCK = 256
+# Rows and experts of one program that sums counts.
+SUM_ROWS = 256
+SUM_EXPERTS = 4
 # A thread that fuses its own product into a sum over lanes rounds differently from the lane
 # that sends it. All threads must hold the same bits: they take the same branches by them.
 SOLVE_OPTIONS = {"enable_fp_fusion": False}
-
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,17 +72,17 @@ def is_interpreted() -> bool:
 
 
 def _tile(n_ranks: int, n_columns: int) -> tuple[int, int]:
-    """Pad the tile of a group; ``tl.dot`` needs 16 columns where it is used."""
-    ranks = max(2, triton.next_power_of_2(n_ranks))
-    columns = max(2, triton.next_power_of_2(n_columns))
-    return ranks, columns if ranks < 16 else max(16, columns)
+    """Pad the tile of a group: whole warps of columns, and two blocks of four pivots."""
+    return max(8, triton.next_power_of_2(n_ranks)), max(32, triton.next_power_of_2(n_columns))
 
 
 def _solve_warps(ranks: int, columns: int) -> int:
-    """Warps for a tile: the quickest of 1, 2, 4, 8, 16 on an H100 (docs/benchmarks.md)."""
-    if ranks <= 8 and columns <= 32:
-        return 1
-    return 4 if ranks * max(ranks, columns) <= 4096 else 8
+    """Warps for a tile: the quickest on an H100 (docs/benchmarks.md)."""
+    if ranks <= 16:
+        return min(8, max(1, columns // 32))
+    if ranks == 32:
+        return 4 if columns <= 64 else 8
+    return 8 if ranks == 64 else 16
 
 
 @_on_its_device
@@ -117,6 +119,7 @@ def solve(
 @_on_its_device
 def solve_counts(
     counts: torch.Tensor,
+    running: torch.Tensor | None,
     tables: SolveTables,
     shares: torch.Tensor,
     units: torch.Tensor,
@@ -130,7 +133,8 @@ def solve_counts(
 ) -> None:
     """Solve every group of one batch from its counts by logical expert, into given buffers.
 
-    ``counts`` [n_logical] int32; ``shares`` [n_group, G, C] float32, ``units`` likewise int32,
+    ``counts`` [n_logical] int32: given, or with ``running`` [n_sms, n_logical] int32 (counts by
+    program, as `count_by_program` leaves both) summed in the same launch; ``shares`` [n_group, G, C] float32, ``units`` likewise int32,
     ``cumulative`` [n_physical] int32, ``stats`` [3, n_group] float32, ``ints`` [2, n_group]
     int32; ``certified`` and ``solves`` one int32 or int64 element each, added to.
     """
@@ -138,38 +142,52 @@ def solve_counts(
     n_slots = tables.fixed_experts.shape[2]
     n_copies = cumulative.numel()
     ranks, columns = _tile(n_ranks, n_columns)
-    _solve_counts_kernel[(n_group,)](
-        counts, *tables, shares, units, cumulative, stats, ints, certified, solves,
+    n_logical = counts.numel()
+    n_sums = 0 if running is None else triton.cdiv(n_logical, SUM_EXPERTS)
+    _solve_counts_kernel[(n_sums + n_group,)](
+        counts if running is None else running, counts,
+        *tables, shares, units, cumulative, stats, ints, certified, solves,
         tolerance, max_iterations, n_ranks, n_columns, n_slots, n_copies,
+        n_logical, 0 if running is None else len(running), n_sums,
         G=ranks, C=columns, S=max(2, triton.next_power_of_2(n_slots)),
         COPIES=min(1024, max(32, triton.next_power_of_2(n_copies))),
+        ROWS=SUM_ROWS, EXPERTS=SUM_EXPERTS,
         num_warps=_solve_warps(ranks, columns), **SOLVE_OPTIONS,
     )  # fmt: skip
 
 
 @_on_its_device
-def count(
+def count_by_program(
     idx: torch.Tensor,
     running: torch.Tensor,
     counts: torch.Tensor,
     status: torch.Tensor,
     chunk: int,
 ) -> None:
-    """Count contiguous ``idx`` by chunk and in total.
+    """Count contiguous ``idx`` by chunk.
 
-    ``running`` [n_sms, n_logical] and ``counts`` [n_logical] int32 are written; ``status`` is
-    two int64 words that the kernel can reach (pinned host memory on a GPU).
+    ``running`` [n_sms, n_logical] int32 is written, and ``counts`` [n_logical] int32 becomes -1
+    until `sum_by_program` or `solve_counts` has summed the rows; ``status`` is two int64 words
+    that the kernel can reach (pinned host memory on a GPU).
     """
     n_rows, n_logical = running.shape
-    bins = max(16, triton.next_power_of_2(n_logical))
     _count_kernel[(n_rows,)](
-        idx, running, status, idx.numel(), chunk, n_logical,
-        BINS=bins, BLOCK=COUNT_BLOCK, num_warps=4,
+        idx, running, counts, status, idx.numel(), chunk, n_logical,
+        BINS=_bins(n_logical), BLOCK=COUNT_BLOCK, num_warps=4,
     )  # fmt: skip
-    block = 32
-    _running_sum_kernel[(triton.cdiv(n_logical, block),)](
-        running, counts, n_rows, n_logical, ROWS=64, BLOCK=block, num_warps=4
+
+
+@_on_its_device
+def sum_by_program(running: torch.Tensor, counts: torch.Tensor) -> None:
+    """Turn ``running`` [n_sms, n_logical] int32 into running sums; ``counts`` gets the totals."""
+    n_rows, n_logical = running.shape
+    _running_sum_kernel[(triton.cdiv(n_logical, SUM_EXPERTS),)](
+        running, counts, n_rows, n_logical, ROWS=SUM_ROWS, EXPERTS=SUM_EXPERTS, num_warps=1
     )
+
+
+def _bins(n_logical: int) -> int:
+    return max(16, triton.next_power_of_2(n_logical))
 
 
 @_on_its_device
@@ -177,7 +195,6 @@ def select(
     idx: torch.Tensor,
     out: torch.Tensor,
     running: torch.Tensor,
-    seen: torch.Tensor,
     cumulative: torch.Tensor,
     tables: SelectTables,
     chunk: int,
@@ -186,7 +203,7 @@ def select(
     """Write physical ids of contiguous ``idx`` to ``out`` (same shape and dtype)."""
     n_rows, n_logical = running.shape
     _select_kernel[(n_rows,)](
-        idx, out, running, seen, cumulative, *tables,
+        idx, out, running, cumulative, *tables,
         idx.numel(), chunk, n_logical, n_rows, rank,
-        BINS=max(16, triton.next_power_of_2(n_logical)), BLOCK=SELECT_BLOCK, num_warps=8,
+        BINS=_bins(n_logical), BLOCK=SELECT_BLOCK, num_warps=8,
     )  # fmt: skip

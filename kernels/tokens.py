@@ -26,13 +26,14 @@ STATUS_BAD_ID = tl.constexpr(0)
     do_not_specialize_on_alignment=["idx_ptr", "status_ptr"],
 )
 def _count_kernel(
-    idx_ptr, by_program_ptr, status_ptr, n_ids, chunk, n_logical,
+    idx_ptr, by_program_ptr, counts_ptr, status_ptr, n_ids, chunk, n_logical,
     BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Count the ids of one chunk.
 
     idx [n_ids] int32 or int64, by_program [programs, n_logical] int32 (every element is
-    written). An id outside [-1, n_logical) counts nowhere and leaves itself in ``status``
+    written). counts [n_logical] int32 becomes -1, which says that totals are still to come. An
+    id outside [-1, n_logical) counts nowhere and leaves itself in ``status``
     [0] (flag) and [1] (value), int64 words in pinned host memory. Grid (programs,).
     """
     program = tl.program_id(0).to(tl.int64)
@@ -50,27 +51,40 @@ def _count_kernel(
         bins += tl.histogram(tl.where(known, ids, 0).to(tl.int32), BINS, mask=known)
     expert = tl.arange(0, BINS)
     tl.store(by_program_ptr + program * n_logical + expert, bins, mask=expert < n_logical)
+    if program == 0:
+        tl.store(counts_ptr + expert, tl.full((BINS,), -1, tl.int32), mask=expert < n_logical)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_logical"])
-def _running_sum_kernel(
-    running_ptr, counts_ptr, n_rows, n_logical, ROWS: tl.constexpr, BLOCK: tl.constexpr
+@triton.jit
+def _sum_rows(
+    running_ptr, counts_ptr, block, n_rows, n_logical, ROWS: tl.constexpr, EXPERTS: tl.constexpr
 ):
-    """Turn counts by program into running sums, in place, and write their totals.
-
-    running [n_rows, n_logical] int32, counts [n_logical] int32. Grid (experts / BLOCK,).
-    """
-    expert = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Turn one block's counts by program into running sums, in place, and write their totals."""
+    expert = block * EXPERTS + tl.arange(0, EXPERTS)
     inside = expert < n_logical
-    carry = tl.zeros((BLOCK,), dtype=tl.int32)
+    carry = tl.zeros((EXPERTS,), dtype=tl.int32)
     for first in range(0, n_rows, ROWS):
         row = first + tl.arange(0, ROWS)
         at = row[:, None].to(tl.int64) * n_logical + expert[None, :]
         mask = (row < n_rows)[:, None] & inside[None, :]
         values = tl.load(running_ptr + at, mask=mask, other=0)
-        tl.store(running_ptr + at, tl.cumsum(values, 0) + carry[None, :], mask=mask)
+        before = carry
         carry += tl.sum(values, 0)
-    tl.store(counts_ptr + expert, carry, mask=inside)
+        if first + ROWS >= n_rows:
+            # Somebody waits for the totals: they go first.
+            tl.store(counts_ptr + expert, carry, mask=inside)
+        tl.store(running_ptr + at, tl.cumsum(values, 0) + before[None, :], mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_logical"])
+def _running_sum_kernel(
+    running_ptr, counts_ptr, n_rows, n_logical, ROWS: tl.constexpr, EXPERTS: tl.constexpr
+):
+    """Turn counts by program into running sums, in place, and write their totals.
+
+    running [n_rows, n_logical] int32, counts [n_logical] int32. Grid (experts / EXPERTS,).
+    """
+    _sum_rows(running_ptr, counts_ptr, tl.program_id(0), n_rows, n_logical, ROWS, EXPERTS)
 
 
 @triton.jit
@@ -80,77 +94,86 @@ def _quota_end(cumulative_ptr, copy, count, offset):
     return (count * share + offset) >> SHARE_BITS
 
 
+@triton.jit
+def _find_copy(
+    cumulative_ptr, low, high, position, count, offset, steps, INTEGER: tl.constexpr
+):
+    """Halve the range of copies, dealing a node's tokens out evenly (equation 14).
+
+    INTEGER holds ``count`` squared.
+    """
+    position = position.to(INTEGER)
+    size = count.to(INTEGER)
+    count = count.to(tl.int64)
+    low_end = tl.zeros_like(count)
+    for _ in range(steps):
+        inner = low < high
+        middle = (low + high) // 2
+        middle_end = _quota_end(cumulative_ptr, middle, count, offset)
+        quota = (middle_end - low_end).to(INTEGER)
+        divisor = tl.maximum(size, 1).to(INTEGER)
+        scaled = position * quota + size // 2
+        taken = scaled // divisor
+        left = inner & (scaled - taken * size + quota >= size)
+        right = inner & (left == 0)
+        position = tl.where(left, taken, tl.where(right, position - taken, position))
+        size = tl.where(left, quota, tl.where(right, size - quota, size))
+        low_end = tl.where(right, middle_end, low_end)
+        high = tl.where(left, middle, high)
+        low = tl.where(right, middle + 1, low)
+    return low
+
+
 @triton.jit(
     do_not_specialize=["n_ids", "chunk", "n_logical", "n_rows", "rank"],
     do_not_specialize_on_alignment=["idx_ptr", "out_ptr", "running_ptr", "cumulative_ptr"],
 )
 def _select_kernel(
-    idx_ptr, out_ptr, running_ptr, seen_ptr,
+    idx_ptr, out_ptr, running_ptr,
     cumulative_ptr, copy_start_ptr, copy_slot_ptr, search_steps_ptr,
     n_ids, chunk, n_logical, n_rows, rank,
     BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Physical ids for one chunk of logical ids (equations 12 to 14).
 
-    idx and out [n_ids]; running [n_rows, n_logical] int32 as `_running_sum_kernel` leaves it
-    (one row per program); seen [n_rows, n_logical] int32 scratch; cumulative and copy_slot
-    [n_copies], copy_start [n_logical + 1], search_steps [1] int32. Grid (n_rows,).
+    idx and out [n_ids]; running [n_rows, n_logical] int32 as `_sum_rows` leaves it (one row per
+    program); cumulative and copy_slot [n_copies], copy_start [n_logical + 1], search_steps [1]
+    int32. Grid (n_rows,).
     """
     program = tl.program_id(0).to(tl.int64)
     begin = program * chunk
     end = tl.minimum(begin + chunk, n_ids)
     # Tokens of each expert seen so far, ahead of this program's next block.
     expert = tl.arange(0, BINS)
-    seen_ptr += program * n_logical
     n_before = tl.where(program > 0, n_logical, 0)
-    before = tl.load(
+    seen = tl.load(
         running_ptr + (program - 1) * n_logical + expert, mask=expert < n_before, other=0
     )
-    tl.store(seen_ptr + expert, before, mask=expert < n_logical)
     totals_ptr = running_ptr + (n_rows - 1).to(tl.int64) * n_logical
     steps = tl.load(search_steps_ptr)
     lane = tl.arange(0, BLOCK)
+    earlier = lane[:, None] < lane[None, :]
     for block in range(begin, end, BLOCK):
         at = block + lane
         ids = tl.load(idx_ptr + at, mask=at < end, other=-1)
         known = (ids >= 0) & (ids < n_logical)
         e = tl.where(known, ids, 0).to(tl.int32)
-        tag = tl.where(known, e, -1)
+        count = tl.load(totals_ptr + e, mask=known, other=0)
+        low = tl.load(copy_start_ptr + e)
+        high = tl.load(copy_start_ptr + e + 1) - 1
         # Rank within the block by comparing all pairs: stable, hence deterministic.
-        same = tag[:, None] == tag[None, :]
-        earlier = lane[None, :] < lane[:, None]
-        position_here = tl.sum((same & earlier).to(tl.int32), 1)
-        same_here = tl.sum(same.to(tl.int32), 1)
-        tl.debug_barrier()
-        already = tl.load(seen_ptr + e, mask=known, other=0)
-        tl.debug_barrier()
-        # All tokens of one expert in this block write the same value.
-        tl.store(seen_ptr + e, already + same_here, mask=known)
+        tag = tl.where(known, e, -1)
+        same = (tag[:, None] == tag[None, :]) & earlier
+        position = tl.gather(seen, e, 0) + tl.sum(same.to(tl.int32), 0)
+        if block + BLOCK < end:
+            seen += tl.histogram(e, BINS, mask=known)
 
-        position = (already + position_here).to(tl.int64)
-        count = tl.load(totals_ptr + e, mask=known, other=0).to(tl.int64)
         offset = rank.to(tl.int64) * OFFSET_BY_RANK + e.to(tl.int64) * OFFSET_BY_EXPERT
         offset = (offset + SHARE_HALF) & SHARE_MASK
-        first = tl.load(copy_start_ptr + e)
-        low = first
-        high = tl.load(copy_start_ptr + e + 1) - 1
-        # Equation 14: halve the range of copies, dealing the node's tokens out evenly.
-        low_end = tl.zeros_like(count)
-        size = count
-        for _ in range(steps):
-            inner = low < high
-            middle = (low + high) // 2
-            middle_end = _quota_end(cumulative_ptr, middle, count, offset)
-            quota = middle_end - low_end
-            scaled = position * quota + size // 2
-            taken = scaled // tl.maximum(size, 1)
-            left = inner & (scaled - taken * size + quota >= size)
-            right = inner & ~left
-            position = tl.where(left, taken, tl.where(right, position - taken, position))
-            size = tl.where(left, quota, tl.where(right, size - quota, size))
-            low_end = tl.where(right, middle_end, low_end)
-            high = tl.where(left, middle, high)
-            low = tl.where(right, middle + 1, low)
+        if tl.max(count) < 65536:
+            low = _find_copy(cumulative_ptr, low, high, position, count, offset, steps, tl.uint32)
+        else:
+            low = _find_copy(cumulative_ptr, low, high, position, count, offset, steps, tl.int64)
         slot = tl.load(copy_slot_ptr + low)
         physical = tl.where(known, slot, -1).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, physical, mask=at < end)

@@ -33,7 +33,6 @@ class _Scratch(NamedTuple):
     """Typed views of a workspace block for one layer."""
 
     running: torch.Tensor
-    seen: torch.Tensor
     counts: torch.Tensor
     shares: torch.Tensor
     units: torch.Tensor
@@ -354,7 +353,8 @@ class Balancer:
         n_logical = self._placement.n_logical
         running = torch.empty(n_sms, n_logical, dtype=torch.int32, device=self.device)
         counts = torch.empty(n_logical, dtype=torch.int32, device=self.device)
-        kernels.count(idx, running, counts, self._status, _chunk(idx.numel(), n_sms))
+        kernels.count_by_program(idx, running, counts, self._status, _chunk(idx.numel(), n_sms))
+        kernels.sum_by_program(running, counts)
         return counts, running
 
     def sync(self, counts: torch.Tensor) -> torch.Tensor:
@@ -402,7 +402,8 @@ class Balancer:
         if self.backend == "torch":
             return self._solve_torch(counts, certified, self.solves)
         buffers = self._fresh_solve_buffers()
-        self._launch_solve(counts.to(torch.int32).contiguous(), buffers, certified, self.solves)
+        counts = counts.to(torch.int32).contiguous()
+        self._launch_solve(counts, None, buffers, certified, self.solves)
         stats, ints = buffers.stats, buffers.ints
         return Solution(
             buffers.shares, stats[0], stats[1], stats[2], ints[0], ints[1], self.tolerance
@@ -473,7 +474,7 @@ class Balancer:
         running = running.contiguous()
         out = torch.empty_like(idx)
         kernels.select(
-            idx, out, running, torch.empty_like(running), cumulative, self._select_tables,
+            idx, out, running, cumulative, self._select_tables,
             _chunk(idx.numel(), len(running)), self.rank,
         )  # fmt: skip
         return out
@@ -578,13 +579,16 @@ class Balancer:
         scratch = self._scratch(n_sms)
         chunk = _chunk(idx.numel(), n_sms)
         out = torch.empty_like(idx)
-        kernels.count(idx, scratch.running, scratch.counts, self._status, chunk)
+        kernels.count_by_program(idx, scratch.running, scratch.counts, self._status, chunk)
+        running: torch.Tensor | None = scratch.running
         if group is not None:
             # This rank's own totals stay in the last row of the running sums.
+            kernels.sum_by_program(scratch.running, scratch.counts)
             dist.all_reduce(scratch.counts, group=group)
-        self._launch_solve(scratch.counts, scratch, certified, solves)
+            running = None
+        self._launch_solve(scratch.counts, running, scratch, certified, solves)
         kernels.select(
-            idx, out, scratch.running, scratch.seen, scratch.cumulative, self._select_tables,
+            idx, out, scratch.running, scratch.cumulative, self._select_tables,
             chunk, self.rank,
         )  # fmt: skip
         return out
@@ -592,6 +596,7 @@ class Balancer:
     def _launch_solve(
         self,
         counts: torch.Tensor,
+        running: torch.Tensor | None,
         buffers: _Scratch,
         certified: torch.Tensor,
         solves: torch.Tensor,
@@ -599,7 +604,7 @@ class Balancer:
         from lplb_triton import kernels
 
         kernels.solve_counts(
-            counts, self._solve_tables, buffers.shares, buffers.units, buffers.cumulative,
+            counts, running, self._solve_tables, buffers.shares, buffers.units, buffers.cumulative,
             buffers.stats, buffers.ints, certified, solves,
             self.tolerance, self.max_iterations,
         )  # fmt: skip
@@ -609,7 +614,6 @@ class Balancer:
         p = self._placement
         cells = (p.n_group, p.group_size, p.max_columns)
         return [
-            ((n_sms, p.n_logical), torch.int32),
             ((n_sms, p.n_logical), torch.int32),
             ((p.n_logical,), torch.int32),
             (cells, torch.float32),

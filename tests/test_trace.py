@@ -3,11 +3,13 @@
 import json
 import os
 import zipfile
+from importlib import resources
 
 import numpy as np
 import pytest
 
 from lplb_triton.bench import trace as traces
+from lplb_triton.bench.balance import stretches
 from lplb_triton.bench.trace import FORMAT_VERSION, Trace, load, packaged, save
 
 
@@ -254,6 +256,22 @@ def test_load_rejects_paths_and_damage(tmp_path):
         load(tmp_path / "hole.npz")
 
 
+@pytest.mark.parametrize("method", ["STORED", "DEFLATED", "BZIP2", "LZMA"])
+def test_damage_under_every_compression_names_file_and_key(tmp_path, method):
+    path = tmp_path / "hole.npz"
+    with zipfile.ZipFile(path, "w", getattr(zipfile, f"ZIP_{method}")) as archive:
+        with archive.open("counts.npy", "w") as member:
+            np.lib.format.write_array(member, make_trace((40, 2, 3, 16)).counts)
+    assert load(path).counts.shape == (40, 2, 3, 16)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 40] = bytes(byte ^ 0xFF for byte in content[middle : middle + 40])
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"hole\.npz: key 'counts' cannot be read: .") as raised:
+        load(path)
+    assert raised.value.__cause__ is not None
+
+
 def test_pickled_arrays_are_never_unpickled(tmp_path):
     np.savez(tmp_path / "a.npz", counts=np.array([[1, None]], dtype=object))
     with pytest.raises(ValueError, match="key 'counts' cannot be read"):
@@ -270,11 +288,26 @@ def test_packaged_reads_the_packaged_file(tmp_path, monkeypatch):
 
 
 def test_packaged_trace_keeps_its_promises():
-    try:
-        trace = packaged()
-    except FileNotFoundError:
-        pytest.skip("the packaged trace is not there")
+    # Without the file this fails: a package without its trace is not complete.
+    trace = packaged()
+    file = resources.files("lplb_triton.bench").joinpath("data", "moe256.npz")
+    assert len(file.read_bytes()) < 2_000_000
     assert trace.experts == 256
-    assert trace.counts.sum(axis=3).min() == trace.counts.sum(axis=3).max()
-    assert trace.counts[0, 0, 0].sum() == trace.meta["tokens_per_source"] * trace.meta["top_k"]
+    assert trace.layers >= 4
+    assert trace.batches >= 200
+    assert trace.sources == 32
     assert (np.diff(trace.steps) > 0).all()
+
+    # Every source rank sends each of its tokens to eight different experts, in every layer.
+    tokens, top_k = trace.meta["tokens_per_source"], trace.meta["top_k"]
+    assert top_k == 8
+    np.testing.assert_array_equal(trace.counts.sum(axis=3), tokens * top_k)
+    assert trace.counts.max() <= tokens
+
+    # One stretch of early and one of late training, the late one up to the end of the run.
+    early, late = (trace.steps[part.start : part.stop] for part in stretches(trace.steps, 0.5))
+    done = trace.meta["steps_done"]
+    assert min(len(early), len(late)) >= 100
+    assert early[-1] < done / 3
+    assert late[0] > 2 * done / 3
+    assert late[-1] == done - 1

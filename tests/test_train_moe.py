@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 
 from lplb_triton.bench import trace as traces
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_moe.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "train_moe.py"
 
 
 def load_script():
@@ -326,6 +327,18 @@ def test_command_line_writes_a_trace(text, tmp_path, capsys):
     described = json.dumps(trace.meta)
     assert str(tmp_path) not in described
     assert text not in described
+
+
+def test_documented_command_made_the_packaged_trace(monkeypatch):
+    monkeypatch.chdir(ROOT)  # the command names a folder below it
+    commands = moe.__doc__.replace("\\\n", " ").splitlines()
+    (command,) = [line for line in commands if "bench/data/moe256.npz" in line and "--" in line]
+    documented = asdict(moe.parse_arguments(command.split()[2:]))
+    meta = traces.packaged().meta
+    # A time limit that was not reached changes nothing.
+    assert meta["steps_done"] == documented["steps"]
+    recorded = {key: value for key, value in meta["settings"].items() if key != "time_limit"}
+    assert recorded == {key: documented[key] for key in recorded}
 
 
 def test_command_line_errors(tmp_path, capsys):

@@ -1,0 +1,364 @@
+"""Times: what can be checked without a GPU, and both commands on one."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import lplb_triton
+from lplb_triton import Balancer
+from lplb_triton.bench import cli, tables, timing
+
+SMALL = {"per_family": 1, "seed": 0}
+
+
+class FakeTimer:
+    """Calls every launch once; the n-th timed call takes n microseconds."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def rotation(self, launches):
+        for launch in launches:
+            launch()
+        return 7.0
+
+    def per_call(self, launch, about_us):
+        launch()
+        self.calls += 1
+        return float(self.calls)
+
+
+@pytest.fixture(scope="module")
+def workload():
+    return timing.draw_workload("ring:5", **SMALL)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """Let the commands run on the CPU with a fake timer."""
+
+    def start(args):
+        return torch.device("cpu"), FakeTimer()
+
+    monkeypatch.setattr(cli, "_start_timed", start)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda timer, device: 1e12)
+    monkeypatch.setattr(
+        timing, "first_call_row", lambda shape: {"shape": shape, "cold_s": 2.0, "warm_s": 1.0}
+    )
+
+
+def test_statistics():
+    found = timing.statistics([3.0, 1.0, 2.0, 100.0])
+    assert found["median"] == 2.5
+    assert found["max"] == 100.0
+    assert found["mean"] == 26.5
+    assert found["p99"] == pytest.approx(np.percentile([1, 2, 3, 100], 99))
+
+
+def test_workload(workload):
+    assert workload.families == list(timing.PUBLISHED_FAMILIES)
+    assert len(workload) == len(workload.optima) == len(workload.counts) == 6
+    assert workload.highs_us > 0
+    again = timing.draw_workload("ring:5", **SMALL)
+    assert torch.equal(again.counts, workload.counts)
+    single = workload.single(2, "cpu")
+    assert torch.equal(single.weights[0], workload.problem.weights[2].float())
+
+
+def test_smallest_sweeps():
+    needed = np.array([0, 1, 7, 64, 65, 1000])
+    asked = []
+
+    def reached(sweeps):
+        asked.append(sweeps)
+        return sweeps >= needed
+
+    assert timing.smallest_sweeps(reached, 6, 64).tolist() == [0, 1, 7, 64, -1, -1]
+    assert timing.smallest_sweeps(reached, 6, 1).tolist() == [0, 1, -1, -1, -1, -1]
+    assert timing.smallest_sweeps(reached, 6, 1000).tolist() == needed.tolist()
+    asked.clear()
+    timing.smallest_sweeps(reached, 6, 64)
+    assert len(asked) <= 14
+
+
+def test_solve_row(workload):
+    timer, seen = FakeTimer(), []
+    row = timing.solve_row(
+        workload, timer, "cpu", tolerance=1e-3, progress=lambda: seen.append(None)
+    )
+    assert (row["ranks"], row["columns"], row["instances"]) == (5, 5, 6)
+    assert row["us"] == timing.statistics([1, 2, 3, 4, 5, 6])
+    assert row["by_family_us"] == dict(zip(workload.families, [1, 2, 3, 4, 5, 6], strict=True))
+    assert row["problem_us"] == timing.statistics([7, 8, 9, 10, 11, 12])
+    assert row["rotated_us"] == 7.0
+    assert 0 <= row["worst_gap"] <= 1e-3
+    assert row["iterations"]["mean"] <= row["iterations"]["max"] <= 40
+    assert len(seen) == 6
+
+
+def test_nothing_is_timed_before_the_gate(workload, monkeypatch):
+    solve = Balancer.solve
+
+    def broken(self, counts, **kwargs):
+        solution = solve(self, counts, **kwargs)
+        return replace(solution, max_load=solution.max_load * 0.99)
+
+    monkeypatch.setattr(Balancer, "solve", broken)
+    timer = FakeTimer()
+    with pytest.raises(timing.WrongAnswerError, match=r"ring:5, instance 0 \(normal\): max_load"):
+        timing.solve_row(workload, timer, "cpu", tolerance=1e-3)
+    assert timer.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: replace(s, status=torch.ones_like(s.status)), "not certified"),
+        (lambda s: replace(s, shares=s.shares + 0.1), "out of range or where no copy is"),
+        (lambda s: replace(s, shares=s.shares * 0.9), "do not add up to 1"),
+        (lambda s: replace(s, max_load=s.max_load * 1.01), "is not that of the plan"),
+        (lambda s: replace(s, lower_bound=s.lower_bound * 1.01), "is outside"),
+        (lambda s: replace(s, lower_bound=s.lower_bound * 0.99), "wider than the tolerance"),
+    ],
+)
+def test_gate(workload, change, message):
+    problem = workload.single(1, "cpu")
+    problem = lplb_triton.Problem(problem.weights.double(), problem.fixed.double(), problem.mask)
+    solution = lplb_triton.solve(problem)
+    timing.check_plan(problem, solution, workload.optima[1], "it")
+    with pytest.raises(timing.WrongAnswerError, match=f"^it: .*{message}"):
+        timing.check_plan(problem, change(solution), workload.optima[1], "it")
+
+
+def test_groups_row():
+    row = timing.groups_row(FakeTimer(), "cpu", tolerance=1e-3, per_family=1, n_group=2)
+    assert (row["groups"], row["batches"]) == (2, 6)
+    # Of three calls per batch the first is together, the last is the slowest alone.
+    assert row["together_us"] == timing.statistics([1, 4, 7, 10, 13, 16])
+    assert row["slowest_alone_us"] == timing.statistics([3, 6, 9, 12, 15, 18])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, not interpreted")
+def test_peer_row(workload):
+    row = timing.peer_row(workload, FakeTimer(), "cpu", tolerance=1e-3, max_sweeps=32)
+    affine, edge = row["affine_scaling"], row["edge_balancing"]
+    assert affine["us"]["max"] == 6
+    assert 0 <= affine["infeasible"] + affine["inexact"] <= 6
+    assert edge["not_reached"] == 0
+    assert 0 <= edge["sweeps"]["median"] <= edge["sweeps"]["max"] <= 32
+    assert "not timed" in row["lplb"]
+
+
+def test_peers_of_other_placements():
+    several = timing.draw_workload("random:4:3", **SMALL)
+    row = timing.peer_row(several, FakeTimer(), "cpu", tolerance=1e-3)
+    for name in ("affine_scaling", "edge_balancing", "lplb"):
+        assert "two copies" in row[name]
+
+
+def test_violations_of_the_standard_form(workload):
+    columns, ranks = 5, 5
+    x = torch.zeros(6, 2 * columns + ranks + 2, dtype=torch.float64)
+    x[:, : 2 * columns] = 0.5
+    first = lplb_triton.bench.peers.two_copy_ranks(workload.problem.mask[0])[0]
+    assert (first >= 0).all()
+    unit = torch.maximum(workload.problem.weights.amax(1), workload.problem.fixed.amax(1))
+    even = workload.placement.even_loads(workload.counts) / unit.unsqueeze(1)
+    x[:, 2 * columns + ranks] = even.amax(1)
+    x[:, 2 * columns : 2 * columns + ranks] = even.amax(1, keepdim=True) - even
+    np.testing.assert_allclose(timing._violations(workload, x), 0, atol=1e-12)
+    x[0, 0] += 0.25
+    x[1, 2 * columns] = -0.5
+    x[2, -1] = torch.nan
+    assert (timing._violations(workload, x) > [0.2, 0.4, 1e9, -1, -1, -1]).all()
+    assert timing._violations(workload, x)[3:] == pytest.approx(0, abs=1e-12)
+
+
+def test_pipeline_row():
+    row = timing.pipeline_row("cube", 24, FakeTimer(), "cpu", tolerance=1e-3, bandwidth=1e9)
+    assert (row["ranks"], row["experts"], row["tokens"]) == (8, 256, 24)
+    assert row["bytes"] == 3 * 24 * 8 * 8
+    assert row["floor_us"] == pytest.approx(row["bytes"] / 1e3)
+    assert row["host_us"] > 0
+    assert row["allocations_per_call"] is None
+
+
+def test_ids_are_checked():
+    rng = np.random.default_rng(0)
+    placement = timing.pipeline_placement("cube", rng)
+    balancer = Balancer(placement, device="cpu")
+    idx = torch.from_numpy(rng.integers(-1, 256, (64, 8)))
+    counts, _ = balancer.count(idx)
+    solution, out = balancer.solve(counts), balancer.run(idx)
+    timing.check_ids(placement, idx, out, solution)
+    wrong = out.clone()
+    wrong[idx == 3] = out[idx == 4][0]
+    with pytest.raises(timing.WrongAnswerError, match="no copy"):
+        timing.check_ids(placement, idx, wrong, solution)
+    with pytest.raises(timing.WrongAnswerError, match="-1"):
+        timing.check_ids(placement, idx, out.clamp(min=0), solution)
+    heavy = torch.full((4096, 8), int(placement.phy2log[0]))
+    counts, _ = balancer.count(heavy)
+    with pytest.raises(timing.WrongAnswerError, match="rank loads"):
+        timing.check_ids(placement, heavy, torch.zeros_like(heavy), balancer.solve(counts))
+
+
+@pytest.mark.slow
+def test_first_call_in_fresh_processes():
+    row = timing.first_call_row("cube", "cpu")
+    assert row["cold_s"] > 0 and row["warm_s"] > 0
+    with pytest.raises(RuntimeError, match="first call of nothing"):
+        timing.first_call_row("nothing", "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, not interpreted")
+def test_solve_command(fake_gpu, tmp_path, capsys):
+    common = ["solve", "--shapes", "ring:5,random:4:3", "--per-family", "1"]
+    report_path, text_path = tmp_path / "solve.json", tmp_path / "solve.md"
+    assert cli.main([*common, "--json", str(report_path), "--markdown", str(text_path)]) == cli.OK
+    shown = capsys.readouterr().out
+    assert "affine scaling" in shown and "ring:5" in shown
+    report = json.loads(report_path.read_text())
+    assert [row["shape"] for row in report["rows"]] == ["ring:5", "random:4:3"]
+    assert report["groups"] is None
+    assert report["options"]["families"] == list(timing.PUBLISHED_FAMILIES)
+    assert set(report["environment"]) >= {"gpu", "driver", "torch", "triton"}
+    text = text_path.read_text()
+    assert "| ring:5 | 5 | 5 | 3.5 |" in text
+    assert "two copies" in text
+
+
+def test_solve_command_without_peers(fake_gpu, capsys):
+    arguments = ["solve", "--shapes", "cube", "--per-family", "1", "--no-peers"]
+    assert cli.main([*arguments, "--json", "-"]) == cli.OK
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert report["peers"] is None
+    assert report["groups"]["groups"] == 8
+    assert "Groups of cube" in captured.err
+
+
+def test_pipeline_command(fake_gpu, capsys):
+    arguments = ["pipeline", "--shapes", "cube", "--tokens", "16,32", "--markdown", "-"]
+    assert cli.main(arguments) == cli.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:2] for line in lines if line.startswith("| cube")] == [
+        ["| cube", "16"],
+        ["| cube", "32"],
+        ["| cube", "2.00"],
+    ]
+    assert cli.main([*arguments[:-2], "--no-first-call", "--json", "-"]) == cli.OK
+    report = json.loads(capsys.readouterr().out)
+    assert report["first_calls"] == []
+    assert report["bandwidth"] == 1e12
+
+
+def test_a_wrong_answer_ends_a_command(fake_gpu, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise timing.WrongAnswerError("so and so")
+
+    monkeypatch.setattr(timing, "check_plan", refuse)
+    monkeypatch.setattr(timing, "check_ids", refuse)
+    for command in (
+        ["solve", "--shapes", "ring:5", "--per-family", "1"],
+        ["pipeline", "--shapes", "cube", "--tokens", "16"],
+    ):
+        assert cli.main(command) == cli.FAILED
+        assert "not timed: so and so" in capsys.readouterr().err
+
+
+def test_more_than_one_allocation_is_reported(fake_gpu, monkeypatch, capsys):
+    def pipeline_row(*args, **kwargs):
+        return {**row, "allocations_per_call": 2.0}
+
+    row = timing.pipeline_row("cube", 16, FakeTimer(), "cpu", tolerance=1e-3, bandwidth=1e9)
+    monkeypatch.setattr(timing, "pipeline_row", pipeline_row)
+    assert cli.main(["pipeline", "--shapes", "cube", "--tokens", "16"]) == cli.FAILED
+    assert "allocates 2 times per call" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["solve", "--shapes", "cube,nowhere"], "nowhere"),
+        (["solve", "--shapes", "eplb:8"], "eplb:RANKS:SLOTS"),
+        (["solve", "--shapes", "eplb:0:1"], "at least one rank"),
+        (["solve", "--per-family", "0"], "--per-family"),
+        (["solve", "--tolerance", "1e-9"], "--tolerance"),
+        (["pipeline", "--shapes", "eplb:24:1"], "eplb:24:1"),
+        (["pipeline", "--tokens", "0"], "--tokens"),
+        (["pipeline", "--json", "-", "--markdown", "-"], "stdout"),
+    ],
+)
+def test_wrong_usage(arguments, message, capsys):
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == cli.USAGE
+    assert message in capsys.readouterr().err
+
+
+def test_a_gpu_is_needed(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in ("solve", "pipeline"):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        assert cli.main([command]) == cli.USAGE
+        assert "can only be timed on a GPU" in capsys.readouterr().err
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert cli.main([command]) == cli.USAGE
+        assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_markdown():
+    grid = tables.Grid("Title", ("name", "us"), [("a", "1.0"), ("b", "2.0")], ("A note.",))
+    assert tables.markdown([grid]) == (
+        "### Title\n\n| name | us |\n| --- | --- |\n| a | 1.0 |\n| b | 2.0 |\n\nA note.\n"
+    )
+
+
+@pytest.mark.gpu
+def test_graph_timer():
+    timer = timing.GraphTimer(torch.device("cuda"))
+    x = torch.zeros(1 << 20, device="cuda")
+    x.add_(1)
+    one = timer.per_call(lambda: x.add_(1), 5.0)
+    many = timer.rotation([lambda: x.add_(1)] * 20)
+    assert 0.2 < one < 200
+    assert many == pytest.approx(one, rel=1.0)
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match="on purpose"):
+        timer.per_call(lambda: _fail(x), 5.0)
+    assert timer.per_call(lambda: x.add_(1), 5.0) > 0
+
+
+def _fail(x):
+    x.add_(1)
+    raise ValueError("on purpose")
+
+
+@pytest.mark.gpu
+def test_solve_on_a_gpu(capsys):
+    arguments = ["solve", "--shapes", "ring:8,cube,eplb:32:1", "--per-family", "1", "--json", "-"]
+    assert cli.main(arguments) == cli.OK
+    report = json.loads(capsys.readouterr().out)
+    for row in report["rows"]:
+        assert 0.5 < row["us"]["median"] <= row["us"]["p99"] <= row["us"]["max"] < 1e5
+    for peers in report["peers"][:2]:
+        assert peers["affine_scaling"]["us"]["median"] > 0.5
+        assert peers["edge_balancing"]["us"]["median"] > 0.5
+    assert isinstance(report["peers"][2]["affine_scaling"], str)
+
+
+@pytest.mark.gpu
+def test_pipeline_on_a_gpu(capsys):
+    arguments = ["pipeline", "--shapes", "cube", "--tokens", "128", "--no-first-call"]
+    assert cli.main([*arguments, "--json", "-"]) == cli.OK
+    report = json.loads(capsys.readouterr().out)
+    (row,) = report["rows"]
+    assert row["allocations_per_call"] == 1
+    assert 0 < row["floor_us"] < row["run_us"]
+    assert report["bandwidth"] > 1e10
