@@ -42,7 +42,7 @@ def _inverse(x):
 
 @triton.jit
 def _minus_product(a, b, c):
-    """c - a b, rounded once. Tiles only: what crosses lanes is never fused (equation 11)."""
+    """C - a b, rounded once. Tiles only: what crosses lanes is never fused (equation 11)."""
     return tl.fma(-a, b, c)
 
 
@@ -76,7 +76,7 @@ def _four_rows(panel):
 
 @triton.jit
 def _pick(tile, here, axis: tl.constexpr):
-    """The one slice of ``tile`` along ``axis`` at ``here``; bits, as above."""
+    """Take the one slice of ``tile`` along ``axis`` at ``here``; bits, as above."""
     bits = tl.where(here, tile.to(tl.int32, bitcast=True), 0)
     return tl.sum(bits, axis).to(tl.float32, bitcast=True)
 
@@ -112,9 +112,7 @@ def _eliminate_four(t, k, G: tl.constexpr):
     r2 = tl.rsqrt(_minus_product(l21, l21, _minus_product(l20, l20, a22)))
     l32 = _minus_product(l31, l21, _minus_product(l30, l20, a32)) * r2
     y2 = _minus_product(l21, y1, _minus_product(l20, y0, p2)) * r2
-    r3 = tl.rsqrt(
-        _minus_product(l32, l32, _minus_product(l31, l31, _minus_product(l30, l30, a33)))
-    )
+    r3 = tl.rsqrt(_minus_product(l32, l32, _minus_product(l31, l31, _minus_product(l30, l30, a33))))
     y3 = _minus_product(l32, y2, _minus_product(l31, y1, _minus_product(l30, y0, p3))) * r3
     # By symmetry these rows, transposed, are what the rows below are to be reduced with.
     which = tl.arange(0, 4)[:, None]
@@ -365,7 +363,10 @@ def _store_certificate(
     tl.store(ints_ptr + n_programs + program, status)
 
 
-@triton.jit(do_not_specialize=["mask_stride", "max_iterations", "n_ranks", "n_columns"])
+@triton.jit(
+    do_not_specialize=["mask_stride", "max_iterations", "n_ranks", "n_columns"],
+    do_not_specialize_on_alignment=["weights_ptr", "fixed_ptr", "mask_ptr"],
+)
 def _solve_lp_kernel(
     weights_ptr, fixed_ptr, mask_ptr, mask_stride, shares_ptr, stats_ptr, ints_ptr,
     tolerance, max_iterations, n_ranks, n_columns,
@@ -412,7 +413,7 @@ def _await_counts(counts_ptr, n_logical, BLOCK: tl.constexpr):
 
 @triton.jit
 def _counts_of(counts_ptr, expert, there):
-    """Counts of experts, 0 where none is there; never from a stale line of a cache."""
+    """Load counts of experts, 0 where none is there; never from a stale line of a cache."""
     return tl.load(counts_ptr + expert, mask=there, other=0, volatile=True).to(tl.float32)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -26,6 +26,32 @@ SOLVE_OPTIONS = {"enable_fp_fusion": False}
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Compiled kernels by what they were compiled for. Triton's own launch looks at every argument
+# anew; nothing here is specialised on values or alignment, so the dtypes say it all.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(
+    kernel: Any, grid: int, args: tuple[Any, ...], constants: tuple[int, ...], **options: Any
+) -> None:
+    """Launch ``kernel`` on the current device and stream; compile it on its first call.
+
+    ``args`` are the run-time arguments, ``constants`` the compile-time ones, which every kernel
+    here takes last.
+    """
+    if isinstance(kernel, InterpretedFunction):
+        kernel[(grid,)](*args, *constants)
+        return
+    device = torch.cuda.current_device()
+    dtypes = tuple([a.dtype for a in args if isinstance(a, torch.Tensor)])
+    key = (kernel, device, constants, dtypes)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[(grid,)](*args, *constants, **options)
+        return
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    compiled[(grid, 1, 1)](*args, *constants, stream=stream)
 
 
 def _on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
@@ -108,10 +134,15 @@ def solve(
     ints = torch.empty(2, batch, dtype=torch.int32, device=device)
     if batch:
         ranks, columns = _tile(n_ranks, n_columns)
-        _solve_lp_kernel[(batch,)](
-            weights, fixed, mask, 0 if mask.shape[0] == 1 else n_ranks * n_columns,
-            shares, stats, ints, tolerance, max_iterations, n_ranks, n_columns,
-            G=ranks, C=columns, num_warps=_solve_warps(ranks, columns), **SOLVE_OPTIONS,
+        stride = 0 if mask.shape[0] == 1 else n_ranks * n_columns
+        _launch(
+            _solve_lp_kernel, batch,
+            (
+                weights, fixed, mask, stride, shares, stats, ints,
+                tolerance, max_iterations, n_ranks, n_columns,
+            ),
+            (ranks, columns),
+            num_warps=_solve_warps(ranks, columns), **SOLVE_OPTIONS,
         )  # fmt: skip
     return shares, stats[0], stats[1], stats[2], ints[0], ints[1]
 
@@ -134,7 +165,8 @@ def solve_counts(
     """Solve every group of one batch from its counts by logical expert, into given buffers.
 
     ``counts`` [n_logical] int32: given, or with ``running`` [n_sms, n_logical] int32 (counts by
-    program, as `count_by_program` leaves both) summed in the same launch; ``shares`` [n_group, G, C] float32, ``units`` likewise int32,
+    program, as `count_by_program` leaves both) summed in the same launch;
+    ``shares`` [n_group, G, C] float32, ``units`` likewise int32,
     ``cumulative`` [n_physical] int32, ``stats`` [3, n_group] float32, ``ints`` [2, n_group]
     int32; ``certified`` and ``solves`` one int32 or int64 element each, added to.
     """
@@ -144,14 +176,16 @@ def solve_counts(
     ranks, columns = _tile(n_ranks, n_columns)
     n_logical = counts.numel()
     n_sums = 0 if running is None else triton.cdiv(n_logical, SUM_EXPERTS)
-    _solve_counts_kernel[(n_sums + n_group,)](
-        counts if running is None else running, counts,
-        *tables, shares, units, cumulative, stats, ints, certified, solves,
-        tolerance, max_iterations, n_ranks, n_columns, n_slots, n_copies,
-        n_logical, 0 if running is None else len(running), n_sums,
-        G=ranks, C=columns, S=max(2, triton.next_power_of_2(n_slots)),
-        COPIES=min(1024, max(32, triton.next_power_of_2(n_copies))),
-        ROWS=SUM_ROWS, EXPERTS=SUM_EXPERTS,
+    slots, copies = triton.next_power_of_2(n_slots), triton.next_power_of_2(n_copies)
+    _launch(
+        _solve_counts_kernel, n_sums + n_group,
+        (
+            counts if running is None else running, counts,
+            *tables, shares, units, cumulative, stats, ints, certified, solves,
+            tolerance, max_iterations, n_ranks, n_columns, n_slots, n_copies,
+            n_logical, 0 if running is None else running.shape[0], n_sums,
+        ),
+        (ranks, columns, max(2, slots), min(1024, max(32, copies)), SUM_ROWS, SUM_EXPERTS),
         num_warps=_solve_warps(ranks, columns), **SOLVE_OPTIONS,
     )  # fmt: skip
 
@@ -171,9 +205,11 @@ def count_by_program(
     that the kernel can reach (pinned host memory on a GPU).
     """
     n_rows, n_logical = running.shape
-    _count_kernel[(n_rows,)](
-        idx, running, counts, status, idx.numel(), chunk, n_logical,
-        BINS=_bins(n_logical), BLOCK=COUNT_BLOCK, num_warps=4,
+    _launch(
+        _count_kernel, n_rows,
+        (idx, running, counts, status, idx.numel(), chunk, n_logical),
+        (_bins(n_logical), COUNT_BLOCK),
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -181,13 +217,15 @@ def count_by_program(
 def sum_by_program(running: torch.Tensor, counts: torch.Tensor) -> None:
     """Turn ``running`` [n_sms, n_logical] int32 into running sums; ``counts`` gets the totals."""
     n_rows, n_logical = running.shape
-    _running_sum_kernel[(triton.cdiv(n_logical, SUM_EXPERTS),)](
-        running, counts, n_rows, n_logical, ROWS=SUM_ROWS, EXPERTS=SUM_EXPERTS, num_warps=1
-    )
+    _launch(
+        _running_sum_kernel, triton.cdiv(n_logical, SUM_EXPERTS),
+        (running, counts, n_rows, n_logical), (SUM_ROWS, SUM_EXPERTS),
+        num_warps=1,
+    )  # fmt: skip
 
 
 def _bins(n_logical: int) -> int:
-    return max(16, triton.next_power_of_2(n_logical))
+    return max(16, int(triton.next_power_of_2(n_logical)))
 
 
 @_on_its_device
@@ -202,8 +240,12 @@ def select(
 ) -> None:
     """Write physical ids of contiguous ``idx`` to ``out`` (same shape and dtype)."""
     n_rows, n_logical = running.shape
-    _select_kernel[(n_rows,)](
-        idx, out, running, cumulative, *tables,
-        idx.numel(), chunk, n_logical, n_rows, rank,
-        BINS=_bins(n_logical), BLOCK=SELECT_BLOCK, num_warps=8,
+    _launch(
+        _select_kernel, n_rows,
+        (
+            idx, out, running, cumulative, *tables,
+            idx.numel(), chunk, n_logical, n_rows, rank,
+        ),
+        (_bins(n_logical), SELECT_BLOCK),
+        num_warps=8,
     )  # fmt: skip

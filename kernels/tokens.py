@@ -95,9 +95,7 @@ def _quota_end(cumulative_ptr, copy, count, offset):
 
 
 @triton.jit
-def _find_copy(
-    cumulative_ptr, low, high, position, count, offset, steps, INTEGER: tl.constexpr
-):
+def _find_copy(cumulative_ptr, low, high, position, count, offset, steps, INTEGER: tl.constexpr):
     """Halve the range of copies, dealing a node's tokens out evenly (equation 14).
 
     INTEGER holds ``count`` squared.
