@@ -400,48 +400,37 @@ def _solve_lp_kernel(
 
 
 @triton.jit
-def _await_counts(counts_ptr, n_logical, BLOCK: tl.constexpr):
-    """Wait until every count has been written: `_count_kernel` left -1 in their places."""
-    for first in range(0, n_logical, BLOCK):
-        expert = first + tl.arange(0, BLOCK)
-        least = -1
-        while least < 0:
-            least = tl.min(
-                tl.load(counts_ptr + expert, mask=expert < n_logical, other=0, volatile=True)
-            )
+def _counts_of(counts_ptr, expert, wait):
+    """Load counts of experts, 0 where there is none (-1), never from a stale line of a cache.
 
-
-@triton.jit
-def _counts_of(counts_ptr, expert, there):
-    """Load counts of experts, 0 where none is there; never from a stale line of a cache."""
-    return tl.load(counts_ptr + expert, mask=there, other=0, volatile=True).to(tl.float32)
+    With ``wait``, until all are there: `_count_kernel` left -1 in their places.
+    """
+    counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
+    if wait:
+        while tl.min(counts) < 0:
+            counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
+    return counts.to(tl.float32)
 
 
 @triton.jit
 def _store_cumulative(
-    cumulative_ptr, units_ptr, shares_ptr,
-    copy_cell_ptr, copy_index_ptr, copy_multiplicity_ptr, copy_group_ptr,
-    group, n_copies, COPIES: tl.constexpr,
+    cumulative_ptr, units_ptr, shares_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank,
+    at, cell, mine,
 ):  # fmt: skip
-    """Cumulative share of every copy of this group's experts (equation 12).
+    """Write the cumulative share of copies ``at`` (equation 12); ``cell`` -1: not replicated.
 
     ``units`` holds running sums over ranks: copies of one expert ascend by rank.
     """
-    for block in range(0, n_copies, COPIES):
-        at = block + tl.arange(0, COPIES)
-        inside = at < n_copies
-        mine = inside & (tl.load(copy_group_ptr + at, mask=inside, other=-1) == group)
-        cell = tl.load(copy_cell_ptr + at, mask=mine, other=-1)
-        multiplicity = tl.load(copy_multiplicity_ptr + at, mask=mine, other=1)
-        shared = cell >= 0
-        cumulative = tl.load(units_ptr + cell, mask=shared, other=SHARE_ONE)
-        if tl.max(multiplicity) > 1:
-            # Several copies on one rank divide its share as evenly as integers allow.
-            here = (tl.load(shares_ptr + cell, mask=shared, other=1.0) * SHARE_ONE).to(tl.int32)
-            index = tl.load(copy_index_ptr + at, mask=mine, other=0).to(tl.int64) + 1
-            part = index * here.to(tl.int64) // multiplicity.to(tl.int64)
-            cumulative = cumulative - here + part.to(tl.int32)
-        tl.store(cumulative_ptr + at, cumulative, mask=mine)
+    shared = mine & (cell >= 0)
+    cumulative = tl.load(units_ptr + cell, mask=shared, other=SHARE_ONE)
+    if most_on_a_rank > 1:
+        # Several copies on one rank divide its share as evenly as integers allow.
+        here = (tl.load(shares_ptr + cell, mask=shared, other=1.0) * SHARE_ONE).to(tl.int32)
+        index = tl.load(copy_index_ptr + at, mask=mine, other=0).to(tl.int64) + 1
+        multiplicity = tl.load(copy_multiplicity_ptr + at, mask=mine, other=1).to(tl.int64)
+        part = index * here.to(tl.int64) // multiplicity
+        cumulative = cumulative - here + part.to(tl.int32)
+    tl.store(cumulative_ptr + at, cumulative, mask=mine)
 
 
 @triton.jit(
@@ -453,8 +442,9 @@ def _store_cumulative(
 )  # fmt: skip
 def _solve_counts_kernel(
     running_ptr, counts_ptr,
-    mask_ptr, fixed_experts_ptr, column_start_ptr, column_members_ptr, longest_column_ptr,
-    copy_cell_ptr, copy_index_ptr, copy_multiplicity_ptr, copy_group_ptr,
+    mask_ptr, fixed_experts_ptr,
+    column_first_ptr, column_start_ptr, column_members_ptr, longest_column_ptr,
+    copy_cell_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank_ptr,
     shares_ptr, units_ptr, cumulative_ptr, stats_ptr, ints_ptr,
     certified_ptr, solves_ptr,
     tolerance, max_iterations, n_ranks, n_columns, n_slots, n_copies, n_logical, n_rows, n_sums,
@@ -492,26 +482,40 @@ def _solve_counts_kernel(
             fixed_experts_ptr + (group * n_ranks + rank[:, None]) * n_slots + slot,
             mask=rank_on[:, None] & (slot < n_slots), other=-1,
         )  # fmt: skip
-        start_ptrs = column_start_ptr + group * (n_columns + 1) + col
-        first = tl.load(start_ptrs, mask=col_on, other=0)
-        last = tl.load(start_ptrs + 1, mask=col_on, other=0)
+        member = tl.load(column_first_ptr + group * n_columns + col, mask=col_on, other=-1)
         longest = tl.load(longest_column_ptr + group)
-        if n_sums > 0:
-            _await_counts(counts_ptr, n_logical, 32 * ROWS // EXPERTS)
-
-        fixed = tl.sum(_counts_of(counts_ptr, expert, expert >= 0), 1)
-        weights = tl.zeros((C,), dtype=tl.float32)
-        for j in range(longest):
-            there = first + j < last
-            member = tl.load(column_members_ptr + first + j, mask=there, other=0)
-            weights += _counts_of(counts_ptr, member, there)
+        most_on_a_rank = tl.load(most_on_a_rank_ptr)
+        fixed = tl.sum(_counts_of(counts_ptr, expert, n_sums > 0), 1)
+        weights = _counts_of(counts_ptr, member, n_sums > 0)
+        if longest > 1:
+            start_ptrs = column_start_ptr + group * (n_columns + 1) + col
+            first = tl.load(start_ptrs, mask=col_on, other=0)
+            last = tl.load(start_ptrs + 1, mask=col_on, other=0)
+            for j in range(1, longest):
+                there = first + j < last
+                member = tl.load(column_members_ptr + first + j, mask=there, other=-1)
+                weights += _counts_of(counts_ptr, member, n_sums > 0)
 
         units, max_load, lower_bound, gap, iterations, status = _interior_point(
             weights[None, :], fixed, copy, rank_on, tolerance, max_iterations, G, C
         )
+        tl.store(units_ptr + cell, tl.cumsum(units, 0), mask=inside)
         shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
         tl.store(shares_ptr + cell, shares, mask=inside)
-        tl.store(units_ptr + cell, tl.cumsum(units, 0), mask=inside)
+        n_cells = n_ranks * n_columns
+        at = tl.arange(0, COPIES)
+        copy_cell = tl.load(copy_cell_ptr + at, mask=at < n_copies, other=-1)
+        tl.debug_barrier()
+        for block in range(0, n_copies, COPIES):
+            if block > 0:
+                at = block + tl.arange(0, COPIES)
+                copy_cell = tl.load(copy_cell_ptr + at, mask=at < n_copies, other=-1)
+            # What isn't replicated is the same for all groups: 1.
+            here = (copy_cell >= first_cell) & (copy_cell < first_cell + n_cells)
+            _store_cumulative(
+                cumulative_ptr, units_ptr, shares_ptr, copy_index_ptr, copy_multiplicity_ptr,
+                most_on_a_rank, at, copy_cell, (at < n_copies) & (here | (copy_cell < 0)),
+            )  # fmt: skip
         _store_certificate(
             stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
             max_load, lower_bound, gap, iterations, status,
@@ -519,9 +523,3 @@ def _solve_counts_kernel(
         certified = (status == STATUS_CERTIFIED).to(tl.int32)
         tl.atomic_add(certified_ptr, certified.to(certified_ptr.dtype.element_ty))
         tl.atomic_add(solves_ptr, tl.full((), 1, solves_ptr.dtype.element_ty))
-        tl.debug_barrier()
-        _store_cumulative(
-            cumulative_ptr, units_ptr, shares_ptr,
-            copy_cell_ptr, copy_index_ptr, copy_multiplicity_ptr, copy_group_ptr,
-            group, n_copies, COPIES,
-        )  # fmt: skip

@@ -75,13 +75,14 @@ class SolveTables(NamedTuple):
 
     mask: torch.Tensor
     fixed_experts: torch.Tensor
+    column_first: torch.Tensor
     column_start: torch.Tensor
     column_members: torch.Tensor
     longest_column: torch.Tensor
     copy_cell: torch.Tensor
     copy_index: torch.Tensor
     copy_multiplicity: torch.Tensor
-    copy_group: torch.Tensor
+    most_on_a_rank: torch.Tensor
 
 
 class SelectTables(NamedTuple):

@@ -23,18 +23,20 @@ def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
     """Everything the kernels read of a placement; shapes depend on its sizes alone."""
     s = placement.structure
     lengths = np.diff(s.column_start, axis=1)
-    copy_expert = np.repeat(np.arange(placement.n_logical), np.diff(s.copy_start))
+    first = np.full(lengths.shape, -1, dtype=np.int32)
+    first[lengths > 0] = s.column_members[s.column_start[:, :-1][lengths > 0]]
     most_copies = int(np.diff(s.copy_start).max())
     return {
         "mask": s.mask.view(np.int8),
         "fixed_experts": s.fixed_experts,
+        "column_first": first,
         "column_start": s.column_start,
         "column_members": s.column_members,
         "longest_column": lengths.max(axis=1, initial=0).astype(np.int32),
         "copy_cell": s.copy_cell,
         "copy_index": s.copy_index,
         "copy_multiplicity": s.copy_multiplicity,
-        "copy_group": s.cell_group[copy_expert],
+        "most_on_a_rank": s.copy_multiplicity.max(keepdims=True),
         "copy_start": s.copy_start,
         "copy_slot": s.copy_slot,
         "search_steps": np.array([math.ceil(math.log2(most_copies))], dtype=np.int32),

@@ -489,6 +489,7 @@ class Balancer:
             idx = torch.arange(2, device=self.device).to(dtype) % self._placement.n_logical
             for certified in (counters[0], narrow):
                 self._run_triton(idx, certified, counters[1], self.default_n_sms, group=None)
+            self.count(idx)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
