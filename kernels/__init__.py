@@ -4,7 +4,10 @@ Launchers take tensors whose sizes and devices the caller has checked.
 """
 
 from lplb_triton.kernels.launch import (
+    Pipeline,
     SelectTables,
+    Settings,
+    SolveBuffers,
     SolveTables,
     count_by_program,
     is_interpreted,
@@ -15,7 +18,10 @@ from lplb_triton.kernels.launch import (
 )
 
 __all__ = [
+    "Pipeline",
     "SelectTables",
+    "Settings",
+    "SolveBuffers",
     "SolveTables",
     "count_by_program",
     "is_interpreted",

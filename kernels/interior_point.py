@@ -28,6 +28,8 @@ SHARE_ONE = tl.constexpr(1 << 24)
 FAR = tl.constexpr(1e30)
 NEAR = tl.constexpr(1e-30)
 
+MOST_POLLS = tl.constexpr(1 << 22)
+
 STATUS_CERTIFIED = tl.constexpr(0)
 STATUS_GAP = tl.constexpr(1)
 STATUS_INVALID = tl.constexpr(2)
@@ -82,6 +84,18 @@ def _pick(tile, here, axis: tl.constexpr):
 
 
 @triton.jit
+def _at(row, i, G: tl.constexpr):
+    """Element ``i`` of a ``[G]`` row."""
+    index = tl.arange(0, G)
+    if G <= 32:
+        # A row lies in one warp: one shuffle.
+        element = tl.gather(row, index * 0 + i, 0)
+    else:
+        element = _pick(row, index == i, 0)
+    return element
+
+
+@triton.jit
 def _eliminate_four(t, k, G: tl.constexpr):
     """Eliminate rows 4k .. 4k + 3 of ``t`` [G / 4, 4, G] from the rows below (equation 7)."""
     Q: tl.constexpr = G // 4
@@ -90,12 +104,11 @@ def _eliminate_four(t, k, G: tl.constexpr):
     i = tl.arange(0, G)
     p0, p1, p2, p3 = _four_rows(_pick(t, block == k, 0))
     # The 4 x 4 block of pivots, the same in every lane.
-    at = i * 0 + 4 * k
-    a00 = tl.gather(p0, at, 0)
-    a10, a11 = tl.gather(p1, at, 0), tl.gather(p1, at + 1, 0)
-    a20, a21, a22 = tl.gather(p2, at, 0), tl.gather(p2, at + 1, 0), tl.gather(p2, at + 2, 0)
-    a30, a31 = tl.gather(p3, at, 0), tl.gather(p3, at + 1, 0)
-    a32, a33 = tl.gather(p3, at + 2, 0), tl.gather(p3, at + 3, 0)
+    a00 = _at(p0, 4 * k, G)
+    a10, a11 = _at(p1, 4 * k, G), _at(p1, 4 * k + 1, G)
+    a20, a21, a22 = _at(p2, 4 * k, G), _at(p2, 4 * k + 1, G), _at(p2, 4 * k + 2, G)
+    a30, a31 = _at(p3, 4 * k, G), _at(p3, 4 * k + 1, G)
+    a32, a33 = _at(p3, 4 * k + 2, G), _at(p3, 4 * k + 3, G)
     # Its Cholesky factor and, row by row, the inverse factor times [pivot rows | identity].
     own = i // 4 == k
     p0 = tl.where(own, tl.where(i % 4 == 0, 1.0, 0.0), p0)
@@ -403,11 +416,14 @@ def _solve_lp_kernel(
 def _counts_of(counts_ptr, expert, wait):
     """Load counts of experts, 0 where there is none (-1), never from a stale line of a cache.
 
-    With ``wait``, until all are there: `_count_kernel` left -1 in their places.
+    With ``wait``, until all are there: `_count_kernel` left -1 in their places. The wait is
+    bounded (seconds); what is missing then makes the program invalid.
     """
     counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
     if wait:
-        while tl.min(counts) < 0:
+        polls = 0
+        while (tl.min(tl.where(counts == -1, -1, 0)) < 0) & (polls < MOST_POLLS):
+            polls += 1
             counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
     return counts.to(tl.float32)
 

@@ -32,26 +32,65 @@ R = TypeVar("R")
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def _launch(
-    kernel: Any, grid: int, args: tuple[Any, ...], constants: tuple[int, ...], **options: Any
-) -> None:
-    """Launch ``kernel`` on the current device and stream; compile it on its first call.
+class _Call(NamedTuple):
+    """A kernel and all that a launch of it needs.
 
     ``args`` are the run-time arguments, ``constants`` the compile-time ones, which every kernel
     here takes last.
     """
+
+    kernel: Any
+    grid: int
+    args: tuple[Any, ...]
+    constants: tuple[int, ...]
+    options: dict[str, Any]
+
+
+def _launch(call: _Call) -> Any:
+    """Launch on the current device and stream, compiled on the first call.
+
+    Returns the compiled kernel (``None`` under the interpreter).
+    """
+    kernel, grid, args, constants, options = call
     if isinstance(kernel, InterpretedFunction):
         kernel[(grid,)](*args, *constants)
-        return
+        return None
     device = torch.cuda.current_device()
     dtypes = tuple([a.dtype for a in args if isinstance(a, torch.Tensor)])
     key = (kernel, device, constants, dtypes)
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[(grid,)](*args, *constants, **options)
-        return
-    stream = triton.runtime.driver.active.get_current_stream(device)
-    compiled[(grid, 1, 1)](*args, *constants, stream=stream)
+        compiled = _compiled[key] = kernel[(grid,)](*args, *constants, **options)
+    else:
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        compiled[(grid, 1, 1)](*args, *constants, stream=stream)
+    return compiled
+
+
+class _Prepared:
+    """A compiled kernel with its arguments as the driver wants them: addresses and numbers.
+
+    ``args`` may be changed between launches.
+    """
+
+    def __init__(self, call: _Call, compiled: Any) -> None:
+        self.args = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in call.args]
+        self.args += call.constants
+        self._grid = call.grid
+        self._compiled = compiled
+
+    def launch(self, stream: int) -> None:
+        """Launch on a stream of the current device."""
+        compiled = self._compiled
+        hook = triton.knobs.runtime.launch_enter_hook
+        if getattr(hook, "calls", hook):
+            # Somebody profiles: Triton's own way gathers what the hooks are told.
+            compiled[(self._grid, 1, 1)](*self.args, stream=stream)
+        else:
+            compiled.run(
+                self._grid, 1, 1, stream, compiled.function, compiled.packed_metadata,
+                None, None, None, *self.args,
+            )  # fmt: skip
 
 
 def _on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
@@ -105,9 +144,9 @@ def _tile(n_ranks: int, n_columns: int) -> tuple[int, int]:
 
 def _solve_warps(ranks: int, columns: int) -> int:
     """Warps for a tile: the quickest on an H100 (docs/benchmarks.md)."""
-    if ranks <= 16:
-        return min(8, max(1, columns // 32))
-    if ranks == 32:
+    if ranks == 8:
+        return min(8, columns // 32)
+    if ranks <= 32:
         return 4 if columns <= 64 else 8
     return 8 if ranks == 64 else 16
 
@@ -136,93 +175,76 @@ def solve(
     if batch:
         ranks, columns = _tile(n_ranks, n_columns)
         stride = 0 if mask.shape[0] == 1 else n_ranks * n_columns
-        _launch(
-            _solve_lp_kernel, batch,
-            (
-                weights, fixed, mask, stride, shares, stats, ints,
-                tolerance, max_iterations, n_ranks, n_columns,
-            ),
-            (ranks, columns),
-            num_warps=_solve_warps(ranks, columns), **SOLVE_OPTIONS,
+        args = (
+            weights, fixed, mask, stride, shares, stats, ints,
+            tolerance, max_iterations, n_ranks, n_columns,
         )  # fmt: skip
+        options = {"num_warps": _solve_warps(ranks, columns), **SOLVE_OPTIONS}
+        _launch(_Call(_solve_lp_kernel, batch, args, (ranks, columns), options))
     return shares, stats[0], stats[1], stats[2], ints[0], ints[1]
 
 
-@_on_its_device
-def solve_counts(
-    counts: torch.Tensor,
-    running: torch.Tensor | None,
-    tables: SolveTables,
-    shares: torch.Tensor,
-    units: torch.Tensor,
-    cumulative: torch.Tensor,
-    stats: torch.Tensor,
-    ints: torch.Tensor,
-    certified: torch.Tensor,
-    solves: torch.Tensor,
-    tolerance: float,
-    max_iterations: int,
-) -> None:
-    """Solve every group of one batch from its counts by logical expert, into given buffers.
+class SolveBuffers(NamedTuple):
+    """What a solve from counts writes.
 
-    ``counts`` [n_logical] int32: given, or with ``running`` [n_sms, n_logical] int32 (counts by
-    program, as `count_by_program` leaves both) summed in the same launch;
-    ``shares`` [n_group, G, C] float32, ``units`` likewise int32,
-    ``cumulative`` [n_physical] int32, ``stats`` [3, n_group] float32, ``ints`` [2, n_group]
-    int32; ``certified`` and ``solves`` one int32 or int64 element each, added to.
+    ``counts`` [n_logical], ``shares`` [n_group, G, C] float32, ``units`` likewise int32,
+    ``cumulative`` [n_physical], ``stats`` [3, n_group] float32, ``ints`` [2, n_group]; int32
+    where nothing is said.
     """
-    n_group, n_ranks, n_columns = shares.shape
-    n_slots = tables.fixed_experts.shape[2]
-    n_copies = cumulative.numel()
+
+    counts: torch.Tensor
+    shares: torch.Tensor
+    units: torch.Tensor
+    cumulative: torch.Tensor
+    stats: torch.Tensor
+    ints: torch.Tensor
+
+
+class Settings(NamedTuple):
+    """Numbers that a solve from counts takes; ``solves`` and ``certified`` are added to."""
+
+    certified: torch.Tensor
+    solves: torch.Tensor
+    tolerance: float
+    max_iterations: int
+
+
+def _solve_counts_call(
+    running: torch.Tensor | None, buffers: SolveBuffers, tables: SolveTables, settings: Settings
+) -> _Call:
+    n_group, n_ranks, n_columns = buffers.shares.shape
+    n_slots, n_copies = tables.fixed_experts.shape[2], buffers.cumulative.numel()
+    n_logical = buffers.counts.numel()
     ranks, columns = _tile(n_ranks, n_columns)
-    n_logical = counts.numel()
-    n_sums = 0 if running is None else triton.cdiv(n_logical, SUM_EXPERTS)
     slots, copies = triton.next_power_of_2(n_slots), triton.next_power_of_2(n_copies)
-    _launch(
-        _solve_counts_kernel, n_sums + n_group,
-        (
-            counts if running is None else running, counts,
-            *tables, shares, units, cumulative, stats, ints, certified, solves,
-            tolerance, max_iterations, n_ranks, n_columns, n_slots, n_copies,
-            n_logical, 0 if running is None else running.shape[0], n_sums,
-        ),
-        (ranks, columns, max(2, slots), min(1024, max(32, copies)), SUM_ROWS, SUM_EXPERTS),
-        num_warps=_solve_warps(ranks, columns), **SOLVE_OPTIONS,
+    n_sums = 0 if running is None else triton.cdiv(n_logical, SUM_EXPERTS)
+    args = (
+        buffers.counts if running is None else running, buffers.counts, *tables, *buffers[1:],
+        *settings, n_ranks, n_columns, n_slots, n_copies,
+        n_logical, 0 if running is None else running.shape[0], n_sums,
     )  # fmt: skip
+    constants = (
+        ranks, columns, max(2, slots), min(1024, max(32, copies)), SUM_ROWS, SUM_EXPERTS,
+    )  # fmt: skip
+    options = {"num_warps": _solve_warps(ranks, columns), **SOLVE_OPTIONS}
+    return _Call(_solve_counts_kernel, n_sums + n_group, args, constants, options)
 
 
-@_on_its_device
-def count_by_program(
-    idx: torch.Tensor,
-    running: torch.Tensor,
-    counts: torch.Tensor,
-    status: torch.Tensor,
-    chunk: int,
-) -> None:
-    """Count contiguous ``idx`` by chunk.
-
-    ``running`` [n_sms, n_logical] int32 is written, and ``counts`` [n_logical] int32 becomes -1
-    until `sum_by_program` or `solve_counts` has summed the rows; ``status`` is two int64 words
-    that the kernel can reach (pinned host memory on a GPU).
-    """
+def _count_call(
+    idx: torch.Tensor, running: torch.Tensor, counts: torch.Tensor, status: torch.Tensor, chunk: int
+) -> _Call:
     n_rows, n_logical = running.shape
-    _launch(
-        _count_kernel, n_rows,
-        (idx, running, counts, status, idx.numel(), chunk, n_logical),
-        (_bins(n_logical), COUNT_BLOCK),
-        num_warps=4,
-    )  # fmt: skip
+    args = (idx, running, counts, status, idx.numel(), chunk, n_logical)
+    return _Call(_count_kernel, n_rows, args, (_bins(n_logical), COUNT_BLOCK), {"num_warps": 4})
 
 
-@_on_its_device
-def sum_by_program(running: torch.Tensor, counts: torch.Tensor) -> None:
-    """Turn ``running`` [n_sms, n_logical] int32 into running sums; ``counts`` gets the totals."""
+def _select_call(
+    idx: torch.Tensor, out: torch.Tensor, running: torch.Tensor, cumulative: torch.Tensor,
+    tables: SelectTables, chunk: int, rank: int,
+) -> _Call:  # fmt: skip
     n_rows, n_logical = running.shape
-    _launch(
-        _running_sum_kernel, triton.cdiv(n_logical, SUM_EXPERTS),
-        (running, counts, n_rows, n_logical), (SUM_ROWS, SUM_EXPERTS),
-        num_warps=1,
-    )  # fmt: skip
+    args = (idx, out, running, cumulative, *tables, idx.numel(), chunk, n_logical, n_rows, rank)
+    return _Call(_select_kernel, n_rows, args, (_bins(n_logical), SELECT_BLOCK), {"num_warps": 8})
 
 
 def _bins(n_logical: int) -> int:
@@ -230,23 +252,111 @@ def _bins(n_logical: int) -> int:
 
 
 @_on_its_device
-def select(
-    idx: torch.Tensor,
-    out: torch.Tensor,
-    running: torch.Tensor,
-    cumulative: torch.Tensor,
-    tables: SelectTables,
-    chunk: int,
-    rank: int,
+def solve_counts(
+    running: torch.Tensor | None, buffers: SolveBuffers, tables: SolveTables, settings: Settings
 ) -> None:
-    """Write physical ids of contiguous ``idx`` to ``out`` (same shape and dtype)."""
+    """Solve every group of one batch from its counts by logical expert.
+
+    ``buffers.counts`` are given, or with ``running`` [n_sms, n_logical] int32 (counts by
+    program, as `count_by_program` leaves both) summed in the same launch.
+    """
+    _launch(_solve_counts_call(running, buffers, tables, settings))
+
+
+@_on_its_device
+def count_by_program(
+    idx: torch.Tensor, running: torch.Tensor, counts: torch.Tensor, status: torch.Tensor, chunk: int
+) -> None:
+    """Count contiguous ``idx`` by chunk.
+
+    ``running`` [n_sms, n_logical] int32 is written, and ``counts`` [n_logical] int32 becomes -1
+    until `sum_by_program` or `solve_counts` has summed the rows; ``status`` is two int64 words
+    that the kernel can reach (pinned host memory on a GPU).
+    """
+    _launch(_count_call(idx, running, counts, status, chunk))
+
+
+@_on_its_device
+def sum_by_program(running: torch.Tensor, counts: torch.Tensor) -> None:
+    """Turn ``running`` [n_sms, n_logical] int32 into running sums; ``counts`` gets the totals."""
     n_rows, n_logical = running.shape
-    _launch(
-        _select_kernel, n_rows,
-        (
-            idx, out, running, cumulative, *tables,
-            idx.numel(), chunk, n_logical, n_rows, rank,
-        ),
-        (_bins(n_logical), SELECT_BLOCK),
-        num_warps=8,
-    )  # fmt: skip
+    args = (running, counts, n_rows, n_logical)
+    grid = triton.cdiv(n_logical, SUM_EXPERTS)
+    constants = (SUM_ROWS, SUM_EXPERTS)
+    _launch(_Call(_running_sum_kernel, grid, args, constants, {"num_warps": 1}))
+
+
+@_on_its_device
+def select(
+    idx: torch.Tensor, out: torch.Tensor, running: torch.Tensor, cumulative: torch.Tensor,
+    tables: SelectTables, chunk: int, rank: int,
+) -> None:  # fmt: skip
+    """Write physical ids of contiguous ``idx`` to ``out`` (same shape and dtype)."""
+    _launch(_select_call(idx, out, running, cumulative, tables, chunk, rank))
+
+
+class Pipeline:
+    """Count, solve and select on fixed buffers: three launches, prepared once.
+
+    Parameters
+    ----------
+    running, status, rank
+        As for `count_by_program` and `select`.
+    buffers, solve_tables, select_tables
+        As for `solve_counts` and `select`; they must stay where they are.
+    """
+
+    def __init__(
+        self,
+        running: torch.Tensor,
+        status: torch.Tensor,
+        buffers: SolveBuffers,
+        solve_tables: SolveTables,
+        select_tables: SelectTables,
+        rank: int,
+    ) -> None:
+        self._running, self._status, self._buffers = running, status, buffers
+        self._solve_tables, self._select_tables, self._rank = solve_tables, select_tables, rank
+        self._device = running.device.index
+        self._prepared: dict[tuple[torch.dtype, torch.dtype], tuple[_Prepared, ...]] = {}
+
+    def run(self, idx: torch.Tensor, out: torch.Tensor, chunk: int, settings: Settings) -> None:
+        """Write physical ids of contiguous ``idx`` to ``out``; on the GPU that is current."""
+        prepared = self._prepared.get((idx.dtype, settings.certified.dtype))
+        if prepared is None:
+            self._prepare(idx, out, chunk, settings)
+            return
+        count, solve, choose = prepared
+        ids, n_ids = idx.data_ptr(), idx.numel()
+        count.args[0], count.args[4], count.args[5] = ids, n_ids, chunk
+        solve.args[SETTINGS_AT : SETTINGS_AT + 4] = (
+            settings.certified.data_ptr(), settings.solves.data_ptr(), *settings[2:],
+        )  # fmt: skip
+        choose.args[0], choose.args[1] = ids, out.data_ptr()
+        choose.args[CHOICE_AT], choose.args[CHOICE_AT + 1] = n_ids, chunk
+        stream = triton.runtime.driver.active.get_current_stream(self._device)
+        count.launch(stream)
+        solve.launch(stream)
+        choose.launch(stream)
+
+    def _prepare(
+        self, idx: torch.Tensor, out: torch.Tensor, chunk: int, settings: Settings
+    ) -> None:
+        running, buffers = self._running, self._buffers
+        calls = (
+            _count_call(idx, running, buffers.counts, self._status, chunk),
+            _solve_counts_call(running, buffers, self._solve_tables, settings),
+            _select_call(
+                idx, out, running, buffers.cumulative, self._select_tables, chunk, self._rank
+            ),
+        )
+        compiled = [_launch(call) for call in calls]
+        if None not in compiled:
+            self._prepared[idx.dtype, settings.certified.dtype] = tuple(
+                _Prepared(call, kernel) for call, kernel in zip(calls, compiled, strict=True)
+            )
+
+
+# Where `Pipeline.run` finds the arguments that change from call to call.
+SETTINGS_AT = 2 + len(SolveTables._fields) + len(SolveBuffers._fields) - 1
+CHOICE_AT = 4 + len(SelectTables._fields)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from lplb_triton.solver import (
     resolve_backend,
 )
 
+if TYPE_CHECKING:
+    from lplb_triton import kernels
+
 __all__ = ["Balancer"]
 
 # Chunks of the batch start on whole multiples of this many ids.
@@ -30,15 +33,12 @@ CPU_PROGRAMS = 4
 
 
 class _Scratch(NamedTuple):
-    """Typed views of a workspace block for one layer."""
+    """A workspace block as one layer on one stream sees it."""
 
+    block: torch.Tensor
     running: torch.Tensor
-    counts: torch.Tensor
-    shares: torch.Tensor
-    units: torch.Tensor
-    cumulative: torch.Tensor
-    stats: torch.Tensor
-    ints: torch.Tensor
+    buffers: kernels.SolveBuffers
+    pipeline: kernels.Pipeline
 
 
 def _chunk(n_ids: int, n_sms: int) -> int:
@@ -140,6 +140,7 @@ class Balancer:
         self.rank = 0 if rank is None else rank
         self._own_rank = rank
         self._placement = placement
+        self._scratches: dict[tuple[int, int], _Scratch] = {}
         self._join(group)
         if not 0 <= self.rank < placement.ep_size:
             raise ValueError(f"rank must be in [0, {placement.ep_size}), got {rank}")
@@ -151,7 +152,6 @@ class Balancer:
         # Kernels write here, so the host can look without waiting for the device.
         self._status = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._status_view = self._status.numpy()
-        self._views: dict[tuple[int | None, int], tuple[torch.Tensor, _Scratch]] = {}
         self._offsets: dict[int, list[tuple[int, int, tuple[int, ...], torch.dtype]]] = {}
         self.default_n_sms = CPU_PROGRAMS
         if device.type == "cuda":
@@ -211,6 +211,7 @@ class Balancer:
                     f"group must have {self._placement.ep_size} ranks, got {group.size()}"
                 )
             self.rank = dist.get_rank(group) if self._own_rank is None else self._own_rank
+            self._scratches.clear()
         self.group = group
 
     def _agree(self, placement: Placement) -> Placement:
@@ -312,12 +313,13 @@ class Balancer:
         self._check_ids_tensor(idx)
         if certified is not None:
             check_counter("certified", certified, self.device)
+        certified = self.certified if certified is None else certified
+        n_sms = self._check_n_sms(n_sms)
+        if type(idx) is torch.Tensor and not torch.compiler.is_compiling():
+            # What the operator does, without the dispatcher's part of the host time.
+            return self._run(idx, certified, self.solves, n_sms)
         result: torch.Tensor = torch.ops.lplb_triton.balance(
-            idx,
-            self.certified if certified is None else certified,
-            self.solves,
-            self._handle,
-            self._check_n_sms(n_sms),
+            idx, certified, self.solves, self._handle, n_sms
         )
         return result
 
@@ -401,9 +403,16 @@ class Balancer:
             )
         if self.backend == "torch":
             return self._solve_torch(counts, certified, self.solves)
-        buffers = self._fresh_solve_buffers()
-        counts = counts.to(torch.int32).contiguous()
-        self._launch_solve(counts, None, buffers, certified, self.solves)
+        from lplb_triton import kernels
+
+        shapes = self._shapes(1)[1:]
+        buffers = kernels.SolveBuffers(
+            counts.to(torch.int32).contiguous(),
+            *(torch.empty(s, dtype=d, device=self.device) for s, d in shapes[1:]),
+        )
+        kernels.solve_counts(
+            None, buffers, self._solve_tables, self._settings(certified, self.solves)
+        )
         stats, ints = buffers.stats, buffers.ints
         return Solution(
             buffers.shares, stats[0], stats[1], stats[2], ints[0], ints[1], self.tolerance
@@ -579,36 +588,29 @@ class Balancer:
 
         scratch = self._scratch(n_sms)
         chunk = _chunk(idx.numel(), n_sms)
+        settings = self._settings(certified, solves)
         out = torch.empty_like(idx)
-        kernels.count_by_program(idx, scratch.running, scratch.counts, self._status, chunk)
-        running: torch.Tensor | None = scratch.running
-        if group is not None:
-            # This rank's own totals stay in the last row of the running sums.
-            kernels.sum_by_program(scratch.running, scratch.counts)
-            dist.all_reduce(scratch.counts, group=group)
-            running = None
-        self._launch_solve(scratch.counts, running, scratch, certified, solves)
-        kernels.select(
-            idx, out, scratch.running, scratch.cumulative, self._select_tables,
-            chunk, self.rank,
-        )  # fmt: skip
+        if group is None:
+            device = self.device.index
+            if device is None or device == torch.cuda.current_device():
+                scratch.pipeline.run(idx, out, chunk, settings)
+            else:
+                with torch.cuda.device(device):
+                    scratch.pipeline.run(idx, out, chunk, settings)
+            return out
+        running, buffers = scratch.running, scratch.buffers
+        kernels.count_by_program(idx, running, buffers.counts, self._status, chunk)
+        kernels.sum_by_program(running, buffers.counts)
+        # This rank's own totals stay in the last row of the running sums.
+        dist.all_reduce(buffers.counts, group=group)
+        kernels.solve_counts(None, buffers, self._solve_tables, settings)
+        kernels.select(idx, out, running, buffers.cumulative, self._select_tables, chunk, self.rank)
         return out
 
-    def _launch_solve(
-        self,
-        counts: torch.Tensor,
-        running: torch.Tensor | None,
-        buffers: _Scratch,
-        certified: torch.Tensor,
-        solves: torch.Tensor,
-    ) -> None:
+    def _settings(self, certified: torch.Tensor, solves: torch.Tensor) -> kernels.Settings:
         from lplb_triton import kernels
 
-        kernels.solve_counts(
-            counts, running, self._solve_tables, buffers.shares, buffers.units, buffers.cumulative,
-            buffers.stats, buffers.ints, certified, solves,
-            self.tolerance, self.max_iterations,
-        )  # fmt: skip
+        return kernels.Settings(certified, solves, self.tolerance, self.max_iterations)
 
     def _shapes(self, n_sms: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every field of `_Scratch`."""
@@ -638,18 +640,23 @@ class Balancer:
         return layout
 
     def _scratch(self, n_sms: int) -> _Scratch:
+        from lplb_triton import kernels
+
         layout = self._layout(n_sms)
         block, stream = _workspace.scratch(self.device)
-        kept, views = self._views.get((stream, n_sms), (None, None))
-        if views is None or kept is not block:
-            views = _Scratch(*(block[a:b].view(d).view(s) for a, b, s, d in layout))
-            if stream is not None:
-                self._views[stream, n_sms] = block, views
-        return views
-
-    def _fresh_solve_buffers(self) -> _Scratch:
-        shapes = self._shapes(1)
-        return _Scratch(*(torch.empty(s, dtype=d, device=self.device) for s, d in shapes))
+        if stream is not None:
+            kept = self._scratches.get((stream, n_sms))
+            if kept is not None and kept.block is block:
+                return kept
+        running, *rest = (block[a:b].view(d).view(s) for a, b, s, d in layout)
+        buffers = kernels.SolveBuffers(*rest)
+        pipeline = kernels.Pipeline(
+            running, self._status, buffers, self._solve_tables, self._select_tables, self.rank
+        )
+        scratch = _Scratch(block, running, buffers, pipeline)
+        if stream is not None:
+            self._scratches[stream, n_sms] = scratch
+        return scratch
 
 
 _handles = itertools.count()
