@@ -151,11 +151,50 @@ def _eliminate_four(t, k, G: tl.constexpr):
 
 
 @triton.jit
+def _add2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _max_and_add(a0, a1, b0, b1):
+    return tl.maximum(a0, b0), a1 + b1
+
+
+@triton.jit
+def _quarter(matrix, down: tl.constexpr, right: tl.constexpr, H: tl.constexpr):
+    """Cut one of the four ``[H, H]`` blocks out of a ``[2 H, 2 H]`` tile."""
+    rows = _pick(matrix.reshape(2, H, 2 * H), tl.arange(0, 2)[:, None, None] == down, 0)
+    return _pick(rows.reshape(H, 2, H), tl.arange(0, 2)[None, :, None] == right, 1)
+
+
+@triton.jit
 def _inverse_factor(matrix, G: tl.constexpr):
     """S, lower triangular, with ``S.T @ S`` the inverse of ``matrix`` [G, G] (equation 7).
 
     Returned as [G / 4, 4, G]. Needs no pivoting: the matrix is positive definite.
     """
+    if G == 64:
+        # In halves: [[A, B], [B.T, C]] with S of A and S of C - B.T inv(A) B.
+        H: tl.constexpr = G // 2
+        upper = _inverse_factor_by_fours(_quarter(matrix, 0, 0, H), H).reshape(H, H)
+        e = tl.dot(upper, _quarter(matrix, 0, 1, H), input_precision="ieee")
+        rest = _quarter(matrix, 1, 1, H) - tl.dot(tl.trans(e), e, input_precision="ieee")
+        lower = _inverse_factor_by_fours(rest, H).reshape(H, H)
+        corner = tl.dot(tl.trans(e), upper, input_precision="ieee")
+        corner = -tl.dot(lower, corner, input_precision="ieee")
+        down = tl.arange(0, 2)[:, None, None, None]
+        right = tl.arange(0, 2)[None, None, :, None]
+        bottom = tl.where(right == 0, corner[None, :, None, :], lower[None, :, None, :])
+        top = tl.where(right == 0, upper[None, :, None, :], 0.0)
+        factor = tl.where(down == 0, top, bottom).reshape(G // 4, 4, G)
+    else:
+        factor = _inverse_factor_by_fours(matrix, G)
+    return factor
+
+
+@triton.jit
+def _inverse_factor_by_fours(matrix, G: tl.constexpr):
+    """`_inverse_factor` by eliminating four rows at a time."""
     Q: tl.constexpr = G // 4
     t = tl.reshape(matrix, (Q, 4, G))
     if Q <= 2:
@@ -191,26 +230,27 @@ def _lower_bound(y, fixed, w, copy):
     """Load that no plan can beat, from any multipliers ``y`` >= 0 (equation 3)."""
     # No y is larger than their sum, so it stands for "no copy here" (a column without any copy
     # has no weight).
-    total = tl.sum(y)
+    total, fixed_part = tl.reduce((y, y * fixed), 0, _add2)
     cheapest = tl.min(tl.where(copy, y[:, None], total), 0, keep_dims=True)
-    return (tl.sum(y * fixed) + tl.sum(w * cheapest)) / total
+    return (fixed_part + tl.sum(w * cheapest)) / total
 
 
 @triton.jit
 def _quantize(shares, copy, G: tl.constexpr):
     """Shares as multiples of 2**-24 that sum to exactly 1 per column (equation 11), int32."""
     units = tl.where(copy, (shares * SHARE_ONE + 0.5).to(tl.int32), 0)
-    missing = -tl.sum(units, 0) + SHARE_ONE
-    rank = tl.arange(0, G)[:, None]
-    top = tl.max(tl.where(copy, units, -1), 0)[None, :]
-    first_top = tl.min(tl.where(copy & (units == top), rank, G), 0)[None, :]
-    return tl.where(copy & (rank == first_top), units + missing[None, :], units)
+    missing = -_column_sum(units) + SHARE_ONE
+    # The largest share, the lowest rank among equals: one number to compare.
+    key = units.to(tl.int64) * G + (G - 1 - tl.arange(0, G)[:, None])
+    key = tl.where(copy, key, -1)
+    return tl.where(copy & (key == tl.max(key, 0, keep_dims=True)), units + missing, units)
 
 
 @triton.jit
 def _interior_point(
-    weights, fixed, copy, rank_on, tolerance, max_iterations, G: tl.constexpr, C: tl.constexpr
-):
+    weights, fixed, copy, rank_on, n_ranks, tolerance, max_iterations,
+    G: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """Solve one group.
 
     Parameters
@@ -218,7 +258,7 @@ def _interior_point(
     weights, fixed : ``[1, C]``, ``[G]`` float32
         Loads in the caller's unit.
     copy, rank_on : ``[G, C]``, ``[G]`` int1
-        Where copies are; which ranks are no padding.
+        Where copies are; which ranks are no padding, and so the first ``n_ranks``.
 
     Returns
     -------
@@ -228,16 +268,16 @@ def _interior_point(
     """
     n_copies = _column_sum(copy.to(tl.float32))
     inf = float("inf")
-    bad_weight = tl.where((weights >= 0) & (weights < inf), 0, 1)
-    bad_fixed = tl.where((fixed >= 0) & (fixed < inf), 0, 1)
-    homeless = tl.where((weights > 0) & (n_copies == 0), 1, 0)
-    invalid = tl.max(tl.maximum(bad_weight, homeless)) + tl.max(bad_fixed) > 0
+    # What may not be, weight without a copy too, makes the total infinite.
+    allowed = (weights >= 0) & (weights < inf) & ((weights == 0) | (n_copies > 0))
+    total = tl.sum(tl.where(allowed, weights, inf))
+    total += tl.sum(tl.where((fixed >= 0) & (fixed < inf), fixed, inf))
+    invalid = total == inf
     weights = tl.where(invalid, 0.0, weights)
     fixed = tl.where(invalid, 0.0, fixed)
 
-    n_ranks = tl.sum(rank_on.to(tl.float32))
-    total = tl.sum(weights) + tl.sum(fixed)
-    unit = tl.where(total > 0, total / n_ranks, 1.0)
+    n_ranks = n_ranks.to(tl.float32)
+    unit = tl.where((total > 0) & (total < inf), total / n_ranks, 1.0)
     w_all = weights / unit
     f = fixed / unit
 
@@ -249,8 +289,8 @@ def _interior_point(
     w = tl.where(heavy, w_all, 0.0)
     base = f + tl.sum(tl.where(heavy, 0.0, w_all) * even, 1)
     load = base + tl.sum(w * even, 1)
-    best_load = tl.max(load)
-    mean_load = tl.sum(load) / n_ranks
+    best_load, mean_load = tl.reduce((load, load), 0, _max_and_add)
+    mean_load = mean_load / n_ranks
     pinned = f + tl.sum(tl.where(copy & (n_copies == 1.0), w_all, 0.0), 1)
     bound = tl.maximum(mean_load, tl.max(pinned))
 
@@ -261,7 +301,7 @@ def _interior_point(
     mu = sy / n_ranks * START_CENTERING
     x = tl.where(active, even, NEAR)
     z = tl.where(active, mu * copies, FAR)
-    n_active = tl.sum(active.to(tl.float32))
+    n_active = tl.sum(tl.where(heavy, n_copies, 0.0))
     n_products = n_active + n_ranks
     products = sy + mu * n_active
     one = tl.where(rank_on, 1.0, 0.0)
@@ -291,13 +331,14 @@ def _interior_point(
         matrix = tl.where(off_diagonal, -matrix, diagonal[:, None])
         factor = _inverse_factor(matrix + tl.where(both_on, rho, 0.0), G)
         ones = _apply(factor, one, G)
-        inverse_ones = 1.0 / tl.sum(ones)
 
         # Equation 8, predictor. h = dz / z, e = dy / y; then dx / x = -1 - h, ds / s = -1 - e.
         w_mean = w * inverse_d
         rhs_affine = tl.where(rank_on, base + tl.sum(d * w_mean, 1), 0.0)
         u = _apply(factor, rhs_affine, G)
-        t_new = tl.sum(u) * inverse_ones
+        t_new, ones_sum = tl.reduce((u, ones), 0, _add2)
+        inverse_ones = 1.0 / ones_sum
+        t_new *= inverse_ones
         dy = _minus_product(t_new, ones, u)
         shift = inverse_d + w_mean * _column_sum(d * dy[:, None])
         h = inverse_z * _minus_product(1.0, shift, w * dy[:, None])
@@ -327,10 +368,9 @@ def _interior_point(
         plan = tl.maximum(x_full, 0.0)
         plan *= _inverse(tl.where(heavy, _column_sum(plan), 1.0))
         loads = base + tl.sum(w * plan, 1)
-        new_load = tl.max(loads)
-        new_bound = _lower_bound(tl.where(rank_on, tl.maximum(y + dy, 0.0), 0.0), f, w_all, copy)
         # Triton's maximum passes over NaN, a sum doesn't: a broken iterate is never kept.
-        load_sum = tl.sum(loads)
+        new_load, load_sum = tl.reduce((loads, loads), 0, _max_and_add)
+        new_bound = _lower_bound(tl.where(rank_on, tl.maximum(y + dy, 0.0), 0.0), f, w_all, copy)
         better = (new_load < best_load) & (load_sum == load_sum)
         best = tl.where(better, plan, best)
         best_load = tl.where(better, new_load, best_load)
@@ -402,7 +442,7 @@ def _solve_lp_kernel(
     fixed = tl.load(fixed_ptr + program * n_ranks + rank, mask=rank_on, other=0.0)
     copy = tl.load(mask_ptr + program * mask_stride + cell, mask=inside, other=0) != 0
     units, max_load, lower_bound, gap, iterations, status = _interior_point(
-        weights[None, :], fixed, copy, rank_on, tolerance, max_iterations, G, C
+        weights[None, :], fixed, copy, rank_on, n_ranks, tolerance, max_iterations, G, C
     )
     shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
     tl.store(shares_ptr + program * n_ranks * n_columns + cell, shares, mask=inside)
@@ -429,24 +469,24 @@ def _counts_of(counts_ptr, expert, wait):
 
 
 @triton.jit
-def _store_cumulative(
-    cumulative_ptr, units_ptr, shares_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank,
-    at, cell, mine,
+def _units_of_copies(
+    units_ptr, copy_cell_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank,
+    copy, inside, first_cell, n_cells,
 ):  # fmt: skip
-    """Write the cumulative share of copies ``at`` (equation 12); ``cell`` -1: not replicated.
+    """Share of each copy in units of 2**-24, and which copies are this group's, int32 and int1.
 
-    ``units`` holds running sums over ranks: copies of one expert ascend by rank.
+    Experts that are not replicated are everybody's; those of other groups stand as one copy.
     """
-    shared = mine & (cell >= 0)
-    cumulative = tl.load(units_ptr + cell, mask=shared, other=SHARE_ONE)
+    cell = tl.load(copy_cell_ptr + copy, mask=inside, other=-1)
+    index = tl.load(copy_index_ptr + copy, mask=inside, other=0)
+    mine = inside & ((cell < 0) | ((cell >= first_cell) & (cell < first_cell + n_cells)))
+    units = tl.load(units_ptr + cell, mask=mine & (cell >= 0), other=SHARE_ONE)
     if most_on_a_rank > 1:
         # Several copies on one rank divide its share as evenly as integers allow.
-        here = (tl.load(shares_ptr + cell, mask=shared, other=1.0) * SHARE_ONE).to(tl.int32)
-        index = tl.load(copy_index_ptr + at, mask=mine, other=0).to(tl.int64) + 1
-        multiplicity = tl.load(copy_multiplicity_ptr + at, mask=mine, other=1).to(tl.int64)
-        part = index * here.to(tl.int64) // multiplicity
-        cumulative = cumulative - here + part.to(tl.int32)
-    tl.store(cumulative_ptr + at, cumulative, mask=mine)
+        multiplicity = tl.load(copy_multiplicity_ptr + copy, mask=inside, other=1).to(tl.int64)
+        part = index.to(tl.int64) * units.to(tl.int64)
+        units = ((part + units.to(tl.int64)) // multiplicity - part // multiplicity).to(tl.int32)
+    return units, mine
 
 
 @triton.jit(
@@ -460,7 +500,7 @@ def _solve_counts_kernel(
     running_ptr, counts_ptr,
     mask_ptr, fixed_experts_ptr,
     column_first_ptr, column_start_ptr, column_members_ptr, longest_column_ptr,
-    copy_cell_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank_ptr,
+    copy_expert_ptr, copy_cell_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank_ptr,
     shares_ptr, units_ptr, cumulative_ptr, stats_ptr, ints_ptr,
     certified_ptr, solves_ptr,
     tolerance, max_iterations, n_ranks, n_columns, n_slots, n_copies, n_logical, n_rows, n_sums,
@@ -476,7 +516,7 @@ def _solve_counts_kernel(
     waiting ends whatever else is on the GPU.
 
     Shapes as in ``placement.Structure``; running [n_rows, n_logical] and counts [n_logical]
-    int32, shares [n_group, n_ranks, n_columns] float32 and units (int32, running over ranks),
+    int32, shares [n_group, n_ranks, n_columns] float32 and units (int32, of 2**-24),
     cumulative [n_copies] int32. ``certified`` [1] rises by one if the group is certified,
     ``solves`` [1] always (int32 or int64). Grid (n_sums + n_group,).
     """
@@ -513,25 +553,28 @@ def _solve_counts_kernel(
                 weights += _counts_of(counts_ptr, member, n_sums > 0)
 
         units, max_load, lower_bound, gap, iterations, status = _interior_point(
-            weights[None, :], fixed, copy, rank_on, tolerance, max_iterations, G, C
+            weights[None, :], fixed, copy, rank_on, n_ranks, tolerance, max_iterations, G, C
         )
-        tl.store(units_ptr + cell, tl.cumsum(units, 0), mask=inside)
+        tl.store(units_ptr + cell, units, mask=inside)
         shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
         tl.store(shares_ptr + cell, shares, mask=inside)
-        n_cells = n_ranks * n_columns
-        at = tl.arange(0, COPIES)
-        copy_cell = tl.load(copy_cell_ptr + at, mask=at < n_copies, other=-1)
         tl.debug_barrier()
+        # Equation 12. Copies are in order of experts, and the shares of each expert end at a
+        # whole 2**24: one running sum over all copies tells each of them.
+        carry = tl.zeros((), tl.int64)
         for block in range(0, n_copies, COPIES):
-            if block > 0:
-                at = block + tl.arange(0, COPIES)
-                copy_cell = tl.load(copy_cell_ptr + at, mask=at < n_copies, other=-1)
-            # What isn't replicated is the same for all groups: 1.
-            here = (copy_cell >= first_cell) & (copy_cell < first_cell + n_cells)
-            _store_cumulative(
-                cumulative_ptr, units_ptr, shares_ptr, copy_index_ptr, copy_multiplicity_ptr,
-                most_on_a_rank, at, copy_cell, (at < n_copies) & (here | (copy_cell < 0)),
+            at = block + tl.arange(0, COPIES)
+            of_copy, mine = _units_of_copies(
+                units_ptr, copy_cell_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank,
+                at, at < n_copies, first_cell, n_ranks * n_columns,
             )  # fmt: skip
+            expert = tl.load(copy_expert_ptr + at, mask=at < n_copies, other=0)
+            last = tl.load(copy_expert_ptr + at - 1, mask=(at < n_copies) & (at > 0), other=-1)
+            of_others = tl.where((at < n_copies) & (expert != last), SHARE_ONE, 0)
+            part = tl.where(mine, of_copy, of_others).to(tl.int64)
+            running = tl.cumsum(part, 0) + (carry - expert.to(tl.int64) * SHARE_ONE)
+            tl.store(cumulative_ptr + at, running.to(tl.int32), mask=mine)
+            carry += tl.sum(part)
         _store_certificate(
             stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
             max_load, lower_bound, gap, iterations, status,

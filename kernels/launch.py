@@ -118,6 +118,7 @@ class SolveTables(NamedTuple):
     column_start: torch.Tensor
     column_members: torch.Tensor
     longest_column: torch.Tensor
+    copy_expert: torch.Tensor
     copy_cell: torch.Tensor
     copy_index: torch.Tensor
     copy_multiplicity: torch.Tensor

@@ -33,6 +33,9 @@ def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
         "column_start": s.column_start,
         "column_members": s.column_members,
         "longest_column": lengths.max(axis=1, initial=0).astype(np.int32),
+        "copy_expert": np.repeat(
+            np.arange(placement.n_logical, dtype=np.int32), np.diff(s.copy_start)
+        ),
         "copy_cell": s.copy_cell,
         "copy_index": s.copy_index,
         "copy_multiplicity": s.copy_multiplicity,
