@@ -568,11 +568,11 @@ def _solve_counts_kernel(
                 units_ptr, copy_cell_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank,
                 at, at < n_copies, first_cell, n_ranks * n_columns,
             )  # fmt: skip
-            expert = tl.load(copy_expert_ptr + at, mask=at < n_copies, other=0)
+            owner = tl.load(copy_expert_ptr + at, mask=at < n_copies, other=0)
             last = tl.load(copy_expert_ptr + at - 1, mask=(at < n_copies) & (at > 0), other=-1)
-            of_others = tl.where((at < n_copies) & (expert != last), SHARE_ONE, 0)
+            of_others = tl.where((at < n_copies) & (owner != last), SHARE_ONE, 0)
             part = tl.where(mine, of_copy, of_others).to(tl.int64)
-            running = tl.cumsum(part, 0) + (carry - expert.to(tl.int64) * SHARE_ONE)
+            running = tl.cumsum(part, 0) + (carry - owner.to(tl.int64) * SHARE_ONE)
             tl.store(cumulative_ptr + at, running.to(tl.int32), mask=mine)
             carry += tl.sum(part)
         _store_certificate(
