@@ -469,29 +469,30 @@ def _counts_of(counts_ptr, expert, wait):
 
 
 @triton.jit
-def _units_of_copies(
-    units_ptr, copy_cell_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank,
-    copy, inside, first_cell, n_cells,
+def _store_cumulative(
+    cumulative_ptr, units_ptr, shares_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank,
+    copy, cell, inside,
 ):  # fmt: skip
-    """Share of each copy in units of 2**-24, and which copies are this group's, int32 and int1.
+    """Write the cumulative shares of ``copy``, which lie in ``cell`` (equation 12).
 
-    Experts that are not replicated are everybody's; those of other groups stand as one copy.
+    A cell of -1 says that one rank holds all copies. ``units`` holds running sums over ranks:
+    copies of one expert ascend by rank.
     """
-    cell = tl.load(copy_cell_ptr + copy, mask=inside, other=-1)
-    index = tl.load(copy_index_ptr + copy, mask=inside, other=0)
-    mine = inside & ((cell < 0) | ((cell >= first_cell) & (cell < first_cell + n_cells)))
-    units = tl.load(units_ptr + cell, mask=mine & (cell >= 0), other=SHARE_ONE)
+    spread = inside & (cell >= 0)
+    cumulative = tl.load(units_ptr + cell, mask=spread, other=SHARE_ONE)
     if most_on_a_rank > 1:
         # Several copies on one rank divide its share as evenly as integers allow.
+        here = (tl.load(shares_ptr + cell, mask=spread, other=1.0) * SHARE_ONE).to(tl.int32)
+        index = tl.load(copy_index_ptr + copy, mask=inside, other=0).to(tl.int64) + 1
         multiplicity = tl.load(copy_multiplicity_ptr + copy, mask=inside, other=1).to(tl.int64)
-        part = index.to(tl.int64) * units.to(tl.int64)
-        units = ((part + units.to(tl.int64)) // multiplicity - part // multiplicity).to(tl.int32)
-    return units, mine
+        part = index * here.to(tl.int64) // multiplicity
+        cumulative = cumulative - here + part.to(tl.int32)
+    tl.store(cumulative_ptr + copy, cumulative, mask=inside)
 
 
 @triton.jit(
     do_not_specialize=[
-        "max_iterations", "n_ranks", "n_columns", "n_slots", "n_copies", "n_logical",
+        "max_iterations", "n_ranks", "n_columns", "n_slots", "n_shared", "n_logical",
         "n_rows", "n_sums",
     ],
     do_not_specialize_on_alignment=["counts_ptr", "certified_ptr", "solves_ptr"],
@@ -500,10 +501,10 @@ def _solve_counts_kernel(
     running_ptr, counts_ptr,
     mask_ptr, fixed_experts_ptr,
     column_first_ptr, column_start_ptr, column_members_ptr, longest_column_ptr,
-    copy_expert_ptr, copy_cell_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank_ptr,
+    shared_copies_ptr, shared_cells_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank_ptr,
     shares_ptr, units_ptr, cumulative_ptr, stats_ptr, ints_ptr,
     certified_ptr, solves_ptr,
-    tolerance, max_iterations, n_ranks, n_columns, n_slots, n_copies, n_logical, n_rows, n_sums,
+    tolerance, max_iterations, n_ranks, n_columns, n_slots, n_shared, n_logical, n_rows, n_sums,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
@@ -516,9 +517,11 @@ def _solve_counts_kernel(
     waiting ends whatever else is on the GPU.
 
     Shapes as in ``placement.Structure``; running [n_rows, n_logical] and counts [n_logical]
-    int32, shares [n_group, n_ranks, n_columns] float32 and units (int32, of 2**-24),
-    cumulative [n_copies] int32. ``certified`` [1] rises by one if the group is certified,
-    ``solves`` [1] always (int32 or int64). Grid (n_sums + n_group,).
+    int32, shares [n_group, n_ranks, n_columns] float32 and units (int32, running over ranks),
+    cumulative [n_physical] int32, of which it writes the copies of replicated experts:
+    shared_copies and their cells, [n_group, n_shared], padded with -1. ``certified`` [1] rises
+    by one if the group is certified, ``solves`` [1] always (int32 or int64).
+    Grid (n_sums + n_group,).
     """
     program = tl.program_id(0)
     if program < n_sums:
@@ -555,26 +558,20 @@ def _solve_counts_kernel(
         units, max_load, lower_bound, gap, iterations, status = _interior_point(
             weights[None, :], fixed, copy, rank_on, n_ranks, tolerance, max_iterations, G, C
         )
-        tl.store(units_ptr + cell, units, mask=inside)
+        tl.store(units_ptr + cell, tl.cumsum(units, 0), mask=inside)
         shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
         tl.store(shares_ptr + cell, shares, mask=inside)
         tl.debug_barrier()
-        # Equation 12. Copies are in order of experts, and the shares of each expert end at a
-        # whole 2**24: one running sum over all copies tells each of them.
-        carry = tl.zeros((), tl.int64)
-        for block in range(0, n_copies, COPIES):
+        for block in range(0, n_shared, COPIES):
             at = block + tl.arange(0, COPIES)
-            of_copy, mine = _units_of_copies(
-                units_ptr, copy_cell_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank,
-                at, at < n_copies, first_cell, n_ranks * n_columns,
+            shared_ptrs = shared_copies_ptr + group * n_shared + at
+            shared = tl.load(shared_ptrs, mask=at < n_shared, other=-1)
+            cell_ptrs = shared_cells_ptr + group * n_shared + at
+            shared_cell = tl.load(cell_ptrs, mask=at < n_shared, other=-1)
+            _store_cumulative(
+                cumulative_ptr, units_ptr, shares_ptr, copy_index_ptr, copy_multiplicity_ptr,
+                most_on_a_rank, shared, shared_cell, shared >= 0,
             )  # fmt: skip
-            owner = tl.load(copy_expert_ptr + at, mask=at < n_copies, other=0)
-            last = tl.load(copy_expert_ptr + at - 1, mask=(at < n_copies) & (at > 0), other=-1)
-            of_others = tl.where((at < n_copies) & (owner != last), SHARE_ONE, 0)
-            part = tl.where(mine, of_copy, of_others).to(tl.int64)
-            running = tl.cumsum(part, 0) + (carry - owner.to(tl.int64) * SHARE_ONE)
-            tl.store(cumulative_ptr + at, running.to(tl.int32), mask=mine)
-            carry += tl.sum(part)
         _store_certificate(
             stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
             max_load, lower_bound, gap, iterations, status,

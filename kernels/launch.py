@@ -15,7 +15,7 @@ from lplb_triton.kernels.interior_point import _solve_counts_kernel, _solve_lp_k
 from lplb_triton.kernels.tokens import _count_kernel, _running_sum_kernel, _select_kernel
 
 # Ids that one program handles at a time. The select kernel compares all pairs of a block.
-COUNT_BLOCK = 256
+COUNT_BLOCK = 1024
 SELECT_BLOCK = 256
 # Rows and experts of one program that sums counts.
 SUM_ROWS = 256
@@ -118,8 +118,8 @@ class SolveTables(NamedTuple):
     column_start: torch.Tensor
     column_members: torch.Tensor
     longest_column: torch.Tensor
-    copy_expert: torch.Tensor
-    copy_cell: torch.Tensor
+    shared_copies: torch.Tensor
+    shared_cells: torch.Tensor
     copy_index: torch.Tensor
     copy_multiplicity: torch.Tensor
     most_on_a_rank: torch.Tensor
@@ -149,7 +149,7 @@ def _solve_warps(ranks: int, columns: int) -> int:
         return min(8, columns // 32)
     if ranks <= 32:
         return 4 if columns <= 64 else 8
-    return 8 if ranks == 64 else 16
+    return 8 if ranks == 64 and columns <= 64 else 16
 
 
 @_on_its_device
@@ -214,14 +214,14 @@ def _solve_counts_call(
     running: torch.Tensor | None, buffers: SolveBuffers, tables: SolveTables, settings: Settings
 ) -> _Call:
     n_group, n_ranks, n_columns = buffers.shares.shape
-    n_slots, n_copies = tables.fixed_experts.shape[2], buffers.cumulative.numel()
+    n_slots, n_shared = tables.fixed_experts.shape[2], tables.shared_copies.shape[1]
     n_logical = buffers.counts.numel()
     ranks, columns = _tile(n_ranks, n_columns)
-    slots, copies = triton.next_power_of_2(n_slots), triton.next_power_of_2(n_copies)
+    slots, copies = triton.next_power_of_2(n_slots), triton.next_power_of_2(max(1, n_shared))
     n_sums = 0 if running is None else triton.cdiv(n_logical, SUM_EXPERTS)
     args = (
         buffers.counts if running is None else running, buffers.counts, *tables, *buffers[1:],
-        *settings, n_ranks, n_columns, n_slots, n_copies,
+        *settings, n_ranks, n_columns, n_slots, n_shared,
         n_logical, 0 if running is None else running.shape[0], n_sums,
     )  # fmt: skip
     constants = (

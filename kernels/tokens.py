@@ -45,9 +45,9 @@ def _count_kernel(
         ids = tl.load(idx_ptr + at, mask=at < end, other=-1)
         known = (ids >= 0) & (ids < n_logical)
         bad = (ids < -1) | (ids >= n_logical)
-        if tl.max(bad.to(tl.int32)) > 0:
-            tl.store(status_ptr + 1, tl.max(tl.where(bad, ids, -(2**31)).to(tl.int64)))
-            tl.store(status_ptr + STATUS_BAD_ID, tl.full((), 1, tl.int64))
+        # Usually nothing; otherwise any of the bad ids will do.
+        tl.store(status_ptr + 1 + at * 0, ids.to(tl.int64), mask=bad)
+        tl.store(status_ptr + STATUS_BAD_ID + at * 0, tl.full((BLOCK,), 1, tl.int64), mask=bad)
         bins += tl.histogram(tl.where(known, ids, 0).to(tl.int32), BINS, mask=known)
     expert = tl.arange(0, BINS)
     tl.store(by_program_ptr + program * n_logical + expert, bins, mask=expert < n_logical)
@@ -168,7 +168,10 @@ def _select_kernel(
 
         offset = rank.to(tl.int64) * OFFSET_BY_RANK + e.to(tl.int64) * OFFSET_BY_EXPERT
         offset = (offset + SHARE_HALF) & SHARE_MASK
-        if tl.max(count) < 65536:
+        most = n_ids
+        if n_ids >= 65536:
+            most = tl.max(count)
+        if most < 65536:
             low = _find_copy(cumulative_ptr, low, high, position, count, offset, steps, tl.uint32)
         else:
             low = _find_copy(cumulative_ptr, low, high, position, count, offset, steps, tl.int64)

@@ -19,6 +19,23 @@ __all__ = ["DeviceTables"]
 ALIGNMENT = 256
 
 
+def _shared_copies(placement: Placement) -> NDArray[np.int32]:
+    """[n_group, n] copies of replicated experts by group, padded with -1.
+
+    Every redundant slot makes at most two of them, whatever the placement.
+    """
+    s = placement.structure
+    spare = (placement.n_physical - placement.n_logical) // placement.n_group
+    shared = np.full((placement.n_group, 2 * spare), -1, dtype=np.int32)
+    per_expert = np.diff(s.copy_start)
+    copies = np.flatnonzero(np.repeat(per_expert > 1, per_expert))
+    group = np.repeat(s.cell_group, per_expert)[copies]
+    for g in range(placement.n_group):
+        mine = copies[group == g]
+        shared[g, : mine.size] = mine
+    return shared
+
+
 def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
     """Everything the kernels read of a placement; shapes depend on its sizes alone."""
     s = placement.structure
@@ -26,6 +43,7 @@ def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
     first = np.full(lengths.shape, -1, dtype=np.int32)
     first[lengths > 0] = s.column_members[s.column_start[:, :-1][lengths > 0]]
     most_copies = int(np.diff(s.copy_start).max())
+    shared = _shared_copies(placement)
     return {
         "mask": s.mask.view(np.int8),
         "fixed_experts": s.fixed_experts,
@@ -33,10 +51,9 @@ def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
         "column_start": s.column_start,
         "column_members": s.column_members,
         "longest_column": lengths.max(axis=1, initial=0).astype(np.int32),
-        "copy_expert": np.repeat(
-            np.arange(placement.n_logical, dtype=np.int32), np.diff(s.copy_start)
-        ),
         "copy_cell": s.copy_cell,
+        "shared_copies": shared,
+        "shared_cells": np.where(shared >= 0, s.copy_cell[shared], np.int32(-1)),
         "copy_index": s.copy_index,
         "copy_multiplicity": s.copy_multiplicity,
         "most_on_a_rank": s.copy_multiplicity.max(keepdims=True),

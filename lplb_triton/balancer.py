@@ -155,7 +155,9 @@ class Balancer:
         self._offsets: dict[int, list[tuple[int, int, tuple[int, ...], torch.dtype]]] = {}
         self.default_n_sms = CPU_PROGRAMS
         if device.type == "cuda":
-            self.default_n_sms = torch.cuda.get_device_properties(device).multi_processor_count
+            # Two on each multiprocessor hide each other's waiting; 256 rows are summed at once.
+            sms = torch.cuda.get_device_properties(device).multi_processor_count
+            self.default_n_sms = min(2 * sms, 256)
         if self.backend == "triton":
             from lplb_triton import kernels
 
@@ -291,8 +293,8 @@ class Balancer:
             int64 or int32, any shape, logical ids in [-1, n_logical); -1 stays -1. A
             non-contiguous tensor is copied first.
         n_sms : int or None
-            Programs for counting and selecting; by default one per multiprocessor. The result
-            doesn't depend on it.
+            Programs for counting and selecting; by default two per multiprocessor, at most 256.
+            The result doesn't depend on it.
         certified : torch.Tensor or None
             One int32 or int64 element on the device that rises by each group certified; by
             default the balancer's own.

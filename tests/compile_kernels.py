@@ -1,0 +1,67 @@
+"""Compile every kernel for a GPU that need not be there; prints what each takes.
+
+    python tests/compile_kernels.py [compute capability, 90]
+
+Runs in a process of its own, without TRITON_INTERPRET.
+"""
+
+import re
+import sys
+import time
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lplb_triton.bench import peers
+from lplb_triton.kernels import interior_point, launch, tokens
+
+POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
+POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64"}
+FLOATS = ("weights_ptr", "fixed_ptr", "shares_ptr", "stats_ptr")
+
+
+def signature(kernel, constants):
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            types[name] = POINTERS.get(name, "*fp32" if name in FLOATS else "*i32")
+        else:
+            types[name] = "fp32" if name == "tolerance" else "i32"
+    return types
+
+
+def jobs():
+    for ranks, columns in ((8, 32), (16, 32), (32, 64), (64, 128)):
+        warps = launch._solve_warps(ranks, columns)
+        options = {"num_warps": warps, **launch.SOLVE_OPTIONS}
+        yield interior_point._solve_lp_kernel, {"G": ranks, "C": columns}, options
+        constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64}
+        constants |= {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS}
+        yield interior_point._solve_counts_kernel, constants, options
+    bins = {"BINS": 256}
+    yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 4}
+    rows = {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS}
+    yield tokens._running_sum_kernel, rows, {"num_warps": 1}
+    yield tokens._select_kernel, {**bins, "BLOCK": launch.SELECT_BLOCK}, {"num_warps": 8}
+
+
+def main(capability):
+    assert peers  # imported for its kernels' decorators: they must parse without a GPU
+    target = GPUTarget("cuda", capability, 32)
+    for kernel, constants, options in jobs():
+        begun = time.monotonic()
+        source = ASTSource(kernel, signature(kernel, constants), constants)
+        compiled = triton.compile(source, target=target, options=options)
+        cubin = len(compiled.asm["cubin"])
+        name = re.sub(r"^_|_kernel$", "", kernel.__name__)
+        took = time.monotonic() - begun
+        print(f"{name} {constants} {options}: {cubin} bytes, {took:.1f} s", flush=True)
+        assert cubin > 1000
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 90)
+    print("compiled")
