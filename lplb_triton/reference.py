@@ -23,6 +23,7 @@ __all__ = [
 
 # Start and step of the interior-point method (equations 4 and 9).
 START_MARGIN = 0.1
+START_CENTERING = 0.03
 STEP_FACTOR = 0.99
 MIN_CENTERING = 0.01
 REGULARIZATION = 0.03
@@ -145,7 +146,7 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
     unit = torch.where(total > 0, total / ranks, 1.0)[:, None]
     w, f = (weights / unit).to(dtype), (fixed / unit).to(dtype)
 
-    # Equation 4: the even split, y uniform, every product x z equal to the mean of s y.
+    # Equation 4: the even split, y uniform, every product x z a part of the mean of s y.
     even = mask.to(dtype) / n_copies.clamp(min=1).to(dtype)[:, None]
     light = w <= LIGHT_PART * tolerance / max(columns, 1)
     active = mask & (~light & (n_copies > 1)).unsqueeze(1)
@@ -160,7 +161,7 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
     s = t[:, None] - load
     y = torch.full_like(s, 1.0 / ranks)
     x = torch.where(active, even, 1.0)
-    z = (s * y).mean(1)[:, None, None] / x
+    z = START_CENTERING * (s * y).mean(1)[:, None, None] / x
     n_products = active.sum((1, 2)) + ranks
     iterations = torch.zeros(len(w), dtype=torch.int32, device=w.device)
 
@@ -180,10 +181,19 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
         sy_affine = (s + primal[:, None] * ds) * (y + dual[:, None] * dy)
         affine = torch.where(active, xz_affine, 0.0).sum((1, 2)) + sy_affine.sum(1)
         mu_affine = affine / n_products
-        target = mu * ((mu_affine / mu) ** 3).clamp(min=MIN_CENTERING, max=1.0)
+        target = mu * ((mu_affine / mu) ** 4).clamp(min=MIN_CENTERING, max=1.0)
         dx, dz, ds, dy = newton.direction(
             target[:, None, None] - xz - dx * dz, target[:, None] - sy - ds * dy
         )
+        # Equation 9: the full step, with what is negative cut off, gives a plan and a bound.
+        plan = torch.where(active, (x + dx).clamp(min=0.0), 0.0)
+        plan = torch.where(active, plan / plan.sum(1, keepdim=True), even)
+        load = base + (w_active * plan).sum(2)
+        better = running & (load.amax(1) < best_load)
+        best = torch.where(better[:, None, None], plan, best)
+        best_load = torch.where(better, load.amax(1), best_load)
+        new_bound = _lower_bound((y + dy).clamp(min=0.0), f, w, mask)
+        bound = torch.where(running, torch.fmax(bound, new_bound), bound)
         primal = (STEP_FACTOR * _step_length((x, dx), (s, ds))).clamp(max=1.0)
         dual = (STEP_FACTOR * _step_length((z, dz), (y, dy))).clamp(max=1.0)
         # A certified instance stands still while the rest of the batch goes on.
@@ -192,14 +202,6 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
         z = torch.where(running[:, None, None], z + dual[:, None, None] * dz, z)
         s = torch.where(running[:, None], s + primal[:, None] * ds, s)
         y = torch.where(running[:, None], y + dual[:, None] * dy, y)
-
-        plan = torch.where(active, x, 0.0)
-        plan = torch.where(active, plan / plan.sum(1, keepdim=True), even)
-        load = base + (w_active * plan).sum(2)
-        better = load.amax(1) < best_load
-        best = torch.where(better[:, None, None], plan, best)
-        best_load = torch.where(better, load.amax(1), best_load)
-        bound = torch.fmax(bound, _lower_bound(y, f, w, mask))
 
     units = quantize_shares(best, mask)
     shares = units.double() / (1 << SHARE_BITS)
