@@ -12,12 +12,12 @@ The packaged trace, ``bench/data/moe256.npz``, was made on one H100 with::
         --bias-rate 3e-5 --tokens-per-source 32 --seq-len 32 --log-every 50 --record-from 300 \
         --record-early 100 --record-late 100 --record bench/data/moe256.npz
 
-that is 256 experts in each of 4 layers, top-8, 32 source ranks with 32 tokens each, and steps 300 to
-399 and the last 100 of 1400 recorded (1.75 MB). In the first steps routing moves faster than any
+that is 256 experts in each of 4 layers, top-8, 32 source ranks with 32 tokens each, and steps 300
+to 399 and the last 100 of 1400 recorded (1.75 MB). In the first steps routing moves faster than any
 placement from history can follow; from about step 300 on recent loads predict the next ones. The
 small bias rate leaves a skew that lasts, as a light balancing rule does in practice. The defaults
-(128 tokens per source, 50 + 50 batches) make a file of about the same size. Whole batches are always
-recorded, never a part of one.
+(128 tokens per source, 50 + 50 batches) make a file of about the same size. Whole batches are
+always recorded, never a part of one.
 
 The text is the source code of Python's own standard library, or ``--text PATH``. The model is a
 pre-norm decoder with causal attention; each layer's feed-forward block is a mixture of SwiGLU
