@@ -532,6 +532,8 @@ class Balancer:
             raise TypeError(f"idx must be int64 or int32, got {idx.dtype}")
         if idx.device != self.device:
             raise ValueError(f"idx is on {idx.device}, expected {self.device}")
+        if idx.numel() >= 2**31:
+            raise ValueError(f"idx must have fewer than 2**31 elements, got {idx.numel()}")
 
     def _check_n_sms(self, n_sms: int | None) -> int:
         if n_sms is None:

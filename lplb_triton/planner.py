@@ -301,7 +301,7 @@ class Planner:
         avail_counter : torch.Tensor
             As for `solve_probs`.
         n_sms : int or None
-            Number of programs; by default one per multiprocessor.
+            Number of programs; by default two per multiprocessor, at most 256.
 
         Returns
         -------
