@@ -53,14 +53,18 @@ def test_quotas_are_within_one_token_on_500_cases():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "limit"), [(4096, 1e-3), (1024, 1e-3), (128, 2e-3)], ids=lambda v: str(v)
+    ("tokens", "limit"), [(4096, 1e-3), (1024, 4e-3), (128, 3e-2)], ids=lambda v: str(v)
 )
-def test_rounding_cancels_over_64_ranks(tokens, limit):
-    rng = np.random.default_rng(0)
-    placement = shape_placement("eplb:64:2", rng)
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_cancels_over_64_ranks(seed, tokens, limit):
+    rng = np.random.default_rng(seed)
+    popularity = rng.lognormal(0.0, 1.0, 256)
+    placement = Placement.from_history(torch.from_numpy(popularity), 64, redundant_per_rank=2)
     t = structure_tensors(placement)
-    popularity = rng.dirichlet(np.full(placement.n_logical, 2.0))
-    counts = torch.from_numpy(rng.multinomial(tokens * 8, popularity, size=64))
+    # Near the history, so that the LP levels all ranks and rounding shows on any of them.
+    popularity *= rng.lognormal(0.0, 0.1, 256)
+    counts = rng.multinomial(tokens * 8, popularity / popularity.sum(), size=64)
+    counts = torch.from_numpy(counts)
     balancer = Balancer(placement, device="cpu")
     solution = balancer.solve(counts.sum(0).int())
     solution.check()
@@ -71,6 +75,7 @@ def test_rounding_cancels_over_64_ranks(tokens, limit):
     rank_of_copy = placement.rank_of_slot[t["copy_slot"].long()].long()
     loads = torch.zeros(64, dtype=torch.long).index_add_(0, rank_of_copy, total)
     assert loads.sum() == counts.sum()
+    assert float(solution.max_load[0]) <= 1.01 * tokens * 8
     assert float(loads.max()) <= float(solution.max_load[0]) * (1 + limit)
 
 
