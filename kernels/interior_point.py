@@ -28,6 +28,7 @@ SHARE_ONE = tl.constexpr(1 << 24)
 FAR = tl.constexpr(1e30)
 NEAR = tl.constexpr(1e-30)
 
+# Looks at counts that another program has to write, before giving up: seconds.
 MOST_POLLS = tl.constexpr(1 << 22)
 
 STATUS_CERTIFIED = tl.constexpr(0)
@@ -37,14 +38,14 @@ STATUS_INVALID = tl.constexpr(2)
 
 @triton.jit
 def _inverse(x):
-    """1 / x for positive x, in two instructions."""
+    """Compute 1 / x for positive x, in two instructions."""
     root = tl.rsqrt(x)
     return root * root
 
 
 @triton.jit
 def _minus_product(a, b, c):
-    """C - a b, rounded once. Tiles only: what crosses lanes is never fused (equation 11)."""
+    """Compute ``c - a b``, rounded once; not for what crosses lanes (equation 11)."""
     return tl.fma(-a, b, c)
 
 
