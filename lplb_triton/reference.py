@@ -297,7 +297,7 @@ def cumulative_shares(
     first = copy_start[:-1].long()
     before = torch.where(first > 0, running[(first - 1).clamp(min=0)], 0)
     lengths = copy_start.diff().long()
-    return (running - before.repeat_interleave(lengths)).int()
+    return (running - before.repeat_interleave(lengths, output_size=copy_cell.numel())).int()
 
 
 def rounding_offsets(rank: int, n_logical: int) -> torch.Tensor:
@@ -342,8 +342,9 @@ def copy_quotas(
     """
     lengths = copy_start.diff().long()
     theta = rounding_offsets(rank, counts.numel()).to(counts.device)
-    per_copy = counts.long().repeat_interleave(lengths)
-    ends = (per_copy * cumulative.long() + theta.repeat_interleave(lengths)) >> SHARE_BITS
+    per_copy = counts.long().repeat_interleave(lengths, output_size=cumulative.numel())
+    theta = theta.repeat_interleave(lengths, output_size=cumulative.numel())
+    ends = (per_copy * cumulative.long() + theta) >> SHARE_BITS
     starts = ends.roll(1)
     starts[copy_start[:-1].long()] = 0
     return ends - starts
