@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,9 +22,6 @@ SUM_EXPERTS = 4
 # that sends it. All threads must hold the same bits: they take the same branches by them.
 SOLVE_OPTIONS = {"enable_fp_fusion": False}
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 # Compiled kernels by what they were compiled for. Triton's own launch looks at every argument
 # anew; nothing here is specialised on values or alignment, so the dtypes say it all.
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -35,8 +30,8 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 class _Call(NamedTuple):
     """A kernel and all that a launch of it needs.
 
-    ``args`` are the run-time arguments, ``constants`` the compile-time ones, which every kernel
-    here takes last.
+    ``args`` are the run-time arguments, a tensor first, ``constants`` the compile-time ones,
+    which every kernel here takes last.
     """
 
     kernel: Any
@@ -46,8 +41,15 @@ class _Call(NamedTuple):
     options: dict[str, Any]
 
 
+def _current(device: int | None) -> AbstractContextManager[object]:
+    """Make a GPU the current one, since Triton launches there."""
+    if device is None or device == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
 def _launch(call: _Call) -> Any:
-    """Launch on the current device and stream, compiled on the first call.
+    """Launch on the GPU of the tensors and its current stream, compiled on the first call.
 
     Returns the compiled kernel (``None`` under the interpreter).
     """
@@ -55,15 +57,16 @@ def _launch(call: _Call) -> Any:
     if isinstance(kernel, InterpretedFunction):
         kernel[(grid,)](*args, *constants)
         return None
-    device = torch.cuda.current_device()
+    device = args[0].device.index
     dtypes = tuple([a.dtype for a in args if isinstance(a, torch.Tensor)])
     key = (kernel, device, constants, dtypes)
     compiled = _compiled.get(key)
-    if compiled is None:
-        compiled = _compiled[key] = kernel[(grid,)](*args, *constants, **options)
-    else:
-        stream = triton.runtime.driver.active.get_current_stream(device)
-        compiled[(grid, 1, 1)](*args, *constants, stream=stream)
+    with _current(device):
+        if compiled is None:
+            compiled = _compiled[key] = kernel[(grid,)](*args, *constants, **options)
+        else:
+            stream = triton.runtime.driver.active.get_current_stream(device)
+            compiled[(grid, 1, 1)](*args, *constants, stream=stream)
     return compiled
 
 
@@ -91,22 +94,6 @@ class _Prepared:
                 self._grid, 1, 1, stream, compiled.function, compiled.packed_metadata,
                 None, None, None, *self.args,
             )  # fmt: skip
-
-
-def _on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
-    """Make the first argument's GPU the current one: Triton launches there."""
-
-    @wraps(launcher)
-    def launch(*args: P.args, **kwargs: P.kwargs) -> R:
-        tensor = args[0]
-        context: AbstractContextManager[object] = nullcontext()
-        if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
-            if torch.cuda.current_device() != tensor.device.index:
-                context = torch.cuda.device(tensor.device)
-        with context:
-            return launcher(*args, **kwargs)
-
-    return launch
 
 
 class SolveTables(NamedTuple):
@@ -152,7 +139,6 @@ def _solve_warps(ranks: int, columns: int) -> int:
     return 8 if ranks == 64 and columns <= 64 else 16
 
 
-@_on_its_device
 def solve(
     weights: torch.Tensor,
     fixed: torch.Tensor,
@@ -252,7 +238,6 @@ def _bins(n_logical: int) -> int:
     return max(16, int(triton.next_power_of_2(n_logical)))
 
 
-@_on_its_device
 def solve_counts(
     running: torch.Tensor | None, buffers: SolveBuffers, tables: SolveTables, settings: Settings
 ) -> None:
@@ -264,7 +249,6 @@ def solve_counts(
     _launch(_solve_counts_call(running, buffers, tables, settings))
 
 
-@_on_its_device
 def count_by_program(
     idx: torch.Tensor, running: torch.Tensor, counts: torch.Tensor, status: torch.Tensor, chunk: int
 ) -> None:
@@ -277,7 +261,6 @@ def count_by_program(
     _launch(_count_call(idx, running, counts, status, chunk))
 
 
-@_on_its_device
 def sum_by_program(running: torch.Tensor, counts: torch.Tensor) -> None:
     """Turn ``running`` [n_sms, n_logical] int32 into running sums; ``counts`` gets the totals."""
     n_rows, n_logical = running.shape
@@ -287,7 +270,6 @@ def sum_by_program(running: torch.Tensor, counts: torch.Tensor) -> None:
     _launch(_Call(_running_sum_kernel, grid, args, constants, {"num_warps": 1}))
 
 
-@_on_its_device
 def select(
     idx: torch.Tensor, out: torch.Tensor, running: torch.Tensor, cumulative: torch.Tensor,
     tables: SelectTables, chunk: int, rank: int,
@@ -322,7 +304,7 @@ class Pipeline:
         self._prepared: dict[tuple[torch.dtype, torch.dtype], tuple[_Prepared, ...]] = {}
 
     def run(self, idx: torch.Tensor, out: torch.Tensor, chunk: int, settings: Settings) -> None:
-        """Write physical ids of contiguous ``idx`` to ``out``; on the GPU that is current."""
+        """Write physical ids of contiguous ``idx`` to ``out``."""
         prepared = self._prepared.get((idx.dtype, settings.certified.dtype))
         if prepared is None:
             self._prepare(idx, out, chunk, settings)
@@ -336,9 +318,10 @@ class Pipeline:
         choose.args[0], choose.args[1] = ids, out.data_ptr()
         choose.args[CHOICE_AT], choose.args[CHOICE_AT + 1] = n_ids, chunk
         stream = triton.runtime.driver.active.get_current_stream(self._device)
-        count.launch(stream)
-        solve.launch(stream)
-        choose.launch(stream)
+        with _current(self._device):
+            count.launch(stream)
+            solve.launch(stream)
+            choose.launch(stream)
 
     def _prepare(
         self, idx: torch.Tensor, out: torch.Tensor, chunk: int, settings: Settings

@@ -161,6 +161,8 @@ class Balancer:
         if self.backend == "triton":
             from lplb_triton import kernels
 
+            # Kept, since an import statement takes its time in every batch.
+            self._kernels = kernels
             views = self._tables.views
             self._solve_tables = kernels.SolveTables(
                 *(views[name] for name in kernels.SolveTables._fields)
@@ -350,8 +352,7 @@ class Balancer:
             return reference.count_experts(
                 idx, self._placement.n_logical, _chunk(idx.numel(), n_sms), n_sms
             )
-        from lplb_triton import kernels
-
+        kernels = self._kernels
         self._raise_on_status()
         self._check_values(idx)
         n_logical = self._placement.n_logical
@@ -405,12 +406,12 @@ class Balancer:
             )
         if self.backend == "torch":
             return self._solve_torch(counts, certified, self.solves)
-        from lplb_triton import kernels
-
-        shapes = self._shapes(1)[1:]
+        kernels = self._kernels
+        # Without the running sums and the counts, which are there.
+        fresh = self._shapes(1)[2:]
         buffers = kernels.SolveBuffers(
             counts.to(torch.int32).contiguous(),
-            *(torch.empty(s, dtype=d, device=self.device) for s, d in shapes[1:]),
+            *(torch.empty(s, dtype=d, device=self.device) for s, d in fresh),
         )
         kernels.solve_counts(
             None, buffers, self._solve_tables, self._settings(certified, self.solves)
@@ -479,8 +480,7 @@ class Balancer:
             return reference.assign_copies(
                 idx, running[-1], cumulative, views["copy_start"], views["copy_slot"], self.rank
             )
-        from lplb_triton import kernels
-
+        kernels = self._kernels
         self._raise_on_status()
         running = running.contiguous()
         out = torch.empty_like(idx)
@@ -588,19 +588,13 @@ class Balancer:
         n_sms: int,
         group: dist.ProcessGroup | None,
     ) -> torch.Tensor:
-        from lplb_triton import kernels
-
+        kernels = self._kernels
         scratch = self._scratch(n_sms)
         chunk = _chunk(idx.numel(), n_sms)
         settings = self._settings(certified, solves)
         out = torch.empty_like(idx)
         if group is None:
-            device = self.device.index
-            if device is None or device == torch.cuda.current_device():
-                scratch.pipeline.run(idx, out, chunk, settings)
-            else:
-                with torch.cuda.device(device):
-                    scratch.pipeline.run(idx, out, chunk, settings)
+            scratch.pipeline.run(idx, out, chunk, settings)
             return out
         running, buffers = scratch.running, scratch.buffers
         kernels.count_by_program(idx, running, buffers.counts, self._status, chunk)
@@ -612,12 +606,10 @@ class Balancer:
         return out
 
     def _settings(self, certified: torch.Tensor, solves: torch.Tensor) -> kernels.Settings:
-        from lplb_triton import kernels
-
-        return kernels.Settings(certified, solves, self.tolerance, self.max_iterations)
+        return self._kernels.Settings(certified, solves, self.tolerance, self.max_iterations)
 
     def _shapes(self, n_sms: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every field of `_Scratch`."""
+        """Shape and dtype of the running sums and of every field of `kernels.SolveBuffers`."""
         p = self._placement
         cells = (p.n_group, p.group_size, p.max_columns)
         return [
@@ -644,8 +636,7 @@ class Balancer:
         return layout
 
     def _scratch(self, n_sms: int) -> _Scratch:
-        from lplb_triton import kernels
-
+        kernels = self._kernels
         layout = self._layout(n_sms)
         block, stream = _workspace.scratch(self.device)
         if stream is not None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lplb_triton.placement import Placement
+from lplb_triton.placement import Placement, check_integer
 from lplb_triton.solver import solve
 
 __all__ = ["place"]
@@ -127,15 +127,15 @@ def place(
     Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
     """
     load = _checked_history(history)
-    n_ranks = _integer("ep_size", ep_size, 1)
-    redundant = _integer("redundant_per_rank", redundant_per_rank, 0)
-    n_samples = _integer("samples", samples, 1)
-    n_trials = _integer("trials", trials, 0)
+    n_ranks = check_integer("ep_size", ep_size, 1)
+    redundant = check_integer("redundant_per_rank", redundant_per_rank, 0)
+    n_samples = check_integer("samples", samples, 1)
+    n_trials = check_integer("trials", trials, 0)
     if isinstance(dispersion, bool) or not isinstance(dispersion, (int, float)):
         raise TypeError(f"dispersion must be a float, got {type(dispersion).__name__}")
     if not 0 <= dispersion < np.inf:
         raise ValueError(f"dispersion must be finite and not negative, got {dispersion}")
-    rng = np.random.default_rng(_integer("seed", seed, 0))
+    rng = np.random.default_rng(check_integer("seed", seed, 0))
     if load.shape[1] % n_ranks:
         raise ValueError(
             f"ep_size must divide the number of experts {load.shape[1]}, got {n_ranks}"
@@ -158,15 +158,6 @@ def place(
         if excess > ENOUGH or n_trials < 1:
             break
     return best
-
-
-def _integer(name: str, value: object, minimum: int) -> int:
-    """Return an int of at least ``minimum``, or raise naming ``name``."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return int(value)
 
 
 def _checked_history(history: object) -> _Double:

@@ -64,12 +64,12 @@ def _as_int_array(name: str, value: object) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _positive(name: str, value: object) -> int:
-    """Return a positive int, or raise naming ``name``."""
+def check_integer(name: str, value: object, minimum: int = 1) -> int:
+    """Return an int of at least ``minimum``, or raise naming ``name``."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return int(value)
 
 
@@ -114,11 +114,11 @@ class Placement:
         flat = _as_int_array("phy2log", phy2log)
         if flat.ndim != 1 or flat.size == 0:
             raise ValueError(f"phy2log must be one-dimensional and not empty, got {flat.shape}")
-        self.ep_size = _positive("ep_size", ep_size)
-        self.n_group = _positive("n_group", n_group)
+        self.ep_size = check_integer("ep_size", ep_size)
+        self.n_group = check_integer("n_group", n_group)
         self.n_physical = int(flat.size)
         self.n_logical = (
-            int(flat.max()) + 1 if n_logical is None else _positive("n_logical", n_logical)
+            int(flat.max()) + 1 if n_logical is None else check_integer("n_logical", n_logical)
         )
         if self.n_physical % self.ep_size:
             raise ValueError(
@@ -219,9 +219,9 @@ class Placement:
         """
         r2o = topologies.validate(r2o)
         group_size, num_redundants = r2o.shape
-        n_physical = _positive("n_routed_experts", n_routed_experts)
-        n_logical = _positive("n_logical_routed_experts", n_logical_routed_experts)
-        ep_size = _positive("ep_size", ep_size)
+        n_physical = check_integer("n_routed_experts", n_routed_experts)
+        n_logical = check_integer("n_logical_routed_experts", n_logical_routed_experts)
+        ep_size = check_integer("ep_size", ep_size)
         if ep_size % group_size:
             raise ValueError(f"ep_size must be a multiple of {group_size} (r2o), got {ep_size}")
         for name, value in (
@@ -518,7 +518,7 @@ def _spread(
     load = torch.as_tensor(workload).detach().cpu()
     if load.shape != (n_logical,):
         raise ValueError(f"workload must have shape [{n_logical}], got {tuple(load.shape)}")
-    num_nodes = _positive("num_nodes", num_nodes)
+    num_nodes = check_integer("num_nodes", num_nodes)
     phy2log, _, _ = rebalance_experts(load.unsqueeze(0), n_logical, n_group, num_nodes, ep_size)
     by_rank = phy2log[0].reshape(ep_size, -1)
     heaviest = load[by_rank].argsort(dim=1, descending=True, stable=True)

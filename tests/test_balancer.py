@@ -330,6 +330,22 @@ class TestOnAGpu:
                 expected = twin.select(idx.cpu(), cumulative.cpu(), running.cpu())
                 assert torch.equal(out.cpu(), expected)
 
+    @pytest.mark.multigpu
+    def test_launches_on_the_gpu_of_its_tensors(self):
+        placement = placement_of()
+        balancer = Balancer(placement, device="cuda:1", rank=1)
+        idx = random_ids(0, 64, (512, 8)).to("cuda:1")
+        assert torch.cuda.current_device() == 0
+        twin = Balancer(placement, device="cpu", rank=1)
+        for _ in range(2):
+            counts, running = balancer.count(idx)
+            solution = balancer.solve(counts)
+            solution.check()
+            cumulative = balancer.cumulative_shares(solution.shares)
+            expected = twin.select(idx.cpu(), cumulative.cpu(), running.cpu())
+            assert torch.equal(balancer.run(idx).cpu(), expected)
+            assert torch.equal(balancer.select(idx, cumulative, running).cpu(), expected)
+
     # torch's own use of what it has deprecated
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_compiled_with_inductor(self):
