@@ -450,7 +450,8 @@ def pipeline_grids(report: dict[str, Any]) -> list[Grid]:
                 f"{rows[0]['experts']} experts, top-8, the same batches of all six load families "
                 "for every shape; the solve's time is a median too. floor: the ids, read twice and "
                 f"written once, at {report['bandwidth'] / 1e9:.0f} GB/s, the speed of a large copy "
-                "in the same run (small batches stay in the cache). host: wall time of an eager call.",
+                "in the same run (small batches stay in the cache). host: wall time of an eager "
+                "call.",
             ),
         )
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from lplb_triton.kernels.interior_point import _solve_counts_kernel, _solve_lp_k
 from lplb_triton.kernels.tokens import _count_kernel, _running_sum_kernel, _select_kernel
 
 # Ids that one program handles at a time. The select kernel compares all pairs of a block.
-COUNT_BLOCK = 1024
+COUNT_BLOCK = 256
 SELECT_BLOCK = 256
 # Rows and experts of one program that sums counts.
 SUM_ROWS = 256
@@ -63,21 +65,34 @@ def _key(call: _Call) -> tuple[Any, ...]:
     return call.kernel, call.args[0].device.index, call.constants, dtypes
 
 
+def _build(call: _Call) -> Any:
+    with _current(call.args[0].device.index):
+        args, grid = (*call.args, *call.constants), (call.grid,)
+        compiled = call.kernel.warmup(*args, grid=grid, **call.options)
+        _ = compiled.run  # what launches it is built here, not at the first launch
+    return compiled
+
+
+def _compile(calls: Sequence[_Call]) -> list[Any]:
+    """Compiled kernels of these calls; those that are new are compiled side by side."""
+    new = {key: call for call in calls if (key := _key(call)) not in _compiled}
+    if new:
+        with ThreadPoolExecutor(len(new)) as pool:
+            _compiled.update(zip(new, pool.map(_build, new.values()), strict=True))
+    return [_compiled[_key(call)] for call in calls]
+
+
 def _launch(call: _Call) -> None:
     """Launch on the GPU of the tensors and its current stream, compiled on the first call."""
-    kernel, grid, args, constants, options = call
+    kernel, grid, args, constants, _ = call
     if isinstance(kernel, InterpretedFunction):
         kernel[(grid,)](*args, *constants)
         return
     device = args[0].device.index
-    key = _key(call)
-    compiled = _compiled.get(key)
+    compiled = _compiled.get(_key(call)) or _compile([call])[0]
     with _current(device):
-        if compiled is None:
-            _compiled[key] = kernel[(grid,)](*args, *constants, **options)
-        else:
-            stream = triton.runtime.driver.active.get_current_stream(device)
-            compiled[(grid, 1, 1)](*args, *constants, stream=stream)
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        compiled[(grid, 1, 1)](*args, *constants, stream=stream)
 
 
 class _Prepared:
@@ -239,7 +254,7 @@ def _count_call(
     n_rows, n_logical = running.shape
     args = (idx, running, counts, status, idx.numel(), chunk, n_logical)
     constants = (_bins(n_logical), COUNT_BLOCK, _has_pdl(idx.device))
-    return _Call(_count_kernel, n_rows, args, constants, {"num_warps": 4})
+    return _Call(_count_kernel, n_rows, args, constants, {"num_warps": 2})
 
 
 def _select_call(
@@ -328,15 +343,13 @@ class Pipeline:
         prepared = self._prepared.get((idx.dtype, settings.certified.dtype))
         if prepared is None:
             calls = self._calls(idx, out, chunk, settings)
-            compiled = [_compiled.get(_key(call)) for call in calls]
-            if None in compiled:
-                # Compiled by this; or the interpreter, which leaves nothing to prepare.
+            if is_interpreted():
                 for call in calls:
                     _launch(call)
                 return
             prepared = self._prepared[idx.dtype, settings.certified.dtype] = tuple(
-                _Prepared(call, kernel, early=call is not calls[0])
-                for call, kernel in zip(calls, compiled, strict=True)
+                _Prepared(call, compiled, early=call is not calls[0])
+                for call, compiled in zip(calls, _compile(calls), strict=True)
             )
         count, solve, choose = prepared
         ids, n_ids = idx.data_ptr(), idx.numel()

@@ -42,7 +42,7 @@ def jobs(capability):
         constants |= {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS, "PDL": capability >= 90}
         yield interior_point._solve_counts_kernel, constants, options
     bins = {"BINS": 256, "PDL": capability >= 90}
-    yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 4}
+    yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 2}
     rows = {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS}
     yield tokens._running_sum_kernel, rows, {"num_warps": 1}
     yield tokens._select_kernel, {**bins, "BLOCK": launch.SELECT_BLOCK}, {"num_warps": 8}
