@@ -464,7 +464,7 @@ def pipeline_grids(report: dict[str, Any]) -> list[Grid]:
                     (row["shape"], f"{row['cold_s']:.2f}", f"{row['warm_s']:.2f}")
                     for row in report["first_calls"]
                 ],
-                ("In a fresh process, imports and placement left out.",),
+                ("In a fresh process; imports, placement, start of CUDA and Triton left out.",),
             )
         )
     return grids

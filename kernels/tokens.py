@@ -81,18 +81,19 @@ def _sum_rows(
     """Turn one block's counts by program into running sums, in place, and write their totals."""
     expert = block * EXPERTS + tl.arange(0, EXPERTS)
     inside = expert < n_logical
+    row = tl.arange(0, ROWS)
+    ptrs = running_ptr + row[:, None].to(tl.int64) * n_logical + expert[None, :]
     carry = tl.zeros((EXPERTS,), dtype=tl.int32)
     for first in range(0, n_rows, ROWS):
-        row = first + tl.arange(0, ROWS)
-        at = row[:, None].to(tl.int64) * n_logical + expert[None, :]
-        mask = (row < n_rows)[:, None] & inside[None, :]
-        values = tl.load(running_ptr + at, mask=mask, other=0)
+        mask = (first + row < n_rows)[:, None] & inside[None, :]
+        values = tl.load(ptrs, mask=mask, other=0)
         before = carry
         carry += tl.sum(values, 0)
         if first + ROWS >= n_rows:
             # Somebody waits for the totals: they go first.
             tl.store(counts_ptr + expert, carry, mask=inside)
-        tl.store(running_ptr + at, tl.cumsum(values, 0) + before[None, :], mask=mask)
+        tl.store(ptrs, tl.cumsum(values, 0) + before[None, :], mask=mask)
+        ptrs += ROWS * n_logical
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_logical"])

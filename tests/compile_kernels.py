@@ -39,7 +39,11 @@ def jobs(capability):
         options = {"num_warps": warps, **launch.SOLVE_OPTIONS}
         yield interior_point._solve_lp_kernel, {"G": ranks, "C": columns}, options
         constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64}
-        constants |= {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS, "PDL": capability >= 90}
+        constants |= {
+            "ROWS": launch.SUM_ROWS,
+            "EXPERTS": launch.SUM_EXPERTS,
+            "PDL": capability >= 90,
+        }
         yield interior_point._solve_counts_kernel, constants, options
     bins = {"BINS": 256, "PDL": capability >= 90}
     yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 2}

@@ -198,8 +198,6 @@ def test_routed_batches():
     assert min(spread[6:8]) > max(spread[:2])  # one hot expert or a Zipf law, and nearly even
 
 
-
-
 def test_ids_are_checked():
     rng = np.random.default_rng(0)
     placement = timing.pipeline_placement("cube", rng)
