@@ -1,0 +1,179 @@
+"""Communicators over gloo: exact sums, global quotas, late, dead and confused ranks, lifecycle."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from lplb_triton import Balancer, Placement, sync
+from lplb_triton.sync._connect import _shared, split
+from lplb_triton.sync._hierarchical import HierarchicalCommunicator
+
+EXPERTS, BOUND = 32, 4.0
+
+
+def placement_of(ranks, seed=0):
+    load = torch.from_numpy(np.random.default_rng(seed).lognormal(0, 1, EXPERTS))
+    return Placement.from_history(load, ranks, redundant_per_rank=2)
+
+
+def ids_of(rank, batch):
+    """Rank 1 has no tokens in even batches, nobody has any in batch 2, 3 has few."""
+    if batch == 2 or (rank == 1 and batch % 2 == 0):
+        return torch.empty(0, 4, dtype=torch.int64)
+    rng = np.random.default_rng(100 * rank + batch)
+    rows = 300 if batch != 3 else rank
+    return torch.from_numpy((rng.random((rows, 4)) ** 2 * (EXPERTS + 1)).astype(np.int64) - 1)
+
+
+def count(ids, n):
+    return torch.bincount(ids[ids >= 0].reshape(-1), minlength=n)
+
+
+def check_quotas(group, rank, ranks):
+    """Exact over all ranks, and nearer than each rank's own rounding."""
+    placement = placement_of(ranks)
+    structure = placement.structure
+    lengths = np.diff(structure.copy_start)
+    kept = {}
+    with (
+        Balancer(placement, group=group, device="cpu", timeout=60, quotas="global") as exact,
+        Balancer(placement, group=group, device="cpu", timeout=60) as rounded,
+    ):
+        assert "quotas=global" in repr(exact) and "torch.distributed(gloo)" in repr(exact)
+        assert exact.communicator is rounded.communicator
+        for batch in range(4):
+            mine = ids_of(rank, batch)
+            if rank == ranks - 1:
+                time.sleep(0.3)
+            for name, balancer in (("global", exact), ("local", rounded)):
+                out = balancer.run(mine)
+                assert torch.equal(placement.phy2log[out[out >= 0]].long(), mine[mine >= 0])
+                loads = count(out, placement.n_physical)
+                by_rank = placement.rank_of_slot[out[out >= 0].long()]
+                kept[name] = kept.get(name, 0) + int((by_rank == rank).sum())
+                dist.all_reduce(loads, group=group)
+                counts = count(torch.cat([ids_of(r, batch) for r in range(ranks)]), EXPERTS)
+                single = Balancer(placement, device="cpu")
+                cumulative = single.cumulative_shares(single.solve(counts.int()).shares).long()
+                first = np.repeat(structure.copy_start[:-1], lengths)
+                before = torch.cat([torch.zeros(1, dtype=torch.long), cumulative[:-1]])
+                before[torch.from_numpy(structure.copy_start[:-1]).long()] = 0
+                expert = torch.from_numpy(np.repeat(np.arange(EXPERTS), lengths))
+                share = (cumulative - before).double() / (1 << 24) * counts[expert]
+                off = loads[torch.from_numpy(structure.copy_slot).long()] - share
+                if name == "global":
+                    assert float(off.abs().max()) < 1
+                    holder = placement.rank_of_slot[torch.from_numpy(structure.copy_slot).long()]
+                    for r in range(ranks):
+                        replicated = (holder == r).numpy() & (lengths[expert] > 1)
+                        n_replicated = len(set(first[replicated]))
+                        assert abs(float(off[holder == r].sum())) <= max(0, n_replicated)
+        assert exact.traffic[0] == kept["global"]
+    both = torch.tensor([kept["global"], kept["local"], int(exact.traffic[2])])
+    dist.all_reduce(both, group=group)
+    assert both[0] > both[1]
+    if rank == 0:
+        print(f"{ranks} ranks: own rank keeps {both[1] / both[2]:.3f} -> {both[0] / both[2]:.3f}")
+
+
+def check_domains(group, rank, ranks):
+    """Two communicators in a row give what one gives."""
+    pair = split(group, 2)
+    with (
+        sync.connect(group, device="cpu", timeout=60) as flat,
+        HierarchicalCommunicator(
+            group, torch.device("cpu"), 2,
+            *(sync.connect(g, "distributed", device="cpu", timeout=60) for g in pair),
+        ) as tree,
+    ):  # fmt: skip
+        for step in range(3):
+            counts = torch.arange(20, dtype=torch.int32) * (rank + 1) + step
+            version = torch.tensor([step], dtype=torch.int32)
+            results = []
+            for communicator in (flat, tree):
+                total = torch.empty_like(counts)
+                rows = torch.empty(ranks, 20, dtype=torch.int32)
+                alone = torch.empty_like(counts)
+                communicator.exchange(counts, version, total, rows)
+                communicator.exchange(counts, version, alone)
+                assert torch.equal(total, alone)
+                results.append((total, rows))
+            for a, b in zip(*results, strict=True):
+                assert torch.equal(a, b)
+        assert repr(tree).startswith("hierarchical(torch.distributed(gloo) x 2")
+
+
+def check_confusion(group, rank, ranks):
+    """Two layers in another order on one rank: nobody takes the sum for its own."""
+    layers = [Balancer(placement_of(ranks, i), group=group, device="cpu") for i in (0, 1)]
+    mine = ids_of(rank, 1)
+    layers[0].run(mine)
+    with pytest.raises(sync.SyncError, match="epoch 2 of .* placement version") as info:
+        layers[rank == 1].run(mine)
+    expected = tuple(r for r in range(ranks) if r != 1) if rank == 1 else (1,)
+    assert info.value.ranks == expected and info.value.epoch == 2
+    for call in (lambda: layers[0].run(mine), layers[0].check):
+        with pytest.raises(sync.SyncError, match="epoch 2"):
+            call()
+    layers[0].close()
+    layers[0].close()
+    layers[1].close()
+    with pytest.raises(RuntimeError, match="is closed"):
+        layers[0].run(mine)
+    with pytest.raises(RuntimeError, match="has failed"):
+        Balancer(placement_of(ranks), group=group, device="cpu")
+
+
+def check_death(group, rank, ranks, victim):
+    """One rank is killed between two batches."""
+    balancer = Balancer(placement_of(ranks), group=group, device="cpu", timeout=BOUND)
+    balancer.run(ids_of(rank, 0))
+    dist.barrier(group)
+    if rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begun = time.monotonic()
+    with pytest.raises(sync.SyncError, match=f"epoch 2 of .* failed on rank {rank}") as info:
+        balancer.run(ids_of(rank, 1))
+    assert time.monotonic() - begun < BOUND + 6
+    assert info.value.ranks == (victim,) and info.value.epoch == 2
+    balancer.close()
+
+
+def work(rank, ranks, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
+    world = dist.group.WORLD
+    assert sync.connect(world, device="cpu").timeout == 1800
+    check_quotas(world, rank, ranks)
+    # Closed without a fault: the same group serves again.
+    assert not _shared
+    check_quotas(world, rank, ranks)
+    if ranks > 2:
+        check_domains(world, rank, ranks)
+    check_confusion(dist.new_group(list(range(ranks))), rank, ranks)
+    with pytest.raises(ValueError, match="^placement and quotas"):
+        Balancer(placement_of(ranks, 0), group=world, device="cpu", quotas=("local", "global")[rank == 1])
+    check_death(dist.new_group(list(range(ranks))), rank, ranks, victim=ranks - 1)
+    os._exit(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks(ranks, tmp_path):
+    context = mp.get_context("spawn")
+    path = tmp_path / "store"
+    workers = [context.Process(target=work, args=(r, ranks, path)) for r in range(ranks)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(200)
+    codes = [worker.exitcode for worker in workers]
+    for worker in workers:
+        worker.kill()
+    assert codes == [0] * (ranks - 1) + [-signal.SIGKILL]
