@@ -43,12 +43,12 @@ def _divide_quotas_kernel(
     rank, n_ranks, n_logical, slots_per_rank, ranks_per_node,
     RANKS: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
-    """This rank's cumulative shares for one expert (equations 15 to 17).
+    """Write one rank's cumulative shares for one expert (equations 15 to 17).
 
     gathered [n_ranks, n_logical] int32, every rank's counts; cumulative [n_copies] int32 as the
     solver writes it, and mine likewise: `_select_kernel` turns it into this rank's quotas
-    exactly. copy_start [n_logical + 1], copy_slot, copy_index [n_copies] int32. ``traffic`` [3] int64 rises
-    by this rank's tokens that stay on the rank, that stay on the node, and by all of them.
+    exactly. copy_start [n_logical + 1], copy_slot, copy_index [n_copies] int32. ``traffic`` [3]
+    int64 rises by this rank's tokens that stay on the rank, that stay on the node, and by all.
     RANKS >= n_ranks, COPIES >= copies of any expert. Grid (n_logical,).
     """
     expert = tl.program_id(0)
@@ -72,7 +72,9 @@ def _divide_quotas_kernel(
     # Equation 16: own rank first, its copies in order.
     from_holder = tl.load(gathered_ptr + holder * n_logical + expert, mask=there, other=0)
     index = tl.load(copy_index_ptr + first + j, mask=there, other=0)
-    taken_before = begin - _global_end(cumulative_ptr, first, j - index - 1, n_copies, total, offset)
+    taken_before = begin - _global_end(
+        cumulative_ptr, first, j - index - 1, n_copies, total, offset
+    )
     at_home = tl.minimum(tl.maximum(from_holder - taken_before, 0), demand)
     quota = tl.where(holder == rank, at_home, 0)
     kept = tl.sum(quota, 0)

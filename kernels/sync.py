@@ -175,8 +175,8 @@ def _sum_over_ranks_kernel(
 
     With GATHER, ``gathered`` [n_ranks, n] int32 gets every rank's counts (else it isn't read).
     addresses [n_ranks] int64, where each rank's buffer is; gates and epochs [CHANNELS] and
-    version [1] int32, this rank's own; status [STATUS_RANKS + 3 n_ranks] int64 in pinned host memory. A
-    buffer is [CHANNELS, LANES + 2 * n_ranks * (HEADER + capacity)] int32, at first zero.
+    version [1] int32, this rank's own; status [STATUS_RANKS + 3 n_ranks] int64 in pinned host
+    memory. A buffer is [CHANNELS, LANES + 2 * n_ranks * (HEADER + capacity)] int32, at first zero.
     ``version`` must be the same on all ranks. Grid (1,), WARPS warps.
     """
     lane = tl.arange(0, LANES)

@@ -758,7 +758,7 @@ class Balancer:
         return out
 
     def _divide(self, scratch: _Scratch, traffic: torch.Tensor) -> torch.Tensor:
-        """This rank's cumulative shares under exact global quotas."""
+        """Turn global quotas into cumulative shares of this rank alone."""
         p, views = self._placement, self._tables.views
         if scratch.gathered is None or scratch.mine is None or self.communicator is None:
             raise RuntimeError("quotas='local' has nothing to divide")

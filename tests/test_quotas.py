@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from test_tokens import ONE, random_cumulative, structure_tensors
 
 from lplb_triton import Balancer, Placement, kernels, reference
-from test_tokens import ONE, random_cumulative, structure_tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(2, 6, 8), (6, 9, 24), (7, 10, 28), (16, 20, 48)]
@@ -32,9 +32,7 @@ def random_case(rng, shape):
 
 def nearest_first(supply, demand, holder, ranks_per_node):
     """Tokens kept on the rank, and on the node, if as many as possible are: by expert."""
-    own = sum(
-        min(int(supply[r]), int(demand[holder == r].sum())) for r in range(len(supply))
-    )
+    own = sum(min(int(supply[r]), int(demand[holder == r].sum())) for r in range(len(supply)))
     node = 0
     for first in range(0, len(supply), ranks_per_node):
         here = (holder >= first) & (holder < first + ranks_per_node)
@@ -69,9 +67,7 @@ def test_global_quotas_are_exact_and_near_first(shape):
         own = node = 0
         for e in range(placement.n_logical):
             here = expert == e
-            a, b = nearest_first(
-                counts[:, e], quotas.sum(0)[here], holder[here], ranks_per_node
-            )
+            a, b = nearest_first(counts[:, e], quotas.sum(0)[here], holder[here], ranks_per_node)
             own, node = own + a, node + b
         assert int(kept[:, 0].sum()) == own
         assert torch.equal(kept[:, 2], counts.sum(1))
@@ -98,9 +94,7 @@ def test_kernel_equals_twin(shape):
                 counts.int().to(DEVICE), cumulative.to(DEVICE), *on.values(), mine, traffic,
                 rank, placement.slots_per_rank, ranks_per_node, int(lengths.max()) + 1,
             )  # fmt: skip
-            shares = reference.shares_of_quotas(
-                quotas[rank], counts[rank], t["copy_start"], rank
-            )
+            shares = reference.shares_of_quotas(quotas[rank], counts[rank], t["copy_start"], rank)
             assert torch.equal(mine.cpu()[wanted], shares[wanted])
             assert torch.equal(traffic.cpu() - 1, kept[rank])
             turned = reference.copy_quotas(counts[rank], shares, t["copy_start"], rank)
@@ -114,9 +108,7 @@ def test_select_meets_the_divided_quotas():
         torch.from_numpy((rng.random(400) ** 2 * (placement.n_logical + 1)).astype(np.int64) - 1)
         for _ in range(placement.ep_size)
     ]
-    counts = torch.stack(
-        [torch.bincount(i[i >= 0], minlength=placement.n_logical) for i in ids]
-    )
+    counts = torch.stack([torch.bincount(i[i >= 0], minlength=placement.n_logical) for i in ids])
     quotas, _ = reference.divide_quotas(counts, cumulative, t["copy_start"], holder, 4)
     for rank in range(placement.ep_size):
         balancer = Balancer(placement, device="cpu", rank=rank)

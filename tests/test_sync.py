@@ -1,8 +1,10 @@
 """Communicators over gloo: exact sums, global quotas, late, dead and confused ranks, lifecycle."""
 
+import json
 import os
 import signal
 import time
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lplb_triton import Balancer, Placement, sync
-from lplb_triton.sync._connect import _shared, split
+from lplb_triton.bench import run_ep
+from lplb_triton.sync._connect import _shared, deep_ep_domain, split
 from lplb_triton.sync._hierarchical import HierarchicalCommunicator
 
 EXPERTS, BOUND = 32, 4.0
@@ -84,7 +87,7 @@ def check_quotas(group, rank, ranks):
 
 def check_domains(group, rank, ranks):
     """Two communicators in a row give what one gives."""
-    pair = split(group, 2)
+    pair = split(group, 2, torch.device("cpu"))
     with (
         sync.connect(group, device="cpu", timeout=60) as flat,
         HierarchicalCommunicator(
@@ -153,22 +156,24 @@ def work(rank, ranks, path):
     check_quotas(world, rank, ranks)
     # Closed without a fault: the same group serves again.
     assert not _shared
-    check_quotas(world, rank, ranks)
+    with Balancer(placement_of(ranks), group=world, device="cpu") as balancer:
+        balancer.run(ids_of(rank, 1))
+    assert not _shared
     if ranks > 2:
         check_domains(world, rank, ranks)
     check_confusion(dist.new_group(list(range(ranks))), rank, ranks)
     with pytest.raises(ValueError, match="^placement and quotas"):
-        Balancer(placement_of(ranks, 0), group=world, device="cpu", quotas=("local", "global")[rank == 1])
+        Balancer(
+            placement_of(ranks, 0), group=world, device="cpu", quotas=("local", "global")[rank == 1]
+        )
     check_death(dist.new_group(list(range(ranks))), rank, ranks, victim=ranks - 1)
     os._exit(0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_ranks(ranks, tmp_path):
+def spawn(target, ranks, path):
+    """Exit code of every rank."""
     context = mp.get_context("spawn")
-    path = tmp_path / "store"
-    workers = [context.Process(target=work, args=(r, ranks, path)) for r in range(ranks)]
+    workers = [context.Process(target=target, args=(r, ranks, path)) for r in range(ranks)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -176,4 +181,152 @@ def test_ranks(ranks, tmp_path):
     codes = [worker.exitcode for worker in workers]
     for worker in workers:
         worker.kill()
+    return codes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks(ranks, tmp_path):
+    codes = spawn(work, ranks, tmp_path / "store")
     assert codes == [0] * (ranks - 1) + [-signal.SIGKILL]
+
+
+class Runtime:
+    """Of a legacy buffer's C++ runtime what is read."""
+
+    def __init__(self, n_nodes):
+        self._n_nodes = n_nodes
+
+    def get_num_rdma_ranks(self):
+        return self._n_nodes
+
+
+class LegacyBuffer:
+    """Attributes of ``deep_ep.Buffer`` (DeepEP 04b06f7, deep_ep/buffer.py; the same at 189df34)."""
+
+    def __init__(self, group, n_nodes=1):
+        self.rank = group.rank()
+        self.group_size = group.size()
+        self.group = group
+        self.num_nvl_bytes = 1 << 28
+        self.num_rdma_bytes = 0
+        self.low_latency_mode = False
+        self.runtime = Runtime(n_nodes)
+
+
+class ElasticBuffer:
+    """Attributes of ``deep_ep.ElasticBuffer`` (DeepEP 0297fc8, deep_ep/buffers/elastic.py)."""
+
+    def __init__(self, group, n_nodes=1):
+        self.group = group
+        self.rank_idx, self.num_ranks = group.rank(), group.size()
+        self.num_bytes, self.num_max_tokens_per_rank = 1 << 28, 4096
+        self.num_scaleout_ranks, self.num_scaleup_ranks = n_nodes, group.size() // n_nodes
+        self.num_rdma_ranks, self.num_nvlink_ranks = n_nodes, group.size() // n_nodes
+        self.runtime = object()
+
+
+class OfMpi(LegacyBuffer):
+    """A legacy buffer made with ``comm=``, whose ``group`` is a communicator of mpi4py."""
+
+    def __init__(self, group):
+        super().__init__(group)
+        self.group = object()
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{tmp_path / 'store'}",
+        rank=0,
+        world_size=1,
+        timeout=timedelta(seconds=7),
+    )
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+class GroupOfEight:
+    def size(self):
+        return 8
+
+    def rank(self):
+        return 0
+
+
+@pytest.mark.parametrize("kind", [LegacyBuffer, ElasticBuffer])
+def test_what_is_read_of_deep_ep(kind, group_of_one, monkeypatch):
+    assert deep_ep_domain(kind(group_of_one)) == (group_of_one, 1)
+    monkeypatch.setattr(dist, "ProcessGroup", GroupOfEight)
+    group = GroupOfEight()
+    assert deep_ep_domain(kind(group)) == (group, 8)
+    assert deep_ep_domain(kind(group, n_nodes=2)) == (group, 4)
+
+
+def test_deep_ep_without_a_process_group(group_of_one):
+    for buffer in (OfMpi(group_of_one), object()):
+        with pytest.raises(TypeError, match="^buffer must have a process group"):
+            deep_ep_domain(buffer)
+
+
+def test_bounds_come_from_the_group(group_of_one):
+    with sync.connect(group_of_one, device="cpu") as communicator:
+        assert communicator.timeout == 7
+        assert repr(communicator) == "torch.distributed(gloo)"
+        counts = torch.arange(5, dtype=torch.int32)
+        total = torch.empty_like(counts)
+        communicator.exchange(counts, torch.zeros(1, dtype=torch.int32), total)
+        assert torch.equal(total, counts)
+        communicator.check()
+    with pytest.raises(RuntimeError, match="is closed"):
+        communicator.exchange(counts, torch.zeros(1, dtype=torch.int32), total)
+    assert sync.connect(group_of_one, device="cpu", timeout=0.5).timeout == 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "name"),
+    [
+        (lambda g: sync.connect(g, "nccl", device="cpu"), ValueError, "sync must be one of"),
+        (lambda g: sync.connect(g, "symmetric", device="cpu"), ValueError, "sync='symmetric'"),
+        (lambda g: sync.connect(None, device="cpu"), TypeError, "group"),
+        (lambda g: sync.connect(g, device="cpu", timeout=0), ValueError, "timeout"),
+        (lambda g: sync.connect(g, device="cpu", timeout="1"), TypeError, "timeout"),
+        (lambda g: sync.connect(g, device="cpu", capacity=0), ValueError, "capacity"),
+        (lambda g: sync.connect(g, device="cpu", domain_size=2), ValueError, "domain_size"),
+        (lambda g: Balancer(placement_of(2), device="cpu", quotas="all"), ValueError, "quotas"),
+        (lambda g: Balancer(placement_of(2), device="cpu", quotas="global"), ValueError, "quotas"),
+    ],
+)
+def test_arguments_are_named(call, error, name, group_of_one):
+    with pytest.raises(error, match=f"^{name}"):
+        call(group_of_one)
+
+
+@pytest.mark.multigpu
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["symmetric", "nvshmem", "distributed"])
+def test_on_gpus(kind, tmp_path):
+    """The same as `python -m lplb_triton.bench.run_ep` does, for fewer epochs."""
+    if kind == "nvshmem":
+        pytest.importorskip("nvshmem")
+    sections = "verify,pipeline" if kind == "distributed" else "verify,pipeline,kill"
+    path = tmp_path / "report.json"
+    code = run_ep.main(
+        ["--ranks", "2", "--kinds", kind, "--sections", sections, "--epochs", "5000"]
+        + ["--replays", "10", "--json", str(path)]
+    )
+    assert code == 0, path.read_text()
+
+
+@pytest.mark.slow
+def test_the_script_for_gpus_runs_on_a_cpu(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    options = ["--device", "cpu", "--epochs", "200", "--tokens", "60", "--replays", "1"]
+    code = run_ep.main([*options, "--sections", "verify,pipeline", "--json", str(path)])
+    report = json.loads(path.read_text())
+    assert code == 0, report
+    assert report["sections"]["verify:distributed"]["eager_wrong"] == 0
+    assert "eplb, 2 per rank" in report["sections"]["pipeline:distributed"]
+    assert run_ep.main([*options, "--sections", "verify", "--seconds", "1"]) == 1
+    assert "no time left" in capsys.readouterr().out

@@ -200,9 +200,7 @@ def test_rows_gathered_elsewhere(gather):
         if bad is not None:
             rows[bad, 1] = 4
         own = counts[1].to(DEVICE)
-        kernels.sum_gathered(
-            own, total, gathered if gather else None, rows, version, status, 1
-        )
+        kernels.sum_gathered(own, total, gathered if gather else None, rows, version, status, 1)
         if bad is None:
             assert torch.equal(total.cpu(), counts.sum(0, dtype=torch.int32))
             assert not gather or torch.equal(gathered.cpu(), counts)

@@ -52,9 +52,7 @@ class World:
             for _ in range(n_ranks)
         ]
         self.dead = dead or {}
-        self.threads = {
-            (r, t): self.thread(r, t) for r in range(n_ranks) for t in range(THREADS)
-        }
+        self.threads = {(r, t): self.thread(r, t) for r in range(n_ranks) for t in range(THREADS)}
         self.at_barrier = {r: set() for r in range(n_ranks)}
         self.sums = {}
 

@@ -109,6 +109,7 @@ class Communicator(ABC):
     def _release(self, failed: bool) -> None:
         """Let go of what is shared; collective unless a call failed."""
 
+    @abstractmethod
     def bind(self, channel: int) -> None:
         """Give the current stream a channel of its own.
 
@@ -122,12 +123,13 @@ class Communicator(ABC):
             From 0; the same on every rank.
         """
 
+    @abstractmethod
     def prepare(self, n: int) -> None:
         """Make sure that a call with ``n`` counts needs no compilation; local."""
 
+    @abstractmethod
     def failed(self) -> bool:
         """Whether a call is known to have failed; doesn't wait for the device."""
-        return False
 
     def close(self) -> None:
         """Free what is shared. Collective, and waits for all ranks; a second call does nothing.
@@ -207,7 +209,7 @@ def node_sizes(group: dist.ProcessGroup) -> int:
 
 
 def message_version(*parts: bytes) -> int:
-    """Number, as int32, that tells one placement from another."""
+    """Compute a number, as int32, that tells one placement from another."""
     crc = 0
     for part in parts:
         crc = zlib.crc32(part, crc)

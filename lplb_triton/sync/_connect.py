@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import socket
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -149,31 +150,27 @@ def _hierarchical(
             f"domains of {domain}"
         )
     bound = group_timeout(group, device) if timeout is None else timeout
-    inner_group, outer_group = split(group, domain)
+    inner_group, outer_group = split(group, domain, device)
     inner = _peer("symmetric", inner_group, device, bound, capacity, domain)
     outer = DistributedCommunicator(outer_group, device, None, 1)
     return HierarchicalCommunicator(group, device, domain, inner, outer)
 
 
 def split(
-    group: dist.ProcessGroup, domain: int
+    group: dist.ProcessGroup, domain: int, device: torch.device
 ) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Groups of the ranks of this rank's domain, and of its likes in all domains; collective."""
+    """Make groups of this domain's ranks, and of the ranks with this number in all domains."""
+    timeout = timedelta(seconds=group_timeout(group, device))
+    backend = dist.get_backend(group)
     ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
     first = rank - rank % domain
     made = []
     for members in (ranks[first : first + domain], ranks[rank % domain :: domain]):
-        made.append(
-            dist.new_group(
-                members, backend=dist.get_backend(group), use_local_synchronization=True
-            )
-        )
+        made.append(dist.new_group(members, timeout, backend, use_local_synchronization=True))
     return made[0], made[1]
 
 
-def _choose(
-    group: dist.ProcessGroup, device: torch.device, domain: int, told: int | None
-) -> str:
+def _choose(group: dist.ProcessGroup, device: torch.device, domain: int, told: int | None) -> str:
     """Apply the rule of ``sync="auto"``; all ranks see the same facts."""
     if group.size() == 1:
         return "distributed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class DistributedCommunicator(Communicator):
         self.kind = f"torch.distributed({backend})"
         self._flat = backend == "nccl"
         self._calls = 0
+        self._headers: dict[int, torch.Tensor] = {}
         self._error: SyncError | None = None
         self._status = torch.zeros(1, dtype=torch.int64)
         if device.type == "cuda":
@@ -60,10 +62,11 @@ class DistributedCommunicator(Communicator):
         self._raise_on_failure()
         self._calls += 1
         n = counts.numel()
-        message = torch.empty(HEADER + n, dtype=torch.int32, device=self.device)
-        message[0], message[2], message[3] = 0, n, 0
-        message[1:2] = version
-        message[HEADER:] = counts
+        header = self._headers.get(n)
+        if header is None:
+            words = torch.tensor([0, 0, n, 0], dtype=torch.int32)
+            header = self._headers[n] = words.to(self.device)
+        message = torch.cat((header[:1], version, header[2:], counts))
         rows = torch.empty(self.n_ranks, HEADER + n, dtype=torch.int32, device=self.device)
         if self.device.type == "cuda":
             if self._flat:
@@ -72,9 +75,7 @@ class DistributedCommunicator(Communicator):
                 dist.all_gather(list(rows.unbind(0)), message, group=self.group)
             from lplb_triton import kernels
 
-            kernels.sum_gathered(
-                counts, total, gathered, rows, version, self._status, self.rank
-            )
+            kernels.sum_gathered(counts, total, gathered, rows, version, self._status, self.rank)
             return
         self._gather_on_host(rows, message)
         wrong = (rows[:, 1:3] != message[1:3]).any(1)
@@ -141,11 +142,17 @@ class DistributedCommunicator(Communicator):
             torch.cuda.synchronize(self.device)
         self._raise_on_failure()
 
+    def bind(self, channel: int) -> None:
+        """See `Communicator.bind`: there is one order for all streams."""
+
     def prepare(self, n: int) -> None:
         """See `Communicator.prepare`."""
         if self.device.type == "cuda":
             from lplb_triton import kernels
 
+            # A header that is made here needs no copy from the host during capture.
+            words = torch.tensor([0, 0, n, 0], dtype=torch.int32)
+            self._headers[n] = words.to(self.device)
             counts = torch.zeros(n, dtype=torch.int32, device=self.device)
             rows = torch.zeros(1, HEADER + n, dtype=torch.int32, device=self.device)
             rows[0, 2] = n
@@ -166,7 +173,7 @@ class DistributedCommunicator(Communicator):
 def mismatch_error(
     sync: Communicator,
     epoch: int,
-    theirs: dict[int, tuple[int, ...]],
+    theirs: Mapping[int, Sequence[int]],
     mine: tuple[int, int] | None,
 ) -> SyncError:
     """Error for ranks that came with another (placement version, number of counts)."""

@@ -15,7 +15,7 @@ __all__ = ["SharedMemory", "allocate"]
 
 
 class SharedMemory(NamedTuple):
-    """This rank's buffer, and where everybody's is as seen from this GPU."""
+    """One rank's buffer, and where everybody's is as seen from this GPU."""
 
     name: str
     buffer: torch.Tensor
@@ -106,9 +106,7 @@ def _init_nvshmem(nvshmem: Any, group: dist.ProcessGroup, device: torch.device) 
     dist.broadcast_object_list(wire, src=dist.get_global_rank(group, 0), group=group)
     gpu = Device(device.index)
     gpu.set_current()
-    nvshmem.init(
-        device=gpu, uid=wire[0], rank=rank, nranks=group.size(), initializer_method="uid"
-    )
+    nvshmem.init(device=gpu, uid=wire[0], rank=rank, nranks=group.size(), initializer_method="uid")
 
 
 def _usable(nvshmem: Any) -> tuple[Any, ...]:

@@ -38,9 +38,7 @@ class PeerCommunicator(Communicator):
         self.kind = f"p2p({memory.name})"
         self.capacity = capacity
         self._memory: SharedMemory | None = memory
-        self._endpoint = Endpoint(
-            memory.addresses, self.rank, device, capacity, self.timeout
-        )
+        self._endpoint = Endpoint(memory.addresses, self.rank, device, capacity, self.timeout)
         self._error: SyncError | None = None
         self._channels: dict[int, int] = {}
 
