@@ -82,8 +82,11 @@ class Place:
 
     def connect(self, kind: str) -> sync.Communicator:
         """Communicator of that kind for 256 counts, with nothing left to compile."""
-        bound = None if kind == "distributed" else TIMEOUT
-        made = sync.connect(self.group, kind, device=self.device, timeout=bound, capacity=N_COUNTS)
+        made = sync.connect(
+            self.group, kind, device=self.device, capacity=N_COUNTS,
+            timeout=None if kind == "distributed" else TIMEOUT,
+            domain_size=self.ranks // 2 if kind == "hierarchical" else None,
+        )  # fmt: skip
         made.prepare(N_COUNTS)
         dist.barrier()
         return made
@@ -241,26 +244,24 @@ def time_pipeline(place: Place, kind: str) -> Row:
     """Time whole runs with sync, after a look at the loads that come out."""
     batches = routed(place, 8)
     row: Row = {}
-    bound = None if kind == "distributed" else TIMEOUT
+    communicator = place.connect(kind)
     for name, placement in placements(place.ranks).items():
         found: Row = {}
         for quotas in ("local", "global"):
-            with Balancer(
-                placement, group=place.group, device=place.device, sync=kind, timeout=bound,
-                quotas=quotas,
-            ) as balancer:  # fmt: skip
-                out = balancer.run(batches[0])
-                found.update(_loads(place, balancer, batches[0], out))
-                runs = [partial(balancer.run, i) for i in batches]
-                found[quotas] = place.microseconds(runs)
-                balancer.check()
-                if quotas == "global":
-                    own, node, everything = (place.total(int(t)) for t in balancer.traffic)
-                    found["kept on rank, global"] = round(own / everything, 4)
+            balancer = Balancer(placement, device=place.device, sync=communicator, quotas=quotas)
+            out = balancer.run(batches[0])
+            found.update(_loads(place, balancer, batches[0], out))
+            found[quotas] = place.microseconds([partial(balancer.run, idx) for idx in batches])
+            balancer.check()
+            if quotas == "global":
+                own, node, everything = (place.total(int(t)) for t in balancer.traffic)
+                found["kept on rank, global"] = round(own / everything, 4)
+                found["kept on node, global"] = round(node / everything, 4)
         alone = Balancer(placement, device=place.device, rank=place.rank)
         alone.warmup()
         found["without sync"] = place.microseconds([partial(alone.run, i) for i in batches])
         row[name] = found
+    communicator.close()
     return row
 
 
@@ -397,7 +398,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--ranks", type=int, help="GPUs to use (default: all)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--kinds", default="symmetric,nvshmem,distributed", help="back ends")
+    parser.add_argument(
+        "--kinds",
+        default="symmetric,nvshmem,distributed,hierarchical",
+        help="back ends; hierarchical runs as two domains, from 4 ranks on",
+    )
     parser.add_argument("--sections", default=",".join(SECTIONS), help="parts to run")
     parser.add_argument("--epochs", type=int, default=100_000, help="sums to verify in each mode")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per rank and batch")
@@ -411,12 +416,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ranks < 2:
         parser.error(f"at least 2 ranks are needed, got {ranks}")
     kinds = ["distributed"] if args.device == "cpu" else args.kinds.split(",")
+    on_gpu = args.device == "cuda"
     # Where the host takes no part, NCCL itself decides what becomes of a dead rank.
     jobs = [
         f"{section}:{kind}"
         for section in args.sections.split(",")
         for kind in kinds
-        if not (section == "kill" and kind == "distributed" and args.device == "cuda")
+        if not (section == "kill" and kind in ("distributed", "hierarchical") and on_gpu)
+        if kind != "hierarchical" or (ranks >= 4 and ranks % 2 == 0)
     ]
     report: Row = {"ranks": ranks, "torch": torch.__version__, "sections": {}}
     if args.device == "cuda":

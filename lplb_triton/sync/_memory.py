@@ -78,6 +78,11 @@ def _nvshmem(words: int, group: dist.ProcessGroup, device: torch.device) -> Shar
             "nvshmem4py is not installed: pip install 'lplb_triton[nvshmem]'"
         ) from error
     _init_nvshmem(nvshmem, group, device)
+    if nvshmem.n_pes() != group.size():
+        raise RuntimeError(
+            f"NVSHMEM is initialised over {nvshmem.n_pes()} processes, all of which would have to "
+            f"allocate; the group has {group.size()}"
+        )
     # The numbers of NVSHMEM's processes are those of the group it was initialised over.
     pes = gather_objects(nvshmem.my_pe(), group)
     buffer = nvshmem.tensor((words,), dtype=torch.int32)

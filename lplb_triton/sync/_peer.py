@@ -60,7 +60,7 @@ class PeerCommunicator(Communicator):
 
     def _channel(self) -> int:
         """Channel of the current stream."""
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        stream = self._stream()
         channel = self._channels.get(stream)
         if channel is None:
             # A graph is captured on a stream of its own and replayed on any.
@@ -81,7 +81,11 @@ class PeerCommunicator(Communicator):
             raise TypeError(f"channel must be an int, got {type(channel).__name__}")
         if not 0 <= channel < CHANNELS:
             raise ValueError(f"channel must be in [0, {CHANNELS}), got {channel}")
-        self._channels[torch.cuda.current_stream(self.device).cuda_stream] = channel
+        self._channels[self._stream()] = channel
+
+    def _stream(self) -> int:
+        # Without a Stream object on the way, which costs as much as a launch.
+        return torch._C._cuda_getCurrentRawStream(self.device.index)
 
     def prepare(self, n: int) -> None:
         """See `Communicator.prepare`."""
@@ -113,9 +117,11 @@ class PeerCommunicator(Communicator):
             # Late ranks may still write here.
             _abandoned.append(memory)
             return
-        dist.barrier(self.group)
         self._memory = None
-        memory.free()
+        with torch.cuda.device(self.device):
+            # Nobody frees what somebody still reads.
+            dist.barrier(self.group)
+            memory.free()
 
 
 # Memory of communicators that failed: kept until the process ends.
