@@ -175,9 +175,9 @@ class Balancer:
         self.traffic = torch.zeros(3, dtype=torch.int64, device=device)
         if isinstance(sync, Communicator) and group is None:
             group = sync.group
-        self._join(group, sync)
         if quotas == "global" and (group is None or rank is not None):
             raise ValueError("quotas='global' needs a group, and no other rank than the group's")
+        self._join(group, sync)
         if not 0 <= self.rank < placement.ep_size:
             raise ValueError(f"rank must be in [0, {placement.ep_size}), got {rank}")
 

@@ -295,11 +295,16 @@ def cumulative_shares(
     index, multiplicity = copy_index.long(), copy_multiplicity.long()
     # Copies on one rank share that rank's part as evenly as integers allow.
     part = (index + 1) * here // multiplicity - index * here // multiplicity
-    running = part.cumsum(0)
+    return _cumsum_by_expert(part, copy_start).int()
+
+
+def _cumsum_by_expert(values: torch.Tensor, copy_start: torch.Tensor) -> torch.Tensor:
+    """Sum up the copies of each expert one by one, ``[n_physical]``."""
+    running = values.cumsum(0)
     first = copy_start[:-1].long()
     before = torch.where(first > 0, running[(first - 1).clamp(min=0)], 0)
     lengths = copy_start.diff().long()
-    return (running - before.repeat_interleave(lengths, output_size=copy_cell.numel())).int()
+    return running - before.repeat_interleave(lengths, output_size=values.numel())
 
 
 def rounding_offsets(rank: int, n_logical: int) -> torch.Tensor:
@@ -477,11 +482,7 @@ def _meet(supply: torch.Tensor, demand: torch.Tensor, copy_start: torch.Tensor) 
     ``supply`` [ranks, n_copies] (the same at all copies of an expert), ``demand`` [n_copies].
     """
     supply_end = supply.cumsum(0)
-    total = demand.cumsum(0)
-    start = copy_start[:-1].long()
-    before = torch.where(start > 0, total[(start - 1).clamp(min=0)], 0)
-    lengths = copy_start.diff().long()
-    demand_end = total - before.repeat_interleave(lengths, output_size=demand.numel())
+    demand_end = _cumsum_by_expert(demand, copy_start)
     end = torch.minimum(supply_end, demand_end)
     begin = torch.maximum(supply_end - supply, demand_end - demand)
     return (end - begin).clamp(min=0)
@@ -509,10 +510,7 @@ def shares_of_quotas(
         ``[n_physical]`` int32 in units of 2**-24, by copy.
     """
     lengths = copy_start.diff().long()
-    total = quotas.cumsum(0)
-    start = copy_start[:-1].long()
-    before = torch.where(start > 0, total[(start - 1).clamp(min=0)], 0)
-    ends = total - before.repeat_interleave(lengths, output_size=quotas.numel())
+    ends = _cumsum_by_expert(quotas, copy_start)
     size = counts.long().clamp(min=1).repeat_interleave(lengths, output_size=quotas.numel())
     theta = rounding_offsets(rank, counts.numel()).to(quotas.device)
     theta = theta.repeat_interleave(lengths, output_size=quotas.numel())

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 
 from lplb_triton import Balancer, Placement, sync
 from lplb_triton.bench import run_ep
+from lplb_triton.sync import _base, _connect
 from lplb_triton.sync._connect import _shared, deep_ep_domain, split
 from lplb_triton.sync._hierarchical import HierarchicalCommunicator
 
@@ -303,6 +304,62 @@ def test_arguments_are_named(call, error, name, group_of_one):
         call(group_of_one)
 
 
+@pytest.mark.parametrize(
+    ("hosts", "size"),
+    [("aaaa", 4), ("aabb", 2), ("abab", 1), ("aaab", 1), ("abc", 1), ("aabbaa", 1), ("aaabbb", 3)],
+)
+def test_ranks_of_a_host_must_be_neighbours(hosts, size, monkeypatch):
+    monkeypatch.setattr(_base, "gather_objects", lambda mine, group: list(hosts))
+    assert _base.node_sizes(None) == size
+
+
+@pytest.mark.parametrize(
+    ("ranks", "domain", "told", "reached", "kind"),
+    [
+        (1, 1, None, True, "distributed"),
+        (8, 8, None, True, "symmetric"),
+        (8, 8, None, False, "distributed"),
+        (8, 4, None, True, "hierarchical"),
+        (8, 1, None, True, "distributed"),
+        (8, 8, 8, False, "symmetric"),
+        (8, 2, 2, False, "hierarchical"),
+        (8, 1, 1, False, "distributed"),
+    ],
+)
+def test_the_rule(ranks, domain, told, reached, kind, monkeypatch):
+    class Group:
+        def size(self):
+            return ranks
+
+    class Properties:
+        uuid = "GPU-1"
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(_connect, "_reaches_all", lambda *_: reached)
+    monkeypatch.setattr(_connect, "gather_objects", lambda mine, group: [mine] * ranks)
+    assert _connect._choose(Group(), torch.device("cuda", 0), domain, told) == kind
+
+
+@pytest.mark.parametrize(
+    ("peers", "visible", "atomics", "reached"),
+    [
+        (["a", "b"], ["a", "b"], True, True),
+        (["a", "b"], ["a", "b"], False, False),
+        (["a", "b"], ["a"], True, False),
+        (["a", "a"], ["a"], True, False),
+    ],
+)
+def test_who_reaches_whom(peers, visible, atomics, reached, monkeypatch):
+    class Properties:
+        def __init__(self, index):
+            self.uuid = visible[index]
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
+    monkeypatch.setattr(_connect, "_peer_atomics", lambda source, target: atomics)
+    assert _connect._reaches_all(torch.device("cuda", 0), "a", peers) == reached
+
+
 @pytest.mark.multigpu
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["symmetric", "nvshmem", "distributed"])
@@ -323,10 +380,10 @@ def test_on_gpus(kind, tmp_path):
 def test_the_script_for_gpus_runs_on_a_cpu(tmp_path, capsys):
     path = tmp_path / "report.json"
     options = ["--device", "cpu", "--epochs", "200", "--tokens", "60", "--replays", "1"]
-    code = run_ep.main([*options, "--sections", "verify,pipeline", "--json", str(path)])
+    code = run_ep.main([*options, "--sections", "verify,kill", "--json", str(path)])
     report = json.loads(path.read_text())
     assert code == 0, report
     assert report["sections"]["verify:distributed"]["eager_wrong"] == 0
-    assert "eplb, 2 per rank" in report["sections"]["pipeline:distributed"]
+    assert "ranks [1] did not come" in report["sections"]["kill:distributed"]["error"]
     assert run_ep.main([*options, "--sections", "verify", "--seconds", "1"]) == 1
     assert "no time left" in capsys.readouterr().out
