@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.tokens import _sum_rows
+from lplb_triton.kernels.tokens import _await_previous, _start_dependents, _sum_rows
 
 # Start, step and centering of the method (equations 4, 8 and 9), light columns (10).
 START_MARGIN = tl.constexpr(0.1)
@@ -507,7 +507,7 @@ def _solve_counts_kernel(
     certified_ptr, solves_ptr,
     tolerance, max_iterations, n_ranks, n_columns, n_slots, n_shared, n_logical, n_rows, n_sums,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Solve the groups of one batch, straight from counts by logical expert.
 
@@ -524,8 +524,10 @@ def _solve_counts_kernel(
     by one if the group is certified, ``solves`` [1] always (int32 or int64).
     Grid (n_sums + n_group,).
     """
+    _start_dependents(PDL)
     program = tl.program_id(0)
     if program < n_sums:
+        _await_previous(PDL)
         _sum_rows(running_ptr, counts_ptr, program, n_rows, n_logical, ROWS, EXPERTS)
     else:
         group = (program - n_sums).to(tl.int64)
@@ -545,6 +547,7 @@ def _solve_counts_kernel(
         member = tl.load(column_first_ptr + group * n_columns + col, mask=col_on, other=-1)
         longest = tl.load(longest_column_ptr + group)
         most_on_a_rank = tl.load(most_on_a_rank_ptr)
+        _await_previous(PDL)
         fixed = tl.sum(_counts_of(counts_ptr, expert, n_sums > 0), 1)
         weights = _counts_of(counts_ptr, member, n_sums > 0)
         if longest > 1:

@@ -34,16 +34,16 @@ def signature(kernel, constants):
     return types
 
 
-def jobs():
+def jobs(capability):
     for ranks, columns in ((8, 32), (16, 32), (32, 64), (64, 128)):
         warps = launch._solve_warps(ranks, columns)
         options = {"num_warps": warps, **launch.SOLVE_OPTIONS}
         yield interior_point._solve_lp_kernel, {"G": ranks, "C": columns}, options
         constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64}
-        constants |= {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS}
+        constants |= {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS, "PDL": capability >= 90}
         yield interior_point._solve_counts_kernel, constants, options
-    bins = {"BINS": 256}
-    yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 4}
+    bins = {"BINS": 256, "PDL": capability >= 90}
+    yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 2}
     rows = {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS}
     yield tokens._running_sum_kernel, rows, {"num_warps": 1}
     yield tokens._select_kernel, {**bins, "BLOCK": launch.SELECT_BLOCK}, {"num_warps": 8}
@@ -68,7 +68,7 @@ def check_release(ptx):
 def main(capability):
     assert peers  # imported for its kernels' decorators: they must parse without a GPU
     target = GPUTarget("cuda", capability, 32)
-    for kernel, constants, options in jobs():
+    for kernel, constants, options in jobs(capability):
         begun = time.monotonic()
         source = ASTSource(kernel, signature(kernel, constants), constants)
         compiled = triton.compile(source, target=target, options=options)
