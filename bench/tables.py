@@ -202,7 +202,8 @@ def show_verdicts(target: Console, verdicts: Sequence[Verdict], *, title: str) -
     table = Table(title=escape(title), box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("tolerance")
     for v in verdicts:
-        table.add_column(f"{v.tolerance:g}", justify="right")
+        way = ", from counts" if v.from_counts else ""
+        table.add_column(f"{v.tolerance:g}{way}", justify="right")
     rows: dict[str, Callable[[Verdict], str]] = {
         "instances": lambda v: str(v.instances),
         "infeasible plans": lambda v: str(v.infeasible),

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.sparse import coo_matrix
 
-from lplb_triton.bench.instances import corpus
+from lplb_triton.balancer import Balancer
+from lplb_triton.bench.instances import Instance, corpus
 from lplb_triton.problem import Problem
 from lplb_triton.solution import Solution
 from lplb_triton.solver import solve
@@ -26,9 +27,11 @@ SLACK = 1e-6
 
 @dataclass
 class Verdict:
-    """Counts over all instances of one tolerance."""
+    """Counts over all instances of one tolerance and one way of solving."""
 
     tolerance: float
+    from_counts: bool = False
+    """Whether `Balancer.solve` was asked, which knows the placement, or `lplb_triton.solve`."""
     instances: int = 0
     infeasible: int = 0
     bound_above_optimum: int = 0
@@ -126,6 +129,16 @@ def _judge(verdict: Verdict, problem: Problem, solution: Solution, optima: Float
     verdict.total_iterations += int(iterations.sum())
 
 
+def _solve_counts(instance: Instance, tolerance: float, device: str) -> Solution:
+    """Solve every batch of an instance by the kernel that starts from counts by expert."""
+    balancer = Balancer(instance.placement, device=device, backend="triton", tolerance=tolerance)
+    parts = [balancer.solve(counts) for counts in instance.counts.to(device)]
+    fields = ("shares", "max_load", "lower_bound", "gap", "iterations", "status")
+    shares, *numbers = (torch.cat([getattr(part, name) for part in parts]) for name in fields)
+    max_load, lower_bound, gap, iterations, status = numbers
+    return Solution(shares, max_load, lower_bound, gap, iterations, status, tolerance)
+
+
 def verify(
     n_instances: int,
     *,
@@ -156,9 +169,11 @@ def verify(
     Returns
     -------
     list of Verdict
-        One per tolerance.
+        One per tolerance; with the Triton kernels, which have a way of their own from counts
+        by expert, as many again for that.
     """
-    verdicts = [Verdict(tolerance) for tolerance in tolerances]
+    ways = (False, True) if backend == "triton" else (False,)
+    verdicts = [Verdict(tolerance, way) for way in ways for tolerance in tolerances]
     for instance in corpus(n_instances, seed):
         problem = instance.problem
         masks = problem.mask.expand(problem.n_instances, -1, -1).numpy()
@@ -168,7 +183,10 @@ def verify(
             problem.weights.to(device), problem.fixed.to(device), problem.mask.to(device)
         )
         for verdict in verdicts:
-            solution = solve(there, tolerance=verdict.tolerance, backend=backend, dtype=dtype)
+            if verdict.from_counts:
+                solution = _solve_counts(instance, verdict.tolerance, device)
+            else:
+                solution = solve(there, tolerance=verdict.tolerance, backend=backend, dtype=dtype)
             _judge(verdict, problem, solution, optima)
         if progress is not None:
             progress(instance.shape, problem.n_instances)

@@ -19,7 +19,6 @@ STEP_FACTOR = tl.constexpr(0.99)
 MIN_CENTERING = tl.constexpr(0.01)
 REGULARIZATION = tl.constexpr(0.03)
 LIGHT_PART = tl.constexpr(0.05)
-# The loop aims a little lower than the tolerance, so that rounding the shares keeps it.
 TARGET_PART = tl.constexpr(0.98)
 # Taken off the bound for the round-off of its float32 sums (2**-20; equation 3).
 BOUND_ALLOWANCE = tl.constexpr(9.5367431640625e-07)
@@ -27,6 +26,9 @@ SHARE_ONE = tl.constexpr(1 << 24)
 # Where there is no copy, x and z hold these: x / z and every change come out as nothing.
 FAR = tl.constexpr(1e30)
 NEAR = tl.constexpr(1e-30)
+
+# Classes of edges that balancing goes through before the interior-point method takes over.
+MOST_CLASSES = tl.constexpr(256)
 
 # Looks at counts that another program has to write, before giving up.
 MOST_POLLS = tl.constexpr(1 << 22)
@@ -237,6 +239,86 @@ def _lower_bound(y, fixed, w, copy):
 
 
 @triton.jit
+def _cut_bound(loads, fixed, w, copy, rank_on):
+    """Load that no plan can beat, from the most loaded ranks (equation 19).
+
+    Tokens that can't leave a set of ranks bound its mean load; the sets are all that hold the
+    ranks from some load on.
+    """
+    lowest = tl.min(tl.where(copy, loads[:, None], float("inf")), 0, keep_dims=True)
+    member = (loads[None, :] >= loads[:, None]) & rank_on[None, :]
+    size, inside = tl.reduce(
+        (tl.where(member, 1.0, 0.0), tl.where(member, fixed[None, :], 0.0)), 1, _add2
+    )
+    inside += tl.sum(tl.where(lowest >= loads[:, None], w, 0.0), 1)
+    return tl.max(inside / size)
+
+
+@triton.jit
+def _sweep(x_ptr, loads_ptr, edges_ptr, n_classes, width, LANES: tl.constexpr):
+    """Level the two ranks of every edge, class by class (equation 18).
+
+    edges [n_classes, 4, width] int32: the ranks of an edge and their cells in ``x``, -1 where
+    there is none. No rank is twice in a class. Every element of these tiles is in one thread.
+    """
+    lane = tl.arange(0, LANES)
+    for k in range(n_classes):
+        ptrs = edges_ptr + k * 4 * width + lane
+        first = tl.load(ptrs, mask=lane < width, other=-1)
+        second = tl.load(ptrs + width, mask=lane < width, other=-1)
+        first_cell = tl.load(ptrs + 2 * width, mask=lane < width, other=-1)
+        second_cell = tl.load(ptrs + 3 * width, mask=lane < width, other=-1)
+        on = first >= 0
+        first_load = tl.load(loads_ptr + first, mask=on, other=0.0)
+        second_load = tl.load(loads_ptr + second, mask=on, other=0.0)
+        first_x = tl.load(x_ptr + first_cell, mask=on, other=0.0)
+        second_x = tl.load(x_ptr + second_cell, mask=on, other=0.0)
+        step = (second_load - first_load) * 0.5
+        step = tl.minimum(tl.maximum(step, -first_x), second_x)
+        tl.store(loads_ptr + first, first_load + step, mask=on)
+        tl.store(loads_ptr + second, second_load - step, mask=on)
+        tl.store(x_ptr + first_cell, first_x + step, mask=on)
+        tl.store(x_ptr + second_cell, second_x - step, mask=on)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _balance(
+    best, best_load, bound, load, base, fixed, w, w_all, copy, rank_on, target,
+    x_ptr, loads_ptr, edges_ptr, n_classes, width, cell, inside,
+    G: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Improve the plan ``best`` [G, C] along edges until its gap is at most ``target``.
+
+    x [G, C] and loads [G] float32 are scratch, in global memory, which a single multiprocessor
+    keeps in its cache. Stops after MOST_CLASSES classes of edges. Returns plan, load, bound.
+    """
+    tl.store(x_ptr + cell, w * best, mask=inside)
+    tl.store(loads_ptr + tl.arange(0, G), load, mask=rank_on)
+    done = 0
+    while (
+        (best_load - bound > best_load * target)
+        & (done * n_classes < MOST_CLASSES)
+        & (n_classes > 0)
+    ):
+        sweeps = tl.maximum(done, 1)
+        tl.debug_barrier()
+        for _ in range(sweeps):
+            _sweep(x_ptr, loads_ptr, edges_ptr, n_classes, width, LANES)
+        done += sweeps
+        x = tl.load(x_ptr + cell, mask=inside, other=0.0)
+        total = _column_sum(x)
+        plan = x * _inverse(tl.where(total > 0, total, 1.0))
+        load = base + tl.sum(w * plan, 1)
+        new_load = tl.max(load)
+        bound = tl.maximum(bound, _cut_bound(load, fixed, w_all, copy, rank_on))
+        better = new_load < best_load
+        best = tl.where(better, plan, best)
+        best_load = tl.where(better, new_load, best_load)
+    return best, best_load, bound
+
+
+@triton.jit
 def _quantize(shares, copy, G: tl.constexpr):
     """Shares as multiples of 2**-24 that sum to exactly 1 per column (equation 11), int32."""
     units = tl.where(copy, (shares * SHARE_ONE + 0.5).to(tl.int32), 0)
@@ -250,9 +332,10 @@ def _quantize(shares, copy, G: tl.constexpr):
 @triton.jit
 def _interior_point(
     weights, fixed, copy, rank_on, n_ranks, tolerance, max_iterations,
-    G: tl.constexpr, C: tl.constexpr,
+    x_ptr, loads_ptr, edges_ptr, n_classes, width, cell, inside,
+    G: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Solve one group.
+    """Solve one group: by balancing along edges if that gets there, else by Newton's method.
 
     Parameters
     ----------
@@ -260,6 +343,8 @@ def _interior_point(
         Loads in the caller's unit.
     copy, rank_on : ``[G, C]``, ``[G]`` int1
         Where copies are; which ranks are no padding, and so the first ``n_ranks``.
+    x_ptr .. inside
+        As for `_balance`; with ``LANES`` 0 there are no edges, and they aren't looked at.
 
     Returns
     -------
@@ -309,11 +394,16 @@ def _interior_point(
     off_diagonal = tl.arange(0, G)[:, None] != tl.arange(0, G)[None, :]
     both_on = (one[:, None] * one[None, :]) > 0
     best = even
+    # The loop aims a little lower than the tolerance, so that rounding the shares keeps it.
+    aim = tolerance * TARGET_PART
+    if LANES > 0:
+        best, best_load, bound = _balance(
+            best, best_load, bound, load, base, f, w, w_all, copy, rank_on, aim,
+            x_ptr, loads_ptr, edges_ptr, n_classes, width, cell, inside, G, LANES,
+        )  # fmt: skip
 
     iterations = 0
-    while (best_load - bound > best_load * (tolerance * TARGET_PART)) & (
-        iterations < max_iterations
-    ):
+    while (best_load - bound > best_load * aim) & (iterations < max_iterations):
         iterations += 1
         inverse_z = _inverse(z)
         d = x * inverse_z
@@ -443,8 +533,9 @@ def _solve_lp_kernel(
     fixed = tl.load(fixed_ptr + program * n_ranks + rank, mask=rank_on, other=0.0)
     copy = tl.load(mask_ptr + program * mask_stride + cell, mask=inside, other=0) != 0
     units, max_load, lower_bound, gap, iterations, status = _interior_point(
-        weights[None, :], fixed, copy, rank_on, n_ranks, tolerance, max_iterations, G, C
-    )
+        weights[None, :], fixed, copy, rank_on, n_ranks, tolerance, max_iterations,
+        shares_ptr, stats_ptr, ints_ptr, 0, 0, cell, inside, G, C, 0,
+    )  # fmt: skip
     shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
     tl.store(shares_ptr + program * n_ranks * n_columns + cell, shares, mask=inside)
     _store_certificate(
@@ -493,7 +584,7 @@ def _store_cumulative(
 @triton.jit(
     do_not_specialize=[
         "max_iterations", "n_ranks", "n_columns", "n_slots", "n_shared", "n_logical",
-        "n_rows", "n_sums",
+        "n_rows", "n_sums", "most_classes", "width",
     ],
     do_not_specialize_on_alignment=["counts_ptr", "certified_ptr", "solves_ptr"],
 )  # fmt: skip
@@ -502,11 +593,13 @@ def _solve_counts_kernel(
     mask_ptr, fixed_experts_ptr,
     column_first_ptr, column_start_ptr, column_members_ptr, longest_column_ptr,
     shared_copies_ptr, shared_cells_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank_ptr,
-    shares_ptr, units_ptr, cumulative_ptr, stats_ptr, ints_ptr,
+    edges_ptr, n_classes_ptr,
+    shares_ptr, units_ptr, cumulative_ptr, stats_ptr, ints_ptr, loads_ptr,
     certified_ptr, solves_ptr,
     tolerance, max_iterations, n_ranks, n_columns, n_slots, n_shared, n_logical, n_rows, n_sums,
+    most_classes, width,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Solve the groups of one batch, straight from counts by logical expert.
 
@@ -519,7 +612,9 @@ def _solve_counts_kernel(
     Shapes as in ``placement.Structure``; running [n_rows, n_logical] and counts [n_logical]
     int32, shares [n_group, n_ranks, n_columns] float32 and units (int32, running over ranks),
     cumulative [n_physical] int32, of which it writes the copies of replicated experts:
-    shared_copies and their cells, [n_group, n_shared], padded with -1. ``certified`` [1] rises
+    shared_copies and their cells, [n_group, n_shared], padded with -1. edges
+    [n_group, most_classes, 4, width] int32 as for `_sweep`; LANES is the number of threads;
+    loads [n_group, n_ranks] float32 is scratch. ``certified`` [1] rises
     by one if the group is certified, ``solves`` [1] always (int32 or int64).
     Grid (n_sums + n_group,).
     """
@@ -546,6 +641,7 @@ def _solve_counts_kernel(
         member = tl.load(column_first_ptr + group * n_columns + col, mask=col_on, other=-1)
         longest = tl.load(longest_column_ptr + group)
         most_on_a_rank = tl.load(most_on_a_rank_ptr)
+        n_classes = tl.load(n_classes_ptr + group)
         # Seconds, or one look if nobody in this launch writes them.
         most_polls = tl.where(n_sums > 0, MOST_POLLS, 1)
         _await_previous(PDL)
@@ -561,8 +657,11 @@ def _solve_counts_kernel(
                 weights += _counts_of(counts_ptr, member, most_polls)
 
         units, max_load, lower_bound, gap, iterations, status = _interior_point(
-            weights[None, :], fixed, copy, rank_on, n_ranks, tolerance, max_iterations, G, C
-        )
+            weights[None, :], fixed, copy, rank_on, n_ranks, tolerance, max_iterations,
+            shares_ptr + first_cell, loads_ptr + group * n_ranks,
+            edges_ptr + group * most_classes * 4 * width, n_classes, width,
+            cell - first_cell, inside, G, C, LANES,
+        )  # fmt: skip
         tl.store(units_ptr + cell, tl.cumsum(units, 0), mask=inside)
         shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
         tl.store(shares_ptr + cell, shares, mask=inside)

@@ -140,6 +140,8 @@ class SolveTables(NamedTuple):
     copy_index: torch.Tensor
     copy_multiplicity: torch.Tensor
     most_on_a_rank: torch.Tensor
+    edges: torch.Tensor
+    n_classes: torch.Tensor
 
 
 class SelectTables(NamedTuple):
@@ -205,8 +207,8 @@ class SolveBuffers(NamedTuple):
     """What a solve from counts writes.
 
     ``counts`` [n_logical], ``shares`` [n_group, G, C] float32, ``units`` likewise int32,
-    ``cumulative`` [n_physical], ``stats`` [3, n_group] float32, ``ints`` [2, n_group]; int32
-    where nothing is said.
+    ``cumulative`` [n_physical], ``stats`` [3, n_group] float32, ``ints`` [2, n_group],
+    ``loads`` [n_group, G] float32; int32 where nothing is said.
     """
 
     counts: torch.Tensor
@@ -215,6 +217,7 @@ class SolveBuffers(NamedTuple):
     cumulative: torch.Tensor
     stats: torch.Tensor
     ints: torch.Tensor
+    loads: torch.Tensor
 
 
 class Settings(NamedTuple):
@@ -239,12 +242,14 @@ def _solve_counts_call(
         buffers.counts if running is None else running, buffers.counts, *tables, *buffers[1:],
         *settings, n_ranks, n_columns, n_slots, n_shared,
         n_logical, 0 if running is None else running.shape[0], n_sums,
+        tables.edges.shape[1], tables.edges.shape[3],
     )  # fmt: skip
+    warps = _solve_warps(ranks, columns)
     constants = (
         ranks, columns, max(2, slots), min(1024, max(32, copies)), SUM_ROWS, SUM_EXPERTS,
-        _has_pdl(buffers.counts.device),
+        32 * warps, _has_pdl(buffers.counts.device),
     )  # fmt: skip
-    options = {"num_warps": _solve_warps(ranks, columns), **SOLVE_OPTIONS}
+    options = {"num_warps": warps, **SOLVE_OPTIONS}
     return _Call(_solve_counts_kernel, n_sums + n_group, args, constants, options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,43 @@ def _shared_copies(placement: Placement) -> NDArray[np.int32]:
     return shared
 
 
+def _edges(placement: Placement) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Pairs of copies that the solver levels, in classes that name no rank twice.
+
+    The copies of a column are joined as the corners of a hypercube are, so that few sweeps
+    reach all of them. Returns [n_group, most_classes, 4, width] (two ranks and their cells,
+    padded with -1; see docs/method.md, equation 18) and the number of classes [n_group].
+    """
+    mask = placement.structure.mask
+    n_group, n_ranks, n_columns = mask.shape
+    spare = (placement.n_physical - placement.n_logical) // n_group
+    dimensions = (n_ranks - 1).bit_length()
+    most = min(2 * min(placement.slots_per_rank, n_columns), spare) * dimensions
+    table = np.full((n_group, most, 4, max(1, n_ranks // 2)), -1, dtype=np.int32)
+    n_classes = np.zeros(n_group, dtype=np.int32)
+    for group in range(n_group):
+        edges = []
+        for column in np.flatnonzero(mask[group].any(0)):
+            ranks = np.flatnonzero(mask[group, :, column])
+            for i, j in itertools.combinations(range(len(ranks)), 2):
+                if (i ^ j).bit_count() == 1:
+                    edges.append((int(ranks[i]), int(ranks[j]), int(column)))
+        degree = np.bincount([r for edge in edges for r in edge[:2]], minlength=n_ranks)
+        # Greedily, crowded ranks first: at most twice the largest degree.
+        edges.sort(key=lambda edge: -int(degree[edge[0]] + degree[edge[1]]))
+        taken: list[set[int]] = []
+        for a, b, at in edges:
+            fits = (k for k, ranks in enumerate(taken) if a not in ranks and b not in ranks)
+            k = next(fits, len(taken))
+            if k == len(taken):
+                taken.append(set())
+            cells = a * n_columns + at, b * n_columns + at
+            table[group, k, :, len(taken[k]) // 2] = a, b, *cells
+            taken[k] |= {a, b}
+        n_classes[group] = len(taken)
+    return table, n_classes
+
+
 def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
     """Everything the kernels read of a placement; shapes depend on its sizes alone."""
     s = placement.structure
@@ -44,6 +82,7 @@ def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
     first[lengths > 0] = s.column_members[s.column_start[:, :-1][lengths > 0]]
     most_copies = int(np.diff(s.copy_start).max())
     shared = _shared_copies(placement)
+    edges, n_classes = _edges(placement)
     return {
         "mask": s.mask.view(np.int8),
         "fixed_experts": s.fixed_experts,
@@ -57,6 +96,8 @@ def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
         "copy_index": s.copy_index,
         "copy_multiplicity": s.copy_multiplicity,
         "most_on_a_rank": s.copy_multiplicity.max(keepdims=True),
+        "edges": edges,
+        "n_classes": n_classes,
         "copy_start": s.copy_start,
         "copy_slot": s.copy_slot,
         "search_steps": np.array([math.ceil(math.log2(most_copies))], dtype=np.int32),

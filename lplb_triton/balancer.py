@@ -785,6 +785,7 @@ class Balancer:
             ((p.n_physical,), torch.int32),
             ((3, p.n_group), torch.float32),
             ((2, p.n_group), torch.int32),
+            ((p.n_group, p.group_size), torch.float32),
         ]
 
     def _quota_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:

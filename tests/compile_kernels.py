@@ -19,7 +19,7 @@ from lplb_triton.kernels import interior_point, launch, launch_sync, quotas, syn
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64"}
 POINTERS |= {"addresses_ptr": "*i64", "traffic_ptr": "*i64"}
-FLOATS = ("weights_ptr", "fixed_ptr", "shares_ptr", "stats_ptr")
+FLOATS = ("loads_ptr", "weights_ptr", "fixed_ptr", "shares_ptr", "stats_ptr")
 
 
 def signature(kernel, constants):
@@ -43,6 +43,7 @@ def jobs(capability):
         constants |= {
             "ROWS": launch.SUM_ROWS,
             "EXPERTS": launch.SUM_EXPERTS,
+            "LANES": 32 * warps,
             "PDL": capability >= 90,
         }
         yield interior_point._solve_counts_kernel, constants, options
