@@ -319,6 +319,11 @@ def build_corpus(config: Config) -> Corpus:
     )
 
 
+def wide(x: Tensor) -> Tensor:
+    """Return ``x`` in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class _Dispatch(torch.autograd.Function):
     """Copy each token once per chosen expert, ordered by expert.
 
@@ -336,7 +341,8 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (inverse,) = ctx.saved_tensors
         per_choice = grad[inverse].view(-1, ctx.top_k, grad.shape[-1])
-        return per_choice.sum(1, dtype=torch.float32).to(grad.dtype), None, None, None
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        return per_choice.sum(1, dtype=dtype).to(grad.dtype), None, None, None
 
 
 class _Collect(torch.autograd.Function):
@@ -396,7 +402,9 @@ def expert_outputs(x: Tensor, w_in: Tensor, w_out: Tensor, ends: Tensor, grouped
             gate, value = (x[begin:end] @ weight_in).chunk(2, dim=-1)
             outputs.append((functional.silu(gate) * value) @ weight_out)
         begin = end
-    return torch.cat(outputs)
+    # Without any row the result still depends on its inputs: a rank without tokens takes part in
+    # the backward pass.
+    return torch.cat(outputs) if outputs else x @ w_in[0].to(x.dtype) @ w_in[0].to(x.dtype).t()
 
 
 def check_grouped(device: torch.device) -> None:
@@ -480,7 +488,7 @@ class MoE(nn.Module):
             float32 [tokens, experts], what the weights were picked from, each row scaled to sum 1.
         """
         with torch.autocast(x.device.type, enabled=False):
-            logits = x.float() @ self.router.t()
+            logits = wide(x) @ self.router.t()
             if self.config.router == "sigmoid":
                 scores = logits.sigmoid()
             else:
@@ -522,7 +530,7 @@ class MoE(nn.Module):
         ends = load.cumsum(0).to(torch.int32)
         y = expert_outputs(rows, self.w_in, self.w_out, ends, self.grouped)
         y = _Collect.apply(y, order, inverse).view(tokens, config.top_k, -1)
-        y = (y.float() * weights[..., None]).sum(1).to(x.dtype)
+        y = (wide(y) * weights[..., None]).sum(1).to(x.dtype)
         aux = (load * scores.mean(0)).sum() * (config.experts / (tokens * config.top_k))
         return y, counts, aux
 
@@ -569,18 +577,18 @@ class Block(nn.Module):
     ----------
     config
         Settings.
-    grouped
-        Passed on to `MoE`.
+    experts
+        The mixture: takes [tokens, hidden], returns what `MoE.forward` does.
     """
 
-    def __init__(self, config: Config, grouped: bool) -> None:
+    def __init__(self, config: Config, experts: nn.Module) -> None:
         super().__init__()
         self.heads = config.hidden // math.gcd(config.hidden, 64)
         self.norm_attention = nn.LayerNorm(config.hidden)
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
         self.out = nn.Linear(config.hidden, config.hidden, bias=False)
         self.norm_experts = nn.LayerNorm(config.hidden)
-        self.experts = MoE(config, grouped)
+        self.experts = experts
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Apply the block to [sequences, seq_len, hidden]; see `MoE.forward` for the rest."""
@@ -600,16 +608,18 @@ class MoELanguageModel(nn.Module):
     ----------
     config
         Settings.
-    grouped
-        Passed on to `MoE`.
+    make_experts
+        Makes the mixture of each layer from its number.
     """
 
-    def __init__(self, config: Config, grouped: bool = False) -> None:
+    def __init__(self, config: Config, make_experts: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.token = nn.Embedding(config.vocab, config.hidden)
         self.position = nn.Parameter(torch.randn(config.seq_len, config.hidden) * 0.02)
         nn.init.normal_(self.token.weight, std=0.02)
-        self.blocks = nn.ModuleList(Block(config, grouped) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config, make_experts(layer)) for layer in range(config.layers)
+        )
         self.norm = nn.LayerNorm(config.hidden)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -846,7 +856,7 @@ def train(config: Config, log: Callable[[str], object] = print) -> Result:
 
     torch.manual_seed(config.seed)
     with device:
-        model = MoELanguageModel(config, grouped)
+        model = MoELanguageModel(config, lambda layer: MoE(config, grouped))
     optimizer = _optimizer(model, config, device)
 
     # Drawn on the CPU, so that every device sees the same batches, and sent over in one go.

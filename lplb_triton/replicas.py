@@ -158,6 +158,7 @@ class Replicas:
 
         self._placement = placement
         self._pending: Handle | None = None
+        self._synced: list[int] | None = None
         self._sums: dict[str, torch.Tensor] = {}
         self._weights: dict[str, torch.Tensor] = {}
         for name, rows in self._params.items():
@@ -168,7 +169,9 @@ class Replicas:
             )
             weight.requires_grad_(part.requires_grad)
             if part.requires_grad and weight.dtype != part.dtype:
-                weight.register_post_accumulate_grad_hook(self._accumulator(name, part.dtype))
+                weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    self._accumulator(name, part.dtype)
+                )
             self._weights[name] = weight
         self._home = np.arange(placement.n_logical)
         self._seats = self._home
@@ -263,7 +266,7 @@ class Replicas:
         """
         self._require_idle()
         back = self._back
-        arriving = []
+        arriving: list[tuple[Rows, torch.Tensor, tuple[torch.Tensor, dist.Work] | None]] = []
         for name, rows in self._params.items():
             weight = self._weights[name]
             if not weight.requires_grad:
@@ -273,9 +276,7 @@ class Replicas:
             weight.grad = None
             if grad is None:
                 grad = torch.zeros_like(weight, dtype=dtype)
-            message, work = None, None
-            if back.remote:
-                message, work = self._exchange(_take(grad, back.out), back)
+            message = self._exchange(_take(grad, back.out), back) if back.remote else None
             total = torch.zeros(
                 (self._n_own, *grad.shape[1:]),
                 dtype=torch.promote_types(dtype, torch.float32),
@@ -283,14 +284,15 @@ class Replicas:
             )
             for slots, to in self._local_rounds:
                 total.index_add_(0, to.device, _take(grad, slots).to(total.dtype))
-            arriving.append((rows, total, message, work))
+            arriving.append((rows, total, message))
 
         def finish() -> None:
-            for rows, total, message, work in arriving:
-                if work is not None:
+            for rows, total, message in arriving:
+                if message is not None:
+                    received, work = message
                     work.wait()
                     for positions, to in self._arriving_rounds:
-                        total.index_add_(0, to.device, _take(message, positions).to(total.dtype))
+                        total.index_add_(0, to.device, _take(received, positions).to(total.dtype))
                 _add_grad(rows, total)
 
         return self._start(finish, async_op)
@@ -487,7 +489,7 @@ class Replicas:
         arrived = list(range(len(self._back.into.host)))
         seen = [0] * self._n_own
         self._arriving_rounds = self._rounds(arrived, self._back.into, seen)
-        self._synced: list[int] | None = None
+        self._synced = None
 
     def _rounds(
         self, source: list[int], target: _Index, seen: list[int]

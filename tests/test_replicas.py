@@ -1,4 +1,4 @@
-"""Replicas in training: weights, gradients and optimizer state over gloo ranks against one process."""
+"""Replicas in training: weights, gradients and optimizer state, held against one process."""
 
 import itertools
 
@@ -21,7 +21,7 @@ OWN = EXPERTS // RANKS
 
 
 def placements():
-    """EPLB's, a reordered topology's, one with an expert twice on a rank, one that can't be even."""
+    """EPLB's, a reordered topology's, one with an expert twice on a rank, an uneven one."""
     rng = np.random.default_rng(5)
     yield (
         "eplb",
