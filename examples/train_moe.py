@@ -45,9 +45,10 @@ import sys
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -61,6 +62,7 @@ SHOWN_RANKS = 32
 # Runs of letters, a line break with the indentation after it, runs of spaces, or one byte.
 _PIECE = re.compile(rb"[A-Za-z]+|\n *| +|.", re.DOTALL)
 _BYTES = 256
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
@@ -322,6 +324,32 @@ def build_corpus(config: Config) -> Corpus:
 def wide(x: Tensor) -> Tensor:
     """Return ``x`` in at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def draw_begins(config: Config, corpus: Corpus) -> Tensor:
+    """Draw where every sequence of the run begins.
+
+    On the CPU, so that every device sees the same batches.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    corpus
+        The text.
+
+    Returns
+    -------
+    Tensor
+        int64 [steps, sources, sequences of a source in a batch], positions in ``corpus.tokens``.
+    """
+    sequences = config.tokens_per_source // config.seq_len
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = torch.rand(
+        (config.steps, config.sources, sequences), dtype=torch.float64, generator=generator
+    )
+    last = (corpus.lengths - config.seq_len).view(-1, 1)
+    return corpus.starts.view(-1, 1) + (drawn * last).to(torch.int64)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -778,9 +806,12 @@ def _learning_rate(config: Config, step: int) -> float:
     return config.lr * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
-def _optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
-    decayed = [weight for weight in model.parameters() if weight.ndim >= 2]
-    others = [weight for weight in model.parameters() if weight.ndim < 2]
+def _optimizer(
+    weights: Iterable[nn.Parameter], config: Config, device: torch.device
+) -> torch.optim.Optimizer:
+    weights = list(weights)
+    decayed = [weight for weight in weights if weight.ndim >= 2]
+    others = [weight for weight in weights if weight.ndim < 2]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     fused = device.type == "cuda"
     return torch.optim.AdamW(groups, config.lr, (0.9, 0.95), weight_decay=0.1, fused=fused)
@@ -857,17 +888,9 @@ def train(config: Config, log: Callable[[str], object] = print) -> Result:
     torch.manual_seed(config.seed)
     with device:
         model = MoELanguageModel(config, lambda layer: MoE(config, grouped))
-    optimizer = _optimizer(model, config, device)
+    optimizer = _optimizer(model.parameters(), config, device)
 
-    # Drawn on the CPU, so that every device sees the same batches, and sent over in one go.
-    sequences = config.tokens_per_source // config.seq_len
-    generator = torch.Generator().manual_seed(config.seed)
-    drawn = torch.rand(
-        (config.steps, config.sources, sequences), dtype=torch.float64, generator=generator
-    )
-    last = (corpus.lengths - config.seq_len).view(-1, 1)
-    begins = corpus.starts.view(-1, 1) + (drawn * last).to(torch.int64)
-    begins = begins.view(config.steps, -1, 1).to(device)
+    begins = draw_begins(config, corpus).view(config.steps, -1, 1).to(device)
     window = torch.arange(config.seq_len + 1, device=device)
 
     recorder = Recorder(config, device) if config.record is not None else None
@@ -951,32 +974,42 @@ _HELP = {
 }
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
+def parse_arguments(
+    arguments: Sequence[str] | None = None,
+    kind: type[Settings] = Config,
+    help_of: dict[str, str] = _HELP,
+    summary: str = (__doc__ or "").partition("\n")[0],
+) -> Settings:
     """Read the command line.
 
     Parameters
     ----------
     arguments
         Arguments, or None for those of the process.
+    kind
+        Dataclass of the settings, one option for each field; None as default means a text.
+    help_of
+        One line about each field.
+    summary
+        What the program does.
 
     Returns
     -------
-    Config
+    Settings
         Checked settings. Prints a message and exits with status 2 when they are wrong.
     """
-    summary = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=summary)
-    kinds = {"text": str, "record": str}
-    for option in fields(Config):
+    for option in fields(kind):
         default = option.default
-        parser.add_argument(
-            "--" + option.name.replace("_", "-"),
-            type=kinds.get(option.name, type(default)),
-            default=default,
-            help=f"{_HELP[option.name]} (default: {default})",
-        )
+        flag = "--" + option.name.replace("_", "-")
+        text = f"{help_of[option.name]} (default: {default})"
+        if isinstance(default, bool):
+            parser.add_argument(flag, action="store_true", help=help_of[option.name])
+        else:
+            reader = str if default is None else type(default)
+            parser.add_argument(flag, type=reader, default=default, help=text)
     try:
-        return Config(**vars(parser.parse_args(arguments)))
+        return kind(**vars(parser.parse_args(arguments)))
     except ValueError as error:
         parser.error(str(error))
 
