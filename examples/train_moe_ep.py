@@ -72,6 +72,7 @@ class Settings:
     processes: int = 0
     device: str = "auto"
     steps: int = 200
+    stop_at: int = 0
     experts: int = 64
     top_k: int = 4
     layers: int = 2
@@ -112,7 +113,7 @@ class Settings:
         for name in ("microbatches", "replace_every", "checkpoint_every", "tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("processes", "streams", "redundant", "skip"):
+        for name in ("processes", "streams", "redundant", "skip", "stop_at"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.dtype not in ("auto", *DTYPES):
@@ -145,6 +146,7 @@ class Settings:
 
 HELP = {name: text for name, text in moe._HELP.items() if name != "sources"} | {
     "balance": "none, eplb or lplb, or several of them separated by commas",
+    "stop_at": "leave off after this step, to be resumed; 0: go on to the last",
     "processes": "start so many gloo processes here; 0: this process is one rank (torchrun)",
     "tokens": "tokens of each rank in each microbatch",
     "microbatches": "microbatches whose gradients are added up in each step",
@@ -344,8 +346,9 @@ class Trainer:
         window = torch.arange(self.config.seq_len + 1, device=self.device)
         fresh: list[tuple[Tensor, Tensor, Tensor]] = []
         logged, last_time = self.step, time.monotonic()
+        last = min(settings.stop_at or settings.steps, settings.steps)
         self.timer.mark("step")
-        while self.step < settings.steps:
+        while self.step < last:
             loss, counts = self._backward(tokens[begins[self.step][:, None] + window])
             self._update(counts)
             served = torch.stack([sum(layer.served) for layer in self.layers])
@@ -356,7 +359,7 @@ class Trainer:
             self.load += counts
             self.step += 1
             replace = self.step % settings.replace_every == 0 and self.run.balance != "none"
-            if self.step % settings.log_every == 0 or self.step == settings.steps:
+            if self.step % settings.log_every == 0 or self.step == last:
                 self._collect(fresh)
                 now = time.monotonic()
                 done = (self.step - logged) * settings.tokens * settings.microbatches * self.ranks
