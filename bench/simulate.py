@@ -105,10 +105,11 @@ def _experts(
     x: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
     """Both grouped products of a SwiGLU expert."""
+    matmul: Callable[..., torch.Tensor]
     matmul = getattr(functional, "grouped_mm", None) or torch._grouped_mm
     gate, value = matmul(x, w_in, offs=ends).chunk(2, dim=-1)
-    product: torch.Tensor = matmul(functional.silu(gate) * value, w_out, offs=ends)
-    return product
+    hidden = functional.silu(gate) * value
+    return matmul(hidden, w_out, offs=ends)
 
 
 def simulate_row(
@@ -200,18 +201,19 @@ def simulate_row(
                 launch()
                 times.append(timer.per_call(launch, 1e3))
             load = table.sum(1).double()
-            found[balance].append((max(times), sum(times) / len(times), load.max() / load.mean()))
+            ratio = float(load.max() / load.mean())
+            found[balance].append((max(times), sum(times) / len(times), ratio))
         if progress is not None:
             progress()
     row: dict[str, Any] = {"ep": ep, "slots": slots, "batches": len(chosen)}
     ceiling = np.array(found["even"])[:, 0]
     for balance, values in found.items():
         figures = np.array(values)
-        slowest, mean, ratio = np.median(figures, axis=0)
+        slowest, mean, imbalance = np.median(figures, axis=0)
         row[balance] = {
             "slowest_us": float(slowest),
             "mean_us": float(mean),
-            "imbalance": float(ratio),
+            "imbalance": float(imbalance),
             "over_even": float(np.median(figures[:, 0] / ceiling)),
         }
     return row

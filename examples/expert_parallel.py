@@ -101,7 +101,7 @@ class AllToAll:
         """
         order = slots.flatten().argsort(stable=True)
         inverse = invert(order)
-        sent = torch.bincount(slots.flatten(), minlength=self.n_physical)
+        sent = moe.count_assignments(slots, 1, self.n_physical)[0].long()
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.group)
         received = received.view(self.ranks, -1)
@@ -297,7 +297,7 @@ class ParallelMoE(moe.MoE):
     ) -> None:
         nn.Module.__init__(self)
         self.config, self.transport, self.timer = config, transport, timer
-        self.even_routing, self.group = even_routing, group
+        self.even_routing, self.group, self.dtype = even_routing, group, dtype
         self.grouped = dtype == torch.bfloat16 and moe._grouped_mm() is not None
         hidden, inner = config.hidden, config.expert_hidden
         wide = torch.promote_types(dtype, torch.float32)
@@ -378,7 +378,9 @@ class ParallelMoE(moe.MoE):
             x = self.timer.stamp(x, begins=True)
         ids, weights, _ = self.route(x)
         counts = moe.count_assignments(ids, 1, self.config.experts)
-        rows, ends, route = self.transport.dispatch(x, self.physical(ids), weights)
+        # Rows travel in the dtype of the products.
+        low = x.to(self.dtype)
+        rows, ends, route = self.transport.dispatch(low, self.physical(ids), weights)
         slot_weights = self.replicas.weights
         y = moe.expert_outputs(
             rows, slot_weights["w_in"], slot_weights["w_out"], ends, self.grouped

@@ -27,6 +27,7 @@ A checkpoint (``--checkpoint FOLDER``) holds the experts in logical order, one f
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import math
@@ -156,7 +157,7 @@ HELP = {name: text for name, text in moe._HELP.items() if name != "sources"} | {
     "router_bias": "constant preference of the router for experts with low numbers",
     "even_routing": "ignore the router: every expert gets the same number of tokens",
     "dtype": "of the products: bfloat16, float32, float64, or auto: bfloat16 on a GPU",
-    "transport": "torch, deep_ep, or auto: deep_ep on GPUs where it is installed",
+    "transport": "torch, deep_ep, or auto: deep_ep where it is installed and the dtype is bfloat16",
     "recompute": "recompute each block in the backward pass (activation checkpointing)",
     "reverse_sums": "sum gradients over tokens in the opposite order",
     "skip": "steps left out of the times",

@@ -731,10 +731,8 @@ def _check_params(
 
 
 def _check_backend(group: dist.ProcessGroup | None, device: torch.device) -> None:
-    if group is None:
-        return
-    backend = dist.get_backend(group)
-    if (backend == "nccl") != (device.type == "cuda"):
+    backend = None if group is None else dist.get_backend(group)
+    if backend == ("gloo" if device.type == "cuda" else "nccl"):
         raise ValueError(
             f"group must be an NCCL group for parameters on a GPU and a gloo group on a CPU, "
             f"got {backend} for {device}"

@@ -409,3 +409,26 @@ def test_recomputation_gives_the_same_ids():
     )
     with torch.no_grad():
         assert not layer(x).requires_grad
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    """bfloat16 slots, a fused optimizer, graph-free: weights and gradients as on the CPU."""
+    placement = Placement(np.array([2, 0, 1, 0, 0, 1]), 1)
+    w = nn.Parameter(torch.randn(3, 64, device="cuda"))
+    replicas = Replicas(placement, {"w": w}, dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW([w], fused=True)
+    factor = torch.arange(1.0, 7.0, device="cuda")[:, None]
+    for _ in range(2):
+        (replicas.weights["w"].float() * factor).sum().backward()
+        replicas.reduce_grads(async_op=True).wait()
+        expected = torch.tensor([2.0 + 4 + 5, 3 + 6, 1], device="cuda")
+        torch.testing.assert_close(w.grad, expected[:, None].expand_as(w))
+        optimizer.step()
+        optimizer.zero_grad()
+        replicas.sync_weights(async_op=True).wait()
+        slots = w.detach().bfloat16()[placement.phy2log.long().cuda()]
+        assert torch.equal(replicas.weights["w"].detach(), slots)
+    replicas.move(Placement(np.array([0, 1, 2, 2, 2, 2]), 1), optimizer)
+    with replicas.logical_order(optimizer):
+        assert torch.equal(replicas.experts, torch.arange(3))

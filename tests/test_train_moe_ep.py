@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -269,3 +270,24 @@ def test_command_line(tmp_path, capfd):
 def test_settings_reject(settings, message):
     with pytest.raises(ValueError, match=message):
         script.Settings(**settings)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_two_gpus(dtype, tolerance, tmp_path):
+    write_text(tmp_path)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        str(Path(script.__file__)),
+        *"--balance none,eplb,lplb --experts 16 --top-k 2 --layers 2 --hidden 64".split(),
+        *"--expert-hidden 32 --vocab 300 --seq-len 16 --tokens 256 --steps 12".split(),
+        *f"--replace-every 4 --redundant 2 --router-bias 0.3 --dtype {dtype}".split(),
+        *("--transport", "torch", "--text", str(tmp_path), "--out", str(tmp_path / "out")),
+    ]
+    subprocess.run(command, check=True, timeout=240)
+    runs = json.loads((tmp_path / "out" / "train.json").read_text())["runs"]
+    assert runs[2]["certified"] == 1.0
+    for run in runs[1:]:
+        assert run["expert_state"] == runs[0]["expert_state"]
+        difference = torch.tensor(run["losses"]) - torch.tensor(runs[0]["losses"])
+        assert difference.abs().max() < tolerance
