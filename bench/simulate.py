@@ -105,11 +105,11 @@ def _experts(
     x: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
     """Both grouped products of a SwiGLU expert."""
-    matmul: Callable[..., torch.Tensor]
     matmul = getattr(functional, "grouped_mm", None) or torch._grouped_mm
     gate, value = matmul(x, w_in, offs=ends).chunk(2, dim=-1)
-    hidden = functional.silu(gate) * value
-    return matmul(hidden, w_out, offs=ends)
+    hidden: torch.Tensor = functional.silu(gate) * value
+    product: torch.Tensor = matmul(hidden, w_out, offs=ends)
+    return product
 
 
 def simulate_row(

@@ -320,17 +320,16 @@ class Trainer:
 
     def _transport(self, placement: Placement) -> Any:
         settings, n_physical = self.settings, placement.n_physical
-        if settings.transport != "torch" and self.device.type == "cuda":
-            try:
-                return expert_parallel.DeepEP(
-                    self.group, n_physical, tokens=settings.tokens, hidden=settings.hidden,
-                    top_k=settings.top_k,
-                )  # fmt: skip
-            except ModuleNotFoundError:
-                if settings.transport == "deep_ep":
-                    raise
-        elif settings.transport == "deep_ep":
-            raise ValueError("transport deep_ep needs GPUs")
+        name = settings.transport
+        if name == "auto":
+            found = importlib.util.find_spec("deep_ep") is not None
+            name = "deep_ep" if found and self.dtype == torch.bfloat16 else "torch"
+        self.log(f"{self.run.balance}: tokens travel by {name}")
+        if name == "deep_ep":
+            return expert_parallel.DeepEP(
+                self.group, n_physical, tokens=settings.tokens, hidden=settings.hidden,
+                top_k=settings.top_k,
+            )  # fmt: skip
         return expert_parallel.AllToAll(self.group, n_physical, settings.reverse_sums)
 
     def train(self, tokens: Tensor, begins: Tensor) -> Run:
