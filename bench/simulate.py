@@ -15,6 +15,7 @@ are left out, and so are the effects of GPUs on each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -168,8 +169,8 @@ def simulate_row(
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        values = torch.randn(shape, generator=generator, dtype=torch.float32) * shape[-2] ** -0.5
-        return values.to(device=device, dtype=torch.bfloat16)
+        values = torch.randn(shape, generator=generator, dtype=torch.float32)
+        return (values / math.sqrt(shape[-2])).to(device=device, dtype=torch.bfloat16)
 
     # One expert's values for all: times don't depend on them, and drawing gigabytes takes long.
     w_in = draw(1, hidden, 2 * inner).repeat(widest, 1, 1)

@@ -272,8 +272,10 @@ class Replicas:
             if not weight.requires_grad:
                 continue
             dtype = _parts(rows)[0].dtype
-            grad = weight.grad if weight.dtype == dtype else self._sums.pop(name, None)
-            weight.grad = None
+            grad = self._sums.pop(name, None)
+            if weight.grad is not None:
+                grad = weight.grad.to(dtype) if grad is None else grad.add_(weight.grad)
+                weight.grad = None
             if grad is None:
                 grad = torch.zeros_like(weight, dtype=dtype)
             message = self._exchange(_take(grad, back.out), back) if back.remote else None

@@ -1,6 +1,7 @@
 """Replicas in training: weights, gradients and optimizer state, held against one process."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,11 +187,12 @@ def check_dtypes(rank, group):
         (weights["w_in"].float() * factor).sum().backward()
         (weights["w_out"].float() * (factor + rank)).sum().backward()
     assert weights["w_in"].grad is None
+    weights["w_in"].grad = torch.full_like(weights["w_in"], 2)  # as a layer without autograd may
     with pytest.raises(RuntimeError, match="reduce_grads before"):
         replicas.move(placement, None)
     replicas.reduce_grads()
     copies = placement.logcnt[replicas.experts].float().reshape(-1, 1, 1)
-    torch.testing.assert_close(params["w_in"].grad, (258 * copies).expand_as(params["w_in"]))
+    torch.testing.assert_close(params["w_in"].grad, (260 * copies).expand_as(params["w_in"]))
     assert params["scale"].grad is None
     half = {"w": nn.Parameter(torch.ones(OWN, 3, dtype=torch.float16))}
     replicas = Replicas(placement, half, group=group)
@@ -377,6 +379,27 @@ def test_bad_arguments_without_a_group():
     lists["w"][0].grad = torch.ones(3)
     with pytest.raises(ValueError, match="some of its tensors only"):
         replicas.move(placement, None)
+
+
+def test_documented_change_to_a_script():
+    """Both versions of the script in docs/training.md run; ids name the right experts."""
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    section = text.partition("## In a script that uses EPLB")[2].partition("\n## ")[0]
+    before, after = (part.partition("```")[0] for part in section.split("```python\n")[1:])
+    assert "import eplb" in before
+    before = before.replace("import eplb", "from lplb_triton import eplb")
+    load = torch.rand(2, 8)
+    names = {
+        "load": load, "num_replicas": 12, "num_groups": 1, "num_nodes": 1, "num_gpus": 4,
+        "ep_group": None,
+    }  # fmt: skip
+    ids = torch.randint(8, (40, 2))
+    for script in (before, after):
+        space = dict(names)
+        with torch.device("cpu"):
+            exec(script, space)  # noqa: S102
+        physical = space["physical_ids"](1, ids)
+        assert torch.equal(space["phy2log"][1][physical], ids)
 
 
 def test_recomputation_gives_the_same_ids():
