@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -208,7 +209,7 @@ class Replicas:
         self._require_idle()
         if self._versions() != self._synced:
             raise RuntimeError("parameters changed since the last sync_weights: call it first")
-        return self._weights
+        return MappingProxyType(self._weights)
 
     def __repr__(self) -> str:
         """Placement, names and rank in one line."""
@@ -230,6 +231,7 @@ class Replicas:
         """
         self._require_idle()
         routes = self._routes
+        versions = self._versions()
         arriving = []
         for name, rows in self._params.items():
             weight = self._weights[name].detach()
@@ -242,7 +244,7 @@ class Replicas:
             for weight, message, work in arriving:
                 work.wait()
                 _put(weight, routes.into, message)
-            self._synced = self._versions()
+            self._synced = versions
 
         return self._start(finish, async_op)
 
@@ -323,11 +325,11 @@ class Replicas:
 
         Raises
         ------
-        TypeError, ValueError
+        TypeError, ValueError, RuntimeError
             On every rank, before anything moves: another placement or optimizer state on another
-            rank, other sizes, or state that isn't held by expert (a sharded optimizer's).
-        RuntimeError
-            On every rank, if one has gradients that `reduce_grads` has not taken yet.
+            rank, other sizes, state that isn't held by expert (a sharded optimizer's), gradients
+            that `reduce_grads` has not taken yet. Another rank's mistake is a ValueError that
+            names the rank.
         """
         error: Exception | None = None
         spec: dict[str, object] = {}
@@ -431,10 +433,14 @@ class Replicas:
                 values = [entry.get(key) for entry in held]
                 label = f"{name}.{key}"
                 if not all(isinstance(value, torch.Tensor) for value in values):
-                    if all(value == values[0] for value in values):
+                    plain = isinstance(values[0], (int, float, str, type(None)))
+                    if plain and all(value == values[0] for value in values):
                         continue  # one number or flag for all experts
-                    raise ValueError(f"optimizer state {label!r} differs between experts")
-                tensors = [value for value in values if value is not None]
+                    raise ValueError(
+                        f"optimizer state {label!r} is neither a tensor nor the same for all "
+                        "experts: it can't follow them"
+                    )
+                tensors: list[torch.Tensor] = values
                 if not isinstance(rows, torch.Tensor):
                     state[label] = tensors
                 elif tensors[0].ndim > 0:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import N_GPUS
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from torch import nn
@@ -346,8 +347,10 @@ def test_one_rank_with_many_copies():
     replicas.reduce_grads()
     replicas.reduce_grads()  # nothing new: nothing added
     assert params["w"].grad[:, 0].tolist() == [1 + 3 + 4, 2 + 5, 0]
+    handle = replicas.sync_weights(async_op=True)
     with torch.no_grad():
-        params["w"].mul_(2)
+        params["w"].mul_(2)  # too early: what is under way is out of date
+    handle.wait()
     with pytest.raises(RuntimeError, match="parameters changed"):
         _ = replicas.weights
 
@@ -374,6 +377,10 @@ def test_bad_arguments_without_a_group():
         replicas.move(placement, None, also={"x": 1})
     with pytest.raises(ValueError, match=r"also\['x'\]"):
         replicas.move(placement, None, also={"x": torch.ones(3)})
+    stateful = torch.optim.AdamW([w])
+    stateful.state[w] = {"blocks": [torch.ones(3)]}
+    with pytest.raises(ValueError, match=r"w.blocks.*neither a tensor"):
+        replicas.move(placement, stateful)
     lists = {"w": [nn.Parameter(torch.ones(3)) for _ in range(2)]}
     replicas = Replicas(placement, lists)
     lists["w"][0].grad = torch.ones(3)
@@ -394,11 +401,10 @@ def test_documented_change_to_a_script():
         "ep_group": None,
     }  # fmt: skip
     ids = torch.randint(8, (40, 2))
-    for script in (before, after):
+    for script, device in ((before, "cpu"), (after, "cuda" if N_GPUS else "cpu")):
         space = dict(names)
-        with torch.device("cpu"):
-            exec(script, space)  # noqa: S102
-        physical = space["physical_ids"](1, ids)
+        exec(script, space)
+        physical = space["physical_ids"](1, ids.to(device)).cpu()
         assert torch.equal(space["phy2log"][1][physical], ids)
 
 
