@@ -47,6 +47,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -605,18 +606,19 @@ class Block(nn.Module):
     ----------
     config
         Settings.
-    experts
-        The mixture: takes [tokens, hidden], returns what `MoE.forward` does.
+    make_experts
+        Makes the mixture: it takes [tokens, hidden] and returns what `MoE.forward` does.
     """
 
-    def __init__(self, config: Config, experts: nn.Module) -> None:
+    def __init__(self, config: Config, make_experts: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.heads = config.hidden // math.gcd(config.hidden, 64)
         self.norm_attention = nn.LayerNorm(config.hidden)
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
         self.out = nn.Linear(config.hidden, config.hidden, bias=False)
         self.norm_experts = nn.LayerNorm(config.hidden)
-        self.experts = experts
+        # Last, as every weight is drawn from one generator.
+        self.experts = make_experts()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Apply the block to [sequences, seq_len, hidden]; see `MoE.forward` for the rest."""
@@ -646,7 +648,7 @@ class MoELanguageModel(nn.Module):
         self.position = nn.Parameter(torch.randn(config.seq_len, config.hidden) * 0.02)
         nn.init.normal_(self.token.weight, std=0.02)
         self.blocks = nn.ModuleList(
-            Block(config, make_experts(layer)) for layer in range(config.layers)
+            Block(config, partial(make_experts, layer)) for layer in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.hidden)
 
