@@ -139,9 +139,8 @@ class Replicas:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self._groups = [g for g in (group, data_parallel_group) if g is not None]
-        error: Exception | None = None
-        spec: dict[str, object] = {}
-        try:
+
+        def check() -> dict[str, object]:
             _check_placement(placement, group)
             self._n_own = placement.n_logical // placement.ep_size
             self._params = _check_params(params, self._n_own)
@@ -149,14 +148,14 @@ class Replicas:
             _check_backend(group, self.device)
             if dtype is not None and not dtype.is_floating_point:
                 raise TypeError(f"dtype must be a floating-point type, got {dtype}")
-            spec = _describe_params(self._params)
-            spec["dtype"] = str(dtype)
-            spec["placement"] = _fingerprint(placement)
-            spec.update(_describe_state(self._state(optimizer, None)))
-        except (TypeError, ValueError) as caught:
-            error = caught
-        _agree(self._groups, error, spec)
+            return {
+                **_describe_params(self._params),
+                "dtype": str(dtype),
+                "placement": _fingerprint(placement),
+                **_describe_state(self._state(optimizer, None)),
+            }
 
+        _agree(self._groups, check)
         self._placement = placement
         self._pending: Handle | None = None
         self._synced: list[int] | None = None
@@ -331,19 +330,17 @@ class Replicas:
             that `reduce_grads` has not taken yet. Another rank's mistake is a ValueError that
             names the rank.
         """
-        error: Exception | None = None
-        spec: dict[str, object] = {}
-        try:
+
+        def check() -> dict[str, object]:
             _check_placement(placement, self.group)
             for name in ("n_logical", "n_physical"):
                 wanted, got = getattr(self._placement, name), getattr(placement, name)
                 if wanted != got:
                     raise ValueError(f"placement must have {name} {wanted}, got {got}")
-            spec = {"placement": _fingerprint(placement)}
-            spec.update(_describe_state(self._check_move(optimizer, also)))
-        except (TypeError, ValueError, RuntimeError) as caught:
-            error = caught
-        _agree(self._groups, error, spec)
+            moving = self._check_move(optimizer, also)
+            return {"placement": _fingerprint(placement), **_describe_state(moving)}
+
+        _agree(self._groups, check)
         self._placement = placement
         self._relocate(_assign(placement, self._seats), self._state(optimizer, also))
         self.sync_weights()
@@ -386,13 +383,7 @@ class Replicas:
         optimizer: torch.optim.Optimizer | None,
         also: Mapping[str, torch.Tensor] | None,
     ) -> None:
-        error: Exception | None = None
-        spec: dict[str, object] = {}
-        try:
-            spec = _describe_state(self._check_move(optimizer, also))
-        except (TypeError, ValueError, RuntimeError) as caught:
-            error = caught
-        _agree(self._groups, error, spec)
+        _agree(self._groups, lambda: _describe_state(self._check_move(optimizer, also)))
         self._relocate(seats, self._state(optimizer, also))
 
     def _check_move(
@@ -651,10 +642,17 @@ def _assign(placement: Placement, current: Ints) -> Ints:
     return np.asarray(seats, dtype=np.int64)
 
 
-def _agree(
-    groups: list[dist.ProcessGroup], error: Exception | None, spec: dict[str, object]
-) -> None:
-    """Raise on every rank if one of them has an error, or another ``spec`` than rank 0."""
+def _agree(groups: list[dist.ProcessGroup], check: Callable[[], dict[str, object]]) -> None:
+    """Raise on every rank if ``check`` does on one of them, or returns another dict than rank 0's.
+
+    Nothing but the outcome of the check is sent.
+    """
+    error: Exception | None = None
+    spec: dict[str, object] = {}
+    try:
+        spec = check()
+    except (TypeError, ValueError, RuntimeError) as caught:
+        error = caught
     for group in groups:
         reports: list[tuple[str | None, dict[str, object]]] = [(None, {})] * group.size()
         dist.all_gather_object(reports, (None if error is None else str(error), spec), group=group)
