@@ -9,6 +9,7 @@ On the CPU the same code runs with the torch twins and any `Timer`; that is for 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import os
@@ -85,8 +86,8 @@ FEASIBLE = 1e-3
 MAX_SWEEPS = 4096
 # Calls through the library's LP interface are timed for this many instances of each family.
 PROBLEM_PER_FAMILY = 5
-# Different batches in one graph of the pipeline.
-ROTATED_BATCHES = 8
+# Batches of each load family for the pipeline.
+BATCHES_PER_FAMILY = 4
 HOST_CALLS = 200
 
 
@@ -816,9 +817,10 @@ def pipeline_row(
     *,
     tolerance: float,
     bandwidth: float,
+    per_family: int = BATCHES_PER_FAMILY,
     seed: int = SEED,
 ) -> Row:
-    """Time `Balancer.run` and its parts on lognormal routing, without load sync.
+    """Time `Balancer.run` and its parts on batches of every load family, without load sync.
 
     Parameters
     ----------
@@ -830,15 +832,18 @@ def pipeline_row(
         As for `solve_row`.
     bandwidth : float
         Bytes per second of the device's memory, for the floor.
+    per_family : int
+        Batches of each load family.
     seed : int
         Seed of the routing.
 
     Returns
     -------
     dict
-        Times in microseconds. ``bytes`` are the ids read twice and written once, ``floor_us``
-        what they take at ``bandwidth``. ``host_us`` and ``allocations_per_call`` (``None`` on a
-        CPU) are of an eager call.
+        Times in microseconds: ``run_us`` by batch, ``rotated_us`` the mean over one graph of
+        all batches. ``bytes`` are the ids read twice and
+        written once, ``floor_us`` what they take at ``bandwidth``. ``host_us`` and
+        ``allocations_per_call`` (``None`` on a CPU) are of an eager call.
 
     Raises
     ------
@@ -849,8 +854,7 @@ def pipeline_row(
     placement = pipeline_placement(shape, rng)
     balancer = Balancer(placement, device=device, tolerance=tolerance)
     balancer.warmup()
-    popularity = rng.lognormal(0.0, 1.0, placement.n_logical)
-    batches = [_route(rng, popularity, tokens).to(device) for _ in range(ROTATED_BATCHES)]
+    batches = [idx.to(device) for idx in _route(tokens, placement.n_logical, per_family, seed)]
     counted, solved, cumulative = [], [], []
     for idx in batches:
         counts, running = balancer.count(idx)
@@ -873,7 +877,11 @@ def pipeline_row(
     }
     for launch in parts["select"][:1]:
         launch()
-    times = {f"{name}_us": timer.rotation(launches) for name, launches in parts.items()}
+    rotated = timer.rotation(parts["run"])
+    times = {
+        name: statistics([timer.per_call(launch, rotated) for launch in parts[name]])
+        for name in ("run", "solve")
+    }
     host_us, allocations = _host_cost(parts["run"], torch.device(device))
     return {
         "shape": shape,
@@ -882,16 +890,31 @@ def pipeline_row(
         "tokens": tokens,
         "bytes": n_bytes,
         "floor_us": 1e6 * n_bytes / bandwidth,
-        **times,
+        "run_us": times["run"],
+        "rotated_us": rotated,
+        "count_us": timer.rotation(parts["count"]),
+        "solve_us": times["solve"]["median"],
+        "select_us": timer.rotation(parts["select"]),
+        "iterations": statistics([float(solution.iterations.max()) for solution in solved]),
         "host_us": host_us,
         "allocations_per_call": allocations,
     }
 
 
-def _route(rng: np.random.Generator, popularity: Floats, tokens: int) -> torch.Tensor:
-    """Top-8 of noisy scores: eight different experts per token, int64 ``[tokens, 8]``."""
-    scores = np.log(popularity) + rng.gumbel(size=(tokens, len(popularity)))
-    return torch.from_numpy(np.argpartition(-scores, TOP_K, axis=1)[:, :TOP_K].copy())
+@functools.cache
+def _route(tokens: int, n_experts: int, per_family: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """Batches of every load family: top-8 of noisy scores, int64 ``[tokens, 8]``.
+
+    A token's eight experts are different, which flattens the loads as it does in a model.
+    """
+    rng = np.random.default_rng(seed)
+    batches = []
+    for family in (f for f in PUBLISHED_FAMILIES for _ in range(per_family)):
+        popularity = np.maximum(FAMILIES[family](rng, n_experts), 1e-12).astype(np.float32)
+        # The largest of log(p) + Gumbel noise is the smallest of Exp(1) / p.
+        scores = rng.standard_exponential((tokens, n_experts), dtype=np.float32) / popularity
+        batches.append(torch.from_numpy(np.argpartition(scores, TOP_K, axis=1)[:, :TOP_K].copy()))
+    return tuple(batches)
 
 
 def _host_cost(runs: Sequence[Launch], device: torch.device) -> tuple[float, float | None]:
@@ -921,7 +944,9 @@ def _host_cost(runs: Sequence[Launch], device: torch.device) -> tuple[float, flo
 
 
 def first_call(shape: str, device: str = "cuda") -> float:
-    """Seconds of the first `Balancer.run` of this process, imports and placement left out.
+    """Seconds of the first `Balancer.run` of this process.
+
+    Imports, placement and the start of CUDA and of Triton's driver are left out.
 
     Parameters
     ----------
@@ -938,6 +963,9 @@ def first_call(shape: str, device: str = "cuda") -> float:
     balancer = Balancer(pipeline_placement(shape, rng), device=device)
     idx = torch.zeros(128, TOP_K, dtype=torch.int64, device=device)
     if device == "cuda":
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
         torch.cuda.synchronize()
     begin = time.perf_counter()
     balancer.run(idx)

@@ -473,6 +473,13 @@ class Trainer:
             for key, value in state[param].items():
                 self.run.expert_state[f"{name}.{key}"] = list(value.shape)
 
+    def close(self) -> None:
+        """Free what was allocated with the other ranks; collective."""
+        for layer in self.layers:
+            if layer.balancer is not None:
+                layer.balancer.close()
+        self.transport.close()
+
     def save(self, folder: Path) -> None:
         """Write a checkpoint, experts in logical order; collective.
 
@@ -594,7 +601,7 @@ def train(
         if settings.resume:
             trainer.load_checkpoint(Path(settings.resume))
         runs.append(trainer.train(tokens, begins))
-        trainer.transport.close()
+        trainer.close()
     return runs
 
 

@@ -16,17 +16,37 @@ from lplb_triton.kernels.launch import (
     solve_counts,
     sum_by_program,
 )
+from lplb_triton.kernels.launch_sync import (
+    FAULTS,
+    HEADER_WORDS,
+    MAX_RANKS,
+    STATUS_FIRST,
+    channel_words,
+    divide_quotas,
+    status_words,
+    sum_gathered,
+    sum_over_ranks,
+)
 
 __all__ = [
+    "FAULTS",
+    "HEADER_WORDS",
+    "MAX_RANKS",
+    "STATUS_FIRST",
     "Pipeline",
     "SelectTables",
     "Settings",
     "SolveBuffers",
     "SolveTables",
+    "channel_words",
     "count_by_program",
+    "divide_quotas",
     "is_interpreted",
     "select",
     "solve",
     "solve_counts",
+    "status_words",
     "sum_by_program",
+    "sum_gathered",
+    "sum_over_ranks",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.tokens import _sum_rows
+from lplb_triton.kernels.tokens import _await_previous, _start_dependents, _sum_rows
 
 # Start, step and centering of the method (equations 4, 8 and 9), light columns (10).
 START_MARGIN = tl.constexpr(0.1)
@@ -28,7 +28,7 @@ SHARE_ONE = tl.constexpr(1 << 24)
 FAR = tl.constexpr(1e30)
 NEAR = tl.constexpr(1e-30)
 
-# Looks at counts that another program has to write, before giving up: seconds.
+# Looks at counts that another program has to write, before giving up.
 MOST_POLLS = tl.constexpr(1 << 22)
 
 STATUS_CERTIFIED = tl.constexpr(0)
@@ -454,18 +454,17 @@ def _solve_lp_kernel(
 
 
 @triton.jit
-def _counts_of(counts_ptr, expert, wait):
+def _counts_of(counts_ptr, expert, most_polls):
     """Load counts of experts, 0 where there is none (-1), never from a stale line of a cache.
 
-    With ``wait``, until all are there: `_count_kernel` left -1 in their places. The wait is
-    bounded (seconds); what is missing then makes the program invalid.
+    Waits until all are there: `_count_kernel` left -1 in their places. What is missing after
+    ``most_polls`` looks makes the program invalid.
     """
-    counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
-    if wait:
-        polls = 0
-        while (tl.min(tl.where(counts == -1, -1, 0)) < 0) & (polls < MOST_POLLS):
-            polls += 1
-            counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
+    counts = tl.where(expert >= 0, -1, 0)
+    polls = 0
+    while (tl.min(counts) < 0) & (polls < most_polls):
+        polls += 1
+        counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
     return counts.to(tl.float32)
 
 
@@ -507,7 +506,7 @@ def _solve_counts_kernel(
     certified_ptr, solves_ptr,
     tolerance, max_iterations, n_ranks, n_columns, n_slots, n_shared, n_logical, n_rows, n_sums,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Solve the groups of one batch, straight from counts by logical expert.
 
@@ -524,8 +523,10 @@ def _solve_counts_kernel(
     by one if the group is certified, ``solves`` [1] always (int32 or int64).
     Grid (n_sums + n_group,).
     """
+    _start_dependents(PDL)
     program = tl.program_id(0)
     if program < n_sums:
+        _await_previous(PDL)
         _sum_rows(running_ptr, counts_ptr, program, n_rows, n_logical, ROWS, EXPERTS)
     else:
         group = (program - n_sums).to(tl.int64)
@@ -545,8 +546,11 @@ def _solve_counts_kernel(
         member = tl.load(column_first_ptr + group * n_columns + col, mask=col_on, other=-1)
         longest = tl.load(longest_column_ptr + group)
         most_on_a_rank = tl.load(most_on_a_rank_ptr)
-        fixed = tl.sum(_counts_of(counts_ptr, expert, n_sums > 0), 1)
-        weights = _counts_of(counts_ptr, member, n_sums > 0)
+        # Seconds, or one look if nobody in this launch writes them.
+        most_polls = tl.where(n_sums > 0, MOST_POLLS, 1)
+        _await_previous(PDL)
+        fixed = tl.sum(_counts_of(counts_ptr, expert, most_polls), 1)
+        weights = _counts_of(counts_ptr, member, most_polls)
         if longest > 1:
             start_ptrs = column_start_ptr + group * (n_columns + 1) + col
             first = tl.load(start_ptrs, mask=col_on, other=0)
@@ -554,7 +558,7 @@ def _solve_counts_kernel(
             for j in range(1, longest):
                 there = first + j < last
                 member = tl.load(column_members_ptr + first + j, mask=there, other=-1)
-                weights += _counts_of(counts_ptr, member, n_sums > 0)
+                weights += _counts_of(counts_ptr, member, most_polls)
 
         units, max_load, lower_bound, gap, iterations, status = _interior_point(
             weights[None, :], fixed, copy, rank_on, n_ranks, tolerance, max_iterations, G, C
@@ -563,16 +567,19 @@ def _solve_counts_kernel(
         shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
         tl.store(shares_ptr + cell, shares, mask=inside)
         tl.debug_barrier()
+        at = tl.arange(0, COPIES)
+        shared_ptrs = shared_copies_ptr + group * n_shared + at
+        cell_ptrs = shared_cells_ptr + group * n_shared + at
         for block in range(0, n_shared, COPIES):
-            at = block + tl.arange(0, COPIES)
-            shared_ptrs = shared_copies_ptr + group * n_shared + at
-            shared = tl.load(shared_ptrs, mask=at < n_shared, other=-1)
-            cell_ptrs = shared_cells_ptr + group * n_shared + at
-            shared_cell = tl.load(cell_ptrs, mask=at < n_shared, other=-1)
+            there = block + at < n_shared
+            shared = tl.load(shared_ptrs, mask=there, other=-1)
+            shared_cell = tl.load(cell_ptrs, mask=there, other=-1)
             _store_cumulative(
                 cumulative_ptr, units_ptr, shares_ptr, copy_index_ptr, copy_multiplicity_ptr,
                 most_on_a_rank, shared, shared_cell, shared >= 0,
             )  # fmt: skip
+            shared_ptrs += COPIES
+            cell_ptrs += COPIES
         _store_certificate(
             stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
             max_load, lower_bound, gap, iterations, status,

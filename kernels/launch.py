@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,7 +17,7 @@ from lplb_triton.kernels.interior_point import _solve_counts_kernel, _solve_lp_k
 from lplb_triton.kernels.tokens import _count_kernel, _running_sum_kernel, _select_kernel
 
 # Ids that one program handles at a time. The select kernel compares all pairs of a block.
-COUNT_BLOCK = 1024
+COUNT_BLOCK = 256
 SELECT_BLOCK = 256
 # Rows and experts of one program that sums counts.
 SUM_ROWS = 256
@@ -37,8 +41,16 @@ class _Call(NamedTuple):
     kernel: Any
     grid: int
     args: tuple[Any, ...]
-    constants: tuple[int, ...]
+    constants: tuple[int | bool, ...]
     options: dict[str, Any]
+
+
+@functools.cache
+def _has_pdl(device: torch.device) -> bool:
+    """Whether a kernel can start before the one ahead of it has ended: Hopper and newer."""
+    if device.type != "cuda" or is_interpreted() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _current(device: int | None) -> AbstractContextManager[object]:
@@ -48,39 +60,57 @@ def _current(device: int | None) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-def _launch(call: _Call) -> Any:
-    """Launch on the GPU of the tensors and its current stream, compiled on the first call.
+def _key(call: _Call) -> tuple[Any, ...]:
+    dtypes = tuple([a.dtype for a in call.args if isinstance(a, torch.Tensor)])
+    return call.kernel, call.args[0].device.index, call.constants, dtypes
 
-    Returns the compiled kernel (``None`` under the interpreter).
-    """
-    kernel, grid, args, constants, options = call
+
+def _build(call: _Call) -> Any:
+    with _current(call.args[0].device.index):
+        args, grid = (*call.args, *call.constants), (call.grid,)
+        compiled = call.kernel.warmup(*args, grid=grid, **call.options)
+        _ = compiled.run  # what launches it is built here, not at the first launch
+    return compiled
+
+
+def _compile(calls: Sequence[_Call]) -> list[Any]:
+    """Compiled kernels of these calls; those that are new are compiled side by side."""
+    new = {key: call for call in calls if (key := _key(call)) not in _compiled}
+    if new:
+        with ThreadPoolExecutor(len(new)) as pool:
+            _compiled.update(zip(new, pool.map(_build, new.values()), strict=True))
+    return [_compiled[_key(call)] for call in calls]
+
+
+def _launch(call: _Call) -> None:
+    """Launch on the GPU of the tensors and its current stream, compiled on the first call."""
+    kernel, grid, args, constants, _ = call
     if isinstance(kernel, InterpretedFunction):
         kernel[(grid,)](*args, *constants)
-        return None
+        return
     device = args[0].device.index
-    dtypes = tuple([a.dtype for a in args if isinstance(a, torch.Tensor)])
-    key = (kernel, device, constants, dtypes)
-    compiled = _compiled.get(key)
+    compiled = _compiled.get(_key(call)) or _compile([call])[0]
     with _current(device):
-        if compiled is None:
-            compiled = _compiled[key] = kernel[(grid,)](*args, *constants, **options)
-        else:
-            stream = triton.runtime.driver.active.get_current_stream(device)
-            compiled[(grid, 1, 1)](*args, *constants, stream=stream)
-    return compiled
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        compiled[(grid, 1, 1)](*args, *constants, stream=stream)
 
 
 class _Prepared:
     """A compiled kernel with its arguments as the driver wants them: addresses and numbers.
 
-    ``args`` may be changed between launches.
+    ``args`` may be changed between launches. With ``early`` the kernel may start before the one
+    ahead of it in its stream has ended, where the GPU can do that (programmatic dependent
+    launch); it has to wait for that one by itself.
     """
 
-    def __init__(self, call: _Call, compiled: Any) -> None:
+    def __init__(self, call: _Call, compiled: Any, early: bool) -> None:
         self.args = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in call.args]
         self.args += call.constants
         self._grid = call.grid
         self._compiled = compiled
+        # The launcher, not the code, holds the attribute: the same code serves both ways.
+        self._launcher = copy.copy(compiled.run)
+        self._launcher.launch_pdl = early and _has_pdl(call.args[0].device)
 
     def launch(self, stream: int) -> None:
         """Launch on a stream of the current device."""
@@ -90,7 +120,7 @@ class _Prepared:
             # Somebody profiles: Triton's own way gathers what the hooks are told.
             compiled[(self._grid, 1, 1)](*self.args, stream=stream)
         else:
-            compiled.run(
+            self._launcher(
                 self._grid, 1, 1, stream, compiled.function, compiled.packed_metadata,
                 None, None, None, *self.args,
             )  # fmt: skip
@@ -212,6 +242,7 @@ def _solve_counts_call(
     )  # fmt: skip
     constants = (
         ranks, columns, max(2, slots), min(1024, max(32, copies)), SUM_ROWS, SUM_EXPERTS,
+        _has_pdl(buffers.counts.device),
     )  # fmt: skip
     options = {"num_warps": _solve_warps(ranks, columns), **SOLVE_OPTIONS}
     return _Call(_solve_counts_kernel, n_sums + n_group, args, constants, options)
@@ -222,7 +253,8 @@ def _count_call(
 ) -> _Call:
     n_rows, n_logical = running.shape
     args = (idx, running, counts, status, idx.numel(), chunk, n_logical)
-    return _Call(_count_kernel, n_rows, args, (_bins(n_logical), COUNT_BLOCK), {"num_warps": 4})
+    constants = (_bins(n_logical), COUNT_BLOCK, _has_pdl(idx.device))
+    return _Call(_count_kernel, n_rows, args, constants, {"num_warps": 2})
 
 
 def _select_call(
@@ -231,7 +263,8 @@ def _select_call(
 ) -> _Call:  # fmt: skip
     n_rows, n_logical = running.shape
     args = (idx, out, running, cumulative, *tables, idx.numel(), chunk, n_logical, n_rows, rank)
-    return _Call(_select_kernel, n_rows, args, (_bins(n_logical), SELECT_BLOCK), {"num_warps": 8})
+    constants = (_bins(n_logical), SELECT_BLOCK, _has_pdl(idx.device))
+    return _Call(_select_kernel, n_rows, args, constants, {"num_warps": 8})
 
 
 def _bins(n_logical: int) -> int:
@@ -281,6 +314,8 @@ def select(
 class Pipeline:
     """Count, solve and select on fixed buffers: three launches, prepared once.
 
+    On GPUs that can, solve and select start early and do what needs no counts or shares.
+
     Parameters
     ----------
     running, status, rank
@@ -307,8 +342,15 @@ class Pipeline:
         """Write physical ids of contiguous ``idx`` to ``out``."""
         prepared = self._prepared.get((idx.dtype, settings.certified.dtype))
         if prepared is None:
-            self._prepare(idx, out, chunk, settings)
-            return
+            calls = self._calls(idx, out, chunk, settings)
+            if is_interpreted():
+                for call in calls:
+                    _launch(call)
+                return
+            prepared = self._prepared[idx.dtype, settings.certified.dtype] = tuple(
+                _Prepared(call, compiled, early=call is not calls[0])
+                for call, compiled in zip(calls, _compile(calls), strict=True)
+            )
         count, solve, choose = prepared
         ids, n_ids = idx.data_ptr(), idx.numel()
         count.args[0], count.args[4], count.args[5] = ids, n_ids, chunk
@@ -323,22 +365,17 @@ class Pipeline:
             solve.launch(stream)
             choose.launch(stream)
 
-    def _prepare(
+    def _calls(
         self, idx: torch.Tensor, out: torch.Tensor, chunk: int, settings: Settings
-    ) -> None:
+    ) -> tuple[_Call, ...]:
         running, buffers = self._running, self._buffers
-        calls = (
+        return (
             _count_call(idx, running, buffers.counts, self._status, chunk),
             _solve_counts_call(running, buffers, self._solve_tables, settings),
             _select_call(
                 idx, out, running, buffers.cumulative, self._select_tables, chunk, self._rank
             ),
         )
-        compiled = [_launch(call) for call in calls]
-        if None not in compiled:
-            self._prepared[idx.dtype, settings.certified.dtype] = tuple(
-                _Prepared(call, kernel) for call, kernel in zip(calls, compiled, strict=True)
-            )
 
 
 # Where `Pipeline.run` finds the arguments that change from call to call.

@@ -21,13 +21,31 @@ OFFSET_BY_EXPERT = tl.constexpr(12664745)
 STATUS_BAD_ID = tl.constexpr(0)
 
 
+@triton.jit
+def _start_dependents(PDL: tl.constexpr):
+    """Let the next kernel of the pipeline start; what it needs from this one it waits for."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _await_previous(PDL: tl.constexpr):
+    """Wait until the kernel before has ended and what it wrote is there.
+
+    Every program has to: a kernel that ended before the one ahead of it would let a third
+    overtake both.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
 @triton.jit(
     do_not_specialize=["n_ids", "chunk", "n_logical"],
     do_not_specialize_on_alignment=["idx_ptr", "status_ptr"],
 )
 def _count_kernel(
     idx_ptr, by_program_ptr, counts_ptr, status_ptr, n_ids, chunk, n_logical,
-    BINS: tl.constexpr, BLOCK: tl.constexpr,
+    BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Count the ids of one chunk.
 
@@ -36,6 +54,7 @@ def _count_kernel(
     id outside [-1, n_logical) counts nowhere and leaves itself in ``status``
     [0] (flag) and [1] (value), int64 words in pinned host memory. Grid (programs,).
     """
+    _start_dependents(PDL)
     program = tl.program_id(0).to(tl.int64)
     begin = program * chunk
     end = tl.minimum(begin + chunk, n_ids)
@@ -62,18 +81,19 @@ def _sum_rows(
     """Turn one block's counts by program into running sums, in place, and write their totals."""
     expert = block * EXPERTS + tl.arange(0, EXPERTS)
     inside = expert < n_logical
+    row = tl.arange(0, ROWS)
+    ptrs = running_ptr + row[:, None].to(tl.int64) * n_logical + expert[None, :]
     carry = tl.zeros((EXPERTS,), dtype=tl.int32)
     for first in range(0, n_rows, ROWS):
-        row = first + tl.arange(0, ROWS)
-        at = row[:, None].to(tl.int64) * n_logical + expert[None, :]
-        mask = (row < n_rows)[:, None] & inside[None, :]
-        values = tl.load(running_ptr + at, mask=mask, other=0)
+        mask = (first + row < n_rows)[:, None] & inside[None, :]
+        values = tl.load(ptrs, mask=mask, other=0)
         before = carry
         carry += tl.sum(values, 0)
         if first + ROWS >= n_rows:
             # Somebody waits for the totals: they go first.
             tl.store(counts_ptr + expert, carry, mask=inside)
-        tl.store(running_ptr + at, tl.cumsum(values, 0) + before[None, :], mask=mask)
+        tl.store(ptrs, tl.cumsum(values, 0) + before[None, :], mask=mask)
+        ptrs += ROWS * n_logical
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_logical"])
@@ -130,7 +150,7 @@ def _select_kernel(
     idx_ptr, out_ptr, running_ptr,
     cumulative_ptr, copy_start_ptr, copy_slot_ptr, search_steps_ptr,
     n_ids, chunk, n_logical, n_rows, rank,
-    BINS: tl.constexpr, BLOCK: tl.constexpr,
+    BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Physical ids for one chunk of logical ids (equations 12 to 14).
 
@@ -141,12 +161,10 @@ def _select_kernel(
     program = tl.program_id(0).to(tl.int64)
     begin = program * chunk
     end = tl.minimum(begin + chunk, n_ids)
-    # Tokens of each expert seen so far, ahead of this program's next block.
     expert = tl.arange(0, BINS)
+    # Tokens of each expert ahead of this program's next block, by this program alone at first.
+    seen = tl.zeros((BINS,), dtype=tl.int32)
     n_before = tl.where(program > 0, n_logical, 0)
-    seen = tl.load(
-        running_ptr + (program - 1) * n_logical + expert, mask=expert < n_before, other=0
-    )
     totals_ptr = running_ptr + (n_rows - 1).to(tl.int64) * n_logical
     steps = tl.load(search_steps_ptr)
     lane = tl.arange(0, BLOCK)
@@ -156,13 +174,19 @@ def _select_kernel(
         ids = tl.load(idx_ptr + at, mask=at < end, other=-1)
         known = (ids >= 0) & (ids < n_logical)
         e = tl.where(known, ids, 0).to(tl.int32)
-        count = tl.load(totals_ptr + e, mask=known, other=0)
         low = tl.load(copy_start_ptr + e)
         high = tl.load(copy_start_ptr + e + 1) - 1
         # Rank within the block by comparing all pairs: stable, hence deterministic.
         tag = tl.where(known, e, -1)
         same = (tag[:, None] == tag[None, :]) & earlier
-        position = tl.gather(seen, e, 0) + tl.sum(same.to(tl.int32), 0)
+        position = tl.sum(same.to(tl.int32), 0)
+        if block == begin:
+            # All before this hides behind the solve.
+            _await_previous(PDL)
+            before_ptrs = running_ptr + (program - 1) * n_logical + expert
+            seen = tl.load(before_ptrs, mask=expert < n_before, other=0)
+        count = tl.load(totals_ptr + e, mask=known, other=0)
+        position += tl.gather(seen, e, 0)
         if block + BLOCK < end:
             seen += tl.histogram(e, BINS, mask=known)
 
@@ -178,3 +202,4 @@ def _select_kernel(
         slot = tl.load(copy_slot_ptr + low)
         physical = tl.where(known, slot, -1).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, physical, mask=at < end)
+    _await_previous(PDL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from lplb_triton.solver import (
     check_tolerance,
     resolve_backend,
 )
+from lplb_triton.sync._base import Communicator, gather_objects, message_version
+from lplb_triton.sync._connect import acquire, release
 
 if TYPE_CHECKING:
     from lplb_triton import kernels
@@ -39,6 +42,8 @@ class _Scratch(NamedTuple):
     running: torch.Tensor
     buffers: kernels.SolveBuffers
     pipeline: kernels.Pipeline
+    gathered: torch.Tensor | None
+    mine: torch.Tensor | None
 
 
 def _chunk(n_ids: int, n_sms: int) -> int:
@@ -83,7 +88,7 @@ class Balancer:
         or the caller has summed them).
     rank : int or None
         This rank's number in the EP group; by default the group's, or 0 without one. It only
-        decides how this rank rounds its quotas.
+        decides how this rank rounds its quotas. Not with ``quotas="global"``.
     device : torch.device, str or None
         Where ids live; by default the current GPU, or the CPU if there is none.
     backend : {"triton", "torch"} or None
@@ -93,12 +98,27 @@ class Balancer:
         Certified relative gap of the plans, at least 1e-5.
     max_iterations : int
         Bound on interior-point iterations.
+    sync : str or Communicator
+        How counts are summed over the group: a name of `lplb_triton.sync.connect`, or a
+        communicator made by it. Balancers that give a name share one communicator.
+    timeout : float or None
+        Bound on each wait for other ranks, in seconds; see `lplb_triton.sync.connect`.
+    quotas : {"local", "global"}
+        ``"local"``: each rank rounds its own quotas, so a copy's load over all ranks differs
+        from its share by up to one token per rank. ``"global"``: quotas of all ranks together
+        are exact, to less than one token per copy, and each rank serves its own rank and then
+        its own node first. Needs a group, and fewer than 2**24 ids in a batch.
 
     Attributes
     ----------
     certified, solves : torch.Tensor
         One int64 element on the device: groups certified within the tolerance, and groups
         solved, since the start.
+    traffic : torch.Tensor
+        ``[3]`` int64 on the device, with ``quotas="global"``: this rank's tokens that stayed on
+        the rank, that stayed on its node, and all of them, since the start.
+    communicator : Communicator or None
+        In use for summing counts.
 
     Raises
     ------
@@ -123,6 +143,9 @@ class Balancer:
         backend: str | None = None,
         tolerance: float = DEFAULT_TOLERANCE,
         max_iterations: int = DEFAULT_MAX_ITERATIONS,
+        sync: str | Communicator = "auto",
+        timeout: float | None = None,
+        quotas: str = "local",
     ) -> None:
         if not isinstance(placement, Placement):
             raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
@@ -141,12 +164,26 @@ class Balancer:
         self._own_rank = rank
         self._placement = placement
         self._scratches: dict[tuple[int, int], _Scratch] = {}
-        self._join(group)
+        if quotas not in ("local", "global"):
+            raise ValueError(f"quotas must be 'local' or 'global', got {quotas!r}")
+        self.quotas = quotas
+        self._handle = next(_handles)
+        self._sync, self._timeout = sync, timeout
+        self._closed = False
+        self.communicator: Communicator | None = None
+        self._version = torch.zeros(1, dtype=torch.int32, device=device)
+        self.traffic = torch.zeros(3, dtype=torch.int64, device=device)
+        if isinstance(sync, Communicator) and group is None:
+            group = sync.group
+        if quotas == "global" and (group is None or rank is not None):
+            raise ValueError("quotas='global' needs a group, and no other rank than the group's")
+        self._join(group, sync)
         if not 0 <= self.rank < placement.ep_size:
             raise ValueError(f"rank must be in [0, {placement.ep_size}), got {rank}")
 
         self._placement = self._agree(placement)
         self._tables = DeviceTables(self._placement, device)
+        self._version.fill_(self._next_version)
         self.certified = torch.zeros(1, dtype=torch.int64, device=device)
         self.solves = torch.zeros(1, dtype=torch.int64, device=device)
         # Kernels write here, so the host can look without waiting for the device.
@@ -171,8 +208,8 @@ class Balancer:
                 *(views[name] for name in kernels.SelectTables._fields)
             )
             self._layout(self.default_n_sms)
-        self._handle = next(_handles)
         _balancers[self._handle] = self
+        self._meet()
 
     @property
     def placement(self) -> Placement:
@@ -181,61 +218,128 @@ class Balancer:
 
     def __repr__(self) -> str:
         """Placement, device, backend, group and tolerance in one line."""
-        sync = "none"
-        if self.group is not None:
-            sync = f"torch.distributed({dist.get_backend(self.group)})"
+        sync = "none" if self.communicator is None else repr(self.communicator)
         return (
             f"Balancer({self._placement!r}, device={self.device}, backend={self.backend}, "
-            f"sync={sync}, rank={self.rank}, tolerance={self.tolerance:g})"
+            f"sync={sync}, quotas={self.quotas}, rank={self.rank}, tolerance={self.tolerance:g})"
         )
 
-    def set_group(self, group: dist.ProcessGroup | None) -> None:
+    def set_group(
+        self,
+        group: dist.ProcessGroup | None,
+        *,
+        sync: str | Communicator | None = None,
+        domain_size: int | None = None,
+    ) -> None:
         """Use ``group`` for summing counts from the next call on; collective over it.
 
         Parameters
         ----------
         group : torch.distributed.ProcessGroup or None
             Its size must be the placement's ``ep_size``. Rank 0's placement is broadcast.
+        sync, domain_size
+            As for `lplb_triton.sync.connect`; by default as at the start.
 
         Raises
         ------
         ValueError
-            If the size doesn't fit.
+            If the size doesn't fit, or ``quotas="global"`` would be left without a group.
         """
-        self._join(group)
-        agreed = self._agree(self._placement)
-        if agreed is not self._placement:
-            self._write(agreed)
+        if group is None and self.quotas == "global":
+            raise ValueError("group must not be None with quotas='global'")
+        self._join(group, self._sync if sync is None else sync, domain_size)
+        self._write(self._agree(self._placement))
+        self._meet()
 
-    def _join(self, group: dist.ProcessGroup | None) -> None:
-        """Take the group and this rank's number in it."""
+    def _join(
+        self,
+        group: dist.ProcessGroup | None,
+        sync: str | Communicator,
+        domain_size: int | None = None,
+    ) -> None:
+        """Take the group, this rank's number in it, and a communicator over it."""
+        p = self._placement
+        communicator = None
         if group is not None:
-            if group.size() != self._placement.ep_size:
+            if group.size() != p.ep_size:
+                raise ValueError(f"group must have {p.ep_size} ranks, got {group.size()}")
+            sizes = (p.n_logical, p.n_physical, p.n_group, p.max_columns, self.quotas)
+            with self._on_device():
+                everyone = gather_objects(sizes, group)
+            if len(set(everyone)) > 1:
                 raise ValueError(
-                    f"group must have {self._placement.ep_size} ranks, got {group.size()}"
+                    "placement and quotas must be of the same sizes and kind on every rank, got "
+                    f"{everyone} (logical experts, slots, groups, columns, quotas)"
+                )
+            if isinstance(sync, Communicator):
+                if sync.group is not group or sync.device != self.device:
+                    raise ValueError(f"sync must be over the group and on {self.device}")
+                communicator = sync
+            else:
+                communicator = acquire(
+                    group, sync, self.device, self._timeout, p.n_logical, domain_size
                 )
             self.rank = dist.get_rank(group) if self._own_rank is None else self._own_rank
             self._scratches.clear()
-        self.group = group
+        self._leave()
+        self.group, self.communicator, self._sync = group, communicator, sync
+
+    def _leave(self) -> None:
+        """Let go of a communicator that this balancer came to by itself."""
+        if self.communicator is not None and not isinstance(self._sync, Communicator):
+            release(self.communicator)
+
+    def _meet(self) -> None:
+        """Load all kernels on all ranks before any of them waits for another; collective."""
+        if self.communicator is not None and self.communicator.waits_on_device:
+            self.warmup()
+            with self._on_device():
+                dist.barrier(self.group)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Make this GPU the current one: collectives of objects go through it."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def close(self) -> None:
+        """Let go of the communicator; the last balancer that shares it closes it.
+
+        Collective over the group, unless a call failed. A communicator that was given as
+        ``sync`` stays open. Later calls raise.
+        """
+        if not self._closed:
+            self._closed = True
+            self._leave()
+
+    def __enter__(self) -> Balancer:
+        """Return the balancer."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
 
     def _agree(self, placement: Placement) -> Placement:
         """Rank 0's placement, on every rank of the group."""
-        if self.group is None:
-            return placement
-        on_gpu = dist.get_backend(self.group) == "nccl"
-        mine = placement.phy2log.long()
-        wire = mine.to(self.device) if on_gpu else mine.clone()
-        dist.broadcast(wire, src=dist.get_global_rank(self.group, 0), group=self.group)
-        theirs = wire.cpu()
-        if torch.equal(theirs, mine):
-            return placement
-        return Placement(
-            theirs,
-            placement.ep_size,
-            n_logical=placement.n_logical,
-            n_group=placement.n_group,
-            max_columns=placement.max_columns,
-        )
+        number = self._handle
+        if self.group is not None:
+            on_gpu = dist.get_backend(self.group) == "nccl"
+            mine = placement.phy2log.long()
+            wire = torch.cat([mine, torch.tensor([number])])
+            wire = wire.to(self.device) if on_gpu else wire
+            dist.broadcast(wire, src=dist.get_global_rank(self.group, 0), group=self.group)
+            theirs, number = wire[:-1].cpu(), int(wire[-1])
+            if not torch.equal(theirs, mine):
+                placement = Placement(
+                    theirs,
+                    placement.ep_size,
+                    n_logical=placement.n_logical,
+                    n_group=placement.n_group,
+                    max_columns=placement.max_columns,
+                )
+        # What tells this layer with this placement from others, the same on all ranks.
+        table = placement.phy2log.numpy().tobytes()
+        self._next_version = message_version(table, str((number, placement.n_group)).encode())
+        return placement
 
     def update_placement(self, placement: Placement) -> Placement:
         """Write another placement of the same sizes into the device tables.
@@ -276,6 +380,7 @@ class Balancer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._tables.write(placement)
+        self._version.fill_(self._next_version)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._placement = placement
@@ -375,11 +480,28 @@ class Balancer:
         torch.Tensor
             ``[n_logical]`` int32; fresh if there is a group.
         """
-        if self.group is None:
+        if self.communicator is None:
             return counts
-        total = counts.clone()
-        dist.all_reduce(total, group=self.group)
+        self._check_open()
+        counts = counts.contiguous()
+        total = torch.empty_like(counts)
+        self.communicator.exchange(counts, self._version, total)
         return total
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this Balancer is closed")
+
+    def bind(self, channel: int) -> None:
+        """Give the current stream a channel of its own for `run`; see `Communicator.bind`.
+
+        Parameters
+        ----------
+        channel : int
+            From 0; the same on every rank.
+        """
+        if self.communicator is not None:
+            self.communicator.bind(channel)
 
     def solve(self, counts: torch.Tensor, *, certified: torch.Tensor | None = None) -> Solution:
         """Solve the LP of every group for counts summed over all ranks.
@@ -499,8 +621,13 @@ class Balancer:
         for dtype in (torch.int64, torch.int32):
             idx = torch.arange(2, device=self.device).to(dtype) % self._placement.n_logical
             for certified in (counters[0], narrow):
-                self._run_triton(idx, certified, counters[1], self.default_n_sms, group=None)
+                self._run_triton(idx, certified, counters[1], self.default_n_sms, None)
             self.count(idx)
+        if self.communicator is not None:
+            self.communicator.prepare(self._placement.n_logical)
+            if self.quotas == "global":
+                scratch = self._scratch(self.default_n_sms)
+                self._divide(scratch, torch.zeros_like(self.traffic))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -515,6 +642,8 @@ class Balancer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._raise_on_status()
+        if self.communicator is not None:
+            self.communicator.check()
 
     def _raise_on_status(self) -> None:
         if self._status_view[0]:
@@ -557,18 +686,38 @@ class Balancer:
         self, idx: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor, n_sms: int
     ) -> torch.Tensor:
         idx = idx.contiguous()
+        if self.communicator is not None:
+            self._check_open()
+            if self.quotas == "global" and idx.numel() >= 1 << 24:
+                raise ValueError(
+                    f"idx must have fewer than 2**24 elements with quotas='global', "
+                    f"got {idx.numel()}"
+                )
         if self.backend == "triton":
             self._raise_on_status()
             self._check_values(idx)
-            return self._run_triton(idx, certified, solves, n_sms, self.group)
+            return self._run_triton(idx, certified, solves, n_sms, self.communicator)
         self._check_values(idx)
-        counts, _ = reference.count_experts(idx, self._placement.n_logical, max(1, idx.numel()), 1)
-        solution = self._solve_torch(self.sync(counts), certified, solves)
+        n_logical, ep_size = self._placement.n_logical, self._placement.ep_size
+        counts, _ = reference.count_experts(idx, n_logical, max(1, idx.numel()), 1)
+        total, gathered = counts, None
+        if self.communicator is not None:
+            total = torch.empty_like(counts)
+            if self.quotas == "global":
+                gathered = counts.new_empty(ep_size, n_logical)
+            self.communicator.exchange(counts, self._version, total, gathered)
+        solution = self._solve_torch(total, certified, solves)
+        cumulative = self.cumulative_shares(solution.shares)
         views = self._tables.views
-        return reference.assign_copies(
-            idx, counts, self.cumulative_shares(solution.shares),
-            views["copy_start"], views["copy_slot"], self.rank,
-        )  # fmt: skip
+        start, slot = views["copy_start"], views["copy_slot"]
+        if gathered is not None and self.communicator is not None:
+            holder = slot // self._placement.slots_per_rank
+            quotas, kept = reference.divide_quotas(
+                gathered, cumulative, start, holder, self.communicator.ranks_per_node
+            )
+            cumulative = reference.shares_of_quotas(quotas[self.rank], counts, start, self.rank)
+            self.traffic += kept[self.rank]
+        return reference.assign_copies(idx, counts, cumulative, start, slot, self.rank)
 
     def _solve_torch(
         self, counts: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor
@@ -586,24 +735,40 @@ class Balancer:
         certified: torch.Tensor,
         solves: torch.Tensor,
         n_sms: int,
-        group: dist.ProcessGroup | None,
+        communicator: Communicator | None,
     ) -> torch.Tensor:
         kernels = self._kernels
         scratch = self._scratch(n_sms)
         chunk = _chunk(idx.numel(), n_sms)
         settings = self._settings(certified, solves)
         out = torch.empty_like(idx)
-        if group is None:
+        if communicator is None:
             scratch.pipeline.run(idx, out, chunk, settings)
             return out
         running, buffers = scratch.running, scratch.buffers
         kernels.count_by_program(idx, running, buffers.counts, self._status, chunk)
         kernels.sum_by_program(running, buffers.counts)
         # This rank's own totals stay in the last row of the running sums.
-        dist.all_reduce(buffers.counts, group=group)
+        communicator.exchange(running[-1], self._version, buffers.counts, scratch.gathered)
         kernels.solve_counts(None, buffers, self._solve_tables, settings)
-        kernels.select(idx, out, running, buffers.cumulative, self._select_tables, chunk, self.rank)
+        cumulative = buffers.cumulative
+        if scratch.mine is not None:
+            cumulative = self._divide(scratch, self.traffic)
+        kernels.select(idx, out, running, cumulative, self._select_tables, chunk, self.rank)
         return out
+
+    def _divide(self, scratch: _Scratch, traffic: torch.Tensor) -> torch.Tensor:
+        """Turn global quotas into cumulative shares of this rank alone."""
+        p, views = self._placement, self._tables.views
+        if scratch.gathered is None or scratch.mine is None or self.communicator is None:
+            raise RuntimeError("quotas='local' has nothing to divide")
+        self._kernels.divide_quotas(
+            scratch.gathered, scratch.buffers.cumulative,
+            views["copy_start"], views["copy_slot"], views["copy_index"], scratch.mine, traffic,
+            self.rank, p.slots_per_rank, self.communicator.ranks_per_node,
+            (p.n_physical - p.n_logical) // p.n_group + 1,
+        )  # fmt: skip
+        return scratch.mine
 
     def _settings(self, certified: torch.Tensor, solves: torch.Tensor) -> kernels.Settings:
         return self._kernels.Settings(certified, solves, self.tolerance, self.max_iterations)
@@ -622,12 +787,19 @@ class Balancer:
             ((2, p.n_group), torch.int32),
         ]
 
+    def _quota_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every rank's counts and of this rank's cumulative shares."""
+        p = self._placement
+        if self.quotas == "local":
+            return []
+        return [((p.ep_size, p.n_logical), torch.int32), ((p.n_physical,), torch.int32)]
+
     def _layout(self, n_sms: int) -> list[tuple[int, int, tuple[int, ...], torch.dtype]]:
         """Byte ranges of the fields, and room for them in every block of the device."""
         layout = self._offsets.get(n_sms)
         if layout is None:
             layout, offset = [], 0
-            for shape, dtype in self._shapes(n_sms):
+            for shape, dtype in self._shapes(n_sms) + self._quota_shapes():
                 size = 4 * int(torch.Size(shape).numel())
                 layout.append((offset, offset + size, shape, dtype))
                 offset += -(-max(size, 1) // 256) * 256
@@ -644,11 +816,12 @@ class Balancer:
             if kept is not None and kept.block is block:
                 return kept
         running, *rest = (block[a:b].view(d).view(s) for a, b, s, d in layout)
-        buffers = kernels.SolveBuffers(*rest)
+        buffers = kernels.SolveBuffers(*rest[: len(kernels.SolveBuffers._fields)])
+        gathered, mine = rest[len(buffers) :] or (None, None)
         pipeline = kernels.Pipeline(
             running, self._status, buffers, self._solve_tables, self._select_tables, self.rank
         )
-        scratch = _Scratch(block, running, buffers, pipeline)
+        scratch = _Scratch(block, running, buffers, pipeline, gathered, mine)
         if stream is not None:
             self._scratches[stream, n_sms] = scratch
         return scratch

@@ -13,6 +13,8 @@ from lplb_triton.balancer import Balancer, check_counter
 from lplb_triton.placement import Placement
 from lplb_triton.solution import SHARE_BITS
 from lplb_triton.solver import DEFAULT_TOLERANCE
+from lplb_triton.sync._base import Communicator
+from lplb_triton.sync._connect import deep_ep_domain
 
 __all__ = ["Planner"]
 
@@ -40,8 +42,9 @@ class Planner:
         Number of EP ranks; by default the group's size.
     group : torch.distributed.ProcessGroup or None
         EP group over which workloads are summed; ``None``: workloads are global already.
-    device, backend, tolerance
-        As for `Balancer`.
+    device, backend, tolerance, sync, timeout, quotas
+        As for `Balancer`. ``quotas`` applies to `run`; `weighted_select_target` rounds on each
+        rank.
 
     Attributes
     ----------
@@ -78,6 +81,9 @@ class Planner:
         device: torch.device | str | None = None,
         backend: str | None = None,
         tolerance: float = DEFAULT_TOLERANCE,
+        sync: str | Communicator = "auto",
+        timeout: float | None = None,
+        quotas: str = "local",
     ) -> None:
         if ep_size is None:
             if group is None:
@@ -89,8 +95,9 @@ class Planner:
             r2o, n_routed_experts, n_logical_routed_experts, ep_size
         )
         self.balancer = Balancer(
-            placement, group=group, device=device, backend=backend, tolerance=tolerance
-        )
+            placement, group=group, device=device, backend=backend, tolerance=tolerance,
+            sync=sync, timeout=timeout, quotas=quotas,
+        )  # fmt: skip
         on = self.balancer.device
         self.r2o = r2o.to(on)
         self.o2r = topologies.inverse(r2o).to(on)
@@ -126,31 +133,33 @@ class Planner:
     def init_from_deep_ep(self, buffer: Any) -> None:
         """Sum workloads over the process group of a DeepEP buffer.
 
-        Collective over the group; a second call does nothing. The sum is taken by
-        torch.distributed.
+        Collective over the group; a second call does nothing. The buffer says which ranks NVLink
+        joins; with ``sync="auto"`` on GPUs these exchange counts through each other's memory, and
+        torch.distributed joins them to the others. The buffer's own memory isn't used.
 
         Parameters
         ----------
         buffer : deep_ep.Buffer or deep_ep.ElasticBuffer
-            Anything with the process group as its ``group``.
+            Anything with the process group as its ``group``, and ``num_nvlink_ranks`` or a
+            ``runtime`` with ``get_num_rdma_ranks()`` if it knows.
 
         Raises
         ------
         TypeError
-            If ``buffer`` has no process group.
+            If ``buffer`` has no process group of torch.distributed.
         ValueError
             If the group's size isn't ``ep_size``.
         """
         if self.deep_ep_initialized:
             return
-        group = getattr(buffer, "group", None)
-        if group is None or not callable(getattr(group, "size", None)):
-            raise TypeError(
-                f"buffer must have a process group as its 'group', got {type(buffer).__name__}"
-            )
-        self.balancer.set_group(group)
+        group, domain_size = deep_ep_domain(buffer)
+        self.balancer.set_group(group, domain_size=domain_size)
         self._index_edges()
         self.deep_ep_initialized = True
+
+    def close(self) -> None:
+        """Let go of the communicator; see `Balancer.close`."""
+        self.balancer.close()
 
     def update_redundancy_mapping(
         self, workload: torch.Tensor | None = None, *, num_nodes: int = 1

@@ -16,8 +16,10 @@ __all__ = [
     "copy_quotas",
     "count_experts",
     "cumulative_shares",
+    "divide_quotas",
     "quantize_shares",
     "rounding_offsets",
+    "shares_of_quotas",
     "solve",
 ]
 
@@ -293,11 +295,16 @@ def cumulative_shares(
     index, multiplicity = copy_index.long(), copy_multiplicity.long()
     # Copies on one rank share that rank's part as evenly as integers allow.
     part = (index + 1) * here // multiplicity - index * here // multiplicity
-    running = part.cumsum(0)
+    return _cumsum_by_expert(part, copy_start).int()
+
+
+def _cumsum_by_expert(values: torch.Tensor, copy_start: torch.Tensor) -> torch.Tensor:
+    """Sum up the copies of each expert one by one, ``[n_physical]``."""
+    running = values.cumsum(0)
     first = copy_start[:-1].long()
     before = torch.where(first > 0, running[(first - 1).clamp(min=0)], 0)
     lengths = copy_start.diff().long()
-    return (running - before.repeat_interleave(lengths, output_size=copy_cell.numel())).int()
+    return running - before.repeat_interleave(lengths, output_size=values.numel())
 
 
 def rounding_offsets(rank: int, n_logical: int) -> torch.Tensor:
@@ -406,3 +413,106 @@ def assign_copies(
         low = torch.where(right, middle + 1, low)
     out[where] = copy_slot.long()[low]
     return out.reshape(idx.shape).to(idx.dtype)
+
+
+def divide_quotas(
+    gathered: torch.Tensor,
+    cumulative: torch.Tensor,
+    copy_start: torch.Tensor,
+    holder: torch.Tensor,
+    ranks_per_node: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide exact global quotas among the ranks, near ones first (equations 15 and 16).
+
+    Parameters
+    ----------
+    gathered : torch.Tensor
+        ``[n_ranks, n_logical]`` int, every rank's tokens per expert.
+    cumulative : torch.Tensor
+        ``[n_physical]`` int32, see `cumulative_shares`.
+    copy_start : torch.Tensor
+        ``[n_logical + 1]`` int32.
+    holder : torch.Tensor
+        ``[n_physical]`` int, rank of each copy.
+    ranks_per_node : int
+        Consecutive ranks that share a node.
+
+    Returns
+    -------
+    quotas : torch.Tensor
+        ``[n_ranks, n_physical]`` int64, tokens that each copy gets from each rank.
+    kept : torch.Tensor
+        ``[n_ranks, 3]`` int64: of each rank's tokens those that stay on the rank, those that stay
+        on its node, and all of them.
+    """
+    n_ranks, n_logical = gathered.shape
+    lengths = copy_start.diff().long()
+    expert = torch.arange(n_logical, device=gathered.device).repeat_interleave(lengths)
+    supply = gathered.long()[:, expert].clone()
+    theta = rounding_offsets(0, n_logical).to(gathered.device)
+    ends = (supply.sum(0) * cumulative.long() + theta[expert]) >> SHARE_BITS
+    begins = ends.roll(1)
+    begins[copy_start[:-1].long()] = 0
+    demand = ends - begins
+
+    quotas = torch.zeros_like(supply)
+    rank = torch.arange(n_ranks, device=gathered.device).unsqueeze(1)
+    nearness = (
+        rank == holder.unsqueeze(0),
+        rank // ranks_per_node == holder.unsqueeze(0) // ranks_per_node,
+        torch.ones_like(quotas, dtype=torch.bool),
+    )
+    for size in (1, ranks_per_node, n_ranks):
+        for first in range(0, n_ranks, size):
+            block = slice(first, min(first + size, n_ranks))
+            here = (holder >= first) & (holder < first + size)
+            met = _meet(supply[block], torch.where(here, demand, 0), copy_start)
+            quotas[block] += met
+            demand = demand - met.sum(0)
+            # A rank has the same supply in front of each copy of an expert.
+            used = torch.zeros(met.shape[0], n_logical, dtype=torch.long, device=met.device)
+            supply[block] -= used.index_add_(1, expert, met)[:, expert]
+    kept = torch.stack([torch.where(near, quotas, 0).sum(1) for near in nearness], 1)
+    return quotas, kept
+
+
+def _meet(supply: torch.Tensor, demand: torch.Tensor, copy_start: torch.Tensor) -> torch.Tensor:
+    """Match supply by rank with demand by copy, both in order, expert by expert.
+
+    ``supply`` [ranks, n_copies] (the same at all copies of an expert), ``demand`` [n_copies].
+    """
+    supply_end = supply.cumsum(0)
+    demand_end = _cumsum_by_expert(demand, copy_start)
+    end = torch.minimum(supply_end, demand_end)
+    begin = torch.maximum(supply_end - supply, demand_end - demand)
+    return (end - begin).clamp(min=0)
+
+
+def shares_of_quotas(
+    quotas: torch.Tensor, counts: torch.Tensor, copy_start: torch.Tensor, rank: int
+) -> torch.Tensor:
+    """Cumulative shares that `copy_quotas` turns into exactly these quotas (equation 17).
+
+    Parameters
+    ----------
+    quotas : torch.Tensor
+        ``[n_physical]`` int, this rank's tokens for each copy.
+    counts : torch.Tensor
+        ``[n_logical]`` int, this rank's tokens per expert, each below 2**24.
+    copy_start : torch.Tensor
+        ``[n_logical + 1]`` int32.
+    rank : int
+        This rank's number in the EP group.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[n_physical]`` int32 in units of 2**-24, by copy.
+    """
+    lengths = copy_start.diff().long()
+    ends = _cumsum_by_expert(quotas, copy_start)
+    size = counts.long().clamp(min=1).repeat_interleave(lengths, output_size=quotas.numel())
+    theta = rounding_offsets(rank, counts.numel()).to(quotas.device)
+    theta = theta.repeat_interleave(lengths, output_size=quotas.numel())
+    shares = ((ends << SHARE_BITS) - theta + size - 1).div(size, rounding_mode="floor")
+    return torch.where(ends > 0, shares, 0).int()

@@ -14,10 +14,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lplb_triton.bench import peers
-from lplb_triton.kernels import interior_point, launch, tokens
+from lplb_triton.kernels import interior_point, launch, launch_sync, quotas, sync, tokens
 
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64"}
+POINTERS |= {"addresses_ptr": "*i64", "traffic_ptr": "*i64"}
 FLOATS = ("weights_ptr", "fixed_ptr", "shares_ptr", "stats_ptr")
 
 
@@ -33,25 +34,45 @@ def signature(kernel, constants):
     return types
 
 
-def jobs():
+def jobs(capability):
     for ranks, columns in ((8, 32), (16, 32), (32, 64), (64, 128)):
         warps = launch._solve_warps(ranks, columns)
         options = {"num_warps": warps, **launch.SOLVE_OPTIONS}
         yield interior_point._solve_lp_kernel, {"G": ranks, "C": columns}, options
         constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64}
-        constants |= {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS}
+        constants |= {
+            "ROWS": launch.SUM_ROWS,
+            "EXPERTS": launch.SUM_EXPERTS,
+            "PDL": capability >= 90,
+        }
         yield interior_point._solve_counts_kernel, constants, options
-    bins = {"BINS": 256}
-    yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 4}
+    bins = {"BINS": 256, "PDL": capability >= 90}
+    yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 2}
     rows = {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS}
     yield tokens._running_sum_kernel, rows, {"num_warps": 1}
     yield tokens._select_kernel, {**bins, "BLOCK": launch.SELECT_BLOCK}, {"num_warps": 8}
+    block = {"BLOCK": launch_sync.SUM_BLOCK}
+    for gather in (0, 1):
+        constants = {"CHANNELS": 8, **block, "GATHER": gather, "CLOCK": 1}
+        yield sync._sum_over_ranks_kernel, constants, {"num_warps": sync.WARPS}
+    yield sync._sum_gathered_kernel, {**block, "GATHER": 1}, {"num_warps": sync.WARPS}
+    yield quotas._divide_quotas_kernel, {"RANKS": 64, "COPIES": 128}, {"num_warps": 1}
+
+
+def check_release(ptx):
+    """A barrier stands between the last store that a release has to cover and the release."""
+    lines = ptx.splitlines()
+    release = next(i for i, line in enumerate(lines) if re.search(r"atom\S*\.release\.exch", line))
+    stores = [i for i in range(release) if "st.global" in lines[i]]
+    assert stores, "nothing is stored before the release"
+    between = lines[stores[-1] : release]
+    assert any(re.search(r"bar(rier)?\.sync", line) for line in between), "no barrier"
 
 
 def main(capability):
     assert peers  # imported for its kernels' decorators: they must parse without a GPU
     target = GPUTarget("cuda", capability, 32)
-    for kernel, constants, options in jobs():
+    for kernel, constants, options in jobs(capability):
         begun = time.monotonic()
         source = ASTSource(kernel, signature(kernel, constants), constants)
         compiled = triton.compile(source, target=target, options=options)
@@ -60,6 +81,8 @@ def main(capability):
         took = time.monotonic() - begun
         print(f"{name} {constants} {options}: {cubin} bytes, {took:.1f} s", flush=True)
         assert cubin > 1000
+        if kernel is sync._sum_over_ranks_kernel:
+            check_release(compiled.asm["ptx"])
 
 
 if __name__ == "__main__":

@@ -178,12 +178,24 @@ def test_violations_of_the_standard_form(workload):
 
 
 def test_pipeline_row():
-    row = timing.pipeline_row("cube", 24, FakeTimer(), "cpu", tolerance=1e-3, bandwidth=1e9)
+    row = timing.pipeline_row(
+        "cube", 24, FakeTimer(), "cpu", tolerance=1e-3, bandwidth=1e9, per_family=1
+    )
     assert (row["ranks"], row["experts"], row["tokens"]) == (8, 256, 24)
     assert row["bytes"] == 3 * 24 * 8 * 8
     assert row["floor_us"] == pytest.approx(row["bytes"] / 1e3)
     assert row["host_us"] > 0
+    assert 0 < row["iterations"]["max"] < 12
     assert row["allocations_per_call"] is None
+
+
+def test_routed_batches():
+    batches = timing._route(32, 64, 2, 1)
+    assert len(batches) == 12
+    assert all(idx.shape == (32, 8) and idx.dtype == torch.int64 for idx in batches)
+    assert all(len(set(token.tolist())) == 8 for idx in batches for token in idx)
+    spread = [torch.bincount(idx.flatten(), minlength=64).float().std() for idx in batches]
+    assert min(spread[6:8]) > max(spread[:2])  # one hot expert or a Zipf law, and nearly even
 
 
 def test_ids_are_checked():
@@ -274,7 +286,9 @@ def test_more_than_one_allocation_is_reported(fake_gpu, monkeypatch, capsys):
     def pipeline_row(*args, **kwargs):
         return {**row, "allocations_per_call": 2.0}
 
-    row = timing.pipeline_row("cube", 16, FakeTimer(), "cpu", tolerance=1e-3, bandwidth=1e9)
+    row = timing.pipeline_row(
+        "cube", 16, FakeTimer(), "cpu", tolerance=1e-3, bandwidth=1e9, per_family=1
+    )
     monkeypatch.setattr(timing, "pipeline_row", pipeline_row)
     assert cli.main(["pipeline", "--shapes", "cube", "--tokens", "16"]) == cli.FAILED
     assert "allocates 2 times per call" in capsys.readouterr().err
@@ -360,5 +374,5 @@ def test_pipeline_on_a_gpu(capsys):
     report = json.loads(capsys.readouterr().out)
     (row,) = report["rows"]
     assert row["allocations_per_call"] == 1
-    assert 0 < row["floor_us"] < row["run_us"]
+    assert 0 < row["floor_us"] < row["run_us"]["median"]
     assert report["bandwidth"] > 1e10

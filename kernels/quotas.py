@@ -1,0 +1,122 @@
+"""Exact global quotas: from every rank's counts to this rank's part of each copy's quota.
+
+Equation numbers refer to docs/method.md.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lplb_triton.kernels.tokens import (
+    OFFSET_BY_EXPERT,
+    OFFSET_BY_RANK,
+    SHARE_BITS,
+    SHARE_HALF,
+    SHARE_MASK,
+)
+
+
+@triton.jit
+def _overlap(begin, size, other_begin, other_size):
+    """Length of what two intervals have in common."""
+    end = tl.minimum(begin + size, other_begin + other_size)
+    return tl.maximum(end - tl.maximum(begin, other_begin), 0)
+
+
+@triton.jit
+def _global_end(cumulative_ptr, first, j, n_copies, total, offset):
+    """All ranks' tokens that go to copy ``j`` of an expert or an earlier one (equation 15)."""
+    inner = (j >= 0) & (j < n_copies - 1)
+    share = tl.load(cumulative_ptr + first + j, mask=inner, other=0).to(tl.int64)
+    end = tl.where(inner, (total * share + offset) >> SHARE_BITS, 0)
+    return tl.where(j == n_copies - 1, total, end).to(tl.int32)
+
+
+@triton.jit(
+    do_not_specialize=["rank", "n_ranks", "n_logical", "slots_per_rank", "ranks_per_node"],
+    do_not_specialize_on_alignment=["gathered_ptr", "cumulative_ptr", "mine_ptr", "traffic_ptr"],
+)
+def _divide_quotas_kernel(
+    gathered_ptr, cumulative_ptr, copy_start_ptr, copy_slot_ptr, copy_index_ptr,
+    mine_ptr, traffic_ptr,
+    rank, n_ranks, n_logical, slots_per_rank, ranks_per_node,
+    RANKS: tl.constexpr, COPIES: tl.constexpr,
+):  # fmt: skip
+    """Write one rank's cumulative shares for one expert (equations 15 to 17).
+
+    gathered [n_ranks, n_logical] int32, every rank's counts; cumulative [n_copies] int32 as the
+    solver writes it, and mine likewise: `_select_kernel` turns it into this rank's quotas
+    exactly. copy_start [n_logical + 1], copy_slot, copy_index [n_copies] int32. ``traffic`` [3]
+    int64 rises by this rank's tokens that stay on the rank, that stay on the node, and by all.
+    RANKS >= n_ranks, COPIES >= copies of any expert. Grid (n_logical,).
+    """
+    expert = tl.program_id(0)
+    first = tl.load(copy_start_ptr + expert)
+    n_copies = tl.load(copy_start_ptr + expert + 1) - first
+    r = tl.arange(0, RANKS)
+    j = tl.arange(0, COPIES)
+    there = j < n_copies
+    supply = tl.load(gathered_ptr + r * n_logical + expert, mask=r < n_ranks, other=0)
+    count = tl.sum(tl.where(r == rank, supply, 0), 0)
+    holder = tl.load(copy_slot_ptr + first + j, mask=there, other=-1) // slots_per_rank
+    holder = tl.where(there, holder, -1)
+
+    # Equation 15: what each copy takes of all ranks' tokens.
+    total = tl.sum(supply, 0).to(tl.int64)
+    offset = (expert.to(tl.int64) * OFFSET_BY_EXPERT + SHARE_HALF) & SHARE_MASK
+    end = _global_end(cumulative_ptr, first, j, n_copies, total, offset)
+    begin = _global_end(cumulative_ptr, first, j - 1, n_copies, total, offset)
+    demand = tl.where(there, end - begin, 0)
+
+    # Equation 16: own rank first, its copies in order.
+    from_holder = tl.load(gathered_ptr + holder * n_logical + expert, mask=there, other=0)
+    index = tl.load(copy_index_ptr + first + j, mask=there, other=0)
+    taken_before = begin - _global_end(
+        cumulative_ptr, first, j - index - 1, n_copies, total, offset
+    )
+    at_home = tl.minimum(tl.maximum(from_holder - taken_before, 0), demand)
+    quota = tl.where(holder == rank, at_home, 0)
+    kept = tl.sum(quota, 0)
+    rest = demand - at_home
+
+    # Then own node, in order of ranks and of copies.
+    node = r // ranks_per_node
+    holder_node = tl.where(there, holder // ranks_per_node, -1)
+    own_before = tl.sum(tl.where((node == rank // ranks_per_node) & (r < rank), supply, 0), 0)
+    earlier_home = (holder_node == rank // ranks_per_node) & (holder < rank)
+    own_before -= tl.sum(tl.where(earlier_home, at_home, 0), 0)
+    own = count - kept
+    on_node = kept
+    left_before = 0
+    demand = rest
+    for at in range(0, tl.cdiv(n_ranks, ranks_per_node)):
+        wanted = tl.where(holder_node == at, demand, 0)
+        home = tl.sum(tl.where(holder_node == at, at_home, 0), 0)
+        offered = tl.sum(tl.where(node == at, supply, 0), 0) - home
+        matched = tl.minimum(offered, tl.sum(wanted, 0))
+        begin = tl.cumsum(wanted, 0) - wanted
+        rest -= _overlap(begin, wanted, 0, matched)
+        if at < rank // ranks_per_node:
+            left_before += offered - matched
+        if at == rank // ranks_per_node:
+            own_matched = _overlap(own_before, own, 0, matched)
+            here = _overlap(begin, wanted, own_before, own_matched)
+            quota += here
+            on_node += tl.sum(here, 0)
+            left_before += tl.maximum(own_before - matched, 0)
+            own -= own_matched
+    # Then whoever is left.
+    begin = tl.cumsum(rest, 0) - rest
+    quota += _overlap(begin, rest, left_before, own)
+
+    # Equation 17: the share that this rank's rounding turns into this quota.
+    end = tl.cumsum(quota, 0).to(tl.int64)
+    offset = (rank.to(tl.int64) * OFFSET_BY_RANK + offset) & SHARE_MASK
+    size = tl.maximum(count, 1).to(tl.int64)
+    share = ((end << SHARE_BITS) - offset + size - 1) // size
+    share = tl.where(end > 0, share, 0).to(tl.int32)
+    tl.store(mine_ptr + first + j, share, mask=there)
+    tl.atomic_add(traffic_ptr, kept.to(tl.int64), sem="relaxed")
+    tl.atomic_add(traffic_ptr + 1, on_node.to(tl.int64), sem="relaxed")
+    tl.atomic_add(traffic_ptr + 2, count.to(tl.int64), sem="relaxed")

@@ -1,0 +1,216 @@
+"""What all ways of summing counts over the EP group have in common."""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import zlib
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Communicator", "SyncError", "check_timeout", "group_timeout", "message_version"]
+
+# Groups over which a communicator has failed: they can't be used again.
+failed_groups: list[dist.ProcessGroup] = []
+
+# Longest bound, in seconds: milliseconds are counted in int32.
+MAX_TIMEOUT = 2_000_000.0
+
+
+class SyncError(RuntimeError):
+    """A rank didn't come in time, or came with another call.
+
+    Attributes
+    ----------
+    ranks : tuple of int
+        Ranks (in the EP group) to blame; empty if it isn't known.
+    epoch : int
+        Number of the call that failed, from 1.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...], epoch: int) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+        self.epoch = epoch
+
+
+class Communicator(ABC):
+    """Sums int32 counts over the ranks of a group; made by `lplb_triton.sync.connect`.
+
+    All ranks make the same calls in the same order. A context manager: leaving it closes it.
+
+    Attributes
+    ----------
+    kind : str
+        Name of the back end.
+    group : torch.distributed.ProcessGroup
+        Ranks that take part.
+    rank, n_ranks : int
+        This rank's number in the group, and the group's size.
+    ranks_per_node : int
+        Consecutive ranks that share a node.
+    timeout : float
+        Bound on each wait, in seconds.
+    """
+
+    kind: str
+    waits_on_device = False
+    """Whether kernels wait for other ranks: then all must be loaded before the first call."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, timeout: float, ranks_per_node: int
+    ) -> None:
+        self.group = group
+        self.device = device
+        self.rank = dist.get_rank(group)
+        self.n_ranks = group.size()
+        self.timeout = timeout
+        self.ranks_per_node = ranks_per_node
+        self.closed = False
+
+    @abstractmethod
+    def exchange(
+        self,
+        counts: torch.Tensor,
+        version: torch.Tensor,
+        total: torch.Tensor,
+        gathered: torch.Tensor | None = None,
+    ) -> None:
+        """Sum this call's counts over all ranks.
+
+        Parameters
+        ----------
+        counts : torch.Tensor
+            ``[n]`` int32, this rank's.
+        version : torch.Tensor
+            ``[1]`` int32 on the device; must be the same on all ranks.
+        total : torch.Tensor
+            ``[n]`` int32, written: the sum. -2 everywhere if the call failed.
+        gathered : torch.Tensor or None
+            ``[n_ranks, n]`` int32, written: every rank's counts. Zero but for this rank's own if
+            the call failed.
+
+        Raises
+        ------
+        SyncError
+            If an earlier call failed; where the host takes part in the exchange, also for this
+            one.
+        """
+
+    @abstractmethod
+    def check(self) -> None:
+        """Wait for the device and raise `SyncError` if a call or a graph replay failed."""
+
+    @abstractmethod
+    def _release(self, failed: bool) -> None:
+        """Let go of what is shared; collective unless a call failed."""
+
+    @abstractmethod
+    def bind(self, channel: int) -> None:
+        """Give the current stream a channel of its own.
+
+        Needed where calls come from several streams: those of one channel must have the same
+        order on every rank. Back ends of torch.distributed have a single order for all streams
+        and ignore it.
+
+        Parameters
+        ----------
+        channel : int
+            From 0; the same on every rank.
+        """
+
+    @abstractmethod
+    def prepare(self, n: int) -> None:
+        """Make sure that a call with ``n`` counts needs no compilation; local."""
+
+    @abstractmethod
+    def failed(self) -> bool:
+        """Whether a call is known to have failed; doesn't wait for the device."""
+
+    def close(self) -> None:
+        """Free what is shared. Collective, and waits for all ranks; a second call does nothing.
+
+        After a failed call it is local instead, and frees nothing that other ranks may still
+        write to. Then only a new process group can be used for another communicator.
+        """
+        if not self.closed:
+            self.closed = True
+            self._release(self.failed())
+            if self.failed():
+                failed_groups.append(self.group)
+
+    def abandon(self) -> None:
+        """Close after a failure elsewhere: local, and nothing shared is freed."""
+        if not self.closed:
+            self.closed = True
+            self._release(True)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RuntimeError(f"{self!r} is closed")
+
+    def __enter__(self) -> Communicator:
+        """Return the communicator."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Name the back end."""
+        return self.kind
+
+
+def check_timeout(timeout: object) -> float:
+    """Return seconds as a float, or raise naming ``timeout``."""
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number of seconds, got {timeout!r}")
+    if not 0 < timeout <= MAX_TIMEOUT:
+        raise ValueError(f"timeout must be in (0, {MAX_TIMEOUT:g}] seconds, got {timeout!r}")
+    return float(timeout)
+
+
+def group_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
+    """Time-out of a process group, in seconds."""
+    options: Any = getattr(group._get_backend(device), "options", None)
+    timeout = getattr(options, "_timeout", dist.default_pg_timeout)
+    if not isinstance(timeout, datetime.timedelta):
+        timeout = dist.default_pg_timeout
+    return min(timeout.total_seconds(), MAX_TIMEOUT)
+
+
+def gather_objects(mine: object, group: dist.ProcessGroup) -> list[Any]:
+    """Every rank's object, by rank; collective."""
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def node_sizes(group: dist.ProcessGroup) -> int:
+    """Consecutive ranks that share a host, 1 if hosts don't hold equally many; collective."""
+    hosts = gather_objects(socket.gethostname(), group)
+    size = hosts.count(hosts[0])
+    if len(hosts) % size:
+        return 1
+    blocks = [hosts[i : i + size] for i in range(0, len(hosts), size)]
+    even = all(len(set(block)) == 1 for block in blocks)
+    distinct = len({block[0] for block in blocks}) == len(blocks)
+    return size if even and distinct else 1
+
+
+def message_version(*parts: bytes) -> int:
+    """Compute a number, as int32, that tells one placement from another."""
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return crc - (1 << 32) if crc >= 1 << 31 else crc

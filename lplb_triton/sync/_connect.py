@@ -1,0 +1,278 @@
+"""Which way of summing counts to use, and who shares it."""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lplb_triton.placement import check_integer
+from lplb_triton.sync._base import (
+    Communicator,
+    check_timeout,
+    failed_groups,
+    gather_objects,
+    group_timeout,
+    node_sizes,
+)
+from lplb_triton.sync._distributed import DistributedCommunicator
+from lplb_triton.sync._hierarchical import HierarchicalCommunicator
+from lplb_triton.sync._memory import allocate
+from lplb_triton.sync._peer import Endpoint, PeerCommunicator
+
+__all__ = ["KINDS", "acquire", "connect", "deep_ep_domain", "release"]
+
+KINDS = ("auto", "distributed", "symmetric", "nvshmem", "hierarchical")
+DEFAULT_CAPACITY = 1024
+
+# Communicators that balancers share, with how many use each.
+_shared: dict[tuple[Any, ...], tuple[Communicator, int]] = {}
+
+
+def connect(
+    group: dist.ProcessGroup,
+    sync: str = "auto",
+    *,
+    device: torch.device | str | None = None,
+    timeout: float | None = None,
+    capacity: int = DEFAULT_CAPACITY,
+    domain_size: int | None = None,
+) -> Communicator:
+    """Make a communicator over a process group; collective over it.
+
+    Parameters
+    ----------
+    group : torch.distributed.ProcessGroup
+        The EP group.
+    sync : {"auto", "distributed", "symmetric", "nvshmem", "hierarchical"}
+        ``"distributed"``: all-gather by torch.distributed. ``"symmetric"``, ``"nvshmem"``: a
+        kernel that writes into every rank's memory, from torch's symmetric memory or from
+        nvshmem4py; at most 128 ranks, all of them within reach of one another.
+        ``"hierarchical"``: ``"symmetric"`` within each domain, then torch.distributed across.
+        ``"auto"``: on a CPU, and in a group of one, ``"distributed"``; if all ranks are on one
+        host, each with a GPU of its own, and every GPU can do atomics on every other's memory,
+        ``"symmetric"``; if that holds within each of several hosts with equally many consecutive
+        ranks, ``"hierarchical"``; else ``"distributed"``. With ``domain_size``, domains are
+        taken to be as it says.
+    device : torch.device, str or None
+        Where counts are; by default the current GPU, or the CPU if there is none.
+    timeout : float or None
+        Bound on each wait in seconds; by default the group's own time-out. torch.distributed on
+        a GPU takes no other.
+    capacity : int
+        The most counts in a call.
+    domain_size : int or None
+        Consecutive ranks that reach one another's memory; by default those of a host.
+
+    Returns
+    -------
+    Communicator
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument that doesn't fit.
+    RuntimeError
+        If memory can't be shared, or a communicator over this group has failed before.
+    """
+    if sync not in KINDS:
+        raise ValueError(f"sync must be one of {', '.join(KINDS)}, got {sync!r}")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a process group, got {type(group).__name__}")
+    on = _device(device)
+    timeout = None if timeout is None else check_timeout(timeout)
+    capacity = check_integer("capacity", capacity)
+    capacity = -(-capacity // 4) * 4
+    if domain_size is not None:
+        domain_size = check_integer("domain_size", domain_size)
+        if group.size() % domain_size:
+            raise ValueError(f"domain_size must divide {group.size()} ranks, got {domain_size}")
+    if any(group is failed for failed in failed_groups):
+        raise RuntimeError(
+            "a communicator over this group has failed: counts can be synchronised again over a "
+            "new process group"
+        )
+    if on.type == "cpu":
+        if sync not in ("auto", "distributed"):
+            raise ValueError(f"sync={sync!r} needs a GPU, got device {on}")
+        return DistributedCommunicator(group, on, timeout, domain_size or node_sizes(group))
+    with torch.cuda.device(on):
+        domain = domain_size or node_sizes(group)
+        chosen = _choose(group, on, domain, domain_size) if sync == "auto" else sync
+        if chosen == "distributed":
+            return DistributedCommunicator(group, on, timeout, domain)
+        if chosen == "hierarchical":
+            return _hierarchical(group, on, timeout, capacity, domain)
+        return _peer(chosen, group, on, timeout, capacity, domain)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if on.type == "cuda" and on.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return on
+
+
+def _peer(
+    provider: str,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    timeout: float | None,
+    capacity: int,
+    ranks_per_node: int,
+) -> PeerCommunicator:
+    from lplb_triton import kernels
+
+    if group.size() > kernels.MAX_RANKS:
+        raise ValueError(
+            f"sync={provider!r} takes at most {kernels.MAX_RANKS} ranks, got {group.size()}"
+        )
+    bound = group_timeout(group, device) if timeout is None else timeout
+    memory = allocate(provider, Endpoint.words(group.size(), capacity), group, device)
+    return PeerCommunicator(group, device, bound, ranks_per_node, memory, capacity)
+
+
+def _hierarchical(
+    group: dist.ProcessGroup,
+    device: torch.device,
+    timeout: float | None,
+    capacity: int,
+    domain: int,
+) -> HierarchicalCommunicator:
+    size = group.size()
+    if not 1 < domain < size:
+        raise ValueError(
+            f"sync='hierarchical' needs several domains of several ranks, got {size} ranks in "
+            f"domains of {domain}"
+        )
+    bound = group_timeout(group, device) if timeout is None else timeout
+    inner_group, outer_group = split(group, domain, device)
+    inner = _peer("symmetric", inner_group, device, bound, capacity, domain)
+    outer = DistributedCommunicator(outer_group, device, None, 1)
+    return HierarchicalCommunicator(group, device, domain, inner, outer)
+
+
+def split(
+    group: dist.ProcessGroup, domain: int, device: torch.device
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Make groups of this domain's ranks, and of the ranks with this number in all domains."""
+    timeout = timedelta(seconds=group_timeout(group, device))
+    backend = dist.get_backend(group)
+    ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
+    first = rank - rank % domain
+    made = []
+    for members in (ranks[first : first + domain], ranks[rank % domain :: domain]):
+        made.append(dist.new_group(members, timeout, backend, use_local_synchronization=True))
+    return made[0], made[1]
+
+
+def _choose(group: dist.ProcessGroup, device: torch.device, domain: int, told: int | None) -> str:
+    """Apply the rule of ``sync="auto"``; all ranks see the same facts."""
+    if group.size() == 1:
+        return "distributed"
+    reached = told is not None
+    if not reached:
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        everyone = gather_objects((socket.gethostname(), uuid), group)
+        here = [name for host, name in everyone if host == socket.gethostname()]
+        reached = all(gather_objects(_reaches_all(device, uuid, here), group))
+    if not reached or domain == 1:
+        return "distributed"
+    return "symmetric" if domain == group.size() else "hierarchical"
+
+
+def _reaches_all(device: torch.device, uuid: str, uuids: list[str]) -> bool:
+    """Whether this GPU can do atomics on the memory of all the others, and none is shared."""
+    if len(set(uuids)) != len(uuids):
+        return False
+    visible = {
+        str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())
+    }
+    others = [visible.get(other) for other in uuids if other != uuid]
+    return all(other is not None and _peer_atomics(device.index, other) for other in others)
+
+
+def _peer_atomics(source: int, target: int) -> bool:
+    """Ask the CUDA driver whether a GPU may do atomics on another's memory."""
+    if torch.version.cuda is None:
+        return False
+    driver = ctypes.CDLL("libcuda.so.1")
+    native_atomics_supported = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
+    value = ctypes.c_int()
+    error = driver.cuDeviceGetP2PAttribute(
+        ctypes.byref(value), native_atomics_supported, source, target
+    )
+    return error == 0 and value.value == 1
+
+
+def acquire(
+    group: dist.ProcessGroup,
+    sync: str,
+    device: torch.device,
+    timeout: float | None,
+    n: int,
+    domain_size: int | None = None,
+) -> Communicator:
+    """Take part in the communicator that balancers like this one share; collective.
+
+    `release` must be called once for each.
+    """
+    capacity = max(DEFAULT_CAPACITY, 1 << (n - 1).bit_length())
+    key = (group, sync, device, timeout, capacity, domain_size)
+    known = _shared.get(key)
+    if known is not None and not known[0].closed:
+        communicator, users = known
+        if communicator.failed():
+            raise RuntimeError(f"{communicator!r} over this group has failed; use a new group")
+    else:
+        communicator, users = (
+            connect(
+                group, sync, device=device, timeout=timeout, capacity=capacity,
+                domain_size=domain_size,
+            ),
+            0,
+        )  # fmt: skip
+    _shared[key] = (communicator, users + 1)
+    return communicator
+
+
+def release(communicator: Communicator) -> None:
+    """Undo one `acquire`; the last one closes the communicator."""
+    for key, (known, users) in list(_shared.items()):
+        if known is communicator:
+            if users > 1 and not known.failed():
+                _shared[key] = (known, users - 1)
+                return
+            del _shared[key]
+            known.close()
+            return
+
+
+def deep_ep_domain(buffer: Any) -> tuple[dist.ProcessGroup, int | None]:
+    """Process group of a DeepEP buffer, and how many consecutive ranks NVLink joins.
+
+    Read of ``deep_ep.Buffer``: ``group`` and, if it has RDMA memory, the number of RDMA ranks of
+    its ``runtime``; of ``deep_ep.ElasticBuffer``: ``group`` and ``num_nvlink_ranks``. ``None``
+    if the buffer doesn't say.
+
+    Raises
+    ------
+    TypeError
+        If it has no process group of torch.distributed.
+    """
+    group = getattr(buffer, "group", None)
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "buffer must have a process group of torch.distributed as its 'group', got "
+            f"{type(buffer).__name__} with {type(group).__name__}"
+        )
+    domain = getattr(buffer, "num_nvlink_ranks", None)
+    if domain is None:
+        count = getattr(getattr(buffer, "runtime", None), "get_num_rdma_ranks", None)
+        if callable(count):
+            domain = group.size() // max(1, int(count()))
+    return group, None if domain is None else check_integer("num_nvlink_ranks", domain)

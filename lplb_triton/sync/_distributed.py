@@ -1,0 +1,214 @@
+"""Counts gathered by torch.distributed: NCCL on a GPU, gloo on a CPU."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lplb_triton.sync._base import Communicator, SyncError, group_timeout
+
+# Words of a message before the counts: epoch (unused: the library keeps the order), version,
+# number of counts, unused.
+HEADER = 4
+# After a failure on the host, seconds that ranks wait for one another's reports.
+GRACE = 2.0
+
+
+class DistributedCommunicator(Communicator):
+    """All-gather by torch.distributed; the reference that the other back ends are held to."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        timeout: float | None,
+        ranks_per_node: int,
+    ) -> None:
+        backend = dist.get_backend(group)
+        if timeout is not None and device.type == "cuda":
+            raise ValueError(
+                f"timeout must be None for torch.distributed on a GPU: {backend} waits as long as "
+                "its process group says"
+            )
+        bound = group_timeout(group, device) if timeout is None else timeout
+        super().__init__(group, device, bound, ranks_per_node)
+        self.kind = f"torch.distributed({backend})"
+        self._flat = backend == "nccl"
+        self._calls = 0
+        self._headers: dict[int, torch.Tensor] = {}
+        self._error: SyncError | None = None
+        self._status = torch.zeros(1, dtype=torch.int64)
+        if device.type == "cuda":
+            from lplb_triton import kernels
+
+            words = kernels.status_words(self.n_ranks)
+            self._status = torch.zeros(words, dtype=torch.int64, pin_memory=True)
+        self._status_view = self._status.numpy()
+
+    def exchange(
+        self,
+        counts: torch.Tensor,
+        version: torch.Tensor,
+        total: torch.Tensor,
+        gathered: torch.Tensor | None = None,
+    ) -> None:
+        """See `Communicator.exchange`."""
+        self._check_open()
+        self._raise_on_failure()
+        self._calls += 1
+        n = counts.numel()
+        header = self._headers.get(n)
+        if header is None:
+            words = torch.tensor([0, 0, n, 0], dtype=torch.int32)
+            header = self._headers[n] = words.to(self.device)
+        message = torch.cat((header[:1], version, header[2:], counts))
+        rows = torch.empty(self.n_ranks, HEADER + n, dtype=torch.int32, device=self.device)
+        if self.device.type == "cuda":
+            if self._flat:
+                dist.all_gather_into_tensor(rows, message, group=self.group)
+            else:
+                dist.all_gather(list(rows.unbind(0)), message, group=self.group)
+            from lplb_triton import kernels
+
+            kernels.sum_gathered(counts, total, gathered, rows, version, self._status, self.rank)
+            return
+        self._gather_on_host(rows, message)
+        wrong = (rows[:, 1:3] != message[1:3]).any(1)
+        if wrong.any():
+            blamed = tuple(torch.nonzero(wrong).flatten().tolist())
+            theirs = {r: tuple(rows[r, 1:3].tolist()) for r in blamed}
+            self._error = mismatch_error(self, self._calls, theirs, (int(version), n))
+            raise self._error
+        torch.sum(rows[:, HEADER:], 0, dtype=torch.int32, out=total)
+        if gathered is not None:
+            gathered.copy_(rows[:, HEADER:])
+
+    def _gather_on_host(self, rows: torch.Tensor, message: torch.Tensor) -> None:
+        """Gather, for at most the time-out; then find out who is missing."""
+        begun = time.monotonic()
+        try:
+            work = dist.all_gather(list(rows.unbind(0)), message, group=self.group, async_op=True)
+            if work is not None:
+                work.wait(datetime.timedelta(seconds=self.timeout))
+        except Exception as error:
+            left = self.timeout - (time.monotonic() - begun)
+            absent = self._find_absent(max(0.0, left) + GRACE)
+            names = f"ranks {list(absent)}" if absent else "a rank that could not be found"
+            self._error = SyncError(
+                f"epoch {self._calls} of {self!r} failed on rank {self.rank}: {names} did not "
+                f"come within {self.timeout:g} s, or died ({error})",
+                absent,
+                self._calls,
+            )
+            raise self._error from error
+
+    def _find_absent(self, patience: float) -> tuple[int, ...]:
+        """Ranks that have not reported this failure too; waits at most ``patience`` seconds."""
+        try:
+            store: Any = dist.distributed_c10d._get_process_group_store(self.group)
+            key = f"lplb_triton/failed/{self._calls}/"
+            store.set(f"{key}{self.rank}", b"1")
+            absent = set(range(self.n_ranks))
+            begun = quiet_since = time.monotonic()
+            while absent and time.monotonic() - begun < patience:
+                here = {r for r in absent if store.check([f"{key}{r}"])}
+                if here:
+                    absent -= here
+                    quiet_since = time.monotonic()
+                # One rank alone is missing, and the others have all reported.
+                if len(absent) <= 1 and time.monotonic() - quiet_since > GRACE / 2:
+                    break
+                time.sleep(0.02)
+        except Exception:
+            # The store died with its rank: there is nobody left to ask.
+            return ()
+        return tuple(sorted(absent))
+
+    def _raise_on_failure(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._status_view[0]:
+            self._error = device_error(self, self._status_view)
+            raise self._error
+
+    def check(self) -> None:
+        """See `Communicator.check`."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._raise_on_failure()
+
+    def bind(self, channel: int) -> None:
+        """See `Communicator.bind`: there is one order for all streams."""
+
+    def prepare(self, n: int) -> None:
+        """See `Communicator.prepare`."""
+        if self.device.type == "cuda":
+            from lplb_triton import kernels
+
+            # A header that is made here needs no copy from the host during capture.
+            words = torch.tensor([0, 0, n, 0], dtype=torch.int32)
+            self._headers[n] = words.to(self.device)
+            counts = torch.zeros(n, dtype=torch.int32, device=self.device)
+            rows = torch.zeros(1, HEADER + n, dtype=torch.int32, device=self.device)
+            rows[0, 2] = n
+            version = torch.zeros(1, dtype=torch.int32, device=self.device)
+            for gathered in (None, torch.empty_like(counts).reshape(1, n)):
+                kernels.sum_gathered(
+                    counts, torch.empty_like(counts), gathered, rows, version, self._status, 0
+                )
+
+    def failed(self) -> bool:
+        """See `Communicator.failed`."""
+        return self._error is not None or bool(self._status_view[0])
+
+    def _release(self, failed: bool) -> None:
+        """Nothing is held."""
+
+
+def mismatch_error(
+    sync: Communicator,
+    epoch: int,
+    theirs: Mapping[int, Sequence[int]],
+    mine: tuple[int, int] | None,
+) -> SyncError:
+    """Error for ranks that came with another (placement version, number of counts)."""
+    calls = ", ".join(
+        f"rank {rank} came with placement version {version & 0xFFFFFFFF:08x} and {n} counts"
+        for rank, (version, n) in theirs.items()
+    )
+    own = ""
+    if mine is not None:
+        own = f"; here it was version {mine[0] & 0xFFFFFFFF:08x} and {mine[1]} counts"
+    return SyncError(
+        f"epoch {epoch} of {sync!r} failed on rank {sync.rank}: {calls}{own}", tuple(theirs), epoch
+    )
+
+
+def device_error(sync: Communicator, status: Any) -> SyncError:
+    """Error for what a kernel has reported (see kernels/sync.py)."""
+    from lplb_triton import kernels
+
+    if sync.device.type == "cuda":
+        # The fault's details are there for certain only now. Every wait is bounded.
+        torch.cuda.synchronize(sync.device)
+    epoch, channel = int(status[1]), int(status[2])
+    fault = kernels.FAULTS[int(status[0])]
+    by_rank = status[kernels.STATUS_FIRST :].reshape(3, -1)
+    blamed = [int(rank) for rank in by_rank[0].nonzero()[0]]
+    if fault == "mismatch":
+        theirs = {rank: (int(by_rank[1, rank]), int(by_rank[2, rank])) for rank in blamed}
+        return mismatch_error(sync, epoch, theirs, None)
+    where = f"epoch {epoch} on channel {channel} of {sync!r} failed on rank {sync.rank}"
+    if fault == "overlap":
+        return SyncError(
+            f"{where}: two calls were under way at once; each stream needs its own channel (bind)",
+            (sync.rank,),
+            epoch,
+        )
+    names = f"ranks {blamed} did not come" if blamed else "the last rank came just too late, not"
+    return SyncError(f"{where}: {names} within {sync.timeout:g} s", tuple(blamed), epoch)

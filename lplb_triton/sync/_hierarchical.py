@@ -1,0 +1,94 @@
+"""Counts summed within each domain first, then across domains."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from lplb_triton.sync._base import Communicator
+
+
+class HierarchicalCommunicator(Communicator):
+    """Two communicators in a row.
+
+    ``inner`` joins the consecutive ranks of a domain, ``outer`` the ranks with the same number
+    in every domain. Both belong to this one, and are closed with it.
+    """
+
+    waits_on_device = True
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        ranks_per_node: int,
+        inner: Communicator,
+        outer: Communicator,
+    ) -> None:
+        super().__init__(group, device, max(inner.timeout, outer.timeout), ranks_per_node)
+        if inner.n_ranks * outer.n_ranks != self.n_ranks:
+            raise ValueError(
+                f"inner and outer must make up {self.n_ranks} ranks, got {inner.n_ranks} times "
+                f"{outer.n_ranks}"
+            )
+        self.kind = f"hierarchical({inner!r} x {inner.n_ranks}, {outer!r} x {outer.n_ranks})"
+        self._inner, self._outer = inner, outer
+
+    def exchange(
+        self,
+        counts: torch.Tensor,
+        version: torch.Tensor,
+        total: torch.Tensor,
+        gathered: torch.Tensor | None = None,
+    ) -> None:
+        """See `Communicator.exchange`."""
+        self._check_open()
+        n, size = counts.numel(), self._inner.n_ranks
+        partial = torch.empty_like(counts)
+        if gathered is None:
+            self._inner.exchange(counts, version, partial)
+            self._outer.exchange(partial, _marked(version, partial), total)
+            return
+        domain = torch.empty(size, n, dtype=torch.int32, device=self.device)
+        self._inner.exchange(counts, version, partial, domain)
+        by_rank = torch.empty(size * n, dtype=torch.int32, device=self.device)
+        self._outer.exchange(
+            domain.reshape(-1), _marked(version, partial), by_rank, gathered.view(-1, size * n)
+        )
+        torch.sum(by_rank.view(size, n), 0, dtype=torch.int32, out=total)
+        # A failed sum is no number of tokens, however many times it was added.
+        total.clamp_(min=-2)
+
+    def bind(self, channel: int) -> None:
+        """See `Communicator.bind`."""
+        self._inner.bind(channel)
+        self._outer.bind(channel)
+
+    def prepare(self, n: int) -> None:
+        """See `Communicator.prepare`."""
+        self._inner.prepare(n)
+        self._outer.prepare(n)
+        self._outer.prepare(self._inner.n_ranks * n)
+
+    def failed(self) -> bool:
+        """See `Communicator.failed`."""
+        return self._inner.failed() or self._outer.failed()
+
+    def check(self) -> None:
+        """See `Communicator.check`."""
+        self._inner.check()
+        self._outer.check()
+
+    def _release(self, failed: bool) -> None:
+        if failed:
+            # One part's failure makes the other's close local too.
+            self._inner.abandon()
+            self._outer.abandon()
+        else:
+            self._outer.close()
+            self._inner.close()
+
+
+def _marked(version: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
+    """Version to send on: another one where the domain's sum failed, so that nobody adds it."""
+    return torch.where(partial[:1] < 0, version + 1, version)

@@ -1,0 +1,195 @@
+"""Counts exchanged by a kernel that writes into the memory of every rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from lplb_triton.sync._base import Communicator, SyncError
+from lplb_triton.sync._distributed import device_error
+
+if TYPE_CHECKING:
+    from lplb_triton.sync._memory import SharedMemory
+
+CHANNELS = 8
+
+
+class PeerCommunicator(Communicator):
+    """The protocol of docs/sync.md on any memory that all ranks of the group can write to.
+
+    ``memory`` is this rank's buffer with the addresses of all; ``capacity`` the most counts that
+    a call may have.
+    """
+
+    waits_on_device = True
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        timeout: float,
+        ranks_per_node: int,
+        memory: SharedMemory,
+        capacity: int,
+    ) -> None:
+        super().__init__(group, device, timeout, ranks_per_node)
+        self.kind = f"p2p({memory.name})"
+        self.capacity = capacity
+        self._memory: SharedMemory | None = memory
+        self._endpoint = Endpoint(memory.addresses, self.rank, device, capacity, self.timeout)
+        self._error: SyncError | None = None
+        self._channels: dict[int, int] = {}
+
+    def exchange(
+        self,
+        counts: torch.Tensor,
+        version: torch.Tensor,
+        total: torch.Tensor,
+        gathered: torch.Tensor | None = None,
+    ) -> None:
+        """See `Communicator.exchange`."""
+        self._check_open()
+        self._raise_on_failure()
+        if counts.numel() > self.capacity:
+            raise ValueError(
+                f"counts must have at most {self.capacity} elements, got {counts.numel()}"
+            )
+        self._endpoint.exchange(counts, version, total, gathered, self._channel())
+
+    def _channel(self) -> int:
+        """Channel of the current stream."""
+        stream = self._stream()
+        channel = self._channels.get(stream)
+        if channel is None:
+            # A graph is captured on a stream of its own and replayed on any.
+            if torch.cuda.is_current_stream_capturing():
+                return 0
+            if self._channels:
+                raise RuntimeError(
+                    "calls come from a stream without a channel, after others: call "
+                    "bind(channel) on it, with the same channel on every rank (0 if its calls "
+                    "never overlap with the first stream's)"
+                )
+            channel = self._channels[stream] = 0
+        return channel
+
+    def bind(self, channel: int) -> None:
+        """See `Communicator.bind`."""
+        if isinstance(channel, bool) or not isinstance(channel, int):
+            raise TypeError(f"channel must be an int, got {type(channel).__name__}")
+        if not 0 <= channel < CHANNELS:
+            raise ValueError(f"channel must be in [0, {CHANNELS}), got {channel}")
+        self._channels[self._stream()] = channel
+
+    def _stream(self) -> int:
+        # Without a Stream object on the way, which costs as much as a launch.
+        return torch._C._cuda_getCurrentRawStream(self.device.index)
+
+    def prepare(self, n: int) -> None:
+        """See `Communicator.prepare`."""
+        self._endpoint.prepare(n)
+
+    def failed(self) -> bool:
+        """See `Communicator.failed`."""
+        return self._error is not None or self._endpoint.failed()
+
+    def _raise_on_failure(self) -> None:
+        if self._error is None and self._endpoint.failed():
+            self._error = device_error(self, self._endpoint.status_view)
+        if self._error is not None:
+            raise self._error
+
+    def check(self) -> None:
+        """See `Communicator.check`."""
+        torch.cuda.synchronize(self.device)
+        self._raise_on_failure()
+
+    def _release(self, failed: bool) -> None:
+        memory = self._memory
+        if memory is None:
+            return
+        if not failed:
+            torch.cuda.synchronize(self.device)
+            failed = self._endpoint.failed()
+        if failed:
+            # Late ranks may still write here.
+            _abandoned.append(memory)
+            return
+        self._memory = None
+        with torch.cuda.device(self.device):
+            # Nobody frees what somebody still reads.
+            dist.barrier(self.group)
+            memory.free()
+
+
+# Memory of communicators that failed: kept until the process ends.
+_abandoned: list[SharedMemory] = []
+
+
+class Endpoint:
+    """One rank's side of the exchange: its state, and the launches."""
+
+    def __init__(
+        self,
+        addresses: list[int],
+        rank: int,
+        device: torch.device,
+        capacity: int,
+        timeout: float,
+    ) -> None:
+        from lplb_triton import kernels
+
+        self._kernels = kernels
+        self._rank = rank
+        self._capacity = capacity
+        self._timeout_ms = max(1, round(timeout * 1000))
+        self._device = device
+        self._addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self._gates = torch.zeros(CHANNELS, dtype=torch.int32, device=device)
+        self._epochs = torch.zeros(CHANNELS, dtype=torch.int32, device=device)
+        self._status = torch.zeros(
+            kernels.status_words(len(addresses)),
+            dtype=torch.int64,
+            pin_memory=device.type == "cuda",
+        )
+        # Kernels write here, so the host can look without waiting for the device.
+        self.status_view = self._status.numpy()
+
+    @staticmethod
+    def words(n_ranks: int, capacity: int) -> int:
+        """int32 words of a rank's buffer."""
+        from lplb_triton import kernels
+
+        return CHANNELS * kernels.channel_words(n_ranks, capacity)
+
+    def failed(self) -> bool:
+        """Whether a kernel has reported a fault."""
+        return bool(self.status_view[0])
+
+    def exchange(
+        self,
+        counts: torch.Tensor,
+        version: torch.Tensor,
+        total: torch.Tensor,
+        gathered: torch.Tensor | None,
+        channel: int,
+    ) -> None:
+        """Launch the exchange on the current stream."""
+        self._kernels.sum_over_ranks(
+            counts, total, gathered, self._addresses, self._gates, self._epochs, version,
+            self._status, self._rank, self._capacity, channel, self._timeout_ms,
+        )  # fmt: skip
+
+    def prepare(self, n: int) -> None:
+        """Compile and load the kernels for ``n`` counts, by an exchange with nobody else."""
+        on = self._device
+        buffer = torch.zeros(self.words(1, self._capacity), dtype=torch.int32, device=on)
+        alone = Endpoint([buffer.data_ptr()], 0, on, self._capacity, 1.0)
+        counts = torch.zeros(n, dtype=torch.int32, device=on)
+        version = torch.zeros(1, dtype=torch.int32, device=on)
+        for gathered in (None, torch.empty(1, n, dtype=torch.int32, device=on)):
+            alone.exchange(counts, version, torch.empty_like(counts), gathered, 0)
+        if on.type == "cuda":
+            torch.cuda.synchronize(on)
