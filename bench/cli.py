@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from lplb_triton import Status, __version__, topologies
-from lplb_triton.bench import balance, plots, tables, timing, verify
+from lplb_triton.bench import balance, plots, simulate, tables, timing, verify
 from lplb_triton.bench import trace as traces
 from lplb_triton.bench.instances import SHAPES, shape_placement
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, resolve_backend
@@ -55,6 +55,8 @@ _EXAMPLES = """examples:
       times of the solve kernel and of its peers on a GPU
   lplb-bench pipeline --markdown -
       times of the whole run on a GPU, as Markdown
+  lplb-bench simulate --ep 8,64 --slots 2
+      a simulation: expert products of every rank of EP 8 and 64, timed on one GPU
 """
 
 
@@ -244,6 +246,33 @@ def _add_timed_commands(commands: Any) -> None:
         "--first-call", action=argparse.BooleanOptionalAction, default=True,
         help="time the first call in fresh processes too (default)",
     )  # fmt: skip
+    sub = commands.add_parser(
+        "simulate",
+        parents=[shared],
+        help="expert products of 8 to 64 simulated ranks, timed on one GPU",
+        description=(
+            "A SIMULATION: the ranks of an EP group one after the other on one GPU, each with its\n"
+            "real token counts of the packaged trace. The expert products of every rank are timed\n"
+            "for real; the layer takes as long as its slowest rank. No communication, no routing."
+        ),
+        formatter_class=raw,
+    )
+    sub.set_defaults(run=_simulate)
+    sub.add_argument(
+        "--ep", type=_integers(1), default=(8, 16, 32, 64), metavar="N[,N...]",
+        help="EP sizes (default 8,16,32,64)",
+    )  # fmt: skip
+    for name, default, text in (
+        ("slots", 1, "redundant slots per rank"),
+        ("tokens", 16384, "rows of a rank's experts on average: its tokens times top-k"),
+        ("hidden", 2048, "width of the model"),
+        ("inner", 768, "inner width of an expert"),
+        ("batches", 1, "test batches of each layer in each stretch of the trace"),
+    ):
+        sub.add_argument(
+            f"--{name}", type=_count, default=default, metavar="N",
+            help=f"{text} (default %(default)s)",
+        )  # fmt: skip
 
 
 def _shapes(text: str, *, make: Callable[..., object] = shape_placement) -> tuple[str, ...]:
@@ -571,6 +600,34 @@ def _pipeline(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return FAILED if wrong else OK
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    trace = traces.packaged()
+    for ep in args.ep:
+        if trace.experts % ep:
+            raise _UsageError(f"argument --ep: {ep} does not divide the {trace.experts} experts")
+    device, timer = _start_timed(args)
+    begin = time.perf_counter()
+    options = {name: getattr(args, name) for name in ("slots", "tokens", "hidden", "inner")}
+    total = len(args.ep) * len(simulate.chosen_batches(trace, args.batches))
+    with tables.progress_bar("batches", total) as advance:
+        rows = [
+            simulate.simulate_row(
+                trace, ep, timer, device, **options,
+                per_stretch=args.batches, tolerance=args.tolerance, progress=advance,
+            )
+            for ep in args.ep
+        ]  # fmt: skip
+    report = {
+        "command": "simulate",
+        "options": {**options, "batches": args.batches, "tolerance": args.tolerance},
+        "environment": _environment(device.type),
+        "seconds": time.perf_counter() - begin,
+        "rows": rows,
+    }
+    _finish_timed(args, report, tables.simulate_grids(report))
+    return OK
 
 
 def _start_timed(args: argparse.Namespace) -> tuple[torch.device, timing.Timer]:

@@ -45,9 +45,11 @@ import sys
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -61,6 +63,7 @@ SHOWN_RANKS = 32
 # Runs of letters, a line break with the indentation after it, runs of spaces, or one byte.
 _PIECE = re.compile(rb"[A-Za-z]+|\n *| +|.", re.DOTALL)
 _BYTES = 256
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
@@ -319,6 +322,37 @@ def build_corpus(config: Config) -> Corpus:
     )
 
 
+def wide(x: Tensor) -> Tensor:
+    """Return ``x`` in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def draw_begins(config: Config, corpus: Corpus) -> Tensor:
+    """Draw where every sequence of the run begins.
+
+    On the CPU, so that every device sees the same batches.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    corpus
+        The text.
+
+    Returns
+    -------
+    Tensor
+        int64 [steps, sources, sequences of a source in a batch], positions in ``corpus.tokens``.
+    """
+    sequences = config.tokens_per_source // config.seq_len
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = torch.rand(
+        (config.steps, config.sources, sequences), dtype=torch.float64, generator=generator
+    )
+    last = (corpus.lengths - config.seq_len).view(-1, 1)
+    return corpus.starts.view(-1, 1) + (drawn * last).to(torch.int64)
+
+
 class _Dispatch(torch.autograd.Function):
     """Copy each token once per chosen expert, ordered by expert.
 
@@ -336,7 +370,8 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (inverse,) = ctx.saved_tensors
         per_choice = grad[inverse].view(-1, ctx.top_k, grad.shape[-1])
-        return per_choice.sum(1, dtype=torch.float32).to(grad.dtype), None, None, None
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        return per_choice.sum(1, dtype=dtype).to(grad.dtype), None, None, None
 
 
 class _Collect(torch.autograd.Function):
@@ -396,7 +431,9 @@ def expert_outputs(x: Tensor, w_in: Tensor, w_out: Tensor, ends: Tensor, grouped
             gate, value = (x[begin:end] @ weight_in).chunk(2, dim=-1)
             outputs.append((functional.silu(gate) * value) @ weight_out)
         begin = end
-    return torch.cat(outputs)
+    # Without any row the result still depends on its inputs: a rank without tokens takes part in
+    # the backward pass.
+    return torch.cat(outputs) if outputs else x @ w_in[0].to(x.dtype) @ w_in[0].to(x.dtype).t()
 
 
 def check_grouped(device: torch.device) -> None:
@@ -480,7 +517,7 @@ class MoE(nn.Module):
             float32 [tokens, experts], what the weights were picked from, each row scaled to sum 1.
         """
         with torch.autocast(x.device.type, enabled=False):
-            logits = x.float() @ self.router.t()
+            logits = wide(x) @ self.router.t()
             if self.config.router == "sigmoid":
                 scores = logits.sigmoid()
             else:
@@ -522,7 +559,7 @@ class MoE(nn.Module):
         ends = load.cumsum(0).to(torch.int32)
         y = expert_outputs(rows, self.w_in, self.w_out, ends, self.grouped)
         y = _Collect.apply(y, order, inverse).view(tokens, config.top_k, -1)
-        y = (y.float() * weights[..., None]).sum(1).to(x.dtype)
+        y = (wide(y) * weights[..., None]).sum(1).to(x.dtype)
         aux = (load * scores.mean(0)).sum() * (config.experts / (tokens * config.top_k))
         return y, counts, aux
 
@@ -569,18 +606,19 @@ class Block(nn.Module):
     ----------
     config
         Settings.
-    grouped
-        Passed on to `MoE`.
+    make_experts
+        Makes the mixture: it takes [tokens, hidden] and returns what `MoE.forward` does.
     """
 
-    def __init__(self, config: Config, grouped: bool) -> None:
+    def __init__(self, config: Config, make_experts: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.heads = config.hidden // math.gcd(config.hidden, 64)
         self.norm_attention = nn.LayerNorm(config.hidden)
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
         self.out = nn.Linear(config.hidden, config.hidden, bias=False)
         self.norm_experts = nn.LayerNorm(config.hidden)
-        self.experts = MoE(config, grouped)
+        # Last, as every weight is drawn from one generator.
+        self.experts = make_experts()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Apply the block to [sequences, seq_len, hidden]; see `MoE.forward` for the rest."""
@@ -600,16 +638,18 @@ class MoELanguageModel(nn.Module):
     ----------
     config
         Settings.
-    grouped
-        Passed on to `MoE`.
+    make_experts
+        Makes the mixture of each layer from its number.
     """
 
-    def __init__(self, config: Config, grouped: bool = False) -> None:
+    def __init__(self, config: Config, make_experts: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.token = nn.Embedding(config.vocab, config.hidden)
         self.position = nn.Parameter(torch.randn(config.seq_len, config.hidden) * 0.02)
         nn.init.normal_(self.token.weight, std=0.02)
-        self.blocks = nn.ModuleList(Block(config, grouped) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config, partial(make_experts, layer)) for layer in range(config.layers)
+        )
         self.norm = nn.LayerNorm(config.hidden)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -768,9 +808,12 @@ def _learning_rate(config: Config, step: int) -> float:
     return config.lr * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
-def _optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
-    decayed = [weight for weight in model.parameters() if weight.ndim >= 2]
-    others = [weight for weight in model.parameters() if weight.ndim < 2]
+def _optimizer(
+    weights: Iterable[nn.Parameter], config: Config, device: torch.device
+) -> torch.optim.Optimizer:
+    weights = list(weights)
+    decayed = [weight for weight in weights if weight.ndim >= 2]
+    others = [weight for weight in weights if weight.ndim < 2]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     fused = device.type == "cuda"
     return torch.optim.AdamW(groups, config.lr, (0.9, 0.95), weight_decay=0.1, fused=fused)
@@ -846,18 +889,10 @@ def train(config: Config, log: Callable[[str], object] = print) -> Result:
 
     torch.manual_seed(config.seed)
     with device:
-        model = MoELanguageModel(config, grouped)
-    optimizer = _optimizer(model, config, device)
+        model = MoELanguageModel(config, lambda layer: MoE(config, grouped))
+    optimizer = _optimizer(model.parameters(), config, device)
 
-    # Drawn on the CPU, so that every device sees the same batches, and sent over in one go.
-    sequences = config.tokens_per_source // config.seq_len
-    generator = torch.Generator().manual_seed(config.seed)
-    drawn = torch.rand(
-        (config.steps, config.sources, sequences), dtype=torch.float64, generator=generator
-    )
-    last = (corpus.lengths - config.seq_len).view(-1, 1)
-    begins = corpus.starts.view(-1, 1) + (drawn * last).to(torch.int64)
-    begins = begins.view(config.steps, -1, 1).to(device)
+    begins = draw_begins(config, corpus).view(config.steps, -1, 1).to(device)
     window = torch.arange(config.seq_len + 1, device=device)
 
     recorder = Recorder(config, device) if config.record is not None else None
@@ -941,32 +976,42 @@ _HELP = {
 }
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
+def parse_arguments(
+    arguments: Sequence[str] | None = None,
+    kind: type[Settings] = Config,
+    help_of: dict[str, str] = _HELP,
+    summary: str = (__doc__ or "").partition("\n")[0],
+) -> Settings:
     """Read the command line.
 
     Parameters
     ----------
     arguments
         Arguments, or None for those of the process.
+    kind
+        Dataclass of the settings, one option for each field; None as default means a text.
+    help_of
+        One line about each field.
+    summary
+        What the program does.
 
     Returns
     -------
-    Config
+    Settings
         Checked settings. Prints a message and exits with status 2 when they are wrong.
     """
-    summary = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=summary)
-    kinds = {"text": str, "record": str}
-    for option in fields(Config):
+    for option in fields(kind):
         default = option.default
-        parser.add_argument(
-            "--" + option.name.replace("_", "-"),
-            type=kinds.get(option.name, type(default)),
-            default=default,
-            help=f"{_HELP[option.name]} (default: {default})",
-        )
+        flag = "--" + option.name.replace("_", "-")
+        text = f"{help_of[option.name]} (default: {default})"
+        if isinstance(default, bool):
+            parser.add_argument(flag, action="store_true", help=help_of[option.name])
+        else:
+            reader = str if default is None else type(default)
+            parser.add_argument(flag, type=reader, default=default, help=text)
     try:
-        return Config(**vars(parser.parse_args(arguments)))
+        return kind(**vars(parser.parse_args(arguments)))
     except ValueError as error:
         parser.error(str(error))
 

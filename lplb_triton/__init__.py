@@ -11,6 +11,7 @@ from lplb_triton.eplb import rebalance_experts
 from lplb_triton.placement import Placement
 from lplb_triton.planner import Planner
 from lplb_triton.problem import Problem
+from lplb_triton.replicas import Replicas
 from lplb_triton.solution import Solution, SolveError, Status
 from lplb_triton.solver import solve
 
@@ -19,6 +20,7 @@ __all__ = [
     "Placement",
     "Planner",
     "Problem",
+    "Replicas",
     "Solution",
     "SolveError",
     "Status",
