@@ -27,8 +27,11 @@ SHARE_ONE = tl.constexpr(1 << 24)
 FAR = tl.constexpr(1e30)
 NEAR = tl.constexpr(1e-30)
 
-# Classes of edges that balancing goes through before the interior-point method takes over.
+# Classes of edges that balancing goes through before the interior-point method takes over, and
+# how far it goes beyond level once the first sweeps were not enough.
 MOST_CLASSES = tl.constexpr(256)
+EXACT_SWEEPS = tl.constexpr(4)
+RELAXATION = tl.constexpr(1.5)
 
 # Looks at counts that another program has to write, before giving up.
 MOST_POLLS = tl.constexpr(1 << 22)
@@ -255,43 +258,52 @@ def _cut_bound(loads, fixed, w, copy, rank_on):
 
 
 @triton.jit
-def _sweep(x_ptr, loads_ptr, edges_ptr, n_classes, width, LANES: tl.constexpr):
-    """Level the two ranks of every edge, class by class (equation 18).
+def _level_edges(
+    x_ptr, loads_ptr, edges_ptr, n_steps, n_classes, width, n_columns, part, LANES: tl.constexpr
+):
+    """Move tokens along the edges of ``n_steps`` classes, one after the other (equation 18).
 
-    edges [n_classes, 4, width] int32: the ranks of an edge and their cells in ``x``, -1 where
-    there is none. No rank is twice in a class. Every element of these tiles is in one thread.
+    edges [n_classes, width] int64 hold the two ranks (16 bits each) and the column of an edge,
+    -1 where there is none; no rank is twice in a class. ``part`` of the difference between the
+    ranks moves, 0.5 to level them. Every element of these tiles is in one thread.
     """
     lane = tl.arange(0, LANES)
-    for k in range(n_classes):
-        ptrs = edges_ptr + k * 4 * width + lane
-        first = tl.load(ptrs, mask=lane < width, other=-1)
-        second = tl.load(ptrs + width, mask=lane < width, other=-1)
-        first_cell = tl.load(ptrs + 2 * width, mask=lane < width, other=-1)
-        second_cell = tl.load(ptrs + 3 * width, mask=lane < width, other=-1)
-        on = first >= 0
+    edge = tl.load(edges_ptr + lane, mask=lane < width, other=-1)
+    k = 0
+    for _ in range(n_steps):
+        k = tl.where(k + 1 < n_classes, k + 1, 0)
+        following = tl.load(edges_ptr + k * width + lane, mask=lane < width, other=-1)
+        on = edge >= 0
+        first = (edge & 0xFFFF).to(tl.int32)
+        second = ((edge >> 16) & 0xFFFF).to(tl.int32)
+        column = (edge >> 32).to(tl.int32)
+        first_x_ptrs = x_ptr + first * n_columns + column
+        second_x_ptrs = x_ptr + second * n_columns + column
         first_load = tl.load(loads_ptr + first, mask=on, other=0.0)
         second_load = tl.load(loads_ptr + second, mask=on, other=0.0)
-        first_x = tl.load(x_ptr + first_cell, mask=on, other=0.0)
-        second_x = tl.load(x_ptr + second_cell, mask=on, other=0.0)
-        step = (second_load - first_load) * 0.5
-        step = tl.minimum(tl.maximum(step, -first_x), second_x)
-        tl.store(loads_ptr + first, first_load + step, mask=on)
-        tl.store(loads_ptr + second, second_load - step, mask=on)
-        tl.store(x_ptr + first_cell, first_x + step, mask=on)
-        tl.store(x_ptr + second_cell, second_x - step, mask=on)
+        first_x = tl.load(first_x_ptrs, mask=on, other=0.0)
+        second_x = tl.load(second_x_ptrs, mask=on, other=0.0)
+        moved = (second_load - first_load) * part
+        moved = tl.minimum(tl.maximum(moved, -first_x), second_x)
+        tl.store(loads_ptr + first, first_load + moved, mask=on)
+        tl.store(loads_ptr + second, second_load - moved, mask=on)
+        tl.store(first_x_ptrs, first_x + moved, mask=on)
+        tl.store(second_x_ptrs, second_x - moved, mask=on)
         tl.debug_barrier()
+        edge = following
 
 
 @triton.jit
 def _balance(
     best, best_load, bound, load, base, fixed, w, w_all, copy, rank_on, target,
-    x_ptr, loads_ptr, edges_ptr, n_classes, width, cell, inside,
+    x_ptr, loads_ptr, edges_ptr, n_classes, width, n_columns, cell, inside,
     G: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Improve the plan ``best`` [G, C] along edges until its gap is at most ``target``.
 
-    x [G, C] and loads [G] float32 are scratch, in global memory, which a single multiprocessor
-    keeps in its cache. Stops after MOST_CLASSES classes of edges. Returns plan, load, bound.
+    x [G, n_columns] and loads [G] float32 are scratch, in global memory, which a single
+    multiprocessor keeps in its cache. The plan is looked at after 1, 2, 4, .. sweeps over all
+    edges, and left after MOST_CLASSES classes of them. Returns plan, load, bound.
     """
     tl.store(x_ptr + cell, w * best, mask=inside)
     tl.store(loads_ptr + tl.arange(0, G), load, mask=rank_on)
@@ -302,9 +314,12 @@ def _balance(
         & (n_classes > 0)
     ):
         sweeps = tl.maximum(done, 1)
+        part = tl.where(done >= EXACT_SWEEPS, 0.5 * RELAXATION, 0.5)
         tl.debug_barrier()
-        for _ in range(sweeps):
-            _sweep(x_ptr, loads_ptr, edges_ptr, n_classes, width, LANES)
+        _level_edges(
+            x_ptr, loads_ptr, edges_ptr, sweeps * n_classes, n_classes, width, n_columns, part,
+            LANES,
+        )  # fmt: skip
         done += sweeps
         x = tl.load(x_ptr + cell, mask=inside, other=0.0)
         total = _column_sum(x)
@@ -332,7 +347,7 @@ def _quantize(shares, copy, G: tl.constexpr):
 @triton.jit
 def _interior_point(
     weights, fixed, copy, rank_on, n_ranks, tolerance, max_iterations,
-    x_ptr, loads_ptr, edges_ptr, n_classes, width, cell, inside,
+    x_ptr, loads_ptr, edges_ptr, n_classes, width, n_columns, cell, inside,
     G: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Solve one group: by balancing along edges if that gets there, else by Newton's method.
@@ -399,7 +414,7 @@ def _interior_point(
     if LANES > 0:
         best, best_load, bound = _balance(
             best, best_load, bound, load, base, f, w, w_all, copy, rank_on, aim,
-            x_ptr, loads_ptr, edges_ptr, n_classes, width, cell, inside, G, LANES,
+            x_ptr, loads_ptr, edges_ptr, n_classes, width, n_columns, cell, inside, G, LANES,
         )  # fmt: skip
 
     iterations = 0
@@ -534,7 +549,7 @@ def _solve_lp_kernel(
     copy = tl.load(mask_ptr + program * mask_stride + cell, mask=inside, other=0) != 0
     units, max_load, lower_bound, gap, iterations, status = _interior_point(
         weights[None, :], fixed, copy, rank_on, n_ranks, tolerance, max_iterations,
-        shares_ptr, stats_ptr, ints_ptr, 0, 0, cell, inside, G, C, 0,
+        shares_ptr, stats_ptr, ints_ptr, 0, 0, n_columns, cell, inside, G, C, 0,
     )  # fmt: skip
     shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
     tl.store(shares_ptr + program * n_ranks * n_columns + cell, shares, mask=inside)
@@ -613,7 +628,7 @@ def _solve_counts_kernel(
     int32, shares [n_group, n_ranks, n_columns] float32 and units (int32, running over ranks),
     cumulative [n_physical] int32, of which it writes the copies of replicated experts:
     shared_copies and their cells, [n_group, n_shared], padded with -1. edges
-    [n_group, most_classes, 4, width] int32 as for `_sweep`; LANES is the number of threads;
+    [n_group, most_classes, width] int64 as for `_level_edges`; LANES is the number of threads;
     loads [n_group, n_ranks] float32 is scratch. ``certified`` [1] rises
     by one if the group is certified, ``solves`` [1] always (int32 or int64).
     Grid (n_sums + n_group,).
@@ -659,7 +674,7 @@ def _solve_counts_kernel(
         units, max_load, lower_bound, gap, iterations, status = _interior_point(
             weights[None, :], fixed, copy, rank_on, n_ranks, tolerance, max_iterations,
             shares_ptr + first_cell, loads_ptr + group * n_ranks,
-            edges_ptr + group * most_classes * 4 * width, n_classes, width,
+            edges_ptr + group * most_classes * width, n_classes, width, n_columns,
             cell - first_cell, inside, G, C, LANES,
         )  # fmt: skip
         tl.store(units_ptr + cell, tl.cumsum(units, 0), mask=inside)

@@ -22,6 +22,8 @@ SELECT_BLOCK = 256
 # Rows and experts of one program that sums counts.
 SUM_ROWS = 256
 SUM_EXPERTS = 4
+# A block has at most 1024 threads.
+MOST_WARPS = 32
 # A thread that fuses its own product into a sum over lanes rounds differently from the lane
 # that sends it. All threads must hold the same bits: they take the same branches by them.
 SOLVE_OPTIONS = {"enable_fp_fusion": False}
@@ -162,13 +164,19 @@ def _tile(n_ranks: int, n_columns: int) -> tuple[int, int]:
     return max(8, triton.next_power_of_2(n_ranks)), max(32, triton.next_power_of_2(n_columns))
 
 
-def _solve_warps(ranks: int, columns: int) -> int:
-    """Warps for a tile: the quickest on an H100 (docs/benchmarks.md)."""
+def _newton_warps(ranks: int, columns: int) -> int:
+    """Warps for `solve`: the quickest on an H100 (docs/benchmarks.md)."""
     if ranks == 8:
         return min(8, columns // 32)
     if ranks <= 32:
         return 4 if columns <= 64 else 8
     return 8 if ranks == 64 and columns <= 64 else 16
+
+
+def _solve_warps(ranks: int, columns: int) -> int:
+    """Warps for `solve_counts`, where Newton's method is rare: about 8 cells for a thread."""
+    fewest = 2 if ranks == 8 else 4
+    return min(max(fewest, ranks * columns // 256), MOST_WARPS)
 
 
 def solve(
@@ -198,7 +206,7 @@ def solve(
             weights, fixed, mask, stride, shares, stats, ints,
             tolerance, max_iterations, n_ranks, n_columns,
         )  # fmt: skip
-        options = {"num_warps": _solve_warps(ranks, columns), **SOLVE_OPTIONS}
+        options = {"num_warps": _newton_warps(ranks, columns), **SOLVE_OPTIONS}
         _launch(_Call(_solve_lp_kernel, batch, args, (ranks, columns), options))
     return shares, stats[0], stats[1], stats[2], ints[0], ints[1]
 
@@ -242,7 +250,7 @@ def _solve_counts_call(
         buffers.counts if running is None else running, buffers.counts, *tables, *buffers[1:],
         *settings, n_ranks, n_columns, n_slots, n_shared,
         n_logical, 0 if running is None else running.shape[0], n_sums,
-        tables.edges.shape[1], tables.edges.shape[3],
+        *tables.edges.shape[1:],
     )  # fmt: skip
     warps = _solve_warps(ranks, columns)
     constants = (

@@ -18,6 +18,8 @@ __all__ = ["DeviceTables"]
 
 # Sections start on this many bytes, so that no kernel is compiled twice for alignment.
 ALIGNMENT = 256
+# Copies of a column of which each is joined with each.
+FEW = 4
 
 
 def _shared_copies(placement: Placement) -> NDArray[np.int32]:
@@ -37,39 +39,39 @@ def _shared_copies(placement: Placement) -> NDArray[np.int32]:
     return shared
 
 
-def _edges(placement: Placement) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def _edges(placement: Placement) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Pairs of copies that the solver levels, in classes that name no rank twice.
 
-    The copies of a column are joined as the corners of a hypercube are, so that few sweeps
-    reach all of them. Returns [n_group, most_classes, 4, width] (two ranks and their cells,
-    padded with -1; see docs/method.md, equation 18) and the number of classes [n_group].
+    Up to FEW copies of a column are joined each with each, more of them as the corners of a
+    hypercube are, so that few sweeps reach all. Returns [n_group, most_classes, width] (the two
+    ranks, 16 bits each, and the column above them; -1 for none) and the number of classes
+    [n_group]; see docs/method.md, equation 18.
     """
     mask = placement.structure.mask
     n_group, n_ranks, n_columns = mask.shape
     spare = (placement.n_physical - placement.n_logical) // n_group
-    dimensions = (n_ranks - 1).bit_length()
-    most = min(2 * min(placement.slots_per_rank, n_columns), spare) * dimensions
-    table = np.full((n_group, most, 4, max(1, n_ranks // 2)), -1, dtype=np.int32)
+    most_edges = max(FEW - 1, (n_ranks - 1).bit_length())
+    most = min(2 * min(placement.slots_per_rank, n_columns), spare) * most_edges
+    table = np.full((n_group, most, max(1, n_ranks // 2)), -1, dtype=np.int64)
     n_classes = np.zeros(n_group, dtype=np.int32)
     for group in range(n_group):
         edges = []
         for column in np.flatnonzero(mask[group].any(0)):
-            ranks = np.flatnonzero(mask[group, :, column])
+            ranks = np.flatnonzero(mask[group, :, column]).tolist()
             for i, j in itertools.combinations(range(len(ranks)), 2):
-                if (i ^ j).bit_count() == 1:
-                    edges.append((int(ranks[i]), int(ranks[j]), int(column)))
+                if len(ranks) <= FEW or (i ^ j).bit_count() == 1:
+                    edges.append((ranks[i], ranks[j], int(column)))
         degree = np.bincount([r for edge in edges for r in edge[:2]], minlength=n_ranks)
-        # Greedily, crowded ranks first: at most twice the largest degree.
+        # Greedily, crowded ranks first: fewer than twice the largest degree.
         edges.sort(key=lambda edge: -int(degree[edge[0]] + degree[edge[1]]))
         taken: list[set[int]] = []
-        for a, b, at in edges:
-            fits = (k for k, ranks in enumerate(taken) if a not in ranks and b not in ranks)
+        for first, second, at in edges:
+            fits = (k for k, t in enumerate(taken) if first not in t and second not in t)
             k = next(fits, len(taken))
             if k == len(taken):
                 taken.append(set())
-            cells = a * n_columns + at, b * n_columns + at
-            table[group, k, :, len(taken[k]) // 2] = a, b, *cells
-            taken[k] |= {a, b}
+            table[group, k, len(taken[k]) // 2] = first | second << 16 | at << 32
+            taken[k] |= {first, second}
         n_classes[group] = len(taken)
     return table, n_classes
 
