@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 
 from lplb_triton import Placement, solve
+from lplb_triton._cut_search import CutSearch, _level_cuts
 from lplb_triton.bench.verify import highs_optimum
-from lplb_triton.place import _level_cuts, _scenarios, _Search, place
+from lplb_triton.place import _scenarios, place
 
 
 def fluctuating(batches, experts, seed, spread=0.3):
@@ -20,6 +21,11 @@ def fluctuating(batches, experts, seed, spread=0.3):
 def optima(placement, history):
     """Optimum of each batch, in mean rank loads."""
     return solve(placement.problem(history)).max_load / history.sum(1) * placement.ep_size
+
+
+def cut_search(start, load, rng):
+    price = np.zeros((start.n_logical, start.ep_size), dtype=np.float32)
+    return CutSearch(start, load, price, np.zeros(start.ep_size, dtype=np.int64), rng)
 
 
 def eplb(history, ep_size, redundant):
@@ -107,7 +113,7 @@ def test_bookkeeping_of_the_search():
     load = _scenarios(fluctuating(20, 24, 10).numpy(), 40, 0.2, 1.0, np.random.default_rng(0))
     load = load / load.sum(1, keepdims=True) * 6
     start = Placement.from_history(torch.from_numpy(load.mean(0)), 6, redundant_per_rank=1)
-    search = _Search(start, load, np.random.default_rng(0))
+    search = cut_search(start, load, np.random.default_rng(0))
     for search.trial in range(1, 120):
         search.step()
         copies = np.zeros_like(search.copies)
@@ -126,7 +132,7 @@ def test_cuts_bound_the_optimum_and_reach_it():
     load = fluctuating(8, 24, 11, 0.6).float().numpy()
     load = load / load.sum(1, keepdims=True) * 6
     start = Placement.from_history(torch.from_numpy(load.mean(0)), 6, redundant_per_rank=1)
-    search = _Search(start, load, rng)
+    search = cut_search(start, load, rng)
     exact = np.array(
         [highs_optimum(row, np.zeros(6), np.ascontiguousarray(search.copies.T > 0)) for row in load]
     )
