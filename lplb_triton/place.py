@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lplb_triton._cut_search import CutSearch
 from lplb_triton._exact_search import CANDIDATES, ExactSearch
+from lplb_triton.chain import chain, checked_load
 from lplb_triton.moves import check_same_sizes, domains_of, keep_slots
 from lplb_triton.placement import Placement, check_integer
 from lplb_triton.solver import solve
@@ -34,6 +35,8 @@ MIN_BATCHES = 8
 # exceeds a perfect balance by less than ENOUGH under the one before.
 STRESSES = (1.0, 1.5, 2.0)
 ENOUGH = 3e-3
+# Trials at each higher power.
+MARGIN_TRIALS = 300
 # What a margin for stress may cost over recorded batches, in mean rank loads.
 MARGIN_COST = 5e-4
 
@@ -54,8 +57,9 @@ def place(
 ) -> Placement:
     """Place and replicate experts so that the program's optimum is low over recorded batches.
 
-    Starts from EPLB's placement (or the previous one) and improves it by local search: swap two
-    slots of different ranks, or give a slot of an expert with several copies to another expert.
+    Starts from the placement of `lplb_triton.chain` (or the previous one) and improves it by local
+    search: swap two slots of different ranks, or give a slot of an expert with several copies to
+    another expert.
     What is made small is the mean, with a little of the mean of the worst tenth, of the optima of
     equation 1 over `samples` batches: recorded ones, at most half, and synthetic ones, in which
     every expert's deviation from its mean is taken from one of two recorded batches. Synthetic
@@ -119,7 +123,7 @@ def place(
     >>> place(history, 2, redundant_per_rank=1)
     Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
     """
-    load = _checked_history(history)
+    load = checked_load("history", history, (1, 2))
     where = history.device if device is None else torch.device(device)
     n_ranks = check_integer("ep_size", ep_size, 1)
     redundant = check_integer("redundant_per_rank", redundant_per_rank, 0)
@@ -137,26 +141,20 @@ def place(
     load = load[load.sum(1) > 0]
     load = load / np.maximum(load.sum(1, keepdims=True), 1e-300) * n_ranks
     mean = load.mean(0) if len(load) else np.ones(n_logical)
-    # Groups of one expert each: EPLB then packs experts onto domains by load.
-    groups = n_logical if n_domains > 1 else 1
-    start = Placement.from_history(
+    start = chain(
         torch.from_numpy(mean),
         n_ranks,
         redundant_per_rank=redundant,
-        num_groups=groups,
-        num_nodes=n_domains,
+        ranks_per_domain=ranks_per_domain,
     )
-    if previous is None:
-        if penalty:
-            raise ValueError("move_penalty needs previous, the placement that moves start from")
-        if n_domains > 1:
-            start = Placement(start.phy2log, n_ranks, n_logical=n_logical, n_group=n_domains)
-    else:
+    if previous is not None:
         check_same_sizes("previous", previous, start)
         try:
             start = Placement(previous.phy2log, n_ranks, n_logical=n_logical, n_group=n_domains)
         except ValueError as error:
             raise ValueError(f"previous does not fit ranks_per_domain: {error}") from error
+    elif penalty:
+        raise ValueError("move_penalty needs previous, the placement that moves start from")
     if n_ranks == 1 or not len(load) or not n_trials:
         return start
     price = np.zeros((n_logical, n_ranks), dtype=np.float32)
@@ -179,6 +177,7 @@ def place(
         cost = _cost(found, counts, price)
         if cost <= limit + MARGIN_COST / len(STRESSES):
             best, limit = found, min(limit, cost)
+        n_trials = min(n_trials, MARGIN_TRIALS)
         if excess > ENOUGH or n_trials < 1:
             break
     phy2log = keep_slots(best.phy2log.long()[None], start.phy2log.long()[None], n_ranks)[0]
@@ -192,23 +191,6 @@ def _checked_number(name: str, value: object) -> float:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
     return float(value)
-
-
-def _checked_history(history: object) -> _Double:
-    """Return `history` as ``[batches, n_logical]`` float64 on the CPU."""
-    if not isinstance(history, torch.Tensor):
-        raise TypeError(f"history must be a torch.Tensor, got {type(history).__name__}")
-    if history.is_complex():
-        raise TypeError(f"history must have a real dtype, got {history.dtype}")
-    if history.ndim not in (1, 2) or history.numel() == 0:
-        raise ValueError(
-            "history must have shape [batches, n_logical] or [n_logical], none of them 0, "
-            f"got {list(history.shape)}"
-        )
-    load: _Double = history.detach().double().cpu().numpy().reshape(-1, history.shape[-1])
-    if not np.isfinite(load).all() or (load < 0).any():
-        raise ValueError("history must be finite and not negative")
-    return load
 
 
 def _scenarios(
