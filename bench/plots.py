@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lplb_triton.bench.balance import Cell
 
-__all__ = ["balance_png"]
+__all__ = ["balance_png", "placement_png"]
 
 _COLORS = {"none": "#b8b8b8", "reordered": "#d9a441", "even": "#3b7dbd", "lp": "#c8374a"}
 
@@ -57,6 +57,46 @@ def balance_png(cells: Sequence[Cell], *, title: str) -> bytes:
     for (left, right), cell in zip(axes, drawn, strict=True):
         _draw_loads(left, cell)
         _draw_batches(right, cell)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def placement_png(rows: Sequence[dict[str, Any]], *, title: str) -> bytes:
+    """Draw the mean excess of each placement under the LP, one group of bars a combination.
+
+    Parameters
+    ----------
+    rows
+        Results of `lplb_triton.bench.placement.run`.
+    title
+        Text above the picture.
+
+    Returns
+    -------
+    bytes
+        A PNG file.
+
+    Raises
+    ------
+    MissingExtraError
+        If matplotlib isn't installed.
+    """
+    require("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 + 1.5 * len(rows), 4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    at = np.arange(len(rows))
+    for offset, (name, color) in enumerate(zip(rows[0]["methods"], _COLORS.values(), strict=False)):
+        excess = [100 * float(np.mean(row["methods"][name]["lp"])) for row in rows]
+        ax.bar(at + 0.28 * (offset - 1), excess, width=0.28, color=color, label=f"{name} + LP")
+    ax.set_xticks(at, [f"EP {row['ep']}, {row['slots']} a rank" for row in rows])
+    ax.set_ylabel("mean excess imbalance, %")
+    ax.set_title(title, fontsize=10)
+    ax.legend(fontsize=8, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from lplb_triton import Placement, solve
 from lplb_triton._cut_search import CutSearch, _level_cuts
 from lplb_triton.bench.verify import highs_optimum
-from lplb_triton.place import _scenarios, place
+from lplb_triton.placing import _scenarios, place
 
 
 def fluctuating(batches, experts, seed, spread=0.3):

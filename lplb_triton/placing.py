@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lplb_triton._cut_search import CutSearch
 from lplb_triton._exact_search import CANDIDATES, ExactSearch
-from lplb_triton.chain import chain, checked_load
+from lplb_triton.chaining import chain, checked_load
 from lplb_triton.moves import check_same_sizes, domains_of, keep_slots
 from lplb_triton.placement import Placement, check_integer
 from lplb_triton.solver import solve
