@@ -213,6 +213,9 @@ def _add_placement_command(commands: Any) -> None:
     sub.add_argument("--layers", type=_layers, metavar="LIST", help="as in balance")
     sub.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     sub.add_argument(
+        "--trials", type=_count, metavar="N", help="effort of place (default: its own)"
+    )
+    sub.add_argument(
         "--moves", type=_tolerance, metavar="PENALTY",
         help="count moves over drifting synthetic loads too, with this move_penalty",
     )  # fmt: skip
@@ -639,7 +642,7 @@ def _placement(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     total = len(cases) * len(args.ep) * len(args.slots)
     with tables.progress_bar("cases", total) as advance:
-        rows = placement.run(cases, args.ep, args.slots, device, advance)
+        rows = placement.run(cases, args.ep, args.slots, device, args.trials, advance)
     if not rows:
         raise _UsageError("argument --ep: none of the sizes divides the number of experts")
     moves = []
@@ -654,6 +657,7 @@ def _placement(args: argparse.Namespace) -> int:
     report = {
         "command": "placement",
         "source": source,
+        "trials": args.trials,
         "environment": _environment(device.type),
         "seconds": time.perf_counter() - begin,
         "rows": rows,

@@ -120,12 +120,17 @@ def _tokens(load: np.ndarray[Any, np.dtype[np.float64]]) -> torch.Tensor:
 
 
 def make(
-    method: str, history: torch.Tensor, ep: int, slots: int, device: torch.device, seed: int
+    method: str,
+    history: torch.Tensor,
+    ep: int,
+    slots: int,
+    device: torch.device,
+    trials: int | None,
 ) -> Placement:
     """Make a placement from history by one of `METHODS`."""
     if method == "place":
         loads = history.to(device)
-        return place(loads, ep, redundant_per_rank=slots, seed=seed)
+        return place(loads, ep, redundant_per_rank=slots, trials=trials)
     load = history.double()
     load = (load / load.sum(1, keepdim=True).clamp(min=1)).mean(0)
     if method == "chain":
@@ -150,7 +155,12 @@ def judge(placement: Placement, test: torch.Tensor, device: torch.device) -> dic
 
 
 def measure(
-    case: Case, ep: int, slots: int, method: str, device: torch.device, seed: int = 0
+    case: Case,
+    ep: int,
+    slots: int,
+    method: str,
+    device: torch.device,
+    trials: int | None = None,
 ) -> dict[str, float]:
     """Place by a case's history, judge by its test batches, and take the time.
 
@@ -164,8 +174,8 @@ def measure(
         One of `METHODS`.
     device
         Where `place` searches and programs are solved.
-    seed
-        Of the search.
+    trials
+        Of `lplb_triton.place`; ``None`` for its default.
 
     Returns
     -------
@@ -174,7 +184,7 @@ def measure(
         wall time, and ``cpu_seconds``, of all threads, to make the placement.
     """
     begin, cpu = time.perf_counter(), time.process_time()
-    placement = make(method, case.history, ep, slots, device, seed)
+    placement = make(method, case.history, ep, slots, device, trials)
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     return {**judge(placement, case.test, device), "seconds": seconds, "cpu_seconds": cpu}
 
@@ -184,6 +194,7 @@ def run(
     ep: Sequence[int],
     slots: Sequence[int],
     device: torch.device,
+    trials: int | None = None,
     progress: Callable[[], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Compare all methods on all cases.
@@ -196,6 +207,8 @@ def run(
         Ranks, and redundant slots on each; combinations that EPLB can't lay out are left out.
     device
         Where `place` searches and programs are solved.
+    trials
+        Of `lplb_triton.place`; ``None`` for its default.
     progress
         Called once for each case of each combination.
 
@@ -207,7 +220,7 @@ def run(
     """
     if device.type != "cpu":
         # Kernels are compiled by the first search.
-        measure(cases[0], ep[0], slots[0], "place", device)
+        measure(cases[0], ep[0], slots[0], "place", device, trials)
     rows = []
     for n_ranks in ep:
         for spare in slots:
@@ -217,7 +230,7 @@ def run(
             found: dict[str, dict[str, list[float]]] = {}
             for case in cases:
                 for method in METHODS:
-                    values = measure(case, n_ranks, spare, method, device)
+                    values = measure(case, n_ranks, spare, method, device, trials)
                     for name, value in values.items():
                         found.setdefault(method, {}).setdefault(name, []).append(value)
                 if progress is not None:
@@ -256,7 +269,7 @@ def moves_row(
     for step in range(DRIFT_STEPS + 1):
         loads = _tokens(mean * rng.lognormal(0, JITTER, (SYNTHETIC_HISTORY + SYNTHETIC_TEST, 256)))
         history, test = loads[:SYNTHETIC_HISTORY], loads[SYNTHETIC_HISTORY:].unsqueeze(1)
-        now = {"eplb": make("eplb", history, ep, slots, device, 0)}
+        now = {"eplb": make("eplb", history, ep, slots, device, None)}
         for name, price in (("free", 0.0), ("priced", penalty)):
             now[name] = place(
                 history.to(device),
