@@ -647,7 +647,8 @@ def _placement(args: argparse.Namespace) -> int:
         raise _UsageError("argument --ep: none of the sizes divides the number of experts")
     moves = []
     if args.moves is not None:
-        moves = [placement.moves_row(ep, args.slots[0], args.moves, device) for ep in args.ep]
+        common = (args.slots[0], args.moves, device, args.trials)
+        moves = [placement.moves_row(ep, *common) for ep in args.ep]
     published = None
     if args.published is not None:
         try:

@@ -241,7 +241,12 @@ def run(
 
 
 def moves_row(
-    ep: int, slots: int, penalty: float, device: torch.device, seed: int = 0
+    ep: int,
+    slots: int,
+    penalty: float,
+    device: torch.device,
+    trials: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Follow drifting synthetic loads, and count the weights that each re-placement moves.
 
@@ -253,6 +258,8 @@ def moves_row(
         `move_penalty` of `lplb_triton.place`.
     device
         Where the search runs.
+    trials
+        Of `lplb_triton.place`; ``None`` for its default.
     seed
         Of the loads.
 
@@ -277,6 +284,7 @@ def moves_row(
                 redundant_per_rank=slots,
                 previous=last.get(name),
                 move_penalty=price if step else 0.0,
+                trials=trials,
             )
         for name, placement in now.items():
             if step:

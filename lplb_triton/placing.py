@@ -57,14 +57,14 @@ def place(
 ) -> Placement:
     """Place and replicate experts so that the program's optimum is low over recorded batches.
 
-    Starts from the placement of `lplb_triton.chain` (or the previous one) and improves it by local
-    search: swap two slots of different ranks, or give a slot of an expert with several copies to
-    another expert.
-    What is made small is the mean, with a little of the mean of the worst tenth, of the optima of
-    equation 1 over `samples` batches: recorded ones, at most half, and synthetic ones, in which
-    every expert's deviation from its mean is taken from one of two recorded batches. Synthetic
-    batches keep the search from fitting the accidents of a short history. Where a placement does
-    well on them, the search goes on with larger deviations, as a margin for loads that drift.
+    Starts from the better one of EPLB's placement and that of `lplb_triton.chain` (or from the
+    previous one) and improves it by local search: swap two slots of different ranks, or give a slot
+    of an expert with several copies to another expert. What is made small is the mean, with a
+    little of the mean of the worst tenth, of the optima of equation 1 over `samples` batches:
+    recorded ones, at most half, and synthetic ones, in which every expert's deviation from its mean
+    is taken from one of two recorded batches. Synthetic batches keep the search from fitting the
+    accidents of a short history. Where a placement does well on them, the search goes on with
+    larger deviations, as a margin for loads that drift.
 
     Parameters
     ----------
@@ -107,8 +107,8 @@ def place(
     -------
     Placement
         One LP group over all ranks, or one for each domain. The mean optimum over `history` (plus
-        the price of moves) is no larger than that of the start, up to the solver's tolerance of
-        1e-3 and, where the search took a margin for drift, 5e-4.
+        the price of moves) is no larger than that of the start (so than EPLB's), up to the solver's
+        tolerance of 1e-3 and, where the search took a margin for drift, 5e-4.
 
     Raises
     ------
@@ -141,12 +141,9 @@ def place(
     load = load[load.sum(1) > 0]
     load = load / np.maximum(load.sum(1, keepdims=True), 1e-300) * n_ranks
     mean = load.mean(0) if len(load) else np.ones(n_logical)
-    start = chain(
-        torch.from_numpy(mean),
-        n_ranks,
-        redundant_per_rank=redundant,
-        ranks_per_domain=ranks_per_domain,
-    )
+    counts = torch.from_numpy(load)
+    price = np.zeros((n_logical, n_ranks), dtype=np.float32)
+    start = _start(torch.from_numpy(mean), counts, n_ranks, redundant, ranks_per_domain)
     if previous is not None:
         check_same_sizes("previous", previous, start)
         try:
@@ -157,11 +154,9 @@ def place(
         raise ValueError("move_penalty needs previous, the placement that moves start from")
     if n_ranks == 1 or not len(load) or not n_trials:
         return start
-    price = np.zeros((n_logical, n_ranks), dtype=np.float32)
     if penalty:
         price += np.float32(penalty)
         price[start.phy2log.numpy(), start.rank_of_slot.numpy()] = 0.0
-    counts = torch.from_numpy(load)
     best, limit = start, _cost(start, counts, price)
     for stress in STRESSES:
         batches = _scenarios(load, n_samples, dispersion, stress, rng)
@@ -182,6 +177,29 @@ def place(
             break
     phy2log = keep_slots(best.phy2log.long()[None], start.phy2log.long()[None], n_ranks)[0]
     return Placement(phy2log, n_ranks, n_logical=n_logical, n_group=n_domains)
+
+
+def _start(
+    mean: torch.Tensor,
+    counts: torch.Tensor,
+    ranks: int,
+    redundant: int,
+    ranks_per_domain: int | None,
+) -> Placement:
+    """Make the placement to start from: the better one of EPLB's and the chained one."""
+    n_domains = ranks // (ranks_per_domain or ranks)
+    n_logical = len(mean)
+    # Groups of one expert each: EPLB then packs experts onto domains by load.
+    groups = n_logical if n_domains > 1 else 1
+    eplb = Placement.from_history(
+        mean, ranks, redundant_per_rank=redundant, num_groups=groups, num_nodes=n_domains
+    )
+    eplb = Placement(eplb.phy2log, ranks, n_logical=n_logical, n_group=n_domains)
+    if redundant * ranks > n_logical * (ranks // n_domains - 1):
+        return eplb
+    chained = chain(mean, ranks, redundant_per_rank=redundant, ranks_per_domain=ranks_per_domain)
+    free = np.zeros((n_logical, ranks), dtype=np.float32)
+    return min((chained, eplb), key=lambda one: _cost(one, counts, free))
 
 
 def _checked_number(name: str, value: object) -> float:
@@ -240,6 +258,8 @@ def _search_exactly(
 
 def _cost(placement: Placement, counts: torch.Tensor, price: _Float) -> float:
     """Mean optimum over batches, in mean rank loads, and the price of moves."""
+    if not len(counts):
+        return 0.0
     parts = [
         solve(placement.problem(part)).max_load.reshape(len(part), -1).amax(1)
         for part in torch.split(counts, 256)
