@@ -93,7 +93,9 @@ class ExactSearch:
         weights = load.T[expert].mT * shared.unsqueeze(1)
         n_batches = len(load)
         return Problem(
-            weights.flatten(0, 1), fixed.flatten(0, 1), mask.repeat_interleave(n_batches, 0)
+            weights.flatten(0, 1).contiguous(),
+            fixed.flatten(0, 1),
+            mask.repeat_interleave(n_batches, 0),
         )
 
     def solve(self, copies: torch.Tensor, load: torch.Tensor) -> torch.Tensor:

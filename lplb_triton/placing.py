@@ -141,7 +141,7 @@ def place(
     load = load[load.sum(1) > 0]
     load = load / np.maximum(load.sum(1, keepdims=True), 1e-300) * n_ranks
     mean = load.mean(0) if len(load) else np.ones(n_logical)
-    counts = torch.from_numpy(load)
+    counts = torch.from_numpy(load).to(where)
     price = np.zeros((n_logical, n_ranks), dtype=np.float32)
     start = _start(torch.from_numpy(mean), counts, n_ranks, redundant, ranks_per_domain)
     if previous is not None:
