@@ -10,6 +10,8 @@ whose optima over recorded and synthetic batches are low, on a CPU by the cuts t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -97,7 +99,8 @@ def place(
         Assumed standard deviation of the logarithm of each expert's load from batch to batch,
         used with fewer than 8 batches.
     device : torch.device, str or None
-        Where to search; by default where `history` is.
+        Where to search; by default where `history` is. On a CPU torch's number of threads in this
+        process is 1 during the search.
     seed : int
         Seed of the random choices. The placement depends on nothing else but the arguments (and
         on the rounding of the processor at hand: where several processes need it, compute it in
@@ -162,7 +165,8 @@ def place(
         batches = _scenarios(load, n_samples, dispersion, stress, rng)
         if where.type == "cpu":
             search = CutSearch(best, batches, price, domain, rng)
-            found, excess = search.run(n_trials)
+            with _one_thread():
+                found, excess = search.run(n_trials)
             n_trials -= search.trial
         else:
             found, excess, steps = _search_exactly(
@@ -200,6 +204,17 @@ def _start(
     chained = chain(mean, ranks, redundant_per_rank=redundant, ranks_per_domain=ranks_per_domain)
     free = np.zeros((n_logical, ranks), dtype=np.float32)
     return min((chained, eplb), key=lambda one: _cost(one, counts, free))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: the search's operations are too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _checked_number(name: str, value: object) -> float:
