@@ -12,6 +12,7 @@ from lplb_triton.bench.tables import LABELS, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from lplb_triton.bench.balance import Cell
 
@@ -42,24 +43,16 @@ def balance_png(cells: Sequence[Cell], *, title: str) -> bytes:
     ValueError
         If no combination has results.
     """
-    require("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     drawn = [cell for cell in cells if cell.reason is None]
     if not drawn:
         raise ValueError("cells must hold at least one combination with results")
-    # The object interface keeps pyplot's global state, and its choice of backend, out of this.
-    figure = Figure(figsize=(12, 0.7 + 3.7 * len(drawn)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(12, 0.7 + 3.7 * len(drawn))
     figure.suptitle(title)
     axes = figure.subplots(len(drawn), 2, squeeze=False)
     for (left, right), cell in zip(axes, drawn, strict=True):
         _draw_loads(left, cell)
         _draw_batches(right, cell)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return _png(figure)
 
 
 def placement_png(rows: Sequence[dict[str, Any]], *, title: str) -> bytes:
@@ -82,12 +75,7 @@ def placement_png(rows: Sequence[dict[str, Any]], *, title: str) -> bytes:
     MissingExtraError
         If matplotlib isn't installed.
     """
-    require("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2 + 1.5 * len(rows), 4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(2 + 1.5 * len(rows), 4)
     ax = figure.subplots()
     at = np.arange(len(rows))
     for offset, (name, color) in enumerate(zip(rows[0]["methods"], _COLORS.values(), strict=False)):
@@ -97,6 +85,22 @@ def placement_png(rows: Sequence[dict[str, Any]], *, title: str) -> bytes:
     ax.set_ylabel("mean excess imbalance, %")
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Make an empty figure, in inches."""
+    require("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # The object interface keeps pyplot's global state, and its choice of backend, out of this.
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
