@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from lplb_triton import Status, __version__, topologies
-from lplb_triton.bench import balance, plots, simulate, tables, timing, verify
+from lplb_triton.bench import balance, placement, plots, simulate, tables, timing, verify
 from lplb_triton.bench import trace as traces
 from lplb_triton.bench.instances import SHAPES, shape_placement
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, resolve_backend
@@ -53,6 +53,8 @@ _EXAMPLES = """examples:
       hold the solver against HiGHS on random programs
   lplb-bench solve --shapes cube,eplb:32:2 --json solve.json
       times of the solve kernel and of its peers on a GPU
+  lplb-bench placement --synthetic 256 --ep 32 --slots 1
+      EPLB's placement against those made for the LP, over ten seeds
   lplb-bench pipeline --markdown -
       times of the whole run on a GPU, as Markdown
   lplb-bench simulate --ep 8,64 --slots 2
@@ -174,7 +176,58 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="default %(default)s")
     _add_timed_commands(commands)
+    _add_placement_command(commands)
     return parser
+
+
+def _add_placement_command(commands: Any) -> None:
+    sub = commands.add_parser(
+        "placement",
+        help="EPLB's placement against those made for the LP",
+        description=(
+            "Place experts by the first batches of a trace, or of synthetic loads, by EPLB, by\n"
+            "lplb_triton.chain and by lplb_triton.place, and compare the LP's optimum, and its\n"
+            "result in whole tokens, on the following batches; with the time that each takes."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.set_defaults(run=_placement)
+    source = sub.add_mutually_exclusive_group()
+    source.add_argument(
+        "--trace", type=Path, metavar="PATH", help=".npz or .json (default: the packaged trace)"
+    )
+    source.add_argument(
+        "--synthetic", type=_count, metavar="EXPERTS",
+        help="lognormal(0, 1) loads with lognormal(0, 0.3) jitter instead of a trace",
+    )  # fmt: skip
+    sub.add_argument(
+        "--seeds", type=_layers, default=placement.SEEDS, metavar="LIST",
+        help="seeds of the synthetic loads (default 0-9)",
+    )  # fmt: skip
+    for name, default in (("ep", (8, 16, 32)), ("slots", (1, 2))):
+        sub.add_argument(
+            f"--{name}", type=_integers(1), default=default, metavar="N[,N...]",
+            help=f"as in balance (default {','.join(map(str, default))})",
+        )  # fmt: skip
+    sub.add_argument(
+        "--history", type=_history, default=0.5, metavar="PART|N", help="as in balance"
+    )
+    sub.add_argument("--layers", type=_layers, metavar="LIST", help="as in balance")
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    sub.add_argument(
+        "--trials", type=_count, metavar="N", help="effort of place (default: its own)"
+    )
+    sub.add_argument(
+        "--moves", type=_tolerance, metavar="PENALTY",
+        help="count moves over drifting synthetic loads too, with this move_penalty",
+    )  # fmt: skip
+    sub.add_argument(
+        "--published", type=Path, metavar="EPLB.PY",
+        help="your copy of DeepSeek's eplb.py: time rebalance_experts against it and compare",
+    )  # fmt: skip
+    sub.add_argument("--png", type=Path, metavar="PATH", help="draw the excesses")
+    sub.add_argument("--json", metavar="PATH|-", help="as in balance")
+    sub.add_argument("--markdown", metavar="PATH|-", help="as in solve")
 
 
 def _add_timed_commands(commands: Any) -> None:
@@ -630,11 +683,66 @@ def _simulate(args: argparse.Namespace) -> int:
     return OK
 
 
+def _placement(args: argparse.Namespace) -> int:
+    tables.require("rich")
+    if args.png is not None:
+        tables.require("matplotlib")
+    _check_outputs(args)
+    device = torch.device(_device(args.device, None)[0])
+    if args.synthetic is not None:
+        cases = placement.synthetic_cases(args.synthetic, args.seeds)
+        source = f"{args.synthetic} experts, synthetic"
+    else:
+        trace, source = _load(args.trace)
+        try:
+            cases = placement.trace_cases(trace, args.history, args.layers)
+        except (IndexError, ValueError) as error:
+            raise _UsageError(f"arguments --history, --layers: {error}") from error
+    begin = time.perf_counter()
+    total = len(cases) * len(args.ep) * len(args.slots)
+    with tables.progress_bar("cases", total) as advance:
+        rows = placement.run(cases, args.ep, args.slots, device, args.trials, advance)
+    if not rows:
+        raise _UsageError("argument --ep: none of the sizes divides the number of experts")
+    moves = []
+    if args.moves is not None:
+        common = (args.slots[0], args.moves, device, args.trials)
+        moves = [placement.moves_row(ep, *common) for ep in args.ep]
+    published = None
+    if args.published is not None:
+        try:
+            published = placement.published_row(args.published)
+        except (OSError, AttributeError, ImportError, SyntaxError) as error:
+            raise _UsageError(f"argument --published: {error}") from error
+    report = {
+        "command": "placement",
+        "source": source,
+        "trials": args.trials,
+        "environment": _environment(device.type),
+        "seconds": time.perf_counter() - begin,
+        "rows": rows,
+        "moves": moves,
+        "published": published,
+    }
+    _finish_timed(args, report, tables.placement_grids(report))
+    if args.png is not None:
+        _make_folder(args.png.parent)
+        _write(args.png, plots.placement_png(rows, title=source))
+    return OK if published is None or published["same"] else FAILED
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    if args.json == "-" and args.markdown == "-":
+        raise _UsageError("arguments --json and --markdown cannot both print to stdout")
+    for path in (args.json, args.markdown):
+        if path not in (None, "-"):
+            _make_folder(Path(path).parent)
+
+
 def _start_timed(args: argparse.Namespace) -> tuple[torch.device, timing.Timer]:
     """Refuse what can be refused before the work starts, and make the timer."""
     tables.require("rich")
-    if args.json == "-" and args.markdown == "-":
-        raise _UsageError("arguments --json and --markdown cannot both print to stdout")
+    _check_outputs(args)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise _UsageError(
             "TRITON_INTERPRET is set: kernels would run in Triton's interpreter, whose times say "
@@ -642,9 +750,6 @@ def _start_timed(args: argparse.Namespace) -> tuple[torch.device, timing.Timer]:
         )
     if not torch.cuda.is_available():
         raise _UsageError("kernels can only be timed on a GPU, but torch finds none")
-    for path in (args.json, args.markdown):
-        if path not in (None, "-"):
-            _make_folder(Path(path).parent)
     device = torch.device("cuda", torch.cuda.current_device())
     return device, timing.GraphTimer(device)
 
@@ -671,6 +776,12 @@ def _finish_timed(
 def _machine_line(report: dict[str, Any]) -> str:
     """Hardware and versions in one line."""
     e = report["environment"]
+    if report["command"] == "placement":
+        where = f"{e['gpu']}, {e['cpu']}" if e["gpu"] else e["cpu"]
+        return (
+            f"{where}, {e['torch_threads']} threads, torch {e['torch']}; "
+            f"{report['seconds']:.0f} s in all"
+        )
     return (
         f"{e['gpu']}, driver {e['driver'] or 'unknown'}, torch {e['torch']}, triton {e['triton']}, "
         f"{e['cpu']}; CUDA-graph replays, gap {report['options']['tolerance']:g}, "

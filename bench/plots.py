@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,10 +12,11 @@ from lplb_triton.bench.tables import LABELS, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from lplb_triton.bench.balance import Cell
 
-__all__ = ["balance_png"]
+__all__ = ["balance_png", "placement_png"]
 
 _COLORS = {"none": "#b8b8b8", "reordered": "#d9a441", "even": "#3b7dbd", "lp": "#c8374a"}
 
@@ -42,21 +43,64 @@ def balance_png(cells: Sequence[Cell], *, title: str) -> bytes:
     ValueError
         If no combination has results.
     """
-    require("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     drawn = [cell for cell in cells if cell.reason is None]
     if not drawn:
         raise ValueError("cells must hold at least one combination with results")
-    # The object interface keeps pyplot's global state, and its choice of backend, out of this.
-    figure = Figure(figsize=(12, 0.7 + 3.7 * len(drawn)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(12, 0.7 + 3.7 * len(drawn))
     figure.suptitle(title)
     axes = figure.subplots(len(drawn), 2, squeeze=False)
     for (left, right), cell in zip(axes, drawn, strict=True):
         _draw_loads(left, cell)
         _draw_batches(right, cell)
+    return _png(figure)
+
+
+def placement_png(rows: Sequence[dict[str, Any]], *, title: str) -> bytes:
+    """Draw the mean excess of each placement under the LP, one group of bars a combination.
+
+    Parameters
+    ----------
+    rows
+        Results of `lplb_triton.bench.placement.run`.
+    title
+        Text above the picture.
+
+    Returns
+    -------
+    bytes
+        A PNG file.
+
+    Raises
+    ------
+    MissingExtraError
+        If matplotlib isn't installed.
+    """
+    figure = _figure(2 + 1.5 * len(rows), 4)
+    ax = figure.subplots()
+    at = np.arange(len(rows))
+    for offset, (name, color) in enumerate(zip(rows[0]["methods"], _COLORS.values(), strict=False)):
+        excess = [100 * float(np.mean(row["methods"][name]["lp"])) for row in rows]
+        ax.bar(at + 0.28 * (offset - 1), excess, width=0.28, color=color, label=f"{name} + LP")
+    ax.set_xticks(at, [f"EP {row['ep']}, {row['slots']} a rank" for row in rows])
+    ax.set_ylabel("mean excess imbalance, %")
+    ax.set_title(title, fontsize=10)
+    ax.legend(fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Make an empty figure, in inches."""
+    require("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # The object interface keeps pyplot's global state, and its choice of backend, out of this.
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -7,8 +7,11 @@ The objects most scripts need are here; see `lplb_triton.topologies` for replica
 from lplb_triton._version import __version__
 from lplb_triton._workspace import workspace_bytes
 from lplb_triton.balancer import Balancer
+from lplb_triton.chaining import chain
 from lplb_triton.eplb import rebalance_experts
+from lplb_triton.moves import MovePlan, plan_moves
 from lplb_triton.placement import Placement
+from lplb_triton.placing import place
 from lplb_triton.planner import Planner
 from lplb_triton.problem import Problem
 from lplb_triton.replicas import Replicas
@@ -17,6 +20,7 @@ from lplb_triton.solver import solve
 
 __all__ = [
     "Balancer",
+    "MovePlan",
     "Placement",
     "Planner",
     "Problem",
@@ -25,6 +29,9 @@ __all__ = [
     "SolveError",
     "Status",
     "__version__",
+    "chain",
+    "place",
+    "plan_moves",
     "rebalance_experts",
     "solve",
     "workspace_bytes",

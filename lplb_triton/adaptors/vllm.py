@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lplb_triton import eplb
+from lplb_triton.moves import keep_slots
 
 __all__ = ["LplbEplbPolicy"]
 
@@ -90,7 +91,7 @@ class LplbEplbPolicy:
             )
         if old.shape[1] != phy2log.shape[1]:
             return phy2log
-        return _keep_slots(phy2log, old, num_ranks)
+        return keep_slots(phy2log, old, num_ranks)
 
 
 def _checked_map(old: object) -> torch.Tensor:
@@ -103,26 +104,3 @@ def _checked_map(old: object) -> torch.Tensor:
     if old.ndim != 2:
         raise ValueError(f"{name} must be [layers, num_replicas], got shape {tuple(old.shape)}")
     return old.detach().cpu().long()
-
-
-def _keep_slots(new: torch.Tensor, old: torch.Tensor, n_ranks: int) -> torch.Tensor:
-    """Reorder each rank's slots so that experts which stay on the rank keep theirs.
-
-    Both maps are int64 ``[layers, n_physical]``. Newcomers take the slots left over, in order.
-    """
-    n_slots = new.shape[1] // n_ranks
-    arriving, leaving = new.reshape(-1, n_slots), old.reshape(-1, n_slots)
-    # The k-th copy of an expert on a rank takes the k-th of its old slots there.
-    same = arriving.unsqueeze(2) == leaving.unsqueeze(1)
-    same &= _occurrence(arriving).unsqueeze(2) == _occurrence(leaving).unsqueeze(1)
-    target = same.int().argmax(2)
-    stays, taken = same.any(2), same.any(1)
-    # As many newcomers as free slots in every row, and masks read both row by row.
-    target[~stays] = torch.arange(n_slots).expand_as(target)[~taken]
-    return torch.empty_like(arriving).scatter_(1, target, arriving).reshape(new.shape)
-
-
-def _occurrence(slots: torch.Tensor) -> torch.Tensor:
-    """``[rows, n]``, how many earlier slots of the row hold the same expert."""
-    same = slots.unsqueeze(2) == slots.unsqueeze(1)
-    return same.tril_(-1).sum(2)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from lplb_triton import Placement, solve
+from lplb_triton import Placement, _exact_search, chain, place, plan_moves, solve
+from lplb_triton._cut_search import CutSearch, _level_cuts
+from lplb_triton._exact_search import ExactSearch
 from lplb_triton.bench.verify import highs_optimum
-from lplb_triton.place import _level_cuts, _scenarios, _Search, place
+from lplb_triton.placing import _scenarios
 
 
 def fluctuating(batches, experts, seed, spread=0.3):
@@ -20,6 +22,11 @@ def fluctuating(batches, experts, seed, spread=0.3):
 def optima(placement, history):
     """Optimum of each batch, in mean rank loads."""
     return solve(placement.problem(history)).max_load / history.sum(1) * placement.ep_size
+
+
+def cut_search(start, load, rng):
+    price = np.zeros((start.n_logical, start.ep_size), dtype=np.float32)
+    return CutSearch(start, load, price, np.zeros(start.ep_size, dtype=np.int64), rng)
 
 
 def eplb(history, ep_size, redundant):
@@ -107,7 +114,7 @@ def test_bookkeeping_of_the_search():
     load = _scenarios(fluctuating(20, 24, 10).numpy(), 40, 0.2, 1.0, np.random.default_rng(0))
     load = load / load.sum(1, keepdims=True) * 6
     start = Placement.from_history(torch.from_numpy(load.mean(0)), 6, redundant_per_rank=1)
-    search = _Search(start, load, np.random.default_rng(0))
+    search = cut_search(start, load, np.random.default_rng(0))
     for search.trial in range(1, 120):
         search.step()
         copies = np.zeros_like(search.copies)
@@ -126,7 +133,7 @@ def test_cuts_bound_the_optimum_and_reach_it():
     load = fluctuating(8, 24, 11, 0.6).float().numpy()
     load = load / load.sum(1, keepdims=True) * 6
     start = Placement.from_history(torch.from_numpy(load.mean(0)), 6, redundant_per_rank=1)
-    search = _Search(start, load, rng)
+    search = cut_search(start, load, rng)
     exact = np.array(
         [highs_optimum(row, np.zeros(6), np.ascontiguousarray(search.copies.T > 0)) for row in load]
     )
@@ -169,6 +176,162 @@ def test_level_cuts_are_the_best_prefix():
     ],
 )
 def test_errors_name_the_argument(error, name, arguments):
+    good = {"history": torch.ones(2, 8), "ep_size": 2}
+    with pytest.raises(error, match=name):
+        place(**{**good, **arguments})
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Fewer programs a step: the torch twin solves them one by one."""
+    for name, value in (("CANDIDATES", 12), ("GLANCE", 12), ("FINALISTS", 2)):
+        monkeypatch.setattr(_exact_search, name, value)
+
+
+def exact_search(history, ep_size, redundant, penalty=0.0, ranks_per_domain=None):
+    load = (history / history.sum(1, keepdim=True) * ep_size).float()
+    start = chain(
+        load.mean(0), ep_size, redundant_per_rank=redundant, ranks_per_domain=ranks_per_domain
+    )
+    price = torch.full((start.n_logical, ep_size), penalty)
+    price[start.phy2log.long(), start.rank_of_slot.long()] = 0
+    domain = torch.arange(ep_size) // (ranks_per_domain or ep_size)
+    return start, ExactSearch(start, load, price, domain, torch.Generator().manual_seed(0))
+
+
+def test_exact_search_keeps_its_books_and_lowers_the_optimum(few):
+    history = fluctuating(24, 32, 12, 0.5)
+    start, search = exact_search(history, 8, 1)
+    torch.testing.assert_close(
+        search.optimum.double(), optima(start, history).clamp(min=1), rtol=2e-3, atol=0
+    )
+    before = float(search.optimum.mean())
+    found, excess = search.run(6)
+    held = torch.zeros_like(search.copies)
+    held.index_put_((search.expert, search.rank), torch.ones(40), accumulate=True)
+    assert torch.equal(held, search.copies)
+    assert found.n_physical == start.n_physical and int(found.logcnt.min()) >= 1
+    assert excess + 1 < before
+    assert optima(found, history).mean() == pytest.approx(excess + 1, rel=2e-3)
+
+
+def test_exact_search_tries_what_it_prices():
+    _, search = exact_search(fluctuating(16, 16, 13, 0.5), 4, 1)
+    price = search.prices()
+    change = price.isfinite().nonzero()[:, 0]
+    assert len(change) > 20
+    copies = search.changed(change)
+    assert torch.equal(copies.sum((1, 2)), torch.full((len(change),), 20.0))
+    assert (copies.sum(2) >= 1).all() and (copies >= 0).all()
+    slots, experts = search.slots(change)
+    for i in range(0, len(change), 7):
+        expert = search.expert.clone()
+        expert[slots[i]] = experts[i]
+        held = torch.zeros_like(search.copies)
+        held.index_put_((expert, search.rank), torch.ones(20), accumulate=True)
+        assert torch.equal(held, copies[i])
+    # The price looks at one cut of each batch only, so no change is better than it says.
+    exact = search.score(copies, search.solve(copies, search.load))
+    gain = search.score(search.copies[None], search.optimum[None]) - exact
+    assert (gain <= -price[change] * 1.01 + 5e-3).all()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_domains_keep_copies_together(few, exact):
+    history = fluctuating(24, 32, 14, 0.5)
+    if exact:
+        _, search = exact_search(history, 8, 1, ranks_per_domain=4)
+        found, _ = search.run(4)
+    else:
+        found = place(history, 8, ranks_per_domain=4, samples=32, trials=200)
+        assert (found.n_group, found.group_size) == (2, 4)
+    domain = found.rank_of_slot // 4
+    for expert in range(32):
+        assert len(domain[found.phy2log == expert].unique()) == 1
+
+
+def test_price_keeps_weights_where_they_are():
+    loads = fluctuating(100, 64, 15)
+    drifted = loads * torch.from_numpy(np.random.default_rng(1).lognormal(0, 0.1, 64))
+    old = place(loads[:50], 8, samples=64, trials=400)
+    free = place(drifted[:50], 8, previous=old, samples=64, trials=400)
+    few = place(drifted[:50], 8, previous=old, move_penalty=5e-4, samples=64, trials=400)
+    none = place(drifted[:50], 8, previous=old, move_penalty=1.0, samples=64, trials=100)
+    rival = plan_moves(eplb(loads[:50], 8, 1), eplb(drifted[:50], 8, 1)).moved
+    moved = [plan_moves(old, new).moved for new in (none, few, free)]
+    assert moved[0] == 0 and moved == sorted(moved)
+    assert moved[1] <= rival / 3
+    unseen = drifted[50:]
+    assert optima(few, unseen).mean() <= optima(free, unseen).mean() + 0.005
+
+
+def test_exact_search_prices_moves(few):
+    _, search = exact_search(fluctuating(16, 16, 13, 0.5), 4, 1, penalty=10.0)
+    kept = search.expert.clone()
+    search.run(3)
+    assert torch.equal(search.expert, kept)
+
+
+@pytest.mark.gpu
+def test_search_on_a_gpu():
+    history = fluctuating(64, 64, 16)
+    found = place(history.cuda(), 16, trials=64 * 60)
+    before = optima(eplb(history, 16, 1), history).mean() - 1
+    assert optima(found, history).mean() - 1 < before / 2
+
+
+@settings(max_examples=25)
+@given(st.sampled_from([1, 2, 4, 8]), st.integers(0, 3), st.integers(0, 2**20))
+def test_chain_is_valid_and_connected(ep_size, redundant, seed):
+    load = fluctuating(1, 32, seed, 1.0)[0]
+    if ep_size == 1:
+        redundant = 0
+    found = chain(load, ep_size, redundant_per_rank=redundant)
+    assert found.n_physical == 32 + redundant * ep_size and int(found.logcnt.min()) == 1
+    held = torch.zeros(32, ep_size)
+    held.index_put_(
+        (found.phy2log.long(), found.rank_of_slot.long()),
+        torch.ones(found.n_physical),
+        accumulate=True,
+    )
+    assert held.max() == 1
+    if redundant:
+        linked = (held.T @ held > 0).float()
+        assert (torch.linalg.matrix_power(linked, ep_size) > 0).all()
+
+
+def test_chain_halves_the_excess_of_eplb():
+    loads = fluctuating(60, 256, 17)
+    for redundant in (1, 2):
+        before = optima(eplb(loads, 32, redundant), loads).mean() - 1
+        after = optima(chain(loads.mean(0), 32, redundant_per_rank=redundant), loads).mean() - 1
+        assert after < 0.6 * before
+
+
+def test_chain_limits():
+    with pytest.raises(ValueError, match="redundant_per_rank"):
+        chain(torch.ones(8), 2, redundant_per_rank=5)
+    full = chain(torch.ones(8), 2, redundant_per_rank=4)
+    assert full.logcnt.tolist() == [2] * 8
+
+
+@pytest.mark.parametrize(
+    "error, name, arguments",
+    [
+        (TypeError, "previous", {"previous": torch.arange(6)}),
+        (ValueError, "previous", {"previous": Placement(np.arange(8), 2)}),
+        (ValueError, "move_penalty", {"move_penalty": 1e-3}),
+        (TypeError, "move_penalty", {"move_penalty": "much"}),
+        (ValueError, "move_penalty", {"move_penalty": -1.0}),
+        (ValueError, "ranks_per_domain", {"ranks_per_domain": 3}),
+        (
+            ValueError,
+            "previous",
+            {"previous": chain(torch.arange(8.0), 2), "ranks_per_domain": 1},
+        ),
+    ],
+)
+def test_more_errors_name_the_argument(error, name, arguments):
     good = {"history": torch.ones(2, 8), "ep_size": 2}
     with pytest.raises(error, match=name):
         place(**{**good, **arguments})

@@ -1,17 +1,16 @@
-"""Placement for the linear program: choose what is copied where from recorded batches.
+"""Search for a placement by the cuts that bind it: cheap enough for a CPU.
 
-EPLB's placement is built for even splits. With the program of docs/method.md (equation 1) solved
-exactly for every batch, what is left of the imbalance is the placement's. By duality (equation 3
-with `y` uniform on a set; Hall's theorem) the optimum of one batch is
+By duality (equation 3 of docs/method.md with `y` uniform on a set; Hall's theorem) the optimum of
+one batch is
 
     max over sets S of ranks of   (load of the experts whose copies all lie in S) / |S|,
 
-so a placement is judged by its *cuts* S. The search below keeps a pool of cuts that were binding
-for some batch under some placement. What a change of the placement does to every cut of the pool
-in every batch is one small matrix product, and gives a lower bound of the new optima that is
-nearly always enough to refuse. A change that the pool likes is held against cuts sought afresh
-around it, then against the program itself, whose tight sets join the pool: a refused change
-teaches the pool the cut that spoilt it.
+so a placement is judged by its *cuts* S. The search keeps a pool of cuts that were binding for some
+batch under some placement. What a change of the placement does to every cut of the pool in every
+batch is one small matrix product, and gives a lower bound of the new optima that is nearly always
+enough to refuse. A change that the pool likes is held against cuts sought afresh around it, then
+against the program itself, whose tight sets join the pool: a refused change teaches the pool the
+cut that spoilt it.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lplb_triton.placement import Placement, check_integer
+from lplb_triton.placement import Placement
 from lplb_triton.solver import solve
 
-__all__ = ["place"]
+__all__ = ["CutSearch"]
 
 _Float = NDArray[np.float32]
 _Double = NDArray[np.float64]
@@ -53,157 +52,6 @@ MIN_GAIN = 1e-6
 NEWS = 1e-4
 # Parts of the trials that draw the moved slot by load, and that hand a spare slot on.
 BY_LOAD, HAND_ON = 0.3, 0.4
-# Batches that tell how loads fluctuate; with fewer, `dispersion` does.
-MIN_BATCHES = 8
-# Powers of the fluctuations in synthetic batches: the next is for placements whose mean optimum
-# exceeds a perfect balance by less than ENOUGH under the one before.
-STRESSES = (1.0, 1.5, 2.0)
-ENOUGH = 3e-3
-# What a margin for stress may cost over recorded batches, in mean rank loads.
-MARGIN_COST = 5e-4
-
-
-def place(
-    history: torch.Tensor,
-    ep_size: int,
-    *,
-    redundant_per_rank: int = 1,
-    samples: int = 256,
-    trials: int = 2000,
-    dispersion: float = 0.2,
-    seed: int = 0,
-) -> Placement:
-    """Place and replicate experts so that the program's optimum is low over recorded batches.
-
-    Starts from EPLB's placement and improves it by local search: swap two slots of different
-    ranks, or give a slot of an expert with several copies to another expert. What is made small
-    is the mean, with a little of the mean of the worst tenth, of the optima of equation 1 over
-    `samples` batches: recorded ones, at most half, and synthetic ones, in which every expert's
-    deviation from its mean is taken from one of two recorded batches. Synthetic batches keep the
-    search from fitting the accidents of a short history. Where a placement does well on them,
-    the search goes on with larger deviations, as a margin for loads that drift.
-
-    Parameters
-    ----------
-    history : torch.Tensor
-        ``[batches, n_logical]``, load (e.g. tokens) of each logical expert in each batch, finite
-        and non-negative, any real dtype, any device; or ``[n_logical]``, the mean alone. Each
-        batch counts equally, whatever its total; batches without load are left out. With fewer
-        than 8 batches the fluctuations are assumed, see `dispersion`.
-    ep_size : int
-        Number of ranks; divides ``n_logical``.
-    redundant_per_rank : int
-        Redundant slots per rank (0: the experts are only distributed).
-    samples : int
-        Batches that a placement is judged by. Of a history longer than half of it, a sample.
-    trials : int
-        Changes to try: the effort. Time is roughly proportional to it; 0 returns EPLB's
-        placement.
-    dispersion : float
-        Assumed standard deviation of the logarithm of each expert's load from batch to batch,
-        used with fewer than 8 batches.
-    seed : int
-        Seed of the random choices. The placement depends on nothing else but the arguments (and
-        on the rounding of the processor at hand: where several processes need it, compute it in
-        one and broadcast it).
-
-    Returns
-    -------
-    Placement
-        One LP group over all ranks. The mean optimum over `history` is no larger than that of
-        `Placement.from_history`, up to the solver's tolerance of 1e-3.
-
-    Raises
-    ------
-    TypeError
-        If `history` is not a tensor of a real dtype or a number has the wrong type.
-    ValueError
-        If a shape or value is not as stated above. The message names the argument.
-
-    Examples
-    --------
-    >>> history = torch.tensor([[8.0, 1.0, 1.0, 2.0], [2.0, 1.0, 1.0, 8.0]]).repeat(4, 1)
-    >>> place(history, 2, redundant_per_rank=1)
-    Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
-    """
-    load = _checked_history(history)
-    n_ranks = check_integer("ep_size", ep_size, 1)
-    redundant = check_integer("redundant_per_rank", redundant_per_rank, 0)
-    n_samples = check_integer("samples", samples, 1)
-    n_trials = check_integer("trials", trials, 0)
-    if isinstance(dispersion, bool) or not isinstance(dispersion, (int, float)):
-        raise TypeError(f"dispersion must be a float, got {type(dispersion).__name__}")
-    if not 0 <= dispersion < np.inf:
-        raise ValueError(f"dispersion must be finite and not negative, got {dispersion}")
-    rng = np.random.default_rng(check_integer("seed", seed, 0))
-    if load.shape[1] % n_ranks:
-        raise ValueError(
-            f"ep_size must divide the number of experts {load.shape[1]}, got {n_ranks}"
-        )
-    load = load[load.sum(1) > 0]
-    load = load / load.sum(1, keepdims=True) * n_ranks
-    mean = load.mean(0) if len(load) else np.ones(history.shape[-1])
-    start = Placement.from_history(torch.from_numpy(mean), n_ranks, redundant_per_rank=redundant)
-    if n_ranks == 1 or not len(load) or not n_trials:
-        return start
-    counts = torch.from_numpy(load)
-    best, limit = start, _mean_optimum(start, counts)
-    for stress in STRESSES:
-        search = _Search(best, _scenarios(load, n_samples, dispersion, stress, rng), rng)
-        found, excess = search.run(n_trials)
-        optimum = _mean_optimum(found, counts)
-        if optimum <= limit + MARGIN_COST / len(STRESSES):
-            best, limit = found, min(limit, optimum)
-        n_trials -= search.trial
-        if excess > ENOUGH or n_trials < 1:
-            break
-    return best
-
-
-def _checked_history(history: object) -> _Double:
-    """Return `history` as ``[batches, n_logical]`` float64 on the CPU."""
-    if not isinstance(history, torch.Tensor):
-        raise TypeError(f"history must be a torch.Tensor, got {type(history).__name__}")
-    if history.is_complex():
-        raise TypeError(f"history must have a real dtype, got {history.dtype}")
-    if history.ndim not in (1, 2) or history.numel() == 0:
-        raise ValueError(
-            "history must have shape [batches, n_logical] or [n_logical], none of them 0, "
-            f"got {list(history.shape)}"
-        )
-    load: _Double = history.detach().double().cpu().numpy().reshape(-1, history.shape[-1])
-    if not np.isfinite(load).all() or (load < 0).any():
-        raise ValueError("history must be finite and not negative")
-    return load
-
-
-def _scenarios(
-    load: _Double, samples: int, dispersion: float, stress: float, rng: np.random.Generator
-) -> _Float:
-    """Batches to judge by, ``[samples, E]``: recorded ones, at most half, and synthetic ones."""
-    total, mean = load.sum(1).mean(), load.mean(0)
-    recorded = min(len(load), (samples + 1) // 2)
-    missing = samples - recorded
-    if len(load) < MIN_BATCHES:
-        ratio = rng.lognormal(0.0, dispersion, (missing, load.shape[1]))
-    else:
-        relative = load / np.where(mean > 0, mean, 1.0)
-        one, two = rng.integers(len(load), size=(2, missing))
-        coin = rng.random((missing, load.shape[1])) < 0.5
-        ratio = np.where(coin, relative[one], relative[two])
-    synthetic = mean * ratio**stress
-    synthetic = synthetic[synthetic.sum(1) > 0]
-    load = np.concatenate([load[rng.permutation(len(load))[:recorded]], synthetic])
-    # In random order, so that any run of neighbours is a fair sample.
-    load = rng.permutation(load)
-    scaled: _Float = (load / load.sum(1, keepdims=True) * total).astype(np.float32)
-    return scaled
-
-
-def _mean_optimum(placement: Placement, counts: torch.Tensor) -> float:
-    """Mean optimum over batches, in mean rank loads."""
-    parts = [solve(placement.problem(part)).max_load for part in torch.split(counts, 256)]
-    return float(torch.cat(parts).mean())
 
 
 class _Change(NamedTuple):
@@ -213,14 +61,23 @@ class _Change(NamedTuple):
     experts: list[int]
 
 
-class _Search:
+class CutSearch:
     """A placement under change, and the cuts it is judged by.
 
     Notation: E experts, G ranks, B batches, P cuts in the pool.
     """
 
-    def __init__(self, start: Placement, load: _Float, rng: np.random.Generator) -> None:
+    def __init__(
+        self,
+        start: Placement,
+        load: _Float,
+        price: _Float,
+        domain: _Int,
+        rng: np.random.Generator,
+    ) -> None:
         self.rng, self.ranks = rng, start.ep_size
+        self.price = price  # [E, G] score that a copy on a rank costs
+        self.domain = domain  # [G] domain of each rank
         self.load = load  # [B, E]
         self.load_t = np.ascontiguousarray(load.T)
         self.expert: _Int = start.phy2log.numpy().astype(np.int64)  # of each slot
@@ -242,7 +99,7 @@ class _Search:
     def run(self, trials: int) -> tuple[Placement, float]:
         """Try changes; return the best placement at a checkpoint and its mean excess."""
         optimum, best = self.certify(), self.expert.copy()
-        best_score, excess = self.score(optimum), float(optimum.mean()) - 1.0
+        best_score, excess = self.score(optimum) + self.cost(), float(optimum.mean()) - 1.0
         kept = 0
         for self.trial in range(1, trials + 1):
             moved = self.step()
@@ -252,8 +109,9 @@ class _Search:
             perfect = not bool((self.value > 1.0 + NEWS).any())
             if perfect or (moved and kept % CHECKPOINT == 0) or self.trial == trials:
                 optimum = self.certify()
-                if self.score(optimum) < best_score:
-                    best_score, best = self.score(optimum), self.expert.copy()
+                score = self.score(optimum) + self.cost()
+                if score < best_score:
+                    best_score, best = score, self.expert.copy()
                     excess = float(optimum.mean()) - 1.0
             if perfect and not (self.value > 1.0 + NEWS).any():
                 break
@@ -264,6 +122,10 @@ class _Search:
         tail = max(1, len(value) // 10)
         worst = np.partition(value, len(value) - tail)[-tail:]
         return float(value.mean() + TAIL_WEIGHT * worst.mean())
+
+    def cost(self) -> float:
+        """Price of the placement."""
+        return float(self.price[self.expert, self.rank].sum())
 
     def measure(self, cuts: _Bool) -> tuple[_Float, _Float]:
         """Rows of `confined` and `value_of` for cuts under the current placement."""
@@ -360,7 +222,8 @@ class _Search:
             return None
         heavy = int(inner[_draw(rng, self.load[batch, self.expert[inner]])])
         if rng.random() < HAND_ON:
-            spare = outer[self.copies.sum(1)[self.expert[outer]] > 1]
+            same = self.domain[self.rank[outer]] == self.domain[self.rank[heavy]]
+            spare = outer[same & (self.copies.sum(1)[self.expert[outer]] > 1)]
             if not spare.size:
                 return None
             there = int(spare[rng.integers(spare.size)])
@@ -369,6 +232,9 @@ class _Search:
         there = int(outer[rng.integers(outer.size)])
         mover, other = int(self.expert[here]), int(self.expert[there])
         if self.copies[other, self.rank[here]]:
+            return None
+        crossing = self.domain[self.rank[here]] != self.domain[self.rank[there]]
+        if crossing and (self.copies[[mover, other]].sum(1) > 1).any():
             return None
         return _Change([there, here], [mover, other])
 
@@ -387,7 +253,10 @@ class _Search:
         change = self.propose()
         if change is None:
             return False
+        cost = self.cost()
         undo = self.fill(change)
+        # The score has to fall by more than the price rises.
+        least = self.cost() - cost + MIN_GAIN
         experts = sorted({*change.experts, *undo.experts})
         confined = np.empty((len(self.cuts), len(experts)), dtype=np.float32)
         for i, expert in enumerate(experts):
@@ -397,7 +266,7 @@ class _Search:
         some = slice(first, first + GLANCE)
         glance = self.value_of[:, some] + delta @ self.load_t[experts, some]
         value, before = np.maximum(glance.max(0), 1.0), self.value[some]
-        if self.score(value) > self.score(before) - MIN_GAIN:
+        if self.score(value) > self.score(before) - least:
             self.fill(undo)
             self.used[glance[:, (value - before).argmax()].argmax()] = self.trial
             return False
@@ -406,7 +275,7 @@ class _Search:
         self.value_of = old_value_of + delta @ self.load_t[experts]
         self.confined[:, experts] = confined
         self.settle()
-        if self.approved(old_value, np.flatnonzero((delta > 0).any(1))):
+        if self.approved(old_value, np.flatnonzero((delta > 0).any(1)), least):
             return True
         rows = len(old_value_of)
         self.fill(undo)
@@ -416,12 +285,13 @@ class _Search:
         self.settle()
         return False
 
-    def approved(self, before: _Float, raised: _Int) -> bool:
+    def approved(self, before: _Float, raised: _Int, least: float) -> bool:
         """Look for cuts that spoil a change; return whether its score stays better.
 
-        Takes the optima before the change, [B], and the cuts that it makes heavier.
+        Takes the optima before the change, [B], the cuts that it makes heavier, and by how much
+        the score must fall.
         """
-        target = self.score(before) - MIN_GAIN
+        target = self.score(before) - least
         if self.score(self.value) > target:
             return False
         near = self.value_of[raised].max(0) if raised.size else before

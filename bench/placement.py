@@ -1,0 +1,351 @@
+"""Compare placements by the optimum of the program on unseen batches; no printing, no plotting."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lplb_triton import Placement, chain, place, plan_moves, rebalance_experts, solve
+from lplb_triton.bench.balance import fold_sources, integer_loads, stretches
+from lplb_triton.bench.trace import Trace
+
+__all__ = [
+    "METHODS",
+    "SEEDS",
+    "Case",
+    "measure",
+    "moves_row",
+    "published_row",
+    "run",
+    "synthetic_cases",
+    "trace_cases",
+]
+
+METHODS = ("eplb", "chain", "place")
+# Synthetic loads: seeds, batches of history and of test, spread of the means, jitter by batch.
+SEEDS = tuple(range(10))
+SYNTHETIC_HISTORY, SYNTHETIC_TEST = 512, 256
+SPREAD, JITTER = 1.0, 0.3
+# Tokens of a synthetic batch, so that whole tokens mean something.
+SYNTHETIC_TOKENS = 1_000_000
+# Drift between two placements: standard deviation of the logarithm of each expert's mean.
+DRIFT, DRIFT_STEPS = 0.1, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """Loads of one layer.
+
+    Attributes
+    ----------
+    name
+        Layer, or seed.
+    history
+        int64 [batches, experts] that placements are made from.
+    test
+        int64 [batches, sources, experts] that they are judged by.
+    """
+
+    name: str
+    history: torch.Tensor
+    test: torch.Tensor
+
+
+def trace_cases(
+    trace: Trace, history: float | int, layers: Sequence[int] | None = None
+) -> tuple[Case, ...]:
+    """Cut every layer of a trace into history and test, each stretch without a gap by itself.
+
+    Parameters
+    ----------
+    trace
+        Recorded counts.
+    history
+        Batches to place by: a part in (0, 1) or a number.
+    layers
+        Indices; ``None`` for all.
+
+    Returns
+    -------
+    tuple of Case
+        Layers first.
+    """
+    counts = torch.from_numpy(trace.counts.astype(np.int64))
+    found = []
+    for layer in range(trace.layers) if layers is None else layers:
+        for part in stretches(trace.steps, history):
+            seen = counts[part.start : part.split, layer].sum(1)
+            name = f"layer {layer}, batches {part.start}-{part.stop - 1}"
+            found.append(Case(name, seen, counts[part.split : part.stop, layer]))
+    return tuple(found)
+
+
+def synthetic_cases(experts: int = 256, seeds: Sequence[int] = SEEDS) -> tuple[Case, ...]:
+    """Lognormal(0, 1) mean loads with lognormal(0, 0.3) jitter from batch to batch.
+
+    Parameters
+    ----------
+    experts
+        Logical experts.
+    seeds
+        One case each.
+
+    Returns
+    -------
+    tuple of Case
+        512 batches of history and 256 of test.
+    """
+    found = []
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        mean = rng.lognormal(0, SPREAD, experts)
+        size = (SYNTHETIC_HISTORY + SYNTHETIC_TEST, experts)
+        loads = _tokens(mean * rng.lognormal(0, JITTER, size))
+        test = loads[SYNTHETIC_HISTORY:].unsqueeze(1)
+        found.append(Case(f"seed {seed}", loads[:SYNTHETIC_HISTORY], test))
+    return tuple(found)
+
+
+def _tokens(load: np.ndarray[Any, np.dtype[np.float64]]) -> torch.Tensor:
+    """Scale each batch to the same number of tokens, whole ones."""
+    return torch.from_numpy((load / load.sum(1, keepdims=True) * SYNTHETIC_TOKENS).round()).long()
+
+
+def make(
+    method: str,
+    history: torch.Tensor,
+    ep: int,
+    slots: int,
+    device: torch.device,
+    trials: int | None,
+) -> Placement:
+    """Make a placement from history by one of `METHODS`."""
+    if method == "place":
+        loads = history.to(device)
+        return place(loads, ep, redundant_per_rank=slots, trials=trials)
+    load = history.double()
+    load = (load / load.sum(1, keepdim=True).clamp(min=1)).mean(0)
+    if method == "chain":
+        return chain(load, ep, redundant_per_rank=slots)
+    return Placement.from_history(load, ep, redundant_per_rank=slots)
+
+
+def judge(placement: Placement, test: torch.Tensor, device: torch.device) -> dict[str, float]:
+    """Mean excess of a placement over a perfect balance: even split, program, whole tokens."""
+    counts = test.sum(1)
+    some = counts.sum(1) > 0
+    counts, test = counts[some], test[some]
+    solution = solve(placement.problem(counts.to(device)))
+    solution.check()
+    mean = counts.sum(1).double() / placement.ep_size
+    whole = integer_loads(placement, fold_sources(test, placement.ep_size), solution)
+    return {
+        "even": float((placement.even_loads(counts).amax(1) / mean).mean()) - 1,
+        "lp": float((solution.max_load.double().cpu() / mean).mean()) - 1,
+        "integer": float((whole.amax(1) / mean).mean()) - 1,
+    }
+
+
+def measure(
+    case: Case,
+    ep: int,
+    slots: int,
+    method: str,
+    device: torch.device,
+    trials: int | None = None,
+) -> dict[str, float]:
+    """Place by a case's history, judge by its test batches, and take the time.
+
+    Parameters
+    ----------
+    case
+        Loads.
+    ep, slots
+        Ranks, and redundant slots on each.
+    method
+        One of `METHODS`.
+    device
+        Where `place` searches and programs are solved.
+    trials
+        Of `lplb_triton.place`; ``None`` for its default.
+
+    Returns
+    -------
+    dict
+        ``even``, ``lp`` and ``integer``, mean largest over mean rank load, minus 1; ``seconds``,
+        wall time, and ``cpu_seconds``, of all threads, to make the placement.
+    """
+    begin, cpu = time.perf_counter(), time.process_time()
+    placement = make(method, case.history, ep, slots, device, trials)
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    return {**judge(placement, case.test, device), "seconds": seconds, "cpu_seconds": cpu}
+
+
+def run(
+    cases: Sequence[Case],
+    ep: Sequence[int],
+    slots: Sequence[int],
+    device: torch.device,
+    trials: int | None = None,
+    progress: Callable[[], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Compare all methods on all cases.
+
+    Parameters
+    ----------
+    cases
+        Loads.
+    ep, slots
+        Ranks, and redundant slots on each; combinations that EPLB can't lay out are left out.
+    device
+        Where `place` searches and programs are solved.
+    trials
+        Of `lplb_triton.place`; ``None`` for its default.
+    progress
+        Called once for each case of each combination.
+
+    Returns
+    -------
+    list of dict
+        ``ep``, ``slots``, ``cases`` (names) and ``methods``: by method, what `measure` returns,
+        one value for each case.
+    """
+    if device.type != "cpu":
+        # Kernels are compiled by the first search.
+        measure(cases[0], ep[0], slots[0], "place", device, trials)
+    rows = []
+    for n_ranks in ep:
+        for spare in slots:
+            experts = cases[0].history.shape[1]
+            if experts % n_ranks or spare > experts - experts // n_ranks:
+                continue
+            found: dict[str, dict[str, list[float]]] = {}
+            for case in cases:
+                for method in METHODS:
+                    values = measure(case, n_ranks, spare, method, device, trials)
+                    for name, value in values.items():
+                        found.setdefault(method, {}).setdefault(name, []).append(value)
+                if progress is not None:
+                    progress()
+            names = [case.name for case in cases]
+            rows.append({"ep": n_ranks, "slots": spare, "cases": names, "methods": found})
+    return rows
+
+
+def moves_row(
+    ep: int,
+    slots: int,
+    penalty: float,
+    device: torch.device,
+    trials: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Follow drifting synthetic loads, and count the weights that each re-placement moves.
+
+    Parameters
+    ----------
+    ep, slots
+        Ranks, and redundant slots on each of them, for 256 experts.
+    penalty
+        `move_penalty` of `lplb_triton.place`.
+    device
+        Where the search runs.
+    trials
+        Of `lplb_triton.place`; ``None`` for its default.
+    seed
+        Of the loads.
+
+    Returns
+    -------
+    dict
+        By ``eplb``, ``free`` (no penalty) and ``priced``: ``moved``, weights that change rank, and
+        ``lp``, mean excess on unseen batches, both means over the re-placements.
+    """
+    rng = np.random.default_rng(seed)
+    mean = rng.lognormal(0, SPREAD, 256)
+    last: dict[str, Placement] = {}
+    found: dict[str, dict[str, list[float]]] = {}
+    for step in range(DRIFT_STEPS + 1):
+        loads = _tokens(mean * rng.lognormal(0, JITTER, (SYNTHETIC_HISTORY + SYNTHETIC_TEST, 256)))
+        history, test = loads[:SYNTHETIC_HISTORY], loads[SYNTHETIC_HISTORY:].unsqueeze(1)
+        now = {"eplb": make("eplb", history, ep, slots, device, None)}
+        for name, price in (("free", 0.0), ("priced", penalty)):
+            now[name] = place(
+                history.to(device),
+                ep,
+                redundant_per_rank=slots,
+                previous=last.get(name),
+                move_penalty=price if step else 0.0,
+                trials=trials,
+            )
+        for name, placement in now.items():
+            if step:
+                values = found.setdefault(name, {"moved": [], "lp": []})
+                values["moved"].append(plan_moves(last[name], placement).moved)
+                values["lp"].append(judge(placement, test, device)["lp"])
+        last = now
+        mean = mean * rng.lognormal(0, DRIFT, 256)
+    means = {
+        name: {key: float(np.mean(value)) for key, value in values.items()}
+        for name, values in found.items()
+    }
+    return {"ep": ep, "slots": slots, "penalty": penalty, "methods": means}
+
+
+def published_row(
+    path: Path, layers: int = 58, experts: int = 256, repeats: int = 5
+) -> dict[str, Any]:
+    """Time `lplb_triton.rebalance_experts` against the file it follows, and compare results.
+
+    Parameters
+    ----------
+    path
+        A copy of ``eplb.py`` of https://github.com/deepseek-ai/EPLB. It is executed.
+    layers, experts
+        Sizes; 288 replicas, 8 groups, 4 nodes, 32 GPUs.
+    repeats
+        Runs; the median counts.
+
+    Returns
+    -------
+    dict
+        ``seconds`` and ``published_seconds``; ``same``, whether every table is equal.
+
+    Raises
+    ------
+    ImportError, OSError, AttributeError, SyntaxError
+        If the file can't be run or has no ``rebalance_experts``.
+    """
+    spec = importlib.util.spec_from_file_location("published_eplb", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    load = torch.from_numpy(np.random.default_rng(0).lognormal(0, SPREAD, (layers, experts)))
+    arguments = (load.float() * 1000, experts + 32, 8, 4, 32)
+    seconds: dict[str, list[float]] = {"own": [], "published": []}
+    results: dict[str, Any] = {}
+    for _ in range(repeats):
+        for name, function in (
+            ("own", rebalance_experts),
+            ("published", module.rebalance_experts),
+        ):
+            begin = time.perf_counter()
+            results[name] = function(*arguments)
+            seconds[name].append(time.perf_counter() - begin)
+    same = all(torch.equal(a, b) for a, b in zip(results["own"], results["published"], strict=True))
+    return {
+        "layers": layers,
+        "experts": experts,
+        "seconds": statistics.median(seconds["own"]),
+        "published_seconds": statistics.median(seconds["published"]),
+        "same": same,
+    }

@@ -1,0 +1,156 @@
+"""A placement for the linear program from mean loads alone, in milliseconds.
+
+EPLB gives the copies of its hottest experts to whichever ranks have room. For the program it
+matters that load can flow from any rank to any other. So the copied experts are laid along a
+closed walk over all ranks: an expert's copies are on consecutive ranks of the walk, and the next
+expert starts where it ends. With one spare slot a rank the walk is a ring; with more it goes
+around again with another step, which makes a graph of short distances. The experts with one copy
+then fill the ranks, heaviest first, each to the least loaded one with room.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lplb_triton.moves import domains_of
+from lplb_triton.placement import Placement, check_integer
+
+__all__ = ["chain"]
+
+# Steps of the second and later rounds of the walk, in parts of the ranks; far from simple ratios.
+STEPS = (0.382, 0.236, 0.309, 0.146)
+
+
+def chain(
+    load: torch.Tensor,
+    ep_size: int,
+    *,
+    redundant_per_rank: int = 1,
+    ranks_per_domain: int | None = None,
+) -> Placement:
+    """Place and replicate experts along a closed walk over the ranks, by their mean loads.
+
+    Every further copy goes to the expert with the largest load per copy, as in EPLB, but never
+    twice to one rank. Costs about what EPLB costs; `lplb_triton.place` goes on from here.
+
+    Parameters
+    ----------
+    load : torch.Tensor
+        ``[n_logical]``, mean load of each logical expert, finite and non-negative, any real dtype,
+        any device.
+    ep_size : int
+        Number of ranks; divides ``n_logical``.
+    redundant_per_rank : int
+        Redundant slots per rank.
+    ranks_per_domain : int or None
+        Consecutive ranks that form a node or NVLink domain; divides `ep_size`. All copies of an
+        expert then lie in one domain, and the domains are the groups of the placement.
+
+    Returns
+    -------
+    Placement
+        One LP group over all ranks, or one for each domain.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument.
+
+    Examples
+    --------
+    >>> chain(torch.tensor([8.0, 1.0, 1.0, 2.0]), 2)
+    Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
+    """
+    weight = checked_load("load", load, (1,))[0]
+    n_logical = len(weight)
+    ranks = check_integer("ep_size", ep_size)
+    spare = check_integer("redundant_per_rank", redundant_per_rank, 0)
+    if n_logical % ranks:
+        raise ValueError(f"ep_size must divide the number of experts {n_logical}, got {ranks}")
+    n_domains = int(domains_of(ranks, ranks_per_domain)[-1]) + 1
+    size = ranks // n_domains
+    if spare * ranks > n_logical * (size - 1):
+        raise ValueError(
+            f"redundant_per_rank must leave at most one copy of an expert on a rank, got {spare}"
+        )
+    domains = np.arange(n_logical).reshape(1, -1)
+    if n_domains > 1:
+        even = Placement.from_history(torch.from_numpy(weight), n_domains, redundant_per_rank=0)
+        domains = even.phy2log.long().numpy().reshape(n_domains, -1)
+    slots = [
+        [experts[i] for held in _chain(weight[experts], size, spare) for i in held]
+        for experts in domains
+    ]
+    return Placement(np.concatenate(slots), ranks, n_logical=n_logical, n_group=n_domains)
+
+
+def checked_load(name: str, load: object, dimensions: tuple[int, ...]) -> NDArray[np.float64]:
+    """Return loads as ``[batches, n_logical]`` float64 on the CPU, or raise naming them."""
+    if not isinstance(load, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(load).__name__}")
+    if load.is_complex():
+        raise TypeError(f"{name} must have a real dtype, got {load.dtype}")
+    if load.ndim not in dimensions or load.numel() == 0:
+        shapes = " or ".join({1: "[n_logical]", 2: "[batches, n_logical]"}[n] for n in dimensions)
+        raise ValueError(
+            f"{name} must have shape {shapes}, without an axis of length 0, got {list(load.shape)}"
+        )
+    array: NDArray[np.float64] = load.detach().double().cpu().numpy().reshape(-1, load.shape[-1])
+    if not np.isfinite(array).all() or (array < 0).any():
+        raise ValueError(f"{name} must be finite and not negative")
+    return array
+
+
+def _chain(load: NDArray[np.float64], ranks: int, spare: int) -> list[list[int]]:
+    """Experts of each rank of one domain."""
+    count = _copies(load, ranks, spare * ranks)
+    order = np.argsort(-load, kind="stable")
+    shared = [int(expert) for expert in order if count[expert] > 1]
+    # Heavy and light ones take turns, so that what is shared is even along the walk.
+    shared = shared[0::2] + shared[1::2][::-1]
+    held: list[list[int]] = [[] for _ in range(ranks)]
+    even = np.zeros(ranks)
+    room = len(load) // ranks + spare
+    steps = _steps(ranks)
+    at, walked = 0, 0
+    for expert in shared:
+        left, last = count[expert], at
+        while left:
+            if len(held[at]) < room and expert not in held[at]:
+                held[at].append(expert)
+                even[at] += load[expert] / count[expert]
+                left, last = left - 1, at
+            if left:
+                at = (at + steps[walked // ranks % len(steps)]) % ranks
+                walked += 1
+        at = last
+    for single in order:
+        if count[single] == 1:
+            rank = min((r for r in range(ranks) if len(held[r]) < room), key=even.__getitem__)
+            held[rank].append(int(single))
+            even[rank] += load[single]
+    return held
+
+
+def _copies(load: NDArray[np.float64], most: int, spare: int) -> NDArray[np.int64]:
+    """Give each further copy to the expert with the largest load per copy."""
+    count = np.ones(len(load), dtype=np.int64)
+    heap = [(-value, expert) for expert, value in enumerate(load)] if most > 1 else []
+    heapq.heapify(heap)
+    for _ in range(spare):
+        _, expert = heapq.heappop(heap)
+        count[expert] += 1
+        if count[expert] < most:
+            heapq.heappush(heap, (-load[expert] / count[expert], expert))
+    return count
+
+
+def _steps(ranks: int) -> list[int]:
+    """Choose the steps of the rounds of the walk, each prime to the number of ranks."""
+    prime = [step for step in range(1, ranks // 2 + 1) if math.gcd(step, ranks) == 1] or [1]
+    return [1, *(min(prime, key=lambda step: abs(step - part * ranks)) for part in STEPS)]

@@ -1,0 +1,137 @@
+"""What has to be copied where when one placement follows another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lplb_triton.placement import Placement, check_integer
+
+__all__ = ["MovePlan", "keep_slots", "plan_moves"]
+
+
+@dataclass(frozen=True)
+class MovePlan:
+    """Expert weights to copy, one entry for each slot whose expert changes.
+
+    All sources are slots of the placement before. A source may be a target of another entry:
+    where weights are overwritten in place, read every source (or send it) before its slot is
+    written.
+
+    Attributes
+    ----------
+    expert : torch.Tensor
+        ``[n]`` int64, logical expert that the slot is to hold.
+    target : torch.Tensor
+        ``[n]`` int64, slot to write, ascending.
+    source : torch.Tensor
+        ``[n]`` int64, slot to read: on the same rank if it holds the expert already, else in the
+        same domain if one does, else any; of several that serve the fewest so far.
+    source_rank, target_rank : torch.Tensor
+        ``[n]`` int64, ranks of the two slots.
+    crossing : torch.Tensor
+        ``[n]`` bool, whether the two ranks are of different domains.
+    """
+
+    expert: torch.Tensor
+    target: torch.Tensor
+    source: torch.Tensor
+    source_rank: torch.Tensor
+    target_rank: torch.Tensor
+    crossing: torch.Tensor
+
+    @property
+    def moved(self) -> int:
+        """Expert weights that a rank receives from another one."""
+        return int((self.source_rank != self.target_rank).sum())
+
+    def __len__(self) -> int:
+        """Slots to write."""
+        return len(self.expert)
+
+
+def plan_moves(
+    previous: Placement, placement: Placement, *, ranks_per_domain: int | None = None
+) -> MovePlan:
+    """List the weights to copy when `placement` replaces `previous`.
+
+    Parameters
+    ----------
+    previous, placement : Placement
+        Of the same numbers of experts, slots and ranks.
+    ranks_per_domain : int or None
+        Consecutive ranks that form a node or NVLink domain; divides the number of ranks. None:
+        all ranks form one.
+
+    Returns
+    -------
+    MovePlan
+        On the CPU.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument.
+    """
+    check_same_sizes("previous", previous, placement)
+    domain = domains_of(placement.ep_size, ranks_per_domain)
+    old, new = previous.phy2log.long().numpy(), placement.phy2log.long().numpy()
+    rank = placement.rank_of_slot.long().numpy()
+    sent = np.zeros(placement.ep_size, dtype=np.int64)
+    targets = np.flatnonzero(old != new)
+    sources = np.empty_like(targets)
+    for i, target in enumerate(targets):
+        holders = np.flatnonzero(old == new[target])
+        distance = np.where(
+            rank[holders] == rank[target], 0, 1 + (domain[rank[holders]] != domain[rank[target]])
+        )
+        nearest = holders[distance == distance.min()]
+        sources[i] = nearest[sent[rank[nearest]].argmin()]
+        sent[rank[sources[i]]] += rank[sources[i]] != rank[target]
+    crossing = domain[rank[sources]] != domain[rank[targets]]
+    columns = (new[targets], targets, sources, rank[sources], rank[targets], crossing)
+    return MovePlan(*(torch.from_numpy(column) for column in columns))
+
+
+def check_same_sizes(name: str, previous: object, placement: Placement) -> None:
+    """Raise, naming the argument, unless two placements have the same sizes."""
+    if not isinstance(previous, Placement):
+        raise TypeError(f"{name} must be a Placement, got {type(previous).__name__}")
+    sizes = [(p.n_logical, p.n_physical, p.ep_size) for p in (previous, placement)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{name} must have (experts, slots, ranks) = {sizes[1]}, got {sizes[0]}")
+
+
+def domains_of(ep_size: int, ranks_per_domain: int | None) -> np.ndarray:
+    """Domain of each rank, ``[ep_size]`` int64."""
+    if ranks_per_domain is None:
+        return np.zeros(ep_size, dtype=np.int64)
+    size = check_integer("ranks_per_domain", ranks_per_domain)
+    if ep_size % size:
+        raise ValueError(f"ranks_per_domain must divide the {ep_size} ranks, got {size}")
+    return np.arange(ep_size, dtype=np.int64) // size
+
+
+def keep_slots(new: torch.Tensor, old: torch.Tensor, n_ranks: int) -> torch.Tensor:
+    """Reorder each rank's slots so that experts which stay on the rank keep theirs.
+
+    Both maps are int64 ``[layers, n_physical]``. Newcomers take the slots left over, in order.
+    """
+    n_slots = new.shape[1] // n_ranks
+    arriving, leaving = new.reshape(-1, n_slots), old.reshape(-1, n_slots)
+    # The k-th copy of an expert on a rank takes the k-th of its old slots there.
+    same = arriving.unsqueeze(2) == leaving.unsqueeze(1)
+    same &= _occurrence(arriving).unsqueeze(2) == _occurrence(leaving).unsqueeze(1)
+    target = same.int().argmax(2)
+    stays, taken = same.any(2), same.any(1)
+    # As many newcomers as free slots in every row, and masks read both row by row.
+    target[~stays] = torch.arange(n_slots).expand_as(target)[~taken]
+    return torch.empty_like(arriving).scatter_(1, target, arriving).reshape(new.shape)
+
+
+def _occurrence(slots: torch.Tensor) -> torch.Tensor:
+    """``[rows, n]``, how many earlier slots of the row hold the same expert."""
+    same = slots.unsqueeze(2) == slots.unsqueeze(1)
+    return same.tril_(-1).sum(2)

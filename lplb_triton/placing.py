@@ -1,0 +1,283 @@
+"""Placement for the linear program: choose what is copied where from recorded batches.
+
+EPLB's placement is built for even splits. With the program of docs/method.md (equation 1) solved
+exactly for every batch, what is left of the imbalance is the placement's. `place` searches for one
+whose optima over recorded and synthetic batches are low, on a CPU by the cuts that bind it
+(`lplb_triton._cut_search`), on a GPU by solving thousands of programs in a launch
+(`lplb_triton._exact_search`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lplb_triton._cut_search import CutSearch
+from lplb_triton._exact_search import CANDIDATES, ExactSearch
+from lplb_triton.chaining import chain, checked_load
+from lplb_triton.moves import check_same_sizes, domains_of, keep_slots
+from lplb_triton.placement import Placement, check_integer
+from lplb_triton.solver import solve
+
+__all__ = ["place"]
+
+_Float = NDArray[np.float32]
+_Double = NDArray[np.float64]
+
+# Samples and trials where none are asked for.
+CPU_EFFORT, GPU_EFFORT = (256, 2000), (512, 256 * CANDIDATES)
+# Batches that tell how loads fluctuate; with fewer, `dispersion` does.
+MIN_BATCHES = 8
+# Powers of the fluctuations in synthetic batches: the next is for placements whose mean optimum
+# exceeds a perfect balance by less than ENOUGH under the one before.
+STRESSES = (1.0, 1.5, 2.0)
+ENOUGH = 3e-3
+# Trials at each higher power.
+MARGIN_TRIALS = 300
+# What a margin for stress may cost over recorded batches, in mean rank loads.
+MARGIN_COST = 5e-4
+
+
+def place(
+    history: torch.Tensor,
+    ep_size: int,
+    *,
+    redundant_per_rank: int = 1,
+    previous: Placement | None = None,
+    move_penalty: float = 0.0,
+    ranks_per_domain: int | None = None,
+    samples: int | None = None,
+    trials: int | None = None,
+    dispersion: float = 0.2,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> Placement:
+    """Place and replicate experts so that the program's optimum is low over recorded batches.
+
+    Starts from the better one of EPLB's placement and that of `lplb_triton.chain` (or from the
+    previous one) and improves it by local search: swap two slots of different ranks, or give a slot
+    of an expert with several copies to another expert. What is made small is the mean, with a
+    little of the mean of the worst tenth, of the optima of equation 1 over `samples` batches:
+    recorded ones, at most half, and synthetic ones, in which every expert's deviation from its mean
+    is taken from one of two recorded batches. Synthetic batches keep the search from fitting the
+    accidents of a short history. Where a placement does well on them, the search goes on with
+    larger deviations, as a margin for loads that drift.
+
+    Parameters
+    ----------
+    history : torch.Tensor
+        ``[batches, n_logical]``, load (e.g. tokens) of each logical expert in each batch, finite
+        and non-negative, any real dtype, any device; or ``[n_logical]``, the mean alone. Each
+        batch counts equally, whatever its total; batches without load are left out. With fewer
+        than 8 batches the fluctuations are assumed, see `dispersion`.
+    ep_size : int
+        Number of ranks; divides ``n_logical``.
+    redundant_per_rank : int
+        Redundant slots per rank (0: the experts are only distributed).
+    previous : Placement or None
+        Placement to start from, of the same sizes; experts that stay on a rank keep their slots.
+        See `lplb_triton.plan_moves` for what has to be copied.
+    move_penalty : float
+        What an expert weight that a rank does not have in `previous` costs, in mean rank loads
+        of the mean optimum: 1e-3 asks for 0.1% less imbalance per weight moved. Needs `previous`.
+    ranks_per_domain : int or None
+        Consecutive ranks that form a node or NVLink domain; divides `ep_size`. All copies of an
+        expert then lie in one domain (also in `previous`), and the domains are the groups of the
+        placement. None: copies may lie anywhere.
+    samples : int or None
+        Batches that a placement is judged by. Of a history longer than half of it, a sample. By
+        default 256 on a CPU and 512 on a GPU.
+    trials : int or None
+        Changes to try: the effort. Time is roughly proportional to it; 0 returns the start. By
+        default 2,000 on a CPU and 16,384 on a GPU, where changes are tried 64 at a time.
+    dispersion : float
+        Assumed standard deviation of the logarithm of each expert's load from batch to batch,
+        used with fewer than 8 batches.
+    device : torch.device, str or None
+        Where to search; by default where `history` is. On a CPU torch's number of threads in this
+        process is 1 during the search.
+    seed : int
+        Seed of the random choices. The placement depends on nothing else but the arguments (and
+        on the rounding of the processor at hand: where several processes need it, compute it in
+        one and broadcast it).
+
+    Returns
+    -------
+    Placement
+        One LP group over all ranks, or one for each domain. The mean optimum over `history` (plus
+        the price of moves) is no larger than that of the start (so than EPLB's), up to the solver's
+        tolerance of 1e-3 and, where the search took a margin for drift, 5e-4.
+
+    Raises
+    ------
+    TypeError
+        If `history` is not a tensor of a real dtype or another argument has the wrong type.
+    ValueError
+        If a shape or value is not as stated above. The message names the argument.
+
+    Examples
+    --------
+    >>> history = torch.tensor([[8.0, 1.0, 1.0, 2.0], [2.0, 1.0, 1.0, 8.0]]).repeat(4, 1)
+    >>> place(history, 2, redundant_per_rank=1)
+    Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
+    """
+    load = checked_load("history", history, (1, 2))
+    where = history.device if device is None else torch.device(device)
+    n_ranks = check_integer("ep_size", ep_size, 1)
+    redundant = check_integer("redundant_per_rank", redundant_per_rank, 0)
+    effort = CPU_EFFORT if where.type == "cpu" else GPU_EFFORT
+    n_samples = effort[0] if samples is None else check_integer("samples", samples, 1)
+    n_trials = effort[1] if trials is None else check_integer("trials", trials, 0)
+    dispersion = _checked_number("dispersion", dispersion)
+    penalty = _checked_number("move_penalty", move_penalty)
+    rng = np.random.default_rng(check_integer("seed", seed, 0))
+    n_logical = load.shape[1]
+    if n_logical % n_ranks:
+        raise ValueError(f"ep_size must divide the number of experts {n_logical}, got {n_ranks}")
+    domain = domains_of(n_ranks, ranks_per_domain)
+    n_domains = int(domain[-1]) + 1
+    load = load[load.sum(1) > 0]
+    load = load / np.maximum(load.sum(1, keepdims=True), 1e-300) * n_ranks
+    mean = load.mean(0) if len(load) else np.ones(n_logical)
+    counts = torch.from_numpy(load).to(where)
+    price = np.zeros((n_logical, n_ranks), dtype=np.float32)
+    start = _start(torch.from_numpy(mean), counts, n_ranks, redundant, ranks_per_domain)
+    if previous is not None:
+        check_same_sizes("previous", previous, start)
+        try:
+            start = Placement(previous.phy2log, n_ranks, n_logical=n_logical, n_group=n_domains)
+        except ValueError as error:
+            raise ValueError(f"previous does not fit ranks_per_domain: {error}") from error
+    elif penalty:
+        raise ValueError("move_penalty needs previous, the placement that moves start from")
+    if n_ranks == 1 or not len(load) or not n_trials:
+        return start
+    if penalty:
+        price += np.float32(penalty)
+        price[start.phy2log.numpy(), start.rank_of_slot.numpy()] = 0.0
+    best, limit = start, _cost(start, counts, price)
+    for stress in STRESSES:
+        batches = _scenarios(load, n_samples, dispersion, stress, rng)
+        if where.type == "cpu":
+            search = CutSearch(best, batches, price, domain, rng)
+            with _one_thread():
+                found, excess = search.run(n_trials)
+            n_trials -= search.trial
+        else:
+            found, excess, steps = _search_exactly(
+                best, batches, price, domain, where, rng, n_trials
+            )
+            n_trials -= steps * CANDIDATES
+        cost = _cost(found, counts, price)
+        if cost <= limit + MARGIN_COST / len(STRESSES):
+            best, limit = found, min(limit, cost)
+        n_trials = min(n_trials, MARGIN_TRIALS)
+        if excess > ENOUGH or n_trials < 1:
+            break
+    phy2log = keep_slots(best.phy2log.long()[None], start.phy2log.long()[None], n_ranks)[0]
+    return Placement(phy2log, n_ranks, n_logical=n_logical, n_group=n_domains)
+
+
+def _start(
+    mean: torch.Tensor,
+    counts: torch.Tensor,
+    ranks: int,
+    redundant: int,
+    ranks_per_domain: int | None,
+) -> Placement:
+    """Make the placement to start from: the better one of EPLB's and the chained one."""
+    n_domains = ranks // (ranks_per_domain or ranks)
+    n_logical = len(mean)
+    # Groups of one expert each: EPLB then packs experts onto domains by load.
+    groups = n_logical if n_domains > 1 else 1
+    eplb = Placement.from_history(
+        mean, ranks, redundant_per_rank=redundant, num_groups=groups, num_nodes=n_domains
+    )
+    eplb = Placement(eplb.phy2log, ranks, n_logical=n_logical, n_group=n_domains)
+    if redundant * ranks > n_logical * (ranks // n_domains - 1):
+        return eplb
+    chained = chain(mean, ranks, redundant_per_rank=redundant, ranks_per_domain=ranks_per_domain)
+    free = np.zeros((n_logical, ranks), dtype=np.float32)
+    return min((chained, eplb), key=lambda one: _cost(one, counts, free))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: the search's operations are too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _checked_number(name: str, value: object) -> float:
+    """Return a finite float from 0 on, or raise naming it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return float(value)
+
+
+def _scenarios(
+    load: _Double, samples: int, dispersion: float, stress: float, rng: np.random.Generator
+) -> _Float:
+    """Batches to judge by, ``[samples, E]``: recorded ones, at most half, and synthetic ones."""
+    total, mean = load.sum(1).mean(), load.mean(0)
+    recorded = min(len(load), (samples + 1) // 2)
+    missing = samples - recorded
+    if len(load) < MIN_BATCHES:
+        ratio = rng.lognormal(0.0, dispersion, (missing, load.shape[1]))
+    else:
+        relative = load / np.where(mean > 0, mean, 1.0)
+        one, two = rng.integers(len(load), size=(2, missing))
+        coin = rng.random((missing, load.shape[1])) < 0.5
+        ratio = np.where(coin, relative[one], relative[two])
+    synthetic = mean * ratio**stress
+    synthetic = synthetic[synthetic.sum(1) > 0]
+    load = np.concatenate([load[rng.permutation(len(load))[:recorded]], synthetic])
+    # In random order, so that any run of neighbours is a fair sample.
+    load = rng.permutation(load)
+    scaled: _Float = (load / load.sum(1, keepdims=True) * total).astype(np.float32)
+    return scaled
+
+
+def _search_exactly(
+    start: Placement,
+    batches: _Float,
+    price: _Float,
+    domain: NDArray[np.int64],
+    device: torch.device,
+    rng: np.random.Generator,
+    trials: int,
+) -> tuple[Placement, float, int]:
+    """Run `ExactSearch` on a device; return its placement, mean excess and steps."""
+    generator = torch.Generator(device).manual_seed(int(rng.integers(2**31)))
+    search = ExactSearch(
+        start,
+        torch.from_numpy(batches).to(device),
+        torch.from_numpy(price),
+        torch.from_numpy(domain),
+        generator,
+    )
+    found, excess = search.run(max(1, trials // CANDIDATES))
+    return found, excess, search.steps
+
+
+def _cost(placement: Placement, counts: torch.Tensor, price: _Float) -> float:
+    """Mean optimum over batches, in mean rank loads, and the price of moves."""
+    if not len(counts):
+        return 0.0
+    parts = [
+        solve(placement.problem(part)).max_load.reshape(len(part), -1).amax(1)
+        for part in torch.split(counts, 256)
+    ]
+    moves = price[placement.phy2log.numpy(), placement.rank_of_slot.numpy()].sum()
+    return float(torch.cat(parts).mean() + moves)

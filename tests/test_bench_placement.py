@@ -1,0 +1,96 @@
+"""lplb-bench placement: cases, rows, the command and its outputs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from lplb_triton.bench import cli, placement
+from lplb_triton.bench.trace import Trace, save
+
+
+@pytest.fixture
+def trace():
+    rng = np.random.default_rng(0)
+    mean = rng.lognormal(0, 1, (2, 1, 16)) * 100
+    counts = (mean * rng.lognormal(0, 0.3, (24, 2, 2, 16))).astype(np.int64)
+    return Trace(counts, np.arange(24))
+
+
+def test_cases_split_history_from_test(trace):
+    cases = placement.trace_cases(trace, 0.5)
+    assert len(cases) == 2
+    assert cases[1].history.equal(torch.from_numpy(trace.counts[:12, 1].sum(1)))
+    assert cases[1].test.equal(torch.from_numpy(trace.counts[12:, 1]))
+
+
+def test_synthetic_cases_are_the_seeds(trace):
+    one, two = placement.synthetic_cases(32, (3, 4))
+    assert one.name == "seed 3" and not one.history.equal(two.history)
+    assert one.history.equal(placement.synthetic_cases(32, (3,))[0].history)
+    assert (one.history.sum(1) - placement.SYNTHETIC_TOKENS).abs().max() <= 32
+
+
+def test_command_writes_every_output(trace, tmp_path, capsys):
+    path = tmp_path / "loads.npz"
+    save(path, trace)
+    published = tmp_path / "eplb.py"
+    published.write_text("from lplb_triton import rebalance_experts\n")
+    arguments = [
+        "placement",
+        "--trace",
+        str(path),
+        "--ep",
+        "4,5",
+        "--slots",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    arguments += [
+        "--trials",
+        "40",
+        "--published",
+        str(published),
+        "--json",
+        str(tmp_path / "a.json"),
+    ]
+    arguments += ["--markdown", "-", "--png", str(tmp_path / "a.png")]
+    assert cli.main(arguments) == cli.OK
+    report = json.loads((tmp_path / "a.json").read_text())
+    (row,) = report["rows"]
+    assert (row["ep"], row["slots"], len(row["cases"])) == (4, 1, 2)
+    for values in row["methods"].values():
+        assert all(
+            whole >= lp - 1e-9 for whole, lp in zip(values["integer"], values["lp"], strict=True)
+        )
+    excess = {name: np.mean(values["lp"]) for name, values in row["methods"].items()}
+    assert excess["place"] < excess["eplb"]
+    assert report["published"]["same"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "place/EPLB" in capsys.readouterr().out
+
+
+def test_moves_are_counted(monkeypatch):
+    for name, value in (("SYNTHETIC_HISTORY", 24), ("SYNTHETIC_TEST", 8), ("DRIFT_STEPS", 1)):
+        monkeypatch.setattr(placement, name, value)
+    found = placement.moves_row(8, 1, 1.0, torch.device("cpu"), trials=20)["methods"]
+    assert found["priced"]["moved"] == 0 < found["eplb"]["moved"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--ep", "7"], "--ep"),
+        (["--layers", "99"], "--layers"),
+        (["--published", "missing.py"], "--published"),
+        (["--json", "-", "--markdown", "-"], "--json"),
+    ],
+)
+def test_wrong_use(trace, tmp_path, capsys, arguments, message):
+    save(tmp_path / "loads.npz", trace)
+    base = ["placement", "--trace", str(tmp_path / "loads.npz"), "--device", "cpu", "--trials", "1"]
+    base += ["--slots", "1"] + (["--ep", "4"] if "--ep" not in arguments else [])
+    assert cli.main([*base, *arguments]) == cli.USAGE
+    assert message in capsys.readouterr().err

@@ -1,0 +1,61 @@
+"""Move plans: what is written, where it is read, and what crosses domains."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from lplb_triton import Placement, chain, plan_moves
+
+
+def random_placement(seed):
+    generator = torch.Generator().manual_seed(seed)
+    phy2log = torch.cat([torch.arange(8), torch.randint(8, (4,), generator=generator)])
+    return Placement(phy2log[torch.randperm(12, generator=generator)], 4, n_logical=8)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**20), st.integers(0, 2**20))
+def test_plan_turns_one_placement_into_the_other(one, two):
+    old, new = random_placement(one), random_placement(two)
+    plan = plan_moves(old, new, ranks_per_domain=2)
+    weights = old.phy2log.long()
+    weights[plan.target] = old.phy2log.long()[plan.source]
+    assert torch.equal(weights, new.phy2log.long())
+    assert torch.equal(plan.expert, new.phy2log.long()[plan.target])
+    assert torch.equal(plan.source_rank, plan.source // 3)
+    assert torch.equal(plan.target_rank, plan.target // 3)
+    assert torch.equal(plan.crossing, plan.source_rank // 2 != plan.target_rank // 2)
+    assert len(plan) == int((old.phy2log != new.phy2log).sum())
+    ranks = old.rank_of_slot
+    for expert, target, crossing in zip(plan.expert, plan.target_rank, plan.crossing, strict=True):
+        holders = ranks[old.phy2log == expert]
+        # Nearest source: from its own rank, else its own domain.
+        assert bool(crossing) == (not bool((holders // 2 == target // 2).any()))
+    news = sum(
+        int(not (old.phy2log[ranks == r] == e).any())
+        for r, e in zip(plan.target_rank, plan.expert, strict=True)
+    )
+    assert plan.moved == news
+
+
+def test_sources_take_turns():
+    old = Placement(torch.tensor([0, 1, 0, 2, 3, 3, 4, 4]), 4)
+    new = Placement(torch.tensor([0, 1, 0, 2, 3, 0, 4, 0]), 4)
+    assert sorted(plan_moves(old, new).source_rank.tolist()) == [0, 1]
+
+
+def test_nothing_to_move():
+    placement = chain(torch.rand(8), 4)
+    plan = plan_moves(placement, placement)
+    assert len(plan) == plan.moved == 0
+
+
+def test_errors_name_the_argument():
+    placement = chain(torch.rand(8), 4)
+    with pytest.raises(TypeError, match="previous"):
+        plan_moves(torch.arange(8), placement)
+    with pytest.raises(ValueError, match="previous"):
+        plan_moves(chain(torch.rand(8), 2), placement)
+    with pytest.raises(ValueError, match="ranks_per_domain"):
+        plan_moves(placement, placement, ranks_per_domain=3)
