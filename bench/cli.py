@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from lplb_triton import Status, __version__, topologies
-from lplb_triton.bench import balance, placement, plots, simulate, tables, timing, verify
+from lplb_triton.bench import balance, placement, plots, simulate, tables, timing, verify, workloads
 from lplb_triton.bench import trace as traces
 from lplb_triton.bench.instances import SHAPES, shape_placement
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, resolve_backend
@@ -55,6 +55,8 @@ _EXAMPLES = """examples:
       times of the solve kernel and of its peers on a GPU
   lplb-bench placement --synthetic 256 --ep 32 --slots 1
       EPLB's placement against those made for the LP, over ten seeds
+  lplb-bench workloads --ep 8,16 --json workloads.json
+      every workload under every placement, each held against HiGHS
   lplb-bench pipeline --markdown -
       times of the whole run on a GPU, as Markdown
   lplb-bench simulate --ep 8,64 --slots 2
@@ -177,7 +179,62 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="default %(default)s")
     _add_timed_commands(commands)
     _add_placement_command(commands)
+    _add_workloads_command(commands)
     return parser
+
+
+def _files() -> argparse.ArgumentParser:
+    """Options of the files that a command writes."""
+    parent = argparse.ArgumentParser(add_help=False)
+    group = parent.add_argument_group("output")
+    group.add_argument("--json", metavar="PATH|-", help="as in balance")
+    group.add_argument("--markdown", metavar="PATH|-", help="as in solve")
+    return parent
+
+
+def _add_workloads_command(commands: Any) -> None:
+    listing = "\n".join(f"  {name}: {w.about}" for name, w in workloads.WORKLOADS.items())
+    sub = commands.add_parser(
+        "workloads",
+        parents=[_files()],
+        help="every workload under every placement, each held against HiGHS",
+        description=(
+            "Place 256 experts by a workload's history, balance its test batches, and compare the\n"
+            "even split, the LP and HiGHS. Fails if the LP is worse than the even split or further\n"
+            "than the tolerance from HiGHS's optimum on any batch. On the CPU. Workloads:\n"
+            + listing
+        ),
+        epilog="example:\n  lplb-bench workloads --workload zipf,burst --placement chain --ep 8",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.set_defaults(run=_workloads)
+    sub.add_argument(
+        "--workload", type=_names(workloads.WORKLOADS), default=tuple(workloads.WORKLOADS),
+        metavar="NAME[,NAME...]", help="default: all",
+    )  # fmt: skip
+    sub.add_argument(
+        "--placement", type=_any_placements, default=workloads.PLACEMENTS,
+        metavar="NAME[,NAME...]", help=f"default {','.join(workloads.PLACEMENTS)}",
+    )  # fmt: skip
+    sub.add_argument(
+        "--ep", type=_integers(1), default=(8, 16, 32, 64), metavar="N[,N...]",
+        help="EP sizes (default 8,16,32,64)",
+    )  # fmt: skip
+    for name, default, text in (
+        ("slots", 2, "redundant slots per rank"),
+        ("experts", 256, "logical experts"),
+        ("batches", 4, "test batches"),
+        ("trials", 10, "effort of place: little, hardly more than its start"),
+    ):
+        sub.add_argument(
+            f"--{name}", type=_count, default=default, metavar="N",
+            help=f"{text} (default %(default)s)",
+        )  # fmt: skip
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="default %(default)s")
+    sub.add_argument(
+        "--tolerance", type=_tolerance, default=DEFAULT_TOLERANCE, metavar="GAP",
+        help="as in balance",
+    )  # fmt: skip
 
 
 def _add_placement_command(commands: Any) -> None:
@@ -379,17 +436,34 @@ def _layers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _placements(text: str) -> tuple[str, ...]:
+def _placements(text: str, named: Sequence[str] = ("eplb", "none")) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(text.split(",")))
     for name in names:
-        if name in ("eplb", "none"):
+        if name in named:
             continue
         try:
             topologies.from_name(name)
         except ValueError as error:
-            known = ", ".join(("eplb", "none", *topologies.available()))
+            known = ", ".join((*named, *topologies.available()))
             raise argparse.ArgumentTypeError(f"{error} (placements: {known})") from error
     return names
+
+
+def _any_placements(text: str) -> tuple[str, ...]:
+    return _placements(text, ("none", *placement.METHODS))
+
+
+def _names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(text.split(",")))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"expected some of {', '.join(known)}, got {name!r}"
+                )
+        return names
+
+    return parse
 
 
 def _history(text: str) -> float | int:
@@ -731,6 +805,47 @@ def _placement(args: argparse.Namespace) -> int:
     return OK if published is None or published["same"] else FAILED
 
 
+def _workloads(args: argparse.Namespace) -> int:
+    tables.require("rich")
+    _check_outputs(args)
+    for ep in args.ep:
+        if args.experts % ep:
+            raise _UsageError(f"argument --ep: {ep} does not divide the {args.experts} experts")
+    options = {
+        name: getattr(args, name)
+        for name in ("slots", "experts", "batches", "trials", "seed", "tolerance")
+    }
+    begin = time.perf_counter()
+    with tables.progress_bar("workloads", len(args.ep) * len(args.workload)) as advance:
+        try:
+            rows = workloads.run(
+                args.workload, args.placement, args.ep, **options, progress=advance
+            )
+        except ValueError as error:
+            raise _UsageError(str(error)) from error
+    report = {
+        "command": "workloads",
+        "options": options,
+        "about": {name: workloads.WORKLOADS[name].about for name in args.workload},
+        "environment": _environment("cpu"),
+        "seconds": time.perf_counter() - begin,
+        "rows": rows,
+    }
+    _finish_timed(args, report, tables.workloads_grids(report))
+    judged = [row for row in rows if "reason" not in row]
+    if not judged:
+        raise _UsageError("; ".join(dict.fromkeys(row["reason"] for row in rows)))
+    bad = [row for row in judged if not row["passed"]]
+    for row in bad:
+        print(
+            f"lplb-bench: EP {row['ep']}, {row['workload']}, {row['placement']}: "
+            f"{row['worse_than_even']} batches worse than the even split, distance from HiGHS "
+            f"{row['distance']:.1e}",
+            file=sys.stderr,
+        )
+    return FAILED if bad else OK
+
+
 def _check_outputs(args: argparse.Namespace) -> None:
     if args.json == "-" and args.markdown == "-":
         raise _UsageError("arguments --json and --markdown cannot both print to stdout")
@@ -776,7 +891,7 @@ def _finish_timed(
 def _machine_line(report: dict[str, Any]) -> str:
     """Hardware and versions in one line."""
     e = report["environment"]
-    if report["command"] == "placement":
+    if report["command"] in ("placement", "workloads"):
         where = f"{e['gpu']}, {e['cpu']}" if e["gpu"] else e["cpu"]
         return (
             f"{where}, {e['torch_threads']} threads, torch {e['torch']}; "

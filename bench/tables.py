@@ -33,6 +33,7 @@ __all__ = [
     "show_verdicts",
     "simulate_grids",
     "solve_grids",
+    "workloads_grids",
 ]
 
 LABELS = {
@@ -602,3 +603,47 @@ def simulate_grids(report: dict[str, Any]) -> list[Grid]:
             ),
         )
     ]
+
+
+def workloads_grids(report: dict[str, Any]) -> list[Grid]:
+    """Lay out the report of ``lplb-bench workloads``: one table an EP size.
+
+    Parameters
+    ----------
+    report
+        What the command writes as JSON.
+
+    Returns
+    -------
+    list of Grid
+    """
+    grids = []
+    for ep in dict.fromkeys(row["ep"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["ep"] == ep and "reason" not in row]
+        if not rows:
+            continue
+        grids.append(
+            Grid(
+                f"EP {ep}, mean imbalance",
+                ("workload", "placement", "in order", "even", "LP", "HiGHS", "tokens", "distance"),
+                [
+                    (
+                        *(row["workload"], row["placement"]),
+                        *(f"{row[k]:.3f}" for k in ("unbalanced", "even", "lp", "highs", "tokens")),
+                        f"{row['distance']:.1e}",
+                    )
+                    for row in rows
+                ],
+            )
+        )
+    if grids:
+        o = report["options"]
+        last = grids[-1]
+        note = (
+            f"{o['experts']} experts, {o['slots']} redundant slots per rank, {o['batches']} "
+            "batches. in order: experts in order, no copies; even: copies, split evenly; tokens: "
+            "the LP in whole tokens; distance: largest of LP over HiGHS, relative. "
+            f"place with {o['trials']} trials. The adversary's batches are each placement's own."
+        )
+        grids[-1] = Grid(last.title, last.header, last.rows, (note,))
+    return grids
