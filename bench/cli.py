@@ -24,7 +24,17 @@ import numpy as np
 import torch
 
 from lplb_triton import Status, __version__, topologies
-from lplb_triton.bench import balance, placement, plots, simulate, tables, timing, verify, workloads
+from lplb_triton.bench import (
+    balance,
+    placement,
+    plots,
+    record,
+    simulate,
+    tables,
+    timing,
+    verify,
+    workloads,
+)
 from lplb_triton.bench import trace as traces
 from lplb_triton.bench.instances import SHAPES, shape_placement
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, resolve_backend
@@ -55,6 +65,8 @@ _EXAMPLES = """examples:
       times of the solve kernel and of its peers on a GPU
   lplb-bench placement --synthetic 256 --ep 32 --slots 1
       EPLB's placement against those made for the LP, over ten seeds
+  lplb-bench record --merge trace.npz trace.rank*.npz
+      one trace from the files that a recorder wrote on each rank
   lplb-bench workloads --ep 8,16 --json workloads.json
       every workload under every placement, each held against HiGHS
   lplb-bench pipeline --markdown -
@@ -180,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_timed_commands(commands)
     _add_placement_command(commands)
     _add_workloads_command(commands)
+    _add_record_command(commands)
     return parser
 
 
@@ -192,6 +205,34 @@ def _files() -> argparse.ArgumentParser:
     return parent
 
 
+def _add_record_command(commands: Any) -> None:
+    sub = commands.add_parser(
+        "record",
+        help="check and merge the files of a recorder",
+        description=(
+            "Recording itself is done in your script, by lplb_triton.bench.record.Recorder.\n"
+            "This command checks the files it wrote, says what is in them, and merges one file\n"
+            "per rank into one trace."
+        ),
+        epilog=(
+            "in your script:\n"
+            "  with Recorder('trace.npz', n_experts=256, layers=58) as recorder:\n"
+            "      ...\n"
+            "      recorder.add(layer, topk_ids)   # in every MoE layer\n"
+            "      recorder.step()                 # after every batch\n"
+            "then:\n"
+            "  lplb-bench record --merge trace.npz trace.rank*.npz\n"
+            "  lplb-bench balance --trace trace.npz"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.set_defaults(run=_record)
+    sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help="traces (.npz or .json)")
+    sub.add_argument(
+        "--merge", type=Path, metavar="PATH", help="write the files of all ranks as one trace there"
+    )
+
+
 def _add_workloads_command(commands: Any) -> None:
     listing = "\n".join(f"  {name}: {w.about}" for name, w in workloads.WORKLOADS.items())
     sub = commands.add_parser(
@@ -199,10 +240,10 @@ def _add_workloads_command(commands: Any) -> None:
         parents=[_files()],
         help="every workload under every placement, each held against HiGHS",
         description=(
-            "Place 256 experts by a workload's history, balance its test batches, and compare the\n"
-            "even split, the LP and HiGHS. Fails if the LP is worse than the even split or further\n"
-            "than the tolerance from HiGHS's optimum on any batch. On the CPU. Workloads:\n"
-            + listing
+            "Place experts by a workload's history, balance its test batches, and compare\n"
+            "the even split, the LP and HiGHS. Fails if on any batch the LP is worse than the\n"
+            "even split or further than the tolerance from HiGHS's optimum. On the CPU.\n"
+            "Workloads:\n" + listing
         ),
         epilog="example:\n  lplb-bench workloads --workload zipf,burst --placement chain --ep 8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -803,6 +844,23 @@ def _placement(args: argparse.Namespace) -> int:
         _make_folder(args.png.parent)
         _write(args.png, plots.placement_png(rows, title=source))
     return OK if published is None or published["same"] else FAILED
+
+
+def _record(args: argparse.Namespace) -> int:
+    try:
+        if args.merge is not None:
+            _make_folder(args.merge.parent)
+            traces.save(args.merge, record.merge(args.files))
+        for path in args.files if args.merge is None else [args.merge]:
+            found = traces.load(path)
+            print(
+                f"{path}: {found.batches} batches (steps {found.steps[0]} to {found.steps[-1]}), "
+                f"{found.layers} layers, {found.sources} sources, {found.experts} experts, "
+                f"{int(found.totals().sum())} assignments"
+            )
+    except (OSError, ValueError) as error:
+        raise _UsageError(str(error)) from error
+    return OK
 
 
 def _workloads(args: argparse.Namespace) -> int:

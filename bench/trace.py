@@ -11,14 +11,18 @@ The saved form is an ordinary ``.npz``: `numpy.load` reads it without this modul
 ``steps``           int64                  [batches], training step of each batch
 ``meta``            unicode scalar         a JSON object
 ``format_version``  int64 scalar           `FORMAT_VERSION` of the writer
+``sha256``          unicode scalar         checksum of the three above it, from version 2 on
 ==================  =====================  ========================================================
 
 Fortran order puts the same expert, source and layer of successive batches side by side, and the
-members are compressed with bzip2, whose block sort gains from that more than deflate can.
+members are compressed with bzip2, whose block sort gains from that more than deflate can. The
+checksum is of, in this order, the text of ``meta`` in UTF-8 and, for ``steps`` and ``counts``, the
+array's ``dtype.str``, its shape as Python prints it and its little-endian bytes in C order.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zipfile
@@ -32,7 +36,7 @@ import numpy.typing as npt
 
 __all__ = ["FORMAT_VERSION", "Trace", "load", "packaged", "save"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _PACKAGED_NAME = "moe256.npz"
 _AXES = "[batches, layers, sources, experts]"
@@ -143,6 +147,7 @@ def save(path: str | os.PathLike[str], trace: Trace) -> None:
         "steps": trace.steps,
         "counts": np.asfortranarray(counts.astype(np.min_scalar_type(int(counts.max())))),
     }
+    members["sha256"] = np.array(_checksum(members))
     # In the same folder, so that os.replace stays within one file system.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -192,6 +197,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
     source = Path(path)
     if source.suffix == ".npz":
         content = _read_npz(source)
+        _check_sum(content, source)
     elif source.suffix == ".json":
         content = _read_json(source)
     else:
@@ -252,6 +258,28 @@ def _read_npz(path: Path) -> dict[str, Any]:
         where = f"key {name!r} cannot be read" if name else "the archive cannot be read"
         raise ValueError(f"{path}: {where}: {error}") from error
     return content
+
+
+def _checksum(members: dict[str, Any]) -> str:
+    """SHA-256 of the members, as the head of this module says."""
+    digest = hashlib.sha256(str(members["meta"]).encode())
+    for name in ("steps", "counts"):
+        array = members[name]
+        array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _check_sum(content: dict[str, Any], path: Path) -> None:
+    """Hold a file of version 2 on against its checksum; own counts have neither."""
+    if int(content.get("format_version", 1)) < 2:
+        return
+    for name in ("sha256", "meta", "steps", "counts"):
+        if name not in content:
+            raise ValueError(f"{path}: key {name!r} is missing")
+    if str(content.pop("sha256")) != _checksum(content):
+        raise ValueError(f"{path}: 'sha256' does not match: the file was changed or damaged")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

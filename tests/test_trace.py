@@ -54,7 +54,7 @@ def test_file_is_readable_without_this_module(tmp_path):
     trace = make_trace(top_k=8)
     save(tmp_path / "a.npz", trace)
     with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
-        assert sorted(archive.files) == ["counts", "format_version", "meta", "steps"]
+        assert sorted(archive.files) == ["counts", "format_version", "meta", "sha256", "steps"]
         assert archive["counts"].dtype == np.uint8
         np.testing.assert_array_equal(archive["counts"], trace.counts)
         assert json.loads(archive["meta"].item())["top_k"] == 8
@@ -311,3 +311,25 @@ def test_packaged_trace_keeps_its_promises():
     assert early[-1] < done / 3
     assert late[0] > 2 * done / 3
     assert late[-1] == done - 1
+
+
+@pytest.mark.parametrize("key", ["counts", "steps", "meta", "sha256"])
+def test_a_changed_or_missing_member_is_found(tmp_path, key):
+    path = tmp_path / "a.npz"
+    save(path, make_trace(top_k=8))
+    with np.load(path) as archive:
+        members = {name: archive[name] for name in archive.files}
+    np.savez(path, **members)
+    assert load(path).meta["top_k"] == 8
+    changed = dict(members)
+    if members[key].dtype.kind == "U":
+        changed[key] = np.array(str(members[key]).replace("8", "9"))
+    else:
+        changed[key] = members[key] + members[key].dtype.type(1)
+    np.savez(path, **changed)
+    with pytest.raises(ValueError, match="'sha256' does not match"):
+        load(path)
+    del changed[key]
+    np.savez(path, **changed)
+    with pytest.raises(ValueError, match=f"'{key}' is missing"):
+        load(path)
