@@ -35,6 +35,7 @@ from lplb_triton.bench import (
     verify,
     workloads,
 )
+from lplb_triton.bench import report as reports
 from lplb_triton.bench import trace as traces
 from lplb_triton.bench.instances import SHAPES, shape_placement
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, resolve_backend
@@ -65,6 +66,8 @@ _EXAMPLES = """examples:
       times of the solve kernel and of its peers on a GPU
   lplb-bench placement --synthetic 256 --ep 32 --slots 1
       EPLB's placement against those made for the LP, over ten seeds
+  lplb-bench report trace.npz --ep 16
+      the same for a trace, ending with one HTML page; also from balance.json
   lplb-bench record --merge trace.npz trace.rank*.npz
       one trace from the files that a recorder wrote on each rank
   lplb-bench workloads --ep 8,16 --json workloads.json
@@ -128,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     group.add_argument(
         "--out", type=Path, metavar="DIR",
-        help=f"folder for the PNG and the JSON (default {DEFAULT_OUT}; none if --json is given)",
+        help=f"folder for PNG, JSON and report (default {DEFAULT_OUT}; none if --json is given)",
     )  # fmt: skip
     group.add_argument(
         "--json", metavar="PATH|-",
@@ -154,25 +157,26 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--trace", type=Path, metavar="PATH", help=".npz or .json (default: the packaged trace)"
     )
-    sub.add_argument(
-        "--ep", type=_integers(1), default=(32,), metavar="N[,N...]",
-        help="numbers of expert-parallel ranks (default 32)",
-    )  # fmt: skip
-    sub.add_argument(
-        "--placement", type=_placements, default=("eplb",), metavar="NAME[,NAME...]",
-        help=f"eplb, none, {', '.join(topologies.available())} (default eplb)",
-    )  # fmt: skip
-    sub.add_argument(
-        "--slots", type=_integers(0), default=(1, 2), metavar="N[,N...]",
-        help="redundant slots per rank (default 1,2)",
-    )  # fmt: skip
-    sub.add_argument(
-        "--history", type=_history, default=0.5, metavar="PART|N",
-        help="batches to place experts by: a part in (0, 1) or a number (default 0.5)",
-    )  # fmt: skip
-    sub.add_argument(
-        "--layers", type=_layers, metavar="LIST", help="such as 0,2,4-7 (default: all)"
+    _add_balance_options(sub)
+    sub = commands.add_parser(
+        "report",
+        parents=[shared],
+        help="one HTML page from a trace or from what balance wrote",
+        description=(
+            "Write report.html, one page that needs no network: imbalance over time, rank loads,\n"
+            "experts over time, copies, solver and timing. From the JSON of balance at once; a\n"
+            "trace is balanced first, as by lplb-bench balance with the same options."
+        ),
+        epilog=(
+            "examples:\n"
+            "  lplb-bench report lplb-bench-results/balance.json\n"
+            "  lplb-bench report trace.npz --ep 16 --slots 1 --out results"
+        ),
+        formatter_class=raw,
     )
+    sub.set_defaults(run=_report)
+    sub.add_argument("file", type=Path, metavar="FILE", help="trace, or balance.json")
+    _add_balance_options(sub)
     sub = commands.add_parser(
         "verify",
         parents=[shared],
@@ -275,6 +279,33 @@ def _add_workloads_command(commands: Any) -> None:
     sub.add_argument(
         "--tolerance", type=_tolerance, default=DEFAULT_TOLERANCE, metavar="GAP",
         help="as in balance",
+    )  # fmt: skip
+
+
+def _add_balance_options(sub: argparse.ArgumentParser) -> None:
+    """Add what ``balance`` and ``report`` have in common."""
+    sub.add_argument(
+        "--ep", type=_integers(1), default=(32,), metavar="N[,N...]",
+        help="numbers of expert-parallel ranks (default 32)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--placement", type=_placements, default=("eplb",), metavar="NAME[,NAME...]",
+        help=f"eplb, none, {', '.join(topologies.available())} (default eplb)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--slots", type=_integers(0), default=(1, 2), metavar="N[,N...]",
+        help="redundant slots per rank (default 1,2)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--history", type=_history, default=0.5, metavar="PART|N",
+        help="batches to place experts by: a part in (0, 1) or a number (default 0.5)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--layers", type=_layers, metavar="LIST", help="such as 0,2,4-7 (default: all)"
+    )
+    sub.add_argument(
+        "--report", action=argparse.BooleanOptionalAction, default=None,
+        help="write report.html beside the PNG (default, where there is a folder)",
     )  # fmt: skip
 
 
@@ -535,6 +566,8 @@ def _balance(args: argparse.Namespace) -> int:
     folder = args.out
     if folder is None and args.json is None:
         folder = Path(DEFAULT_OUT)
+    if folder is None and args.report:
+        raise _UsageError("argument --report: needs --out beside --json")
     json_path = args.json
     if json_path is None and folder is not None:
         json_path = str(folder / "balance.json")
@@ -612,13 +645,20 @@ def _balance(args: argparse.Namespace) -> int:
         },
         "environment": _environment(device),
         "seconds": seconds,
-        "cells": [_cell_report(cell, time_label) for cell in cells],
+        "cells": [_cell_report(trace, options, cell, time_label) for cell in cells],
+        "heat": reports.heat(
+            trace, next(cell for cell in cells if cell.reason is None).worst().layer
+        ),
     }
     if folder is not None:
         png = folder / "balance.png"
         _write(png, plots.balance_png(cells, title=title))
         target.print(f"picture: {png}", markup=False, soft_wrap=True)
     _write_report(report, json_path, target)
+    if folder is not None and args.report is not False:
+        page = folder / "report.html"
+        _write(page, reports.html(report).encode())
+        target.print(f"report: {page}", markup=False, soft_wrap=True)
     bad = sum(int((cell.status() != Status.CERTIFIED).sum()) for cell in cells if not cell.reason)
     if bad:
         print(
@@ -626,6 +666,27 @@ def _balance(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return FAILED
+    return OK
+
+
+def _report(args: argparse.Namespace) -> int:
+    found = None
+    if args.file.suffix == ".json":
+        try:
+            found = json.loads(args.file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _UsageError(f"argument FILE: {error}") from error
+    if not isinstance(found, dict) or "command" not in found:
+        args.trace = args.file
+        return _balance(args)
+    folder = args.file.parent if args.out is None else args.out
+    _make_folder(folder)
+    try:
+        page = reports.html(found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _UsageError(f"argument FILE: {args.file}: {error}") from error
+    _write(folder / "report.html", page.encode())
+    print(f"report: {folder / 'report.html'}")
     return OK
 
 
@@ -1067,7 +1128,9 @@ def _cpu_name() -> str:
     return platform.processor() or "unknown"
 
 
-def _cell_report(cell: balance.Cell, time_label: str) -> dict[str, Any]:
+def _cell_report(
+    trace: traces.Trace, options: balance.Options, cell: balance.Cell, time_label: str
+) -> dict[str, Any]:
     head = {"ep": cell.ep, "slots": cell.slots, "placement": cell.placement}
     if cell.reason is not None:
         return {**head, "applicable": False, "reason": cell.reason}
@@ -1099,6 +1162,7 @@ def _cell_report(cell: balance.Cell, time_label: str) -> dict[str, Any]:
                 "layer": layer,
                 "imbalance": {name: _rounded(v[at]) for name, v in values.items()},
                 "bound": _rounded(cell.bound()[at]),
+                **_solves(cell, layer),
             }
             for at, layer in enumerate(dict.fromkeys(r.layer for r in cell.results))
         ],
@@ -1106,8 +1170,20 @@ def _cell_report(cell: balance.Cell, time_label: str) -> dict[str, Any]:
             "layer": example.layer,
             "batch": example.batch,
             "loads": {name: _rounded(loads) for name, loads in example.loads.items()},
+            "flows": reports.flows(trace, options, cell),
         },
     }
+
+
+def _solves(cell: balance.Cell, layer: int) -> dict[str, list[Any]]:
+    """Return iterations and gap of each test batch of a layer, the largest of several groups."""
+    found: dict[str, list[Any]] = {"iterations": [], "gap": []}
+    for r in cell.results:
+        if r.layer == layer and len(r.gap):
+            batches = r.stretch.stop - r.stretch.split
+            found["iterations"] += r.iterations.reshape(batches, -1).max(1).tolist()
+            found["gap"] += [_finite(float(v)) for v in r.gap.reshape(batches, -1).max(1)]
+    return found
 
 
 def _finite(value: float) -> float | None:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from lplb_triton.bench.balance import Cell
 
-__all__ = ["balance_png", "placement_png"]
+__all__ = ["COLORS", "balance_png", "placement_png"]
 
-_COLORS = {"none": "#b8b8b8", "reordered": "#d9a441", "even": "#3b7dbd", "lp": "#c8374a"}
+COLORS = {"none": "#b8b8b8", "reordered": "#d9a441", "even": "#3b7dbd", "lp": "#c8374a"}
 
 
 def balance_png(cells: Sequence[Cell], *, title: str) -> bytes:
@@ -78,7 +78,7 @@ def placement_png(rows: Sequence[dict[str, Any]], *, title: str) -> bytes:
     figure = _figure(2 + 1.5 * len(rows), 4)
     ax = figure.subplots()
     at = np.arange(len(rows))
-    for offset, (name, color) in enumerate(zip(rows[0]["methods"], _COLORS.values(), strict=False)):
+    for offset, (name, color) in enumerate(zip(rows[0]["methods"], COLORS.values(), strict=False)):
         excess = [100 * float(np.mean(row["methods"][name]["lp"])) for row in rows]
         ax.bar(at + 0.28 * (offset - 1), excess, width=0.28, color=color, label=f"{name} + LP")
     ax.set_xticks(at, [f"EP {row['ep']}, {row['slots']} a rank" for row in rows])
@@ -120,7 +120,7 @@ def _draw_loads(ax: Axes, cell: Cell) -> None:
             ranks + 0.28 * (at - 1),
             example.loads[variant] / mean,
             width=0.28,
-            color=_COLORS[variant],
+            color=COLORS[variant],
             label=LABELS[variant],
         )
     ax.axhline(1.0, color="black", linewidth=0.8)
@@ -130,7 +130,7 @@ def _draw_loads(ax: Axes, cell: Cell) -> None:
 
 
 def _draw_batches(ax: Axes, cell: Cell) -> None:
-    for variant, color in _COLORS.items():
+    for variant, color in COLORS.items():
         values = cell.imbalance(variant).mean(0)
         ax.plot(values, color=color, linewidth=1.6, label=f"{LABELS[variant]} {values.mean():.3f}")
     seen = recordings = 0
@@ -157,7 +157,7 @@ def _head(ax: Axes, title: str) -> None:
         fontsize=8,
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0),
-        ncols=len(_COLORS),
+        ncols=len(COLORS),
         frameon=False,
         columnspacing=1.2,
         handlelength=1.2,

@@ -65,7 +65,11 @@ def test_report(trace_path, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "split" in shown and "12 of 12" in shown and "CPU" in shown
 
-    assert sorted(path.name for path in out.iterdir()) == ["balance.json", "balance.png"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "balance.json",
+        "balance.png",
+        "report.html",
+    ]
     with Image.open(out / "balance.png") as image:
         image.load()
         assert image.format == "PNG"
@@ -260,7 +264,7 @@ def test_json_elsewhere(trace_path, tmp_path):
     path = tmp_path / "new" / "figures.json"
     assert cli.main(command(trace_path, tmp_path / "out", "--ep", "8", "--json", str(path))) == 0
     assert json.loads(path.read_text())["command"] == "balance"
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["balance.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["balance.png", "report.html"]
     assert [p.name for p in path.parent.iterdir()] == ["figures.json"]
 
 

@@ -1,0 +1,152 @@
+"""The HTML report: what is on the page, that it needs no network, and the command."""
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_bench_balance import make_trace
+
+from lplb_triton.bench import balance, cli, report
+from lplb_triton.bench import trace as traces
+
+VOID = {"meta", "img"}
+
+
+class Page(HTMLParser):
+    """Ids, tags by id, and whatever could load something."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.tags, self.links, self.text = [], {}, [], [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        self.links += [v for k, v in attrs.items() if k in ("src", "href", "data", "srcset")]
+        if "id" in attrs:
+            assert attrs["id"] not in self.ids
+            self.ids[attrs["id"]] = []
+        if tag not in VOID:
+            self.open.append((tag, attrs.get("id")))
+        for _, name in self.open:
+            if name:
+                self.ids[name].append((tag, attrs))
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    traces.save(folder / "a&b.npz", make_trace())
+    common = ["--device", "cpu", "--ep", "8", "--placement", "eplb,none,cube", "--slots", "1,2"]
+    assert cli.main(["report", str(folder / "a&b.npz"), *common, "--out", str(folder / "o")]) == 0
+    return folder / "o"
+
+
+def count(page, name, tag, kind=None):
+    return sum(t == tag and kind in (None, a.get("class")) for t, a in page.ids[name])
+
+
+def test_the_page(result):
+    text = (result / "report.html").read_text(encoding="utf-8")
+    page, figures = Page(text), json.loads((result / "balance.json").read_text())
+    assert {"summary", "heat", "timing"} <= set(page.ids)
+    cells = [cell for cell in figures["cells"] if cell["applicable"]]
+    assert len(cells) == 4 and f"cell{len(cells)}" not in page.ids
+    for number, cell in enumerate(cells):
+        name = f"cell{number}"
+        assert count(page, f"{name}-imbalance", "polyline") == 5
+        assert count(page, f"{name}-loads", "rect") == 8 * 3 + 3
+        assert count(page, f"{name}-placement", "circle", "rank") == 8
+        flows = cell["example"]["flows"]
+        assert count(page, f"{name}-placement", "path", "flow") == len(flows) == 8 * cell["slots"]
+        assert (f"{name}-solver" in page.ids) == (cell["slots"] > 0)
+        assert all(f["from"] != f["to"] for f in flows if cell["placement"] == "cube")
+    assert "n/a: cube needs a positive multiple" in page.text and "a&b.npz" in page.text
+    assert "not the GPU kernel's time" in page.text
+
+
+def test_it_needs_no_network(result):
+    page = Page((result / "report.html").read_text(encoding="utf-8"))
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "iframe", "object"}
+    assert len(page.links) == 1 and page.links[0].startswith("data:image/png;base64,")
+    image = Image.open(io.BytesIO(base64.b64decode(page.links[0].split(",")[1])))
+    assert image.size == (12, 32)
+
+
+def test_the_heat_map_shows_the_hot_expert():
+    counts = np.full((6, 1, 1, 4), 10)
+    counts[3:, 0, 0, 2] = 100
+    found = report.heat(traces.Trace(counts, np.arange(6)), 0)
+    assert found["steps"] == list(range(6)) and found["tokens"][4] == [10, 10, 100, 10]
+    shown = report._heat({"heat": found})
+    image = Image.open(io.BytesIO(base64.b64decode(shown.split("base64,")[1].split('"')[0])))
+    assert image.getpixel((0, 2)) == report.MEAN and image.getpixel((5, 2))[0] > 150
+    assert image.getpixel((5, 2))[2] < 100 < image.getpixel((5, 0))[2]
+
+
+def test_flows_are_the_tokens_of_the_plan():
+    trace = make_trace()
+    options = balance.Options((8,), (1,), ("ring:8",))
+    (cell,) = balance.run(trace, options)
+    example = cell.worst()
+    flows = report.flows(trace, options, cell)
+    assert len(flows) == 8 and {f["to"] for f in flows} == set(range(8))
+    loads = example.loads["none"] * 0
+    part = cell.results[0].stretch
+    totals = trace.totals()[:, example.layer]
+    in_place = balance.make_placement(
+        "ring:8", torch.from_numpy(totals[: part.split].sum(0)).double(), 8, 1
+    )
+    for slot, expert in enumerate(in_place.phy2log.tolist()):
+        if slot % 5 < 4:
+            loads[slot // 5] += totals[example.batch, expert]
+    for flow in flows:
+        loads[flow["from"]] -= flow["tokens"]
+        loads[flow["to"]] += flow["tokens"]
+    assert np.abs(loads - example.loads["lp"]).max() <= 2
+
+
+def test_from_json(result, tmp_path, capsys):
+    assert cli.main(["report", str(result / "balance.json"), "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == f"report: {tmp_path / 'report.html'}"
+    assert (tmp_path / "report.html").read_bytes() == (result / "report.html").read_bytes()
+    for content, match in (
+        ('{"command": "verify"}', "lplb-bench balance wrote"),
+        ('{"command": "balance", "cells": []}', "run it again"),
+        ('{"command": "balance"}', "cells"),
+        ("{", "FILE"),
+    ):
+        (tmp_path / "bad.json").write_text(content)
+        assert cli.main(["report", str(tmp_path / "bad.json")]) == cli.USAGE
+        assert match in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path / "none.npz")]) == cli.USAGE
+
+
+def test_no_report(tmp_path, capsys):
+    traces.save(tmp_path / "t.npz", make_trace())
+    common = ["balance", "--trace", str(tmp_path / "t.npz"), "--device", "cpu", "--ep", "8"]
+    assert cli.main([*common, "--no-report", "--out", str(tmp_path / "o")]) == 0
+    assert not (tmp_path / "o" / "report.html").exists()
+    assert cli.main([*common, "--report", "--json", str(tmp_path / "x.json")]) == cli.USAGE
+    assert "--report" in capsys.readouterr().err
+    assert cli.main([*common, "--out", str(tmp_path / "o")]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(str(tmp_path / "o" / "report.html"))
