@@ -8,6 +8,7 @@ a GPU), 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -25,6 +26,7 @@ import torch
 
 from lplb_triton import Status, __version__, topologies
 from lplb_triton.bench import (
+    advise,
     balance,
     placement,
     plots,
@@ -68,6 +70,8 @@ _EXAMPLES = """examples:
       EPLB's placement against those made for the LP, over ten seeds
   lplb-bench report trace.npz --ep 16
       the same for a trace, ending with one HTML page; also from balance.json
+  lplb-bench advise --model qwen3-235b-a22b --ep 16 --tokens 2048
+      a prediction: saving, overhead, break-even, recommended placement
   lplb-bench record --merge trace.npz trace.rank*.npz
       one trace from the files that a recorder wrote on each rank
   lplb-bench workloads --ep 8,16 --json workloads.json
@@ -197,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_placement_command(commands)
     _add_workloads_command(commands)
     _add_record_command(commands)
+    _add_advise_command(commands)
     return parser
 
 
@@ -235,6 +240,66 @@ def _add_record_command(commands: Any) -> None:
     sub.add_argument(
         "--merge", type=Path, metavar="PATH", help="write the files of all ranks as one trace there"
     )
+
+
+def _add_advise_command(commands: Any) -> None:
+    sub = commands.add_parser(
+        "advise",
+        parents=[_files()],
+        help="whether balancing pays for a model and a batch: a prediction",
+        description=(
+            "PREDICT the time of a layer's expert products on its slowest rank, what balancing\n"
+            "each batch saves over EPLB's even split, what it costs, and from how many tokens per\n"
+            "rank on it pays. Times of a rank's products are measured on this machine's GPU, or\n"
+            "come from a packaged table of one H100. Communication is left out."
+        ),
+        epilog=(
+            "examples:\n"
+            "  lplb-bench advise --model deepseek-v3 --ep 32 --tokens 4096\n"
+            "  lplb-bench advise --trace trace.npz --hidden 4096 --inner 1536 --top-k 8 --ep 16\n"
+            "  lplb-bench advise --check       on a GPU: hold predictions against measured times"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.set_defaults(run=_advise)
+    sub.add_argument(
+        "--model", choices=tuple(advise.MODELS), default="deepseek-v3",
+        help="sizes of a published model (default %(default)s); the following replace some",
+    )  # fmt: skip
+    for name, text in (
+        ("hidden", "width of the model"),
+        ("inner", "inner width of an expert"),
+        ("experts", "logical experts (a trace has its own)"),
+        ("top-k", "experts of a token"),
+    ):
+        sub.add_argument(f"--{name}", type=_count, metavar="N", help=text)
+    sub.add_argument(
+        "--trace", type=Path, metavar="PATH",
+        help="recorded loads (default: synthetic, lognormal(0, 1) with jitter 0.3: an assumption)",
+    )  # fmt: skip
+    sub.add_argument("--ep", type=_count, default=8, metavar="N", help="ranks (default 8)")
+    sub.add_argument(
+        "--tokens", type=_count, default=4096, metavar="N",
+        help="tokens of a rank in a batch (default %(default)s)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--slots", type=_integers(1), default=(1, 2), metavar="N[,N...]",
+        help="redundant slots per rank to compare (default 1,2)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--training", action="store_true", help="count the backward pass too: three times the work"
+    )
+    sub.add_argument(
+        "--history", type=_history, default=0.5, metavar="PART|N", help="as in balance"
+    )
+    sub.add_argument(
+        "--gemm", choices=("gpu", "table"), help="where times come from (default: a GPU, if any)"
+    )
+    sub.add_argument(
+        "--check", action="store_true",
+        help="on a GPU: measure the slowest rank for the three models, --ep 8 and four batch "
+        "sizes; fails if a prediction is more than 15%% off",
+    )  # fmt: skip
 
 
 def _add_workloads_command(commands: Any) -> None:
@@ -924,6 +989,96 @@ def _record(args: argparse.Namespace) -> int:
     return OK
 
 
+CHECK_TOKENS, CHECK_ERROR = (256, 1024, 4096, 8192), 0.15
+
+
+def _advise(args: argparse.Namespace) -> int:
+    tables.require("rich")
+    _check_outputs(args)
+    if args.check:
+        return _check_advice(args)
+    found = advise.MODELS[args.model]
+    replaced = {name: getattr(args, name) for name in ("hidden", "inner", "experts", "top_k")}
+    try:
+        if args.trace is None:
+            model = found._replace(**{k: v for k, v in replaced.items() if v is not None})
+            cases = placement.synthetic_cases(model.experts, (0, 1))
+            source = "synthetic loads, lognormal(0, 1), jitter 0.3 (an assumption)"
+        else:
+            trace, source = _load(args.trace)
+            if args.experts not in (None, trace.experts):
+                raise _UsageError(f"argument --experts: the trace has {trace.experts}")
+            replaced["experts"] = trace.experts
+            model = found._replace(**{k: v for k, v in replaced.items() if v is not None})
+            cases = placement.trace_cases(trace, args.history)
+        begin = time.perf_counter()
+        gpu = torch.cuda.is_available() if args.gemm is None else args.gemm == "gpu"
+        if gpu:
+            device, timer = _start_timed(args)
+            widest = max(1, model.experts // args.ep) + min(args.slots)
+            name = torch.cuda.get_device_name()
+            gemm = advise.measure(model, widest, timer, device, name)
+        else:
+            gemm = advise.packaged(model.hidden, model.inner)
+        advice = advise.advise(
+            model, gemm, cases, args.ep, args.tokens, args.slots, training=args.training
+        )
+    except ValueError as error:
+        raise _UsageError(str(error)) from error
+    report = {
+        "command": "advise",
+        "options": {
+            "model": model._asdict(),
+            "loads": source,
+            "ep": args.ep,
+            "tokens": args.tokens,
+            "slots": list(args.slots),
+            "training": args.training,
+        },
+        "gemm": dataclasses.asdict(gemm),
+        "environment": _environment("cuda" if gpu else "cpu"),
+        "seconds": time.perf_counter() - begin,
+        **advice,
+    }
+    _finish_timed(args, report, tables.advise_grids(report))
+    return OK
+
+
+def _check_advice(args: argparse.Namespace) -> int:
+    device, timer = _start_timed(args)
+    name = torch.cuda.get_device_name()
+    begin = time.perf_counter()
+    rows = []
+    with tables.progress_bar("configurations", len(advise.MODELS) * len(CHECK_TOKENS)) as advance:
+        for key, model in advise.MODELS.items():
+            (case,) = placement.synthetic_cases(model.experts, (0,))
+            widest = model.experts // args.ep + 1
+            if model.experts % args.ep:
+                raise _UsageError(f"argument --ep: must divide {model.experts}, got {args.ep}")
+            gemm = advise.measure(model, widest, timer, device, name)
+            for tokens in CHECK_TOKENS:
+                rows.append(
+                    advise.check_row(key, model, gemm, case, args.ep, tokens, timer, device)
+                )
+                advance()
+    report = {
+        "command": "advise",
+        "check": True,
+        "environment": _environment("cuda"),
+        "seconds": time.perf_counter() - begin,
+        "rows": rows,
+    }
+    _finish_timed(args, report, tables.advice_check_grids(report))
+    far = [row for row in rows for k in ("even", "lp") if abs(row[k]["error"]) > CHECK_ERROR]
+    if far:
+        print(
+            f"lplb-bench: {len(far)} of {2 * len(rows)} predictions are more than "
+            f"{CHECK_ERROR:.0%} off",
+            file=sys.stderr,
+        )
+    return FAILED if far else OK
+
+
 def _workloads(args: argparse.Namespace) -> int:
     tables.require("rich")
     _check_outputs(args)
@@ -1010,7 +1165,7 @@ def _finish_timed(
 def _machine_line(report: dict[str, Any]) -> str:
     """Hardware and versions in one line."""
     e = report["environment"]
-    if report["command"] in ("placement", "workloads"):
+    if report["command"] in ("advise", "placement", "workloads"):
         where = f"{e['gpu']}, {e['cpu']}" if e["gpu"] else e["cpu"]
         return (
             f"{where}, {e['torch_threads']} threads, torch {e['torch']}; "

@@ -30,7 +30,14 @@ from lplb_triton.bench.timing import Timer
 from lplb_triton.bench.trace import Trace
 from lplb_triton.solution import SHARE_BITS
 
-__all__ = ["BALANCES", "chosen_batches", "simulate_row", "slot_tokens"]
+__all__ = [
+    "BALANCES",
+    "chosen_batches",
+    "draw_experts",
+    "run_experts",
+    "simulate_row",
+    "slot_tokens",
+]
 
 BALANCES = ("none", "eplb", "lplb", "even")
 
@@ -102,10 +109,54 @@ def slot_tokens(
     return tokens.reshape(placement.ep_size, -1)
 
 
-def _experts(
+def draw_experts(
+    hidden: int, inner: int, experts: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw weights of SwiGLU experts, all alike: times don't depend on the values.
+
+    Parameters
+    ----------
+    hidden, inner
+        Sizes of an expert.
+    experts
+        How many.
+    device
+        Where.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        bfloat16 ``[experts, hidden, 2 * inner]`` and ``[experts, inner, hidden]``.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(rows: int, columns: int) -> torch.Tensor:
+        values = torch.randn(1, rows, columns, generator=generator) / math.sqrt(rows)
+        # Drawing gigabytes takes long.
+        return values.to(device=device, dtype=torch.bfloat16).repeat(experts, 1, 1)
+
+    return draw(hidden, 2 * inner), draw(inner, hidden)
+
+
+def run_experts(
     x: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
-    """Both grouped products of a SwiGLU expert."""
+    """Compute both grouped products of SwiGLU experts.
+
+    Parameters
+    ----------
+    x
+        ``[rows, hidden]`` bfloat16, by expert.
+    w_in, w_out
+        As `draw_experts` makes them.
+    ends
+        ``[experts]`` int32, where each expert's rows end.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[rows, hidden]``.
+    """
     matmul = getattr(functional, "grouped_mm", None) or torch._grouped_mm
     gate, value = matmul(x, w_in, offs=ends).chunk(2, dim=-1)
     hidden: torch.Tensor = functional.silu(gate) * value
@@ -166,15 +217,9 @@ def simulate_row(
     totals = torch.from_numpy(trace.totals())
     chosen = chosen_batches(trace, per_stretch)
     widest = trace.experts // ep + slots
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        values = torch.randn(shape, generator=generator, dtype=torch.float32)
-        return (values / math.sqrt(shape[-2])).to(device=device, dtype=torch.bfloat16)
-
-    # One expert's values for all: times don't depend on them, and drawing gigabytes takes long.
-    w_in = draw(1, hidden, 2 * inner).repeat(widest, 1, 1)
-    w_out = draw(1, inner, hidden).repeat(widest, 1, 1)
+    w_in, w_out = draw_experts(hidden, inner, widest, device)
+    row_of_x = torch.randn(1, hidden, generator=torch.Generator().manual_seed(0))
+    row_of_x = row_of_x.to(device=device, dtype=torch.bfloat16)
     found: dict[str, list[tuple[float, float, float]]] = {balance: [] for balance in BALANCES}
     for layer, batch, first, split in chosen:
         history = totals[first:split, layer].sum(0)
@@ -190,7 +235,7 @@ def simulate_row(
             "even": even,
         }
         largest = max(int(table.sum(1).max()) for table in per_slot.values())
-        x = draw(1, hidden).expand(largest, hidden).contiguous()
+        x = row_of_x.expand(largest, hidden).contiguous()
         for balance, table in per_slot.items():
             ends = table.cumsum(1).to(torch.int32)
             n = table.shape[1]
@@ -201,7 +246,7 @@ def simulate_row(
                 if rows == 0:
                     times.append(0.0)
                     continue
-                launch = partial(_experts, x[:rows], w_in[:n], w_out[:n], ends[rank].to(device))
+                launch = partial(run_experts, x[:rows], w_in[:n], w_out[:n], ends[rank].to(device))
                 launch()
                 times.append(timer.per_call(launch, 1e3))
             load = table.sum(1).double()

@@ -22,6 +22,8 @@ __all__ = [
     "LABELS",
     "Grid",
     "MissingExtraError",
+    "advice_check_grids",
+    "advise_grids",
     "console",
     "markdown",
     "pipeline_grids",
@@ -647,3 +649,102 @@ def workloads_grids(report: dict[str, Any]) -> list[Grid]:
         )
         grids[-1] = Grid(last.title, last.header, last.rows, (note,))
     return grids
+
+
+def advise_grids(report: dict[str, Any]) -> list[Grid]:
+    """Lay out the report of ``lplb-bench advise``.
+
+    Parameters
+    ----------
+    report
+        What the command writes as JSON.
+
+    Returns
+    -------
+    list of Grid
+    """
+    o, gemm, best = report["options"], report["gemm"], report["recommended"]
+    model = o["model"]
+    rows, costs = [], []
+    for row in report["rows"]:
+        head = (row["placement"], str(row["slots"]))
+        layer, saving, even = row["layer_us"], row["saving_us"], row["break_even"]
+        rows.append(
+            (
+                *head,
+                *(_us(layer[name]) for name in ("in_order", "even", "lp")),
+                f"{saving['mean']:.0f} ({saving['low']:.0f} .. {saving['high']:.0f})",
+                _us(row["net_us"]["mean"]),
+            )
+        )
+        shown = ["never" if even[k] is None else str(even[k]) for k in ("mean", "high", "low")]
+        costs.append(
+            (
+                *head,
+                *(_us(v) for v in row["overhead_us"].values()),
+                f"{shown[0]} ({shown[1]} .. {shown[2]})",
+                f"{row['replica_bytes'] / 2**20:.0f}",
+            )
+        )
+    per = "forward and backward" if o["training"] else "forward"
+    pays = {"yes": "It pays", "no": "It does not pay", "uncertain": "Whether it pays is uncertain"}
+    return [
+        Grid(
+            f"Predicted: expert products of the slowest of {o['ep']} ranks, microseconds",
+            ("placement", "slots", "in order", "even", "LP", "saving", "net"),
+            rows,
+            (
+                f"Hidden {model['hidden']}, inner {model['inner']}, {model['experts']} experts, "
+                f"top-{model['top_k']}, {o['tokens']} tokens per rank, {per}; {o['loads']}. even: "
+                "EPLB with as many slots, split evenly. saving: of the LP over that, mean and "
+                "range (10th to 90th percentile of the batches, widened by the worst error of the fit).",
+                f"Times of a rank's products: {gemm['source']}. Fit: {gemm['error']:.0%} rms, "
+                f"{gemm['worst']:.0%} at worst. Predicted, not measured: every figure of this "
+                "table. Left out: communication, routing, attention.",
+            ),
+        ),
+        Grid(
+            "What it costs",
+            ("placement", "slots", "sync", "solve", "count, select", "break-even", "MiB"),
+            costs,
+            (
+                "Microseconds a batch, from figures measured on H100s (sync: two GPUs over NVLink; "
+                "more GPUs or nodes take longer). break-even: tokens per rank from which on it "
+                "pays, by mean (high .. low) saving. MiB: replicas of one layer on a rank; in "
+                "training as much again is sent and received for weights and for gradients each "
+                "step.",
+                f"{pays[report['pays']]} here. Recommended: {best['placement']}, {best['slots']} "
+                "slots per rank; lplb_triton.place, which is slower, may find a better placement.",
+            ),
+        ),
+    ]
+
+
+def advice_check_grids(report: dict[str, Any]) -> list[Grid]:
+    """Lay out the report of ``lplb-bench advise --check``.
+
+    Parameters
+    ----------
+    report
+        What the command writes as JSON.
+
+    Returns
+    -------
+    list of Grid
+    """
+    return [
+        Grid(
+            "Predictions against measured times, slowest rank, microseconds",
+            ("model", "EP", "tokens", "split", "measured", "predicted", "error"),
+            [
+                (
+                    *(row["model"], str(row["ep"]), str(row["tokens"]), split),
+                    *(_us(row[split][k]) for k in ("measured_us", "predicted_us")),
+                    f"{row[split]['error']:+.1%}",
+                )
+                for row in report["rows"]
+                for split in ("even", "lp")
+            ],
+            ("Fitted to other splits of the same sizes on the same GPU. EPLB, one slot per rank.",),
+        )
+    ]
