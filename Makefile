@@ -1,4 +1,4 @@
-# make run    balance the packaged trace (tables, picture and JSON in lplb-bench-results/)
+# make run    balance the packaged trace (tables, picture, JSON and report in lplb-bench-results/)
 # make test   lint, type-check and test
 #
 # Each works alone on a fresh machine with Python >= 3.10, with or without a GPU. To choose:

@@ -697,7 +697,7 @@ def advise_grids(report: dict[str, Any]) -> list[Grid]:
                 f"Hidden {model['hidden']}, inner {model['inner']}, {model['experts']} experts, "
                 f"top-{model['top_k']}, {o['tokens']} tokens per rank, {per}; {o['loads']}. even: "
                 "EPLB with as many slots, split evenly. saving: of the LP over that, mean and "
-                "range (10th to 90th percentile of the batches, widened by the worst error of the fit).",
+                "range (10th to 90th percentile of the batches, widened by the fit's worst error).",
                 f"Times of a rank's products: {gemm['source']}. Fit: {gemm['error']:.0%} rms, "
                 f"{gemm['worst']:.0%} at worst. Predicted, not measured: every figure of this "
                 "table. Left out: communication, routing, attention.",

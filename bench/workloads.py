@@ -171,7 +171,8 @@ WORKLOADS: dict[str, _Workload] = {
     ),
     "hot experts": _Workload("four experts 16 times as hot, known from the history", _hot_experts),
     "hot rank": _Workload(
-        "the first ranks' share of experts 4 times as hot, unknown to the history", _hot_rank
+        "the experts that the first rank has in order 4 times as hot, unknown to the history",
+        _hot_rank,
     ),
     "idle source": _Workload("lognormal popularity; source rank 0 has no tokens", _idle_source),
     "ragged sources": _Workload(
