@@ -14,6 +14,7 @@ torch.distributed, and `DeepEP`, with DeepEP's ``ElasticBuffer`` where ``deep_ep
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -324,6 +325,8 @@ class ParallelMoE(moe.MoE):
         self.lplb = balance == "lplb"
         self._index()
         self.served: list[Tensor] = []
+        # Called with the logical ids of every batch, where they are recorded.
+        self.record: Callable[[Tensor], None] | None = None
 
     def _index(self) -> None:
         """Cumulative shares of an even split, for ``eplb``."""
@@ -377,6 +380,8 @@ class ParallelMoE(moe.MoE):
         if self.timer is not None:
             x = self.timer.stamp(x, begins=True)
         ids, weights, _ = self.route(x)
+        if self.record is not None:
+            self.record(ids)
         counts = moe.count_assignments(ids, 1, self.config.experts)
         # Rows travel in the dtype of the products.
         low = x.to(self.dtype)

@@ -40,6 +40,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lplb_triton import Placement
 from lplb_triton.bench import tables
+from lplb_triton.bench.record import Recorder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -104,6 +106,7 @@ class Settings:
     checkpoint: str | None = None
     checkpoint_every: int = 100
     resume: str | None = None
+    record: str | None = None
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -121,8 +124,10 @@ class Settings:
             raise ValueError(f"dtype must be auto or one of {[*DTYPES]}, got {self.dtype!r}")
         if self.transport not in ("auto", "torch", "deep_ep"):
             raise ValueError(f"transport must be auto, torch or deep_ep, got {self.transport!r}")
-        if (self.checkpoint or self.resume) and len(self.runs) > 1:
-            raise ValueError("balance must name one run to save or resume a checkpoint")
+        if (self.checkpoint or self.resume or self.record) and len(self.runs) > 1:
+            raise ValueError("balance must name one run to record, save or resume a checkpoint")
+        if self.record and self.recompute:
+            raise ValueError("record can't go with recompute: every batch would count twice")
 
     @property
     def runs(self) -> list[str]:
@@ -164,6 +169,7 @@ HELP = {name: text for name, text in moe._HELP.items() if name != "sources"} | {
     "checkpoint": "folder for checkpoints",
     "checkpoint_every": "steps between checkpoints",
     "resume": "folder of a checkpoint to go on from",
+    "record": "write the expert loads of every batch to this .npz, one file per rank",
     "out": "folder for train.json and curves.png",
 }
 
@@ -313,6 +319,13 @@ class Trainer:
             "dense": moe._optimizer(self.dense, self.config, device),
             "experts": moe._optimizer(self.experts.values(), self.config, device),
         }
+        self.recorder: Recorder | None = None
+        if settings.record:
+            config = self.config
+            meta = {"made_by": "examples/train_moe_ep.py", "top_k": config.top_k}
+            self.recorder = Recorder(settings.record, config.experts, config.layers, meta=meta)
+            for index, layer in enumerate(self.layers):
+                layer.record = partial(self.recorder.add, index)
         # Tokens of every expert since the last placement.
         shape = self.config.layers, self.config.experts
         self.load = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -358,6 +371,8 @@ class Trainer:
             fresh.append((loss, counts, served))
             self.load += counts
             self.step += 1
+            if self.recorder is not None:
+                self.recorder.step()
             replace = self.step % settings.replace_every == 0 and self.run.balance != "none"
             if self.step % settings.log_every == 0 or self.step == last:
                 self._collect(fresh)
@@ -462,6 +477,8 @@ class Trainer:
         self.run.unbalanced += (in_order.amax(-1) / in_order.mean(-1)).mean(-1).tolist()
 
     def _finish(self) -> None:
+        if self.recorder is not None:
+            self.recorder.close()
         self.run.step_ms, self.run.moe_ms = self.timer.milliseconds()
         balancers = [layer.balancer for layer in self.layers if layer.balancer and layer.lplb]
         solves = sum(int(balancer.solves) for balancer in balancers)
@@ -609,7 +626,7 @@ def report(settings: Settings, runs: Sequence[Run], ranks: int, device: torch.de
     """Sum the runs up: medians over the steps after the first ``skip``."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     chosen = asdict(settings)
-    for name in ("text", "checkpoint", "resume", "out"):
+    for name in ("text", "checkpoint", "resume", "record", "out"):
         del chosen[name]
     summary = []
     for run in runs:

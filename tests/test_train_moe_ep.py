@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from test_train_moe import write_text
 
 from lplb_triton import Placement
+from lplb_triton.bench.trace import load as load_trace
 
 # As when the script is run; processes that it starts import its neighbours too.
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -252,6 +253,11 @@ def test_command_line(tmp_path, capfd):
     assert [len(run["losses"]) for run in summary["runs"]] == [3, 3]
     # One rank; every expert has as many tokens as the others.
     assert summary["runs"][0]["unbalanced"] == [1.0] * 3
+    path = tmp_path / "trace.npz"
+    once = [arguments.replace("none,lplb", "lplb"), f" --record {path}"]
+    assert script.main("".join(once).split()) == 0
+    trace = load_trace(path)
+    assert trace.steps.tolist() == [0, 1, 2] and (trace.counts == 4).all()
     assert script.main(["--experts", "5", "--processes", "2"]) == 1
     assert "must be multiples of the 2 ranks" in capfd.readouterr().err
 
@@ -265,6 +271,8 @@ def test_command_line(tmp_path, capfd):
         ({"dtype": "int8"}, "dtype must be auto or one of"),
         ({"transport": "mpi"}, "transport must be auto, torch or deep_ep"),
         ({"balance": "none,lplb", "resume": "x"}, "balance must name one run"),
+        ({"balance": "none,lplb", "record": "x.npz"}, "balance must name one run"),
+        ({"record": "x.npz", "recompute": True}, "record can't go with recompute"),
     ],
 )
 def test_settings_reject(settings, message):
