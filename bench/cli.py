@@ -326,20 +326,13 @@ def _add_workloads_command(commands: Any) -> None:
         "--placement", type=_any_placements, default=workloads.PLACEMENTS,
         metavar="NAME[,NAME...]", help=f"default {','.join(workloads.PLACEMENTS)}",
     )  # fmt: skip
-    sub.add_argument(
-        "--ep", type=_integers(1), default=(8, 16, 32, 64), metavar="N[,N...]",
-        help="EP sizes (default 8,16,32,64)",
-    )  # fmt: skip
-    for name, default, text in (
+    _add_sizes(
+        sub,
         ("slots", 2, "redundant slots per rank"),
         ("experts", 256, "logical experts"),
         ("batches", 4, "test batches"),
         ("trials", 10, "effort of place: little, hardly more than its start"),
-    ):
-        sub.add_argument(
-            f"--{name}", type=_count, default=default, metavar="N",
-            help=f"{text} (default %(default)s)",
-        )  # fmt: skip
+    )
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="default %(default)s")
     sub.add_argument(
         "--tolerance", type=_tolerance, default=DEFAULT_TOLERANCE, metavar="GAP",
@@ -505,17 +498,23 @@ def _add_timed_commands(commands: Any) -> None:
         formatter_class=raw,
     )
     sub.set_defaults(run=_simulate)
-    sub.add_argument(
-        "--ep", type=_integers(1), default=(8, 16, 32, 64), metavar="N[,N...]",
-        help="EP sizes (default 8,16,32,64)",
-    )  # fmt: skip
-    for name, default, text in (
+    _add_sizes(
+        sub,
         ("slots", 1, "redundant slots per rank"),
         ("tokens", 16384, "rows of a rank's experts on average: its tokens times top-k"),
         ("hidden", 2048, "width of the model"),
         ("inner", 768, "inner width of an expert"),
         ("batches", 1, "test batches of each layer in each stretch of the trace"),
-    ):
+    )
+
+
+def _add_sizes(sub: argparse.ArgumentParser, *sizes: tuple[str, int, str]) -> None:
+    """Add EP sizes, and options that take one number: name, default, text."""
+    sub.add_argument(
+        "--ep", type=_integers(1), default=(8, 16, 32, 64), metavar="N[,N...]",
+        help="EP sizes (default 8,16,32,64)",
+    )  # fmt: skip
+    for name, default, text in sizes:
         sub.add_argument(
             f"--{name}", type=_count, default=default, metavar="N",
             help=f"{text} (default %(default)s)",

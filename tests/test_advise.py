@@ -161,3 +161,10 @@ def test_measured_on_a_gpu(capsys):
     assert cli.main(arguments.split()) == cli.OK
     report = json.loads(capsys.readouterr().out)
     assert report["gemm"]["source"].startswith("measured on this") and report["gemm"]["worst"] < 0.5
+
+
+@pytest.mark.parametrize("command", ["advise", "record", "report", "workloads"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0 and f"lplb-bench {command} " in capsys.readouterr().out
