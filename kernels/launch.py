@@ -22,8 +22,6 @@ SELECT_BLOCK = 256
 # Rows and experts of one program that sums counts.
 SUM_ROWS = 256
 SUM_EXPERTS = 4
-# A block has at most 1024 threads.
-MOST_WARPS = 32
 # A thread that fuses its own product into a sum over lanes rounds differently from the lane
 # that sends it. All threads must hold the same bits: they take the same branches by them.
 SOLVE_OPTIONS = {"enable_fp_fusion": False}
@@ -174,9 +172,8 @@ def _newton_warps(ranks: int, columns: int) -> int:
 
 
 def _solve_warps(ranks: int, columns: int) -> int:
-    """Warps for `solve_counts`, where Newton's method is rare: about 8 cells for a thread."""
-    fewest = 2 if ranks == 8 else 4
-    return min(max(fewest, ranks * columns // 256), MOST_WARPS)
+    """Warps for `solve_counts`, where Newton's method is rare: as above."""
+    return min(max(4, ranks * columns // 128), 8 if ranks <= 32 else 16)
 
 
 def solve(
