@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
-from lplb_triton.kernels.interior_point import _solve_counts_kernel, _solve_lp_kernel
+from lplb_triton.kernels.solvers import _solve_counts_kernel, _solve_lp_kernel
 from lplb_triton.kernels.tokens import _count_kernel, _running_sum_kernel, _select_kernel
 
 # Ids that one program handles at a time. The select kernel compares all pairs of a block.
