@@ -34,6 +34,21 @@ def _cut_bound(loads, fixed, w, copy, rank_on):
 
 
 @triton.jit
+def _ends(edge, x_ptr, loads_ptr, n_columns):
+    """Whether there is an edge, and where the loads and shares of its two ends are."""
+    first = (edge & 0xFFFF).to(tl.int32)
+    second = ((edge >> 16) & 0xFFFF).to(tl.int32)
+    column_ptr = x_ptr + (edge >> 32).to(tl.int32)
+    return (
+        edge >= 0,
+        loads_ptr + first,
+        loads_ptr + second,
+        column_ptr + first * n_columns,
+        column_ptr + second * n_columns,
+    )
+
+
+@triton.jit
 def _level_edges(
     x_ptr, loads_ptr, edges_ptr, n_steps, n_classes, width, n_columns, part, LANES: tl.constexpr
 ):
@@ -41,32 +56,35 @@ def _level_edges(
 
     edges [n_classes, width] int64 hold the two ranks (16 bits each) and the column of an edge,
     -1 where there is none; no rank is twice in a class. ``part`` of the difference between the
-    ranks moves, 0.5 to level them. Every element of these tiles is in one thread.
+    ranks moves, 0.5 to level them. Every element of these tiles is in one thread. What the next
+    class needs of its edges is there before this class has ended.
     """
     lane = tl.arange(0, LANES)
-    edge = tl.load(edges_ptr + lane, mask=lane < width, other=-1)
+    begin = edges_ptr + lane
+    ptrs = begin
+    edge = tl.load(ptrs, mask=lane < width, other=-1)
+    on, first_load_ptrs, second_load_ptrs, first_x_ptrs, second_x_ptrs = _ends(
+        edge, x_ptr, loads_ptr, n_columns
+    )
     k = 0
     for _ in range(n_steps):
         k = tl.where(k + 1 < n_classes, k + 1, 0)
-        following = tl.load(edges_ptr + k * width + lane, mask=lane < width, other=-1)
-        on = edge >= 0
-        first = (edge & 0xFFFF).to(tl.int32)
-        second = ((edge >> 16) & 0xFFFF).to(tl.int32)
-        column = (edge >> 32).to(tl.int32)
-        first_x_ptrs = x_ptr + first * n_columns + column
-        second_x_ptrs = x_ptr + second * n_columns + column
-        first_load = tl.load(loads_ptr + first, mask=on, other=0.0)
-        second_load = tl.load(loads_ptr + second, mask=on, other=0.0)
+        ptrs = tl.where(k > 0, ptrs + width, begin)
+        following = tl.load(ptrs, mask=lane < width, other=-1)
+        first_load = tl.load(first_load_ptrs, mask=on, other=0.0)
+        second_load = tl.load(second_load_ptrs, mask=on, other=0.0)
         first_x = tl.load(first_x_ptrs, mask=on, other=0.0)
         second_x = tl.load(second_x_ptrs, mask=on, other=0.0)
         moved = (second_load - first_load) * part
         moved = tl.minimum(tl.maximum(moved, -first_x), second_x)
-        tl.store(loads_ptr + first, first_load + moved, mask=on)
-        tl.store(loads_ptr + second, second_load - moved, mask=on)
+        tl.store(first_load_ptrs, first_load + moved, mask=on)
+        tl.store(second_load_ptrs, second_load - moved, mask=on)
         tl.store(first_x_ptrs, first_x + moved, mask=on)
         tl.store(second_x_ptrs, second_x - moved, mask=on)
+        on, first_load_ptrs, second_load_ptrs, first_x_ptrs, second_x_ptrs = _ends(
+            following, x_ptr, loads_ptr, n_columns
+        )
         tl.debug_barrier()
-        edge = following
 
 
 @triton.jit
