@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,10 +48,16 @@ class _Call(NamedTuple):
 
 @functools.cache
 def _has_pdl(device: torch.device) -> bool:
-    """Whether a kernel can start before the one ahead of it has ended: Hopper and newer."""
+    """Whether a kernel can start before the one ahead of it has ended, in a graph too.
+
+    Needs Hopper or newer, and a driver of CUDA 12.3, whose graphs have such edges.
+    """
     if device.type != "cuda" or is_interpreted() or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    version = ctypes.c_int()
+    failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    recent = not failed and version.value >= 12030
+    return recent and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _current(device: int | None) -> AbstractContextManager[object]:
