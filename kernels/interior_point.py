@@ -1,4 +1,4 @@
-"""The min-max LP by an interior-point method: one program per group, one launch.
+"""The min-max LP of one group: levelling first, and Newton's method where that is not enough.
 
 Equation numbers refer to docs/method.md. A group is a dense ``[G, C]`` tile (ranks x columns)
 with a mask of the copies, both padded to powers of two; vectors over ranks are ``[G]``, over
@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.tokens import _await_previous, _start_dependents, _sum_rows
+from lplb_triton.kernels.levelling import _balance
+from lplb_triton.kernels.tiles import _add2, _column_sum, _inverse, _max_and_add
 
 # Start, step and centering of the method (equations 4, 8 and 9), light columns (10).
 START_MARGIN = tl.constexpr(0.1)
@@ -27,25 +28,9 @@ SHARE_ONE = tl.constexpr(1 << 24)
 FAR = tl.constexpr(1e30)
 NEAR = tl.constexpr(1e-30)
 
-# Classes of edges that balancing goes through before the interior-point method takes over, and
-# how far it goes beyond level once the first sweeps were not enough.
-MOST_CLASSES = tl.constexpr(256)
-EXACT_SWEEPS = tl.constexpr(4)
-RELAXATION = tl.constexpr(1.5)
-
-# Looks at counts that another program has to write, before giving up.
-MOST_POLLS = tl.constexpr(1 << 22)
-
 STATUS_CERTIFIED = tl.constexpr(0)
 STATUS_GAP = tl.constexpr(1)
 STATUS_INVALID = tl.constexpr(2)
-
-
-@triton.jit
-def _inverse(x):
-    """Compute 1 / x for positive x, in two instructions."""
-    root = tl.rsqrt(x)
-    return root * root
 
 
 @triton.jit
@@ -157,16 +142,6 @@ def _eliminate_four(t, k, G: tl.constexpr):
 
 
 @triton.jit
-def _add2(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
-
-
-@triton.jit
-def _max_and_add(a0, a1, b0, b1):
-    return tl.maximum(a0, b0), a1 + b1
-
-
-@triton.jit
 def _quarter(matrix, down: tl.constexpr, right: tl.constexpr, H: tl.constexpr):
     """Cut one of the four ``[H, H]`` blocks out of a ``[2 H, 2 H]`` tile."""
     rows = _pick(matrix.reshape(2, H, 2 * H), tl.arange(0, 2)[:, None, None] == down, 0)
@@ -221,11 +196,6 @@ def _apply(factor, rhs, G: tl.constexpr):
 
 
 @triton.jit
-def _column_sum(tile):
-    return tl.sum(tile, 0, keep_dims=True)
-
-
-@triton.jit
 def _step(rate):
     """Largest step in [0, 1] for the largest relative decrease per unit step (equation 9)."""
     return 1.0 / tl.maximum(rate, 1.0)
@@ -242,98 +212,6 @@ def _lower_bound(y, fixed, w, copy):
 
 
 @triton.jit
-def _cut_bound(loads, fixed, w, copy, rank_on):
-    """Load that no plan can beat, from the most loaded ranks (equation 19).
-
-    Tokens that can't leave a set of ranks bound its mean load; the sets are all that hold the
-    ranks from some load on.
-    """
-    lowest = tl.min(tl.where(copy, loads[:, None], float("inf")), 0, keep_dims=True)
-    member = (loads[None, :] >= loads[:, None]) & rank_on[None, :]
-    size, inside = tl.reduce(
-        (tl.where(member, 1.0, 0.0), tl.where(member, fixed[None, :], 0.0)), 1, _add2
-    )
-    inside += tl.sum(tl.where(lowest >= loads[:, None], w, 0.0), 1)
-    return tl.max(inside / size)
-
-
-@triton.jit
-def _level_edges(
-    x_ptr, loads_ptr, edges_ptr, n_steps, n_classes, width, n_columns, part, LANES: tl.constexpr
-):
-    """Move tokens along the edges of ``n_steps`` classes, one after the other (equation 18).
-
-    edges [n_classes, width] int64 hold the two ranks (16 bits each) and the column of an edge,
-    -1 where there is none; no rank is twice in a class. ``part`` of the difference between the
-    ranks moves, 0.5 to level them. Every element of these tiles is in one thread.
-    """
-    lane = tl.arange(0, LANES)
-    edge = tl.load(edges_ptr + lane, mask=lane < width, other=-1)
-    k = 0
-    for _ in range(n_steps):
-        k = tl.where(k + 1 < n_classes, k + 1, 0)
-        following = tl.load(edges_ptr + k * width + lane, mask=lane < width, other=-1)
-        on = edge >= 0
-        first = (edge & 0xFFFF).to(tl.int32)
-        second = ((edge >> 16) & 0xFFFF).to(tl.int32)
-        column = (edge >> 32).to(tl.int32)
-        first_x_ptrs = x_ptr + first * n_columns + column
-        second_x_ptrs = x_ptr + second * n_columns + column
-        first_load = tl.load(loads_ptr + first, mask=on, other=0.0)
-        second_load = tl.load(loads_ptr + second, mask=on, other=0.0)
-        first_x = tl.load(first_x_ptrs, mask=on, other=0.0)
-        second_x = tl.load(second_x_ptrs, mask=on, other=0.0)
-        moved = (second_load - first_load) * part
-        moved = tl.minimum(tl.maximum(moved, -first_x), second_x)
-        tl.store(loads_ptr + first, first_load + moved, mask=on)
-        tl.store(loads_ptr + second, second_load - moved, mask=on)
-        tl.store(first_x_ptrs, first_x + moved, mask=on)
-        tl.store(second_x_ptrs, second_x - moved, mask=on)
-        tl.debug_barrier()
-        edge = following
-
-
-@triton.jit
-def _balance(
-    best, best_load, bound, load, base, fixed, w, w_all, copy, rank_on, target,
-    x_ptr, loads_ptr, edges_ptr, n_classes, width, n_columns, cell, inside,
-    G: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Improve the plan ``best`` [G, C] along edges until its gap is at most ``target``.
-
-    x [G, n_columns] and loads [G] float32 are scratch, in global memory, which a single
-    multiprocessor keeps in its cache. The plan is looked at after 1, 2, 4, .. sweeps over all
-    edges, and left after MOST_CLASSES classes of them. Returns plan, load, bound.
-    """
-    tl.store(x_ptr + cell, w * best, mask=inside)
-    tl.store(loads_ptr + tl.arange(0, G), load, mask=rank_on)
-    done = 0
-    while (
-        (best_load - bound > best_load * target)
-        & (done * n_classes < MOST_CLASSES)
-        & (n_classes > 0)
-    ):
-        sweeps = tl.maximum(done, 1)
-        part = tl.where(done >= EXACT_SWEEPS, 0.5 * RELAXATION, 0.5)
-        tl.debug_barrier()
-        _level_edges(
-            x_ptr, loads_ptr, edges_ptr, sweeps * n_classes, n_classes, width, n_columns, part,
-            LANES,
-        )  # fmt: skip
-        done += sweeps
-        x = tl.load(x_ptr + cell, mask=inside, other=0.0)
-        total = _column_sum(x)
-        plan = x * _inverse(tl.where(total > 0, total, 1.0))
-        load = base + tl.sum(w * plan, 1)
-        new_load = tl.max(load)
-        bound = tl.maximum(bound, _cut_bound(load, fixed, w_all, copy, rank_on))
-        better = new_load < best_load
-        best = tl.where(better, plan, best)
-        best_load = tl.where(better, new_load, best_load)
-    return best, best_load, bound
-
-
-@triton.jit
 def _quantize(shares, copy, G: tl.constexpr):
     """Shares as multiples of 2**-24 that sum to exactly 1 per column (equation 11), int32."""
     units = tl.where(copy, (shares * SHARE_ONE + 0.5).to(tl.int32), 0)
@@ -345,7 +223,7 @@ def _quantize(shares, copy, G: tl.constexpr):
 
 
 @triton.jit
-def _interior_point(
+def _solve_group(
     weights, fixed, copy, rank_on, n_ranks, tolerance, max_iterations,
     x_ptr, loads_ptr, edges_ptr, n_classes, width, n_columns, cell, inside,
     G: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr,
@@ -508,196 +386,3 @@ def _interior_point(
     lower_bound = tl.where(invalid, 0.0, lower_bound)
     gap = tl.where(invalid, inf, gap)
     return units, max_load, lower_bound, gap, iterations, status
-
-
-@triton.jit
-def _store_certificate(
-    stats_ptr, ints_ptr, program, n_programs, max_load, lower_bound, gap, iterations, status
-):
-    """Write one instance's numbers; the arrays are [3, B] float32 and [2, B] int32."""
-    tl.store(stats_ptr + program, max_load)
-    tl.store(stats_ptr + n_programs + program, lower_bound)
-    tl.store(stats_ptr + 2 * n_programs + program, gap)
-    tl.store(ints_ptr + program, iterations)
-    tl.store(ints_ptr + n_programs + program, status)
-
-
-@triton.jit(
-    do_not_specialize=["mask_stride", "max_iterations", "n_ranks", "n_columns"],
-    do_not_specialize_on_alignment=["weights_ptr", "fixed_ptr", "mask_ptr"],
-)
-def _solve_lp_kernel(
-    weights_ptr, fixed_ptr, mask_ptr, mask_stride, shares_ptr, stats_ptr, ints_ptr,
-    tolerance, max_iterations, n_ranks, n_columns,
-    G: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Solve instance ``program_id(0)`` of a batch.
-
-    weights [B, n_columns] and fixed [B, n_ranks] float32, mask [B or 1, n_ranks, n_columns]
-    int8 (``mask_stride`` 0 if shared), shares [B, n_ranks, n_columns] float32 (every element is
-    written), stats [3, B] float32, ints [2, B] int32. Grid (B,).
-    """
-    program = tl.program_id(0).to(tl.int64)
-    rank = tl.arange(0, G)
-    col = tl.arange(0, C)
-    rank_on = rank < n_ranks
-    col_on = col < n_columns
-    inside = rank_on[:, None] & col_on[None, :]
-    cell = rank[:, None] * n_columns + col[None, :]
-    weights = tl.load(weights_ptr + program * n_columns + col, mask=col_on, other=0.0)
-    fixed = tl.load(fixed_ptr + program * n_ranks + rank, mask=rank_on, other=0.0)
-    copy = tl.load(mask_ptr + program * mask_stride + cell, mask=inside, other=0) != 0
-    units, max_load, lower_bound, gap, iterations, status = _interior_point(
-        weights[None, :], fixed, copy, rank_on, n_ranks, tolerance, max_iterations,
-        shares_ptr, stats_ptr, ints_ptr, 0, 0, n_columns, cell, inside, G, C, 0,
-    )  # fmt: skip
-    shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
-    tl.store(shares_ptr + program * n_ranks * n_columns + cell, shares, mask=inside)
-    _store_certificate(
-        stats_ptr, ints_ptr, program, tl.num_programs(0),
-        max_load, lower_bound, gap, iterations, status,
-    )  # fmt: skip
-
-
-@triton.jit
-def _counts_of(counts_ptr, expert, most_polls):
-    """Load counts of experts, 0 where there is none (-1), never from a stale line of a cache.
-
-    Waits until all are there: `_count_kernel` left -1 in their places. What is missing after
-    ``most_polls`` looks makes the program invalid.
-    """
-    counts = tl.where(expert >= 0, -1, 0)
-    polls = 0
-    while (tl.min(counts) < 0) & (polls < most_polls):
-        polls += 1
-        counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
-    return counts.to(tl.float32)
-
-
-@triton.jit
-def _store_cumulative(
-    cumulative_ptr, units_ptr, shares_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank,
-    copy, cell, inside,
-):  # fmt: skip
-    """Write the cumulative shares of ``copy``, which lie in ``cell`` (equation 12).
-
-    A cell of -1 says that one rank holds all copies. ``units`` holds running sums over ranks:
-    copies of one expert ascend by rank.
-    """
-    spread = inside & (cell >= 0)
-    cumulative = tl.load(units_ptr + cell, mask=spread, other=SHARE_ONE)
-    if most_on_a_rank > 1:
-        # Several copies on one rank divide its share as evenly as integers allow.
-        here = (tl.load(shares_ptr + cell, mask=spread, other=1.0) * SHARE_ONE).to(tl.int32)
-        index = tl.load(copy_index_ptr + copy, mask=inside, other=0).to(tl.int64) + 1
-        multiplicity = tl.load(copy_multiplicity_ptr + copy, mask=inside, other=1).to(tl.int64)
-        part = index * here.to(tl.int64) // multiplicity
-        cumulative = cumulative - here + part.to(tl.int32)
-    tl.store(cumulative_ptr + copy, cumulative, mask=inside)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "max_iterations", "n_ranks", "n_columns", "n_slots", "n_shared", "n_logical",
-        "n_rows", "n_sums", "most_classes", "width",
-    ],
-    do_not_specialize_on_alignment=["counts_ptr", "certified_ptr", "solves_ptr"],
-)  # fmt: skip
-def _solve_counts_kernel(
-    running_ptr, counts_ptr,
-    mask_ptr, fixed_experts_ptr,
-    column_first_ptr, column_start_ptr, column_members_ptr, longest_column_ptr,
-    shared_copies_ptr, shared_cells_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank_ptr,
-    edges_ptr, n_classes_ptr,
-    shares_ptr, units_ptr, cumulative_ptr, stats_ptr, ints_ptr, loads_ptr,
-    certified_ptr, solves_ptr,
-    tolerance, max_iterations, n_ranks, n_columns, n_slots, n_shared, n_logical, n_rows, n_sums,
-    most_classes, width,
-    G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Solve the groups of one batch, straight from counts by logical expert.
-
-    Programs 0 .. n_sums - 1 first turn counts by program into running sums and totals, as
-    `_running_sum_kernel` does, while the others set up; with ``n_sums`` 0 the counts are there.
-    Program ``n_sums + group`` folds counts into weights and fixed loads, solves, and writes the
-    cumulative share of every copy (equation 12). Programs that sum wait for none, so the
-    waiting ends whatever else is on the GPU.
-
-    Shapes as in ``placement.Structure``; running [n_rows, n_logical] and counts [n_logical]
-    int32, shares [n_group, n_ranks, n_columns] float32 and units (int32, running over ranks),
-    cumulative [n_physical] int32, of which it writes the copies of replicated experts:
-    shared_copies and their cells, [n_group, n_shared], padded with -1. edges
-    [n_group, most_classes, width] int64 as for `_level_edges`; LANES is the number of threads;
-    loads [n_group, n_ranks] float32 is scratch. ``certified`` [1] rises
-    by one if the group is certified, ``solves`` [1] always (int32 or int64).
-    Grid (n_sums + n_group,).
-    """
-    _start_dependents(PDL)
-    program = tl.program_id(0)
-    if program < n_sums:
-        _await_previous(PDL)
-        _sum_rows(running_ptr, counts_ptr, program, n_rows, n_logical, ROWS, EXPERTS)
-    else:
-        group = (program - n_sums).to(tl.int64)
-        rank = tl.arange(0, G)
-        col = tl.arange(0, C)
-        rank_on = rank < n_ranks
-        col_on = col < n_columns
-        inside = rank_on[:, None] & col_on[None, :]
-        first_cell = group * n_ranks * n_columns
-        cell = first_cell + rank[:, None] * n_columns + col[None, :]
-        copy = tl.load(mask_ptr + cell, mask=inside, other=0) != 0
-        slot = tl.arange(0, S)[None, :]
-        expert = tl.load(
-            fixed_experts_ptr + (group * n_ranks + rank[:, None]) * n_slots + slot,
-            mask=rank_on[:, None] & (slot < n_slots), other=-1,
-        )  # fmt: skip
-        member = tl.load(column_first_ptr + group * n_columns + col, mask=col_on, other=-1)
-        longest = tl.load(longest_column_ptr + group)
-        most_on_a_rank = tl.load(most_on_a_rank_ptr)
-        n_classes = tl.load(n_classes_ptr + group)
-        # Seconds, or one look if nobody in this launch writes them.
-        most_polls = tl.where(n_sums > 0, MOST_POLLS, 1)
-        _await_previous(PDL)
-        fixed = tl.sum(_counts_of(counts_ptr, expert, most_polls), 1)
-        weights = _counts_of(counts_ptr, member, most_polls)
-        if longest > 1:
-            start_ptrs = column_start_ptr + group * (n_columns + 1) + col
-            first = tl.load(start_ptrs, mask=col_on, other=0)
-            last = tl.load(start_ptrs + 1, mask=col_on, other=0)
-            for j in range(1, longest):
-                there = first + j < last
-                member = tl.load(column_members_ptr + first + j, mask=there, other=-1)
-                weights += _counts_of(counts_ptr, member, most_polls)
-
-        units, max_load, lower_bound, gap, iterations, status = _interior_point(
-            weights[None, :], fixed, copy, rank_on, n_ranks, tolerance, max_iterations,
-            shares_ptr + first_cell, loads_ptr + group * n_ranks,
-            edges_ptr + group * most_classes * width, n_classes, width, n_columns,
-            cell - first_cell, inside, G, C, LANES,
-        )  # fmt: skip
-        tl.store(units_ptr + cell, tl.cumsum(units, 0), mask=inside)
-        shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
-        tl.store(shares_ptr + cell, shares, mask=inside)
-        tl.debug_barrier()
-        at = tl.arange(0, COPIES)
-        shared_ptrs = shared_copies_ptr + group * n_shared + at
-        cell_ptrs = shared_cells_ptr + group * n_shared + at
-        for block in range(0, n_shared, COPIES):
-            there = block + at < n_shared
-            shared = tl.load(shared_ptrs, mask=there, other=-1)
-            shared_cell = tl.load(cell_ptrs, mask=there, other=-1)
-            _store_cumulative(
-                cumulative_ptr, units_ptr, shares_ptr, copy_index_ptr, copy_multiplicity_ptr,
-                most_on_a_rank, shared, shared_cell, shared >= 0,
-            )  # fmt: skip
-            shared_ptrs += COPIES
-            cell_ptrs += COPIES
-        _store_certificate(
-            stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
-            max_load, lower_bound, gap, iterations, status,
-        )  # fmt: skip
-        certified = (status == STATUS_CERTIFIED).to(tl.int32)
-        tl.atomic_add(certified_ptr, certified.to(certified_ptr.dtype.element_ty))
-        tl.atomic_add(solves_ptr, tl.full((), 1, solves_ptr.dtype.element_ty))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
-from lplb_triton.kernels.interior_point import _solve_counts_kernel, _solve_lp_kernel
+from lplb_triton.kernels.solvers import _solve_counts_kernel, _solve_lp_kernel
 from lplb_triton.kernels.tokens import _count_kernel, _running_sum_kernel, _select_kernel
 
 # Ids that one program handles at a time. The select kernel compares all pairs of a block.
@@ -22,8 +23,6 @@ SELECT_BLOCK = 256
 # Rows and experts of one program that sums counts.
 SUM_ROWS = 256
 SUM_EXPERTS = 4
-# A block has at most 1024 threads.
-MOST_WARPS = 32
 # A thread that fuses its own product into a sum over lanes rounds differently from the lane
 # that sends it. All threads must hold the same bits: they take the same branches by them.
 SOLVE_OPTIONS = {"enable_fp_fusion": False}
@@ -49,10 +48,16 @@ class _Call(NamedTuple):
 
 @functools.cache
 def _has_pdl(device: torch.device) -> bool:
-    """Whether a kernel can start before the one ahead of it has ended: Hopper and newer."""
+    """Whether a kernel can start before the one ahead of it has ended, in a graph too.
+
+    Needs Hopper or newer, and a driver of CUDA 12.3, whose graphs have such edges.
+    """
     if device.type != "cuda" or is_interpreted() or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    version = ctypes.c_int()
+    failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    recent = not failed and version.value >= 12030
+    return recent and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _current(device: int | None) -> AbstractContextManager[object]:
@@ -174,9 +179,8 @@ def _newton_warps(ranks: int, columns: int) -> int:
 
 
 def _solve_warps(ranks: int, columns: int) -> int:
-    """Warps for `solve_counts`, where Newton's method is rare: about 8 cells for a thread."""
-    fewest = 2 if ranks == 8 else 4
-    return min(max(fewest, ranks * columns // 256), MOST_WARPS)
+    """Warps for `solve_counts`, where Newton's method is rare: as above."""
+    return min(max(4, ranks * columns // 128), 8 if ranks <= 32 else 16)
 
 
 def solve(

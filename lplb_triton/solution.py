@@ -49,7 +49,7 @@ class Solution:
     gap : torch.Tensor
         ``[B]``, ``(max_load - lower_bound) / max_load``; 0 where there is no load at all.
     iterations : torch.Tensor
-        ``[B]`` int32, interior-point iterations used.
+        ``[B]`` int32, interior-point iterations used (0 where levelling along edges was enough).
     status : torch.Tensor
         ``[B]`` int32, values of `Status`.
     tolerance : float

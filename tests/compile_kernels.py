@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lplb_triton.bench import peers
-from lplb_triton.kernels import interior_point, launch, launch_sync, quotas, sync, tokens
+from lplb_triton.kernels import launch, launch_sync, quotas, solvers, sync, tokens
 
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"edges_ptr": "*i64", "certified_ptr": "*i64", "solves_ptr": "*i64"}
@@ -37,7 +37,7 @@ def signature(kernel, constants):
 def jobs(capability):
     for ranks, columns in ((8, 32), (16, 32), (32, 64), (64, 128)):
         options = {"num_warps": launch._newton_warps(ranks, columns), **launch.SOLVE_OPTIONS}
-        yield interior_point._solve_lp_kernel, {"G": ranks, "C": columns}, options
+        yield solvers._solve_lp_kernel, {"G": ranks, "C": columns}, options
         warps = launch._solve_warps(ranks, columns)
         options = {"num_warps": warps, **launch.SOLVE_OPTIONS}
         constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64}
@@ -47,7 +47,7 @@ def jobs(capability):
             "LANES": 32 * warps,
             "PDL": capability >= 90,
         }
-        yield interior_point._solve_counts_kernel, constants, options
+        yield solvers._solve_counts_kernel, constants, options
     bins = {"BINS": 256, "PDL": capability >= 90}
     yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 2}
     rows = {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS}

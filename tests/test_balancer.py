@@ -246,11 +246,11 @@ class TestOnAGpu:
         assert after - before == 1 and out.numel() == 4096
 
     def test_nothing_compiles_after_warmup(self):
-        from lplb_triton.kernels import interior_point, launch, tokens
+        from lplb_triton.kernels import launch, solvers, tokens
 
         def compiled():
             kernels = (
-                interior_point._solve_counts_kernel,
+                solvers._solve_counts_kernel,
                 tokens._count_kernel,
                 tokens._running_sum_kernel,
                 tokens._select_kernel,

@@ -360,6 +360,35 @@ def test_who_reaches_whom(peers, visible, atomics, reached, monkeypatch):
     assert _connect._reaches_all(torch.device("cuda", 0), "a", peers) == reached
 
 
+def run_alone(_, kind):
+    """A group of one on a GPU: memory, launches and capture of a back end, without a peer."""
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    placement = Placement.from_phy2log([0, 1, 2, 3, 0, 3], 1)
+    ids = torch.tensor([[0, 3], [2, 3], [-1, 1], [3, 0]], device="cuda")
+    with Balancer(placement, group=dist.group.WORLD, sync=kind) as balancer:
+        eager = [balancer.run(ids) for _ in range(3)][-1]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = balancer.run(ids)
+        graph.replay()
+        balancer.check()
+        for out in (eager, captured):
+            kept = out[ids >= 0]
+            assert (out[ids < 0] == -1).all()
+            assert torch.equal(placement.phy2log[kept.cpu()].long(), ids[ids >= 0].cpu())
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["distributed", "symmetric", "nvshmem"])
+def test_a_group_of_one_on_a_gpu(kind):
+    if kind == "nvshmem":
+        pytest.importorskip("nvshmem")
+    mp.spawn(run_alone, (kind,), nprocs=1)
+
+
 @pytest.mark.multigpu
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["symmetric", "nvshmem", "distributed"])

@@ -1,0 +1,108 @@
+"""Levelling along edges: the table of edges, and plans that need no more than that."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from lplb_triton import Balancer, Placement, topologies
+from lplb_triton._tables import FEW, DeviceTables
+from lplb_triton.bench.instances import corpus, draw_loads, shape_placement
+from lplb_triton.bench.verify import highs_optimum
+
+PLACEMENTS = [instance.placement for instance in corpus(17, seed=3)]
+
+
+def edges_of(placement):
+    """Sets of (first rank, second rank, column) by group and class."""
+    views = DeviceTables(placement, torch.device("cpu")).views
+    table, n_classes = views["edges"].numpy(), views["n_classes"].numpy()
+    groups = []
+    for classes, n in zip(table, n_classes, strict=True):
+        assert (classes[n:] == -1).all()
+        groups.append(
+            [
+                [(e & 0xFFFF, e >> 16 & 0xFFFF, e >> 32) for e in row if e >= 0]
+                for row in classes[:n]
+            ]
+        )
+    return groups
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
+def test_edges(placement):
+    for mask, classes in zip(placement.structure.mask, edges_of(placement), strict=True):
+        joined = {column: [] for column in range(mask.shape[1])}
+        for edges in classes:
+            ranks = [rank for edge in edges for rank in edge[:2]]
+            assert edges and len(set(ranks)) == len(ranks)
+            for first, second, column in edges:
+                joined[column].append((first, second))
+        for column, pairs in joined.items():
+            ranks = np.flatnonzero(mask[:, column]).tolist()
+            assert {rank for pair in pairs for rank in pair} == set(ranks)
+            if len(ranks) <= FEW:
+                assert sorted(pairs) == list(itertools.combinations(ranks, 2))
+                continue
+            reached = {ranks[0]}
+            for _ in ranks:
+                reached |= {r for pair in pairs if reached & set(pair) for r in pair}
+            assert reached == set(ranks)
+
+
+def test_the_table_has_room_for_any_placement_of_its_sizes():
+    rng = np.random.default_rng(0)
+    tables = None
+    for _ in range(30):
+        extra = rng.integers(24, size=24) if rng.random() < 0.5 else rng.integers(2, size=24)
+        flat = rng.permutation(np.concatenate([np.arange(24), extra]))
+        placement = Placement.from_phy2log(flat, 12, n_logical=24)
+        if tables is None:
+            tables = DeviceTables(placement, torch.device("cpu"))
+        tables.write(placement)
+        assert int(tables.views["n_classes"][0]) > 0
+
+
+@pytest.mark.parametrize("shape", ["ring:8", "cube", "eplb:24:1"])
+def test_most_plans_need_no_iteration(shape):
+    rng = np.random.default_rng(5)
+    placement = shape_placement(shape, rng)
+    balancer = Balancer(placement, device="cpu", backend="triton")
+    iterations = []
+    for family in ("lognormal", "zipf", "sparse"):
+        counts = draw_loads(family, rng, placement.n_logical)
+        solution = balancer.solve(counts)
+        solution.check()
+        problem = placement.problem(counts)
+        optimum = highs_optimum(
+            problem.weights[0].numpy(), problem.fixed[0].numpy(), problem.mask[0].numpy()
+        )
+        assert float(solution.lower_bound[0]) <= optimum * (1 + 1e-6)
+        assert optimum <= float(solution.max_load[0]) * (1 + 1e-6)
+        iterations.append(int(solution.iterations[0]))
+    assert iterations == [0, 0, 0]
+
+
+def test_newton_goes_on_where_levelling_ends():
+    rng = np.random.default_rng(2)
+    placement = shape_placement("cube", rng)
+    counts = draw_loads("normal", rng, placement.n_logical)
+    balancer = Balancer(placement, device="cpu", backend="triton", tolerance=1e-4)
+    level = balancer.solve(counts)
+    balancer._tables.views["n_classes"].zero_()
+    newton = balancer.solve(counts)
+    for solution in (level, newton):
+        solution.check()
+    assert int(level.iterations[0]) == 0 < int(newton.iterations[0])
+    assert float(level.max_load[0]) == pytest.approx(float(newton.max_load[0]), rel=2e-4)
+
+
+def test_several_groups_have_edges_of_their_own():
+    placement = Placement.from_topology(topologies.ring(4), 2 * 12, 2 * 8, 8)
+    assert placement.n_group == 2
+    balancer = Balancer(placement, device="cpu", backend="triton")
+    rng = np.random.default_rng(1)
+    solution = balancer.solve(draw_loads("lognormal", rng, placement.n_logical))
+    solution.check()
+    assert len(edges_of(placement)) == 2 and solution.iterations.tolist() == [0, 0]
