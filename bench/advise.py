@@ -65,10 +65,10 @@ TABLE = {
     },
 }
 TABLE_EXPERTS = 9
-# Measured on one H100 (docs/benchmarks.md): median solve by ranks, and count with select by tokens
-# (run less solve), microseconds. Sync: a P2P kernel on two H100 over NVLink.
-SOLVE_US = {8: 10.5, 16: 9.9, 32: 21.5, 64: 62.9}
-TOKENS_US = {128: 6.2, 4096: 7.3, 16384: 16.1}
+# Measured on one H100 (docs/benchmarks.md): median run without sync by ranks, for TOKENS tokens of
+# 256 experts, top-8, microseconds. Sync: a P2P kernel on two H100 over NVLink.
+TOKENS = (128, 4096, 16384)
+RUN_US = {8: (9.8, 10.9, 16.6), 32: (16.4, 16.8, 25.8), 64: (41.2, 42.8, 51.2)}
 SYNC_US = 6.4
 GRID = tuple(2**k for k in range(4, 18))
 BATCHES = 12
@@ -287,20 +287,18 @@ def overhead_us(ep: int, tokens: int) -> dict[str, float]:
     ep
         Ranks; between the measured sizes interpolated, beyond 64 in proportion to ``ep``.
     tokens
-        Of a rank.
+        Of a rank; beyond 16,384 in proportion.
 
     Returns
     -------
     dict
-        ``sync``, ``solve``, ``count_select`` in microseconds.
+        ``sync``, and ``run`` for the rest, in microseconds.
     """
-    solve = float(np.interp(ep, list(SOLVE_US), list(SOLVE_US.values())))
-    last = max(TOKENS_US)
-    rest = float(np.interp(tokens, list(TOKENS_US), list(TOKENS_US.values())))
+    by_ranks = [float(np.interp(tokens, TOKENS, times)) for times in RUN_US.values()]
+    run = float(np.interp(ep, list(RUN_US), by_ranks))
     return {
         "sync": SYNC_US,
-        "solve": solve * max(1.0, ep / max(SOLVE_US)),
-        "count_select": rest * max(1.0, tokens / last),
+        "run": run * max(1.0, ep / max(RUN_US)) * max(1.0, tokens / TOKENS[-1]),
     }
 
 
