@@ -711,8 +711,8 @@ def advise_grids(report: dict[str, Any]) -> list[Grid]:
                 "Microseconds a batch, from figures measured on H100s (sync: two GPUs over NVLink; "
                 "more GPUs or nodes take longer; run: count, solve and select). break-even: tokens "
                 "per rank from which on it pays, by mean (high .. low) saving. MiB: replicas of "
-                "one layer on a rank; in training as much again is sent and received for weights and for gradients each "
-                "step.",
+                "one layer on a rank; in training as much again is sent and received "
+                "for weights and for gradients each step.",
                 f"{pays[report['pays']]} here. Recommended: {best['placement']}, {best['slots']} "
                 "slots per rank; lplb_triton.place, which is slower, may find a better placement.",
             ),
