@@ -86,7 +86,7 @@ def backward(replicas, rank, seed):
 
 
 def check_parity(rank, group):
-    """Must-show gradient parity: one step and four accumulated ones, every placement, float64."""
+    """Gradient parity: one step and four accumulated ones, every placement, float64."""
     for name, placement in placements():
         for separate in (False, True):
             reference, params = whole(), originals(rank)
