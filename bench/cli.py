@@ -897,9 +897,7 @@ def _pipeline(args: argparse.Namespace) -> int:
 
 def _simulate(args: argparse.Namespace) -> int:
     trace = traces.packaged()
-    for ep in args.ep:
-        if trace.experts % ep:
-            raise _UsageError(f"argument --ep: {ep} does not divide the {trace.experts} experts")
+    _check_divides(args.ep, trace.experts)
     device, timer = _start_timed(args)
     begin = time.perf_counter()
     options = {name: getattr(args, name) for name in ("slots", "tokens", "hidden", "inner")}
@@ -999,16 +997,17 @@ def _advise(args: argparse.Namespace) -> int:
     found = advise.MODELS[args.model]
     replaced = {name: getattr(args, name) for name in ("hidden", "inner", "experts", "top_k")}
     try:
-        if args.trace is None:
-            model = found._replace(**{k: v for k, v in replaced.items() if v is not None})
-            cases = placement.synthetic_cases(model.experts, (0, 1))
-            source = "synthetic loads, lognormal(0, 1), jitter 0.3 (an assumption)"
-        else:
+        trace = None
+        if args.trace is not None:
             trace, source = _load(args.trace)
             if args.experts not in (None, trace.experts):
                 raise _UsageError(f"argument --experts: the trace has {trace.experts}")
             replaced["experts"] = trace.experts
-            model = found._replace(**{k: v for k, v in replaced.items() if v is not None})
+        model = found._replace(**{k: v for k, v in replaced.items() if v is not None})
+        if trace is None:
+            cases = placement.synthetic_cases(model.experts, (0, 1))
+            source = "synthetic loads, lognormal(0, 1), jitter 0.3 (an assumption)"
+        else:
             cases = placement.trace_cases(trace, args.history)
         begin = time.perf_counter()
         gpu = torch.cuda.is_available() if args.gemm is None else args.gemm == "gpu"
@@ -1052,8 +1051,7 @@ def _check_advice(args: argparse.Namespace) -> int:
         for key, model in advise.MODELS.items():
             (case,) = placement.synthetic_cases(model.experts, (0,))
             widest = model.experts // args.ep + 1
-            if model.experts % args.ep:
-                raise _UsageError(f"argument --ep: must divide {model.experts}, got {args.ep}")
+            _check_divides((args.ep,), model.experts)
             gemm = advise.measure(model, widest, timer, device, name)
             for tokens in CHECK_TOKENS:
                 rows.append(
@@ -1081,9 +1079,7 @@ def _check_advice(args: argparse.Namespace) -> int:
 def _workloads(args: argparse.Namespace) -> int:
     tables.require("rich")
     _check_outputs(args)
-    for ep in args.ep:
-        if args.experts % ep:
-            raise _UsageError(f"argument --ep: {ep} does not divide the {args.experts} experts")
+    _check_divides(args.ep, args.experts)
     options = {
         name: getattr(args, name)
         for name in ("slots", "experts", "batches", "trials", "seed", "tolerance")
@@ -1117,6 +1113,12 @@ def _workloads(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return FAILED if bad else OK
+
+
+def _check_divides(sizes: Sequence[int], experts: int) -> None:
+    for ep in sizes:
+        if experts % ep:
+            raise _UsageError(f"argument --ep: {ep} does not divide the {experts} experts")
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

@@ -842,9 +842,9 @@ def pipeline_row(
     -------
     dict
         Times in microseconds: ``run_us`` by batch, ``rotated_us`` the mean over one graph of
-        all batches. ``bytes`` are the ids read twice and
-        written once, ``floor_us`` what they take at ``bandwidth``. ``host_us`` and
-        ``allocations_per_call`` (``None`` on a CPU) are of an eager call.
+        all batches. ``bytes`` are the ids read twice and written once, ``floor_us`` what they
+        take at ``bandwidth``. ``host_us`` and ``allocations_per_call`` (``None`` on a CPU) are
+        of an eager call.
 
     Raises
     ------

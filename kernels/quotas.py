@@ -8,13 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.tokens import (
-    OFFSET_BY_EXPERT,
-    OFFSET_BY_RANK,
-    SHARE_BITS,
-    SHARE_HALF,
-    SHARE_MASK,
-)
+from lplb_triton.kernels.tokens import SHARE_BITS, _rounding_offset
 
 
 @triton.jit
@@ -64,7 +58,7 @@ def _divide_quotas_kernel(
 
     # Equation 15: what each copy takes of all ranks' tokens.
     total = tl.sum(supply, 0).to(tl.int64)
-    offset = (expert.to(tl.int64) * OFFSET_BY_EXPERT + SHARE_HALF) & SHARE_MASK
+    offset = _rounding_offset(0, expert.to(tl.int64))
     end = _global_end(cumulative_ptr, first, j, n_copies, total, offset)
     begin = _global_end(cumulative_ptr, first, j - 1, n_copies, total, offset)
     demand = tl.where(there, end - begin, 0)
@@ -112,7 +106,7 @@ def _divide_quotas_kernel(
 
     # Equation 17: the share that this rank's rounding turns into this quota.
     end = tl.cumsum(quota, 0).to(tl.int64)
-    offset = (rank.to(tl.int64) * OFFSET_BY_RANK + offset) & SHARE_MASK
+    offset = _rounding_offset(rank.to(tl.int64), expert.to(tl.int64))
     size = tl.maximum(count, 1).to(tl.int64)
     share = ((end << SHARE_BITS) - offset + size - 1) // size
     share = tl.where(end > 0, share, 0).to(tl.int32)

@@ -134,9 +134,8 @@ def _solve_counts_kernel(
     cumulative [n_physical] int32, of which it writes the copies of replicated experts:
     shared_copies and their cells, [n_group, n_shared], padded with -1. edges
     [n_group, most_classes, width] int64 as for `_level_edges`; LANES is the number of threads;
-    loads [n_group, n_ranks] float32 is scratch. ``certified`` [1] rises
-    by one if the group is certified, ``solves`` [1] always (int32 or int64).
-    Grid (n_sums + n_group,).
+    loads [n_group, n_ranks] float32 is scratch. ``certified`` [1] rises by one if the group is
+    certified, ``solves`` [1] always (int32 or int64). Grid (n_sums + n_group,).
     """
     _start_dependents(PDL)
     program = tl.program_id(0)

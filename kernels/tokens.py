@@ -108,6 +108,12 @@ def _running_sum_kernel(
 
 
 @triton.jit
+def _rounding_offset(rank, expert):
+    """Where a rank's rounding of an expert begins (equation 13); both int64."""
+    return (expert * OFFSET_BY_EXPERT + rank * OFFSET_BY_RANK + SHARE_HALF) & SHARE_MASK
+
+
+@triton.jit
 def _quota_end(cumulative_ptr, copy, count, offset):
     """Tokens of this expert on this rank that go to ``copy`` or an earlier one (equation 12)."""
     share = tl.load(cumulative_ptr + copy).to(tl.int64)
@@ -190,8 +196,7 @@ def _select_kernel(
         if block + BLOCK < end:
             seen += tl.histogram(e, BINS, mask=known)
 
-        offset = rank.to(tl.int64) * OFFSET_BY_RANK + e.to(tl.int64) * OFFSET_BY_EXPERT
-        offset = (offset + SHARE_HALF) & SHARE_MASK
+        offset = _rounding_offset(rank.to(tl.int64), e.to(tl.int64))
         most = n_ids
         if n_ids >= 65536:
             most = tl.max(count)

@@ -28,8 +28,8 @@ def _shared_copies(placement: Placement) -> NDArray[np.int32]:
     Every redundant slot makes at most two of them, whatever the placement.
     """
     s = placement.structure
-    spare = (placement.n_physical - placement.n_logical) // placement.n_group
-    shared = np.full((placement.n_group, 2 * spare), -1, dtype=np.int32)
+    size = (placement.n_group, 2 * placement.redundant_per_group)
+    shared = np.full(size, -1, dtype=np.int32)
     per_expert = np.diff(s.copy_start)
     copies = np.flatnonzero(np.repeat(per_expert > 1, per_expert))
     group = np.repeat(s.cell_group, per_expert)[copies]
@@ -49,9 +49,9 @@ def _edges(placement: Placement) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """
     mask = placement.structure.mask
     n_group, n_ranks, n_columns = mask.shape
-    spare = (placement.n_physical - placement.n_logical) // n_group
     most_edges = max(FEW - 1, (n_ranks - 1).bit_length())
-    most = min(2 * min(placement.slots_per_rank, n_columns), spare) * most_edges
+    most_on_a_rank = min(placement.slots_per_rank, n_columns)
+    most = min(2 * most_on_a_rank, placement.redundant_per_group) * most_edges
     table = np.full((n_group, most, max(1, n_ranks // 2)), -1, dtype=np.int64)
     n_classes = np.zeros(n_group, dtype=np.int32)
     for group in range(n_group):

@@ -766,7 +766,7 @@ class Balancer:
             scratch.gathered, scratch.buffers.cumulative,
             views["copy_start"], views["copy_slot"], views["copy_index"], scratch.mine, traffic,
             self.rank, p.slots_per_rank, self.communicator.ranks_per_node,
-            (p.n_physical - p.n_logical) // p.n_group + 1,
+            p.redundant_per_group + 1,
         )  # fmt: skip
         return scratch.mine
 

@@ -75,7 +75,8 @@ def plan_moves(
     TypeError, ValueError
         Naming the argument.
     """
-    check_same_sizes("previous", previous, placement)
+    sizes = (placement.n_logical, placement.n_physical, placement.ep_size)
+    check_same_sizes("previous", previous, sizes)
     domain = domains_of(placement.ep_size, ranks_per_domain)
     old, new = previous.phy2log.long().numpy(), placement.phy2log.long().numpy()
     rank = placement.rank_of_slot.long().numpy()
@@ -95,13 +96,13 @@ def plan_moves(
     return MovePlan(*(torch.from_numpy(column) for column in columns))
 
 
-def check_same_sizes(name: str, previous: object, placement: Placement) -> None:
-    """Raise, naming the argument, unless two placements have the same sizes."""
+def check_same_sizes(name: str, previous: object, sizes: tuple[int, int, int]) -> None:
+    """Raise, naming the argument, unless it is a placement of these experts, slots and ranks."""
     if not isinstance(previous, Placement):
         raise TypeError(f"{name} must be a Placement, got {type(previous).__name__}")
-    sizes = [(p.n_logical, p.n_physical, p.ep_size) for p in (previous, placement)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"{name} must have (experts, slots, ranks) = {sizes[1]}, got {sizes[0]}")
+    found = (previous.n_logical, previous.n_physical, previous.ep_size)
+    if found != sizes:
+        raise ValueError(f"{name} must have (experts, slots, ranks) = {sizes}, got {found}")
 
 
 def domains_of(ep_size: int, ranks_per_domain: int | None) -> np.ndarray:

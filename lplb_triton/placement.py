@@ -141,8 +141,8 @@ class Placement:
         self._phy2log = flat
         self._phy2log.setflags(write=False)
         self._counts = counts
-        redundant = (self.n_physical - self.n_logical) // self.n_group
-        self.max_columns = redundant if max_columns is None else max_columns
+        self.redundant_per_group = (self.n_physical - self.n_logical) // self.n_group
+        self.max_columns = self.redundant_per_group if max_columns is None else max_columns
         self.structure = self._build_structure()
 
     @classmethod

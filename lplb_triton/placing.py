@@ -146,15 +146,18 @@ def place(
     mean = load.mean(0) if len(load) else np.ones(n_logical)
     counts = torch.from_numpy(load).to(where)
     price = np.zeros((n_logical, n_ranks), dtype=np.float32)
-    start = _start(torch.from_numpy(mean), counts, n_ranks, redundant, ranks_per_domain)
     if previous is not None:
-        check_same_sizes("previous", previous, start)
+        check_same_sizes(
+            "previous", previous, (n_logical, n_logical + redundant * n_ranks, n_ranks)
+        )
         try:
             start = Placement(previous.phy2log, n_ranks, n_logical=n_logical, n_group=n_domains)
         except ValueError as error:
             raise ValueError(f"previous does not fit ranks_per_domain: {error}") from error
     elif penalty:
         raise ValueError("move_penalty needs previous, the placement that moves start from")
+    else:
+        start = _start(torch.from_numpy(mean), counts, n_ranks, redundant, ranks_per_domain)
     if n_ranks == 1 or not len(load) or not n_trials:
         return start
     if penalty:

@@ -303,8 +303,12 @@ def _cumsum_by_expert(values: torch.Tensor, copy_start: torch.Tensor) -> torch.T
     running = values.cumsum(0)
     first = copy_start[:-1].long()
     before = torch.where(first > 0, running[(first - 1).clamp(min=0)], 0)
-    lengths = copy_start.diff().long()
-    return running - before.repeat_interleave(lengths, output_size=values.numel())
+    return running - _by_copy(before, copy_start, values.numel())
+
+
+def _by_copy(values: torch.Tensor, copy_start: torch.Tensor, n_copies: int) -> torch.Tensor:
+    """Repeat each expert's value for its copies, ``[n_copies]``."""
+    return values.repeat_interleave(copy_start.diff().long(), output_size=n_copies)
 
 
 def rounding_offsets(rank: int, n_logical: int) -> torch.Tensor:
@@ -347,10 +351,10 @@ def copy_quotas(
     torch.Tensor
         ``[n_physical]`` int64, by copy (expert-major); each expert's quotas sum to its count.
     """
-    lengths = copy_start.diff().long()
+    n_copies = cumulative.numel()
+    per_copy = _by_copy(counts.long(), copy_start, n_copies)
     theta = rounding_offsets(rank, counts.numel()).to(counts.device)
-    per_copy = counts.long().repeat_interleave(lengths, output_size=cumulative.numel())
-    theta = theta.repeat_interleave(lengths, output_size=cumulative.numel())
+    theta = _by_copy(theta, copy_start, n_copies)
     ends = (per_copy * cumulative.long() + theta) >> SHARE_BITS
     starts = ends.roll(1)
     starts[copy_start[:-1].long()] = 0
@@ -446,14 +450,10 @@ def divide_quotas(
         on its node, and all of them.
     """
     n_ranks, n_logical = gathered.shape
-    lengths = copy_start.diff().long()
-    expert = torch.arange(n_logical, device=gathered.device).repeat_interleave(lengths)
-    supply = gathered.long()[:, expert].clone()
-    theta = rounding_offsets(0, n_logical).to(gathered.device)
-    ends = (supply.sum(0) * cumulative.long() + theta[expert]) >> SHARE_BITS
-    begins = ends.roll(1)
-    begins[copy_start[:-1].long()] = 0
-    demand = ends - begins
+    every = torch.arange(n_logical, device=gathered.device)
+    expert = _by_copy(every, copy_start, cumulative.numel())
+    supply = gathered.long()[:, expert]
+    demand = copy_quotas(gathered.sum(0), cumulative, copy_start, 0)
 
     quotas = torch.zeros_like(supply)
     rank = torch.arange(n_ranks, device=gathered.device).unsqueeze(1)
@@ -509,10 +509,9 @@ def shares_of_quotas(
     torch.Tensor
         ``[n_physical]`` int32 in units of 2**-24, by copy.
     """
-    lengths = copy_start.diff().long()
     ends = _cumsum_by_expert(quotas, copy_start)
-    size = counts.long().clamp(min=1).repeat_interleave(lengths, output_size=quotas.numel())
+    size = _by_copy(counts.long().clamp(min=1), copy_start, quotas.numel())
     theta = rounding_offsets(rank, counts.numel()).to(quotas.device)
-    theta = theta.repeat_interleave(lengths, output_size=quotas.numel())
+    theta = _by_copy(theta, copy_start, quotas.numel())
     shares = ((ends << SHARE_BITS) - theta + size - 1).div(size, rounding_mode="floor")
     return torch.where(ends > 0, shares, 0).int()
