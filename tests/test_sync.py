@@ -1,5 +1,6 @@
 """Communicators over gloo: exact sums, global quotas, late, dead and confused ranks, lifecycle."""
 
+import gc
 import json
 import os
 import signal
@@ -302,6 +303,14 @@ def test_bounds_come_from_the_group(group_of_one):
 def test_arguments_are_named(call, error, name, group_of_one):
     with pytest.raises(error, match=f"^{name}"):
         call(group_of_one)
+
+
+def test_a_forgotten_balancer_lets_its_group_go(group_of_one):
+    balancer = Balancer(placement_of(1), group=group_of_one, device="cpu")
+    assert list(_shared.values()) == [balancer.communicator]
+    del balancer
+    gc.collect()
+    assert not _shared
 
 
 @pytest.mark.parametrize(

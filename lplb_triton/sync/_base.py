@@ -71,6 +71,7 @@ class Communicator(ABC):
         self.timeout = timeout
         self.ranks_per_node = ranks_per_node
         self.closed = False
+        self.users = 0  # balancers that share it
 
     @abstractmethod
     def exchange(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import socket
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -29,8 +30,9 @@ __all__ = ["KINDS", "acquire", "connect", "deep_ep_domain", "release"]
 KINDS = ("auto", "distributed", "symmetric", "nvshmem", "hierarchical")
 DEFAULT_CAPACITY = 1024
 
-# Communicators that balancers share, with how many use each.
-_shared: dict[tuple[Any, ...], tuple[Communicator, int]] = {}
+# Communicators that balancers share. Weak: a process group that something here kept would not
+# end with `destroy_process_group`, but under the exiting interpreter, with its threads at work.
+_shared: weakref.WeakValueDictionary[tuple[Any, ...], Communicator] = weakref.WeakValueDictionary()
 
 
 def connect(
@@ -222,33 +224,28 @@ def acquire(
     `release` must be called once for each.
     """
     capacity = max(DEFAULT_CAPACITY, 1 << (n - 1).bit_length())
-    key = (group, sync, device, timeout, capacity, domain_size)
-    known = _shared.get(key)
-    if known is not None and not known[0].closed:
-        communicator, users = known
-        if communicator.failed():
-            raise RuntimeError(f"{communicator!r} over this group has failed; use a new group")
-    else:
-        communicator, users = (
-            connect(
-                group, sync, device=device, timeout=timeout, capacity=capacity,
-                domain_size=domain_size,
-            ),
-            0,
+    # The communicator holds its group, so the number is the group's as long as there is one.
+    key = (id(group), sync, device, timeout, capacity, domain_size)
+    communicator = _shared.get(key)
+    if communicator is None or communicator.closed:
+        communicator = _shared[key] = connect(
+            group, sync, device=device, timeout=timeout, capacity=capacity,
+            domain_size=domain_size,
         )  # fmt: skip
-    _shared[key] = (communicator, users + 1)
+    elif communicator.failed():
+        raise RuntimeError(f"{communicator!r} over this group has failed; use a new group")
+    communicator.users += 1
     return communicator
 
 
 def release(communicator: Communicator) -> None:
     """Undo one `acquire`; the last one closes the communicator."""
-    for key, (known, users) in list(_shared.items()):
+    for key, known in list(_shared.items()):
         if known is communicator:
-            if users > 1 and not known.failed():
-                _shared[key] = (known, users - 1)
-                return
-            del _shared[key]
-            known.close()
+            communicator.users -= 1
+            if not communicator.users or communicator.failed():
+                del _shared[key]
+                communicator.close()
             return
 
 

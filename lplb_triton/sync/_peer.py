@@ -38,6 +38,7 @@ class PeerCommunicator(Communicator):
         self.kind = f"p2p({memory.name})"
         self.capacity = capacity
         self._memory: SharedMemory | None = memory
+        _held[id(memory)] = memory
         self._endpoint = Endpoint(memory.addresses, self.rank, device, capacity, self.timeout)
         self._error: SyncError | None = None
         self._channels: dict[int, int] = {}
@@ -114,18 +115,19 @@ class PeerCommunicator(Communicator):
             torch.cuda.synchronize(self.device)
             failed = self._endpoint.failed()
         if failed:
-            # Late ranks may still write here.
-            _abandoned.append(memory)
+            # Late ranks may still write here: it stays held.
             return
         self._memory = None
         with torch.cuda.device(self.device):
             # Nobody frees what somebody still reads.
             dist.barrier(self.group)
             memory.free()
+        del _held[id(memory)]
 
 
-# Memory of communicators that failed: kept until the process ends.
-_abandoned: list[SharedMemory] = []
+# Memory that was not freed by `close`, which is collective: kept until the process ends, since
+# other ranks may still write to it.
+_held: dict[int, SharedMemory] = {}
 
 
 class Endpoint:
