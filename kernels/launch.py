@@ -136,7 +136,8 @@ class _Prepared:
 class SolveTables(NamedTuple):
     """Device tables that the counts solver reads; shapes as in ``placement.Structure``."""
 
-    mask: torch.Tensor
+    even_units: torch.Tensor
+    column_last: torch.Tensor
     fixed_experts: torch.Tensor
     column_first: torch.Tensor
     column_start: torch.Tensor
