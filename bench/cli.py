@@ -1322,9 +1322,15 @@ def _write_report(report: dict[str, Any], path: str, target: Console) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Replace a file in one step, so that an interrupted run leaves the old one or none."""
+    """Replace a file in one step, so that an interrupted run leaves the old one or none.
+
+    Devices, pipes and links stay what they are: they are written to.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.write_bytes(content)
+            return
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:

@@ -581,7 +581,7 @@ def run_section(job: Job, seconds: float) -> Row:
         for worker in workers:
             if worker.exitcode is None and worker.pid is not None:
                 worker.kill()
-                worker.join()
+                worker.join(10)
     paths = [Path(job.folder, f"{rank}.json") for rank in range(job.ranks)]
     left = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
     result: Row = left[0]
