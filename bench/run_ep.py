@@ -506,7 +506,7 @@ def train(place: Place, routing: str) -> Row:
     if routing != "even":
         row["reversed_difference"] = apart[-1]
     faults = [
-        f"losses of {summary['balance']} differ from those of none by {summary['loss_difference']}"
+        f"losses of {summary['balance']} and none differ by {summary['loss_difference']:.1e}"
         for summary in rows
         if not summary["loss_difference"] <= sizes.parity
     ]
@@ -588,7 +588,7 @@ def run_section(job: Job, seconds: float) -> Row:
     if failed:
         said = [row["failed"] for row in left if "failed" in row]
         if over:
-            said.append(f"not done within {seconds:.0f} s")
+            said.append(f"not done within {seconds:.3g} s")
         codes = [worker.exitcode for worker in workers]
         result["failed"] = "; ".join(dict.fromkeys(said)) or f"exit codes by rank {codes}"
     result["seconds"] = time.monotonic() - begun

@@ -171,11 +171,11 @@ def test_a_section_that_fails_says_why(tmp_path):
         (tmp_path / name).mkdir()
     # Figures stay where they are there.
     found = run_ep.run_section(job(tmp_path / "soft"), 120)
-    assert "losses of lplb differ" in found["failed"] and len(found["runs"]) == 3
+    assert "losses of lplb and none differ" in found["failed"] and len(found["runs"]) == 3
     found = run_ep.run_section(job(tmp_path / "hard", experts=5), 120)
     assert "ValueError: streams (2) and experts (5)" in found["failed"] and "runs" not in found
     found = run_ep.run_section(job(tmp_path / "late"), 0.1)
-    assert "not done within" in found["failed"] and found["seconds"] < 30
+    assert "not done within 0.1 s" in found["failed"] and found["seconds"] < 30
 
 
 def test_nothing_starts_without_time_left(capsys):
