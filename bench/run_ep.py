@@ -59,6 +59,12 @@ KILL_TIMEOUT = 3.0
 # Skewed routing means at least this imbalance where experts lie in order.
 SKEWED = 1.4
 KINDS = ("symmetric", "nvshmem", "distributed", "hierarchical")
+# Nothing here needs NVLink multicast, which not every host allows.
+NO_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+}
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 Row = dict[str, Any]
@@ -543,6 +549,8 @@ SECTIONS = {
 
 def _work(rank: int, job: Job) -> None:
     """One process of a section; leaves its result in a file."""
+    # Libraries read these when they start, which is later.
+    os.environ.update(NO_MULTICAST)
     try:
         result = SECTIONS[job.section].work(Place(job, rank), job.variant)
     except Exception as error:
@@ -563,18 +571,19 @@ def run_section(job: Job, seconds: float) -> Row:
     victim = job.ranks - 1 if job.section == "kill" else None
     workers = [context.Process(target=_work, args=(rank, job)) for rank in range(job.ranks)]
     begun = time.monotonic()
-    failed = over = False
+    failed = over = done = False
     try:
         for worker in workers:
             worker.start()
-        while any(worker.exitcode is None for worker in workers) and not failed:
+        while not (done or failed):
             time.sleep(0.05)
-            over = time.monotonic() - begun > seconds
+            codes = [worker.exitcode for worker in workers]
+            done = None not in codes
+            over = not done and time.monotonic() - begun > seconds
             failed = over or any(
-                worker.exitcode not in (None, 0) and rank != victim
-                for rank, worker in enumerate(workers)
+                code not in (None, 0) and rank != victim for rank, code in enumerate(codes)
             )
-        if failed:
+        if failed and not done:
             # Others may be about to say why they fail too.
             time.sleep(2.0)
     finally:
@@ -589,7 +598,6 @@ def run_section(job: Job, seconds: float) -> Row:
         said = [row["failed"] for row in left if "failed" in row]
         if over:
             said.append(f"not done within {seconds:.3g} s")
-        codes = [worker.exitcode for worker in workers]
         result["failed"] = "; ".join(dict.fromkeys(said)) or f"exit codes by rank {codes}"
     result["seconds"] = time.monotonic() - begun
     return result
