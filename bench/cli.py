@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from lplb_triton.bench import (
     placement,
     plots,
     record,
+    run_ep,
     simulate,
     tables,
     timing,
@@ -80,6 +82,8 @@ _EXAMPLES = """examples:
       times of the whole run on a GPU, as Markdown
   lplb-bench simulate --ep 8,64 --slots 2
       a simulation: expert products of every rank of EP 8 and 64, timed on one GPU
+  lplb-bench ep --json ep.json --markdown ep.md
+      load sync, whole runs and training on all GPUs of this host
 """
 
 
@@ -198,11 +202,54 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="default %(default)s")
     _add_timed_commands(commands)
+    _add_ep_command(commands)
     _add_placement_command(commands)
     _add_workloads_command(commands)
     _add_record_command(commands)
     _add_advise_command(commands)
     return parser
+
+
+def _add_ep_command(commands: Any) -> None:
+    sub = commands.add_parser(
+        "ep",
+        parents=[_files()],
+        help="load sync, whole runs and training on the GPUs of this host",
+        description=(
+            "Verify and time load sync against NCCL, whole runs with sync, a killed rank, and\n"
+            "training with and without balancing, one process per GPU. Each section has processes\n"
+            "of its own and a bound; one that fails doesn't keep the others from running. Nothing\n"
+            "is timed before its answers have been held against the LP."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.set_defaults(run=_ep)
+    sub.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda",
+        help="cpu: gloo and small sizes, which tests the sections, not the speed",
+    )  # fmt: skip
+    sub.add_argument(
+        "--ranks", type=_count, metavar="N", help="GPUs to use (default: all; 2 on a cpu)"
+    )
+    sub.add_argument(
+        "--sections", type=_names(run_ep.SECTIONS), default=tuple(run_ep.SECTIONS),
+        metavar="NAME[,NAME...]", help=f"default {','.join(run_ep.SECTIONS)}",
+    )  # fmt: skip
+    sub.add_argument(
+        "--kinds", type=_names(run_ep.KINDS), metavar="NAME[,NAME...]",
+        help=f"back ends (default {','.join(run_ep.KINDS)}; distributed on a cpu)",
+    )  # fmt: skip
+    for name, text in (
+        ("epochs", "sums to verify, eagerly and again under graph replay"),
+        ("tokens", "tokens of a whole run on each rank"),
+        ("replays", "timed replays of each graph"),
+    ):
+        standard = ", ".join(f"{getattr(s, name)} on {on}" for on, s in run_ep.SIZES.items())
+        sub.add_argument(f"--{name}", type=_count, metavar="N", help=f"{text} (default {standard})")
+    sub.add_argument(
+        "--seconds", type=_seconds, default=570.0, metavar="S",
+        help="bound on the whole run (default %(default)g)",
+    )  # fmt: skip
 
 
 def _files() -> argparse.ArgumentParser:
@@ -540,6 +587,13 @@ def _count(text: str) -> int:
     if len(values) != 1:
         raise argparse.ArgumentTypeError(f"expected one number, got {text!r}")
     return values[0]
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
+    return seconds
 
 
 def _integers(least: int) -> Callable[[str], tuple[int, ...]]:
@@ -921,6 +975,44 @@ def _simulate(args: argparse.Namespace) -> int:
     return OK
 
 
+def _ep(args: argparse.Namespace) -> int:
+    tables.require("rich")
+    _check_outputs(args)
+    on_gpu = args.device == "cuda"
+    if on_gpu:
+        _check_gpu()
+    ranks = args.ranks or (torch.cuda.device_count() if on_gpu else 2)
+    if ranks < 2 or run_ep.N_COUNTS % ranks:
+        raise _UsageError(
+            f"argument --ranks: expected at least 2, and a divisor of the {run_ep.N_COUNTS} "
+            f"experts, got {ranks}"
+        )
+    if on_gpu and ranks > torch.cuda.device_count():
+        raise _UsageError(f"argument --ranks: {ranks}, but torch finds fewer GPUs")
+    given = {n: getattr(args, n) for n in ("epochs", "tokens", "replays") if getattr(args, n)}
+    sizes = dataclasses.replace(run_ep.SIZES[args.device], **given)
+    kinds = args.kinds or (run_ep.KINDS if on_gpu else ("distributed",))
+    begin = time.perf_counter()
+    sections = run_ep.run(
+        ranks, args.device, sizes, sections=args.sections, kinds=kinds, seconds=args.seconds,
+        say=partial(print, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    report = {
+        "command": "ep",
+        "options": {
+            "ranks": ranks,
+            "device": args.device,
+            "kinds": list(kinds),
+            **{name: getattr(sizes, name) for name in ("epochs", "tokens", "replays")},
+        },
+        "environment": {**_environment(args.device), **_communication(args.device)},
+        "seconds": time.perf_counter() - begin,
+        "sections": sections,
+    }
+    _finish_timed(args, report, tables.ep_grids(report))
+    return FAILED if any("failed" in row for row in sections.values()) else OK
+
+
 def _placement(args: argparse.Namespace) -> int:
     tables.require("rich")
     if args.png is not None:
@@ -1133,6 +1225,13 @@ def _start_timed(args: argparse.Namespace) -> tuple[torch.device, timing.Timer]:
     """Refuse what can be refused before the work starts, and make the timer."""
     tables.require("rich")
     _check_outputs(args)
+    _check_gpu()
+    device = torch.device("cuda", torch.cuda.current_device())
+    return device, timing.GraphTimer(device)
+
+
+def _check_gpu() -> None:
+    """Refuse to time kernels where that says nothing."""
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise _UsageError(
             "TRITON_INTERPRET is set: kernels would run in Triton's interpreter, whose times say "
@@ -1140,8 +1239,6 @@ def _start_timed(args: argparse.Namespace) -> tuple[torch.device, timing.Timer]:
         )
     if not torch.cuda.is_available():
         raise _UsageError("kernels can only be timed on a GPU, but torch finds none")
-    device = torch.device("cuda", torch.cuda.current_device())
-    return device, timing.GraphTimer(device)
 
 
 def _finish_timed(
@@ -1172,6 +1269,11 @@ def _machine_line(report: dict[str, Any]) -> str:
             f"{where}, {e['torch_threads']} threads, torch {e['torch']}; "
             f"{report['seconds']:.0f} s in all"
         )
+    if report["command"] == "ep":
+        ranks, names = report["options"]["ranks"], ("torch", "triton", "nccl", "nvshmem4py")
+        where = f"{ranks} x {e['gpu']}, driver {e['driver'] or 'unknown'}, " if e["gpu"] else ""
+        versions = ", ".join(f"{name} {e[name]}" for name in names if e[name])
+        return f"{where}{versions}, {e['cpu']}; {ranks} processes, {report['seconds']:.0f} s in all"
     return (
         f"{e['gpu']}, driver {e['driver'] or 'unknown'}, torch {e['torch']}, triton {e['triton']}, "
         f"{e['cpu']}; CUDA-graph replays, gap {report['options']['tolerance']:g}, "
@@ -1220,9 +1322,15 @@ def _write_report(report: dict[str, Any], path: str, target: Console) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Replace a file in one step, so that an interrupted run leaves the old one or none."""
+    """Replace a file in one step, so that an interrupted run leaves the old one or none.
+
+    Devices, pipes and links stay what they are: they are written to.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.write_bytes(content)
+            return
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
@@ -1250,15 +1358,33 @@ def _environment(device: str) -> dict[str, Any]:
         "driver": None,
         "cuda": torch.version.cuda,
     }
-    for name in ("torch", "triton", "numpy", "scipy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
+    found.update({name: _version(name) for name in ("torch", "triton", "numpy", "scipy")})
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
         found["driver"] = _driver_version()
     return found
+
+
+def _communication(device: str) -> dict[str, Any]:
+    """Versions of what GPUs talk through."""
+    on_gpu = device == "cuda"
+    return {
+        "nccl": _nccl_version() if on_gpu else None,
+        "nvshmem4py": _version("nvshmem4py-cu13") or _version("nvshmem4py-cu12"),
+    }
+
+
+def _nccl_version() -> str:
+    # Untyped in torch.
+    version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return ".".join(map(str, version))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _driver_version() -> str | None:

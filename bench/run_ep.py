@@ -1,15 +1,24 @@
-"""Verify and time load sync on the GPUs of one host, in one go.
+"""Verify and time load sync, the whole run and training on the GPUs of one host, in one go.
 
-    python -m lplb_triton.bench.run_ep [--ranks N] [--json FILE]
+    lplb-bench ep                             or: python -m lplb_triton.bench.run_ep
+    lplb-bench ep --json ep.json --markdown ep.md
 
 Every section runs in processes of its own, one per GPU, and within a bound: a section that fails
-or hangs is reported as such, and the others still run. Exit code 1 if any failed. With
-``--device cpu`` the same runs over gloo, which tests the script, not the speed.
+or hangs is reported as such, and the others still run. No answer is timed before it has passed its
+gate. On the CPU the same runs over gloo with small sizes, which tests the script, not the speed.
+
+============  ==================================================================================
+``verify``    sums of many epochs with random delays, eagerly and under graph replay
+``time``      an exchange of 256 counts beside a plain all-reduce
+``pipeline``  whole runs with sync: a fixed topology, EPLB with one and two slots per rank
+``kill``      a rank dies between two batches
+``train``     examples/train_moe_ep.py: losses, step and MoE-layer times
+============  ==================================================================================
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -17,8 +26,9 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,29 +41,102 @@ import torch.multiprocessing as mp
 
 from lplb_triton import Balancer, Placement, solve, sync, topologies
 from lplb_triton.bench import timing
+from lplb_triton.solution import SHARE_BITS
+
+__all__ = ["KINDS", "N_COUNTS", "SECTIONS", "SIZES", "Sizes", "main", "placements", "run"]
 
 N_COUNTS = 256
 TOP_K = 8
 # Exchanges in one CUDA graph.
 PER_GRAPH = 100
+# Batches of the whole run, and how often a CUDA graph holds each: ranks never start a replay at
+# the same time, and the more calls share the difference the less it counts.
+N_BATCHES, ROUNDS = 8, 5
 # Bound on waits of the exchange, and of NCCL, in seconds.
 TIMEOUT = 60.0
 # The same where one rank is killed.
 KILL_TIMEOUT = 3.0
+# Skewed routing means at least this imbalance where experts lie in order.
+SKEWED = 1.4
+KINDS = ("symmetric", "nvshmem", "distributed", "hierarchical")
+# Nothing here needs NVLink multicast, which not every host allows.
+NO_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+}
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a section's processes are told."""
+class Sizes:
+    """How much every section does.
 
-    section: str
-    ranks: int
-    device: str
+    Attributes
+    ----------
+    epochs : int
+        Sums to verify, eagerly and again under graph replay.
+    tokens : int
+        Tokens per rank in a batch of the whole run, each with eight experts of 256.
+    replays : int
+        Timed replays of each graph; the first tenth is left out.
+    training : dict
+        Settings of examples/train_moe_ep.py.
+    router_bias : float
+        Its router's preference for experts with low numbers, for skewed routing.
+    parity : float
+        Largest difference of two loss curves that its dtype explains.
+    """
+
     epochs: int
     tokens: int
     replays: int
+    training: Row
+    router_bias: float
+    parity: float
+
+
+SIZES = {
+    "cuda": Sizes(
+        epochs=100_000,
+        tokens=4096,
+        replays=200,
+        training={
+            "experts": 256, "top_k": 8, "layers": 2, "hidden": 2048, "expert_hidden": 768,
+            "vocab": 4096, "seq_len": 512, "tokens": 8192, "redundant": 4, "dtype": "bfloat16",
+            "steps": 100, "skip": 40, "replace_every": 20, "log_every": 20,
+            "text_bytes": 4_000_000, "transport": "torch",
+        },
+        router_bias=0.25,
+        parity=0.05,
+    ),
+    "cpu": Sizes(
+        epochs=500,
+        tokens=64,
+        replays=3,
+        training={
+            "experts": 16, "top_k": 2, "layers": 1, "hidden": 32, "expert_hidden": 16,
+            "vocab": 512, "seq_len": 32, "tokens": 64, "redundant": 1, "dtype": "float64",
+            "steps": 12, "skip": 4, "replace_every": 4, "log_every": 12,
+            "text_bytes": 200_000, "transport": "torch",
+        },
+        router_bias=0.4,
+        parity=1e-8,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a section's processes are told: section, back end or routing, and how much to do."""
+
+    section: str
+    variant: str
+    ranks: int
+    device: str
+    sizes: Sizes
     folder: str
 
 
@@ -79,6 +162,7 @@ class Place:
             raise RuntimeError("torch.distributed has no default group")
         self.group: dist.ProcessGroup = world
         self.rng = np.random.default_rng(1000 + rank)
+        self.start = torch.zeros(1, device=self.device)
 
     def connect(self, kind: str) -> sync.Communicator:
         """Communicator of that kind for 256 counts, with nothing left to compile."""
@@ -118,12 +202,13 @@ class Place:
         dist.barrier()
         return graph.replay
 
-    def microseconds(self, calls: Sequence[Callable[[], object]]) -> Row:
-        """Time of one call in many replays; of each replay the slowest rank's."""
+    def replayed(self, calls: Sequence[Callable[[], object]]) -> Row:
+        """Time of one call in many replays."""
         replay = self.repeatable(calls)
         times = []
-        for _ in range(self.job.replays):
-            dist.barrier()
+        for _ in range(self.job.sizes.replays):
+            # No rank's clock starts before every rank has come this far.
+            dist.all_reduce(self.start)
             if self.on_gpu:
                 begin, end = timing._event(), timing._event()
                 begin.record()
@@ -135,10 +220,30 @@ class Place:
                 begun = time.perf_counter()
                 replay()
                 times.append((time.perf_counter() - begun) * 1e6 / len(calls))
-        slowest = torch.tensor(times, dtype=torch.float64, device=self.device)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        found = timing.statistics(slowest.tolist()[len(times) // 10 :])
-        return {f"{name}_us": round(value, 2) for name, value in found.items()}
+        return self.spread(times[len(times) // 10 :])
+
+    def eager(self, calls: Sequence[Callable[[], object]]) -> Row:
+        """Host's time of an eager call that isn't waited for."""
+        dist.barrier()
+        seconds, _ = timing.host_seconds(calls, self.device)
+        return self.spread([1e6 * value for value in seconds])
+
+    def spread(self, microseconds: list[float]) -> Row:
+        """Sum up this rank's times, and of each time the slowest rank's."""
+        slowest = self.slowest(microseconds)
+        return {"rank 0": timing.statistics(microseconds), "slowest": timing.statistics(slowest)}
+
+    def slowest(self, times: list[float]) -> list[float]:
+        """Largest of every entry over the ranks."""
+        most = torch.tensor(times, dtype=torch.float64, device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return [float(value) for value in most.tolist()]
+
+    def gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """Every rank's tensor, by rank, on the CPU."""
+        parts = [torch.empty_like(mine) for _ in range(self.ranks)]
+        dist.all_gather(parts, mine)
+        return torch.stack(parts).cpu()
 
     def total(self, value: int) -> int:
         """Sum over the ranks."""
@@ -177,7 +282,7 @@ def verify_sync(place: Place, kind: str) -> Row:
                     exchange(i)
 
                 replay = place.repeatable([partial(late, i) for i in range(per_round)])
-            while done < place.job.epochs:
+            while done < place.job.sizes.epochs:
                 totals.fill_(-9)
                 if replay is None:
                     for i in range(per_round):
@@ -207,13 +312,13 @@ def time_sync(place: Place, kind: str) -> Row:
     with place.connect(kind) as communicator:
         for name, rows in (("sum", None), ("sum and gather", gathered)):
             calls = [partial(communicator.exchange, counts, version, total, rows)] * PER_GRAPH
-            row[name] = place.microseconds(calls)
+            row[name] = place.replayed(calls)
             if not torch.equal(total, counts * place.ranks):
                 raise timing.WrongAnswerError(f"{name} is wrong")
         communicator.check()
     plain = torch.zeros_like(counts)
-    row["all-reduce"] = place.microseconds([partial(dist.all_reduce, plain)] * PER_GRAPH)
-    row["speed-up"] = round(row["all-reduce"]["median_us"] / row["sum"]["median_us"], 2)
+    row["calls_per_replay"] = PER_GRAPH
+    row["all-reduce"] = place.replayed([partial(dist.all_reduce, plain)] * PER_GRAPH)
     return row
 
 
@@ -225,87 +330,122 @@ def placements(ranks: int) -> dict[str, Placement]:
     slots = N_COUNTS + r2o.shape[1] * ranks
     made = {fixed: Placement.from_topology(r2o, slots, N_COUNTS, ranks, workload=load)}
     for redundant in (1, 2):
-        made[f"eplb, {redundant} per rank"] = Placement.from_history(
+        made[f"eplb:{ranks}:{redundant}"] = Placement.from_history(
             load, ranks, redundant_per_rank=redundant
         )
     return made
 
 
-def routed(place: Place, batches: int) -> list[torch.Tensor]:
+def routed(place: Place) -> list[torch.Tensor]:
     """Batches of this rank's logical ids, ``[tokens, 8]``, near the placements' history."""
     popularity = np.random.default_rng(0).lognormal(0, 1, N_COUNTS)
     popularity = popularity * np.random.default_rng(1).lognormal(0, 0.3, N_COUNTS)
-    scores = np.log(popularity) + place.rng.gumbel(size=(batches, place.job.tokens, N_COUNTS))
+    scores = np.log(popularity) + place.rng.gumbel(
+        size=(N_BATCHES, place.job.sizes.tokens, N_COUNTS)
+    )
     chosen = np.argpartition(-scores, TOP_K, axis=2)[:, :, :TOP_K]
     return list(torch.from_numpy(chosen.copy()).to(place.device))
 
 
 def time_pipeline(place: Place, kind: str) -> Row:
-    """Time whole runs with sync, after a look at the loads that come out."""
-    batches = routed(place, 8)
-    row: Row = {}
+    """Time whole runs with sync, after a look at the loads that come out of them."""
+    batches, rounds = routed(place), ROUNDS if place.on_gpu else 1
     communicator = place.connect(kind)
+    row: Row = {"sync": repr(communicator), "placements": {}}
+    row["calls_per_replay"] = rounds * len(batches)
     for name, placement in placements(place.ranks).items():
         found: Row = {}
         for quotas in ("local", "global"):
             balancer = Balancer(placement, device=place.device, sync=communicator, quotas=quotas)
-            out = balancer.run(batches[0])
-            found.update(_loads(place, balancer, batches[0], out))
-            found[quotas] = place.microseconds([partial(balancer.run, idx) for idx in batches])
+            calls = [partial(balancer.run, idx) for idx in batches]
+            found[quotas] = {
+                **check_loads(place, balancer, batches),
+                "run_us": place.replayed(calls * rounds),
+                "host_us": place.eager(calls),
+            }
             balancer.check()
-            if quotas == "global":
-                own, node, everything = (place.total(int(t)) for t in balancer.traffic)
-                found["kept on rank, global"] = round(own / everything, 4)
-                found["kept on node, global"] = round(node / everything, 4)
         alone = Balancer(placement, device=place.device, rank=place.rank)
         alone.warmup()
-        found["without sync"] = place.microseconds([partial(alone.run, i) for i in batches])
-        row[name] = found
+        calls = [partial(alone.run, idx) for idx in batches]
+        found["without_sync_us"] = place.replayed(calls * rounds)
+        row["placements"][name] = found
     communicator.close()
     return row
 
 
-def _loads(place: Place, balancer: Balancer, idx: torch.Tensor, out: torch.Tensor) -> Row:
-    """Check one batch's loads over all ranks; imbalance, and the part kept on its own rank."""
-    placement = balancer.placement
-    flat = out.reshape(-1)
-    loads = torch.bincount(flat, minlength=placement.n_physical)
-    kept = place.total(int((flat // placement.slots_per_rank == place.rank).sum()))
-    counts = torch.bincount(idx.reshape(-1), minlength=N_COUNTS)
-    dist.all_reduce(loads)
-    dist.all_reduce(counts)
-    counts, loads = counts.cpu(), loads.cpu()
-    by_expert = torch.zeros(N_COUNTS, dtype=torch.long)
-    by_expert.index_add_(0, placement.phy2log.long(), loads)
-    if not torch.equal(by_expert, counts):
-        raise timing.WrongAnswerError("physical ids don't map back")
-    by_rank = loads.reshape(place.ranks, -1).sum(1)
-    best = solve(placement.problem(counts))
-    most = float(best.max_load.max())
-    slack = placement.slots_per_rank * (1 if balancer.quotas == "global" else place.ranks)
-    if float(by_rank.max()) > most * 1.002 + slack:
-        raise timing.WrongAnswerError(f"largest load {int(by_rank.max())}, the LP's is {most}")
-    if balancer.quotas == "global":
-        _check_quotas(balancer, counts, loads)
-    imbalance = float(by_rank.max()) / float(by_rank.double().mean())
+def check_loads(place: Place, balancer: Balancer, batches: Sequence[torch.Tensor]) -> Row:
+    """Hold the physical ids of all ranks against the LP, before anything is timed.
+
+    Every id must map back, every copy's quota must be met, and the most loaded rank must lie
+    between the LP's lower bound and its certified load plus what rounding may add.
+    """
+    placement, exact = balancer.placement, balancer.quotas == "global"
+    rank_of_slot = placement.rank_of_slot.long()
+    # A copy is off its share by less than a token: over all ranks, or on each of them.
+    replicated = placement.logcnt[placement.phy2log.long()] > 1
+    slack = int(replicated.view(place.ranks, -1).sum(1).max()) * (1 if exact else place.ranks)
+    imbalance, over_bound, kept, everything = [], [], 0, 0
+    for idx in batches:
+        logical, physical = place.gather(idx), place.gather(balancer.run(idx))
+        if not torch.equal(placement.phy2log[physical].long(), logical):
+            raise timing.WrongAnswerError("physical ids don't map back")
+        counts = _count_rows(logical, N_COUNTS)
+        loads = _count_rows(physical, placement.n_physical)
+        total = counts.sum(0)
+        solution = balancer.solve(total.int().to(balancer.device))
+        solution.check()
+        cumulative = balancer.cumulative_shares(solution.shares).cpu().long()
+        if exact:
+            _check_quotas(placement, total[None], loads.sum(0, keepdim=True), cumulative)
+        else:
+            _check_quotas(placement, counts, loads, cumulative)
+        best = solve(placement.problem(total))
+        best.check()
+        by_rank = loads.sum(0).view(place.ranks, -1).sum(1).double()
+        largest, bound = float(by_rank.max()), float(best.lower_bound.max())
+        most = float(best.max_load.max()) / (1 - balancer.tolerance) + slack
+        if not bound * (1 - 1e-6) <= largest <= most * (1 + 1e-6):
+            raise timing.WrongAnswerError(
+                f"largest load {largest:.0f}, expected from {bound:.1f} to {most:.1f}"
+            )
+        imbalance.append(largest / float(by_rank.mean()))
+        over_bound.append(largest / bound)
+        sender = torch.arange(place.ranks).view(-1, 1, 1)
+        kept += int((rank_of_slot[physical] == sender).sum())
+        everything += physical.numel()
+    if exact:
+        told = [place.total(int(tokens)) for tokens in balancer.traffic]
+        if told[0] != kept or told[2] != everything:
+            raise timing.WrongAnswerError(f"traffic says {told}, {kept} of {everything} were kept")
     return {
-        f"imbalance, {balancer.quotas}": round(imbalance, 5),
-        f"first batch kept on rank, {balancer.quotas}": round(kept / int(counts.sum()), 4),
+        "batches": len(batches),
+        "imbalance": timing.statistics(imbalance),
+        "over_bound": max(over_bound),
+        "kept_on_rank": kept / everything,
     }
 
 
-def _check_quotas(balancer: Balancer, counts: torch.Tensor, loads: torch.Tensor) -> None:
-    """Every copy's load over all ranks within one token of its share, exactly."""
-    solution = balancer.solve(counts.int().to(balancer.device))
-    cumulative = balancer.cumulative_shares(solution.shares).cpu().long()
-    structure = balancer.placement.structure
+def _count_rows(ids: torch.Tensor, n: int) -> torch.Tensor:
+    """Count how often each id occurs in each row: ``[rows, n]``."""
+    return torch.stack([torch.bincount(row.reshape(-1), minlength=n) for row in ids])
+
+
+def _check_quotas(
+    placement: Placement, counts: torch.Tensor, loads: torch.Tensor, cumulative: torch.Tensor
+) -> None:
+    """Refuse a copy whose load is a token or more off its share of its expert's count.
+
+    ``counts`` ``[rows, n_logical]`` and ``loads`` ``[rows, n_physical]``, each row by itself;
+    ``cumulative`` ``[n_physical]`` as of `Balancer.cumulative_shares`.
+    """
+    structure = placement.structure
     start = torch.from_numpy(structure.copy_start).long()
     before = cumulative.roll(1)
     before[start[:-1]] = 0
-    total = counts.repeat_interleave(start.diff())
-    off = loads[torch.from_numpy(structure.copy_slot).long()] * (1 << 24)
+    total = counts.repeat_interleave(start.diff(), 1)
+    off = loads[:, torch.from_numpy(structure.copy_slot).long()] << SHARE_BITS
     off -= (cumulative - before) * total
-    if int(off.abs().max()) >= 1 << 24:
+    if int(off.abs().max()) >= 1 << SHARE_BITS:
         raise timing.WrongAnswerError("a copy's load is a token or more off its share")
 
 
@@ -336,116 +476,219 @@ def kill_one(place: Place, kind: str) -> Row:
         communicator.close()
         if error.ranks != (victim,) or error.epoch != 101 or took > KILL_TIMEOUT + 6:
             raise timing.WrongAnswerError(f"after {took:.2f} s: {error}") from error
-        return {"seconds": round(took, 2), "error": str(error)}
+        return {"took_seconds": round(took, 2), "error": str(error)}
     raise timing.WrongAnswerError("a dead rank was not missed")
 
 
-SECTIONS: dict[str, Callable[[Place, str], Row]] = {
-    "verify": verify_sync,
-    "time": time_sync,
-    "pipeline": time_pipeline,
-    "kill": kill_one,
+def train(place: Place, routing: str) -> Row:
+    """Train with every balance and compare; ``routing`` is skewed, learned or even.
+
+    Even routing gives every expert the same number of tokens: what a perfect balance costs.
+    """
+    sys.path.append(str(EXAMPLES))
+    script = importlib.import_module("train_moe_ep")
+    sizes = place.job.sizes
+    settings = script.Settings(
+        **sizes.training,
+        balance="none,lplb" if routing == "even" else "none,eplb,lplb",
+        router_bias=sizes.router_bias if routing == "skewed" else 0.0,
+        even_routing=routing == "even",
+    )
+
+    def trained(settings: Any) -> Any:
+        return script.train(settings, place.device, place.group, lambda line: None)
+
+    runs = trained(settings)
+    others = runs[1:]
+    if routing != "even":
+        others = [*others, *trained(replace(settings, balance="none", reverse_sums=True))]
+    for made in runs:
+        made.step_ms, made.moe_ms = place.slowest(made.step_ms), place.slowest(made.moe_ms)
+    rows = script.report(settings, runs, place.ranks, place.device)["medians"]
+    apart = [_largest_difference(other.losses, runs[0].losses) for other in others]
+    for summary, made, difference in zip(rows, runs, [0.0, *apart], strict=False):
+        summary.update(certified=made.certified, loss_difference=difference)
+    row = {"settings": sizes.training, "router_bias": settings.router_bias, "runs": rows}
+    if routing != "even":
+        row["reversed_difference"] = apart[-1]
+    faults = [
+        f"losses of {summary['balance']} and none differ by {summary['loss_difference']:.1e}"
+        for summary in rows
+        if not summary["loss_difference"] <= sizes.parity
+    ]
+    if rows[-1]["certified"] != 1.0:
+        faults.append(f"the part of LPs that were certified is {rows[-1]['certified']}")
+    if routing == "skewed" and rows[0]["unbalanced"] < SKEWED:
+        faults.append(f"routing is not skewed: imbalance {rows[0]['unbalanced']:.3f} in order")
+    if faults:
+        row["failed"] = "; ".join(faults)
+    return row
+
+
+def _largest_difference(losses: Sequence[float], others: Sequence[float]) -> float:
+    return max(abs(a - b) for a, b in zip(losses, others, strict=True))
+
+
+@dataclass(frozen=True)
+class Section:
+    """Code of a section, what it is run for (back ends or routings), and seconds at most."""
+
+    work: Callable[[Place, str], Row]
+    variants: tuple[str, ...]
+    seconds: float
+
+
+SECTIONS = {
+    "verify": Section(verify_sync, KINDS, 150.0),
+    "time": Section(time_sync, KINDS, 90.0),
+    "pipeline": Section(time_pipeline, KINDS, 150.0),
+    "kill": Section(kill_one, KINDS, 60.0),
+    "train": Section(train, ("skewed", "learned", "even"), 150.0),
 }
 
 
 def _work(rank: int, job: Job) -> None:
     """One process of a section; leaves its result in a file."""
-    name, kind = job.section.split(":")
-    place = Place(job, rank)
-    result = SECTIONS[name](place, kind)
-    path = Path(job.folder, f"{rank}.json")
+    # Libraries read these when they start, which is later.
+    os.environ.update(NO_MULTICAST)
+    try:
+        result = SECTIONS[job.section].work(Place(job, rank), job.variant)
+    except Exception as error:
+        traceback.print_exc()
+        result = {"failed": f"rank {rank}: {type(error).__name__}: {error}"}
+    path = Path(job.folder, str(rank))
     path.write_text(json.dumps(result))
+    # Whole or not at all, as this process may be killed at any time.
+    path.rename(path.with_suffix(".json"))
+    sys.stderr.flush()
     # Without a farewell: a rank may be dead, and teardown would wait for it.
-    os._exit(0)
+    os._exit("failed" in result)
 
 
 def run_section(job: Job, seconds: float) -> Row:
     """Run one section in processes of its own, for at most ``seconds``."""
     context = mp.get_context("spawn")
-    victim = job.ranks - 1 if job.section.startswith("kill") else None
+    victim = job.ranks - 1 if job.section == "kill" else None
     workers = [context.Process(target=_work, args=(rank, job)) for rank in range(job.ranks)]
-    end = time.monotonic() + seconds
-    for worker in workers:
-        worker.start()
-    failed = False
-    while any(worker.exitcode is None for worker in workers) and not failed:
-        time.sleep(0.05)
-        over = time.monotonic() > end
-        failed = over or any(
-            worker.exitcode not in (None, 0) and rank != victim
-            for rank, worker in enumerate(workers)
-        )
+    begun = time.monotonic()
+    failed = over = done = False
+    try:
+        for worker in workers:
+            worker.start()
+        while not (done or failed):
+            time.sleep(0.05)
+            codes = [worker.exitcode for worker in workers]
+            done = None not in codes
+            over = not done and time.monotonic() - begun > seconds
+            failed = over or any(
+                code not in (None, 0) and rank != victim for rank, code in enumerate(codes)
+            )
+        if failed and not done:
+            # Others may be about to say why they fail too.
+            time.sleep(2.0)
+    finally:
+        for worker in workers:
+            if worker.exitcode is None and worker.pid is not None:
+                worker.kill()
+                worker.join(10)
+    paths = [Path(job.folder, f"{rank}.json") for rank in range(job.ranks)]
+    left = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
+    result: Row = left[0]
     if failed:
-        # Others may be about to say why they fail too.
-        time.sleep(2.0)
-    for worker in workers:
-        if worker.exitcode is None:
-            worker.kill()
-    for worker in workers:
-        worker.join()
-    if failed:
-        codes = [worker.exitcode for worker in workers]
-        return {"failed": f"exit codes by rank {codes}, bound {seconds:.0f} s"}
-    result: Row = json.loads(Path(job.folder, "0.json").read_text())
+        said = [row["failed"] for row in left if "failed" in row]
+        if over:
+            said.append(f"not done within {seconds:.3g} s")
+        result["failed"] = "; ".join(dict.fromkeys(said)) or f"exit codes by rank {codes}"
+    result["seconds"] = time.monotonic() - begun
     return result
 
 
+def _reason(section: str, variant: str, ranks: int, device: str) -> str | None:
+    """Why a section can't run here, or None."""
+    if section == "train":
+        if (EXAMPLES / "train_moe_ep.py").is_file():
+            return None
+        return "needs the examples folder of a checkout, which an installed package lacks"
+    if device == "cpu" and variant != "distributed":
+        return "needs GPUs"
+    if variant == "nvshmem" and importlib.util.find_spec("nvshmem") is None:
+        return "nvshmem4py is not installed"
+    if variant == "hierarchical" and (ranks < 4 or ranks % 2):
+        return "needs two domains of several ranks"
+    if section == "kill" and device == "cuda" and variant in ("distributed", "hierarchical"):
+        return "NCCL itself decides what becomes of a dead rank"
+    return None
+
+
+def run(
+    ranks: int,
+    device: str,
+    sizes: Sizes,
+    *,
+    sections: Sequence[str] = tuple(SECTIONS),
+    kinds: Sequence[str] = KINDS,
+    seconds: float = 570.0,
+    say: Callable[[str], object] = print,
+) -> dict[str, Row]:
+    """Run sections, one after the other.
+
+    Parameters
+    ----------
+    ranks : int
+        Processes, each with a GPU of its own on ``cuda``; divides 256.
+    device : {"cuda", "cpu"}
+        Where.
+    sizes : Sizes
+        How much.
+    sections : sequence of str
+        Of `SECTIONS`.
+    kinds : sequence of str
+        Back ends, of `KINDS`; hierarchical runs as two domains.
+    seconds : float
+        Bound on the whole; each section has its own too.
+    say : callable
+        Called with a line when a section is over.
+
+    Returns
+    -------
+    dict
+        Figures by ``section:variant``. ``failed`` in them says what went wrong, ``skipped`` why
+        there are none.
+    """
+    end = time.monotonic() + seconds
+    found: dict[str, Row] = {}
+    for name in sections:
+        for variant in SECTIONS[name].variants:
+            if variant in KINDS and variant not in kinds:
+                continue
+            left = end - time.monotonic()
+            reason = _reason(name, variant, ranks, device)
+            if reason is not None:
+                result: Row = {"skipped": reason}
+            elif left < 20:
+                result = {"failed": "no time left"}
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    job = Job(name, variant, ranks, device, sizes, folder)
+                    result = run_section(job, min(left, SECTIONS[name].seconds))
+            found[f"{name}:{variant}"] = result
+            say(f"{name}:{variant}: {outcome(result)}")
+    return found
+
+
+def outcome(result: Row) -> str:
+    """How a section ended, in a few words."""
+    for word in ("failed", "skipped"):
+        if word in result:
+            return f"{word}: {result[word]}"
+    return f"done in {result['seconds']:.0f} s"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all sections; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lplb_triton.bench.run_ep",
-        description="Verify and time load sync on the GPUs of one host.",
-    )
-    parser.add_argument("--ranks", type=int, help="GPUs to use (default: all)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument(
-        "--kinds",
-        default="symmetric,nvshmem,distributed,hierarchical",
-        help="back ends; hierarchical runs as two domains, from 4 ranks on",
-    )
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="parts to run")
-    parser.add_argument("--epochs", type=int, default=100_000, help="sums to verify in each mode")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens per rank and batch")
-    parser.add_argument("--replays", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=570.0, help="bound on the whole run")
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no GPU; --device cpu runs the same over gloo")
-    ranks = args.ranks or (torch.cuda.device_count() if args.device == "cuda" else 2)
-    if ranks < 2:
-        parser.error(f"at least 2 ranks are needed, got {ranks}")
-    kinds = ["distributed"] if args.device == "cpu" else args.kinds.split(",")
-    on_gpu = args.device == "cuda"
-    # Where the host takes no part, NCCL itself decides what becomes of a dead rank.
-    jobs = [
-        f"{section}:{kind}"
-        for section in args.sections.split(",")
-        for kind in kinds
-        if not (section == "kill" and kind in ("distributed", "hierarchical") and on_gpu)
-        if kind != "hierarchical" or (ranks >= 4 and ranks % 2 == 0)
-    ]
-    report: Row = {"ranks": ranks, "torch": torch.__version__, "sections": {}}
-    if args.device == "cuda":
-        report["gpu"] = torch.cuda.get_device_name(0)
-    end = time.monotonic() + args.seconds
-    bad = False
-    for name in jobs:
-        left = end - time.monotonic()
-        if name.endswith(":nvshmem") and importlib.util.find_spec("nvshmem") is None:
-            result: Row = {"skipped": "nvshmem4py is not installed"}
-        elif left < 20:
-            result = {"failed": "no time left"}
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                job = Job(name, ranks, args.device, args.epochs, args.tokens, args.replays, folder)
-                result = run_section(job, min(left, 180.0))
-        report["sections"][name] = result
-        bad |= "failed" in result
-        print(f"{name}: {json.dumps(result)}", flush=True)
-    if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return int(bad)
+    """Do what ``lplb-bench ep`` does; returns the exit code."""
+    from lplb_triton.bench import cli
+
+    return cli.main(["ep", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

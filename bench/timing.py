@@ -49,6 +49,7 @@ __all__ = [
     "first_call",
     "first_call_row",
     "groups_row",
+    "host_seconds",
     "peer_row",
     "pipeline_row",
     "pipeline_placement",
@@ -883,7 +884,7 @@ def pipeline_row(
         name: statistics([timer.per_call(launch, rotated) for launch in parts[name]])
         for name in ("run", "solve")
     }
-    host_us, allocations = _host_cost(parts["run"], torch.device(device))
+    seconds, allocations = host_seconds(parts["run"], torch.device(device))
     return {
         "shape": shape,
         "ranks": placement.ep_size,
@@ -897,7 +898,7 @@ def pipeline_row(
         "solve_us": times["solve"]["median"],
         "select_us": timer.rotation(parts["select"]),
         "iterations": statistics([float(solution.iterations.max()) for solution in solved]),
-        "host_us": host_us,
+        "host_us": 1e6 * float(np.median(seconds)),
         "allocations_per_call": allocations,
     }
 
@@ -918,8 +919,23 @@ def _route(tokens: int, n_experts: int, per_family: int, seed: int) -> tuple[tor
     return tuple(batches)
 
 
-def _host_cost(runs: Sequence[Launch], device: torch.device) -> tuple[float, float | None]:
-    """Median wall microseconds of an eager call that isn't waited for, and its allocations."""
+def host_seconds(runs: Sequence[Launch], device: torch.device) -> tuple[list[float], float | None]:
+    """Wall time of eager calls that aren't waited for, and allocations.
+
+    Parameters
+    ----------
+    runs : sequence of callable
+        Calls to make in turn.
+    device : torch.device
+        Where they launch their kernels.
+
+    Returns
+    -------
+    seconds : list of float
+        Of every call.
+    allocations : float or None
+        Per call; None on a CPU.
+    """
 
     def allocated() -> int:
         return int(torch.cuda.memory_stats(device)["allocation.all.allocated"])
@@ -938,7 +954,7 @@ def _host_cost(runs: Sequence[Launch], device: torch.device) -> tuple[float, flo
             run()
             seconds.append(time.perf_counter() - begin)
     allocations = (allocated() - before) / len(seconds) if on_gpu else None
-    return 1e6 * float(np.median(seconds)), allocations
+    return seconds, allocations
 
 
 def first_call(shape: str, device: str = "cuda") -> float:

@@ -619,6 +619,8 @@ def train(
             trainer.load_checkpoint(Path(settings.resume))
         runs.append(trainer.train(tokens, begins))
         trainer.close()
+        # Two runs' experts and optimizer states may not fit at once.
+        del trainer
     return runs
 
 

@@ -59,6 +59,23 @@ def exact_optimum(placement, counts):
     return done.fun
 
 
+def test_writing_to_what_is_no_file(tmp_path):
+    """A pipe stays a pipe and a link a link: replaced, /dev/null would be gone for everybody."""
+    pipe, link, file = (tmp_path / name for name in ("pipe", "link", "file"))
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        cli._write(pipe, b"one")
+        assert os.read(reader, 10) == b"one" and pipe.is_fifo()
+    finally:
+        os.close(reader)
+    link.symlink_to(file)
+    cli._write(link, b"two")
+    cli._write(link, b"three")
+    assert link.is_symlink() and file.read_bytes() == b"three"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]
+
+
 def test_report(trace_path, tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(command(trace_path, out, "--ep", "8", "--slots", "1,2")) == 0

@@ -1,7 +1,6 @@
 """Communicators over gloo: exact sums, global quotas, late, dead and confused ranks, lifecycle."""
 
 import gc
-import json
 import os
 import signal
 import time
@@ -14,7 +13,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lplb_triton import Balancer, Placement, sync
-from lplb_triton.bench import run_ep
 from lplb_triton.sync import _base, _connect
 from lplb_triton.sync._connect import _shared, deep_ep_domain, split
 from lplb_triton.sync._hierarchical import HierarchicalCommunicator
@@ -396,32 +394,3 @@ def test_a_group_of_one_on_a_gpu(kind):
     if kind == "nvshmem":
         pytest.importorskip("nvshmem")
     mp.spawn(run_alone, (kind,), nprocs=1)
-
-
-@pytest.mark.multigpu
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["symmetric", "nvshmem", "distributed"])
-def test_on_gpus(kind, tmp_path):
-    """The same as `python -m lplb_triton.bench.run_ep` does, for fewer epochs."""
-    if kind == "nvshmem":
-        pytest.importorskip("nvshmem")
-    sections = "verify,pipeline" if kind == "distributed" else "verify,pipeline,kill"
-    path = tmp_path / "report.json"
-    code = run_ep.main(
-        ["--ranks", "2", "--kinds", kind, "--sections", sections, "--epochs", "5000"]
-        + ["--replays", "10", "--json", str(path)]
-    )
-    assert code == 0, path.read_text()
-
-
-@pytest.mark.slow
-def test_the_script_for_gpus_runs_on_a_cpu(tmp_path, capsys):
-    path = tmp_path / "report.json"
-    options = ["--device", "cpu", "--epochs", "200", "--tokens", "60", "--replays", "1"]
-    code = run_ep.main([*options, "--sections", "verify,kill", "--json", str(path)])
-    report = json.loads(path.read_text())
-    assert code == 0, report
-    assert report["sections"]["verify:distributed"]["eager_wrong"] == 0
-    assert "ranks [1] did not come" in report["sections"]["kill:distributed"]["error"]
-    assert run_ep.main([*options, "--sections", "verify", "--seconds", "1"]) == 1
-    assert "no time left" in capsys.readouterr().out
