@@ -9,10 +9,13 @@ import triton
 import triton.language as tl
 
 from lplb_triton.kernels.interior_point import SHARE_ONE, STATUS_CERTIFIED, _solve_group
-from lplb_triton.kernels.tokens import _await_previous, _start_dependents, _sum_rows
-
-# Looks at counts that another program has to write, before giving up.
-MOST_POLLS = tl.constexpr(1 << 22)
+from lplb_triton.kernels.sync import _sum_over_ranks
+from lplb_triton.kernels.tokens import (
+    _await_previous,
+    _load_counts,
+    _start_dependents,
+    _sum_rows,
+)
 
 
 @triton.jit
@@ -65,18 +68,9 @@ def _solve_lp_kernel(
 
 
 @triton.jit
-def _counts_of(counts_ptr, expert, most_polls):
-    """Load counts of experts, 0 where there is none (-1), never from a stale line of a cache.
-
-    Waits until all are there: `_count_kernel` left -1 in their places. What is missing after
-    ``most_polls`` looks makes the program invalid.
-    """
-    counts = tl.where(expert >= 0, -1, 0)
-    polls = 0
-    while (tl.min(counts) < 0) & (polls < most_polls):
-        polls += 1
-        counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
-    return counts.to(tl.float32)
+def _counts_of(counts_ptr, expert, wait):
+    """Counts of experts (see `_load_counts`); what is missing makes the program invalid."""
+    return _load_counts(counts_ptr, expert, wait).to(tl.float32)
 
 
 @triton.jit
@@ -105,6 +99,7 @@ def _store_cumulative(
     do_not_specialize=[
         "max_iterations", "n_ranks", "n_columns", "n_slots", "n_shared", "n_logical",
         "n_rows", "n_sums", "most_classes", "width",
+        "own_rank", "n_peers", "capacity", "timeout_ms", "channel",
     ],
     do_not_specialize_on_alignment=["counts_ptr", "certified_ptr", "solves_ptr"],
 )  # fmt: skip
@@ -118,8 +113,11 @@ def _solve_counts_kernel(
     certified_ptr, solves_ptr,
     tolerance, max_iterations, n_ranks, n_columns, n_slots, n_shared, n_logical, n_rows, n_sums,
     most_classes, width,
+    total_ptr, gathered_ptr, addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
+    own_rank, n_peers, capacity, timeout_ms, channel,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, CLOCK: tl.constexpr,
 ):  # fmt: skip
     """Solve the groups of one batch, straight from counts by logical expert.
 
@@ -127,7 +125,9 @@ def _solve_counts_kernel(
     `_running_sum_kernel` does, while the others set up; with ``n_sums`` 0 the counts are there.
     Program ``n_sums + group`` folds counts into weights and fixed loads, solves, and writes the
     cumulative share of every copy (equation 12). Programs that sum wait for none, so the
-    waiting ends whatever else is on the GPU.
+    waiting ends whatever else is on the GPU. With CHANNELS above 0, for one group and
+    ``n_sums`` > 0, those counts are this rank's, and the group's program sums them over ranks
+    first; arguments from total_ptr on are as for `_sum_over_ranks`, and otherwise not looked at.
 
     Shapes as in ``placement.Structure``; running [n_rows, n_logical] and counts [n_logical]
     int32, shares [n_group, n_ranks, n_columns] float32 and units (int32, running over ranks),
@@ -137,7 +137,8 @@ def _solve_counts_kernel(
     loads [n_group, n_ranks] float32 is scratch. ``certified`` [1] rises by one if the group is
     certified, ``solves`` [1] always (int32 or int64). Grid (n_sums + n_group,).
     """
-    _start_dependents(PDL)
+    if CHANNELS == 0:
+        _start_dependents(PDL)
     program = tl.program_id(0)
     if program < n_sums:
         _await_previous(PDL)
@@ -161,11 +162,24 @@ def _solve_counts_kernel(
         longest = tl.load(longest_column_ptr + group)
         most_on_a_rank = tl.load(most_on_a_rank_ptr)
         n_classes = tl.load(n_classes_ptr + group)
-        # Seconds, or one look if nobody in this launch writes them.
-        most_polls = tl.where(n_sums > 0, MOST_POLLS, 1)
+        wait = n_sums > 0
         _await_previous(PDL)
-        fixed = tl.sum(_counts_of(counts_ptr, expert, most_polls), 1)
-        weights = _counts_of(counts_ptr, member, most_polls)
+        if CHANNELS > 0:
+            # Only this program waits for other ranks, and the next kernel of the stream, which
+            # would wait for it, takes no room on the GPU before they have come: whatever a rank
+            # needs in order to come can run, however many streams wait (docs/sync.md).
+            _sum_over_ranks(
+                counts_ptr, total_ptr, gathered_ptr,
+                addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
+                own_rank, n_peers, capacity, timeout_ms, channel, n_logical,
+                CHANNELS, BLOCK, GATHER, CLOCK, LANES, True,
+            )  # fmt: skip
+            _start_dependents(PDL)
+            tl.debug_barrier()
+            counts_ptr = total_ptr
+            wait = False
+        fixed = tl.sum(_counts_of(counts_ptr, expert, wait), 1)
+        weights = _counts_of(counts_ptr, member, wait)
         if longest > 1:
             start_ptrs = column_start_ptr + group * (n_columns + 1) + col
             first = tl.load(start_ptrs, mask=col_on, other=0)
@@ -173,7 +187,7 @@ def _solve_counts_kernel(
             for j in range(1, longest):
                 there = first + j < last
                 member = tl.load(column_members_ptr + first + j, mask=there, other=-1)
-                weights += _counts_of(counts_ptr, member, most_polls)
+                weights += _counts_of(counts_ptr, member, wait)
 
         units, max_load, lower_bound, gap, iterations, status = _solve_group(
             weights[None, :], fixed, copy, rank_on, n_ranks, tolerance, max_iterations,
