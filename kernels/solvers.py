@@ -69,7 +69,7 @@ def _solve_lp_kernel(
 
 @triton.jit
 def _counts_of(counts_ptr, expert, wait):
-    """Counts of experts (see `_load_counts`); what is missing makes the program invalid."""
+    """Load counts (see `_load_counts`); what is missing makes the program invalid."""
     return _load_counts(counts_ptr, expert, wait).to(tl.float32)
 
 

@@ -286,8 +286,9 @@ class Balancer:
         self._scratches.clear()
         self._leave()
         self.group, self.communicator, self._sync = group, communicator, sync
-        fused = isinstance(communicator, PeerCommunicator) and p.n_group == 1
-        self._peers = communicator if fused else None
+        self._peers = None
+        if isinstance(communicator, PeerCommunicator) and p.n_group == 1:
+            self._peers = communicator
 
     def _leave(self) -> None:
         """Let go of a communicator that this balancer came to by itself."""
@@ -770,7 +771,7 @@ class Balancer:
     def _sync_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of total counts, every rank's, and this rank's cumulative shares."""
         p = self._placement
-        shapes = [((p.n_logical,), torch.int32)]
+        shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((p.n_logical,), torch.int32)]
         if self.quotas == "global":
             shapes += [((p.ep_size, p.n_logical), torch.int32), ((p.n_physical,), torch.int32)]
         return shapes
@@ -808,7 +809,7 @@ class Balancer:
     def _scratch_in(
         self, block: torch.Tensor, n_sms: int, endpoint: Endpoint | None, traffic: torch.Tensor
     ) -> _Scratch:
-        """Views of a block, and the pipeline on them."""
+        """Make views of a block, and the pipeline on them."""
         kernels, p, views = self._kernels, self._placement, self._tables.views
         running, *rest = (block[a:b].view(d).view(s) for a, b, s, d in self._layout(n_sms))
         n_buffers = len(kernels.SolveBuffers._fields)

@@ -193,7 +193,7 @@ class Endpoint:
     def side(
         self, version: torch.Tensor, total: torch.Tensor, gathered: torch.Tensor | None
     ) -> kernels.Exchange:
-        """What a kernel needs in order to do the exchange."""
+        """Collect what a kernel needs in order to do the exchange."""
         return self._kernels.Exchange(
             total, gathered, self._addresses, self._gates, self._epochs, version, self._status,
             self._rank, self._capacity, self._timeout_ms,
