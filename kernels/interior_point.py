@@ -1,4 +1,4 @@
-"""The min-max LP of one group: levelling first, and Newton's method where that is not enough.
+"""Mehrotra's primal-dual method for the min-max LP of one group.
 
 Equation numbers refer to docs/method.md. A group is a dense ``[G, C]`` tile (ranks x columns)
 with a mask of the copies, both padded to powers of two; vectors over ranks are ``[G]``, over
@@ -10,7 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.levelling import _balance
 from lplb_triton.kernels.tiles import _add2, _column_sum, _inverse, _max_and_add
 
 # Start, step and centering of the method (equations 4, 8 and 9), light columns (10).
@@ -20,17 +19,9 @@ STEP_FACTOR = tl.constexpr(0.99)
 MIN_CENTERING = tl.constexpr(0.01)
 REGULARIZATION = tl.constexpr(0.03)
 LIGHT_PART = tl.constexpr(0.05)
-TARGET_PART = tl.constexpr(0.98)
-# Taken off the bound for the round-off of its float32 sums (2**-20; equation 3).
-BOUND_ALLOWANCE = tl.constexpr(9.5367431640625e-07)
-SHARE_ONE = tl.constexpr(1 << 24)
 # Where there is no copy, x and z hold these: x / z and every change come out as nothing.
 FAR = tl.constexpr(1e30)
 NEAR = tl.constexpr(1e-30)
-
-STATUS_CERTIFIED = tl.constexpr(0)
-STATUS_GAP = tl.constexpr(1)
-STATUS_INVALID = tl.constexpr(2)
 
 
 @triton.jit
@@ -212,68 +203,33 @@ def _lower_bound(y, fixed, w, copy):
 
 
 @triton.jit
-def _quantize(shares, copy, G: tl.constexpr):
-    """Shares as multiples of 2**-24 that sum to exactly 1 per column (equation 11), int32."""
-    units = tl.where(copy, (shares * SHARE_ONE + 0.5).to(tl.int32), 0)
-    missing = -_column_sum(units) + SHARE_ONE
-    # The largest share, the lowest rank among equals: one number to compare.
-    key = units.to(tl.int64) * G + (G - 1 - tl.arange(0, G)[:, None])
-    key = tl.where(copy, key, -1)
-    return tl.where(copy & (key == tl.max(key, 0, keep_dims=True)), units + missing, units)
-
-
-@triton.jit
-def _solve_group(
-    weights, fixed, copy, rank_on, n_ranks, tolerance, max_iterations,
-    x_ptr, loads_ptr, edges_ptr, n_classes, width, n_columns, cell, inside,
-    G: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr,
+def _newton(
+    best, best_load, bound, weights, fixed, copy, rank_on, n_ranks, total, tolerance, aim,
+    max_iterations, G: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Solve one group: by balancing along edges if that gets there, else by Newton's method.
+    """Improve the plan ``best`` [G, C] and its bound until the gap is at most ``aim``.
 
-    Parameters
-    ----------
-    weights, fixed : ``[1, C]``, ``[G]`` float32
-        Loads in the caller's unit.
-    copy, rank_on : ``[G, C]``, ``[G]`` int1
-        Where copies are; which ranks are no padding, and so the first ``n_ranks``.
-    x_ptr .. inside
-        As for `_balance`; with ``LANES`` 0 there are no edges, and they aren't looked at.
-
-    Returns
-    -------
-    units : ``[G, C]`` int32
-        Shares in units of 2**-24.
-    max_load, lower_bound, gap, iterations, status : scalars
+    weights [1, C], fixed [G], loads and bound in the caller's unit, ``total`` the sum of all;
+    no weight is on a column with fewer than two copies. Returns plan, bound, iterations.
     """
     n_copies = _column_sum(copy.to(tl.float32))
-    inf = float("inf")
-    # What may not be, weight without a copy too, makes the total infinite.
-    allowed = (weights >= 0) & (weights < inf) & ((weights == 0) | (n_copies > 0))
-    total = tl.sum(tl.where(allowed, weights, inf))
-    total += tl.sum(tl.where((fixed >= 0) & (fixed < inf), fixed, inf))
-    invalid = total == inf
-    weights = tl.where(invalid, 0.0, weights)
-    fixed = tl.where(invalid, 0.0, fixed)
-
     n_ranks = n_ranks.to(tl.float32)
-    unit = tl.where((total > 0) & (total < inf), total / n_ranks, 1.0)
+    unit = total / n_ranks
     w_all = weights / unit
     f = fixed / unit
+    best_load = best_load / unit
+    bound = bound / unit
 
     # Equation 4: the even split, y uniform, every product x z a part of the mean of s y.
     copies = tl.maximum(n_copies, 1.0)
     even = tl.where(copy, 1.0 / copies, 0.0)
-    heavy = (w_all > tolerance * LIGHT_PART / C) & (n_copies > 1.5)
+    heavy = w_all > tolerance * LIGHT_PART / C
     active = copy & heavy
     w = tl.where(heavy, w_all, 0.0)
     base = f + tl.sum(tl.where(heavy, 0.0, w_all) * even, 1)
     load = base + tl.sum(w * even, 1)
-    best_load, mean_load = tl.reduce((load, load), 0, _max_and_add)
-    mean_load = mean_load / n_ranks
-    pinned = f + tl.sum(tl.where(copy & (n_copies == 1.0), w_all, 0.0), 1)
-    bound = tl.maximum(mean_load, tl.max(pinned))
-
-    t = best_load + tl.maximum(best_load - mean_load, 1e-6) * START_MARGIN
+    even_load = tl.max(load)
+    t = even_load + tl.maximum(even_load - 1.0, 1e-6) * START_MARGIN
     s = tl.where(rank_on, t - load, 1.0)
     y = tl.where(rank_on, 1.0 / n_ranks, 1.0)
     sy = tl.sum(tl.where(rank_on, s * y, 0.0))
@@ -286,14 +242,6 @@ def _solve_group(
     one = tl.where(rank_on, 1.0, 0.0)
     off_diagonal = tl.arange(0, G)[:, None] != tl.arange(0, G)[None, :]
     both_on = (one[:, None] * one[None, :]) > 0
-    best = even
-    # The loop aims a little lower than the tolerance, so that rounding the shares keeps it.
-    aim = tolerance * TARGET_PART
-    if LANES > 0:
-        best, best_load, bound = _balance(
-            best, best_load, bound, load, base, f, w, w_all, copy, rank_on, aim,
-            x_ptr, loads_ptr, edges_ptr, n_classes, width, n_columns, cell, inside, G, LANES,
-        )  # fmt: skip
 
     iterations = 0
     while (best_load - bound > best_load * aim) & (iterations < max_iterations):
@@ -356,7 +304,7 @@ def _solve_group(
         new_load, load_sum = tl.reduce((loads, loads), 0, _max_and_add)
         new_bound = _lower_bound(tl.where(rank_on, tl.maximum(y + dy, 0.0), 0.0), f, w_all, copy)
         better = (new_load < best_load) & (load_sum == load_sum)
-        best = tl.where(better, plan, best)
+        best = tl.where(better, tl.where(active, plan, even), best)
         best_load = tl.where(better, new_load, best_load)
         bound = tl.where(new_bound > bound, new_bound, bound)
 
@@ -374,15 +322,4 @@ def _solve_group(
         s += primal * ds
         y += tl.where(rank_on, dual * dy, 0.0)
         t += primal * dt
-
-    units = _quantize(tl.where(active, best, even), copy, G)
-    shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
-    max_load = tl.max(fixed + tl.sum(weights * shares, 1))
-    lower_bound = tl.minimum(bound * unit * (1.0 - BOUND_ALLOWANCE), max_load)
-    gap = (max_load - lower_bound) / tl.where(max_load > 0, max_load, 1.0)
-    status = tl.where(gap <= tolerance, STATUS_CERTIFIED, STATUS_GAP)
-    status = tl.where(invalid, STATUS_INVALID, status)
-    max_load = tl.where(invalid, inf, max_load)
-    lower_bound = tl.where(invalid, 0.0, lower_bound)
-    gap = tl.where(invalid, inf, gap)
-    return units, max_load, lower_bound, gap, iterations, status
+    return best, bound * unit, iterations

@@ -139,7 +139,8 @@ class _Prepared:
 class SolveTables(NamedTuple):
     """Device tables that the counts solver reads; shapes as in ``placement.Structure``."""
 
-    mask: torch.Tensor
+    even_units: torch.Tensor
+    column_last: torch.Tensor
     fixed_experts: torch.Tensor
     column_first: torch.Tensor
     column_start: torch.Tensor
@@ -272,13 +273,14 @@ class Exchange(NamedTuple):
             self.rank, self.addresses.numel(), self.capacity, self.timeout_ms, channel,
         )  # fmt: skip
 
-    def constants(self) -> tuple[int, ...]:
-        """Channels, block, whether to gather, and whether there is a clock."""
+    def constants(self, warps: int) -> tuple[int, ...]:
+        """Channels, block, whether to gather, whether there is a clock, and threads."""
         return (
             self.gates.numel(),
             _exchange_block(self.total.numel()),
             int(self.gathered is not None),
             int(not is_interpreted()),
+            32 * warps,
         )
 
 
@@ -307,7 +309,7 @@ def _solve_counts_call(
     constants = (
         ranks, columns, max(2, slots), min(1024, max(32, copies)), SUM_ROWS, SUM_EXPERTS,
         32 * warps, _has_pdl(buffers.counts.device),
-        *(exchange.constants() if exchange else (0, 0, 0, 0)),
+        *(exchange.constants(warps) if exchange else (0, 0, 0, 0, 0)),
     )  # fmt: skip
     options = {"num_warps": warps, **SOLVE_OPTIONS}
     return _Call(_solve_counts_kernel, n_sums + n_group, args, constants, options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.tiles import _add2, _column_sum, _inverse
+from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _quantize
 
 # Classes of edges that balancing goes through before the interior-point method takes over, and
 # how far it goes beyond level once the first sweeps were not enough.
@@ -18,7 +18,7 @@ RELAXATION = tl.constexpr(1.5)
 
 
 @triton.jit
-def _cut_bound(loads, fixed, w, copy, rank_on):
+def _cut_bound(loads, fixed, weights, copy, rank_on):
     """Load that no plan can beat, from the most loaded ranks (equation 19).
 
     Tokens that can't leave a set of ranks bound its mean load; the sets are all that hold the
@@ -29,7 +29,7 @@ def _cut_bound(loads, fixed, w, copy, rank_on):
     size, inside = tl.reduce(
         (tl.where(member, 1.0, 0.0), tl.where(member, fixed[None, :], 0.0)), 1, _add2
     )
-    inside += tl.sum(tl.where(lowest >= loads[:, None], w, 0.0), 1)
+    inside += tl.sum(tl.where(lowest >= loads[:, None], weights, 0.0), 1)
     return tl.max(inside / size)
 
 
@@ -89,21 +89,23 @@ def _level_edges(
 
 @triton.jit
 def _balance(
-    best, best_load, bound, load, base, fixed, w, w_all, copy, rank_on, target,
+    units, upto, best_load, bound, load, weights, fixed, copy, rank, last, rank_on, aim,
     x_ptr, loads_ptr, edges_ptr, n_classes, width, n_columns, cell, inside,
     G: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Improve the plan ``best`` [G, C] along edges until its gap is at most ``target``.
+    """Improve the plan ``units`` [G, C], with loads ``load``, until its gap is at most ``aim``.
 
     x [G, n_columns] and loads [G] float32 are scratch, in global memory, which a single
     multiprocessor keeps in its cache. The plan is looked at after 1, 2, 4, .. sweeps over all
-    edges, and left after MOST_CLASSES classes of them. Returns plan, load, bound.
+    edges, and left after MOST_CLASSES classes of them. Returns units, running sums, largest
+    load, bound.
     """
-    tl.store(x_ptr + cell, w * best, mask=inside)
+    tl.store(x_ptr + cell, weights * (units.to(tl.float32) * (1.0 / SHARE_ONE)), mask=inside)
     tl.store(loads_ptr + tl.arange(0, G), load, mask=rank_on)
+    inverse = _inverse(tl.where(weights > 0, weights, 1.0))
     done = 0
     while (
-        (best_load - bound > best_load * target)
+        (best_load - bound > best_load * aim)
         & (done * n_classes < MOST_CLASSES)
         & (n_classes > 0)
     ):
@@ -115,13 +117,14 @@ def _balance(
             LANES,
         )  # fmt: skip
         done += sweeps
-        x = tl.load(x_ptr + cell, mask=inside, other=0.0)
-        total = _column_sum(x)
-        plan = x * _inverse(tl.where(total > 0, total, 1.0))
-        load = base + tl.sum(w * plan, 1)
+        shares = tl.load(x_ptr + cell, mask=inside, other=0.0) * inverse
+        new_units, new_upto = _quantize(shares, rank, last)
+        load = fixed + tl.sum(new_units.to(tl.float32) * (weights * (1.0 / SHARE_ONE)), 1)
         new_load = tl.max(load)
-        bound = tl.maximum(bound, _cut_bound(load, fixed, w_all, copy, rank_on))
+        bound = tl.maximum(bound, _cut_bound(load, fixed, weights, copy, rank_on))
         better = new_load < best_load
-        best = tl.where(better, plan, best)
+        # A column without tokens stays as it was.
+        units = tl.where(better, tl.where(weights > 0, new_units, units), units)
+        upto = tl.where(better, tl.where(weights > 0, new_upto, upto), upto)
         best_load = tl.where(better, new_load, best_load)
-    return best, best_load, bound
+    return units, upto, best_load, bound

@@ -8,14 +8,85 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.interior_point import SHARE_ONE, STATUS_CERTIFIED, _solve_group
+from lplb_triton.kernels.interior_point import _newton
+from lplb_triton.kernels.levelling import _balance
 from lplb_triton.kernels.sync import _sum_over_ranks
+from lplb_triton.kernels.tiles import SHARE_ONE, _column_sum, _max_add_max, _quantize
 from lplb_triton.kernels.tokens import (
     _await_previous,
     _load_counts,
     _start_dependents,
     _sum_rows,
 )
+
+# The gap that is aimed at, as a part of the tolerance.
+TARGET_PART = tl.constexpr(0.98)
+# Taken off the bound for the round-off of its float32 sums (2**-20; equation 3).
+BOUND_ALLOWANCE = tl.constexpr(9.5367431640625e-07)
+
+STATUS_CERTIFIED = tl.constexpr(0)
+STATUS_GAP = tl.constexpr(1)
+STATUS_INVALID = tl.constexpr(2)
+
+
+@triton.jit
+def _solve_group(
+    weights, fixed, units, upto, last, rank_on, n_ranks, tolerance, max_iterations,
+    x_ptr, loads_ptr, edges_ptr, n_classes, width, n_columns, cell, inside,
+    G: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Solve one group: by levelling along edges if that gets there, else by Newton's method.
+
+    Parameters
+    ----------
+    weights, fixed : ``[1, C]``, ``[G]`` float32
+        Loads, at least 0; a fixed load that is not finite makes the group invalid. No weight
+        is on a column with fewer than two copies.
+    units, upto : ``[G, C]`` int32
+        The even split in units of 2**-24, above 0 where a copy is, and its running sums.
+    last : ``[1, C]`` int32
+        Rank of a column's last copy.
+    rank_on : ``[G]`` int1
+        Which ranks are no padding, and so the first ``n_ranks``.
+    x_ptr .. inside
+        As for `_balance`; with ``LANES`` 0 there are no edges, and they aren't looked at.
+
+    Returns
+    -------
+    units, upto : ``[G, C]`` int32
+        Shares in units of 2**-24, and their running sums over ranks.
+    max_load, lower_bound, gap, iterations, status : scalars
+    """
+    inf = float("inf")
+    copy = units > 0
+    rank = tl.arange(0, G)[:, None]
+    weight_units = weights * (1.0 / SHARE_ONE)
+    load = fixed + tl.sum(units.to(tl.float32) * weight_units, 1)
+    max_load, total, bound = tl.reduce((load, load, fixed), 0, _max_add_max)
+    invalid = (total < inf) == 0
+    max_load = tl.where(invalid, 0.0, max_load)
+    bound = tl.where(invalid, 0.0, tl.maximum(bound, total / n_ranks.to(tl.float32)))
+    aim = tolerance * TARGET_PART
+    if LANES > 0:
+        units, upto, max_load, bound = _balance(
+            units, upto, max_load, bound, load, weights, fixed, copy, rank, last, rank_on, aim,
+            x_ptr, loads_ptr, edges_ptr, n_classes, width, n_columns, cell, inside, G, LANES,
+        )  # fmt: skip
+    iterations = max_iterations * 0
+    if max_load - bound > max_load * aim:
+        plan, bound, iterations = _newton(
+            units.to(tl.float32) * (1.0 / SHARE_ONE), max_load, bound, weights, fixed, copy,
+            rank_on, n_ranks, total, tolerance, aim, max_iterations, G, C,
+        )  # fmt: skip
+        units, upto = _quantize(plan, rank, last)
+        max_load = tl.max(fixed + tl.sum(units.to(tl.float32) * weight_units, 1))
+    lower_bound = tl.minimum(bound * (1.0 - BOUND_ALLOWANCE), max_load)
+    gap = (max_load - lower_bound) / tl.where(max_load > 0, max_load, 1.0)
+    status = tl.where(gap <= tolerance, STATUS_CERTIFIED, STATUS_GAP)
+    status = tl.where(invalid, STATUS_INVALID, status)
+    max_load = tl.where(invalid, inf, max_load)
+    gap = tl.where(invalid, inf, gap)
+    return units, upto, max_load, lower_bound, gap, iterations, status
 
 
 @triton.jit
@@ -52,11 +123,24 @@ def _solve_lp_kernel(
     col_on = col < n_columns
     inside = rank_on[:, None] & col_on[None, :]
     cell = rank[:, None] * n_columns + col[None, :]
-    weights = tl.load(weights_ptr + program * n_columns + col, mask=col_on, other=0.0)
+    weights = tl.load(weights_ptr + program * n_columns + col, mask=col_on, other=0.0)[None, :]
     fixed = tl.load(fixed_ptr + program * n_ranks + rank, mask=rank_on, other=0.0)
     copy = tl.load(mask_ptr + program * mask_stride + cell, mask=inside, other=0) != 0
-    units, max_load, lower_bound, gap, iterations, status = _solve_group(
-        weights[None, :], fixed, copy, rank_on, n_ranks, tolerance, max_iterations,
+    n_copies = _column_sum(copy.to(tl.float32))
+    inf = float("inf")
+    # What may not be, weight without a copy too, makes the fixed loads infinite.
+    allowed = (weights >= 0) & (weights < inf) & ((weights == 0) | (n_copies > 0))
+    weights = tl.where(allowed, weights, 0.0)
+    fixed = tl.where((fixed >= 0) & (tl.min(allowed.to(tl.int32)) > 0), fixed, inf)
+    # One copy leaves no choice.
+    single = n_copies == 1.0
+    fixed += tl.sum(tl.where(copy & single, weights, 0.0), 1)
+    last = tl.max(tl.where(copy, rank[:, None], -1), 0, keep_dims=True)
+    even = tl.where(copy, 1.0 / tl.maximum(n_copies, 1.0), 0.0)
+    units, upto = _quantize(even, rank[:, None], last)
+    units, upto, max_load, lower_bound, gap, iterations, status = _solve_group(
+        tl.where(single, 0.0, weights), fixed, units, upto, last, rank_on, n_ranks,
+        tolerance, max_iterations,
         shares_ptr, stats_ptr, ints_ptr, 0, 0, n_columns, cell, inside, G, C, 0,
     )  # fmt: skip
     shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
@@ -69,8 +153,9 @@ def _solve_lp_kernel(
 
 @triton.jit
 def _counts_of(counts_ptr, expert, wait):
-    """Load counts (see `_load_counts`); what is missing makes the program invalid."""
-    return _load_counts(counts_ptr, expert, wait).to(tl.float32)
+    """Load counts (see `_load_counts`); what is missing comes out infinite."""
+    counts = _load_counts(counts_ptr, expert, wait)
+    return tl.where(counts < 0, float("inf"), counts.to(tl.float32))
 
 
 @triton.jit
@@ -105,7 +190,7 @@ def _store_cumulative(
 )  # fmt: skip
 def _solve_counts_kernel(
     running_ptr, counts_ptr,
-    mask_ptr, fixed_experts_ptr,
+    even_units_ptr, column_last_ptr, fixed_experts_ptr,
     column_first_ptr, column_start_ptr, column_members_ptr, longest_column_ptr,
     shared_copies_ptr, shared_cells_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank_ptr,
     edges_ptr, n_classes_ptr,
@@ -118,6 +203,7 @@ def _solve_counts_kernel(
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, CLOCK: tl.constexpr,
+    PEER_LANES: tl.constexpr,
 ):  # fmt: skip
     """Solve the groups of one batch, straight from counts by logical expert.
 
@@ -127,7 +213,8 @@ def _solve_counts_kernel(
     cumulative share of every copy (equation 12). Programs that sum wait for none, so the
     waiting ends whatever else is on the GPU. With CHANNELS above 0, for one group and
     ``n_sums`` > 0, those counts are this rank's, and the group's program sums them over ranks
-    first; arguments from total_ptr on are as for `_sum_over_ranks`, and otherwise not looked at.
+    first: arguments from total_ptr on are as for `_sum_over_ranks`, with PEER_LANES threads.
+    Otherwise they aren't looked at.
 
     Shapes as in ``placement.Structure``; running [n_rows, n_logical] and counts [n_logical]
     int32, shares [n_group, n_ranks, n_columns] float32 and units (int32, running over ranks),
@@ -152,7 +239,9 @@ def _solve_counts_kernel(
         inside = rank_on[:, None] & col_on[None, :]
         first_cell = group * n_ranks * n_columns
         cell = first_cell + rank[:, None] * n_columns + col[None, :]
-        copy = tl.load(mask_ptr + cell, mask=inside, other=0) != 0
+        units = tl.load(even_units_ptr + cell, mask=inside, other=0)
+        upto = tl.cumsum(units, 0)
+        last = tl.load(column_last_ptr + group * n_columns + col, mask=col_on, other=-1)
         slot = tl.arange(0, S)[None, :]
         expert = tl.load(
             fixed_experts_ptr + (group * n_ranks + rank[:, None]) * n_slots + slot,
@@ -162,6 +251,11 @@ def _solve_counts_kernel(
         longest = tl.load(longest_column_ptr + group)
         most_on_a_rank = tl.load(most_on_a_rank_ptr)
         n_classes = tl.load(n_classes_ptr + group)
+        at = tl.arange(0, COPIES)
+        shared_ptrs = shared_copies_ptr + group * n_shared + at
+        cell_ptrs = shared_cells_ptr + group * n_shared + at
+        shared = tl.load(shared_ptrs, mask=at < n_shared, other=-1)
+        shared_cell = tl.load(cell_ptrs, mask=at < n_shared, other=-1)
         wait = n_sums > 0
         _await_previous(PDL)
         if CHANNELS > 0:
@@ -172,7 +266,7 @@ def _solve_counts_kernel(
                 counts_ptr, total_ptr, gathered_ptr,
                 addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
                 own_rank, n_peers, capacity, timeout_ms, channel, n_logical,
-                CHANNELS, BLOCK, GATHER, CLOCK, LANES, True,
+                CHANNELS, BLOCK, GATHER, CLOCK, PEER_LANES, True,
             )  # fmt: skip
             _start_dependents(PDL)
             tl.debug_barrier()
@@ -183,35 +277,30 @@ def _solve_counts_kernel(
         if longest > 1:
             start_ptrs = column_start_ptr + group * (n_columns + 1) + col
             first = tl.load(start_ptrs, mask=col_on, other=0)
-            last = tl.load(start_ptrs + 1, mask=col_on, other=0)
+            end = tl.load(start_ptrs + 1, mask=col_on, other=0)
             for j in range(1, longest):
-                there = first + j < last
+                there = first + j < end
                 member = tl.load(column_members_ptr + first + j, mask=there, other=-1)
                 weights += _counts_of(counts_ptr, member, wait)
 
-        units, max_load, lower_bound, gap, iterations, status = _solve_group(
-            weights[None, :], fixed, copy, rank_on, n_ranks, tolerance, max_iterations,
+        units, upto, max_load, lower_bound, gap, iterations, status = _solve_group(
+            weights[None, :], fixed, units, upto, last[None, :], rank_on, n_ranks,
+            tolerance, max_iterations,
             shares_ptr + first_cell, loads_ptr + group * n_ranks,
             edges_ptr + group * most_classes * width, n_classes, width, n_columns,
             cell - first_cell, inside, G, C, LANES,
         )  # fmt: skip
-        tl.store(units_ptr + cell, tl.cumsum(units, 0), mask=inside)
-        shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
-        tl.store(shares_ptr + cell, shares, mask=inside)
+        tl.store(units_ptr + cell, upto, mask=inside)
+        tl.store(shares_ptr + cell, units.to(tl.float32) * (1.0 / SHARE_ONE), mask=inside)
         tl.debug_barrier()
-        at = tl.arange(0, COPIES)
-        shared_ptrs = shared_copies_ptr + group * n_shared + at
-        cell_ptrs = shared_cells_ptr + group * n_shared + at
         for block in range(0, n_shared, COPIES):
-            there = block + at < n_shared
-            shared = tl.load(shared_ptrs, mask=there, other=-1)
-            shared_cell = tl.load(cell_ptrs, mask=there, other=-1)
             _store_cumulative(
                 cumulative_ptr, units_ptr, shares_ptr, copy_index_ptr, copy_multiplicity_ptr,
                 most_on_a_rank, shared, shared_cell, shared >= 0,
             )  # fmt: skip
-            shared_ptrs += COPIES
-            cell_ptrs += COPIES
+            there = block + COPIES + at < n_shared
+            shared = tl.load(shared_ptrs + block + COPIES, mask=there, other=-1)
+            shared_cell = tl.load(cell_ptrs + block + COPIES, mask=there, other=-1)
         _store_certificate(
             stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
             max_load, lower_bound, gap, iterations, status,

@@ -1,9 +1,12 @@
-"""Pieces that the solvers share: sums over tiles of a group, and a quick inverse."""
+"""Pieces that the solvers share: sums over tiles, a quick inverse, shares in whole units."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# Shares are whole units of 2**-24 (equation 11).
+SHARE_ONE = tl.constexpr(1 << 24)
 
 
 @triton.jit
@@ -24,5 +27,25 @@ def _max_and_add(a0, a1, b0, b1):
 
 
 @triton.jit
+def _max_add_max(a0, a1, a2, b0, b1, b2):
+    return tl.maximum(a0, b0), a1 + b1, tl.maximum(a2, b2)
+
+
+@triton.jit
 def _column_sum(tile):
     return tl.sum(tile, 0, keep_dims=True)
+
+
+@triton.jit
+def _quantize(shares, rank, last):
+    """Shares [G, C] in units that sum to exactly 1 per column, and their running sums, int32.
+
+    ``last`` [1, C] is the rank of a column's last copy, which gets what is missing to 1
+    (equation 11); -1 in a column without copies, which gets nothing.
+    """
+    units = (shares * SHARE_ONE + 0.5).to(tl.int32)
+    upto = tl.cumsum(units, 0)
+    before = tl.minimum(upto - units, SHARE_ONE)
+    upto = tl.where(rank >= last, SHARE_ONE, tl.minimum(upto, SHARE_ONE))
+    before = tl.where(rank > last, SHARE_ONE, before)
+    return upto - before, upto

@@ -108,7 +108,7 @@ def _load_counts(counts_ptr, expert, wait):
     """
     counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
     if wait:
-        polls = 0
+        polls = tl.full((), 0, tl.int32)
         while (tl.min(counts) < 0) & (polls < MOST_POLLS):
             polls += 1
             counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lplb_triton.reference import last_copies, quantize_shares
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -85,8 +87,11 @@ def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
     most_copies = int(np.diff(s.copy_start).max())
     shared = _shared_copies(placement)
     edges, n_classes = _edges(placement)
+    mask = torch.from_numpy(s.mask)
+    even_units = quantize_shares(mask / mask.sum(1, keepdim=True).clamp(min=1), mask)
     return {
-        "mask": s.mask.view(np.int8),
+        "even_units": even_units.numpy().astype(np.int32),
+        "column_last": last_copies(mask).numpy().astype(np.int32),
         "fixed_experts": s.fixed_experts,
         "column_first": first,
         "column_start": s.column_start,

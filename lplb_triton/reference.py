@@ -17,6 +17,7 @@ __all__ = [
     "count_experts",
     "cumulative_shares",
     "divide_quotas",
+    "last_copies",
     "quantize_shares",
     "rounding_offsets",
     "shares_of_quotas",
@@ -38,6 +39,8 @@ TARGET_PART = 0.98
 def quantize_shares(shares: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Round shares to multiples of 2**-24 that add up to exactly 1 (equation 11).
 
+    The last copy of a column gets what is missing to 1; what is too much is taken from the end.
+
     Parameters
     ----------
     shares : torch.Tensor
@@ -52,10 +55,28 @@ def quantize_shares(shares: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     one = 1 << SHARE_BITS
     units = torch.where(mask, torch.round(shares.double() * one), 0.0).long()
-    missing = one - units.sum(-2)
-    top = units.masked_fill(~mask, -1).argmax(-2, keepdim=True)
-    add = torch.where(mask.any(-2), missing, 0).unsqueeze(-2)
-    return units.scatter_add(-2, top, add)
+    upto = units.cumsum(-2).clamp(max=one)
+    ranks = torch.arange(mask.shape[-2], device=mask.device).unsqueeze(-1)
+    upto = torch.where(ranks >= last_copies(mask).unsqueeze(-2), one, upto)
+    upto = torch.where(mask.any(-2, keepdim=True), upto, 0)
+    return torch.diff(upto, dim=-2, prepend=torch.zeros_like(upto[..., :1, :]))
+
+
+def last_copies(mask: torch.Tensor) -> torch.Tensor:
+    """Rank of the last copy in each column.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        ``[..., G, C]`` bool, where a copy is.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[..., C]`` int64; -1 in a column without copies.
+    """
+    ranks = torch.arange(mask.shape[-2], device=mask.device).unsqueeze(-1)
+    return torch.where(mask, ranks, -1).amax(-2)
 
 
 class _Newton:
