@@ -360,6 +360,7 @@ def time_pipeline(place: Place, kind: str) -> Row:
             calls = [partial(balancer.run, idx) for idx in batches]
             found[quotas] = {
                 **check_loads(place, balancer, batches),
+                "same_again": _same_again(place, balancer, batches),
                 "run_us": place.replayed(calls * rounds),
                 "host_us": place.eager(calls),
             }
@@ -371,6 +372,29 @@ def time_pipeline(place: Place, kind: str) -> Row:
         row["placements"][name] = found
     communicator.close()
     return row
+
+
+def _same_again(place: Place, balancer: Balancer, batches: Sequence[torch.Tensor]) -> int:
+    """Run the batches over and over, with late ranks: ids never change; returns how many runs."""
+    first = [balancer.run(idx) for idx in batches]
+    wrong = torch.zeros((), dtype=torch.int64, device=place.device)
+    outs: list[torch.Tensor] = []
+
+    def run_all() -> None:
+        outs[:] = [balancer.run(idx) for idx in batches]
+
+    replay = place.repeatable([run_all])
+    rounds = max(1, place.job.sizes.epochs // 100)
+    for _ in range(rounds):
+        place.idle()
+        replay()
+        for want, out, idx in zip(first, outs, batches, strict=True):
+            wrong += (out != want).any()
+            place.idle()
+            wrong += (balancer.run(idx) != want).any()
+    if place.total(int(wrong)):
+        raise timing.WrongAnswerError(f"ids of {int(wrong)} runs changed on rank {place.rank}")
+    return 2 * rounds * len(batches)
 
 
 def check_loads(place: Place, balancer: Balancer, batches: Sequence[torch.Tensor]) -> Row:

@@ -4,7 +4,7 @@ Launchers take tensors whose sizes and devices the caller has checked.
 """
 
 from lplb_triton.kernels.launch import (
-    Pipeline,
+    Exchange,
     SelectTables,
     Settings,
     SolveBuffers,
@@ -21,19 +21,23 @@ from lplb_triton.kernels.launch_sync import (
     HEADER_WORDS,
     MAX_RANKS,
     STATUS_FIRST,
+    Quotas,
     channel_words,
     divide_quotas,
     status_words,
     sum_gathered,
     sum_over_ranks,
 )
+from lplb_triton.kernels.pipeline import Pipeline
 
 __all__ = [
     "FAULTS",
     "HEADER_WORDS",
     "MAX_RANKS",
     "STATUS_FIRST",
+    "Exchange",
     "Pipeline",
+    "Quotas",
     "SelectTables",
     "Settings",
     "SolveBuffers",

@@ -23,6 +23,8 @@ SELECT_BLOCK = 256
 # Rows and experts of one program that sums counts.
 SUM_ROWS = 256
 SUM_EXPERTS = 4
+# Counts that one pass of an exchange between ranks handles.
+EXCHANGE_BLOCK = 256
 # A thread that fuses its own product into a sum over lanes rounds differently from the lane
 # that sends it. All threads must hold the same bits: they take the same branches by them.
 SOLVE_OPTIONS = {"enable_fp_fusion": False}
@@ -113,6 +115,7 @@ class _Prepared:
     def __init__(self, call: _Call, compiled: Any, early: bool) -> None:
         self.args = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in call.args]
         self.args += call.constants
+        self.n_args = len(call.args)
         self._grid = call.grid
         self._compiled = compiled
         # The launcher, not the code, holds the attribute: the same code serves both ways.
@@ -242,9 +245,53 @@ class Settings(NamedTuple):
     max_iterations: int
 
 
+class Exchange(NamedTuple):
+    """One rank's side of an exchange of counts [n] with other ranks; docs/sync.md.
+
+    ``total`` [n] int32 gets their sum, ``gathered`` [n_ranks, n] int32, where it is given, every
+    rank's counts. ``addresses`` [n_ranks] int64 of the buffers, ``gates`` and ``epochs``
+    [channels] int32, ``version`` [1] int32, ``status`` [`status_words`] int64 in memory that the
+    host can read. ``capacity`` is the most counts that the buffers hold.
+    """
+
+    total: torch.Tensor
+    gathered: torch.Tensor | None
+    addresses: torch.Tensor
+    gates: torch.Tensor
+    epochs: torch.Tensor
+    version: torch.Tensor
+    status: torch.Tensor
+    rank: int
+    capacity: int
+    timeout_ms: int
+
+    def args(self, channel: int) -> tuple[Any, ...]:
+        """Run-time arguments of a kernel that does the exchange, the channel last."""
+        gathered = self.total if self.gathered is None else self.gathered
+        return (
+            self.total, gathered, *self[2:7],
+            self.rank, self.addresses.numel(), self.capacity, self.timeout_ms, channel,
+        )  # fmt: skip
+
+    def constants(self, warps: int) -> tuple[int, ...]:
+        """Channels, block, whether to gather, whether there is a clock, and threads."""
+        return (
+            self.gates.numel(),
+            _exchange_block(self.total.numel()),
+            int(self.gathered is not None),
+            int(not is_interpreted()),
+            32 * warps,
+        )
+
+
+def _exchange_block(n: int) -> int:
+    return min(EXCHANGE_BLOCK, _bins(n))
+
+
 def _solve_counts_call(
-    running: torch.Tensor | None, buffers: SolveBuffers, tables: SolveTables, settings: Settings
-) -> _Call:
+    running: torch.Tensor | None, buffers: SolveBuffers, tables: SolveTables, settings: Settings,
+    exchange: Exchange | None = None, channel: int = 0,
+) -> _Call:  # fmt: skip
     n_group, n_ranks, n_columns = buffers.shares.shape
     n_slots, n_shared = tables.fixed_experts.shape[2], tables.shared_copies.shape[1]
     n_logical = buffers.counts.numel()
@@ -256,11 +303,13 @@ def _solve_counts_call(
         *settings, n_ranks, n_columns, n_slots, n_shared,
         n_logical, 0 if running is None else running.shape[0], n_sums,
         *tables.edges.shape[1:],
+        *(exchange.args(channel) if exchange else (*[buffers.counts] * 7, 0, 0, 0, 0, 0)),
     )  # fmt: skip
     warps = _solve_warps(ranks, columns)
     constants = (
         ranks, columns, max(2, slots), min(1024, max(32, copies)), SUM_ROWS, SUM_EXPERTS,
         32 * warps, _has_pdl(buffers.counts.device),
+        *(exchange.constants(warps) if exchange else (0, 0, 0, 0, 0)),
     )  # fmt: skip
     options = {"num_warps": warps, **SOLVE_OPTIONS}
     return _Call(_solve_counts_kernel, n_sums + n_group, args, constants, options)
@@ -273,6 +322,13 @@ def _count_call(
     args = (idx, running, counts, status, idx.numel(), chunk, n_logical)
     constants = (_bins(n_logical), COUNT_BLOCK, _has_pdl(idx.device))
     return _Call(_count_kernel, n_rows, args, constants, {"num_warps": 2})
+
+
+def _sum_call(running: torch.Tensor, counts: torch.Tensor) -> _Call:
+    n_rows, n_logical = running.shape
+    grid = triton.cdiv(n_logical, SUM_EXPERTS)
+    args = (running, counts, n_rows, n_logical)
+    return _Call(_running_sum_kernel, grid, args, (SUM_ROWS, SUM_EXPERTS), {"num_warps": 1})
 
 
 def _select_call(
@@ -314,11 +370,7 @@ def count_by_program(
 
 def sum_by_program(running: torch.Tensor, counts: torch.Tensor) -> None:
     """Turn ``running`` [n_sms, n_logical] int32 into running sums; ``counts`` gets the totals."""
-    n_rows, n_logical = running.shape
-    args = (running, counts, n_rows, n_logical)
-    grid = triton.cdiv(n_logical, SUM_EXPERTS)
-    constants = (SUM_ROWS, SUM_EXPERTS)
-    _launch(_Call(_running_sum_kernel, grid, args, constants, {"num_warps": 1}))
+    _launch(_sum_call(running, counts))
 
 
 def select(
@@ -327,75 +379,3 @@ def select(
 ) -> None:  # fmt: skip
     """Write physical ids of contiguous ``idx`` to ``out`` (same shape and dtype)."""
     _launch(_select_call(idx, out, running, cumulative, tables, chunk, rank))
-
-
-class Pipeline:
-    """Count, solve and select on fixed buffers: three launches, prepared once.
-
-    On GPUs that can, solve and select start early and do what needs no counts or shares.
-
-    Parameters
-    ----------
-    running, status, rank
-        As for `count_by_program` and `select`.
-    buffers, solve_tables, select_tables
-        As for `solve_counts` and `select`; they must stay where they are.
-    """
-
-    def __init__(
-        self,
-        running: torch.Tensor,
-        status: torch.Tensor,
-        buffers: SolveBuffers,
-        solve_tables: SolveTables,
-        select_tables: SelectTables,
-        rank: int,
-    ) -> None:
-        self._running, self._status, self._buffers = running, status, buffers
-        self._solve_tables, self._select_tables, self._rank = solve_tables, select_tables, rank
-        self._device = running.device.index
-        self._prepared: dict[tuple[torch.dtype, torch.dtype], tuple[_Prepared, ...]] = {}
-
-    def run(self, idx: torch.Tensor, out: torch.Tensor, chunk: int, settings: Settings) -> None:
-        """Write physical ids of contiguous ``idx`` to ``out``."""
-        prepared = self._prepared.get((idx.dtype, settings.certified.dtype))
-        if prepared is None:
-            calls = self._calls(idx, out, chunk, settings)
-            if is_interpreted():
-                for call in calls:
-                    _launch(call)
-                return
-            prepared = self._prepared[idx.dtype, settings.certified.dtype] = tuple(
-                _Prepared(call, compiled, early=call is not calls[0])
-                for call, compiled in zip(calls, _compile(calls), strict=True)
-            )
-        count, solve, choose = prepared
-        ids, n_ids = idx.data_ptr(), idx.numel()
-        count.args[0], count.args[4], count.args[5] = ids, n_ids, chunk
-        solve.args[SETTINGS_AT : SETTINGS_AT + 4] = (
-            settings.certified.data_ptr(), settings.solves.data_ptr(), *settings[2:],
-        )  # fmt: skip
-        choose.args[0], choose.args[1] = ids, out.data_ptr()
-        choose.args[CHOICE_AT], choose.args[CHOICE_AT + 1] = n_ids, chunk
-        stream = triton.runtime.driver.active.get_current_stream(self._device)
-        with _current(self._device):
-            count.launch(stream)
-            solve.launch(stream)
-            choose.launch(stream)
-
-    def _calls(
-        self, idx: torch.Tensor, out: torch.Tensor, chunk: int, settings: Settings
-    ) -> tuple[_Call, ...]:
-        running, buffers = self._running, self._buffers
-        return (
-            _count_call(idx, running, buffers.counts, self._status, chunk),
-            _solve_counts_call(running, buffers, self._solve_tables, settings),
-            _select_call(
-                idx, out, running, buffers.cumulative, self._select_tables, chunk, self._rank
-            ),
-        )
-
-
-# Where `Pipeline.run` finds the arguments that change from call to call.
-SETTINGS_AT = 2 + len(SolveTables._fields) + len(SolveBuffers._fields) - 1
-CHOICE_AT = 4 + len(SelectTables._fields)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 
-from lplb_triton.kernels.launch import _bins, _Call, _launch, is_interpreted
+from lplb_triton.kernels.launch import Exchange, _Call, _exchange_block, _launch
 from lplb_triton.kernels.quotas import _divide_quotas_kernel
 from lplb_triton.kernels.sync import (
     FAULT_ABSENT,
     FAULT_MISMATCH,
     FAULT_OVERLAP,
+    FLAGS,
     HEADER,
-    LANES,
     STATUS_RANKS,
     WARPS,
     _sum_gathered_kernel,
     _sum_over_ranks_kernel,
 )
 
-MAX_RANKS = int(LANES.value)
+MAX_RANKS = int(FLAGS.value)
 HEADER_WORDS = int(HEADER.value)
 STATUS_FIRST = int(STATUS_RANKS.value)
 FAULTS = {
@@ -27,8 +29,6 @@ FAULTS = {
     int(FAULT_MISMATCH.value): "mismatch",
     int(FAULT_OVERLAP.value): "overlap",
 }
-# Counts that one pass handles.
-SUM_BLOCK = 256
 
 
 def status_words(n_ranks: int) -> int:
@@ -41,29 +41,11 @@ def channel_words(n_ranks: int, capacity: int) -> int:
     return MAX_RANKS + 2 * n_ranks * (HEADER_WORDS + capacity)
 
 
-def _block(n: int) -> int:
-    return min(SUM_BLOCK, _bins(n))
-
-
-def sum_over_ranks(
-    counts: torch.Tensor, total: torch.Tensor, gathered: torch.Tensor | None,
-    addresses: torch.Tensor, gates: torch.Tensor, epochs: torch.Tensor, version: torch.Tensor,
-    status: torch.Tensor, rank: int, capacity: int, channel: int, timeout_ms: int,
-) -> None:  # fmt: skip
-    """Exchange ``counts`` [n] int32 with all ranks and write their sum to ``total`` [n] int32.
-
-    ``gathered`` [n_ranks, n] int32 gets every rank's counts. ``addresses`` [n_ranks] int64 of
-    the buffers, ``gates`` and ``epochs`` [channels] int32, ``version`` [1] int32, ``status``
-    [`status_words`] int64 in memory that the host can read.
-    """
-    n = counts.numel()
-    args = (
-        counts, total, total if gathered is None else gathered,
-        addresses, gates, epochs, version, status,
-        rank, addresses.numel(), n, capacity, channel, timeout_ms,
-    )  # fmt: skip
-    constants = (gates.numel(), _block(n), int(gathered is not None), int(not is_interpreted()))
-    _launch(_Call(_sum_over_ranks_kernel, 1, args, constants, {"num_warps": WARPS}))
+def sum_over_ranks(counts: torch.Tensor, exchange: Exchange, channel: int) -> None:
+    """Exchange ``counts`` [n] int32 with all ranks, in a launch of its own."""
+    args = (counts, *exchange.args(channel), counts.numel())
+    options = {"num_warps": WARPS}
+    _launch(_Call(_sum_over_ranks_kernel, 1, args, exchange.constants(WARPS), options))
 
 
 def sum_gathered(
@@ -76,25 +58,41 @@ def sum_gathered(
         counts, total, total if gathered is None else gathered,
         rows, version, status, rank, len(rows), n,
     )  # fmt: skip
-    constants = (_block(n), int(gathered is not None))
+    constants = (_exchange_block(n), int(gathered is not None), 32 * WARPS)
     _launch(_Call(_sum_gathered_kernel, 1, args, constants, {"num_warps": WARPS}))
 
 
-def divide_quotas(
-    gathered: torch.Tensor, cumulative: torch.Tensor, copy_start: torch.Tensor,
-    copy_slot: torch.Tensor, copy_index: torch.Tensor, mine: torch.Tensor, traffic: torch.Tensor,
-    rank: int, slots_per_rank: int, ranks_per_node: int, max_copies: int,
-) -> None:  # fmt: skip
-    """Write this rank's cumulative shares to ``mine`` [n_copies] int32 (equations 15 to 17).
+class Quotas(NamedTuple):
+    """What turns shares of all ranks into this rank's own (equations 15 to 17).
 
-    ``gathered`` [n_ranks, n_logical] and ``cumulative`` [n_copies] int32; ``traffic`` [3] int64
-    is added to. ``max_copies`` bounds the copies of one expert.
+    ``gathered`` [n_ranks, n_logical] int32, every rank's counts; ``mine`` [n_copies] int32 gets
+    this rank's cumulative shares, and ``traffic`` [3] int64 is added to. ``max_copies`` bounds
+    the copies of one expert.
     """
-    n_ranks, n_logical = gathered.shape
+
+    gathered: torch.Tensor
+    copy_start: torch.Tensor
+    copy_slot: torch.Tensor
+    copy_index: torch.Tensor
+    mine: torch.Tensor
+    traffic: torch.Tensor
+    rank: int
+    slots_per_rank: int
+    ranks_per_node: int
+    max_copies: int
+
+
+def _divide_call(cumulative: torch.Tensor, quotas: Quotas) -> _Call:
+    n_ranks, n_logical = quotas.gathered.shape
     args = (
-        gathered, cumulative, copy_start, copy_slot, copy_index, mine, traffic,
-        rank, n_ranks, n_logical, slots_per_rank, ranks_per_node,
+        quotas.gathered, cumulative, *quotas[1:6],
+        quotas.rank, n_ranks, n_logical, quotas.slots_per_rank, quotas.ranks_per_node,
     )  # fmt: skip
     ranks = max(2, triton.next_power_of_2(n_ranks))
-    copies = max(2, triton.next_power_of_2(max_copies))
-    _launch(_Call(_divide_quotas_kernel, n_logical, args, (ranks, copies), {"num_warps": 1}))
+    copies = max(2, triton.next_power_of_2(quotas.max_copies))
+    return _Call(_divide_quotas_kernel, n_logical, args, (ranks, copies), {"num_warps": 1})
+
+
+def divide_quotas(cumulative: torch.Tensor, quotas: Quotas) -> None:
+    """Write ``quotas.mine`` for ``cumulative`` [n_copies] int32 as the solver leaves it."""
+    _launch(_divide_call(cumulative, quotas))

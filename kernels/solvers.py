@@ -10,11 +10,15 @@ import triton.language as tl
 
 from lplb_triton.kernels.interior_point import _newton
 from lplb_triton.kernels.levelling import _balance
+from lplb_triton.kernels.sync import _sum_over_ranks
 from lplb_triton.kernels.tiles import SHARE_ONE, _column_sum, _max_add_max, _quantize
-from lplb_triton.kernels.tokens import _await_previous, _start_dependents, _sum_rows
+from lplb_triton.kernels.tokens import (
+    _await_previous,
+    _load_counts,
+    _start_dependents,
+    _sum_rows,
+)
 
-# Looks at counts that another program has to write, before giving up.
-MOST_POLLS = tl.constexpr(1 << 22)
 # The gap that is aimed at, as a part of the tolerance.
 TARGET_PART = tl.constexpr(0.98)
 # Taken off the bound for the round-off of its float32 sums (2**-20; equation 3).
@@ -149,17 +153,8 @@ def _solve_lp_kernel(
 
 @triton.jit
 def _counts_of(counts_ptr, expert, wait):
-    """Load counts of experts, 0 where there is none (-1), never from a stale line of a cache.
-
-    With ``wait`` until all are there: `_count_kernel` left -1 in their places. What is still
-    missing after MOST_POLLS looks, seconds, comes out infinite.
-    """
-    counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
-    if wait:
-        polls = tl.full((), 0, tl.int32)
-        while (tl.min(counts) < 0) & (polls < MOST_POLLS):
-            polls += 1
-            counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
+    """Load counts (see `_load_counts`); what is missing comes out infinite."""
+    counts = _load_counts(counts_ptr, expert, wait)
     return tl.where(counts < 0, float("inf"), counts.to(tl.float32))
 
 
@@ -189,6 +184,7 @@ def _store_cumulative(
     do_not_specialize=[
         "max_iterations", "n_ranks", "n_columns", "n_slots", "n_shared", "n_logical",
         "n_rows", "n_sums", "most_classes", "width",
+        "own_rank", "n_peers", "capacity", "timeout_ms", "channel",
     ],
     do_not_specialize_on_alignment=["counts_ptr", "certified_ptr", "solves_ptr"],
 )  # fmt: skip
@@ -202,8 +198,12 @@ def _solve_counts_kernel(
     certified_ptr, solves_ptr,
     tolerance, max_iterations, n_ranks, n_columns, n_slots, n_shared, n_logical, n_rows, n_sums,
     most_classes, width,
+    total_ptr, gathered_ptr, addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
+    own_rank, n_peers, capacity, timeout_ms, channel,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, CLOCK: tl.constexpr,
+    PEER_LANES: tl.constexpr,
 ):  # fmt: skip
     """Solve the groups of one batch, straight from counts by logical expert.
 
@@ -211,7 +211,10 @@ def _solve_counts_kernel(
     `_running_sum_kernel` does, while the others set up; with ``n_sums`` 0 the counts are there.
     Program ``n_sums + group`` folds counts into weights and fixed loads, solves, and writes the
     cumulative share of every copy (equation 12). Programs that sum wait for none, so the
-    waiting ends whatever else is on the GPU.
+    waiting ends whatever else is on the GPU. With CHANNELS above 0, for one group and
+    ``n_sums`` > 0, those counts are this rank's, and the group's program sums them over ranks
+    first: arguments from total_ptr on are as for `_sum_over_ranks`, with PEER_LANES threads.
+    Otherwise they aren't looked at.
 
     Shapes as in ``placement.Structure``; running [n_rows, n_logical] and counts [n_logical]
     int32, shares [n_group, n_ranks, n_columns] float32 and units (int32, running over ranks),
@@ -221,7 +224,8 @@ def _solve_counts_kernel(
     loads [n_group, n_ranks] float32 is scratch. ``certified`` [1] rises by one if the group is
     certified, ``solves`` [1] always (int32 or int64). Grid (n_sums + n_group,).
     """
-    _start_dependents(PDL)
+    if CHANNELS == 0:
+        _start_dependents(PDL)
     program = tl.program_id(0)
     if program < n_sums:
         _await_previous(PDL)
@@ -254,6 +258,20 @@ def _solve_counts_kernel(
         shared_cell = tl.load(cell_ptrs, mask=at < n_shared, other=-1)
         wait = n_sums > 0
         _await_previous(PDL)
+        if CHANNELS > 0:
+            # Only this program waits for other ranks, and the next kernel of the stream, which
+            # would wait for it, takes no room on the GPU before they have come: whatever a rank
+            # needs in order to come can run, however many streams wait (docs/sync.md).
+            _sum_over_ranks(
+                counts_ptr, total_ptr, gathered_ptr,
+                addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
+                own_rank, n_peers, capacity, timeout_ms, channel, n_logical,
+                CHANNELS, BLOCK, GATHER, CLOCK, PEER_LANES, True,
+            )  # fmt: skip
+            _start_dependents(PDL)
+            tl.debug_barrier()
+            counts_ptr = total_ptr
+            wait = False
         fixed = tl.sum(_counts_of(counts_ptr, expert, wait), 1)
         weights = _counts_of(counts_ptr, member, wait)
         if longest > 1:

@@ -1,4 +1,4 @@
-"""Sum counts over ranks through memory that all of them can write: one program, one launch.
+"""Sum counts over ranks through memory that all of them can write: one program does it all.
 
 A rank's buffer holds, per channel, a line of flags (one by sender) and two slots, each with one
 row by sender: a header (epoch, version, number of counts) and the counts. docs/sync.md says why
@@ -10,10 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Words (int32) of a row's header and of a channel's line of flags. There is one lane by rank,
-# and as many lanes as threads: a value that exists once needs no agreement between copies.
+from lplb_triton.kernels.tokens import _load_counts
+
+# Words (int32) of a row's header and of a channel's line of flags.
 HEADER = tl.constexpr(4)
-LANES = tl.constexpr(128)
+FLAGS = tl.constexpr(128)
+# There is one lane by rank, and as many lanes as threads (at least FLAGS): a value that exists
+# once needs no agreement between copies.
 WARPS = 4
 # Rows that are written or read at a time.
 ROWS = tl.constexpr(8)
@@ -46,9 +49,13 @@ def _now(lane):
 @triton.jit
 def _publish(
     counts_ptr, addresses_ptr, first_word, row_words, rank, n_ranks, n, epoch, version,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """Write this rank's row of a slot into every rank's buffer."""
+    """Write this rank's row of a slot into every rank's buffer; returns whether it is complete.
+
+    With WAIT it may not be: counts that another program writes may fail to come.
+    """
+    complete = tl.full((), 1, tl.int1)
     word = tl.arange(0, HEADER)
     header = tl.where(word == 0, epoch, tl.where(word == 1, version, tl.where(word == 2, n, 0)))
     for first_peer in range(0, n_ranks, ROWS):
@@ -61,9 +68,12 @@ def _publish(
         tl.store(row + word[None, :], header[None, :] + to_all, mask=there)
         for first in range(0, n, BLOCK):
             at = first + tl.arange(0, BLOCK)
-            values = tl.load(counts_ptr + at, mask=at < n, other=0)
+            values = _load_counts(counts_ptr, tl.where(at < n, at, -1), WAIT)
+            if WAIT:
+                complete &= tl.min(values) >= 0
             mask = there & (at < n)[None, :]
             tl.store(row + HEADER + at[None, :], values[None, :] + to_all, mask=mask)
+    return complete
 
 
 @triton.jit
@@ -74,7 +84,9 @@ def _absent(flag, present, epoch):
 
 
 @triton.jit
-def _await_flags(flags_ptr, present, epoch, n_ranks, timeout_ms, CLOCK: tl.constexpr):
+def _await_flags(
+    flags_ptr, present, epoch, n_ranks, timeout_ms, CLOCK: tl.constexpr, LANES: tl.constexpr
+):
     """Wait until every rank's flag says this epoch, or the next: nobody gets further ahead.
 
     Returns whether somebody hadn't come when the time was over. Without CLOCK, ``timeout_ms`` is
@@ -102,7 +114,7 @@ def _await_flags(flags_ptr, present, epoch, n_ranks, timeout_ms, CLOCK: tl.const
 
 
 @triton.jit
-def _strangers(rows_ptr, row_words, present, epoch, version, n):
+def _strangers(rows_ptr, row_words, present, epoch, version, n, LANES: tl.constexpr):
     """Lanes of the ranks whose message belongs to another call, its version and its length."""
     header_ptr = rows_ptr + tl.arange(0, LANES) * row_words
     their_epoch = tl.load(header_ptr, mask=present, other=0, volatile=True)
@@ -136,20 +148,23 @@ def _sum_rows_of_ranks(
 @triton.jit
 def _give_up(
     counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n,
-    BLOCK: tl.constexpr, GATHER: tl.constexpr,
+    BLOCK: tl.constexpr, GATHER: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Write what a failed call returns: no total, and nobody's counts but this rank's."""
     for first in range(0, n, BLOCK):
         at = first + tl.arange(0, BLOCK)
         tl.store(total_ptr + at, tl.full((BLOCK,), NO_COUNT, tl.int32), mask=at < n)
         if GATHER:
-            own = tl.load(counts_ptr + at, mask=at < n, other=0)
+            own = _load_counts(counts_ptr, tl.where(at < n, at, -1), WAIT)
             for row in range(0, n_ranks):
                 tl.store(gathered_ptr + row * n + at, tl.where(row == rank, own, 0), mask=at < n)
 
 
 @triton.jit
-def _report(status_ptr, first, n_ranks, epoch, channel, blamed, their_version, their_n):
+def _report(
+    status_ptr, first, n_ranks, epoch, channel, blamed, their_version, their_n,
+    LANES: tl.constexpr,
+):  # fmt: skip
     """Tell the host of ranks ``first`` to ``first + LANES``; the fault itself comes later."""
     row = first + tl.arange(0, LANES)
     by_rank_ptr = status_ptr + STATUS_RANKS + row
@@ -161,28 +176,29 @@ def _report(status_ptr, first, n_ranks, epoch, channel, blamed, their_version, t
     tl.store(status_ptr + 2, tl.full((), 0, tl.int64) + channel)
 
 
-@triton.jit(
-    do_not_specialize=["rank", "n_ranks", "n", "capacity", "channel", "timeout_ms"],
-    do_not_specialize_on_alignment=["counts_ptr", "total_ptr", "gathered_ptr", "version_ptr"],
-)
-def _sum_over_ranks_kernel(
+@triton.jit
+def _sum_over_ranks(
     counts_ptr, total_ptr, gathered_ptr,
     addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
-    rank, n_ranks, n, capacity, channel, timeout_ms,
+    rank, n_ranks, capacity, timeout_ms, channel, n,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, CLOCK: tl.constexpr,
+    LANES: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Sum ``counts`` [n] over the ranks into ``total`` [n]; both int32.
 
     With GATHER, ``gathered`` [n_ranks, n] int32 gets every rank's counts (else it isn't read).
     addresses [n_ranks] int64, where each rank's buffer is; gates and epochs [CHANNELS] and
     version [1] int32, this rank's own; status [STATUS_RANKS + 3 n_ranks] int64 in pinned host
-    memory. A buffer is [CHANNELS, LANES + 2 * n_ranks * (HEADER + capacity)] int32, at first zero.
-    ``version`` must be the same on all ranks. Grid (1,), WARPS warps.
+    memory. A buffer is [CHANNELS, FLAGS + 2 * n_ranks * (HEADER + capacity)] int32, at first zero.
+    ``version`` must be the same on all ranks. One program calls this, with LANES threads. With
+    WAIT, other programs are still writing the counts (see `_load_counts`).
+
+    What it writes other threads may read after a barrier.
     """
     lane = tl.arange(0, LANES)
     present = lane < n_ranks
     row_words = HEADER + capacity
-    channel_words = LANES + 2 * n_ranks * row_words
+    channel_words = FLAGS + 2 * n_ranks * row_words
     # One thread asks for all, so that no thread can see another gate than its neighbour.
     gate = tl.atomic_cas(gates_ptr + channel, IDLE, BUSY, sem="acquire", scope="gpu")
     epoch = tl.load(epochs_ptr + channel) + 1
@@ -192,22 +208,25 @@ def _sum_over_ranks_kernel(
     their_version = tl.zeros((LANES,), dtype=tl.int32)
     their_n = tl.zeros((LANES,), dtype=tl.int32)
     if gate == IDLE:
-        slot_word = channel * channel_words + LANES + (epoch & 1) * n_ranks * row_words
-        _publish(
-            counts_ptr, addresses_ptr, slot_word, row_words, rank, n_ranks, n, epoch, version, BLOCK
-        )
+        slot_word = channel * channel_words + FLAGS + (epoch & 1) * n_ranks * row_words
+        complete = _publish(
+            counts_ptr, addresses_ptr, slot_word, row_words, rank, n_ranks, n, epoch, version,
+            BLOCK, WAIT,
+        )  # fmt: skip
         # The release below covers other threads' stores only because all of them are here first.
         tl.debug_barrier()
         base = tl.load(addresses_ptr + lane, mask=present, other=0)
         flag_ptr = (base + 4 * (channel * channel_words + rank).to(tl.int64)).to(
             tl.pointer_type(tl.int32)
         )
+        # Without its own counts a rank is absent, for itself too.
         tl.atomic_xchg(
-            flag_ptr, tl.zeros((LANES,), tl.int32) + epoch, mask=present, sem="release", scope="sys"
-        )
+            flag_ptr, tl.zeros((LANES,), tl.int32) + epoch, mask=present & complete,
+            sem="release", scope="sys",
+        )  # fmt: skip
         mine_ptr = tl.load(addresses_ptr + rank).to(tl.pointer_type(tl.int32))
         flags_ptr = mine_ptr + channel * channel_words
-        late = _await_flags(flags_ptr, present, epoch, n_ranks, timeout_ms, CLOCK)
+        late = _await_flags(flags_ptr, present, epoch, n_ranks, timeout_ms, CLOCK, LANES)
         tl.debug_barrier()
         if late:
             fault = tl.full((), FAULT_ABSENT, tl.int32)
@@ -216,7 +235,7 @@ def _sum_over_ranks_kernel(
         else:
             rows_ptr = mine_ptr + slot_word
             blamed, their_version, their_n = _strangers(
-                rows_ptr, row_words, present, epoch, version, n
+                rows_ptr, row_words, present, epoch, version, n, LANES
             )
             fault = tl.where(tl.sum(blamed) > 0, FAULT_MISMATCH, 0)
             if fault == 0:
@@ -228,9 +247,9 @@ def _sum_over_ranks_kernel(
                 tl.store(epochs_ptr + channel, epoch)
                 tl.atomic_cas(gates_ptr + channel, BUSY, IDLE, sem="release", scope="gpu")
     if (fault != 0) | (gate == POISONED):
-        _give_up(counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n, BLOCK, GATHER)
+        _give_up(counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n, BLOCK, GATHER, WAIT)
     if fault != 0:
-        _report(status_ptr, 0, n_ranks, epoch, channel, blamed, their_version, their_n)
+        _report(status_ptr, 0, n_ranks, epoch, channel, blamed, their_version, their_n, LANES)
         tl.debug_barrier()
         gates = tl.arange(0, CHANNELS)
         tl.atomic_xchg(
@@ -241,6 +260,29 @@ def _sum_over_ranks_kernel(
 
 
 @triton.jit(
+    do_not_specialize=["rank", "n_ranks", "capacity", "timeout_ms", "channel", "n"],
+    do_not_specialize_on_alignment=["counts_ptr", "total_ptr", "gathered_ptr", "version_ptr"],
+)
+def _sum_over_ranks_kernel(
+    counts_ptr, total_ptr, gathered_ptr,
+    addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
+    rank, n_ranks, capacity, timeout_ms, channel, n,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, CLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """Sum counts over the ranks: `_sum_over_ranks` in a launch of its own.
+
+    Grid (1,), LANES / 32 warps.
+    """
+    _sum_over_ranks(
+        counts_ptr, total_ptr, gathered_ptr,
+        addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
+        rank, n_ranks, capacity, timeout_ms, channel, n,
+        CHANNELS, BLOCK, GATHER, CLOCK, LANES, False,
+    )  # fmt: skip
+
+
+@triton.jit(
     do_not_specialize=["rank", "n_ranks", "n"],
     do_not_specialize_on_alignment=[
         "counts_ptr", "total_ptr", "gathered_ptr", "version_ptr", "rows_ptr",
@@ -248,11 +290,11 @@ def _sum_over_ranks_kernel(
 )  # fmt: skip
 def _sum_gathered_kernel(
     counts_ptr, total_ptr, gathered_ptr, rows_ptr, version_ptr, status_ptr, rank, n_ranks, n,
-    BLOCK: tl.constexpr, GATHER: tl.constexpr,
+    BLOCK: tl.constexpr, GATHER: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Check and sum rows [n_ranks, HEADER + n] int32 that another library has gathered.
 
-    Headers and the rest as for `_sum_over_ranks_kernel`; epochs are 0. Grid (1,), WARPS warps.
+    Headers and the rest as for `_sum_over_ranks`; epochs are 0. Grid (1,), LANES / 32 warps.
     """
     row_words = HEADER + n
     version = tl.load(version_ptr)
@@ -260,14 +302,14 @@ def _sum_gathered_kernel(
     for first in range(0, n_ranks, LANES):
         present = first + tl.arange(0, LANES) < n_ranks
         bad, their_version, their_n = _strangers(
-            rows_ptr + first * row_words, row_words, present, 0, version, n
+            rows_ptr + first * row_words, row_words, present, 0, version, n, LANES
         )
         wrong += bad
         if tl.sum(bad) > 0:
-            _report(status_ptr, first, n_ranks, 0, 0, bad, their_version, their_n)
+            _report(status_ptr, first, n_ranks, 0, 0, bad, their_version, their_n, LANES)
     if tl.sum(wrong) == 0:
         _sum_rows_of_ranks(rows_ptr, row_words, total_ptr, gathered_ptr, n_ranks, n, BLOCK, GATHER)
     else:
-        _give_up(counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n, BLOCK, GATHER)
+        _give_up(counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n, BLOCK, GATHER, False)
         tl.debug_barrier()
         tl.store(status_ptr, tl.full((), FAULT_MISMATCH, tl.int64))

@@ -20,6 +20,9 @@ OFFSET_BY_EXPERT = tl.constexpr(12664745)
 
 STATUS_BAD_ID = tl.constexpr(0)
 
+# Looks at counts that another program has to write, before giving up: seconds.
+MOST_POLLS = tl.constexpr(1 << 22)
+
 
 @triton.jit
 def _start_dependents(PDL: tl.constexpr):
@@ -94,6 +97,22 @@ def _sum_rows(
             tl.store(counts_ptr + expert, carry, mask=inside)
         tl.store(ptrs, tl.cumsum(values, 0) + before[None, :], mask=mask)
         ptrs += ROWS * n_logical
+
+
+@triton.jit
+def _load_counts(counts_ptr, expert, wait):
+    """Load counts of experts, 0 where there is none (-1), never from a stale line of a cache.
+
+    With ``wait`` until all are there: `_count_kernel` left -1 in their places, which is what is
+    still missing after MOST_POLLS looks.
+    """
+    counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
+    if wait:
+        polls = tl.full((), 0, tl.int32)
+        while (tl.min(counts) < 0) & (polls < MOST_POLLS):
+            polls += 1
+            counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
+    return counts
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_logical"])

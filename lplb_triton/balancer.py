@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ from lplb_triton.solver import (
 )
 from lplb_triton.sync._base import Communicator, gather_objects, message_version
 from lplb_triton.sync._connect import acquire, release
+from lplb_triton.sync._peer import Endpoint, PeerCommunicator
 
 if TYPE_CHECKING:
     from lplb_triton import kernels
@@ -39,11 +42,9 @@ class _Scratch(NamedTuple):
     """A workspace block as one layer on one stream sees it."""
 
     block: torch.Tensor
-    running: torch.Tensor
-    buffers: kernels.SolveBuffers
     pipeline: kernels.Pipeline
-    gathered: torch.Tensor | None
-    mine: torch.Tensor | None
+    exchange: Callable[[], None] | None
+    """Sums counts over the ranks, where no kernel of the pipeline does."""
 
 
 def _chunk(n_ids: int, n_sms: int) -> int:
@@ -171,6 +172,8 @@ class Balancer:
         self._sync, self._timeout = sync, timeout
         self._closed = False
         self.communicator: Communicator | None = None
+        # The same, if the solving kernel does the exchange.
+        self._peers: PeerCommunicator | None = None
         self._version = torch.zeros(1, dtype=torch.int32, device=device)
         self.traffic = torch.zeros(3, dtype=torch.int64, device=device)
         if isinstance(sync, Communicator) and group is None:
@@ -280,9 +283,12 @@ class Balancer:
                     group, sync, self.device, self._timeout, p.n_logical, domain_size
                 )
             self.rank = dist.get_rank(group) if self._own_rank is None else self._own_rank
-            self._scratches.clear()
+        self._scratches.clear()
         self._leave()
         self.group, self.communicator, self._sync = group, communicator, sync
+        self._peers = None
+        if isinstance(communicator, PeerCommunicator) and p.n_group == 1:
+            self._peers = communicator
 
     def _leave(self) -> None:
         """Let go of a communicator that this balancer came to by itself."""
@@ -618,16 +624,20 @@ class Balancer:
             return
         counters = torch.zeros(2, 1, dtype=torch.int64, device=self.device)
         narrow = torch.zeros(1, dtype=torch.int32, device=self.device)
+        block, _ = self._block(self.default_n_sms)
+        # Nobody else takes part.
+        endpoint = None if self._peers is None else self._peers.endpoint.alone()
+        traffic = torch.zeros_like(self.traffic)
+        pipeline = self._scratch_in(block, self.default_n_sms, endpoint, traffic).pipeline
         for dtype in (torch.int64, torch.int32):
             idx = torch.arange(2, device=self.device).to(dtype) % self._placement.n_logical
+            out, chunk = torch.empty_like(idx), _chunk(2, self.default_n_sms)
             for certified in (counters[0], narrow):
-                self._run_triton(idx, certified, counters[1], self.default_n_sms, None)
-            self.count(idx)
+                settings = self._settings(certified, counters[1])
+                for between in (None, lambda: None):
+                    pipeline.run(idx, out, chunk, settings, 0, between)
         if self.communicator is not None:
             self.communicator.prepare(self._placement.n_logical)
-            if self.quotas == "global":
-                scratch = self._scratch(self.default_n_sms)
-                self._divide(scratch, torch.zeros_like(self.traffic))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -696,7 +706,7 @@ class Balancer:
         if self.backend == "triton":
             self._raise_on_status()
             self._check_values(idx)
-            return self._run_triton(idx, certified, solves, n_sms, self.communicator)
+            return self._run_triton(idx, certified, solves, n_sms)
         self._check_values(idx)
         n_logical, ep_size = self._placement.n_logical, self._placement.ep_size
         counts, _ = reference.count_experts(idx, n_logical, max(1, idx.numel()), 1)
@@ -730,45 +740,15 @@ class Balancer:
         return solution
 
     def _run_triton(
-        self,
-        idx: torch.Tensor,
-        certified: torch.Tensor,
-        solves: torch.Tensor,
-        n_sms: int,
-        communicator: Communicator | None,
+        self, idx: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor, n_sms: int
     ) -> torch.Tensor:
-        kernels = self._kernels
+        channel = 0 if self._peers is None else self._peers.begin(self._placement.n_logical)
         scratch = self._scratch(n_sms)
-        chunk = _chunk(idx.numel(), n_sms)
         settings = self._settings(certified, solves)
         out = torch.empty_like(idx)
-        if communicator is None:
-            scratch.pipeline.run(idx, out, chunk, settings)
-            return out
-        running, buffers = scratch.running, scratch.buffers
-        kernels.count_by_program(idx, running, buffers.counts, self._status, chunk)
-        kernels.sum_by_program(running, buffers.counts)
-        # This rank's own totals stay in the last row of the running sums.
-        communicator.exchange(running[-1], self._version, buffers.counts, scratch.gathered)
-        kernels.solve_counts(None, buffers, self._solve_tables, settings)
-        cumulative = buffers.cumulative
-        if scratch.mine is not None:
-            cumulative = self._divide(scratch, self.traffic)
-        kernels.select(idx, out, running, cumulative, self._select_tables, chunk, self.rank)
+        chunk = _chunk(idx.numel(), n_sms)
+        scratch.pipeline.run(idx, out, chunk, settings, channel, scratch.exchange)
         return out
-
-    def _divide(self, scratch: _Scratch, traffic: torch.Tensor) -> torch.Tensor:
-        """Turn global quotas into cumulative shares of this rank alone."""
-        p, views = self._placement, self._tables.views
-        if scratch.gathered is None or scratch.mine is None or self.communicator is None:
-            raise RuntimeError("quotas='local' has nothing to divide")
-        self._kernels.divide_quotas(
-            scratch.gathered, scratch.buffers.cumulative,
-            views["copy_start"], views["copy_slot"], views["copy_index"], scratch.mine, traffic,
-            self.rank, p.slots_per_rank, self.communicator.ranks_per_node,
-            p.redundant_per_group + 1,
-        )  # fmt: skip
-        return scratch.mine
 
     def _settings(self, certified: torch.Tensor, solves: torch.Tensor) -> kernels.Settings:
         return self._kernels.Settings(certified, solves, self.tolerance, self.max_iterations)
@@ -788,19 +768,20 @@ class Balancer:
             ((p.n_group, p.group_size), torch.float32),
         ]
 
-    def _quota_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every rank's counts and of this rank's cumulative shares."""
+    def _sync_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of total counts, every rank's, and this rank's cumulative shares."""
         p = self._placement
-        if self.quotas == "local":
-            return []
-        return [((p.ep_size, p.n_logical), torch.int32), ((p.n_physical,), torch.int32)]
+        shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((p.n_logical,), torch.int32)]
+        if self.quotas == "global":
+            shapes += [((p.ep_size, p.n_logical), torch.int32), ((p.n_physical,), torch.int32)]
+        return shapes
 
     def _layout(self, n_sms: int) -> list[tuple[int, int, tuple[int, ...], torch.dtype]]:
         """Byte ranges of the fields, and room for them in every block of the device."""
         layout = self._offsets.get(n_sms)
         if layout is None:
             layout, offset = [], 0
-            for shape, dtype in self._shapes(n_sms) + self._quota_shapes():
+            for shape, dtype in self._shapes(n_sms) + self._sync_shapes():
                 size = 4 * int(torch.Size(shape).numel())
                 layout.append((offset, offset + size, shape, dtype))
                 offset += -(-max(size, 1) // 256) * 256
@@ -808,24 +789,51 @@ class Balancer:
             self._offsets[n_sms] = layout
         return layout
 
+    def _block(self, n_sms: int) -> tuple[torch.Tensor, int | None]:
+        """Workspace of the current stream, and the stream (see `_workspace.scratch`)."""
+        self._layout(n_sms)
+        return _workspace.scratch(self.device)
+
     def _scratch(self, n_sms: int) -> _Scratch:
-        kernels = self._kernels
-        layout = self._layout(n_sms)
-        block, stream = _workspace.scratch(self.device)
+        block, stream = self._block(n_sms)
         if stream is not None:
             kept = self._scratches.get((stream, n_sms))
             if kept is not None and kept.block is block:
                 return kept
-        running, *rest = (block[a:b].view(d).view(s) for a, b, s, d in layout)
-        buffers = kernels.SolveBuffers(*rest[: len(kernels.SolveBuffers._fields)])
-        gathered, mine = rest[len(buffers) :] or (None, None)
-        pipeline = kernels.Pipeline(
-            running, self._status, buffers, self._solve_tables, self._select_tables, self.rank
-        )
-        scratch = _Scratch(block, running, buffers, pipeline, gathered, mine)
+        endpoint = None if self._peers is None else self._peers.endpoint
+        scratch = self._scratch_in(block, n_sms, endpoint, self.traffic)
         if stream is not None:
             self._scratches[stream, n_sms] = scratch
         return scratch
+
+    def _scratch_in(
+        self, block: torch.Tensor, n_sms: int, endpoint: Endpoint | None, traffic: torch.Tensor
+    ) -> _Scratch:
+        """Make views of a block, and the pipeline on them."""
+        kernels, p, views = self._kernels, self._placement, self._tables.views
+        running, *rest = (block[a:b].view(d).view(s) for a, b, s, d in self._layout(n_sms))
+        n_buffers = len(kernels.SolveBuffers._fields)
+        buffers, total = kernels.SolveBuffers(*rest[:n_buffers]), rest[n_buffers]
+        side = quotas = between = gathered = None
+        if self.quotas == "global" and self.communicator is not None:
+            gathered, mine = rest[n_buffers + 1 :]
+            quotas = kernels.Quotas(
+                gathered, views["copy_start"], views["copy_slot"], views["copy_index"], mine,
+                traffic, self.rank, p.slots_per_rank, self.communicator.ranks_per_node,
+                p.redundant_per_group + 1,
+            )  # fmt: skip
+        if endpoint is not None:
+            side = endpoint.side(self._version, total, gathered)
+        elif self.communicator is not None:
+            # This rank's own totals stay in the last row of the running sums.
+            between = partial(
+                self.communicator.exchange, running[-1], self._version, buffers.counts, gathered
+            )
+        pipeline = kernels.Pipeline(
+            running, self._status, buffers, self._solve_tables, self._select_tables, self.rank,
+            side, quotas,
+        )  # fmt: skip
+        return _Scratch(block, pipeline, between)
 
 
 _handles = itertools.count()

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lplb_triton.bench import peers
-from lplb_triton.kernels import launch, launch_sync, quotas, solvers, sync, tokens
+from lplb_triton.kernels import launch, quotas, solvers, sync, tokens
 
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"edges_ptr": "*i64", "certified_ptr": "*i64", "solves_ptr": "*i64"}
@@ -34,6 +34,10 @@ def signature(kernel, constants):
     return types
 
 
+def exchange(gather):
+    return {"CHANNELS": 8, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": gather, "CLOCK": 1}
+
+
 def jobs(capability):
     for ranks, columns in ((8, 32), (16, 32), (32, 64), (64, 128)):
         options = {"num_warps": launch._newton_warps(ranks, columns), **launch.SOLVE_OPTIONS}
@@ -47,17 +51,21 @@ def jobs(capability):
             "LANES": 32 * warps,
             "PDL": capability >= 90,
         }
-        yield solvers._solve_counts_kernel, constants, options
+        none = {"CHANNELS": 0, "BLOCK": 0, "GATHER": 0, "CLOCK": 0, "PEER_LANES": 0}
+        yield solvers._solve_counts_kernel, {**constants, **none}, options
+        for gather in {8: (0, 1), 32: (0,)}.get(ranks, ()):
+            given = {**constants, **exchange(gather), "PEER_LANES": 32 * warps}
+            yield solvers._solve_counts_kernel, given, options
     bins = {"BINS": 256, "PDL": capability >= 90}
     yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 2}
     rows = {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS}
     yield tokens._running_sum_kernel, rows, {"num_warps": 1}
     yield tokens._select_kernel, {**bins, "BLOCK": launch.SELECT_BLOCK}, {"num_warps": 8}
-    block = {"BLOCK": launch_sync.SUM_BLOCK}
+    lanes, warps = {"LANES": 32 * sync.WARPS}, {"num_warps": sync.WARPS}
     for gather in (0, 1):
-        constants = {"CHANNELS": 8, **block, "GATHER": gather, "CLOCK": 1}
-        yield sync._sum_over_ranks_kernel, constants, {"num_warps": sync.WARPS}
-    yield sync._sum_gathered_kernel, {**block, "GATHER": 1}, {"num_warps": sync.WARPS}
+        yield sync._sum_over_ranks_kernel, {**exchange(gather), **lanes}, warps
+    constants = {"BLOCK": launch.EXCHANGE_BLOCK, "GATHER": 1, **lanes}
+    yield sync._sum_gathered_kernel, constants, warps
     yield quotas._divide_quotas_kernel, {"RANKS": 64, "COPIES": 128}, {"num_warps": 1}
 
 
@@ -83,7 +91,7 @@ def main(capability):
         took = time.monotonic() - begun
         print(f"{name} {constants} {options}: {cubin} bytes, {took:.1f} s", flush=True)
         assert cubin > 1000
-        if kernel is sync._sum_over_ranks_kernel:
+        if constants.get("CHANNELS"):
             check_release(compiled.asm["ptx"])
 
 

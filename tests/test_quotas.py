@@ -90,10 +90,11 @@ def test_kernel_equals_twin(shape):
         for rank in (0, placement.ep_size - 1):
             mine = torch.full_like(cumulative, -7).to(DEVICE)
             traffic = torch.ones(3, dtype=torch.int64, device=DEVICE)
-            kernels.divide_quotas(
-                counts.int().to(DEVICE), cumulative.to(DEVICE), *on.values(), mine, traffic,
+            given = kernels.Quotas(
+                counts.int().to(DEVICE), *on.values(), mine, traffic,
                 rank, placement.slots_per_rank, ranks_per_node, int(lengths.max()) + 1,
             )  # fmt: skip
+            kernels.divide_quotas(cumulative.to(DEVICE), given)
             shares = reference.shares_of_quotas(quotas[rank], counts[rank], t["copy_start"], rank)
             assert torch.equal(mine.cpu()[wanted], shares[wanted])
             assert torch.equal(traffic.cpu() - 1, kept[rank])

@@ -1,14 +1,18 @@
 """The peer-to-peer kernel: one process stands for several ranks, on a CPU step by step."""
 
 import time
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 
-from lplb_triton import kernels
+from lplb_triton import Balancer, Placement, kernels, reference, topologies
+from lplb_triton.kernels import launch, tokens
 from lplb_triton.sync import SyncError
 from lplb_triton.sync._distributed import device_error
-from lplb_triton.sync._peer import CHANNELS, Endpoint
+from lplb_triton.sync._peer import CHANNELS, Endpoint, PeerCommunicator
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 FAILED = -2
@@ -211,6 +215,192 @@ def test_rows_gathered_elsewhere(gather):
             assert device_error(Sync(1, 1.0), status.numpy()).ranks == (bad,)
 
 
+class Member(PeerCommunicator):
+    """One of `Ranks` as a balancer's communicator: what it needs of one, and no process group."""
+
+    def __init__(self, ranks, rank, timeout):
+        self.kind, self.device, self.timeout = "p2p(test)", DEVICE, timeout
+        self.rank, self.n_ranks, self.ranks_per_node = rank, ranks.n_ranks, 1
+        self.capacity, self.endpoint = ranks.capacity, ranks.endpoints[rank]
+        self.closed, self._error = False, None
+        self._channels = {} if DEVICE.type == "cuda" else {0: 0}
+
+    def _stream(self):
+        return super()._stream() if DEVICE.type == "cuda" else 0
+
+    def check(self):
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        self._raise_on_failure()
+
+
+class Team:
+    """A balancer for each of several ranks of one process, and what they have to answer."""
+
+    def __init__(self, placement, quotas="local", timeout=20.0):
+        n_ranks = placement.ep_size
+        self.placement, self.quotas = placement, quotas
+        self.ranks = Ranks(n_ranks, 4 * -(-placement.n_logical // 4), timeout)
+        self.alone = [Balancer(placement, backend="triton", rank=r) for r in range(n_ranks)]
+        self.twins = [Balancer(placement, device="cpu", rank=r) for r in range(n_ranks)]
+        self.balancers = [Balancer(placement, backend="triton", rank=r) for r in range(n_ranks)]
+        for rank, balancer in enumerate(self.balancers):
+            balancer.communicator = Member(self.ranks, rank, timeout)
+            balancer._peers = balancer.communicator if placement.n_group == 1 else None
+            balancer.quotas, balancer._version = quotas, self.ranks.version
+            balancer._offsets.clear()
+            if DEVICE.type == "cuda":
+                balancer.warmup()
+
+    def counts(self, batches):
+        """[n_ranks, n_logical] on the CPU."""
+        n = self.placement.n_logical
+        return torch.stack([torch.bincount(b[b >= 0].cpu(), minlength=n) for b in batches]).int()
+
+    def expected(self, batches):
+        """Every rank's ids, from the plan for the sum of all counts and the torch twin."""
+        counts = self.counts(batches)
+        total = counts.sum(0, dtype=torch.int32).to(DEVICE)
+        return [self.answer(rank, batches[rank], counts, total) for rank in range(len(batches))]
+
+    def answer(self, rank, idx, counts, total):
+        alone, twin, views = self.alone[rank], self.twins[rank], self.twins[rank]._tables.views
+        cumulative = alone.cumulative_shares(alone.solve(total).shares).cpu()
+        if self.quotas == "global":
+            start, holder = views["copy_start"], views["copy_slot"] // self.placement.slots_per_rank
+            quotas, _ = reference.divide_quotas(counts, cumulative, start, holder, 1)
+            cumulative = reference.shares_of_quotas(quotas[rank], counts[rank], start, rank)
+        running = counts[rank][None]
+        return twin.select(idx.cpu(), cumulative, running).to(DEVICE)
+
+
+def ring_of_two(n_logical=24):
+    load = torch.from_numpy(np.random.default_rng(0).lognormal(0, 1, n_logical))
+    r2o = topologies.from_name("ring:2")
+    return Placement.from_topology(r2o, n_logical + 2, n_logical, 2, workload=load)
+
+
+def two_rings():
+    load = torch.from_numpy(np.random.default_rng(2).lognormal(0, 1, 16))
+    return Placement.from_topology(topologies.from_name("ring:2"), 20, 16, 4, workload=load)
+
+
+def eplb_of_three():
+    load = torch.from_numpy(np.random.default_rng(1).lognormal(0, 1, 18))
+    return Placement.from_history(load, 3, redundant_per_rank=2)
+
+
+def ids_for(team, tokens, seed, top_k=4, dtype=torch.int64):
+    """Uneven ids with holes; the last rank has none in every third batch."""
+    rng = np.random.default_rng(seed)
+    n_ranks, n = team.placement.ep_size, team.placement.n_logical
+    shape = (n_ranks, tokens, top_k)
+    ids = torch.from_numpy((rng.random(shape) ** 2 * (n + 1)).astype(np.int64) - 1)
+    batches = list(ids.to(dtype).to(DEVICE))
+    if seed % 3 == 2:
+        batches[-1] = batches[-1][:0]
+    return batches
+
+
+@pytest.mark.parametrize(
+    ("make", "quotas"),
+    [
+        (ring_of_two, "local"),
+        (ring_of_two, "global"),
+        (eplb_of_three, "local"),
+        # Several groups: an exchange of its own, between two launches.
+        (two_rings, "local"),
+    ],
+)
+def test_the_pipeline_exchanges_counts(make, quotas):
+    team = Team(make(), quotas)
+    n_ranks = team.placement.ep_size
+    epochs = 3 if quotas == "local" and n_ranks < 4 else 2
+    for epoch in range(1, epochs + 1):
+        dtype = torch.int32 if epoch == 2 else torch.int64
+        batches = ids_for(team, 20, seed=epoch, dtype=dtype)
+        counts, expected = team.counts(batches), team.expected(batches)
+        # On a CPU one rank runs after the other: those to come are there already.
+        for rank in range(n_ranks):
+            team.ranks.publish(rank, counts[rank], epoch)
+        for rank, balancer in enumerate(team.balancers):
+            flags = [team.ranks.area(at, 0)[0] for at in range(n_ranks)]
+            for flag in flags:
+                flag[rank] = epoch - 1
+            out = balancer.run(batches[rank])
+            assert out.dtype == dtype and torch.equal(out, expected[rank])
+            assert all(int(flag[rank]) == epoch for flag in flags)
+            balancer.check()
+            solved = epoch * team.placement.n_group
+            assert int(balancer.solves) == int(balancer.certified) == solved
+    if quotas == "global":
+        kept, _, everything = (sum(int(b.traffic[i]) for b in team.balancers) for i in range(3))
+        assert 0 < kept < everything
+
+
+def test_warmup_takes_no_part_in_the_group():
+    team = Team(ring_of_two())
+    image = team.ranks.memory.clone()
+    balancer = team.balancers[0]
+    balancer.warmup()
+    assert torch.equal(team.ranks.memory, image) and not team.ranks.endpoints[0]._epochs.any()
+    assert not balancer._peers.failed()
+    assert not any((balancer.certified, balancer.solves, *balancer.traffic))
+
+
+# numpy's, of the interpreter: what is missing has an infinite load.
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("quotas", ["local", "global"])
+def test_a_failed_exchange_leaves_the_even_split(quotas):
+    team = Team(ring_of_two(), quotas, timeout=0.05)
+    batches = ids_for(team, 20, seed=1)
+    mine, balancer = batches[0], team.balancers[0]
+    counts = team.counts(batches)
+    failed = torch.full((team.placement.n_logical,), FAILED, dtype=torch.int32, device=DEVICE)
+    counts[1] = 0
+    expected = team.answer(0, mine, counts, failed)
+    out = balancer.run(mine)
+    assert torch.equal(out, expected)
+    kept = out[mine >= 0].cpu()
+    assert torch.equal(team.placement.phy2log[kept].long(), mine[mine >= 0].cpu())
+    assert int(balancer.solves) == 1 and int(balancer.certified) == 0
+    for call in (balancer.check, lambda: balancer.run(mine)):
+        with pytest.raises(SyncError, match=r"epoch 1 .* ranks \[1\] did not come") as info:
+            call()
+        assert info.value.ranks == (1,)
+    # A graph would go on: nothing is sent any more, and the answer stays the same.
+    image = team.ranks.memory.clone()
+    balancer._peers.begin = lambda n: 0
+    assert torch.equal(balancer.run(mine), expected)
+    assert torch.equal(team.ranks.memory, image)
+    assert int(balancer.certified) == 0
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_rank_whose_own_counts_fail_to_come_is_absent(monkeypatch):
+    """It sends nobody a part of them for a whole, and names itself."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(tokens, "MOST_POLLS", tl.constexpr(2))
+    team = Team(ring_of_two(), timeout=0.05)
+    batches = ids_for(team, 20, seed=1)
+    team.ranks.publish(1, team.counts(batches)[1], 1)
+    balancer = team.balancers[0]
+    pipeline = balancer._scratch(balancer.default_n_sms).pipeline
+    pipeline._buffers.counts.fill_(-1)
+    settings = balancer._settings(balancer.certified, balancer.solves)
+    # Without rows there is nothing to sum.
+    running, tables = pipeline._running[:0], pipeline._solve_tables
+    call = launch._solve_counts_call(
+        running, pipeline._buffers, tables, settings, pipeline._exchange, 0
+    )
+    launch._launch(call)
+    error = error_of(team.ranks, 0)
+    assert error.ranks == (0,) and error.epoch == 1
+    assert (pipeline._exchange.total == FAILED).all()
+    assert [int(team.ranks.area(at, 0)[0][0]) for at in (0, 1)] == [0, 0]
+    assert int(balancer.solves) == 1 and int(balancer.certified) == 0
+
+
 @pytest.mark.gpu
 class TestOnOneGpu:
     """Ranks as streams of one GPU, all of them under way at once."""
@@ -334,3 +524,143 @@ class TestOnOneGpu:
         assert time.monotonic() - begun < timeout + 1
         assert (again == FAILED).all() and (next_one == FAILED).all()
         assert error_of(ranks, 1).ranks == (0,) and error_of(ranks, 1).epoch == 3
+
+
+@pytest.mark.gpu
+class TestPipelinesOnOneGpu:
+    """Whole runs of several ranks as streams of one GPU."""
+
+    TOKENS, TOP_K = 4096, 8
+
+    def start(self, make, quotas="local", timeout=20.0):
+        """Team, its streams, some batches of every rank, and their answers."""
+        team = Team(make(), quotas, timeout)
+        streams = [torch.cuda.Stream() for _ in team.balancers]
+        batches = [ids_for(team, self.TOKENS, seed, self.TOP_K) for seed in range(6)]
+        expected = [team.expected(batch) for batch in batches]
+        torch.cuda.synchronize()
+        return team, streams, batches, expected
+
+    @staticmethod
+    def delay():
+        if torch.rand(()) < 0.2:
+            torch.cuda._sleep(int(torch.randint(0, 100_000, ())))
+
+    @pytest.mark.parametrize("quotas", ["local", "global"])
+    @pytest.mark.parametrize("make", [partial(ring_of_two, 256), eplb_of_three, two_rings])
+    def test_many_batches_with_delays(self, make, quotas):
+        team, streams, batches, expected = self.start(make, quotas)
+        wrong = torch.zeros(len(streams), dtype=torch.int64, device=DEVICE)
+        torch.cuda.synchronize()
+        for step in range(600):
+            which = step % len(batches)
+            for rank in torch.randperm(len(streams)).tolist():
+                with torch.cuda.stream(streams[rank]):
+                    self.delay()
+                    out = team.balancers[rank].run(batches[which][rank])
+                    wrong[rank] += (out != expected[which][rank]).any()
+        for balancer in team.balancers:
+            balancer.check()
+            solved = 600 * team.placement.n_group
+            assert int(balancer.solves) == int(balancer.certified) == solved
+        assert wrong.tolist() == [0] * len(streams)
+
+    @pytest.mark.parametrize("quotas", ["local", "global"])
+    def test_graph_replays(self, quotas):
+        team, streams, batches, expected = self.start(partial(ring_of_two, 256), quotas)
+        full = [which for which, batch in enumerate(batches) if len(batch[-1])]
+        static = [[b.clone() for b in batches[0]] for _ in range(3)]
+        graphs, outs = [], []
+        for rank, stream in enumerate(streams):
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1], stream=stream):
+                outs.append([team.balancers[rank].run(ids[rank]) for ids in static])
+        for _ in range(100):
+            drawn = [full[int(torch.randint(0, len(full), ()))] for _ in static]
+            for ids, which in zip(static, drawn, strict=True):
+                for rank in range(len(streams)):
+                    ids[rank].copy_(batches[which][rank])
+            torch.cuda.synchronize()
+            for rank in torch.randperm(len(streams)).tolist():
+                with torch.cuda.stream(streams[rank]):
+                    self.delay()
+                    graphs[rank].replay()
+            torch.cuda.synchronize()
+            for rank in range(len(streams)):
+                for out, which in zip(outs[rank], drawn, strict=True):
+                    assert torch.equal(out, expected[which][rank])
+        for balancer in team.balancers:
+            balancer.check()
+
+    def test_two_channels_in_opposite_order(self):
+        team, _, batches, expected = self.start(partial(ring_of_two, 256))
+        streams = [[torch.cuda.Stream() for _ in range(2)] for _ in range(2)]
+        for rank in range(2):
+            for channel, stream in enumerate(streams[rank]):
+                with torch.cuda.stream(stream):
+                    team.balancers[rank].bind(channel)
+        outs = [[[None, None], [None, None]] for _ in range(50)]
+        for step in range(len(outs)):
+            for rank in range(2):
+                for channel in (rank, 1 - rank):
+                    with torch.cuda.stream(streams[rank][channel]):
+                        mine = batches[(step + channel) % len(batches)][rank]
+                        outs[step][rank][channel] = team.balancers[rank].run(mine)
+        torch.cuda.synchronize()
+        for step, by_rank in enumerate(outs):
+            for rank in range(2):
+                for channel in range(2):
+                    which = (step + channel) % len(batches)
+                    assert torch.equal(by_rank[rank][channel], expected[which][rank])
+        for balancer in team.balancers:
+            balancer.check()
+
+    def test_late_within_the_bound_and_missing_beyond_it(self):
+        timeout = 0.5
+        team, streams, batches, expected = self.start(partial(ring_of_two, 256), timeout=timeout)
+
+        def run(rank):
+            with torch.cuda.stream(streams[rank]):
+                return team.balancers[rank].run(batches[0][rank])
+
+        first = run(0)
+        time.sleep(timeout / 3)
+        second = run(1)
+        torch.cuda.synchronize()
+        assert torch.equal(first, expected[0][0]) and torch.equal(second, expected[0][1])
+        begun = time.monotonic()
+        missing = run(0)
+        torch.cuda.synchronize()
+        took = time.monotonic() - begun
+        assert timeout * 0.9 < took < timeout + 1
+        idx = batches[0][0]
+        assert (missing[idx < 0] == -1).all()
+        physical, logical = missing[idx >= 0].cpu(), idx[idx >= 0].cpu()
+        assert torch.equal(team.placement.phy2log[physical].long(), logical)
+        with pytest.raises(SyncError, match="epoch 2 ") as info:
+            run(0)
+        assert info.value.ranks == (1,)
+        # Rank 0 did send its counts of that epoch, so rank 1 gets a right answer, once.
+        late = run(1)
+        torch.cuda.synchronize()
+        assert torch.equal(late, expected[0][1])
+        run(1)
+        with pytest.raises(SyncError, match="epoch 3 ") as info:
+            team.balancers[1].check()
+        assert info.value.ranks == (0,)
+
+    def test_the_next_kernel_is_not_there_while_a_rank_waits(self):
+        """What a late rank needs can run: a waiting pipeline holds one program, not a GPU full."""
+        timeout = 20.0
+        team, streams, batches, expected = self.start(partial(ring_of_two, 256), timeout=timeout)
+        # More of them than a GPU has room for, if they were there while rank 0 waits.
+        many = torch.cuda.get_device_properties(DEVICE).multi_processor_count * 64
+        with torch.cuda.stream(streams[0]):
+            first = team.balancers[0].run(batches[0][0], n_sms=many)
+        time.sleep(0.3)
+        with torch.cuda.stream(streams[1]):
+            second = team.balancers[1].run(batches[0][1])
+        torch.cuda.synchronize()
+        for balancer in team.balancers:
+            balancer.check()
+        assert torch.equal(first, expected[0][0]) and torch.equal(second, expected[0][1])

@@ -11,6 +11,7 @@ from lplb_triton.sync._base import Communicator, SyncError
 from lplb_triton.sync._distributed import device_error
 
 if TYPE_CHECKING:
+    from lplb_triton import kernels
     from lplb_triton.sync._memory import SharedMemory
 
 CHANNELS = 8
@@ -39,7 +40,7 @@ class PeerCommunicator(Communicator):
         self.capacity = capacity
         self._memory: SharedMemory | None = memory
         _held[id(memory)] = memory
-        self._endpoint = Endpoint(memory.addresses, self.rank, device, capacity, self.timeout)
+        self.endpoint = Endpoint(memory.addresses, self.rank, device, capacity, self.timeout)
         self._error: SyncError | None = None
         self._channels: dict[int, int] = {}
 
@@ -51,13 +52,19 @@ class PeerCommunicator(Communicator):
         gathered: torch.Tensor | None = None,
     ) -> None:
         """See `Communicator.exchange`."""
+        channel = self.begin(counts.numel())
+        self.endpoint.exchange(counts, version, total, gathered, channel)
+
+    def begin(self, n: int) -> int:
+        """Make sure that a call with ``n`` counts may begin; returns the stream's channel.
+
+        For kernels that do the exchange themselves, with `Endpoint.side`.
+        """
         self._check_open()
         self._raise_on_failure()
-        if counts.numel() > self.capacity:
-            raise ValueError(
-                f"counts must have at most {self.capacity} elements, got {counts.numel()}"
-            )
-        self._endpoint.exchange(counts, version, total, gathered, self._channel())
+        if n > self.capacity:
+            raise ValueError(f"counts must have at most {self.capacity} elements, got {n}")
+        return self._channel()
 
     def _channel(self) -> int:
         """Channel of the current stream."""
@@ -90,15 +97,15 @@ class PeerCommunicator(Communicator):
 
     def prepare(self, n: int) -> None:
         """See `Communicator.prepare`."""
-        self._endpoint.prepare(n)
+        self.endpoint.prepare(n)
 
     def failed(self) -> bool:
         """See `Communicator.failed`."""
-        return self._error is not None or self._endpoint.failed()
+        return self._error is not None or self.endpoint.failed()
 
     def _raise_on_failure(self) -> None:
-        if self._error is None and self._endpoint.failed():
-            self._error = device_error(self, self._endpoint.status_view)
+        if self._error is None and self.endpoint.failed():
+            self._error = device_error(self, self.endpoint.status_view)
         if self._error is not None:
             raise self._error
 
@@ -113,7 +120,7 @@ class PeerCommunicator(Communicator):
             return
         if not failed:
             torch.cuda.synchronize(self.device)
-            failed = self._endpoint.failed()
+            failed = self.endpoint.failed()
         if failed:
             # Late ranks may still write here: it stays held.
             return
@@ -144,6 +151,7 @@ class Endpoint:
         from lplb_triton import kernels
 
         self._kernels = kernels
+        self._buffer: torch.Tensor | None = None  # if it is the endpoint's own
         self._rank = rank
         self._capacity = capacity
         self._timeout_ms = max(1, round(timeout * 1000))
@@ -179,16 +187,30 @@ class Endpoint:
         channel: int,
     ) -> None:
         """Launch the exchange on the current stream."""
-        self._kernels.sum_over_ranks(
-            counts, total, gathered, self._addresses, self._gates, self._epochs, version,
-            self._status, self._rank, self._capacity, channel, self._timeout_ms,
+        side = self.side(version, total, gathered)
+        self._kernels.sum_over_ranks(counts, side, channel)
+
+    def side(
+        self, version: torch.Tensor, total: torch.Tensor, gathered: torch.Tensor | None
+    ) -> kernels.Exchange:
+        """Collect what a kernel needs in order to do the exchange."""
+        return self._kernels.Exchange(
+            total, gathered, self._addresses, self._gates, self._epochs, version, self._status,
+            self._rank, self._capacity, self._timeout_ms,
         )  # fmt: skip
 
+    def alone(self) -> Endpoint:
+        """Make an endpoint for exchanges with nobody else, in order to load kernels by them."""
+        words = self.words(1, self._capacity)
+        buffer = torch.zeros(words, dtype=torch.int32, device=self._device)
+        endpoint = Endpoint([buffer.data_ptr()], 0, self._device, self._capacity, 1.0)
+        endpoint._buffer = buffer
+        return endpoint
+
     def prepare(self, n: int) -> None:
-        """Compile and load the kernels for ``n`` counts, by an exchange with nobody else."""
+        """Compile and load the kernels for ``n`` counts."""
         on = self._device
-        buffer = torch.zeros(self.words(1, self._capacity), dtype=torch.int32, device=on)
-        alone = Endpoint([buffer.data_ptr()], 0, on, self._capacity, 1.0)
+        alone = self.alone()
         counts = torch.zeros(n, dtype=torch.int32, device=on)
         version = torch.zeros(1, dtype=torch.int32, device=on)
         for gathered in (None, torch.empty(1, n, dtype=torch.int32, device=on)):
