@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lplb_triton.kernels.levelling import _cut_bound
 from lplb_triton.kernels.tiles import _add2, _column_sum, _inverse, _max_and_add
 
 # Start, step and centering of the method (equations 4, 8 and 9), light columns (10).
@@ -19,6 +20,8 @@ STEP_FACTOR = tl.constexpr(0.99)
 MIN_CENTERING = tl.constexpr(0.01)
 REGULARIZATION = tl.constexpr(0.03)
 LIGHT_PART = tl.constexpr(0.05)
+# Against round-off of the elimination, four units in the last place (equation 7).
+DIAGONAL = tl.constexpr(1 + 2**-21)
 # Where there is no copy, x and z hold these: x / z and every change come out as nothing.
 FAR = tl.constexpr(1e30)
 NEAR = tl.constexpr(1e-30)
@@ -257,7 +260,7 @@ def _newton(
         v = d * (w * root)
         matrix = tl.dot(v, tl.trans(v), input_precision="ieee")
         matrix = tl.where(off_diagonal, matrix, 0.0)
-        diagonal = tl.where(rank_on, tl.sum(matrix, 1) + slack, 1.0)
+        diagonal = tl.where(rank_on, tl.sum(matrix, 1) + slack, 1.0) * DIAGONAL
         # Equation 7: adding rho * ones changes nothing, since dy sums to 0.
         rho = tl.max(tl.where(rank_on, diagonal, 0.0)) * REGULARIZATION
         matrix = tl.where(off_diagonal, -matrix, diagonal[:, None])
@@ -296,7 +299,8 @@ def _newton(
         e = dy * inverse_y
         x_full = _minus_product(x, h, moved)
 
-        # Equation 9: the full step, with what is negative cut off, gives a plan and a bound.
+        # Equation 9: the full step, with what is negative cut off, gives a plan and a bound,
+        # and the plan's loads another (equation 19).
         plan = tl.maximum(x_full, 0.0)
         plan *= _inverse(tl.where(heavy, _column_sum(plan), 1.0))
         loads = base + tl.sum(w * plan, 1)
@@ -306,6 +310,8 @@ def _newton(
         better = (new_load < best_load) & (load_sum == load_sum)
         best = tl.where(better, tl.where(active, plan, even), best)
         best_load = tl.where(better, new_load, best_load)
+        cut = _cut_bound(loads, f, w_all, copy, rank_on)
+        new_bound = tl.where(load_sum == load_sum, tl.maximum(new_bound, cut), new_bound)
         bound = tl.where(new_bound > bound, new_bound, bound)
 
         # Equation 9: how far the iterate itself may go.

@@ -10,9 +10,11 @@ import triton.language as tl
 
 from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _quantize
 
-# Classes of edges that balancing goes through before the interior-point method takes over, and
-# how far it goes beyond level once the first sweeps were not enough.
+# Classes of edges that balancing goes through before the interior-point method takes over,
+# sweeps before the next look at the plan, as a multiple of those before the last, and
+# how far an edge goes beyond level once the first sweeps were not enough.
 MOST_CLASSES = tl.constexpr(256)
+GROWTH = tl.constexpr(3)
 EXACT_SWEEPS = tl.constexpr(4)
 RELAXATION = tl.constexpr(1.5)
 
@@ -34,43 +36,34 @@ def _cut_bound(loads, fixed, weights, copy, rank_on):
 
 
 @triton.jit
-def _ends(edge, x_ptr, loads_ptr, n_columns):
-    """Whether there is an edge, and where the loads and shares of its two ends are."""
-    first = (edge & 0xFFFF).to(tl.int32)
-    second = ((edge >> 16) & 0xFFFF).to(tl.int32)
-    column_ptr = x_ptr + (edge >> 32).to(tl.int32)
+def _load_edges(ptrs, on, width, x_ptr, loads_ptr):
+    """Where the loads and shares of the two ends of one class's edges are, and which exist."""
+    first = tl.load(ptrs, mask=on, other=-1)
+    second = tl.load(ptrs + width, mask=on, other=0)
+    first_cell = tl.load(ptrs + 2 * width, mask=on, other=0)
+    second_cell = tl.load(ptrs + 3 * width, mask=on, other=0)
     return (
-        edge >= 0,
-        loads_ptr + first,
-        loads_ptr + second,
-        column_ptr + first * n_columns,
-        column_ptr + second * n_columns,
-    )
+        first >= 0, loads_ptr + first, loads_ptr + second, x_ptr + first_cell, x_ptr + second_cell
+    )  # fmt: skip
 
 
 @triton.jit
-def _level_edges(
-    x_ptr, loads_ptr, edges_ptr, n_steps, n_classes, width, n_columns, part, LANES: tl.constexpr
-):
-    """Move tokens along the edges of ``n_steps`` classes, one after the other (equation 18).
+def _level_edges(x_ptr, loads_ptr, edges_ptr, n_classes, width, part, LANES: tl.constexpr):
+    """Move tokens along the edges of all classes, one class after the other (equation 18).
 
-    edges [n_classes, width] int64 hold the two ranks (16 bits each) and the column of an edge,
-    -1 where there is none; no rank is twice in a class. ``part`` of the difference between the
-    ranks moves, 0.5 to level them. Every element of these tiles is in one thread. What the next
-    class needs of its edges is there before this class has ended.
+    edges [n_classes, 4, width] int32 hold the two ranks of an edge and the cells of their
+    shares, -1 where there is none; no rank is twice in a class. ``part`` of the difference
+    between the ranks moves, 0.5 to level them. Every element of these tiles is in one thread.
+    What the next class needs of its edges is there before this class has ended.
     """
     lane = tl.arange(0, LANES)
-    begin = edges_ptr + lane
-    ptrs = begin
-    edge = tl.load(ptrs, mask=lane < width, other=-1)
-    on, first_load_ptrs, second_load_ptrs, first_x_ptrs, second_x_ptrs = _ends(
-        edge, x_ptr, loads_ptr, n_columns
+    ptrs = edges_ptr + lane
+    on, first_load_ptrs, second_load_ptrs, first_x_ptrs, second_x_ptrs = _load_edges(
+        ptrs, lane < width, width, x_ptr, loads_ptr
     )
-    k = 0
-    for _ in range(n_steps):
-        k = tl.where(k + 1 < n_classes, k + 1, 0)
-        ptrs = tl.where(k > 0, ptrs + width, begin)
-        following = tl.load(ptrs, mask=lane < width, other=-1)
+    for k in range(n_classes):
+        ptrs += 4 * width
+        following = _load_edges(ptrs, (lane < width) & (k + 1 < n_classes), width, x_ptr, loads_ptr)
         first_load = tl.load(first_load_ptrs, mask=on, other=0.0)
         second_load = tl.load(second_load_ptrs, mask=on, other=0.0)
         first_x = tl.load(first_x_ptrs, mask=on, other=0.0)
@@ -81,42 +74,55 @@ def _level_edges(
         tl.store(second_load_ptrs, second_load - moved, mask=on)
         tl.store(first_x_ptrs, first_x + moved, mask=on)
         tl.store(second_x_ptrs, second_x - moved, mask=on)
-        on, first_load_ptrs, second_load_ptrs, first_x_ptrs, second_x_ptrs = _ends(
-            following, x_ptr, loads_ptr, n_columns
-        )
+        on, first_load_ptrs, second_load_ptrs, first_x_ptrs, second_x_ptrs = following
         tl.debug_barrier()
 
 
 @triton.jit
+def _sweep(
+    x_ptr, loads_ptr, edges_ptr, done, end, n_classes, width, n_ranks, peak, bound, aim,
+    G: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Sweep over all edges after ``done`` sweeps until ``end``, or until ``bound`` is near.
+
+    ``peak`` is the largest load of the plan before, and far from the bound. Returns the number
+    of sweeps.
+    """
+    rank = tl.arange(0, G)
+    while (done < end) & (peak - bound > peak * aim):
+        tl.debug_barrier()
+        part = tl.where(done >= EXACT_SWEEPS, 0.5 * RELAXATION, 0.5)
+        _level_edges(x_ptr, loads_ptr, edges_ptr, n_classes, width, part, LANES)
+        done += 1
+        if done < end:
+            peak = tl.max(tl.load(loads_ptr + rank, mask=rank < n_ranks, other=0.0))
+    return done
+
+
+@triton.jit
 def _balance(
-    units, upto, best_load, bound, load, weights, fixed, copy, rank, last, rank_on, aim,
-    x_ptr, loads_ptr, edges_ptr, n_classes, width, n_columns, cell, inside,
+    units, upto, best_load, bound, load, weights, fixed, copy, rank, last, rank_on, n_ranks, aim,
+    x_ptr, loads_ptr, edges_ptr, n_classes, width, cell, inside,
     G: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Improve the plan ``units`` [G, C], with loads ``load``, until its gap is at most ``aim``.
 
-    x [G, n_columns] and loads [G] float32 are scratch, in global memory, which a single
-    multiprocessor keeps in its cache. The plan is looked at after 1, 2, 4, .. sweeps over all
-    edges, and left after MOST_CLASSES classes of them. Returns units, running sums, largest
-    load, bound.
+    x, shares in tokens by cell, and loads [G] float32 are scratch, in global memory, which a
+    single multiprocessor keeps in its cache. The plan is looked at after 1, 3, 9, .. sweeps
+    over all edges, or when its largest load is near the bound, and left after MOST_CLASSES
+    classes of them. Returns units, running sums, largest load, bound.
     """
     tl.store(x_ptr + cell, weights * (units.to(tl.float32) * (1.0 / SHARE_ONE)), mask=inside)
     tl.store(loads_ptr + tl.arange(0, G), load, mask=rank_on)
     inverse = _inverse(tl.where(weights > 0, weights, 1.0))
-    done = 0
+    done = n_classes * 0
     while (
-        (best_load - bound > best_load * aim)
-        & (done * n_classes < MOST_CLASSES)
-        & (n_classes > 0)
+        (best_load - bound > best_load * aim) & (done * n_classes < MOST_CLASSES) & (n_classes > 0)
     ):
-        sweeps = tl.maximum(done, 1)
-        part = tl.where(done >= EXACT_SWEEPS, 0.5 * RELAXATION, 0.5)
-        tl.debug_barrier()
-        _level_edges(
-            x_ptr, loads_ptr, edges_ptr, sweeps * n_classes, n_classes, width, n_columns, part,
-            LANES,
+        done = _sweep(
+            x_ptr, loads_ptr, edges_ptr, done, tl.maximum(done * GROWTH, 1), n_classes, width,
+            n_ranks, best_load, bound, aim, G, LANES,
         )  # fmt: skip
-        done += sweeps
         shares = tl.load(x_ptr + cell, mask=inside, other=0.0) * inverse
         new_units, new_upto = _quantize(shares, rank, last)
         load = fixed + tl.sum(new_units.to(tl.float32) * (weights * (1.0 / SHARE_ONE)), 1)

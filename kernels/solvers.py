@@ -32,7 +32,7 @@ STATUS_INVALID = tl.constexpr(2)
 @triton.jit
 def _solve_group(
     weights, fixed, units, upto, last, rank_on, n_ranks, tolerance, max_iterations,
-    x_ptr, loads_ptr, edges_ptr, n_classes, width, n_columns, cell, inside,
+    x_ptr, loads_ptr, edges_ptr, n_classes, width, cell, inside,
     G: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Solve one group: by levelling along edges if that gets there, else by Newton's method.
@@ -69,8 +69,8 @@ def _solve_group(
     aim = tolerance * TARGET_PART
     if LANES > 0:
         units, upto, max_load, bound = _balance(
-            units, upto, max_load, bound, load, weights, fixed, copy, rank, last, rank_on, aim,
-            x_ptr, loads_ptr, edges_ptr, n_classes, width, n_columns, cell, inside, G, LANES,
+            units, upto, max_load, bound, load, weights, fixed, copy, rank, last, rank_on,
+            n_ranks, aim, x_ptr, loads_ptr, edges_ptr, n_classes, width, cell, inside, G, LANES,
         )  # fmt: skip
     iterations = max_iterations * 0
     if max_load - bound > max_load * aim:
@@ -141,7 +141,7 @@ def _solve_lp_kernel(
     units, upto, max_load, lower_bound, gap, iterations, status = _solve_group(
         tl.where(single, 0.0, weights), fixed, units, upto, last, rank_on, n_ranks,
         tolerance, max_iterations,
-        shares_ptr, stats_ptr, ints_ptr, 0, 0, n_columns, cell, inside, G, C, 0,
+        shares_ptr, stats_ptr, ints_ptr, 0, 0, cell, inside, G, C, 0,
     )  # fmt: skip
     shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
     tl.store(shares_ptr + program * n_ranks * n_columns + cell, shares, mask=inside)
@@ -220,7 +220,7 @@ def _solve_counts_kernel(
     int32, shares [n_group, n_ranks, n_columns] float32 and units (int32, running over ranks),
     cumulative [n_physical] int32, of which it writes the copies of replicated experts:
     shared_copies and their cells, [n_group, n_shared], padded with -1. edges
-    [n_group, most_classes, width] int64 as for `_level_edges`; LANES is the number of threads;
+    [n_group, most_classes, 4, width] int32 as for `_level_edges`; LANES is the number of threads;
     loads [n_group, n_ranks] float32 is scratch. ``certified`` [1] rises by one if the group is
     certified, ``solves`` [1] always (int32 or int64). Grid (n_sums + n_group,).
     """
@@ -287,7 +287,7 @@ def _solve_counts_kernel(
             weights[None, :], fixed, units, upto, last[None, :], rank_on, n_ranks,
             tolerance, max_iterations,
             shares_ptr + first_cell, loads_ptr + group * n_ranks,
-            edges_ptr + group * most_classes * width, n_classes, width, n_columns,
+            edges_ptr + group * most_classes * 4 * width, n_classes, width,
             cell - first_cell, inside, G, C, LANES,
         )  # fmt: skip
         tl.store(units_ptr + cell, upto, mask=inside)

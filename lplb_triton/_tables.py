@@ -41,12 +41,12 @@ def _shared_copies(placement: Placement) -> NDArray[np.int32]:
     return shared
 
 
-def _edges(placement: Placement) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+def _edges(placement: Placement) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Pairs of copies that the solver levels, in classes that name no rank twice.
 
     Up to FEW copies of a column are joined each with each, more of them as the corners of a
-    hypercube are, so that few sweeps reach all. Returns [n_group, most_classes, width] (the two
-    ranks, 16 bits each, and the column above them; -1 for none) and the number of classes
+    hypercube are, so that few sweeps reach all. Returns [n_group, most_classes, 4, width] (the
+    two ranks and the cells of their copies in [G, C]; -1 for none) and the number of classes
     [n_group]; see docs/method.md, equation 18.
     """
     mask = placement.structure.mask
@@ -54,7 +54,7 @@ def _edges(placement: Placement) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     most_edges = max(FEW - 1, (n_ranks - 1).bit_length())
     most_on_a_rank = min(placement.slots_per_rank, n_columns)
     most = min(2 * most_on_a_rank, placement.redundant_per_group) * most_edges
-    table = np.full((n_group, most, max(1, n_ranks // 2)), -1, dtype=np.int64)
+    table = np.full((n_group, most, 4, max(1, n_ranks // 2)), -1, dtype=np.int32)
     n_classes = np.zeros(n_group, dtype=np.int32)
     for group in range(n_group):
         edges = []
@@ -72,7 +72,8 @@ def _edges(placement: Placement) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
             k = next(fits, len(taken))
             if k == len(taken):
                 taken.append(set())
-            table[group, k, len(taken[k]) // 2] = first | second << 16 | at << 32
+            cells = first * n_columns + at, second * n_columns + at
+            table[group, k, :, len(taken[k]) // 2] = (first, second, *cells)
             taken[k] |= {first, second}
         n_classes[group] = len(taken)
     return table, n_classes

@@ -17,7 +17,7 @@ from lplb_triton.bench import peers
 from lplb_triton.kernels import launch, quotas, solvers, sync, tokens
 
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
-POINTERS |= {"edges_ptr": "*i64", "certified_ptr": "*i64", "solves_ptr": "*i64"}
+POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64"}
 POINTERS |= {"addresses_ptr": "*i64", "traffic_ptr": "*i64"}
 FLOATS = ("loads_ptr", "weights_ptr", "fixed_ptr", "shares_ptr", "stats_ptr")
 
