@@ -329,3 +329,30 @@ def _newton(
         y += tl.where(rank_on, dual * dy, 0.0)
         t += primal * dt
     return best, bound * unit, iterations
+
+
+@triton.jit(noinline=True)
+def _newton_in_memory(
+    plan_ptr, scratch_ptr, n_ranks, n_columns, best_load, bound, total, tolerance, aim,
+    max_iterations, G: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """`_newton` on what lies in memory: a function of its own, with registers of its own.
+
+    plan [G, n_columns] float32 is improved, -1 where there is no copy; scratch holds fixed
+    loads [G] and weights [n_columns] after G other words. Returns bound, iterations.
+    """
+    rank = tl.arange(0, G)
+    col = tl.arange(0, C)
+    rank_on = rank < n_ranks
+    col_on = col < n_columns
+    inside = rank_on[:, None] & col_on[None, :]
+    plan_ptrs = plan_ptr + rank[:, None] * n_columns + col[None, :]
+    plan = tl.load(plan_ptrs, mask=inside, other=-1.0)
+    fixed = tl.load(scratch_ptr + n_ranks + rank, mask=rank_on, other=0.0)
+    weights = tl.load(scratch_ptr + 2 * n_ranks + col, mask=col_on, other=0.0)
+    plan, bound, iterations = _newton(
+        plan, best_load, bound, weights[None, :], fixed, plan >= 0, rank_on, n_ranks, total,
+        tolerance, aim, max_iterations, G, C,
+    )  # fmt: skip
+    tl.store(plan_ptrs, plan, mask=inside)
+    return bound, iterations

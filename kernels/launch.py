@@ -187,6 +187,17 @@ def _solve_warps(ranks: int, columns: int) -> int:
     return min(max(4, ranks * columns // 128), 8 if ranks <= 32 else 16)
 
 
+def _solve_options(warps: int) -> dict[str, Any]:
+    """Compile with that many warps and every register that each may have.
+
+    Left to itself ptxas takes half of them for the largest tiles, and spills.
+    """
+    options = {"num_warps": warps, **SOLVE_OPTIONS}
+    if warps == 16 and torch.version.hip is None:
+        options["maxnreg"] = 128
+    return options
+
+
 def solve(
     weights: torch.Tensor,
     fixed: torch.Tensor,
@@ -214,7 +225,7 @@ def solve(
             weights, fixed, mask, stride, shares, stats, ints,
             tolerance, max_iterations, n_ranks, n_columns,
         )  # fmt: skip
-        options = {"num_warps": _newton_warps(ranks, columns), **SOLVE_OPTIONS}
+        options = _solve_options(_newton_warps(ranks, columns))
         _launch(_Call(_solve_lp_kernel, batch, args, (ranks, columns), options))
     return shares, stats[0], stats[1], stats[2], ints[0], ints[1]
 
@@ -224,7 +235,7 @@ class SolveBuffers(NamedTuple):
 
     ``counts`` [n_logical], ``shares`` [n_group, G, C] float32, ``units`` likewise int32,
     ``cumulative`` [n_physical], ``stats`` [3, n_group] float32, ``ints`` [2, n_group],
-    ``loads`` [n_group, G] float32; int32 where nothing is said.
+    ``scratch`` [n_group, 2 G + C] float32; int32 where nothing is said.
     """
 
     counts: torch.Tensor
@@ -233,7 +244,7 @@ class SolveBuffers(NamedTuple):
     cumulative: torch.Tensor
     stats: torch.Tensor
     ints: torch.Tensor
-    loads: torch.Tensor
+    scratch: torch.Tensor
 
 
 class Settings(NamedTuple):
@@ -311,7 +322,7 @@ def _solve_counts_call(
         32 * warps, _has_pdl(buffers.counts.device),
         *(exchange.constants(warps) if exchange else (0, 0, 0, 0, 0)),
     )  # fmt: skip
-    options = {"num_warps": warps, **SOLVE_OPTIONS}
+    options = _solve_options(warps)
     return _Call(_solve_counts_kernel, n_sums + n_group, args, constants, options)
 
 

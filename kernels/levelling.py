@@ -101,7 +101,7 @@ def _sweep(
 
 @triton.jit
 def _balance(
-    units, upto, best_load, bound, load, weights, fixed, copy, rank, last, rank_on, n_ranks, aim,
+    units, best_load, bound, load, weights, fixed, copy, rank, last, rank_on, n_ranks, aim,
     x_ptr, loads_ptr, edges_ptr, n_classes, width, cell, inside,
     G: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +110,7 @@ def _balance(
     x, shares in tokens by cell, and loads [G] float32 are scratch, in global memory, which a
     single multiprocessor keeps in its cache. The plan is looked at after 1, 3, 9, .. sweeps
     over all edges, or when its largest load is near the bound, and left after MOST_CLASSES
-    classes of them. Returns units, running sums, largest load, bound.
+    classes of them. Returns units, largest load, bound.
     """
     tl.store(x_ptr + cell, weights * (units.to(tl.float32) * (1.0 / SHARE_ONE)), mask=inside)
     tl.store(loads_ptr + tl.arange(0, G), load, mask=rank_on)
@@ -124,13 +124,12 @@ def _balance(
             n_ranks, best_load, bound, aim, G, LANES,
         )  # fmt: skip
         shares = tl.load(x_ptr + cell, mask=inside, other=0.0) * inverse
-        new_units, new_upto = _quantize(shares, rank, last)
+        new_units = _quantize(shares, rank, last)
         load = fixed + tl.sum(new_units.to(tl.float32) * (weights * (1.0 / SHARE_ONE)), 1)
         new_load = tl.max(load)
         bound = tl.maximum(bound, _cut_bound(load, fixed, weights, copy, rank_on))
         better = new_load < best_load
         # A column without tokens stays as it was.
         units = tl.where(better, tl.where(weights > 0, new_units, units), units)
-        upto = tl.where(better, tl.where(weights > 0, new_upto, upto), upto)
         best_load = tl.where(better, new_load, best_load)
-    return units, upto, best_load, bound
+    return units, best_load, bound

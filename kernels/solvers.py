@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.interior_point import _newton
+from lplb_triton.kernels.interior_point import _newton, _newton_in_memory
 from lplb_triton.kernels.levelling import _balance
 from lplb_triton.kernels.sync import _sum_over_ranks
 from lplb_triton.kernels.tiles import SHARE_ONE, _column_sum, _max_add_max, _quantize
@@ -31,8 +31,8 @@ STATUS_INVALID = tl.constexpr(2)
 
 @triton.jit
 def _solve_group(
-    weights, fixed, units, upto, last, rank_on, n_ranks, tolerance, max_iterations,
-    x_ptr, loads_ptr, edges_ptr, n_classes, width, cell, inside,
+    weights, fixed, units, last, rank_on, n_ranks, tolerance, max_iterations,
+    x_ptr, scratch_ptr, edges_ptr, n_classes, width, n_columns, cell, inside,
     G: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Solve one group: by levelling along edges if that gets there, else by Newton's method.
@@ -42,8 +42,8 @@ def _solve_group(
     weights, fixed : ``[1, C]``, ``[G]`` float32
         Loads, at least 0; a fixed load that is not finite makes the group invalid. No weight
         is on a column with fewer than two copies.
-    units, upto : ``[G, C]`` int32
-        The even split in units of 2**-24, above 0 where a copy is, and its running sums.
+    units : ``[G, C]`` int32
+        The even split in units of 2**-24, above 0 where a copy is.
     last : ``[1, C]`` int32
         Rank of a column's last copy.
     rank_on : ``[G]`` int1
@@ -53,8 +53,8 @@ def _solve_group(
 
     Returns
     -------
-    units, upto : ``[G, C]`` int32
-        Shares in units of 2**-24, and their running sums over ranks.
+    units : ``[G, C]`` int32
+        Shares in units of 2**-24.
     max_load, lower_bound, gap, iterations, status : scalars
     """
     inf = float("inf")
@@ -68,17 +68,34 @@ def _solve_group(
     bound = tl.where(invalid, 0.0, tl.maximum(bound, total / n_ranks.to(tl.float32)))
     aim = tolerance * TARGET_PART
     if LANES > 0:
-        units, upto, max_load, bound = _balance(
-            units, upto, max_load, bound, load, weights, fixed, copy, rank, last, rank_on,
-            n_ranks, aim, x_ptr, loads_ptr, edges_ptr, n_classes, width, cell, inside, G, LANES,
+        units, max_load, bound = _balance(
+            units, max_load, bound, load, weights, fixed, copy, rank, last, rank_on,
+            n_ranks, aim, x_ptr, scratch_ptr, edges_ptr, n_classes, width, cell, inside, G, LANES,
         )  # fmt: skip
     iterations = max_iterations * 0
     if max_load - bound > max_load * aim:
-        plan, bound, iterations = _newton(
-            units.to(tl.float32) * (1.0 / SHARE_ONE), max_load, bound, weights, fixed, copy,
-            rank_on, n_ranks, total, tolerance, aim, max_iterations, G, C,
-        )  # fmt: skip
-        units, upto = _quantize(plan, rank, last)
+        plan = units.to(tl.float32) * (1.0 / SHARE_ONE)
+        if LANES > 0:
+            col = tl.arange(0, C)
+            row = tl.arange(0, G)
+            tl.store(x_ptr + cell, tl.where(copy, plan, -1.0), mask=inside)
+            tl.store(scratch_ptr + n_ranks + row, fixed, mask=rank_on)
+            tl.store(
+                scratch_ptr + 2 * n_ranks + col[None, :], weights, mask=col[None, :] < n_columns
+            )
+            tl.debug_barrier()
+            bound, iterations = _newton_in_memory(
+                x_ptr, scratch_ptr, n_ranks, n_columns, max_load, bound, total, tolerance, aim,
+                max_iterations, G, C,
+            )  # fmt: skip
+            tl.debug_barrier()
+            plan = tl.where(copy, tl.load(x_ptr + cell, mask=inside, other=0.0), 0.0)
+        else:
+            plan, bound, iterations = _newton(
+                plan, max_load, bound, weights, fixed, copy, rank_on, n_ranks, total, tolerance,
+                aim, max_iterations, G, C,
+            )  # fmt: skip
+        units = _quantize(plan, rank, last)
         max_load = tl.max(fixed + tl.sum(units.to(tl.float32) * weight_units, 1))
     lower_bound = tl.minimum(bound * (1.0 - BOUND_ALLOWANCE), max_load)
     gap = (max_load - lower_bound) / tl.where(max_load > 0, max_load, 1.0)
@@ -86,7 +103,7 @@ def _solve_group(
     status = tl.where(invalid, STATUS_INVALID, status)
     max_load = tl.where(invalid, inf, max_load)
     gap = tl.where(invalid, inf, gap)
-    return units, upto, max_load, lower_bound, gap, iterations, status
+    return units, max_load, lower_bound, gap, iterations, status
 
 
 @triton.jit
@@ -137,11 +154,11 @@ def _solve_lp_kernel(
     fixed += tl.sum(tl.where(copy & single, weights, 0.0), 1)
     last = tl.max(tl.where(copy, rank[:, None], -1), 0, keep_dims=True)
     even = tl.where(copy, 1.0 / tl.maximum(n_copies, 1.0), 0.0)
-    units, upto = _quantize(even, rank[:, None], last)
-    units, upto, max_load, lower_bound, gap, iterations, status = _solve_group(
-        tl.where(single, 0.0, weights), fixed, units, upto, last, rank_on, n_ranks,
+    units = _quantize(even, rank[:, None], last)
+    units, max_load, lower_bound, gap, iterations, status = _solve_group(
+        tl.where(single, 0.0, weights), fixed, units, last, rank_on, n_ranks,
         tolerance, max_iterations,
-        shares_ptr, stats_ptr, ints_ptr, 0, 0, cell, inside, G, C, 0,
+        shares_ptr, stats_ptr, ints_ptr, 0, 0, n_columns, cell, inside, G, C, 0,
     )  # fmt: skip
     shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
     tl.store(shares_ptr + program * n_ranks * n_columns + cell, shares, mask=inside)
@@ -194,7 +211,7 @@ def _solve_counts_kernel(
     column_first_ptr, column_start_ptr, column_members_ptr, longest_column_ptr,
     shared_copies_ptr, shared_cells_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank_ptr,
     edges_ptr, n_classes_ptr,
-    shares_ptr, units_ptr, cumulative_ptr, stats_ptr, ints_ptr, loads_ptr,
+    shares_ptr, units_ptr, cumulative_ptr, stats_ptr, ints_ptr, scratch_ptr,
     certified_ptr, solves_ptr,
     tolerance, max_iterations, n_ranks, n_columns, n_slots, n_shared, n_logical, n_rows, n_sums,
     most_classes, width,
@@ -221,7 +238,8 @@ def _solve_counts_kernel(
     cumulative [n_physical] int32, of which it writes the copies of replicated experts:
     shared_copies and their cells, [n_group, n_shared], padded with -1. edges
     [n_group, most_classes, 4, width] int32 as for `_level_edges`; LANES is the number of threads;
-    loads [n_group, n_ranks] float32 is scratch. ``certified`` [1] rises by one if the group is
+    scratch [n_group, 2 n_ranks + n_columns] float32
+    is for loads, fixed loads and weights. ``certified`` [1] rises by one if the group is
     certified, ``solves`` [1] always (int32 or int64). Grid (n_sums + n_group,).
     """
     if CHANNELS == 0:
@@ -237,10 +255,10 @@ def _solve_counts_kernel(
         rank_on = rank < n_ranks
         col_on = col < n_columns
         inside = rank_on[:, None] & col_on[None, :]
-        first_cell = group * n_ranks * n_columns
-        cell = first_cell + rank[:, None] * n_columns + col[None, :]
-        units = tl.load(even_units_ptr + cell, mask=inside, other=0)
-        upto = tl.cumsum(units, 0)
+        n_cells = n_ranks * n_columns
+        group_shares_ptr = shares_ptr + group * n_cells
+        cell = rank[:, None] * n_columns + col[None, :]
+        units = tl.load(even_units_ptr + group * n_cells + cell, mask=inside, other=0)
         last = tl.load(column_last_ptr + group * n_columns + col, mask=col_on, other=-1)
         slot = tl.arange(0, S)[None, :]
         expert = tl.load(
@@ -283,15 +301,16 @@ def _solve_counts_kernel(
                 member = tl.load(column_members_ptr + first + j, mask=there, other=-1)
                 weights += _counts_of(counts_ptr, member, wait)
 
-        units, upto, max_load, lower_bound, gap, iterations, status = _solve_group(
-            weights[None, :], fixed, units, upto, last[None, :], rank_on, n_ranks,
+        units, max_load, lower_bound, gap, iterations, status = _solve_group(
+            weights[None, :], fixed, units, last[None, :], rank_on, n_ranks,
             tolerance, max_iterations,
-            shares_ptr + first_cell, loads_ptr + group * n_ranks,
-            edges_ptr + group * most_classes * 4 * width, n_classes, width,
-            cell - first_cell, inside, G, C, LANES,
+            group_shares_ptr, scratch_ptr + group * (2 * n_ranks + n_columns),
+            edges_ptr + group * most_classes * 4 * width, n_classes, width, n_columns,
+            cell, inside, G, C, LANES,
         )  # fmt: skip
-        tl.store(units_ptr + cell, upto, mask=inside)
-        tl.store(shares_ptr + cell, units.to(tl.float32) * (1.0 / SHARE_ONE), mask=inside)
+        tl.store(units_ptr + group * n_cells + cell, tl.cumsum(units, 0), mask=inside)
+        shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
+        tl.store(group_shares_ptr + cell, shares, mask=inside)
         tl.debug_barrier()
         for block in range(0, n_shared, COPIES):
             _store_cumulative(

@@ -38,7 +38,7 @@ def _column_sum(tile):
 
 @triton.jit
 def _quantize(shares, rank, last):
-    """Shares [G, C] in units that sum to exactly 1 per column, and their running sums, int32.
+    """Shares [G, C] in units, int32, that sum to exactly 1 per column.
 
     ``last`` [1, C] is the rank of a column's last copy, which gets what is missing to 1
     (equation 11); -1 in a column without copies, which gets nothing.
@@ -48,4 +48,4 @@ def _quantize(shares, rank, last):
     before = tl.minimum(upto - units, SHARE_ONE)
     upto = tl.where(rank >= last, SHARE_ONE, tl.minimum(upto, SHARE_ONE))
     before = tl.where(rank > last, SHARE_ONE, before)
-    return upto - before, upto
+    return upto - before

@@ -765,7 +765,7 @@ class Balancer:
             ((p.n_physical,), torch.int32),
             ((3, p.n_group), torch.float32),
             ((2, p.n_group), torch.int32),
-            ((p.n_group, p.group_size), torch.float32),
+            ((p.n_group, 2 * p.group_size + p.max_columns), torch.float32),
         ]
 
     def _sync_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:

@@ -19,7 +19,7 @@ from lplb_triton.kernels import launch, quotas, solvers, sync, tokens
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64"}
 POINTERS |= {"addresses_ptr": "*i64", "traffic_ptr": "*i64"}
-FLOATS = ("loads_ptr", "weights_ptr", "fixed_ptr", "shares_ptr", "stats_ptr")
+FLOATS = ("scratch_ptr", "plan_ptr", "weights_ptr", "fixed_ptr", "shares_ptr", "stats_ptr")
 
 
 def signature(kernel, constants):
@@ -40,10 +40,10 @@ def exchange(gather):
 
 def jobs(capability):
     for ranks, columns in ((8, 32), (16, 32), (32, 64), (64, 128)):
-        options = {"num_warps": launch._newton_warps(ranks, columns), **launch.SOLVE_OPTIONS}
+        options = launch._solve_options(launch._newton_warps(ranks, columns))
         yield solvers._solve_lp_kernel, {"G": ranks, "C": columns}, options
         warps = launch._solve_warps(ranks, columns)
-        options = {"num_warps": warps, **launch.SOLVE_OPTIONS}
+        options = launch._solve_options(warps)
         constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64}
         constants |= {
             "ROWS": launch.SUM_ROWS,

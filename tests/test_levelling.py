@@ -86,11 +86,20 @@ def test_most_plans_need_no_iteration(shape):
     assert iterations == [0, 0, 0]
 
 
-def test_newton_goes_on_where_levelling_ends():
+@pytest.mark.parametrize(
+    ("device", "shape"),
+    [
+        ("cpu", "cube"),
+        pytest.param("cuda", "cube", marks=pytest.mark.gpu),
+        pytest.param("cuda", "torus:4x8", marks=pytest.mark.gpu),
+        pytest.param("cuda", "eplb:64:2", marks=pytest.mark.gpu),
+    ],
+)
+def test_newton_goes_on_where_levelling_ends(device, shape):
     rng = np.random.default_rng(2)
-    placement = shape_placement("cube", rng)
-    counts = draw_loads("normal", rng, placement.n_logical)
-    balancer = Balancer(placement, device="cpu", backend="triton", tolerance=1e-4)
+    placement = shape_placement(shape, rng)
+    counts = draw_loads("normal", rng, placement.n_logical).to(device)
+    balancer = Balancer(placement, device=device, backend="triton", tolerance=1e-4)
     level = balancer.solve(counts)
     balancer._tables.views["n_classes"].zero_()
     newton = balancer.solve(counts)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -165,10 +166,13 @@ def test_on_a_gpu_nothing_waits_between_two_copies(tmp_path):
     on_gpu = ids.cuda()
     recorder.add(0, on_gpu[0, 0, :0])
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        feed(recorder, on_gpu)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings():
+        # torch warns that this mode is a prototype.
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            feed(recorder, on_gpu)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     recorder.close()
     np.testing.assert_array_equal(load(tmp_path / "t.npz").counts[:, :, 0], counted(ids, 8))
