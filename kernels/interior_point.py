@@ -20,8 +20,6 @@ STEP_FACTOR = tl.constexpr(0.99)
 MIN_CENTERING = tl.constexpr(0.01)
 REGULARIZATION = tl.constexpr(0.03)
 LIGHT_PART = tl.constexpr(0.05)
-# Against round-off of the elimination, four units in the last place (equation 7).
-DIAGONAL = tl.constexpr(1 + 2**-21)
 # Where there is no copy, x and z hold these: x / z and every change come out as nothing.
 FAR = tl.constexpr(1e30)
 NEAR = tl.constexpr(1e-30)
@@ -260,7 +258,7 @@ def _newton(
         v = d * (w * root)
         matrix = tl.dot(v, tl.trans(v), input_precision="ieee")
         matrix = tl.where(off_diagonal, matrix, 0.0)
-        diagonal = tl.where(rank_on, tl.sum(matrix, 1) + slack, 1.0) * DIAGONAL
+        diagonal = tl.where(rank_on, tl.sum(matrix, 1) + slack, 1.0)
         # Equation 7: adding rho * ones changes nothing, since dy sums to 0.
         rho = tl.max(tl.where(rank_on, diagonal, 0.0)) * REGULARIZATION
         matrix = tl.where(off_diagonal, -matrix, diagonal[:, None])
