@@ -15,7 +15,7 @@ from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _quantize
 # how far an edge goes beyond level once the first sweeps were not enough.
 MOST_CLASSES = tl.constexpr(256)
 GROWTH = tl.constexpr(3)
-EXACT_SWEEPS = tl.constexpr(2)
+EXACT_SWEEPS = tl.constexpr(4)
 RELAXATION = tl.constexpr(1.5)
 
 

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+# Loading a kernel may have to wait until those that run have ended. Some tests let a kernel wait
+# for another that a first torch operation stands before, so all are loaded at the start.
+loading = os.environ.get("CUDA_MODULE_LOADING")
+os.environ["CUDA_MODULE_LOADING"] = "EAGER"
 N_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+if N_GPUS:
+    torch.zeros(1, device="cuda")
+# Not for processes that tests start.
+os.environ.pop("CUDA_MODULE_LOADING")
+if loading is not None:
+    os.environ["CUDA_MODULE_LOADING"] = loading
 if N_GPUS == 0:
     # Kernels decide when they are defined whether they are interpreted. Nothing has imported
     # Triton yet: torch doesn't, and test modules are collected after this file.
