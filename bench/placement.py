@@ -16,6 +16,7 @@ import torch
 from lplb_triton import Placement, chain, place, plan_moves, rebalance_experts, solve
 from lplb_triton.bench.balance import fold_sources, integer_loads, stretches
 from lplb_triton.bench.trace import Trace
+from lplb_triton.bench.verify import solve_counts
 
 __all__ = [
     "METHODS",
@@ -143,7 +144,10 @@ def judge(placement: Placement, test: torch.Tensor, device: torch.device) -> dic
     counts = test.sum(1)
     some = counts.sum(1) > 0
     counts, test = counts[some], test[some]
-    solution = solve(placement.problem(counts.to(device)))
+    if device.type == "cuda":
+        solution = solve_counts(placement, counts, device)
+    else:
+        solution = solve(placement.problem(counts))
     solution.check()
     mean = counts.sum(1).double() / placement.ep_size
     whole = integer_loads(placement, fold_sources(test, placement.ep_size), solution)

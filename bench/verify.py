@@ -13,12 +13,13 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_matrix
 
 from lplb_triton.balancer import Balancer
-from lplb_triton.bench.instances import Instance, corpus
+from lplb_triton.bench.instances import corpus
+from lplb_triton.placement import Placement
 from lplb_triton.problem import Problem
 from lplb_triton.solution import Solution
-from lplb_triton.solver import solve
+from lplb_triton.solver import DEFAULT_TOLERANCE, solve
 
-__all__ = ["Verdict", "highs_optimum", "verify"]
+__all__ = ["Verdict", "highs_optimum", "solve_counts", "verify"]
 
 Floats = NDArray[np.float64]
 # Relative slack for comparing two floating-point answers.
@@ -129,10 +130,32 @@ def _judge(verdict: Verdict, problem: Problem, solution: Solution, optima: Float
     verdict.total_iterations += int(iterations.sum())
 
 
-def _solve_counts(instance: Instance, tolerance: float, device: str) -> Solution:
-    """Solve every batch of an instance by the kernel that starts from counts by expert."""
-    balancer = Balancer(instance.placement, device=device, backend="triton", tolerance=tolerance)
-    parts = [balancer.solve(counts) for counts in instance.counts.to(device)]
+def solve_counts(
+    placement: Placement,
+    counts: torch.Tensor,
+    device: torch.device | str,
+    tolerance: float = DEFAULT_TOLERANCE,
+) -> Solution:
+    """Solve batches by the kernel of `Balancer`, which starts from counts by expert.
+
+    Parameters
+    ----------
+    placement : Placement
+        The placement.
+    counts : torch.Tensor
+        ``[B, n_logical]`` integers, tokens per logical expert.
+    device : torch.device or str
+        Where to solve.
+    tolerance : float
+        Relative gap to certify.
+
+    Returns
+    -------
+    Solution
+        All batches, one after the other.
+    """
+    balancer = Balancer(placement, device=device, backend="triton", tolerance=tolerance)
+    parts = [balancer.solve(row) for row in counts.to(device)]
     fields = ("shares", "max_load", "lower_bound", "gap", "iterations", "status")
     shares, *numbers = (torch.cat([getattr(part, name) for part in parts]) for name in fields)
     max_load, lower_bound, gap, iterations, status = numbers
@@ -184,7 +207,9 @@ def verify(
         )
         for verdict in verdicts:
             if verdict.from_counts:
-                solution = _solve_counts(instance, verdict.tolerance, device)
+                solution = solve_counts(
+                    instance.placement, instance.counts, device, verdict.tolerance
+                )
             else:
                 solution = solve(there, tolerance=verdict.tolerance, backend=backend, dtype=dtype)
             _judge(verdict, problem, solution, optima)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_triton import Balancer, Placement, topologies
+from lplb_triton import Balancer, Placement, solve, topologies
 from lplb_triton._tables import FEW, DeviceTables
 from lplb_triton.bench.instances import corpus, draw_loads, shape_placement
-from lplb_triton.bench.verify import highs_optimum
+from lplb_triton.bench.verify import highs_optimum, solve_counts
 
 PLACEMENTS = [instance.placement for instance in corpus(17, seed=3)]
 
@@ -117,3 +117,14 @@ def test_several_groups_have_edges_of_their_own():
     solution = balancer.solve(draw_loads("lognormal", rng, placement.n_logical))
     solution.check()
     assert len(edges_of(placement)) == 2 and solution.iterations.tolist() == [0, 0]
+
+
+def test_batches_from_counts_agree_with_their_programs():
+    rng = np.random.default_rng(3)
+    placement = shape_placement("ring:8", rng)
+    counts = torch.stack([draw_loads(f, rng, placement.n_logical) for f in ("normal", "zipf")])
+    solution = solve_counts(placement, counts, "cpu", 1e-4)
+    solution.check()
+    exact = solve(placement.problem(counts), tolerance=1e-6)
+    assert solution.shares.shape == exact.shares.shape
+    assert solution.max_load.tolist() == pytest.approx(exact.max_load.tolist(), rel=1.1e-4)
