@@ -68,7 +68,7 @@ TABLE_EXPERTS = 9
 # Measured on one H100 (docs/benchmarks.md): median run without sync by ranks, for TOKENS tokens of
 # 256 experts, top-8, microseconds. Sync: a P2P kernel on two H100 over NVLink.
 TOKENS = (128, 4096, 16384)
-RUN_US = {8: (9.8, 10.9, 16.6), 32: (16.4, 16.8, 25.8), 64: (41.2, 42.8, 51.2)}
+RUN_US = {8: (8.7, 9.5, 15.7), 32: (13.4, 14.5, 23.1), 64: (34.8, 36.7, 45.1)}
 SYNC_US = 6.4
 GRID = tuple(2**k for k in range(4, 18))
 BATCHES = 12
