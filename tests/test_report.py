@@ -3,6 +3,9 @@
 import base64
 import io
 import json
+import os
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -15,6 +18,9 @@ from lplb_triton.bench import balance, cli, report
 from lplb_triton.bench import trace as traces
 
 VOID = {"meta", "img"}
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 class Page(HTMLParser):
@@ -90,6 +96,28 @@ def test_it_needs_no_network(result):
     assert len(page.links) == 1 and page.links[0].startswith("data:image/png;base64,")
     image = Image.open(io.BytesIO(base64.b64decode(page.links[0].split(",")[1])))
     assert image.size == (12, 32)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_in_chromium(result, tmp_path):
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,3000"]
+    address = (result / "report.html").as_uri()
+    run = {"capture_output": True, "check": True, "timeout": 120, "env": dict(os.environ, LANG="C")}
+    dom = subprocess.run([CHROMIUM, *options, "--dump-dom", address], **run).stdout.decode()
+    # The browser's tree, not the file: nothing was dropped or moved by its parser.
+    source, shown = (Page(text) for text in ((result / "report.html").read_text("utf-8"), dom))
+    assert set(shown.ids) == set(source.ids)
+    for name in source.ids:
+        tags = [[tag for tag, _ in page.ids[name]] for page in (source, shown)]
+        assert tags[0] == [tag for tag in tags[1] if tag != "tbody" or "tbody" in tags[0]]
+    picture = tmp_path / "report.png"
+    subprocess.run([CHROMIUM, *options, f"--screenshot={picture}", address], **run)
+    with Image.open(picture) as image:
+        assert image.size == (1200, 3000)
+        colors = image.convert("RGB").getcolors(1 << 24)
+    # Text, lines and bars: more than a few colors, and most of the page is not one of them.
+    assert len(colors) > 100 and max(n for n, _ in colors) < 0.95 * 1200 * 3000
 
 
 def test_the_heat_map_shows_the_hot_expert():
