@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lplb_triton import topologies
+from lplb_triton import chain, topologies
 from lplb_triton.placement import Placement
 from lplb_triton.problem import Problem
 
@@ -162,8 +162,8 @@ def shape_placement(
     Parameters
     ----------
     shape : str
-        A topology's name (8 experts per rank), ``eplb:RANKS:SLOTS`` (EPLB by a lognormal
-        history) or ``random:RANKS:SLOTS`` (arbitrary copies).
+        A topology's name (8 experts per rank), ``eplb:RANKS:SLOTS`` or ``chain:RANKS:SLOTS``
+        (by a lognormal history) or ``random:RANKS:SLOTS`` (arbitrary copies).
     rng : numpy.random.Generator
         Source of the history or of the copies.
     n_experts : int or None
@@ -180,7 +180,7 @@ def shape_placement(
         If there is no such shape.
     """
     kind, _, rest = shape.partition(":")
-    if kind in ("eplb", "random"):
+    if kind in ("eplb", "chain", "random"):
         sizes = rest.split(":")
         if len(sizes) != 2 or not all(size.isdecimal() for size in sizes):
             raise ValueError(f"shape must be {kind}:RANKS:SLOTS, got {shape!r}")
@@ -193,6 +193,8 @@ def shape_placement(
         if kind == "random":
             return _random_copies(rng, ranks, n_logical, per_rank + slots)
         history = draw_loads("lognormal", rng, n_logical)
+        if kind == "chain":
+            return chain(history, ranks, redundant_per_rank=slots)
         return Placement.from_history(history, ranks, redundant_per_rank=slots)
     r2o = topologies.from_name(shape)
     ranks, slots = r2o.shape

@@ -66,7 +66,7 @@ def test_the_table_has_room_for_any_placement_of_its_sizes():
         assert int(tables.views["n_classes"][0]) > 0
 
 
-@pytest.mark.parametrize("shape", ["ring:8", "cube", "eplb:24:1"])
+@pytest.mark.parametrize("shape", ["ring:8", "cube", "eplb:24:1", "chain:16:1"])
 def test_most_plans_need_no_iteration(shape):
     rng = np.random.default_rng(5)
     placement = shape_placement(shape, rng)
