@@ -54,11 +54,13 @@ def test_the_packaged_table():
     assert beyond.rate == pytest.approx(advise.packaged(7168, 2048).rate)
 
 
-def test_overheads():
-    assert advise.overhead_us(8, 4096) == pytest.approx({"sync": 6.4, "run": 10.9})
-    assert advise.overhead_us(128, 128)["run"] == pytest.approx(2 * 41.2)
-    assert advise.overhead_us(8, 32768)["run"] == pytest.approx(2 * 16.6)
-    assert 9.8 < advise.overhead_us(16, 1000)["run"] < 16.8
+def test_overheads(monkeypatch):
+    monkeypatch.setattr(advise, "SYNC_US", 6.0)
+    monkeypatch.setattr(advise, "RUN_US", {8: (9.0, 10.0, 16.0), 32: (15.0, 17.0, 25.0)})
+    assert advise.overhead_us(8, 4096) == pytest.approx({"sync": 6.0, "run": 10.0})
+    assert advise.overhead_us(64, 128)["run"] == pytest.approx(2 * 15.0)
+    assert advise.overhead_us(8, 32768)["run"] == pytest.approx(2 * 16.0)
+    assert 9.0 < advise.overhead_us(16, 1000)["run"] < 17.0
 
 
 @pytest.mark.parametrize(
