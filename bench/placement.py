@@ -144,6 +144,8 @@ def judge(placement: Placement, test: torch.Tensor, device: torch.device) -> dic
     counts = test.sum(1)
     some = counts.sum(1) > 0
     counts, test = counts[some], test[some]
+    if not len(counts):
+        raise ValueError("test has no batch with tokens")
     if device.type == "cuda":
         solution = solve_counts(placement, counts, device)
     else:

@@ -297,6 +297,7 @@ def verify_sync(place: Place, kind: str) -> Row:
             row[f"{mode}_epochs"] = done
             row[f"{mode}_seconds"] = round(time.monotonic() - begun, 1)
             row[f"{mode}_wrong"] = place.total(int(wrong))
+            wrong.zero_()
     if row["eager_wrong"] or row["graph_wrong"]:
         raise timing.WrongAnswerError(f"sums were wrong: {row}")
     return row
@@ -392,8 +393,9 @@ def _same_again(place: Place, balancer: Balancer, batches: Sequence[torch.Tensor
             wrong += (out != want).any()
             place.idle()
             wrong += (balancer.run(idx) != want).any()
-    if place.total(int(wrong)):
-        raise timing.WrongAnswerError(f"ids of {int(wrong)} runs changed on rank {place.rank}")
+    changed = place.total(int(wrong))
+    if changed:
+        raise timing.WrongAnswerError(f"ids of {changed} runs changed, on all ranks together")
     return 2 * rounds * len(batches)
 
 

@@ -336,8 +336,8 @@ def _newton_in_memory(
 ):  # fmt: skip
     """`_newton` on what lies in memory: a function of its own, with registers of its own.
 
-    plan [G, n_columns] float32 is improved, -1 where there is no copy; scratch holds fixed
-    loads [G] and weights [n_columns] after G other words. Returns bound, iterations.
+    plan [n_ranks, n_columns] float32 is improved, -1 where there is no copy; scratch holds
+    fixed loads [n_ranks] and weights [n_columns] after n_ranks other words. Returns bound, iterations.
     """
     rank = tl.arange(0, G)
     col = tl.arange(0, C)

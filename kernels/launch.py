@@ -174,7 +174,7 @@ def _tile(n_ranks: int, n_columns: int) -> tuple[int, int]:
 
 
 def _newton_warps(ranks: int, columns: int) -> int:
-    """Warps for `solve`: the quickest on an H100 (docs/benchmarks.md)."""
+    """Warps for `solve`: the quickest of those tried on an H100."""
     if ranks == 8:
         return min(8, columns // 32)
     if ranks <= 32:
@@ -320,7 +320,7 @@ def _solve_counts_call(
     constants = (
         ranks, columns, max(2, slots), min(1024, max(32, copies)), SUM_ROWS, SUM_EXPERTS,
         32 * warps, _has_pdl(buffers.counts.device),
-        *(exchange.constants(warps) if exchange else (0, 0, 0, 0, 0)),
+        *(exchange.constants(warps) if exchange else (0, _exchange_block(n_logical), 0, 0, 0)),
     )  # fmt: skip
     options = _solve_options(warps)
     return _Call(_solve_counts_kernel, n_sums + n_group, args, constants, options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _quantize
+from lplb_triton.kernels.tiles import _add2, _inverse, _quantize, _shares
 
 # Classes of edges that balancing goes through before the interior-point method takes over,
 # sweeps before the next look at the plan, as a multiple of those before the last, and
@@ -107,25 +107,27 @@ def _balance(
 ):  # fmt: skip
     """Improve the plan ``units`` [G, C], with loads ``load``, until its gap is at most ``aim``.
 
-    x, shares in tokens by cell, and loads [G] float32 are scratch, in global memory, which a
+    x, shares in tokens by cell, and loads [n_ranks] float32 are scratch, in global memory, which a
     single multiprocessor keeps in its cache. The plan is looked at after 1, 3, 9, .. sweeps
     over all edges, or when its largest load is near the bound, and left after MOST_CLASSES
     classes of them. Returns units, largest load, bound.
     """
-    tl.store(x_ptr + cell, weights * (units.to(tl.float32) * (1.0 / SHARE_ONE)), mask=inside)
+    tl.store(x_ptr + cell, _shares(units) * weights, mask=inside)
     tl.store(loads_ptr + tl.arange(0, G), load, mask=rank_on)
     inverse = _inverse(tl.where(weights > 0, weights, 1.0))
     done = n_classes * 0
     while (
         (best_load - bound > best_load * aim) & (done * n_classes < MOST_CLASSES) & (n_classes > 0)
     ):
+        most = tl.cdiv(n_classes * 0 + MOST_CLASSES, n_classes)
+        end = tl.minimum(tl.maximum(done * GROWTH, 1), most)
         done = _sweep(
-            x_ptr, loads_ptr, edges_ptr, done, tl.maximum(done * GROWTH, 1), n_classes, width,
+            x_ptr, loads_ptr, edges_ptr, done, end, n_classes, width,
             n_ranks, best_load, bound, aim, G, LANES,
         )  # fmt: skip
         shares = tl.load(x_ptr + cell, mask=inside, other=0.0) * inverse
         new_units = _quantize(shares, rank, last)
-        load = fixed + tl.sum(new_units.to(tl.float32) * (weights * (1.0 / SHARE_ONE)), 1)
+        load = fixed + tl.sum(_shares(new_units) * weights, 1)
         new_load = tl.max(load)
         bound = tl.maximum(bound, _cut_bound(load, fixed, weights, copy, rank_on))
         better = new_load < best_load

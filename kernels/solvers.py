@@ -11,10 +11,10 @@ import triton.language as tl
 from lplb_triton.kernels.interior_point import _newton, _newton_in_memory
 from lplb_triton.kernels.levelling import _balance
 from lplb_triton.kernels.sync import _sum_over_ranks
-from lplb_triton.kernels.tiles import SHARE_ONE, _column_sum, _max_add_max, _quantize
+from lplb_triton.kernels.tiles import SHARE_ONE, _column_sum, _max_add_max, _quantize, _shares
 from lplb_triton.kernels.tokens import (
     _await_previous,
-    _load_counts,
+    _await_counts,
     _start_dependents,
     _sum_rows,
 )
@@ -60,13 +60,12 @@ def _solve_group(
     inf = float("inf")
     copy = units > 0
     rank = tl.arange(0, G)[:, None]
-    weight_units = weights * (1.0 / SHARE_ONE)
-    load = fixed + tl.sum(units.to(tl.float32) * weight_units, 1)
+    load = fixed + tl.sum(_shares(units) * weights, 1)
     max_load, total, bound = tl.reduce((load, load, fixed), 0, _max_add_max)
     invalid = (total < inf) == 0
     max_load = tl.where(invalid, 0.0, max_load)
     bound = tl.where(invalid, 0.0, tl.maximum(bound, total / n_ranks.to(tl.float32)))
-    aim = tolerance * TARGET_PART
+    aim = (tolerance - BOUND_ALLOWANCE) * TARGET_PART
     if LANES > 0:
         units, max_load, bound = _balance(
             units, max_load, bound, load, weights, fixed, copy, rank, last, rank_on,
@@ -74,7 +73,7 @@ def _solve_group(
         )  # fmt: skip
     iterations = max_iterations * 0
     if max_load - bound > max_load * aim:
-        plan = units.to(tl.float32) * (1.0 / SHARE_ONE)
+        plan = _shares(units)
         if LANES > 0:
             col = tl.arange(0, C)
             row = tl.arange(0, G)
@@ -96,7 +95,7 @@ def _solve_group(
                 aim, max_iterations, G, C,
             )  # fmt: skip
         units = _quantize(plan, rank, last)
-        max_load = tl.max(fixed + tl.sum(units.to(tl.float32) * weight_units, 1))
+        max_load = tl.max(fixed + tl.sum(_shares(units) * weights, 1))
     lower_bound = tl.minimum(bound * (1.0 - BOUND_ALLOWANCE), max_load)
     gap = (max_load - lower_bound) / tl.where(max_load > 0, max_load, 1.0)
     status = tl.where(gap <= tolerance, STATUS_CERTIFIED, STATUS_GAP)
@@ -160,8 +159,7 @@ def _solve_lp_kernel(
         tolerance, max_iterations,
         shares_ptr, stats_ptr, ints_ptr, 0, 0, n_columns, cell, inside, G, C, 0,
     )  # fmt: skip
-    shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
-    tl.store(shares_ptr + program * n_ranks * n_columns + cell, shares, mask=inside)
+    tl.store(shares_ptr + program * n_ranks * n_columns + cell, _shares(units), mask=inside)
     _store_certificate(
         stats_ptr, ints_ptr, program, tl.num_programs(0),
         max_load, lower_bound, gap, iterations, status,
@@ -169,9 +167,12 @@ def _solve_lp_kernel(
 
 
 @triton.jit
-def _counts_of(counts_ptr, expert, wait):
-    """Load counts (see `_load_counts`); what is missing comes out infinite."""
-    counts = _load_counts(counts_ptr, expert, wait)
+def _counts_of(counts_ptr, expert):
+    """Load counts of experts, 0 where there is none (-1), never from a stale line of a cache.
+
+    Counts below 0, of a failed exchange, come out infinite.
+    """
+    counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
     return tl.where(counts < 0, float("inf"), counts.to(tl.float32))
 
 
@@ -274,8 +275,10 @@ def _solve_counts_kernel(
         cell_ptrs = shared_cells_ptr + group * n_shared + at
         shared = tl.load(shared_ptrs, mask=at < n_shared, other=-1)
         shared_cell = tl.load(cell_ptrs, mask=at < n_shared, other=-1)
-        wait = n_sums > 0
         _await_previous(PDL)
+        complete = tl.full((), 1, tl.int1)
+        if n_sums > 0:
+            complete = _await_counts(counts_ptr, n_logical, BLOCK)
         if CHANNELS > 0:
             # Only this program waits for other ranks, and the next kernel of the stream, which
             # would wait for it, takes no room on the GPU before they have come: whatever a rank
@@ -283,15 +286,15 @@ def _solve_counts_kernel(
             _sum_over_ranks(
                 counts_ptr, total_ptr, gathered_ptr,
                 addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
-                own_rank, n_peers, capacity, timeout_ms, channel, n_logical,
-                CHANNELS, BLOCK, GATHER, CLOCK, PEER_LANES, True,
+                own_rank, n_peers, capacity, timeout_ms, channel, n_logical, complete,
+                CHANNELS, BLOCK, GATHER, CLOCK, PEER_LANES,
             )  # fmt: skip
             _start_dependents(PDL)
             tl.debug_barrier()
             counts_ptr = total_ptr
-            wait = False
-        fixed = tl.sum(_counts_of(counts_ptr, expert, wait), 1)
-        weights = _counts_of(counts_ptr, member, wait)
+        fixed = tl.sum(_counts_of(counts_ptr, expert), 1)
+        fixed = tl.where(complete, fixed, float("inf"))
+        weights = _counts_of(counts_ptr, member)
         if longest > 1:
             start_ptrs = column_start_ptr + group * (n_columns + 1) + col
             first = tl.load(start_ptrs, mask=col_on, other=0)
@@ -299,7 +302,7 @@ def _solve_counts_kernel(
             for j in range(1, longest):
                 there = first + j < end
                 member = tl.load(column_members_ptr + first + j, mask=there, other=-1)
-                weights += _counts_of(counts_ptr, member, wait)
+                weights += _counts_of(counts_ptr, member)
 
         units, max_load, lower_bound, gap, iterations, status = _solve_group(
             weights[None, :], fixed, units, last[None, :], rank_on, n_ranks,
@@ -309,8 +312,7 @@ def _solve_counts_kernel(
             cell, inside, G, C, LANES,
         )  # fmt: skip
         tl.store(units_ptr + group * n_cells + cell, tl.cumsum(units, 0), mask=inside)
-        shares = units.to(tl.float32) * (1.0 / SHARE_ONE)
-        tl.store(group_shares_ptr + cell, shares, mask=inside)
+        tl.store(group_shares_ptr + cell, _shares(units), mask=inside)
         tl.debug_barrier()
         for block in range(0, n_shared, COPIES):
             _store_cumulative(

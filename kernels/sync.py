@@ -10,8 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.tokens import _load_counts
-
 # Words (int32) of a row's header and of a channel's line of flags.
 HEADER = tl.constexpr(4)
 FLAGS = tl.constexpr(128)
@@ -49,13 +47,9 @@ def _now(lane):
 @triton.jit
 def _publish(
     counts_ptr, addresses_ptr, first_word, row_words, rank, n_ranks, n, epoch, version,
-    BLOCK: tl.constexpr, WAIT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write this rank's row of a slot into every rank's buffer; returns whether it is complete.
-
-    With WAIT it may not be: counts that another program writes may fail to come.
-    """
-    complete = tl.full((), 1, tl.int1)
+    """Write this rank's row of a slot into every rank's buffer."""
     word = tl.arange(0, HEADER)
     header = tl.where(word == 0, epoch, tl.where(word == 1, version, tl.where(word == 2, n, 0)))
     for first_peer in range(0, n_ranks, ROWS):
@@ -68,12 +62,9 @@ def _publish(
         tl.store(row + word[None, :], header[None, :] + to_all, mask=there)
         for first in range(0, n, BLOCK):
             at = first + tl.arange(0, BLOCK)
-            values = _load_counts(counts_ptr, tl.where(at < n, at, -1), WAIT)
-            if WAIT:
-                complete &= tl.min(values) >= 0
+            values = tl.load(counts_ptr + at, mask=at < n, other=0, volatile=True)
             mask = there & (at < n)[None, :]
             tl.store(row + HEADER + at[None, :], values[None, :] + to_all, mask=mask)
-    return complete
 
 
 @triton.jit
@@ -148,14 +139,14 @@ def _sum_rows_of_ranks(
 @triton.jit
 def _give_up(
     counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n,
-    BLOCK: tl.constexpr, GATHER: tl.constexpr, WAIT: tl.constexpr,
+    BLOCK: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """Write what a failed call returns: no total, and nobody's counts but this rank's."""
     for first in range(0, n, BLOCK):
         at = first + tl.arange(0, BLOCK)
         tl.store(total_ptr + at, tl.full((BLOCK,), NO_COUNT, tl.int32), mask=at < n)
         if GATHER:
-            own = _load_counts(counts_ptr, tl.where(at < n, at, -1), WAIT)
+            own = tl.load(counts_ptr + at, mask=at < n, other=0, volatile=True)
             for row in range(0, n_ranks):
                 tl.store(gathered_ptr + row * n + at, tl.where(row == rank, own, 0), mask=at < n)
 
@@ -180,9 +171,9 @@ def _report(
 def _sum_over_ranks(
     counts_ptr, total_ptr, gathered_ptr,
     addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
-    rank, n_ranks, capacity, timeout_ms, channel, n,
+    rank, n_ranks, capacity, timeout_ms, channel, n, complete,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, CLOCK: tl.constexpr,
-    LANES: tl.constexpr, WAIT: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """Sum ``counts`` [n] over the ranks into ``total`` [n]; both int32.
 
@@ -190,8 +181,8 @@ def _sum_over_ranks(
     addresses [n_ranks] int64, where each rank's buffer is; gates and epochs [CHANNELS] and
     version [1] int32, this rank's own; status [STATUS_RANKS + 3 n_ranks] int64 in pinned host
     memory. A buffer is [CHANNELS, FLAGS + 2 * n_ranks * (HEADER + capacity)] int32, at first zero.
-    ``version`` must be the same on all ranks. One program calls this, with LANES threads. With
-    WAIT, other programs are still writing the counts (see `_load_counts`).
+    ``version`` must be the same on all ranks. One program calls this, with LANES threads, once
+    its counts are there; if not all of them came, not ``complete``, it takes no part.
 
     What it writes other threads may read after a barrier.
     """
@@ -209,9 +200,9 @@ def _sum_over_ranks(
     their_n = tl.zeros((LANES,), dtype=tl.int32)
     if gate == IDLE:
         slot_word = channel * channel_words + FLAGS + (epoch & 1) * n_ranks * row_words
-        complete = _publish(
+        _publish(
             counts_ptr, addresses_ptr, slot_word, row_words, rank, n_ranks, n, epoch, version,
-            BLOCK, WAIT,
+            BLOCK,
         )  # fmt: skip
         # The release below covers other threads' stores only because all of them are here first.
         tl.debug_barrier()
@@ -247,7 +238,7 @@ def _sum_over_ranks(
                 tl.store(epochs_ptr + channel, epoch)
                 tl.atomic_cas(gates_ptr + channel, BUSY, IDLE, sem="release", scope="gpu")
     if (fault != 0) | (gate == POISONED):
-        _give_up(counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n, BLOCK, GATHER, WAIT)
+        _give_up(counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n, BLOCK, GATHER)
     if fault != 0:
         _report(status_ptr, 0, n_ranks, epoch, channel, blamed, their_version, their_n, LANES)
         tl.debug_barrier()
@@ -277,8 +268,8 @@ def _sum_over_ranks_kernel(
     _sum_over_ranks(
         counts_ptr, total_ptr, gathered_ptr,
         addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
-        rank, n_ranks, capacity, timeout_ms, channel, n,
-        CHANNELS, BLOCK, GATHER, CLOCK, LANES, False,
+        rank, n_ranks, capacity, timeout_ms, channel, n, tl.full((), 1, tl.int1),
+        CHANNELS, BLOCK, GATHER, CLOCK, LANES,
     )  # fmt: skip
 
 
@@ -310,6 +301,6 @@ def _sum_gathered_kernel(
     if tl.sum(wrong) == 0:
         _sum_rows_of_ranks(rows_ptr, row_words, total_ptr, gathered_ptr, n_ranks, n, BLOCK, GATHER)
     else:
-        _give_up(counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n, BLOCK, GATHER, False)
+        _give_up(counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n, BLOCK, GATHER)
         tl.debug_barrier()
         tl.store(status_ptr, tl.full((), FAULT_MISMATCH, tl.int64))

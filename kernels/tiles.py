@@ -49,3 +49,9 @@ def _quantize(shares, rank, last):
     upto = tl.where(rank >= last, SHARE_ONE, tl.minimum(upto, SHARE_ONE))
     before = tl.where(rank > last, SHARE_ONE, before)
     return upto - before
+
+
+@triton.jit
+def _shares(units):
+    """Units of 2**-24 as float32, exactly."""
+    return units.to(tl.float32) * (1.0 / SHARE_ONE)

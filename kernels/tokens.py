@@ -100,19 +100,23 @@ def _sum_rows(
 
 
 @triton.jit
-def _load_counts(counts_ptr, expert, wait):
-    """Load counts of experts, 0 where there is none (-1), never from a stale line of a cache.
+def _await_counts(counts_ptr, n, BLOCK: tl.constexpr):
+    """Wait until all ``n`` counts are there; returns whether they are, the same in all threads.
 
-    With ``wait`` until all are there: `_count_kernel` left -1 in their places, which is what is
-    still missing after MOST_POLLS looks.
+    `_count_kernel` left -1 in their places; MOST_POLLS looks take seconds. What a thread saw
+    meanwhile it must not use: another may have seen more. Loads after this find the counts.
     """
-    counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
-    if wait:
+    complete = tl.full((), 1, tl.int1)
+    for first in range(0, n, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        least = tl.full((), -1, tl.int32)
         polls = tl.full((), 0, tl.int32)
-        while (tl.min(counts) < 0) & (polls < MOST_POLLS):
+        while complete & (least < 0) & (polls < MOST_POLLS):
             polls += 1
-            counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
-    return counts
+            least = tl.min(tl.load(counts_ptr + at, mask=at < n, other=0, volatile=True))
+        complete = complete & (least >= 0)
+    tl.debug_barrier()
+    return complete
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_logical"])

@@ -187,9 +187,11 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
     z = START_CENTERING * (s * y).mean(1)[:, None, None] / x
     n_products = active.sum((1, 2)) + ranks
     iterations = torch.zeros(len(w), dtype=torch.int32, device=w.device)
+    # In float32 the bound itself carries round-off; take off more than that can be.
+    allowance = 2.0**-20 if dtype == torch.float32 else 2.0**-46
 
     for _ in range(max_iterations):
-        running = best_load - bound > TARGET_PART * tolerance * best_load
+        running = best_load - bound > TARGET_PART * (tolerance - allowance) * best_load
         if not bool(running.any()):
             break
         iterations += running.int()
@@ -229,8 +231,6 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
     units = quantize_shares(best, mask)
     shares = units.double() / (1 << SHARE_BITS)
     max_load = (fixed + (weights.unsqueeze(1) * shares).sum(2)).amax(1)
-    # In float32 the bound itself carries round-off; take off more than that can be.
-    allowance = 2.0**-20 if dtype == torch.float32 else 2.0**-46
     lower = torch.minimum(bound.double() * unit[:, 0] * (1.0 - allowance), max_load)
     gap = torch.where(max_load > 0, (max_load - lower) / max_load.clamp(min=1e-300), 0.0)
     status = torch.where(gap <= tolerance, int(Status.CERTIFIED), int(Status.GAP))

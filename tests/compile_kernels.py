@@ -19,7 +19,7 @@ from lplb_triton.kernels import launch, quotas, solvers, sync, tokens
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64"}
 POINTERS |= {"addresses_ptr": "*i64", "traffic_ptr": "*i64"}
-FLOATS = ("scratch_ptr", "plan_ptr", "weights_ptr", "fixed_ptr", "shares_ptr", "stats_ptr")
+FLOATS = ("scratch_ptr", "weights_ptr", "fixed_ptr", "shares_ptr", "stats_ptr")
 
 
 def signature(kernel, constants):
@@ -51,7 +51,7 @@ def jobs(capability):
             "LANES": 32 * warps,
             "PDL": capability >= 90,
         }
-        none = {"CHANNELS": 0, "BLOCK": 0, "GATHER": 0, "CLOCK": 0, "PEER_LANES": 0}
+        none = {"CHANNELS": 0, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": 0, "CLOCK": 0, "PEER_LANES": 0}
         yield solvers._solve_counts_kernel, {**constants, **none}, options
         for gather in {8: (0, 1), 32: (0,)}.get(ranks, ()):
             given = {**constants, **exchange(gather), "PEER_LANES": 32 * warps}

@@ -137,11 +137,16 @@ class TestDegenerate:
         assert float(solution.max_load[0]) == pytest.approx(6, rel=1e-6)
         assert solution.iterations.tolist() == [0]
 
-    @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+    @pytest.mark.parametrize("scale", [1e-36, 1e-12, 1.0, 1e12])
     def test_unit_of_load_does_not_matter(self, backend, scale):
         problem = make([7 * scale, 5 * scale], [scale, 0, 3 * scale], [[0, 1], [1, 2]])
         solution = solve(problem, backend=backend)
         assert_sound(problem, solution, 1e-3)
+
+    def test_the_allowance_for_round_off_is_aimed_at_too(self, backend):
+        problem = make([2], [1 + 3.8e-5, 1], [[0, 1]])
+        solution = solve(problem, tolerance=1e-5, backend=backend)
+        assert solution.status.tolist() == [Status.CERTIFIED]
 
     def test_iteration_bound_leaves_a_feasible_honest_plan(self, backend):
         rng = np.random.default_rng(0)

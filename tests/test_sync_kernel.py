@@ -547,7 +547,9 @@ class TestPipelinesOnOneGpu:
             torch.cuda._sleep(int(torch.randint(0, 100_000, ())))
 
     @pytest.mark.parametrize("quotas", ["local", "global"])
-    @pytest.mark.parametrize("make", [partial(ring_of_two, 256), eplb_of_three, two_rings])
+    @pytest.mark.parametrize(
+        "make", [partial(ring_of_two, 256), partial(ring_of_two, 64), eplb_of_three, two_rings]
+    )
     def test_many_batches_with_delays(self, make, quotas):
         team, streams, batches, expected = self.start(make, quotas)
         wrong = torch.zeros(len(streams), dtype=torch.int64, device=DEVICE)
