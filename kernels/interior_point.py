@@ -337,7 +337,8 @@ def _newton_in_memory(
     """`_newton` on what lies in memory: a function of its own, with registers of its own.
 
     plan [n_ranks, n_columns] float32 is improved, -1 where there is no copy; scratch holds
-    fixed loads [n_ranks] and weights [n_columns] after n_ranks other words. Returns bound, iterations.
+    fixed loads [n_ranks] and weights [n_columns] after n_ranks other words. Returns bound and
+    iterations.
     """
     rank = tl.arange(0, G)
     col = tl.arange(0, C)

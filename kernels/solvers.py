@@ -13,8 +13,8 @@ from lplb_triton.kernels.levelling import _balance
 from lplb_triton.kernels.sync import _sum_over_ranks
 from lplb_triton.kernels.tiles import SHARE_ONE, _column_sum, _max_add_max, _quantize, _shares
 from lplb_triton.kernels.tokens import (
-    _await_previous,
     _await_counts,
+    _await_previous,
     _start_dependents,
     _sum_rows,
 )

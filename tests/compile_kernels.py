@@ -51,7 +51,8 @@ def jobs(capability):
             "LANES": 32 * warps,
             "PDL": capability >= 90,
         }
-        none = {"CHANNELS": 0, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": 0, "CLOCK": 0, "PEER_LANES": 0}
+        none = {"CHANNELS": 0, "BLOCK": launch.EXCHANGE_BLOCK}
+        none |= {"GATHER": 0, "CLOCK": 0, "PEER_LANES": 0}
         yield solvers._solve_counts_kernel, {**constants, **none}, options
         for gather in {8: (0, 1), 32: (0,)}.get(ranks, ()):
             given = {**constants, **exchange(gather), "PEER_LANES": 32 * warps}
