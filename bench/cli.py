@@ -112,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (_UsageError, tables.MissingExtraError) as error:
         print(f"lplb-bench: error: {error}", file=sys.stderr)
         return USAGE
+    except timing.WrongAnswerError as error:
+        print(f"lplb-bench: wrong answer, not timed: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("lplb-bench: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -858,26 +861,22 @@ def _solve(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     rows, peers, groups = [], [], None
     total = len(args.shapes) * (6 * args.per_family + args.peers) + 1
-    try:
-        with tables.progress_bar("instances", total) as advance:
-            for shape in args.shapes:
-                workload = timing.draw_workload(shape, args.per_family, args.seed)
-                common = {"tolerance": args.tolerance, "progress": advance}
-                rows.append(timing.solve_row(workload, timer, device, **common))
-                if args.peers:
-                    peers.append(timing.peer_row(workload, timer, device, **common))
-            if "cube" in args.shapes:
-                groups = timing.groups_row(
-                    timer,
-                    device,
-                    tolerance=args.tolerance,
-                    per_family=min(args.per_family, 5),
-                    seed=args.seed,
-                )
-            advance()
-    except timing.WrongAnswerError as error:
-        print(f"lplb-bench: wrong answer, not timed: {error}", file=sys.stderr)
-        return FAILED
+    with tables.progress_bar("instances", total) as advance:
+        for shape in args.shapes:
+            workload = timing.draw_workload(shape, args.per_family, args.seed)
+            common = {"tolerance": args.tolerance, "progress": advance}
+            rows.append(timing.solve_row(workload, timer, device, **common))
+            if args.peers:
+                peers.append(timing.peer_row(workload, timer, device, **common))
+        if "cube" in args.shapes:
+            groups = timing.groups_row(
+                timer,
+                device,
+                tolerance=args.tolerance,
+                per_family=min(args.per_family, 5),
+                seed=args.seed,
+            )
+        advance()
     report = {
         "command": "solve",
         "options": {
@@ -904,27 +903,23 @@ def _pipeline(args: argparse.Namespace) -> int:
     rows, first_calls = [], []
     bandwidth = timing.copy_bandwidth(timer, device)
     total = len(args.shapes) * (len(args.tokens) + args.first_call)
-    try:
-        with tables.progress_bar("rows", total) as advance:
-            for shape in args.shapes:
-                for tokens in args.tokens:
-                    rows.append(
-                        timing.pipeline_row(
-                            shape,
-                            tokens,
-                            timer,
-                            device,
-                            tolerance=args.tolerance,
-                            bandwidth=bandwidth,
-                        )
+    with tables.progress_bar("rows", total) as advance:
+        for shape in args.shapes:
+            for tokens in args.tokens:
+                rows.append(
+                    timing.pipeline_row(
+                        shape,
+                        tokens,
+                        timer,
+                        device,
+                        tolerance=args.tolerance,
+                        bandwidth=bandwidth,
                     )
-                    advance()
-                if args.first_call:
-                    first_calls.append(timing.first_call_row(shape))
-                    advance()
-    except timing.WrongAnswerError as error:
-        print(f"lplb-bench: wrong answer, not timed: {error}", file=sys.stderr)
-        return FAILED
+                )
+                advance()
+            if args.first_call:
+                first_calls.append(timing.first_call_row(shape))
+                advance()
     report = {
         "command": "pipeline",
         "options": {

@@ -25,9 +25,6 @@ SUM_ROWS = 256
 SUM_EXPERTS = 4
 # Counts that one pass of an exchange between ranks handles.
 EXCHANGE_BLOCK = 256
-# A thread that fuses its own product into a sum over lanes rounds differently from the lane
-# that sends it. All threads must hold the same bits: they take the same branches by them.
-SOLVE_OPTIONS = {"enable_fp_fusion": False}
 
 # Compiled kernels by what they were compiled for. Triton's own launch looks at every argument
 # anew; nothing here is specialised on values or alignment, so the dtypes say it all.
@@ -188,11 +185,13 @@ def _solve_warps(ranks: int, columns: int) -> int:
 
 
 def _solve_options(warps: int) -> dict[str, Any]:
-    """Compile with that many warps and every register that each may have.
+    """Compile with that many warps, every register that each may have, and no fused products.
 
-    Left to itself ptxas takes half of them for the largest tiles, and spills.
+    Left to itself ptxas takes half of the registers for the largest tiles, and spills. A thread
+    that fuses its own product into a sum over lanes rounds differently from the lane that sends
+    it. All threads must hold the same bits: they take the same branches by them.
     """
-    options = {"num_warps": warps, **SOLVE_OPTIONS}
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
     if warps == 16 and torch.version.hip is None:
         options["maxnreg"] = 128
     return options
@@ -284,14 +283,13 @@ class Exchange(NamedTuple):
             self.rank, self.addresses.numel(), self.capacity, self.timeout_ms, channel,
         )  # fmt: skip
 
-    def constants(self, warps: int) -> tuple[int, ...]:
-        """Channels, block, whether to gather, whether there is a clock, and threads."""
+    def constants(self) -> tuple[int, ...]:
+        """Channels, block, whether to gather, and whether there is a clock."""
         return (
             self.gates.numel(),
             _exchange_block(self.total.numel()),
             int(self.gathered is not None),
             int(not is_interpreted()),
-            32 * warps,
         )
 
 
@@ -320,7 +318,7 @@ def _solve_counts_call(
     constants = (
         ranks, columns, max(2, slots), min(1024, max(32, copies)), SUM_ROWS, SUM_EXPERTS,
         32 * warps, _has_pdl(buffers.counts.device),
-        *(exchange.constants(warps) if exchange else (0, _exchange_block(n_logical), 0, 0, 0)),
+        *(exchange.constants() if exchange else (0, _exchange_block(n_logical), 0, 0)),
     )  # fmt: skip
     options = _solve_options(warps)
     return _Call(_solve_counts_kernel, n_sums + n_group, args, constants, options)

@@ -44,8 +44,8 @@ def channel_words(n_ranks: int, capacity: int) -> int:
 def sum_over_ranks(counts: torch.Tensor, exchange: Exchange, channel: int) -> None:
     """Exchange ``counts`` [n] int32 with all ranks, in a launch of its own."""
     args = (counts, *exchange.args(channel), counts.numel())
-    options = {"num_warps": WARPS}
-    _launch(_Call(_sum_over_ranks_kernel, 1, args, exchange.constants(WARPS), options))
+    constants = (*exchange.constants(), 32 * WARPS)
+    _launch(_Call(_sum_over_ranks_kernel, 1, args, constants, {"num_warps": WARPS}))
 
 
 def sum_gathered(

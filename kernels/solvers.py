@@ -221,7 +221,6 @@ def _solve_counts_kernel(
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, CLOCK: tl.constexpr,
-    PEER_LANES: tl.constexpr,
 ):  # fmt: skip
     """Solve the groups of one batch, straight from counts by logical expert.
 
@@ -231,7 +230,7 @@ def _solve_counts_kernel(
     cumulative share of every copy (equation 12). Programs that sum wait for none, so the
     waiting ends whatever else is on the GPU. With CHANNELS above 0, for one group and
     ``n_sums`` > 0, those counts are this rank's, and the group's program sums them over ranks
-    first: arguments from total_ptr on are as for `_sum_over_ranks`, with PEER_LANES threads.
+    first: arguments from total_ptr on are as for `_sum_over_ranks`.
     Otherwise they aren't looked at.
 
     Shapes as in ``placement.Structure``; running [n_rows, n_logical] and counts [n_logical]
@@ -287,7 +286,7 @@ def _solve_counts_kernel(
                 counts_ptr, total_ptr, gathered_ptr,
                 addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
                 own_rank, n_peers, capacity, timeout_ms, channel, n_logical, complete,
-                CHANNELS, BLOCK, GATHER, CLOCK, PEER_LANES,
+                CHANNELS, BLOCK, GATHER, CLOCK, LANES,
             )  # fmt: skip
             _start_dependents(PDL)
             tl.debug_barrier()

@@ -51,12 +51,10 @@ def jobs(capability):
             "LANES": 32 * warps,
             "PDL": capability >= 90,
         }
-        none = {"CHANNELS": 0, "BLOCK": launch.EXCHANGE_BLOCK}
-        none |= {"GATHER": 0, "CLOCK": 0, "PEER_LANES": 0}
+        none = {"CHANNELS": 0, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": 0, "CLOCK": 0}
         yield solvers._solve_counts_kernel, {**constants, **none}, options
         for gather in {8: (0, 1), 32: (0,)}.get(ranks, ()):
-            given = {**constants, **exchange(gather), "PEER_LANES": 32 * warps}
-            yield solvers._solve_counts_kernel, given, options
+            yield solvers._solve_counts_kernel, {**constants, **exchange(gather)}, options
     bins = {"BINS": 256, "PDL": capability >= 90}
     yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 2}
     rows = {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS}
