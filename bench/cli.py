@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -988,11 +987,7 @@ def _ep(args: argparse.Namespace) -> int:
     sizes = dataclasses.replace(run_ep.SIZES[args.device], **given)
     kinds = args.kinds or (run_ep.KINDS if on_gpu else ("distributed",))
     begin = time.perf_counter()
-    sections = run_ep.run(
-        ranks, args.device, sizes, sections=args.sections, kinds=kinds, seconds=args.seconds,
-        say=partial(print, file=sys.stderr, flush=True),
-    )  # fmt: skip
-    report = {
+    report: dict[str, Any] = {
         "command": "ep",
         "options": {
             "ranks": ranks,
@@ -1001,9 +996,23 @@ def _ep(args: argparse.Namespace) -> int:
             **{name: getattr(sizes, name) for name in ("epochs", "tokens", "replays")},
         },
         "environment": {**_environment(args.device), **_communication(args.device)},
-        "seconds": time.perf_counter() - begin,
-        "sections": sections,
+        "seconds": 0.0,
+        "sections": {},
     }
+    sections: dict[str, Any] = report["sections"]
+
+    def after(name: str, figures: dict[str, Any]) -> None:
+        print(f"{name}: {run_ep.outcome(figures)}", file=sys.stderr, flush=True)
+        sections[name] = figures
+        report["seconds"] = time.perf_counter() - begin
+        # A run that is cut short keeps the figures of the sections before.
+        if args.json not in (None, "-"):
+            _write(Path(args.json), _json(report).encode())
+
+    run_ep.run(
+        ranks, args.device, sizes, sections=args.sections, kinds=kinds, seconds=args.seconds,
+        after=after,
+    )  # fmt: skip
     _finish_timed(args, report, tables.ep_grids(report))
     return FAILED if any("failed" in row for row in sections.values()) else OK
 
@@ -1307,13 +1316,17 @@ def _make_folder(path: Path | None) -> None:
 
 def _write_report(report: dict[str, Any], path: str, target: Console) -> None:
     """Write the JSON to a file, or to stdout for a dash."""
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    text = _json(report)
     if path == "-":
         sys.stdout.write(text)
         sys.stdout.flush()
     else:
         _write(Path(path), text.encode())
         target.print(f"figures: {path}", markup=False, soft_wrap=True)
+
+
+def _json(report: dict[str, Any]) -> str:
+    return json.dumps(report, indent=1, allow_nan=False) + "\n"
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -940,8 +940,7 @@ def _ep_training(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
                     "no LP" if part is None else f"{part:.2%}",
                 )
             )
-        if "reversed_difference" in row:
-            losses.append((routing, "reversed", "", f"{row['reversed_difference']:.1e}", ""))
+        losses.append((routing, "reversed", "", f"{row['reversed_difference']:.1e}", ""))
     s = next(iter(rows.values()))["settings"]
     return [
         Grid(
@@ -959,11 +958,12 @@ def _ep_training(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
         ),
         Grid(
             "Losses of the same runs",
-            ("routing", "run", "last loss", "largest difference", "certified"),
+            ("routing", "run", "last loss", "difference", "certified"),
             losses,
             (
-                "largest difference: of a step's loss from that of none, over all steps. reversed: "
-                "none with its gradients summed over tokens in the opposite order.",
+                "difference: of the losses from those of none, root of the mean square over "
+                "the steps. reversed: none with its gradients summed over tokens in the opposite "
+                "order.",
             ),
         ),
     ]

@@ -30,7 +30,7 @@ _Float = NDArray[np.float32]
 _Double = NDArray[np.float64]
 
 # Samples and trials where none are asked for.
-CPU_EFFORT, GPU_EFFORT = (256, 2000), (512, 120 * CANDIDATES)
+CPU_EFFORT, GPU_EFFORT = (256, 2000), (512, 96 * CANDIDATES)
 # Batches that tell how loads fluctuate; with fewer, `dispersion` does.
 MIN_BATCHES = 8
 # Powers of the fluctuations in synthetic batches: the next is for placements whose mean optimum

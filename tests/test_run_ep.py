@@ -161,7 +161,7 @@ def test_the_gate_holds_loads_against_the_bound(monkeypatch):
 
 def job(tmp_path, **changes):
     training = {**CPU.training, "steps": 3, "skip": 1, **changes}
-    sizes = replace(CPU, parity=-1.0, training=training)
+    sizes = replace(CPU, parity=-1.0, noise=0.0, training=training)
     return run_ep.Job("train", "skewed", 2, "cpu", sizes, str(tmp_path))
 
 
@@ -186,11 +186,27 @@ def test_nothing_starts_without_time_left(capsys):
     assert "kill:distributed failed: no time left" in printed.out
 
 
+def test_a_run_that_is_cut_short_keeps_what_it_found(monkeypatch, tmp_path):
+    def section(job, seconds):
+        if job.section == "kill":
+            raise KeyboardInterrupt
+        return {"seconds": 1.0, "failed": "on purpose"}
+
+    monkeypatch.setattr(run_ep, "run_section", section)
+    path = tmp_path / "ep.json"
+    run_ep.main(["--device", "cpu", "--sections", "time,kill", "--json", str(path)])
+    found = json.loads(path.read_text())["sections"]
+    assert found == {"time:distributed": {"seconds": 1.0, "failed": "on purpose"}}
+
+
 def test_what_cannot_run_is_named(monkeypatch, tmp_path):
     lines = []
 
     def skipped(device, sections, kinds):
-        found = run_ep.run(2, device, CPU, sections=sections, kinds=kinds, say=lines.append)
+        found = run_ep.run(
+            2, device, CPU, sections=sections, kinds=kinds,
+            after=lambda name, row: lines.append(f"{name}: {run_ep.outcome(row)}"),
+        )  # fmt: skip
         return {name: row["skipped"] for name, row in found.items()}
 
     assert skipped("cpu", ("kill",), ("nvshmem",)) == {"kill:nvshmem": "needs GPUs"}
