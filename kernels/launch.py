@@ -284,7 +284,7 @@ class Exchange(NamedTuple):
         )  # fmt: skip
 
     def constants(self) -> tuple[int, ...]:
-        """Channels, block, whether to gather, and whether there is a clock."""
+        """Channels, block, whether to gather, and whether this is a GPU."""
         return (
             self.gates.numel(),
             _exchange_block(self.total.numel()),
@@ -294,7 +294,8 @@ class Exchange(NamedTuple):
 
 
 def _exchange_block(n: int) -> int:
-    return min(EXCHANGE_BLOCK, _bins(n))
+    # A tile of eight rows has a word for each of 512 threads.
+    return min(EXCHANGE_BLOCK, max(64, _bins(n)))
 
 
 def _solve_counts_call(

@@ -13,16 +13,18 @@ from lplb_triton.kernels.sync import (
     FAULT_ABSENT,
     FAULT_MISMATCH,
     FAULT_OVERLAP,
-    FLAGS,
+    GATHERED_HEADER,
     HEADER,
+    MOST_RANKS,
     STATUS_RANKS,
     WARPS,
     _sum_gathered_kernel,
     _sum_over_ranks_kernel,
 )
 
-MAX_RANKS = int(FLAGS.value)
+MAX_RANKS = int(MOST_RANKS.value)
 HEADER_WORDS = int(HEADER.value)
+GATHERED_HEADER_WORDS = int(GATHERED_HEADER.value)
 STATUS_FIRST = int(STATUS_RANKS.value)
 FAULTS = {
     int(FAULT_ABSENT.value): "absent",
@@ -37,8 +39,8 @@ def status_words(n_ranks: int) -> int:
 
 
 def channel_words(n_ranks: int, capacity: int) -> int:
-    """int32 words of one channel in a rank's buffer; ``capacity`` is a multiple of 4."""
-    return MAX_RANKS + 2 * n_ranks * (HEADER_WORDS + capacity)
+    """64-bit words of one channel in a rank's buffer."""
+    return 2 * n_ranks * (HEADER_WORDS + capacity)
 
 
 def sum_over_ranks(counts: torch.Tensor, exchange: Exchange, channel: int) -> None:
@@ -52,7 +54,7 @@ def sum_gathered(
     counts: torch.Tensor, total: torch.Tensor, gathered: torch.Tensor | None,
     rows: torch.Tensor, version: torch.Tensor, status: torch.Tensor, rank: int,
 ) -> None:  # fmt: skip
-    """Check ``rows`` [n_ranks, HEADER_WORDS + n] int32 and sum them, as `sum_over_ranks` does."""
+    """Check ``rows`` [n_ranks, GATHERED_HEADER_WORDS + n] int32 and sum them, as `sum_over_ranks` does."""
     n = counts.numel()
     args = (
         counts, total, total if gathered is None else gathered,

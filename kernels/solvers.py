@@ -220,7 +220,7 @@ def _solve_counts_kernel(
     own_rank, n_peers, capacity, timeout_ms, channel,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, CLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
     """Solve the groups of one batch, straight from counts by logical expert.
 
@@ -286,7 +286,7 @@ def _solve_counts_kernel(
                 counts_ptr, total_ptr, gathered_ptr,
                 addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
                 own_rank, n_peers, capacity, timeout_ms, channel, n_logical, complete,
-                CHANNELS, BLOCK, GATHER, CLOCK, LANES,
+                CHANNELS, BLOCK, GATHER, ON_GPU, LANES,
             )  # fmt: skip
             _start_dependents(PDL)
             tl.debug_barrier()

@@ -1,8 +1,9 @@
 """Sum counts over ranks through memory that all of them can write: one program does it all.
 
-A rank's buffer holds, per channel, a line of flags (one by sender) and two slots, each with one
-row by sender: a header (epoch, version, number of counts) and the counts. docs/sync.md says why
-the protocol holds.
+A rank's buffer holds, per channel, two slots, each with one row by sender: the version of the
+placement, the number of counts, and the counts. Each is a word of 64 bits with the epoch above
+it, so that a word has come as soon as it says so itself: no flag, no fence, and no order among
+them. docs/sync.md says why the protocol holds.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Words (int32) of a row's header and of a channel's line of flags.
-HEADER = tl.constexpr(4)
-FLAGS = tl.constexpr(128)
-# There is one lane by rank, and as many lanes as threads (at least FLAGS): a value that exists
-# once needs no agreement between copies.
+from lplb_triton.kernels.tiles import _add2
+
+# Words of a row before its counts, of 64 bits (int32 in rows that another library gathers).
+HEADER = tl.constexpr(2)
+GATHERED_HEADER = tl.constexpr(4)
+# There is one lane by rank, and as many lanes as threads (at least MOST_RANKS): a value that
+# exists once needs no agreement between copies.
+MOST_RANKS = tl.constexpr(128)
 WARPS = 4
-# Rows that are written or read at a time.
+# Rows that are written or read at a time. A tile of them has at least as many words as there are
+# threads, so that every word is in one thread.
 ROWS = tl.constexpr(8)
 
 # A channel's gate, in this rank's own memory.
@@ -45,82 +50,82 @@ def _now(lane):
 
 
 @triton.jit
+def _tagged(number, epoch):
+    """A word: the epoch above, a number of 32 bits below."""
+    return (epoch.to(tl.int64) << 32) | (number.to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
+def _has_come(word, epoch):
+    return (word >> 32).to(tl.int32) == epoch
+
+
+@triton.jit
+def _send(address, word, mask, ON_GPU: tl.constexpr):
+    """Store words at addresses (int64) in one piece each, for other GPUs to see."""
+    if ON_GPU:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred there;
+            setp.ne.s32 there, $3, 0;
+            @there st.relaxed.sys.global.b64 [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,l,r", [address, word, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.store(address.to(tl.pointer_type(tl.int64)), word, mask=mask)
+
+
+@triton.jit
 def _publish(
-    counts_ptr, addresses_ptr, first_word, row_words, rank, n_ranks, n, epoch, version,
-    BLOCK: tl.constexpr,
+    counts_ptr, addresses_ptr, first_word, row_words, rank, n_ranks, n, epoch, version, complete,
+    BLOCK: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
-    """Write this rank's row of a slot into every rank's buffer."""
+    """Write this rank's row of a slot into every rank's buffer, if its counts are complete."""
     word = tl.arange(0, HEADER)
-    header = tl.where(word == 0, epoch, tl.where(word == 1, version, tl.where(word == 2, n, 0)))
+    header = _tagged(tl.where(word == 0, version, n), epoch)
     for first_peer in range(0, n_ranks, ROWS):
         peer = first_peer + tl.arange(0, ROWS)
-        there = (peer < n_ranks)[:, None]
+        there = ((peer < n_ranks) & complete)[:, None]
         base = tl.load(addresses_ptr + peer, mask=peer < n_ranks, other=0)
-        base = tl.multiple_of(base + 4 * (first_word + rank * row_words).to(tl.int64), 16)
-        row = base.to(tl.pointer_type(tl.int32))[:, None]
-        to_all = tl.zeros((ROWS, 1), dtype=tl.int32)
-        tl.store(row + word[None, :], header[None, :] + to_all, mask=there)
+        row = (base + 8 * (first_word + rank * row_words).to(tl.int64))[:, None]
+        to_all = tl.zeros((ROWS, 1), dtype=tl.int64)
+        _send(row + 8 * word[None, :], header[None, :] + to_all, there & (word >= 0), ON_GPU)
         for first in range(0, n, BLOCK):
             at = first + tl.arange(0, BLOCK)
-            values = tl.load(counts_ptr + at, mask=at < n, other=0, volatile=True)
-            mask = there & (at < n)[None, :]
-            tl.store(row + HEADER + at[None, :], values[None, :] + to_all, mask=mask)
+            counts = tl.load(counts_ptr + at, mask=at < n, other=0, volatile=True)
+            _send(
+                row + 8 * (HEADER + at[None, :]), _tagged(counts[None, :], epoch) + to_all,
+                there & (at < n)[None, :], ON_GPU,
+            )  # fmt: skip
 
 
 @triton.jit
-def _absent(flag, present, epoch):
-    """Lanes of the ranks whose flag doesn't say this epoch, or the next."""
-    ahead = flag - epoch
-    return (present & (ahead != 0) & (ahead != 1)).to(tl.int32)
+def _await_rows(
+    rows_ptr, row_words, total_ptr, gathered_ptr, present, epoch, version, n_ranks, n, timeout_ms,
+    BLOCK: tl.constexpr, GATHER: tl.constexpr, ON_GPU: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Add up all ranks' rows as they come, and copy them if GATHER.
 
-
-@triton.jit
-def _await_flags(
-    flags_ptr, present, epoch, n_ranks, timeout_ms, CLOCK: tl.constexpr, LANES: tl.constexpr
-):
-    """Wait until every rank's flag says this epoch, or the next: nobody gets further ahead.
-
-    Returns whether somebody hadn't come when the time was over. Without CLOCK, ``timeout_ms`` is
-    a number of looks.
+    Looks at the headers with every look at a tile of counts, and ends early when one belongs to
+    another call. ``timeout_ms`` is a number of looks where there is no clock. Returns how many
+    words of the last look had not come, and by lane who came with another version or number of
+    counts, and with which.
     """
+    header_ptr = rows_ptr + tl.arange(0, LANES) * row_words
     lane = tl.arange(0, LANES)
     begun = tl.full((), 0, tl.int64)
     limit = timeout_ms.to(tl.int64)
-    if CLOCK:
+    if ON_GPU:
         begun = _now(lane)
         limit = limit * 1000000
     waited = tl.full((), 0, tl.int64)
-    n_absent = n_ranks
-    # Only numbers that all threads share are carried, and so all of them leave together.
-    while (n_absent > 0) & (waited <= limit):
-        flag = tl.atomic_add(
-            flags_ptr + lane, tl.zeros((LANES,), tl.int32), mask=present, sem="acquire", scope="sys"
-        )
-        n_absent = tl.sum(_absent(flag, present, epoch), 0)
-        if CLOCK:
-            waited = _now(lane) - begun
-        else:
-            waited += 1
-    return n_absent > 0
-
-
-@triton.jit
-def _strangers(rows_ptr, row_words, present, epoch, version, n, LANES: tl.constexpr):
-    """Lanes of the ranks whose message belongs to another call, its version and its length."""
-    header_ptr = rows_ptr + tl.arange(0, LANES) * row_words
-    their_epoch = tl.load(header_ptr, mask=present, other=0, volatile=True)
-    their_version = tl.load(header_ptr + 1, mask=present, other=0, volatile=True)
-    their_n = tl.load(header_ptr + 2, mask=present, other=0, volatile=True)
-    same = (their_epoch == epoch) & (their_version == version) & (their_n == n)
-    return (present & (same == 0)).to(tl.int32), their_version, their_n
-
-
-@triton.jit
-def _sum_rows_of_ranks(
-    rows_ptr, row_words, total_ptr, gathered_ptr, n_ranks, n,
-    BLOCK: tl.constexpr, GATHER: tl.constexpr,
-):  # fmt: skip
-    """Add up all ranks' rows, and copy them if GATHER."""
+    missing = n_ranks * 0
+    n_strangers = n_ranks * 0
+    stranger = tl.zeros((LANES,), dtype=tl.int32)
+    their_version = tl.zeros((LANES,), dtype=tl.int64)
+    their_n = tl.zeros((LANES,), dtype=tl.int64)
     for first in range(0, n, BLOCK):
         at = first + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), dtype=tl.int32)
@@ -128,12 +133,45 @@ def _sum_rows_of_ranks(
             row = first_row + tl.arange(0, ROWS)
             mask = (row < n_ranks)[:, None] & (at < n)[None, :]
             cell_ptr = rows_ptr + row[:, None] * row_words + HEADER + at[None, :]
-            # Not from a line of a cache that was read for an earlier epoch.
-            values = tl.load(cell_ptr, mask=mask, other=0, volatile=True)
-            total += tl.sum(values, 0)
+            words = tl.zeros((ROWS, BLOCK), dtype=tl.int64)
+            # What is missing of the tile before, at the end of the time, stays missing.
+            look = (missing == 0) & (n_strangers == 0)
+            # Only numbers that all threads share decide, and so all of them leave together.
+            while look:
+                their_version = tl.load(header_ptr, mask=present, other=0, volatile=True)
+                their_n = tl.load(header_ptr + 1, mask=present, other=0, volatile=True)
+                words = tl.load(cell_ptr, mask=mask, other=0, volatile=True)
+                absent = tl.sum((mask & (_has_come(words, epoch) == 0)).to(tl.int32), 1)
+                come = _has_come(their_version, epoch) & _has_come(their_n, epoch)
+                same = (their_version.to(tl.int32) == version) & (their_n.to(tl.int32) == n)
+                stranger = (present & come & (same == 0)).to(tl.int32)
+                unheard, n_strangers = tl.reduce(
+                    ((present & (come == 0)).to(tl.int32), stranger), 0, _add2
+                )
+                missing = unheard + tl.sum(absent, 0)
+                look = (missing > 0) & (n_strangers == 0) & (waited <= limit)
+                if look:
+                    if ON_GPU:
+                        waited = _now(lane) - begun
+                    else:
+                        waited += 1
+            counts = words.to(tl.int32)
+            total += tl.sum(counts, 0)
             if GATHER:
-                tl.store(gathered_ptr + row[:, None] * n + at[None, :], values, mask=mask)
+                tl.store(gathered_ptr + row[:, None] * n + at[None, :], counts, mask=mask)
         tl.store(total_ptr + at, total, mask=at < n)
+    return missing, stranger, their_version.to(tl.int32), their_n.to(tl.int32)
+
+
+@triton.jit
+def _absent(rows_ptr, row_words, present, epoch, n, LANES: tl.constexpr):
+    """Lanes of the ranks of which a word has not come."""
+    row_ptr = rows_ptr + tl.arange(0, LANES) * row_words
+    absent = tl.zeros((LANES,), dtype=tl.int32)
+    for at in range(-HEADER, n):
+        word = tl.load(row_ptr + (HEADER + at), mask=present, other=0, volatile=True)
+        absent |= (present & (_has_come(word, epoch) == 0)).to(tl.int32)
+    return absent
 
 
 @triton.jit
@@ -172,7 +210,7 @@ def _sum_over_ranks(
     counts_ptr, total_ptr, gathered_ptr,
     addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
     rank, n_ranks, capacity, timeout_ms, channel, n, complete,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, CLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, ON_GPU: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """Sum ``counts`` [n] over the ranks into ``total`` [n]; both int32.
@@ -180,7 +218,7 @@ def _sum_over_ranks(
     With GATHER, ``gathered`` [n_ranks, n] int32 gets every rank's counts (else it isn't read).
     addresses [n_ranks] int64, where each rank's buffer is; gates and epochs [CHANNELS] and
     version [1] int32, this rank's own; status [STATUS_RANKS + 3 n_ranks] int64 in pinned host
-    memory. A buffer is [CHANNELS, FLAGS + 2 * n_ranks * (HEADER + capacity)] int32, at first zero.
+    memory. A buffer is [CHANNELS, 2, n_ranks, HEADER + capacity] int64, at first zero.
     ``version`` must be the same on all ranks. One program calls this, with LANES threads, once
     its counts are there; if not all of them came, not ``complete``, it takes no part.
 
@@ -189,7 +227,6 @@ def _sum_over_ranks(
     lane = tl.arange(0, LANES)
     present = lane < n_ranks
     row_words = HEADER + capacity
-    channel_words = FLAGS + 2 * n_ranks * row_words
     # One thread asks for all, so that no thread can see another gate than its neighbour.
     gate = tl.atomic_cas(gates_ptr + channel, IDLE, BUSY, sem="acquire", scope="gpu")
     epoch = tl.load(epochs_ptr + channel) + 1
@@ -199,44 +236,27 @@ def _sum_over_ranks(
     their_version = tl.zeros((LANES,), dtype=tl.int32)
     their_n = tl.zeros((LANES,), dtype=tl.int32)
     if gate == IDLE:
-        slot_word = channel * channel_words + FLAGS + (epoch & 1) * n_ranks * row_words
+        slot_word = (channel * 2 + (epoch & 1)) * n_ranks * row_words
+        # Without its own counts a rank is absent, for itself too.
         _publish(
             counts_ptr, addresses_ptr, slot_word, row_words, rank, n_ranks, n, epoch, version,
-            BLOCK,
+            complete, BLOCK, ON_GPU,
         )  # fmt: skip
-        # The release below covers other threads' stores only because all of them are here first.
-        tl.debug_barrier()
-        base = tl.load(addresses_ptr + lane, mask=present, other=0)
-        flag_ptr = (base + 4 * (channel * channel_words + rank).to(tl.int64)).to(
-            tl.pointer_type(tl.int32)
-        )
-        # Without its own counts a rank is absent, for itself too.
-        tl.atomic_xchg(
-            flag_ptr, tl.zeros((LANES,), tl.int32) + epoch, mask=present & complete,
-            sem="release", scope="sys",
+        rows_ptr = tl.load(addresses_ptr + rank).to(tl.pointer_type(tl.int64)) + slot_word
+        missing, blamed, their_version, their_n = _await_rows(
+            rows_ptr, row_words, total_ptr, gathered_ptr, present, epoch, version, n_ranks, n,
+            timeout_ms, BLOCK, GATHER, ON_GPU, LANES,
         )  # fmt: skip
-        mine_ptr = tl.load(addresses_ptr + rank).to(tl.pointer_type(tl.int32))
-        flags_ptr = mine_ptr + channel * channel_words
-        late = _await_flags(flags_ptr, present, epoch, n_ranks, timeout_ms, CLOCK, LANES)
+        # Everybody has read: the next epoch, and with it the next slot, may begin.
         tl.debug_barrier()
-        if late:
+        if tl.sum(blamed) > 0:
+            fault = tl.full((), FAULT_MISMATCH, tl.int32)
+        elif missing > 0:
             fault = tl.full((), FAULT_ABSENT, tl.int32)
-            flag = tl.load(flags_ptr + lane, mask=present, other=0, volatile=True)
-            blamed = _absent(flag, present, epoch)
+            blamed = _absent(rows_ptr, row_words, present, epoch, n, LANES)
         else:
-            rows_ptr = mine_ptr + slot_word
-            blamed, their_version, their_n = _strangers(
-                rows_ptr, row_words, present, epoch, version, n, LANES
-            )
-            fault = tl.where(tl.sum(blamed) > 0, FAULT_MISMATCH, 0)
-            if fault == 0:
-                _sum_rows_of_ranks(
-                    rows_ptr, row_words, total_ptr, gathered_ptr, n_ranks, n, BLOCK, GATHER
-                )
-                # Everybody has read: the next epoch, and with it the next slot, may begin.
-                tl.debug_barrier()
-                tl.store(epochs_ptr + channel, epoch)
-                tl.atomic_cas(gates_ptr + channel, BUSY, IDLE, sem="release", scope="gpu")
+            tl.store(epochs_ptr + channel, epoch)
+            tl.atomic_cas(gates_ptr + channel, BUSY, IDLE, sem="release", scope="gpu")
     if (fault != 0) | (gate == POISONED):
         _give_up(counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n, BLOCK, GATHER)
     if fault != 0:
@@ -258,7 +278,7 @@ def _sum_over_ranks_kernel(
     counts_ptr, total_ptr, gathered_ptr,
     addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
     rank, n_ranks, capacity, timeout_ms, channel, n,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, CLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, ON_GPU: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """Sum counts over the ranks: `_sum_over_ranks` in a launch of its own.
@@ -269,8 +289,38 @@ def _sum_over_ranks_kernel(
         counts_ptr, total_ptr, gathered_ptr,
         addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
         rank, n_ranks, capacity, timeout_ms, channel, n, tl.full((), 1, tl.int1),
-        CHANNELS, BLOCK, GATHER, CLOCK, LANES,
+        CHANNELS, BLOCK, GATHER, ON_GPU, LANES,
     )  # fmt: skip
+
+
+@triton.jit
+def _strangers(rows_ptr, row_words, present, version, n, LANES: tl.constexpr):
+    """Lanes of the ranks whose gathered row belongs to another call, its version and length."""
+    header_ptr = rows_ptr + tl.arange(0, LANES) * row_words
+    their_version = tl.load(header_ptr + 1, mask=present, other=0)
+    their_n = tl.load(header_ptr + 2, mask=present, other=0)
+    same = (their_version == version) & (their_n == n)
+    return (present & (same == 0)).to(tl.int32), their_version, their_n
+
+
+@triton.jit
+def _sum_gathered_rows(
+    rows_ptr, row_words, total_ptr, gathered_ptr, n_ranks, n,
+    BLOCK: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
+    """Add up all ranks' rows, and copy them if GATHER."""
+    for first in range(0, n, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), dtype=tl.int32)
+        for first_row in range(0, n_ranks, ROWS):
+            row = first_row + tl.arange(0, ROWS)
+            mask = (row < n_ranks)[:, None] & (at < n)[None, :]
+            cell_ptr = rows_ptr + row[:, None] * row_words + GATHERED_HEADER + at[None, :]
+            values = tl.load(cell_ptr, mask=mask, other=0)
+            total += tl.sum(values, 0)
+            if GATHER:
+                tl.store(gathered_ptr + row[:, None] * n + at[None, :], values, mask=mask)
+        tl.store(total_ptr + at, total, mask=at < n)
 
 
 @triton.jit(
@@ -283,23 +333,24 @@ def _sum_gathered_kernel(
     counts_ptr, total_ptr, gathered_ptr, rows_ptr, version_ptr, status_ptr, rank, n_ranks, n,
     BLOCK: tl.constexpr, GATHER: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Check and sum rows [n_ranks, HEADER + n] int32 that another library has gathered.
+    """Check and sum rows [n_ranks, GATHERED_HEADER + n] int32 that another library has gathered.
 
-    Headers and the rest as for `_sum_over_ranks`; epochs are 0. Grid (1,), LANES / 32 warps.
+    A header is 0, version, number of counts, 0; the rest as for `_sum_over_ranks`. Grid (1,),
+    LANES / 32 warps.
     """
-    row_words = HEADER + n
+    row_words = GATHERED_HEADER + n
     version = tl.load(version_ptr)
     wrong = tl.zeros((LANES,), dtype=tl.int32)
     for first in range(0, n_ranks, LANES):
         present = first + tl.arange(0, LANES) < n_ranks
         bad, their_version, their_n = _strangers(
-            rows_ptr + first * row_words, row_words, present, 0, version, n, LANES
+            rows_ptr + first * row_words, row_words, present, version, n, LANES
         )
         wrong += bad
         if tl.sum(bad) > 0:
             _report(status_ptr, first, n_ranks, 0, 0, bad, their_version, their_n, LANES)
     if tl.sum(wrong) == 0:
-        _sum_rows_of_ranks(rows_ptr, row_words, total_ptr, gathered_ptr, n_ranks, n, BLOCK, GATHER)
+        _sum_gathered_rows(rows_ptr, row_words, total_ptr, gathered_ptr, n_ranks, n, BLOCK, GATHER)
     else:
         _give_up(counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n, BLOCK, GATHER)
         tl.debug_barrier()

@@ -35,7 +35,7 @@ def signature(kernel, constants):
 
 
 def exchange(gather):
-    return {"CHANNELS": 8, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": gather, "CLOCK": 1}
+    return {"CHANNELS": 8, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": gather, "ON_GPU": 1}
 
 
 def jobs(capability):
@@ -51,7 +51,7 @@ def jobs(capability):
             "LANES": 32 * warps,
             "PDL": capability >= 90,
         }
-        none = {"CHANNELS": 0, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": 0, "CLOCK": 0}
+        none = {"CHANNELS": 0, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": 0, "ON_GPU": 0}
         yield solvers._solve_counts_kernel, {**constants, **none}, options
         for gather in {8: (0, 1), 32: (0,)}.get(ranks, ()):
             yield solvers._solve_counts_kernel, {**constants, **exchange(gather)}, options
@@ -68,14 +68,11 @@ def jobs(capability):
     yield quotas._divide_quotas_kernel, {"RANKS": 64, "COPIES": 128}, {"num_warps": 1}
 
 
-def check_release(ptx):
-    """A barrier stands between the last store that a release has to cover and the release."""
-    lines = ptx.splitlines()
-    release = next(i for i, line in enumerate(lines) if re.search(r"atom\S*\.release\.exch", line))
-    stores = [i for i in range(release) if "st.global" in lines[i]]
-    assert stores, "nothing is stored before the release"
-    between = lines[stores[-1] : release]
-    assert any(re.search(r"bar(rier)?\.sync", line) for line in between), "no barrier"
+def check_words(ptx):
+    """Words between ranks travel in one piece each way: neither half can come by itself."""
+    assert "st.relaxed.sys.global.b64" in ptx, "nothing is sent"
+    loads = re.findall(r"ld\.(?:volatile|relaxed\.sys)\S*", ptx)
+    assert any(load.endswith("b64") or load.endswith("u64") for load in loads), loads
 
 
 def main(capability):
@@ -91,7 +88,7 @@ def main(capability):
         print(f"{name} {constants} {options}: {cubin} bytes, {took:.1f} s", flush=True)
         assert cubin > 1000
         if constants.get("CHANNELS"):
-            check_release(compiled.asm["ptx"])
+            check_words(compiled.asm["ptx"])
 
 
 if __name__ == "__main__":

@@ -24,29 +24,25 @@ class Ranks:
     def __init__(self, n_ranks, capacity, timeout, device=DEVICE):
         words = Endpoint.words(n_ranks, capacity)
         self.n_ranks, self.capacity = n_ranks, capacity
-        self.memory = torch.zeros(n_ranks, words, dtype=torch.int32, device=device)
+        self.memory = torch.zeros(n_ranks, words, dtype=torch.int64, device=device)
         addresses = [row.data_ptr() for row in self.memory]
         self.endpoints = [
             Endpoint(addresses, rank, device, capacity, timeout) for rank in range(n_ranks)
         ]
         self.version = torch.full((1,), 77, dtype=torch.int32, device=device)
 
-    def area(self, at, channel):
-        """Flags and slots of a channel in one rank's buffer, as docs/sync.md lays them out."""
+    def slots(self, at, channel=0):
+        """A channel's two slots in one rank's buffer, as docs/sync.md lays them out."""
         words = kernels.channel_words(self.n_ranks, self.capacity)
         area = self.memory[at, channel * words : (channel + 1) * words]
-        flags, slots = area[: kernels.MAX_RANKS], area[kernels.MAX_RANKS :]
-        return flags, slots.view(2, self.n_ranks, kernels.HEADER_WORDS + self.capacity)
+        return area.view(2, self.n_ranks, kernels.HEADER_WORDS + self.capacity)
 
     def publish(self, rank, counts, epoch, channel=0, version=77, to=None):
         """What the kernel of ``rank`` does first, by hand."""
+        n = len(counts)
+        numbers = torch.cat([torch.tensor([version, n]), counts.long()])
         for at in range(self.n_ranks) if to is None else to:
-            flags, slots = self.area(at, channel)
-            row = slots[epoch % 2, rank]
-            n = len(counts)
-            row[:4] = torch.tensor([epoch, version, n, 0], dtype=torch.int32)
-            row[4 : 4 + n] = counts
-            flags[rank] = epoch
+            self.slots(at, channel)[epoch % 2, rank, : 2 + n] = (epoch << 32) + numbers
 
     def exchange(self, rank, counts, channel=0, gather=True):
         """Run one rank's kernel; returns the total and everybody's counts."""
@@ -88,19 +84,13 @@ def test_sums_and_what_is_sent(n_ranks, n):
             image = ranks.memory.clone()
             for rank in range(n_ranks):
                 gather = rank % 2 == 0
-                # Everything this rank sends is wiped out first, except to itself.
+                # Everything this rank sends is wiped out first.
                 for at in range(n_ranks):
-                    flags, slots = ranks.area(at, channel)
-                    slots[epoch % 2, rank] = -1
-                    flags[rank] = epoch - 1
+                    ranks.slots(at, channel)[epoch % 2, rank, : 2 + n] = -1
                 total, gathered = ranks.exchange(rank, counts[rank], channel, gather)
                 assert torch.equal(total.cpu(), counts.sum(0, dtype=torch.int32))
                 if gather:
                     assert torch.equal(gathered.cpu(), counts)
-                for at in range(n_ranks):
-                    _, slots = ranks.area(at, channel)
-                    # Words behind the counts are not part of the message.
-                    slots[epoch % 2, rank, 4 + n :] = 0
                 assert torch.equal(ranks.memory, image)
     assert not any(endpoint.failed() for endpoint in ranks.endpoints)
 
@@ -146,14 +136,13 @@ def test_missing_ranks_are_named_and_the_endpoint_is_poisoned():
     assert error_of(ranks, 0).ranks == (1, 3)
 
 
-@pytest.mark.parametrize("what", ["version", "size", "epoch"])
+@pytest.mark.parametrize("what", ["version", "size"])
 def test_another_call_is_no_part_of_the_sum(what):
     ranks = Ranks(3, 8, timeout=0.05)
     counts = torch.arange(1, 9, dtype=torch.int32)
     for rank in range(3):
         ranks.publish(rank, counts, 1)
-    _, slots = ranks.area(0, 0)
-    slots[1, 2, {"epoch": 0, "version": 1, "size": 2}[what]] = 6
+    ranks.slots(0)[1, 2, ["version", "size"].index(what)] = (1 << 32) + 6
     total, _ = ranks.exchange(0, counts)
     assert (total == FAILED).all()
     error = error_of(ranks, 0)
@@ -164,6 +153,19 @@ def test_another_call_is_no_part_of_the_sum(what):
         assert "00000006" in str(error)
     total, _ = ranks.exchange(1, counts)
     assert torch.equal(total.cpu(), 3 * counts)
+
+
+def test_a_word_of_a_count_that_is_missing_is_missed():
+    ranks = Ranks(3, 300, timeout=0.05)
+    counts = torch.arange(300, dtype=torch.int32)
+    for rank in range(3):
+        ranks.publish(rank, counts, 3)
+    # Of the epoch before last, in the same slot.
+    ranks.slots(0)[1, 2, 2 + 299] = (1 << 32) + 299
+    ranks.endpoints[0]._epochs.fill_(2)
+    total, _ = ranks.exchange(0, counts)
+    assert (total == FAILED).all()
+    assert error_of(ranks, 0).ranks == (2,)
 
 
 def test_two_calls_at_once_on_one_channel_are_found():
@@ -179,8 +181,6 @@ def test_epochs_may_wrap_around():
     last = 2**31 - 1
     for endpoint in ranks.endpoints:
         endpoint._epochs.fill_(last - 1)
-    for flags in (ranks.area(at, 0)[0] for at in range(2)):
-        flags[:2] = last - 1
     counts = torch.arange(8, dtype=torch.int32)
     for epoch in (last, -(2**31), -(2**31) + 1):
         ranks.publish(1, counts, epoch)
@@ -324,12 +324,14 @@ def test_the_pipeline_exchanges_counts(make, quotas):
         for rank in range(n_ranks):
             team.ranks.publish(rank, counts[rank], epoch)
         for rank, balancer in enumerate(team.balancers):
-            flags = [team.ranks.area(at, 0)[0] for at in range(n_ranks)]
-            for flag in flags:
-                flag[rank] = epoch - 1
+            # But for its own, which it has to send.
+            sent = [team.ranks.slots(at)[epoch % 2, rank] for at in range(n_ranks)]
+            messages = torch.stack(sent)
+            for row in sent:
+                row.zero_()
             out = balancer.run(batches[rank])
             assert out.dtype == dtype and torch.equal(out, expected[rank])
-            assert all(int(flag[rank]) == epoch for flag in flags)
+            assert torch.equal(torch.stack(sent), messages)
             balancer.check()
             solved = epoch * team.placement.n_group
             assert int(balancer.solves) == int(balancer.certified) == solved
@@ -397,7 +399,7 @@ def test_a_rank_whose_own_counts_fail_to_come_is_absent(monkeypatch):
     error = error_of(team.ranks, 0)
     assert error.ranks == (0,) and error.epoch == 1
     assert (pipeline._exchange.total == FAILED).all()
-    assert [int(team.ranks.area(at, 0)[0][0]) for at in (0, 1)] == [0, 0]
+    assert not any(team.ranks.slots(at)[:, 0].any() for at in (0, 1))
     assert int(balancer.solves) == 1 and int(balancer.certified) == 0
 
 

@@ -88,7 +88,6 @@ def connect(
     on = _device(device)
     timeout = None if timeout is None else check_timeout(timeout)
     capacity = check_integer("capacity", capacity)
-    capacity = -(-capacity // 4) * 4
     if domain_size is not None:
         domain_size = check_integer("domain_size", domain_size)
         if group.size() % domain_size:

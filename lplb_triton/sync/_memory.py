@@ -27,7 +27,7 @@ class SharedMemory(NamedTuple):
 def allocate(
     provider: str, words: int, group: dist.ProcessGroup, device: torch.device
 ) -> SharedMemory:
-    """Allocate ``words`` int32 on every rank, at first zero; collective.
+    """Allocate ``words`` int64 on every rank, at first zero; collective.
 
     Raises ``RuntimeError`` on every rank if it failed on any.
     """
@@ -57,11 +57,11 @@ def _symmetric(words: int, group: dist.ProcessGroup, device: torch.device) -> Sh
     """Symmetric memory of torch (its CUDA back end)."""
     import torch.distributed._symmetric_memory as symmetric
 
-    buffer = symmetric.empty(words, dtype=torch.int32, device=device)
+    buffer = symmetric.empty(words, dtype=torch.int64, device=device)
     handle: Any = symmetric.rendezvous(buffer, group.group_name)
     rank = dist.get_rank(group)
     addresses = [
-        handle.get_buffer(peer, (words,), torch.int32).data_ptr() for peer in range(group.size())
+        handle.get_buffer(peer, (words,), torch.int64).data_ptr() for peer in range(group.size())
     ]
     # Where tensors share an allocation, handles count from its beginning.
     offset = buffer.data_ptr() - addresses[rank]
@@ -85,7 +85,7 @@ def _nvshmem(words: int, group: dist.ProcessGroup, device: torch.device) -> Shar
         )
     # The numbers of NVSHMEM's processes are those of the group it was initialised over.
     pes = gather_objects(nvshmem.my_pe(), group)
-    buffer = nvshmem.tensor((words,), dtype=torch.int32)
+    buffer = nvshmem.tensor((words,), dtype=torch.int64)
     addresses = []
     for peer, pe in enumerate(pes):
         there = buffer if peer == dist.get_rank(group) else nvshmem.get_peer_tensor(buffer, pe)

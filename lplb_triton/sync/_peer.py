@@ -169,7 +169,7 @@ class Endpoint:
 
     @staticmethod
     def words(n_ranks: int, capacity: int) -> int:
-        """int32 words of a rank's buffer."""
+        """64-bit words of a rank's buffer."""
         from lplb_triton import kernels
 
         return CHANNELS * kernels.channel_words(n_ranks, capacity)
@@ -202,7 +202,7 @@ class Endpoint:
     def alone(self) -> Endpoint:
         """Make an endpoint for exchanges with nobody else, in order to load kernels by them."""
         words = self.words(1, self._capacity)
-        buffer = torch.zeros(words, dtype=torch.int32, device=self._device)
+        buffer = torch.zeros(words, dtype=torch.int64, device=self._device)
         endpoint = Endpoint([buffer.data_ptr()], 0, self._device, self._capacity, 1.0)
         endpoint._buffer = buffer
         return endpoint
