@@ -312,7 +312,7 @@ def _solve_counts_call(
         buffers.counts if running is None else running, buffers.counts, *tables, *buffers[1:],
         *settings, n_ranks, n_columns, n_slots, n_shared,
         n_logical, 0 if running is None else running.shape[0], n_sums,
-        *tables.edges.shape[1::2],
+        *tables.edges.shape[1:3],
         *(exchange.args(channel) if exchange else (*[buffers.counts] * 7, 0, 0, 0, 0, 0)),
     )  # fmt: skip
     warps = _solve_warps(ranks, columns)

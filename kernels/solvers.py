@@ -21,6 +21,8 @@ from lplb_triton.kernels.tokens import (
 
 # The gap that is aimed at, as a part of the tolerance.
 TARGET_PART = tl.constexpr(0.98)
+# That and what rounding may take of it: a level plan that gets here needs no Newton's method.
+ROUNDED_PART = tl.constexpr(0.99)
 # Taken off the bound for the round-off of its float32 sums (2**-20; equation 3).
 BOUND_ALLOWANCE = tl.constexpr(9.5367431640625e-07)
 
@@ -69,10 +71,11 @@ def _solve_group(
     if LANES > 0:
         units, max_load, bound = _balance(
             units, max_load, bound, load, weights, fixed, copy, rank, last, rank_on,
-            n_ranks, aim, x_ptr, scratch_ptr, edges_ptr, n_classes, width, cell, inside, G, LANES,
+            n_ranks, aim, x_ptr, scratch_ptr, edges_ptr, n_classes, width, n_columns, cell, inside,
+            G, LANES,
         )  # fmt: skip
     iterations = max_iterations * 0
-    if max_load - bound > max_load * aim:
+    if max_load - bound > max_load * ((tolerance - BOUND_ALLOWANCE) * ROUNDED_PART):
         plan = _shares(units)
         if LANES > 0:
             col = tl.arange(0, C)
@@ -237,7 +240,7 @@ def _solve_counts_kernel(
     int32, shares [n_group, n_ranks, n_columns] float32 and units (int32, running over ranks),
     cumulative [n_physical] int32, of which it writes the copies of replicated experts:
     shared_copies and their cells, [n_group, n_shared], padded with -1. edges
-    [n_group, most_classes, 4, width] int32 as for `_level_edges`; LANES is the number of threads;
+    [n_group, most_classes, width, 2] int32 as for `_level_edges`; LANES is the number of threads;
     scratch [n_group, 2 n_ranks + n_columns] float32
     is for loads, fixed loads and weights. ``certified`` [1] rises by one if the group is
     certified, ``solves`` [1] always (int32 or int64). Grid (n_sums + n_group,).
@@ -307,7 +310,7 @@ def _solve_counts_kernel(
             weights[None, :], fixed, units, last[None, :], rank_on, n_ranks,
             tolerance, max_iterations,
             group_shares_ptr, scratch_ptr + group * (2 * n_ranks + n_columns),
-            edges_ptr + group * most_classes * 4 * width, n_classes, width, n_columns,
+            edges_ptr + group * most_classes * width * 2, n_classes, width, n_columns,
             cell, inside, G, C, LANES,
         )  # fmt: skip
         tl.store(units_ptr + group * n_cells + cell, tl.cumsum(units, 0), mask=inside)

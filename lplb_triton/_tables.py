@@ -45,16 +45,16 @@ def _edges(placement: Placement) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Pairs of copies that the solver levels, in classes that name no rank twice.
 
     Up to FEW copies of a column are joined each with each, more of them as the corners of a
-    hypercube are, so that few sweeps reach all. Returns [n_group, most_classes, 4, width] (the
-    two ranks and the cells of their copies in [G, C]; -1 for none) and the number of classes
-    [n_group]; see docs/method.md, equation 18.
+    hypercube are, so that few sweeps reach all. Returns [n_group, most_classes + 1, width, 2]
+    (the two ranks, the first times 2**16, and the column; -1 for none, all of it in the class
+    after the last) and the number of classes [n_group]; see docs/method.md, equation 18.
     """
     mask = placement.structure.mask
     n_group, n_ranks, n_columns = mask.shape
     most_edges = max(FEW - 1, (n_ranks - 1).bit_length())
     most_on_a_rank = min(placement.slots_per_rank, n_columns)
     most = min(2 * most_on_a_rank, placement.redundant_per_group) * most_edges
-    table = np.full((n_group, most, 4, max(1, n_ranks // 2)), -1, dtype=np.int32)
+    table = np.full((n_group, most + 1, max(1, n_ranks // 2), 2), -1, dtype=np.int32)
     n_classes = np.zeros(n_group, dtype=np.int32)
     for group in range(n_group):
         edges = []
@@ -72,8 +72,7 @@ def _edges(placement: Placement) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
             k = next(fits, len(taken))
             if k == len(taken):
                 taken.append(set())
-            cells = first * n_columns + at, second * n_columns + at
-            table[group, k, :, len(taken[k]) // 2] = (first, second, *cells)
+            table[group, k, len(taken[k]) // 2] = (first << 16 | second, at)
             taken[k] |= {first, second}
         n_classes[group] = len(taken)
     return table, n_classes

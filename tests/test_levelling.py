@@ -18,17 +18,14 @@ def edges_of(placement):
     """Sets of (first rank, second rank, column) by group and class."""
     views = DeviceTables(placement, torch.device("cpu")).views
     table, n_classes = views["edges"].numpy(), views["n_classes"].numpy()
-    n_columns = placement.max_columns
     groups = []
     for classes, n in zip(table, n_classes, strict=True):
-        assert (classes[n:] == -1).all()
+        # The kernel asks for the class after the last, too.
+        assert n < len(classes) and (classes[n:] == -1).all()
         groups.append([])
         for row in classes[:n]:
-            first, second, first_cell, second_cell = row[:, row[0] >= 0]
-            assert (first_cell // n_columns == first).all()
-            assert (second_cell // n_columns == second).all()
-            assert (first_cell % n_columns == second_cell % n_columns).all()
-            groups[-1].append(list(zip(first, second, first_cell % n_columns, strict=True)))
+            ranks, columns = row[row[:, 0] >= 0].T
+            groups[-1].append(list(zip(ranks >> 16, ranks & 0xFFFF, columns, strict=True)))
     return groups
 
 
