@@ -141,12 +141,12 @@ def _quarter(matrix, down: tl.constexpr, right: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def _inverse_factor(matrix, G: tl.constexpr):
+def _inverse_factor(matrix, G: tl.constexpr, SMALL: tl.constexpr):
     """S, lower triangular, with ``S.T @ S`` the inverse of ``matrix`` [G, G] (equation 7).
 
     Returned as [G / 4, 4, G]. Needs no pivoting: the matrix is positive definite.
     """
-    if G == 64:
+    if G == 64 and not SMALL:
         # In halves: [[A, B], [B.T, C]] with S of A and S of C - B.T inv(A) B.
         H: tl.constexpr = G // 2
         upper = _inverse_factor_by_fours(_quarter(matrix, 0, 0, H), H).reshape(H, H)
@@ -188,6 +188,21 @@ def _apply(factor, rhs, G: tl.constexpr):
 
 
 @triton.jit
+def _gram(v, G: tl.constexpr, C: tl.constexpr, SMALL: tl.constexpr):
+    """``v @ v.T`` of a ``[G, C]`` tile."""
+    if SMALL:
+        # Every fourth column at a time.
+        quarters = v.reshape(G, C // 4, 4)
+        product = tl.zeros((G, G), tl.float32)
+        for k in range(4):
+            part = _pick(quarters, tl.arange(0, 4)[None, None, :] == k, 2)
+            product = tl.dot(part, tl.trans(part), product, input_precision="ieee")
+    else:
+        product = tl.dot(v, tl.trans(v), input_precision="ieee")
+    return product
+
+
+@triton.jit
 def _step(rate):
     """Largest step in [0, 1] for the largest relative decrease per unit step (equation 9)."""
     return 1.0 / tl.maximum(rate, 1.0)
@@ -206,12 +221,13 @@ def _lower_bound(y, fixed, w, copy):
 @triton.jit
 def _newton(
     best, best_load, bound, weights, fixed, copy, rank_on, n_ranks, total, tolerance, aim,
-    max_iterations, G: tl.constexpr, C: tl.constexpr,
+    max_iterations, G: tl.constexpr, C: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
     """Improve the plan ``best`` [G, C] and its bound until the gap is at most ``aim``.
 
     weights [1, C], fixed [G], loads and bound in the caller's unit, ``total`` the sum of all;
-    no weight is on a column with fewer than two copies. Returns plan, bound, iterations.
+    no weight is on a column with fewer than two copies. With SMALL an iteration takes longer, and
+    the code less time to compile. Returns plan, bound, iterations.
     """
     n_copies = _column_sum(copy.to(tl.float32))
     n_ranks = n_ranks.to(tl.float32)
@@ -256,13 +272,13 @@ def _newton(
         slack = s * inverse_y
         # Equation 5: off-diagonal first, the diagonal from its row sums (no subtraction).
         v = d * (w * root)
-        matrix = tl.dot(v, tl.trans(v), input_precision="ieee")
+        matrix = _gram(v, G, C, SMALL)
         matrix = tl.where(off_diagonal, matrix, 0.0)
         diagonal = tl.where(rank_on, tl.sum(matrix, 1) + slack, 1.0)
         # Equation 7: adding rho * ones changes nothing, since dy sums to 0.
         rho = tl.max(tl.where(rank_on, diagonal, 0.0)) * REGULARIZATION
         matrix = tl.where(off_diagonal, -matrix, diagonal[:, None])
-        factor = _inverse_factor(matrix + tl.where(both_on, rho, 0.0), G)
+        factor = _inverse_factor(matrix + tl.where(both_on, rho, 0.0), G, SMALL)
         ones = _apply(factor, one, G)
 
         # Equation 8, predictor. h = dz / z, e = dy / y; then dx / x = -1 - h, ds / s = -1 - e.
@@ -351,7 +367,7 @@ def _newton_in_memory(
     weights = tl.load(scratch_ptr + 2 * n_ranks + col, mask=col_on, other=0.0)
     plan, bound, iterations = _newton(
         plan, best_load, bound, weights[None, :], fixed, plan >= 0, rank_on, n_ranks, total,
-        tolerance, aim, max_iterations, G, C,
+        tolerance, aim, max_iterations, G, C, G >= 64,  # the largest tiles: rare, slow to compile
     )  # fmt: skip
     tl.store(plan_ptrs, plan, mask=inside)
     return bound, iterations

@@ -95,7 +95,7 @@ def _solve_group(
         else:
             plan, bound, iterations = _newton(
                 plan, max_load, bound, weights, fixed, copy, rank_on, n_ranks, total, tolerance,
-                aim, max_iterations, G, C,
+                aim, max_iterations, G, C, False,
             )  # fmt: skip
         units = _quantize(plan, rank, last)
         max_load = tl.max(fixed + tl.sum(_shares(units) * weights, 1))

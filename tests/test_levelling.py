@@ -87,6 +87,7 @@ def test_most_plans_need_no_iteration(shape):
     ("device", "shape"),
     [
         ("cpu", "cube"),
+        ("cpu", "eplb:64:2"),
         pytest.param("cuda", "cube", marks=pytest.mark.gpu),
         pytest.param("cuda", "torus:4x8", marks=pytest.mark.gpu),
         pytest.param("cuda", "eplb:64:2", marks=pytest.mark.gpu),
