@@ -1,17 +1,22 @@
 """Predict whether balancing pays for a model, a batch size and a load; no printing.
 
-The time of a layer is that of the expert products of its slowest rank. A rank's time is modelled as
+The time of a layer is that of the expert products of its slowest rank. torch's grouped product for
+Hopper GPUs works on tiles of the output, each computed by a pair of SMs; all pairs together
+compute one *wave* of tiles, and a last wave costs as much when it isn't full. With ``waves`` from
+the rows of every expert, padded to whole tiles, a rank takes
 
-    max(floor, base + sum over active experts of max(weights / bandwidth, padded work / rate))
+    base + for both products: norm(waves * depth * step, weights of active experts / bandwidth)
+         + activations / bandwidth
 
-with the expert's rows padded to whole tiles of 128: small batches read weights, large ones compute.
-The four numbers are fitted to measured times: on this machine's GPU, or else to `TABLE`. Everything
-made from them is a prediction. Communication, routing and attention are left out.
+where ``depth`` is the length of the sum (``hidden``, then ``inner``) and ``norm(a, b)`` is
+``(a^4 + b^4)^(1/4)``, the larger of the two, and somewhat more where they are close. Tiles are
+256 x 256, or 128 x 128 if the rank's experts have 128 rows or fewer on average; each has a
+``step``. The four numbers are fitted to measured times: of this machine's GPU, or of `TABLE`.
+Everything made from them is a prediction. Communication, routing and attention are left out.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +29,7 @@ from scipy.optimize import minimize
 
 from lplb_triton.bench.placement import Case
 from lplb_triton.bench.placement import make as make_placement
-from lplb_triton.bench.simulate import draw_experts, run_experts, slot_tokens
+from lplb_triton.bench.simulate import run_experts, slot_tokens
 from lplb_triton.bench.timing import Timer
 from lplb_triton.placement import Placement
 
@@ -32,6 +37,7 @@ __all__ = [
     "MODELS",
     "GemmModel",
     "Model",
+    "Point",
     "advise",
     "check_row",
     "fit",
@@ -41,27 +47,33 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
-TILE = 128
+# Of torch's kernels: average rows of a rank's experts up to which tiles are narrow, and the sides
+# of a pair's tile.
+FEW_ROWS, NARROW, WIDE = 128, 128, 256
+# Pairs of SMs of an H100.
+PAIRS = 66
+NORM = 4
 # Forward and backward products take three times the forward's.
 TRAINING = 3
 # Bytes of a weight, and of an expert's three matrices: 6 * hidden * inner.
 BYTES, MATRICES = 2, 3
+# Values of width inner that the activation moves for a row: silu reads and writes, the product
+# reads two and writes.
+MOVED = 5
 # Measured: one H100 80GB HBM3, torch 2.11, bfloat16, both grouped products of one rank with nine
 # experts, microseconds. By total rows: split evenly, geometrically (1/2, 1/4, ..), all to one.
-TABLE = {
+TABLE: dict[tuple[int, int], dict[int, tuple[float, float, float]]] = {
     (7168, 2048): {
-        256: (333, 329, 96),
-        1024: (339, 440, 223),
-        4096: (655, 833, 570),
-        16384: (2543, 2866, 2657),
-        32768: (4883, 5156, 5332),
+        256: (332, 329, 68.0),
+        1024: (330, 400, 212),
+        4096: (635, 683, 548),
+        16384: (2286, 2223, 2497),
     },
     (2048, 768): {
-        256: (91, 93, 91),
-        1024: (88, 86, 69),
-        4096: (123, 146, 105),
-        16384: (355, 370, 367),
-        32768: (671, 718, 748),
+        256: (58.2, 60.0, 30.9),
+        1024: (61.8, 72.7, 46.2),
+        4096: (112, 115, 96.7),
+        16384: (344, 321, 355),
     },
 }
 TABLE_EXPERTS = 9
@@ -72,7 +84,8 @@ RUN_US = {8: (8.7, 9.5, 15.7), 32: (13.4, 14.5, 23.1), 64: (34.8, 36.7, 45.1)}
 SYNC_US = 6.4
 GRID = tuple(2**k for k in range(4, 18))
 BATCHES = 12
-CALIBRATION_ROWS = (256, 1024, 4096, 16384, 65536)
+# Rows to fit to, up to those of a rank with CALIBRATION_TOKENS.
+CALIBRATION_ROWS, CALIBRATION_TOKENS = (256, 1024, 4096, 16384, 65536), 8192
 
 
 class Model(NamedTuple):
@@ -92,93 +105,121 @@ MODELS = {
 }
 
 
+class Point(NamedTuple):
+    """A measured time: microseconds of a rank whose experts have ``rows``."""
+
+    hidden: int
+    inner: int
+    rows: list[int]
+    us: float
+
+
+class _Work(NamedTuple):
+    """What ranks have to do: ``[...]``, and ``[..., 2]`` for the two products."""
+
+    narrow: NDArray[np.bool_]
+    depth: Floats  # of the sums, times waves
+    read: Floats  # bytes of weights
+    moved: Floats  # bytes of the activation
+
+
+def _work(hidden: int, inner: int, rows: Floats, pairs: int) -> _Work:
+    total = rows.sum(-1)
+    narrow = total // rows.shape[-1] <= FEW_ROWS
+    side = np.where(narrow, NARROW, WIDE)
+    tiles = np.ceil(rows / side[..., None]).sum(-1)
+    depth, read = [], []
+    for length, columns in ((hidden, 2 * inner), (inner, hidden)):
+        depth.append(np.ceil(tiles * np.ceil(columns / side) / pairs) * length)
+        read.append((rows > 0).sum(-1) * float(BYTES * length * columns))
+    return _Work(narrow, np.stack(depth, -1), np.stack(read, -1), total * (MOVED * BYTES * inner))
+
+
 @dataclass(frozen=True)
 class GemmModel:
-    """Time of one rank's expert products.
+    """Time of one rank's expert products; see the head of this file.
 
     Attributes
     ----------
-    expert
-        ``hidden * inner``.
-    floor, base
+    base
         Microseconds.
     bandwidth
         Bytes a microsecond.
-    rate
-        Floating-point operations a microsecond.
+    narrow, wide
+        Nanoseconds that a wave of tiles of 128 x 128 or 256 x 256 takes for a step of the sum.
     error, worst
         Of the fit: root mean square and largest relative difference from measured times.
     source
         What it was fitted to.
+    pairs
+        Of SMs.
     """
 
-    expert: float
-    floor: float
     base: float
     bandwidth: float
-    rate: float
+    narrow: float
+    wide: float
     error: float
     worst: float
     source: str
+    pairs: int = PAIRS
 
-    def __call__(self, rows: Floats) -> Floats:
+    def __call__(self, hidden: int, inner: int, rows: Floats) -> Floats:
         """Microseconds of ranks whose experts have ``rows`` ``[..., experts]`` tokens."""
-        read = MATRICES * BYTES * self.expert / self.bandwidth
-        padded = np.ceil(rows / TILE) * TILE
-        each = np.maximum(read, padded * 2 * MATRICES * self.expert / self.rate)
-        total = np.where(rows > 0, each, 0.0).sum(-1)
-        return np.where(total > 0, np.maximum(self.floor, self.base + total), 0.0)
+        times = self._times(_work(hidden, inner, rows, self.pairs))
+        return np.where(rows.sum(-1) > 0, times, 0.0)
+
+    def _times(self, work: _Work) -> Floats:
+        compute = work.depth * np.where(work.narrow, self.narrow, self.wide)[..., None] / 1e3
+        products = (compute**NORM + (work.read / self.bandwidth) ** NORM) ** (1 / NORM)
+        times: Floats = self.base + products.sum(-1) + work.moved / self.bandwidth
+        return times
 
 
-def _splits(total: int, experts: int) -> list[Floats]:
+def _splits(total: int, experts: int) -> list[list[int]]:
     """Rows by expert: evenly, geometrically, all to one."""
-    even = np.full(experts, total // experts)
-    even[: total % experts] += 1
-    halves = np.array([total >> (i + 1) for i in range(experts)])
-    halves[-1] += total - halves.sum()
-    one = np.zeros(experts, dtype=np.int64)
-    one[0] = total
-    return [split.astype(np.float64) for split in (even, halves, one)]
+    even = [total // experts + (i < total % experts) for i in range(experts)]
+    halves = [total >> (i + 1) for i in range(experts)]
+    halves[-1] += total - sum(halves)
+    return [even, halves, [total] + [0] * (experts - 1)]
 
 
-def fit(
-    hidden: int, inner: int, rows: Sequence[Floats], times: Sequence[float], source: str
-) -> GemmModel:
+def fit(points: Sequence[Point], source: str, pairs: int = PAIRS) -> GemmModel:
     """Fit a model to measured times, by the logarithm of their quotient.
 
     Parameters
     ----------
-    hidden, inner
-        Sizes of an expert.
-    rows
-        Rows by expert of each measurement.
-    times
-        Microseconds.
+    points
+        Measured; sizes of experts may differ.
     source
         Kept in the model.
+    pairs
+        Pairs of SMs.
 
     Returns
     -------
     GemmModel
     """
-    table, measured = np.stack(rows), np.asarray(times, dtype=np.float64)
+    each = [_work(p.hidden, p.inner, np.array(p.rows, dtype=np.float64), pairs) for p in points]
+    work = _Work(*(np.stack(part) for part in zip(*each, strict=True)))
+    measured = np.array([p.us for p in points])
 
     def model(logs: Floats, error: float = 0.0, worst: float = 0.0) -> GemmModel:
-        floor, base, bandwidth, rate = (float(v) for v in np.exp(logs))
-        return GemmModel(hidden * inner, floor, base, bandwidth, rate, error, worst, source)
+        base, bandwidth, narrow, wide = (float(v) for v in np.exp(logs))
+        return GemmModel(base, bandwidth, narrow, wide, error, worst, source, pairs)
 
     def cost(logs: Floats) -> float:
-        return float((np.log(model(logs)(table) / measured) ** 2).sum())
+        return float((np.log(model(logs)._times(work) / measured) ** 2).sum())
 
-    # Starts around the speed of the slowest and the fastest measurement.
-    work = 2 * MATRICES * hidden * inner * table.sum(1)
-    read = MATRICES * BYTES * hidden * inner * (table > 0).sum(1)
-    least = float(measured.min())
+    # Starts around the speed of the fastest measurements.
+    step = 1e3 * measured / work.depth.sum(-1)
+    least = float(step.min())
+    narrow, wide = (float(step[k].min()) if k.any() else least for k in (work.narrow, ~work.narrow))
     best = min(
         (
             minimize(
                 cost,
-                np.log([least, part * least, (read / measured).max(), (work / measured).max()]),
+                np.log([part * measured.min(), (work.read.sum(-1) / measured).max(), narrow, wide]),
                 method="Nelder-Mead",
                 options={"maxiter": 4000, "maxfev": 4000, "xatol": 1e-4, "fatol": 1e-8},
             )
@@ -186,97 +227,92 @@ def fit(
         ),
         key=lambda found: float(found.fun),
     )
-    off = np.abs(model(best.x)(table) / measured - 1)
+    off = np.abs(model(best.x)._times(work) / measured - 1)
     return model(best.x, float(np.sqrt((off**2).mean())), float(off.max()))
 
 
 def packaged(hidden: int, inner: int) -> GemmModel:
-    """Model of one H100 from `TABLE`.
-
-    Between its two sizes of experts the numbers are interpolated by the logarithm of
-    ``hidden * inner``; beyond them those of the nearer size are taken.
+    """Model of one H100, fitted to all of `TABLE`.
 
     Parameters
     ----------
     hidden, inner
-        Sizes of an expert.
+        Sizes of an expert; the model is the same for all, its ``source`` says if they were
+        measured.
 
     Returns
     -------
     GemmModel
     """
-    found = []
-    for (h, i), lines in TABLE.items():
-        rows = [split for total in lines for split in _splits(total, TABLE_EXPERTS)]
-        times = [time for line in lines.values() for time in line]
-        found.append(fit(h, i, rows, times, ""))
-    large, small = found
-    at = math.log(hidden * inner / small.expert) / math.log(large.expert / small.expert)
-    part = min(max(at, 0.0), 1.0)
-
-    def between(name: str) -> float:
-        low, high = getattr(small, name), getattr(large, name)
-        return float(low ** (1 - part) * high**part)
-
+    points = [
+        Point(*size, rows, time)
+        for size, lines in TABLE.items()
+        for total, times in lines.items()
+        for rows, time in zip(_splits(total, TABLE_EXPERTS), times, strict=True)
+    ]
     source = "packaged table: one H100 80GB HBM3, torch 2.11, experts 7168x2048 and 2048x768"
     if (hidden, inner) not in TABLE:
-        source += "; interpolated for this size, not measured" if 0 <= at <= 1 else (
-            "; outside these sizes, speeds of the nearer one, not measured"
-        )  # fmt: skip
-    return GemmModel(
-        hidden * inner,
-        between("floor"),
-        between("base"),
-        between("bandwidth"),
-        between("rate"),
-        max(m.error for m in found),
-        max(m.worst for m in found),
-        source,
-    )
+        source += "; this size was not measured"
+    return fit(points, source)
 
 
 def measure(
-    model: Model, experts: int, timer: Timer, device: torch.device | str, name: str
-) -> GemmModel:
+    model: Model,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    timer: Timer,
+    device: torch.device | str,
+    name: str,
+    pairs: int = PAIRS,
+) -> tuple[GemmModel, list[Point]]:
     """Time a rank's products on a GPU and fit a model to them.
 
     Parameters
     ----------
     model
         Sizes.
-    experts
-        Experts of a rank.
+    weights
+        Of all experts of a rank, by `lplb_triton.bench.simulate.draw_experts`.
     timer, device
         What times a launch, and where.
     name
         Of the device.
+    pairs
+        Pairs of SMs it has.
 
     Returns
     -------
-    GemmModel
+    tuple of GemmModel and list of Point
+        The model, and what it was fitted to.
     """
-    weights = draw_experts(model.hidden, model.inner, experts, device)
-    rows = [split for total in CALIBRATION_ROWS for split in _splits(total, experts)]
-    times = [_time_rank(split, weights, timer, device) for split in rows]
-    return fit(model.hidden, model.inner, rows, times, f"measured on this {name}")
+    points = [
+        Point(model.hidden, model.inner, rows, _time_rank(rows, weights, timer, device))
+        for total in CALIBRATION_ROWS
+        if total <= CALIBRATION_TOKENS * model.top_k
+        for rows in _splits(total, len(weights[0]))
+    ]
+    return fit(points, f"measured on this {name}", pairs), points
 
 
 def _time_rank(
-    rows: Floats,
+    rows: Sequence[int],
     weights: tuple[torch.Tensor, torch.Tensor],
     timer: Timer,
     device: torch.device | str,
 ) -> float:
     """Microseconds of one rank's products, measured."""
-    ends = torch.from_numpy(rows.astype(np.int64).cumsum()).to(torch.int32)
+    ends = torch.tensor(rows).cumsum(0).to(torch.int32)
     total = int(ends[-1])
     if total == 0:
         return 0.0
-    x = torch.randn(1, weights[0].shape[1], device=device).to(torch.bfloat16)
+    w_in, w_out = weights
+    x = torch.randn(1, w_in.shape[1], device=device).to(torch.bfloat16)
     x = x.expand(total, -1).contiguous()
-    launch = partial(run_experts, x, *weights, ends.to(device))
+    launch = partial(run_experts, x, w_in, w_out, ends.to(device))
     launch()
-    return timer.per_call(launch, 1e3)
+    # The start of a graph doesn't show beside work of half a millisecond (at 600 TFLOP/s).
+    if total * 2 * (w_in[0].numel() + w_out[0].numel()) > 3e11:
+        return timer.rotation([launch])
+    return timer.per_call(launch, 100.0)
 
 
 def overhead_us(ep: int, tokens: int) -> dict[str, float]:
@@ -316,9 +352,9 @@ def _parts(placement: Placement, case: Case, split: str, tolerance: float) -> Fl
     return np.stack(found)
 
 
-def _slowest(gemm: GemmModel, parts: Floats, rows: int) -> Floats:
+def _slowest(gemm: GemmModel, model: Model, parts: Floats, rows: int) -> Floats:
     """Microseconds of the slowest rank of each batch."""
-    slowest: Floats = gemm(parts * rows).max(1)
+    slowest: Floats = gemm(model.hidden, model.inner, parts * rows).max(1)
     return slowest
 
 
@@ -396,9 +432,11 @@ def advise(
         even = parts("eplb", spare, "even")
         for kind in ("eplb", "chain"):
             lp = parts(kind, spare, "lplb")
-            curve = [_saving(gemm, even, lp, size * model.top_k * ep, times) for size in GRID]
+            curve = [
+                _saving(gemm, model, even, lp, size * model.top_k * ep, times) for size in GRID
+            ]
             costs = [sum(overhead_us(ep, size).values()) for size in GRID]
-            now = _saving(gemm, even, lp, tokens * model.top_k * ep, times)
+            now = _saving(gemm, model, even, lp, tokens * model.top_k * ep, times)
             overhead = overhead_us(ep, tokens)
             total = tokens * model.top_k * ep
             rows.append(
@@ -406,7 +444,7 @@ def advise(
                     "placement": kind,
                     "slots": spare,
                     "layer_us": {
-                        name: times * float(_slowest(gemm, p, total).mean())
+                        name: times * float(_slowest(gemm, model, p, total).mean())
                         for name, p in (("in_order", in_order), ("even", even), ("lp", lp))
                     },
                     "imbalance": {
@@ -425,8 +463,10 @@ def advise(
     return {"rows": rows, **_recommend(rows)}
 
 
-def _saving(gemm: GemmModel, even: Floats, lp: Floats, rows: int, times: int) -> dict[str, float]:
-    saved = times * (_slowest(gemm, even, rows) - _slowest(gemm, lp, rows))
+def _saving(
+    gemm: GemmModel, model: Model, even: Floats, lp: Floats, rows: int, times: int
+) -> dict[str, float]:
+    saved = times * (_slowest(gemm, model, even, rows) - _slowest(gemm, model, lp, rows))
     low, high = (float(v) for v in np.percentile(saved, (10, 90)))
     worst = gemm.worst
     return {
@@ -468,6 +508,7 @@ def check_row(
     case: Case,
     ep: int,
     tokens: int,
+    weights: tuple[torch.Tensor, torch.Tensor],
     timer: Timer,
     device: torch.device | str,
 ) -> dict[str, Any]:
@@ -483,6 +524,8 @@ def check_row(
         Loads.
     ep, tokens
         Ranks, and tokens of each.
+    weights
+        Of all experts of a rank, the slot included.
     timer, device
         What times a launch, and where.
 
@@ -490,20 +533,24 @@ def check_row(
     -------
     dict
         ``model``, ``ep``, ``tokens``; by ``even`` and ``lp``: ``measured_us`` of the slowest rank,
-        ``predicted_us`` and their relative ``error``.
+        ``predicted_us``, their relative ``error``, and ``rows`` by expert and ``us`` of all
+        ``ranks``.
     """
     placement = make_placement("eplb", case.history, ep, 1, torch.device("cpu"), None)
-    weights = draw_experts(model.hidden, model.inner, placement.slots_per_rank, device)
     counts = case.test[0].sum(0).double()
     counts = (counts * (tokens * model.top_k * ep / counts.sum())).round().long()
     row: dict[str, Any] = {"model": name, "ep": ep, "tokens": tokens}
     for split, balance in (("even", "even"), ("lp", "lplb")):
-        rows = slot_tokens(placement, counts, balance, 1e-3).double().numpy()
-        measured = max(_time_rank(rank, weights, timer, device) for rank in rows)
-        predicted = float(gemm(rows).max())
+        rows = slot_tokens(placement, counts, balance, 1e-3)
+        ranks = [
+            {"rows": rank, "us": _time_rank(rank, weights, timer, device)} for rank in rows.tolist()
+        ]
+        measured = max(rank["us"] for rank in ranks)
+        predicted = float(gemm(model.hidden, model.inner, rows.double().numpy()).max())
         row[split] = {
             "measured_us": measured,
             "predicted_us": predicted,
             "error": predicted / measured - 1,
+            "ranks": ranks,
         }
     return row

@@ -41,6 +41,7 @@ from lplb_triton.bench import (
 from lplb_triton.bench import report as reports
 from lplb_triton.bench import trace as traces
 from lplb_triton.bench.instances import SHAPES, shape_placement
+from lplb_triton.bench.simulate import draw_experts
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, resolve_backend
 from lplb_triton.solver import MIN_TOLERANCE_FLOAT32 as MIN_TOLERANCE
 
@@ -1111,8 +1112,10 @@ def _advise(args: argparse.Namespace) -> int:
             device, timer = _start_timed(args)
             widest = max(1, model.experts // args.ep) + min(args.slots)
             name = torch.cuda.get_device_name()
-            gemm = advise.measure(model, widest, timer, device, name)
+            weights = draw_experts(model.hidden, model.inner, widest, device)
+            gemm, points = advise.measure(model, weights, timer, device, name, _pairs())
         else:
+            points = []
             gemm = advise.packaged(model.hidden, model.inner)
         advice = advise.advise(
             model, gemm, cases, args.ep, args.tokens, args.slots, training=args.training
@@ -1130,6 +1133,7 @@ def _advise(args: argparse.Namespace) -> int:
             "training": args.training,
         },
         "gemm": dataclasses.asdict(gemm),
+        "points": [p._asdict() for p in points],
         "environment": _environment("cuda" if gpu else "cpu"),
         "seconds": time.perf_counter() - begin,
         **advice,
@@ -1138,20 +1142,30 @@ def _advise(args: argparse.Namespace) -> int:
     return OK
 
 
+def _pairs() -> int:
+    """Pairs of SMs of the GPU."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(properties.multi_processor_count) // 2
+
+
 def _check_advice(args: argparse.Namespace) -> int:
     device, timer = _start_timed(args)
     name = torch.cuda.get_device_name()
     begin = time.perf_counter()
-    rows = []
+    rows, fits = [], {}
     with tables.progress_bar("configurations", len(advise.MODELS) * len(CHECK_TOKENS)) as advance:
         for key, model in advise.MODELS.items():
             (case,) = placement.synthetic_cases(model.experts, (0,))
             widest = model.experts // args.ep + 1
             _check_divides((args.ep,), model.experts)
-            gemm = advise.measure(model, widest, timer, device, name)
+            weights = draw_experts(model.hidden, model.inner, widest, device)
+            gemm, points = advise.measure(model, weights, timer, device, name, _pairs())
+            fits[key] = {"gemm": dataclasses.asdict(gemm), "points": [p._asdict() for p in points]}
             for tokens in CHECK_TOKENS:
                 rows.append(
-                    advise.check_row(key, model, gemm, case, args.ep, tokens, timer, device)
+                    advise.check_row(
+                        key, model, gemm, case, args.ep, tokens, weights, timer, device
+                    )
                 )
                 advance()
     report = {
@@ -1159,6 +1173,7 @@ def _check_advice(args: argparse.Namespace) -> int:
         "check": True,
         "environment": _environment("cuda"),
         "seconds": time.perf_counter() - begin,
+        "fits": fits,
         "rows": rows,
     }
     _finish_timed(args, report, tables.advice_check_grids(report))

@@ -1,5 +1,6 @@
 """Advice: the model of a rank's time, break-even, recommendation, and the command."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,48 +11,82 @@ from test_timing import FakeTimer
 
 from lplb_triton.bench import advise, cli, placement
 from lplb_triton.bench import trace as traces
-from lplb_triton.bench.advise import GemmModel, Model
+from lplb_triton.bench.advise import GemmModel, Model, Point
+from lplb_triton.bench.simulate import draw_experts
 
 SMALL = Model(hidden=64, inner=32, experts=32, top_k=2)
 
 
 def exact(**changes):
-    values = {"floor": 20, "base": 10, "bandwidth": 6 * 64 * 32 / 5, "rate": 1e7}
-    return GemmModel(64 * 32, **{**values, "error": 0.0, "worst": 0.0, "source": "", **changes})
+    values = {"base": 20, "bandwidth": 1e4, "narrow": 20, "wide": 60, "pairs": 4}
+    return GemmModel(**{**values, "error": 0.0, "worst": 0.0, "source": "", **changes})
+
+
+# Rows cost much more than weights.
+SLOW = exact(narrow=1e3, wide=4e3, pairs=1)
+
+
+def predict(model, rows, hidden=64, inner=32):
+    return model(hidden, inner, np.array(rows, dtype=float))
 
 
 def test_the_model_by_hand():
-    model = exact()
-    tile = 128 * 6 * 64 * 32 / 1e7
-    rows = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 128 * 64, 129 * 64]], dtype=float)
-    expected = [0, 20, 10 + 15, 10 + 64 * tile + np.ceil(129 / 2) * tile]
-    np.testing.assert_allclose(model(rows), expected)
-    assert model(np.array([128.0 * 64])) == pytest.approx(10 + 64 * tile)
+    # Reading takes next to no time here, so that waves are what is left.
+    fast = exact(bandwidth=1e12)
+    # Columns: 2 * 512 and 512, so 8 and 4 narrow tiles, 4 and 2 wide ones; depths 512 and 512.
+    step = 512 / 1e3
+    rows = [[0, 0], [1, 0], [128, 128], [129, 127], [129, 129], [256, 2], [513, 0]]
+    waves = [0, 2 + 1, 4 + 2, 6 + 3, 2 + 1, 2 + 1, 3 + 2]
+    speed = [20, 20, 20, 20, 60, 60, 60]
+    expected = [n and 20 + n * step * s for n, s in zip(waves, speed, strict=True)]
+    np.testing.assert_allclose(predict(fast, rows, 512, 512), expected, rtol=1e-6)
+    # And waves none: weights of active experts, and five values of an activation for each row.
+    read = exact(narrow=1e-6, wide=1e-6)
+    expected = 20 + (2 * 6 * 64 * 32 + 30 * 2 * 5 * 32) / 1e4
+    assert predict(read, [10, 0, 20]) == pytest.approx(expected)
+    # Both alike: more than either, less than their sum.
+    both = exact(base=0, bandwidth=2 * 64 * 64 / 5, narrow=1e3 * 5 / 64, wide=1e9)
+    first = 5 * 2**0.25
+    second = ((32 * 5 / 64) ** 4 + (5 / 2) ** 4) ** 0.25
+    assert predict(both, [1]) == pytest.approx(first + second + 10 * 32 / both.bandwidth)
 
 
 def test_a_fit_finds_what_times_were_made_with():
-    truth = exact()
-    rows = [r for n in (64, 1024, 16384, 2**17) for r in advise._splits(n, 4)]
-    times = [float(truth(r)) for r in rows]
-    found = advise.fit(64, 32, rows, times, "here")
-    assert found.worst < 0.02 and found.source == "here"
-    other = np.array([3000.0, 5.0, 700.0, 0.0])
-    assert found(other) == pytest.approx(float(truth(other)), rel=0.05)
-    for split in rows:
-        assert split.sum() in (64, 1024, 16384, 2**17) and len(split) == 4
+    truth = exact(bandwidth=300.0)
+    points = [
+        Point(hidden, 32, rows, float(predict(truth, rows, hidden)))
+        for hidden in (64, 256)
+        for n in (64, 256, 1024, 16384, 2**17)
+        for rows in advise._splits(n, 4)
+    ]
+    found = advise.fit(points, "here", truth.pairs)
+    assert found.worst < 0.02 and found.source == "here" and found.pairs == truth.pairs
+    other = [3000, 5, 700, 0]
+    assert predict(found, other) == pytest.approx(float(predict(truth, other)), rel=0.05)
+    for point in points:
+        assert sum(point.rows) in (64, 256, 1024, 16384, 2**17) and len(point.rows) == 4
+
+
+# Measured as the table was, with 2 experts of 4096 x 14336, which it does not hold.
+OTHER_SIZE = {
+    (64, 64): 297, (128, 128): 301, (129, 129): 383, (256, 256): 394, (257, 257): 556,
+    (512, 512): 573, (513, 513): 916, (1024, 1024): 1106, (2048, 2048): 2181, (369, 291): 608,
+    (394, 199): 500, (1574, 795): 1692,
+}  # fmt: skip
 
 
 def test_the_packaged_table():
     for (hidden, inner), lines in advise.TABLE.items():
         model = advise.packaged(hidden, inner)
-        assert model.error < 0.1 and model.worst < 0.2 and "H100" in model.source
+        assert model.error < 0.08 and model.worst < 0.18 and "H100" in model.source
         assert "not measured" not in model.source
         for total, times in lines.items():
             for rows, time in zip(advise._splits(total, 9), times, strict=True):
-                assert model(rows) == pytest.approx(time, rel=0.2)
-    between, beyond = advise.packaged(4096, 1536), advise.packaged(4096, 14336)
-    assert "interpolated" in between.source and "outside" in beyond.source
-    assert beyond.rate == pytest.approx(advise.packaged(7168, 2048).rate)
+                assert predict(model, rows, hidden, inner) == pytest.approx(time, rel=0.18)
+    other = advise.packaged(4096, 14336)
+    assert "not measured" in other.source and other.wide == model.wide
+    for rows, time in OTHER_SIZE.items():
+        assert predict(other, rows, 4096, 14336) == pytest.approx(time, rel=0.18)
 
 
 def test_overheads(monkeypatch):
@@ -77,7 +112,7 @@ def case(seed=0):
 
 
 def test_advice():
-    slow = exact(rate=1e6)
+    slow = SLOW
     found = advise.advise(SMALL, slow, [case()], 8, 2**14, (1, 2, 4))
     assert [(r["placement"], r["slots"]) for r in found["rows"]] == [
         (kind, n) for n in (1, 2, 4) for kind in ("eplb", "chain")
@@ -99,7 +134,7 @@ def test_advice():
     tiny = advise.advise(SMALL, exact(), [case()], 8, 16, (1,))
     assert tiny["pays"] == "no"
     assert all(r["break_even"]["mean"] in (None, *advise.GRID) for r in tiny["rows"])
-    wide = advise.advise(SMALL, exact(rate=1e6, worst=0.5), [case()], 8, 2**14, (1,))
+    wide = advise.advise(SMALL, dataclasses.replace(SLOW, worst=0.5), [case()], 8, 2**14, (1,))
     assert wide["rows"][0]["saving_us"]["low"] < found["rows"][0]["saving_us"]["low"]
 
 
@@ -116,12 +151,33 @@ def test_wrong_sizes(changes, match):
 
 
 def test_dry_run_of_the_measurements(monkeypatch):
-    monkeypatch.setattr(advise, "CALIBRATION_ROWS", (16, 64))
-    model = advise.measure(SMALL, 3, FakeTimer(), "cpu", "dry run")
+    monkeypatch.setattr(advise, "CALIBRATION_ROWS", (16, 64, 128))
+    monkeypatch.setattr(advise, "CALIBRATION_TOKENS", 32)
+    weights = draw_experts(SMALL.hidden, SMALL.inner, 5, "cpu")
+    model, points = advise.measure(SMALL, weights, FakeTimer(), "cpu", "dry run")
     assert model.source == "measured on this dry run"
-    row = advise.check_row("small", SMALL, exact(), case(), 8, 16, FakeTimer(), "cpu")
+    assert [sum(p.rows) for p in points] == [16] * 3 + [64] * 3
+    assert [p.us for p in points] == [1, 2, 3, 4, 5, 6] and points[0].rows == [4, 3, 3, 3, 3]
+    assert advise.fit(points, model.source) == model
+    row = advise.check_row("small", SMALL, exact(), case(), 8, 16, weights, FakeTimer(), "cpu")
     assert row["even"]["measured_us"] == 8 and row["lp"]["measured_us"] == 16
     assert row["lp"]["error"] == pytest.approx(row["lp"]["predicted_us"] / 16 - 1)
+    for k, split in enumerate(("even", "lp")):
+        ranks = row[split]["ranks"]
+        # Counts are rounded expert by expert.
+        assert abs(sum(sum(rank["rows"]) for rank in ranks) - 16 * 2 * 8) < 8
+        assert [rank["us"] for rank in ranks] == [8 * k + n for n in range(1, 9)]
+
+
+def test_long_launches_are_timed_one_by_one(monkeypatch):
+    launched = []
+    monkeypatch.setattr(advise, "run_experts", lambda x, *rest: launched.append(len(x)))
+    # A thousand million columns, all the same number.
+    weights = torch.zeros(2, 8, 1).expand(2, 8, 10**9), torch.zeros(2, 1, 8)
+    assert advise._time_rank([10, 0], weights, FakeTimer(), "cpu") == 1.0
+    assert advise._time_rank([10, 20], weights, FakeTimer(), "cpu") == 7.0
+    assert launched == [10, 10, 30, 30]
+    assert advise._time_rank([0, 0], weights, FakeTimer(), "cpu") == 0.0
 
 
 def test_command(tmp_path, capsys):
@@ -131,7 +187,7 @@ def test_command(tmp_path, capsys):
     report, shown = json.loads(path.read_text()), capsys.readouterr().out
     assert report["options"]["model"] == {"hidden": 7168, "inner": 2048, "experts": 64, "top_k": 8}
     assert len(report["rows"]) == 4
-    for text in ("Predicted, not measured", "an assumption", "Recommended: chain", "break-even"):
+    for text in ("Predicted, not measured", "an assumption", "Recommended: ", "break-even"):
         assert text in shown
     traces.save(tmp_path / "t.npz", make_trace())
     from_trace = ["advise", "--gemm", "table", "--trace", str(tmp_path / "t.npz"), "--top-k", "2"]
@@ -148,12 +204,17 @@ def test_command_check(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     machine = {"gpu": None, "cpu": "c", "torch_threads": 1, "torch": "t"}
     monkeypatch.setattr(cli, "_environment", lambda device: machine)
+    monkeypatch.setattr(cli, "_pairs", lambda: 4)
     monkeypatch.setattr(advise, "MODELS", {"small": SMALL})
     monkeypatch.setattr(advise, "CALIBRATION_ROWS", (16, 64))
     monkeypatch.setattr(cli, "CHECK_TOKENS", (16, 32))
     assert cli.main(["advise", "--check", "--json", "-"]) == cli.FAILED
     out = capsys.readouterr()
-    assert len(json.loads(out.out)["rows"]) == 2 and "of 4 predictions" in out.err
+    report = json.loads(out.out)
+    assert len(report["rows"]) == 2 and "of 4 predictions" in out.err
+    points = [Point(**point) for point in report["fits"]["small"]["points"]]
+    again = advise.fit(points, "measured on this none", 4)
+    assert dataclasses.asdict(again) == report["fits"]["small"]["gemm"]
     monkeypatch.setattr(cli, "CHECK_ERROR", 1e9)
     assert cli.main(["advise", "--check"]) == cli.OK
 
