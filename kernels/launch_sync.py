@@ -54,7 +54,7 @@ def sum_gathered(
     counts: torch.Tensor, total: torch.Tensor, gathered: torch.Tensor | None,
     rows: torch.Tensor, version: torch.Tensor, status: torch.Tensor, rank: int,
 ) -> None:  # fmt: skip
-    """Check ``rows`` [n_ranks, GATHERED_HEADER_WORDS + n] int32 and sum them, as `sum_over_ranks` does."""
+    """Check and sum ``rows`` [n_ranks, GATHERED_HEADER_WORDS + n] int32, as `sum_over_ranks`."""
     n = counts.numel()
     args = (
         counts, total, total if gathered is None else gathered,

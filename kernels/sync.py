@@ -51,7 +51,7 @@ def _now(lane):
 
 @triton.jit
 def _tagged(number, epoch):
-    """A word: the epoch above, a number of 32 bits below."""
+    """Make words: the epoch above, a number of 32 bits below."""
     return (epoch.to(tl.int64) << 32) | (number.to(tl.int64) & 0xFFFFFFFF)
 
 
