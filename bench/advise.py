@@ -17,6 +17,7 @@ Everything made from them is a prediction. Communication, routing and attention 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +54,8 @@ FEW_ROWS, NARROW, WIDE = 128, 128, 256
 # Pairs of SMs of an H100.
 PAIRS = 66
 NORM = 4
+# Rest after a measurement, in its own time.
+REST = 2.0
 # Forward and backward products take three times the forward's.
 TRAINING = 3
 # Bytes of a weight, and of an expert's three matrices: 6 * hidden * inner.
@@ -299,7 +302,10 @@ def _time_rank(
     timer: Timer,
     device: torch.device | str,
 ) -> float:
-    """Microseconds of one rank's products, measured."""
+    """Microseconds of one rank's products, measured, with a rest behind.
+
+    At its power limit a GPU slows down, and without the rest what ran before would tell.
+    """
     ends = torch.tensor(rows).cumsum(0).to(torch.int32)
     total = int(ends[-1])
     if total == 0:
@@ -308,11 +314,15 @@ def _time_rank(
     x = torch.randn(1, w_in.shape[1], device=device).to(torch.bfloat16)
     x = x.expand(total, -1).contiguous()
     launch = partial(run_experts, x, w_in, w_out, ends.to(device))
+    begun = time.perf_counter()
     launch()
     # The start of a graph doesn't show beside work of half a millisecond (at 600 TFLOP/s).
     if total * 2 * (w_in[0].numel() + w_out[0].numel()) > 3e11:
-        return timer.rotation([launch])
-    return timer.per_call(launch, 100.0)
+        took = timer.rotation([launch])
+    else:
+        took = timer.per_call(launch, 100.0)
+    time.sleep(REST * (time.perf_counter() - begun))
+    return took
 
 
 def overhead_us(ep: int, tokens: int) -> dict[str, float]:
