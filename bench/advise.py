@@ -81,10 +81,10 @@ TABLE: dict[tuple[int, int], dict[int, tuple[float, float, float]]] = {
 }
 TABLE_EXPERTS = 9
 # Measured on one H100 (docs/benchmarks.md): median run without sync by ranks, for TOKENS tokens of
-# 256 experts, top-8, microseconds. Sync: a P2P kernel on two H100 over NVLink.
+# 256 experts, top-8, microseconds. Sync: what it adds to a run of two H100s over NVLink.
 TOKENS = (128, 4096, 16384)
 RUN_US = {8: (8.7, 9.5, 15.7), 32: (13.4, 14.5, 23.1), 64: (34.8, 36.7, 45.1)}
-SYNC_US = 6.4
+SYNC_US = 4.6
 GRID = tuple(2**k for k in range(4, 18))
 BATCHES = 12
 # Rows to fit to, up to those of a rank with CALIBRATION_TOKENS.
