@@ -920,6 +920,10 @@ def _ep_killed(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
     ]
 
 
+def _or_none(value: float | None, spec: str) -> str:
+    return "none" if value is None else format(value, spec)
+
+
 def _ep_training(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
     even = rows["even"]["runs"][0]["moe_ms"] if "even" in rows else None
     times: list[tuple[str, ...]] = []
@@ -935,12 +939,13 @@ def _ep_training(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
             losses.append(
                 (
                     *head,
-                    f"{made['final_loss']:.4f}",
-                    f"{made['loss_difference']:.1e}",
+                    _or_none(made["final_loss"], ".4f"),
+                    _or_none(made["loss_difference"], ".1e"),
                     "no LP" if part is None else f"{part:.2%}",
                 )
             )
-        losses.append((routing, "reversed", "", f"{row['reversed_difference']:.1e}", ""))
+        noise = _or_none(row["reversed_difference"], ".1e")
+        losses.append((routing, "reversed", "", noise, ""))
     s = next(iter(rows.values()))["settings"]
     return [
         Grid(

@@ -18,7 +18,6 @@ from lplb_triton.kernels.launch import (
 )
 from lplb_triton.kernels.launch_sync import (
     FAULTS,
-    GATHERED_HEADER_WORDS,
     HEADER_WORDS,
     MAX_RANKS,
     STATUS_FIRST,
@@ -33,7 +32,6 @@ from lplb_triton.kernels.pipeline import Pipeline
 
 __all__ = [
     "FAULTS",
-    "GATHERED_HEADER_WORDS",
     "HEADER_WORDS",
     "MAX_RANKS",
     "STATUS_FIRST",

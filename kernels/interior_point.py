@@ -367,7 +367,8 @@ def _newton_in_memory(
     weights = tl.load(scratch_ptr + 2 * n_ranks + col, mask=col_on, other=0.0)
     plan, bound, iterations = _newton(
         plan, best_load, bound, weights[None, :], fixed, plan >= 0, rank_on, n_ranks, total,
-        tolerance, aim, max_iterations, G, C, G >= 64,  # the largest tiles: rare, slow to compile
+        tolerance, aim, max_iterations, G, C,
+        (G >= 64) and (C >= 64),  # the largest tiles: rare, slow to compile
     )  # fmt: skip
     tl.store(plan_ptrs, plan, mask=inside)
     return bound, iterations

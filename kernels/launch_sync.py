@@ -13,7 +13,6 @@ from lplb_triton.kernels.sync import (
     FAULT_ABSENT,
     FAULT_MISMATCH,
     FAULT_OVERLAP,
-    GATHERED_HEADER,
     HEADER,
     MOST_RANKS,
     STATUS_RANKS,
@@ -24,7 +23,6 @@ from lplb_triton.kernels.sync import (
 
 MAX_RANKS = int(MOST_RANKS.value)
 HEADER_WORDS = int(HEADER.value)
-GATHERED_HEADER_WORDS = int(GATHERED_HEADER.value)
 STATUS_FIRST = int(STATUS_RANKS.value)
 FAULTS = {
     int(FAULT_ABSENT.value): "absent",
@@ -54,7 +52,7 @@ def sum_gathered(
     counts: torch.Tensor, total: torch.Tensor, gathered: torch.Tensor | None,
     rows: torch.Tensor, version: torch.Tensor, status: torch.Tensor, rank: int,
 ) -> None:  # fmt: skip
-    """Check and sum ``rows`` [n_ranks, GATHERED_HEADER_WORDS + n] int32, as `sum_over_ranks`."""
+    """Check and sum ``rows`` [n_ranks, GATHERED_HEADER + n] int32, as `sum_over_ranks` does."""
     n = counts.numel()
     args = (
         counts, total, total if gathered is None else gathered,

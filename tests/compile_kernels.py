@@ -39,9 +39,10 @@ def exchange(gather):
 
 
 def jobs(capability):
-    for ranks, columns in ((8, 32), (16, 32), (32, 64), (64, 128)):
-        options = launch._solve_options(launch._newton_warps(ranks, columns))
-        yield solvers._solve_lp_kernel, {"G": ranks, "C": columns}, options
+    for ranks, columns in ((8, 32), (16, 32), (32, 64), (64, 32), (64, 128)):
+        if columns != 32 or ranks < 64:
+            options = launch._solve_options(launch._newton_warps(ranks, columns))
+            yield solvers._solve_lp_kernel, {"G": ranks, "C": columns}, options
         warps = launch._solve_warps(ranks, columns)
         options = launch._solve_options(warps)
         constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64}
@@ -63,16 +64,26 @@ def jobs(capability):
     lanes, warps = {"LANES": 32 * sync.WARPS}, {"num_warps": sync.WARPS}
     for gather in (0, 1):
         yield sync._sum_over_ranks_kernel, {**exchange(gather), **lanes}, warps
+    # The smallest tile, with the most threads that a solving kernel has.
+    few = {**exchange(0), "BLOCK": launch._exchange_block(1), "LANES": 512}
+    yield sync._sum_over_ranks_kernel, few, {"num_warps": 16}
     constants = {"BLOCK": launch.EXCHANGE_BLOCK, "GATHER": 1, **lanes}
     yield sync._sum_gathered_kernel, constants, warps
     yield quotas._divide_quotas_kernel, {"RANKS": 64, "COPIES": 128}, {"num_warps": 1}
 
 
-def check_words(ptx):
-    """Words between ranks travel in one piece each way: neither half can come by itself."""
-    assert "st.relaxed.sys.global.b64" in ptx, "nothing is sent"
-    loads = re.findall(r"ld\.(?:volatile|relaxed\.sys)\S*", ptx)
-    assert any(load.endswith("b64") or load.endswith("u64") for load in loads), loads
+def check_words(ptx, words, threads):
+    """Words between ranks travel in one piece each way, and every word is in one thread.
+
+    Per thread: a load for each of its words of a tile, and of the two words of a header; a store
+    for its words of a tile, and one for a header.
+    """
+    mine = words // threads
+    loads = len(re.findall(r"ld\.volatile\.global\.b64", ptx))
+    # One more where nothing else is left to do than to find out who is absent.
+    assert loads == mine + 2 + 1, loads
+    stores = ptx.count("st.relaxed.sys.global.b64")
+    assert stores == mine + 1, stores
 
 
 def main(capability):
@@ -88,7 +99,7 @@ def main(capability):
         print(f"{name} {constants} {options}: {cubin} bytes, {took:.1f} s", flush=True)
         assert cubin > 1000
         if constants.get("CHANNELS"):
-            check_words(compiled.asm["ptx"])
+            check_words(compiled.asm["ptx"], 8 * constants["BLOCK"], constants["LANES"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """lplb-bench ep: every section over gloo, its gates, its bounds, and its report."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -184,6 +185,24 @@ def test_nothing_starts_without_time_left(capsys):
     printed = capsys.readouterr()
     assert "verify:distributed: failed: no time left" in printed.err
     assert "kill:distributed failed: no time left" in printed.out
+
+
+def diverged(place, kind):
+    return {"settings": CPU.training, "reversed_difference": math.inf, "failed": "on purpose"}
+
+
+def test_what_diverged_has_no_figure(tmp_path, monkeypatch):
+    section = replace(run_ep.SECTIONS["train"], work=diverged)
+    path = tmp_path / "0.json"
+    path.write_text(json.dumps(section.work(None, "even")))
+    assert "Infinity" in path.read_text()
+    context = SimpleNamespace(
+        Process=lambda **_: SimpleNamespace(start=lambda: None, exitcode=0, pid=None)
+    )
+    monkeypatch.setattr(run_ep.mp, "get_context", lambda kind: context)
+    found = run_ep.run_section(run_ep.Job("train", "even", 1, "cpu", CPU, str(tmp_path)), 9.0)
+    assert found["reversed_difference"] is None
+    json.dumps(found, allow_nan=False)
 
 
 def test_a_run_that_is_cut_short_keeps_what_it_found(monkeypatch, tmp_path):

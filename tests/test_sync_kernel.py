@@ -155,17 +155,39 @@ def test_another_call_is_no_part_of_the_sum(what):
     assert torch.equal(total.cpu(), 3 * counts)
 
 
-def test_a_word_of_a_count_that_is_missing_is_missed():
-    ranks = Ranks(3, 300, timeout=0.05)
-    counts = torch.arange(300, dtype=torch.int32)
-    for rank in range(3):
-        ranks.publish(rank, counts, 3)
-    # Of the epoch before last, in the same slot.
-    ranks.slots(0)[1, 2, 2 + 299] = (1 << 32) + 299
+@pytest.mark.parametrize(
+    ("n", "n_ranks", "rank", "word"),
+    [
+        # Of the header, of the first and the last tile of counts, of the last tile of ranks.
+        (8, 3, 2, 0),
+        (8, 3, 2, 1),
+        (300, 3, 2, 2 + 5),
+        (300, 3, 2, 2 + 299),
+        (20, 9, 3, 2 + 4),
+        (20, 9, 8, 2),
+    ],
+)
+def test_one_word_that_is_missing_is_missed(n, n_ranks, rank, word):
+    ranks = Ranks(n_ranks, n, timeout=0.01)
+    counts = torch.arange(n, dtype=torch.int32)
+    for sender in range(n_ranks):
+        ranks.publish(sender, counts, 3, to=[0])
+    # It is of the epoch before last, in the same slot.
+    ranks.slots(0)[1, rank, word] -= 2 << 32
     ranks.endpoints[0]._epochs.fill_(2)
+    total, _ = ranks.exchange(0, counts, gather=False)
+    assert (total == FAILED).all()
+    assert error_of(ranks, 0).ranks == (rank,)
+
+
+def test_another_call_ends_the_wait_for_those_who_are_late():
+    ranks = Ranks(3, 8, timeout=60.0)
+    counts = torch.arange(8, dtype=torch.int32)
+    ranks.publish(1, counts, 1, version=78)
     total, _ = ranks.exchange(0, counts)
     assert (total == FAILED).all()
-    assert error_of(ranks, 0).ranks == (2,)
+    error = error_of(ranks, 0)
+    assert error.ranks == (1,) and "came with placement version" in str(error)
 
 
 def test_two_calls_at_once_on_one_channel_are_found():

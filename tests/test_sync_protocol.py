@@ -1,8 +1,7 @@
 """The protocol of docs/sync.md under random interleavings, at the level of loads and stores.
 
 A model, not the kernel: every rank is a program of two threads with barriers; stores to other
-ranks' memory arrive one by one in any order, except that two stores of one thread to one place
-keep their order. A word, number and epoch, arrives whole.
+ranks' memory arrive one by one in any order. A word, number and epoch, arrives whole.
 """
 
 import random
@@ -34,7 +33,7 @@ class Rank:
     missing: list = field(default_factory=lambda: [0] * THREADS)
     """By thread: words that had not come at its last look."""
     pending: list = field(default_factory=list)
-    """Stores on their way: (thread, target, place, value)."""
+    """Stores on their way: (target, place, value)."""
     results: list = field(default_factory=list)
 
 
@@ -55,13 +54,9 @@ class World:
         self.sums = {}
 
     def deliver(self, r):
-        """Let one of a rank's stores arrive, if the one drawn may."""
+        """Let one of a rank's stores arrive."""
         pending = self.ranks[r].pending
-        i = self.rng.randrange(len(pending))
-        thread, target, place, value = pending[i]
-        if any(other[:3] == (thread, target, place) for other in pending[:i]):
-            return
-        del pending[i]
+        target, place, value = pending.pop(self.rng.randrange(len(pending)))
         slot, word = place
         self.ranks[target].rows[slot][r][word] = value
 
@@ -79,7 +74,7 @@ class World:
             epoch = me.epoch + 1
             slot = epoch % rules.slots
             for peer in everyone:
-                me.pending.append((t, peer, (slot, t), (epoch, counts(r, call, t))))
+                me.pending.append((peer, (slot, t), (epoch, counts(r, call, t))))
                 yield
             looks = 0
             while True:

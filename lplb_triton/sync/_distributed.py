@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lplb_triton.sync._base import Communicator, SyncError, group_timeout
 
 # Words of a message before the counts: epoch (unused: the library keeps the order), version,
-# number of counts, unused.
+# number of counts, unused. As GATHERED_HEADER of kernels/sync.py, which a CPU doesn't import.
 HEADER = 4
 # After a failure on the host, seconds that ranks wait for one another's reports.
 GRACE = 2.0
