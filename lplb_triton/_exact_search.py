@@ -67,7 +67,8 @@ class ExactSearch:
             torch.ones_like(self.rank, dtype=torch.float32),
             accumulate=True,
         )
-        self.optimum = self.solve(self.copies[None], load)[0]
+        optimum, loads = self.solve(self.copies[None], load)
+        self.optimum, self.loads = optimum[0], loads[0]  # [B], and [B, G] rank loads
         self.steps = 0
         # Changes that were good but not the best: tried again in the next step.
         self.second = torch.empty(0, dtype=torch.int64, device=device)
@@ -98,20 +99,22 @@ class ExactSearch:
             mask.repeat_interleave(n_batches, 0),
         )
 
-    def solve(self, copies: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
-        """Optima in mean rank loads, ``[K, b]``."""
+    def solve(self, copies: torch.Tensor, load: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Optima in mean rank loads, ``[K, b]``, and rank loads that reach them, ``[K, b, G]``."""
         at_once = max(1, MOST_PROGRAMS // len(load))
-        parts = [
-            solve(self.problem(part, load), tolerance=TOLERANCE).max_load
-            for part in torch.split(copies, at_once)
-        ]
-        return torch.cat(parts).reshape(len(copies), -1).float().clamp(min=1.0)
+        optima, loads = [], []
+        for part in torch.split(copies, at_once):
+            problem = self.problem(part, load)
+            solution = solve(problem, tolerance=TOLERANCE)
+            optima.append(solution.max_load)
+            loads.append(problem.fixed + (problem.weights.unsqueeze(1) * solution.shares).sum(2))
+        shape = len(copies), len(load)
+        optimum = torch.cat(optima).reshape(shape).float().clamp(min=1.0)
+        return optimum, torch.cat(loads).reshape(*shape, self.ranks)
 
     def cuts(self) -> torch.Tensor:
         """Best cut among the level sets of each batch's rank loads, ``[B, G]`` 0 or 1."""
-        problem = self.problem(self.copies[None], self.load)
-        shares = solve(problem, tolerance=TOLERANCE).shares
-        loads = problem.fixed + (problem.weights.unsqueeze(1) * shares).sum(2)
+        loads = self.loads
         position = loads.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         # An expert lies in the prefix that ends with the last of its ranks.
         last = torch.where(self.copies > 0, position.unsqueeze(1), -1).amax(2)
@@ -201,18 +204,19 @@ class ExactSearch:
         )
         some = slice(first, first + GLANCE)
         before = self.score(here, self.optimum[None, some])
-        gain = before - self.score(copies, self.solve(copies, self.load[some]))
+        gain = before - self.score(copies, self.solve(copies, self.load[some])[0])
         best = gain.topk(min(FINALISTS, len(gain)))
         last = best.indices[best.values > 0]
         if not len(last):
             self.second = last
             return True
-        optimum = self.solve(copies[last], self.load)
+        optimum, loads = self.solve(copies[last], self.load)
         gain = self.score(here, self.optimum[None]) - self.score(copies[last], optimum)
         winner = int(gain.argmax())
         self.second = change[last[gain > MIN_GAIN]]
         if float(gain[winner]) > MIN_GAIN:
             slots, experts = self.slots(change[last[winner]].reshape(1))
             self.expert[slots[0]] = experts[0]
-            self.copies, self.optimum = copies[last[winner]].clone(), optimum[winner]
+            self.copies = copies[last[winner]].clone()
+            self.optimum, self.loads = optimum[winner], loads[winner]
         return True
