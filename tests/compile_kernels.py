@@ -5,9 +5,12 @@
 Runs in a process of its own, without TRITON_INTERPRET.
 """
 
+import os
 import re
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -86,20 +89,26 @@ def check_words(ptx, words, threads):
     assert stores == mine + 1, stores
 
 
+def compile_job(capability, number):
+    """Compile one of the jobs and check it; returns a line about it."""
+    kernel, constants, options = list(jobs(capability))[number]
+    begun = time.monotonic()
+    source = ASTSource(kernel, signature(kernel, constants), constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    cubin = len(compiled.asm["cubin"])
+    assert cubin > 1000
+    if constants.get("CHANNELS"):
+        check_words(compiled.asm["ptx"], 8 * constants["BLOCK"], constants["LANES"])
+    name = re.sub(r"^_|_kernel$", "", kernel.__name__)
+    return f"{name} {constants} {options}: {cubin} bytes, {time.monotonic() - begun:.1f} s"
+
+
 def main(capability):
     assert peers  # imported for its kernels' decorators: they must parse without a GPU
-    target = GPUTarget("cuda", capability, 32)
-    for kernel, constants, options in jobs(capability):
-        begun = time.monotonic()
-        source = ASTSource(kernel, signature(kernel, constants), constants)
-        compiled = triton.compile(source, target=target, options=options)
-        cubin = len(compiled.asm["cubin"])
-        name = re.sub(r"^_|_kernel$", "", kernel.__name__)
-        took = time.monotonic() - begun
-        print(f"{name} {constants} {options}: {cubin} bytes, {took:.1f} s", flush=True)
-        assert cubin > 1000
-        if constants.get("CHANNELS"):
-            check_words(compiled.asm["ptx"], 8 * constants["BLOCK"], constants["LANES"])
+    count = len(list(jobs(capability)))
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for line in pool.map(partial(compile_job, capability), range(count)):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
