@@ -920,8 +920,8 @@ def _ep_killed(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
     ]
 
 
-def _or_none(value: float | None, spec: str) -> str:
-    return "none" if value is None else format(value, spec)
+def _or_na(value: float | None, spec: str) -> str:
+    return "n/a" if value is None else format(value, spec)
 
 
 def _ep_training(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
@@ -939,12 +939,12 @@ def _ep_training(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
             losses.append(
                 (
                     *head,
-                    _or_none(made["final_loss"], ".4f"),
-                    _or_none(made["loss_difference"], ".1e"),
+                    _or_na(made["final_loss"], ".4f"),
+                    _or_na(made["loss_difference"], ".1e"),
                     "no LP" if part is None else f"{part:.2%}",
                 )
             )
-        noise = _or_none(row["reversed_difference"], ".1e")
+        noise = _or_na(row["reversed_difference"], ".1e")
         losses.append((routing, "reversed", "", noise, ""))
     s = next(iter(rows.values()))["settings"]
     return [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.tiles import _add2, _inverse, _quantize, _shares
+from lplb_triton.kernels.tiles import _add2, _inverse, _max2, _quantize, _shares
 
 # Classes of edges that balancing goes through before the interior-point method takes over,
 # and how far an edge goes beyond level once the first sweeps were not enough.
@@ -17,11 +17,6 @@ EXACT_SWEEPS = tl.constexpr(3)
 RELAXATION = tl.constexpr(1.5)
 # The largest load is steady once a sweep takes no more than this part of the gap off it.
 STEADY = tl.constexpr(0.5)
-
-
-@triton.jit
-def _max2(a0, a1, b0, b1):
-    return tl.maximum(a0, b0), tl.maximum(a1, b1)
 
 
 @triton.jit

@@ -102,6 +102,14 @@ def _publish(
 
 
 @triton.jit
+def _tile(rows_ptr, row_words, header, first_row, at, n_ranks, n):
+    """Rows from ``first_row`` on, where their counts ``at`` are after a header, and which exist."""
+    row = first_row + tl.arange(0, ROWS)
+    mask = (row < n_ranks)[:, None] & (at < n)[None, :]
+    return row, rows_ptr + row[:, None] * row_words + header + at[None, :], mask
+
+
+@triton.jit
 def _await_rows(
     rows_ptr, row_words, total_ptr, gathered_ptr, present, epoch, version, n_ranks, n, timeout_ms,
     BLOCK: tl.constexpr, GATHER: tl.constexpr, ON_GPU: tl.constexpr, LANES: tl.constexpr,
@@ -130,9 +138,7 @@ def _await_rows(
         at = first + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), dtype=tl.int32)
         for first_row in range(0, n_ranks, ROWS):
-            row = first_row + tl.arange(0, ROWS)
-            mask = (row < n_ranks)[:, None] & (at < n)[None, :]
-            cell_ptr = rows_ptr + row[:, None] * row_words + HEADER + at[None, :]
+            row, cell_ptr, mask = _tile(rows_ptr, row_words, HEADER, first_row, at, n_ranks, n)
             words = tl.zeros((ROWS, BLOCK), dtype=tl.int64)
             # What is missing of the tile before, at the end of the time, stays missing.
             look = (missing == 0) & (n_strangers == 0)
@@ -313,9 +319,9 @@ def _sum_gathered_rows(
         at = first + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), dtype=tl.int32)
         for first_row in range(0, n_ranks, ROWS):
-            row = first_row + tl.arange(0, ROWS)
-            mask = (row < n_ranks)[:, None] & (at < n)[None, :]
-            cell_ptr = rows_ptr + row[:, None] * row_words + GATHERED_HEADER + at[None, :]
+            row, cell_ptr, mask = _tile(
+                rows_ptr, row_words, GATHERED_HEADER, first_row, at, n_ranks, n
+            )
             values = tl.load(cell_ptr, mask=mask, other=0)
             total += tl.sum(values, 0)
             if GATHER:

@@ -12,10 +12,13 @@ change can be tried exactly. Each step
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from lplb_triton.placement import Placement
 from lplb_triton.problem import Problem
+from lplb_triton.solution import Solution
 from lplb_triton.solver import solve
 
 __all__ = ["CANDIDATES", "ExactSearch"]
@@ -39,6 +42,11 @@ def _tail_score(value: torch.Tensor) -> torch.Tensor:
     """Mean of optima over the last axis, and a little of the mean of the worst tenth."""
     tail = max(1, value.shape[-1] // 10)
     return value.mean(-1) + TAIL_WEIGHT * value.topk(tail, -1).values.mean(-1)
+
+
+def _optima(max_loads: list[torch.Tensor], n_placements: int) -> torch.Tensor:
+    """Largest loads by placement and batch, none below a perfect balance."""
+    return torch.cat(max_loads).reshape(n_placements, -1).float().clamp(min=1.0)
 
 
 class ExactSearch:
@@ -67,7 +75,7 @@ class ExactSearch:
             torch.ones_like(self.rank, dtype=torch.float32),
             accumulate=True,
         )
-        optimum, loads = self.solve(self.copies[None], load)
+        optimum, loads = self.plan(self.copies[None], load)
         self.optimum, self.loads = optimum[0], loads[0]  # [B], and [B, G] rank loads
         self.steps = 0
         # Changes that were good but not the best: tried again in the next step.
@@ -99,18 +107,28 @@ class ExactSearch:
             mask.repeat_interleave(n_batches, 0),
         )
 
-    def solve(self, copies: torch.Tensor, load: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Optima in mean rank loads, ``[K, b]``, and rank loads that reach them, ``[K, b, G]``."""
+    def solved(
+        self, copies: torch.Tensor, load: torch.Tensor
+    ) -> Iterator[tuple[Problem, Solution]]:
+        """Solve programs as of `problem`, as many at once as memory allows."""
         at_once = max(1, MOST_PROGRAMS // len(load))
-        optima, loads = [], []
         for part in torch.split(copies, at_once):
             problem = self.problem(part, load)
-            solution = solve(problem, tolerance=TOLERANCE)
+            yield problem, solve(problem, tolerance=TOLERANCE)
+
+    def solve(self, copies: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
+        """Optima in mean rank loads, ``[K, b]``."""
+        parts = [solution.max_load for _, solution in self.solved(copies, load)]
+        return _optima(parts, len(copies))
+
+    def plan(self, copies: torch.Tensor, load: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Optima as of `solve`, and the rank loads that reach them, ``[K, b, G]``."""
+        optima, loads = [], []
+        for problem, solution in self.solved(copies, load):
             optima.append(solution.max_load)
             loads.append(problem.fixed + (problem.weights.unsqueeze(1) * solution.shares).sum(2))
-        shape = len(copies), len(load)
-        optimum = torch.cat(optima).reshape(shape).float().clamp(min=1.0)
-        return optimum, torch.cat(loads).reshape(*shape, self.ranks)
+        optimum = _optima(optima, len(copies))
+        return optimum, torch.cat(loads).reshape(*optimum.shape, self.ranks)
 
     def cuts(self) -> torch.Tensor:
         """Best cut among the level sets of each batch's rank loads, ``[B, G]`` 0 or 1."""
@@ -204,13 +222,13 @@ class ExactSearch:
         )
         some = slice(first, first + GLANCE)
         before = self.score(here, self.optimum[None, some])
-        gain = before - self.score(copies, self.solve(copies, self.load[some])[0])
+        gain = before - self.score(copies, self.solve(copies, self.load[some]))
         best = gain.topk(min(FINALISTS, len(gain)))
         last = best.indices[best.values > 0]
         if not len(last):
             self.second = last
             return True
-        optimum, loads = self.solve(copies[last], self.load)
+        optimum, loads = self.plan(copies[last], self.load)
         gain = self.score(here, self.optimum[None]) - self.score(copies[last], optimum)
         winner = int(gain.argmax())
         self.second = change[last[gain > MIN_GAIN]]

@@ -43,9 +43,8 @@ def exchange(gather):
 
 def jobs(capability):
     for ranks, columns in ((8, 32), (16, 32), (32, 64), (64, 32), (64, 128)):
-        if columns != 32 or ranks < 64:
-            options = launch._solve_options(launch._newton_warps(ranks, columns))
-            yield solvers._solve_lp_kernel, {"G": ranks, "C": columns}, options
+        options = launch._solve_options(launch._newton_warps(ranks, columns))
+        yield solvers._solve_lp_kernel, {"G": ranks, "C": columns}, options
         warps = launch._solve_warps(ranks, columns)
         options = launch._solve_options(warps)
         constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64}
