@@ -14,6 +14,7 @@ from lplb_triton.kernels.launch import (
     select,
     solve,
     solve_counts,
+    solve_scratch,
     sum_by_program,
 )
 from lplb_triton.kernels.launch_sync import (
@@ -49,6 +50,7 @@ __all__ = [
     "select",
     "solve",
     "solve_counts",
+    "solve_scratch",
     "status_words",
     "sum_by_program",
     "sum_gathered",

@@ -324,7 +324,8 @@ def _newton(
         better = (new_load < best_load) & (load_sum == load_sum)
         best = tl.where(better, tl.where(active, plan, even), best)
         best_load = tl.where(better, new_load, best_load)
-        cut = tl.max(_cut_bounds(loads, f, w_all, copy, rank_on))
+        lowest = tl.min(tl.where(copy, loads[:, None], float("inf")), 0, keep_dims=True)
+        cut = tl.max(_cut_bounds(loads, f, w_all, lowest, rank_on))
         new_bound = tl.where(load_sum == load_sum, tl.maximum(new_bound, cut), new_bound)
         bound = tl.where(new_bound > bound, new_bound, bound)
 
@@ -347,13 +348,14 @@ def _newton(
 
 @triton.jit(noinline=True)
 def _newton_in_memory(
-    plan_ptr, scratch_ptr, n_ranks, n_columns, best_load, bound, total, tolerance, aim,
-    max_iterations, G: tl.constexpr, C: tl.constexpr,
+    shares_ptr, tokens_ptr, scratch_ptr, cell_number_ptr, n_ranks, n_columns, best_load, bound, total,
+    tolerance, aim, max_iterations, G: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """`_newton` on what lies in memory: a function of its own, with registers of its own.
 
-    plan [n_ranks, n_columns] float32 is improved, -1 where there is no copy; scratch holds
-    fixed loads [n_ranks] and weights [n_columns] after n_ranks other words. Returns bound and
+    shares [n_cells] float32 is the plan by cell, cell_number [n_ranks, n_columns] int32 says which
+    cell is where, -1 where none is, and scratch holds fixed loads [n_ranks] and weights [n_columns]
+    after n_ranks other words. tokens [n_cells] gets the better plan, in tokens. Returns bound and
     iterations.
     """
     rank = tl.arange(0, G)
@@ -361,14 +363,16 @@ def _newton_in_memory(
     rank_on = rank < n_ranks
     col_on = col < n_columns
     inside = rank_on[:, None] & col_on[None, :]
-    plan_ptrs = plan_ptr + rank[:, None] * n_columns + col[None, :]
-    plan = tl.load(plan_ptrs, mask=inside, other=-1.0)
+    at = rank[:, None] * n_columns + col[None, :]
+    cell = tl.load(cell_number_ptr + at, mask=inside, other=-1)
+    copy = cell >= 0
+    plan = tl.load(shares_ptr + cell, mask=copy, other=0.0)
     fixed = tl.load(scratch_ptr + n_ranks + rank, mask=rank_on, other=0.0)
-    weights = tl.load(scratch_ptr + 2 * n_ranks + col, mask=col_on, other=0.0)
+    weights = tl.load(scratch_ptr + 2 * n_ranks + col, mask=col_on, other=0.0)[None, :]
     plan, bound, iterations = _newton(
-        plan, best_load, bound, weights[None, :], fixed, plan >= 0, rank_on, n_ranks, total,
+        plan, best_load, bound, weights, fixed, copy, rank_on, n_ranks, total,
         tolerance, aim, max_iterations, G, C,
         (G >= 64) and (C >= 64),  # the largest tiles: rare, slow to compile
     )  # fmt: skip
-    tl.store(plan_ptrs, plan, mask=inside)
+    tl.store(tokens_ptr + cell, plan * weights, mask=copy)
     return bound, iterations

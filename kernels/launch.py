@@ -83,7 +83,9 @@ def _compile(calls: Sequence[_Call]) -> list[Any]:
     """Compiled kernels of these calls; those that are new are compiled side by side."""
     new = {key: call for call in calls if (key := _key(call)) not in _compiled}
     if new:
-        with ThreadPoolExecutor(len(new)) as pool:
+        # The one with most constants takes longest: the others, together, on a thread beside it.
+        new = dict(sorted(new.items(), key=lambda item: -len(item[1].constants)))
+        with ThreadPoolExecutor(2) as pool:
             _compiled.update(zip(new, pool.map(_build, new.values()), strict=True))
     return [_compiled[_key(call)] for call in calls]
 
@@ -134,22 +136,39 @@ class _Prepared:
 
 
 class SolveTables(NamedTuple):
-    """Device tables that the counts solver reads; shapes as in ``placement.Structure``."""
+    """Device tables that the counts solver reads, int32; experts as in ``placement.Structure``.
 
-    even_units: torch.Tensor
-    column_last: torch.Tensor
-    fixed_experts: torch.Tensor
-    column_first: torch.Tensor
+    A group's cells, the shares of its columns on their ranks, are numbered by column, then by rank,
+    and there are at most as many as copies of replicated experts, ``n_shared``. -1 is padding.
+    """
+
+    cell_start: torch.Tensor
+    """[n_group, max_columns + 1] first cell of each column."""
+    cell_rank: torch.Tensor
+    """[n_group, n_shared] rank of each cell."""
+    cell_number: torch.Tensor
+    """[n_group, group_size, max_columns] which cell is where."""
+    rank_cells: torch.Tensor
+    """[n_group, group_size, n] each rank's cells."""
+    rank_experts: torch.Tensor
+    """[n_group, group_size, slots_per_rank] experts of each rank, once each."""
+    rank_parts: torch.Tensor
+    """float32 likewise: which part of their load an even split over ranks leaves there."""
+    first_members: torch.Tensor
+    """[n_group, max_columns, 4] first members of each column."""
     column_start: torch.Tensor
     column_members: torch.Tensor
-    longest_column: torch.Tensor
     shared_copies: torch.Tensor
+    """[n_group, n_shared] copies of replicated experts."""
     shared_cells: torch.Tensor
+    """[n_group, n_shared] their cells, -1 if one rank holds all copies."""
     copy_index: torch.Tensor
     copy_multiplicity: torch.Tensor
-    most_on_a_rank: torch.Tensor
     edges: torch.Tensor
-    n_classes: torch.Tensor
+    """[n_group, most_classes + 1, width] int64 as for `_level_edges`."""
+    extents: torch.Tensor
+    """[n_group, 4] most members and copies of a column, most copies of an expert on a rank,
+    number of classes of edges."""
 
 
 class SelectTables(NamedTuple):
@@ -232,18 +251,23 @@ def solve(
 class SolveBuffers(NamedTuple):
     """What a solve from counts writes.
 
-    ``counts`` [n_logical], ``shares`` [n_group, G, C] float32, ``units`` likewise int32,
-    ``cumulative`` [n_physical], ``stats`` [3, n_group] float32, ``ints`` [2, n_group],
-    ``scratch`` [n_group, 2 G + C] float32; int32 where nothing is said.
+    ``counts`` [n_logical], ``cumulative`` [n_physical], ``stats`` [3, n_group] float32, ``ints``
+    [2, n_group], ``scratch`` [n_group, `solve_scratch`] float32, ``dense`` [n_group, group_size,
+    max_columns] float32, the shares, if it is given; int32 where nothing is said.
     """
 
     counts: torch.Tensor
-    shares: torch.Tensor
-    units: torch.Tensor
     cumulative: torch.Tensor
     stats: torch.Tensor
     ints: torch.Tensor
     scratch: torch.Tensor
+    dense: torch.Tensor | None = None
+
+
+def solve_scratch(n_ranks: int, n_columns: int, n_cells: int) -> int:
+    """Words of scratch that a group takes: by rank, by column, by cell, and by thread."""
+    lanes = 32 * _solve_warps(*_tile(n_ranks, n_columns))
+    return 2 * n_ranks + n_columns + 4 * n_cells + lanes
 
 
 class Settings(NamedTuple):
@@ -302,22 +326,23 @@ def _solve_counts_call(
     running: torch.Tensor | None, buffers: SolveBuffers, tables: SolveTables, settings: Settings,
     exchange: Exchange | None = None, channel: int = 0,
 ) -> _Call:  # fmt: skip
-    n_group, n_ranks, n_columns = buffers.shares.shape
-    n_slots, n_shared = tables.fixed_experts.shape[2], tables.shared_copies.shape[1]
+    n_group, n_ranks, n_slots = tables.rank_experts.shape
+    n_columns, n_shared = tables.first_members.shape[1], tables.shared_copies.shape[1]
     n_logical = buffers.counts.numel()
     ranks, columns = _tile(n_ranks, n_columns)
     slots, copies = triton.next_power_of_2(n_slots), triton.next_power_of_2(max(1, n_shared))
     n_sums = 0 if running is None else triton.cdiv(n_logical, SUM_EXPERTS)
+    dense = buffers.scratch if buffers.dense is None else buffers.dense
     args = (
-        buffers.counts if running is None else running, buffers.counts, *tables, *buffers[1:],
-        *settings, n_ranks, n_columns, n_slots, n_shared,
+        buffers.counts if running is None else running, buffers.counts, *tables, *buffers[1:-1],
+        dense, *settings, n_ranks, n_columns, n_slots, n_shared,
         n_logical, 0 if running is None else running.shape[0], n_sums,
-        *tables.edges.shape[1:3],
+        *tables.edges.shape[1:], int(buffers.dense is not None),
         *(exchange.args(channel) if exchange else (*[buffers.counts] * 7, 0, 0, 0, 0, 0)),
     )  # fmt: skip
     warps = _solve_warps(ranks, columns)
     constants = (
-        ranks, columns, max(2, slots), min(1024, max(32, copies)), SUM_ROWS, SUM_EXPERTS,
+        ranks, columns, max(2, slots), max(32, copies), SUM_ROWS, SUM_EXPERTS,
         32 * warps, _has_pdl(buffers.counts.device),
         *(exchange.constants() if exchange else (0, _exchange_block(n_logical), 0, 0)),
     )  # fmt: skip

@@ -9,9 +9,22 @@ import triton
 import triton.language as tl
 
 from lplb_triton.kernels.interior_point import _newton, _newton_in_memory
-from lplb_triton.kernels.levelling import _balance
+from lplb_triton.kernels.levelling import (
+    _balance,
+    _columns_cells,
+    _rank_loads,
+    _round,
+    _split_evenly,
+)
 from lplb_triton.kernels.sync import _sum_over_ranks
-from lplb_triton.kernels.tiles import SHARE_ONE, _column_sum, _max_add_max, _quantize, _shares
+from lplb_triton.kernels.tiles import (
+    SHARE_ONE,
+    _add2,
+    _column_sum,
+    _max_add_max,
+    _quantize,
+    _shares,
+)
 from lplb_triton.kernels.tokens import (
     _await_counts,
     _await_previous,
@@ -26,86 +39,33 @@ ROUNDED_PART = tl.constexpr(0.99)
 # Taken off the bound for the round-off of its float32 sums (2**-20; equation 3).
 BOUND_ALLOWANCE = tl.constexpr(9.5367431640625e-07)
 
+# Experts of a column that are loaded together.
+MEMBERS_AT_ONCE = tl.constexpr(4)
+
 STATUS_CERTIFIED = tl.constexpr(0)
 STATUS_GAP = tl.constexpr(1)
 STATUS_INVALID = tl.constexpr(2)
 
 
 @triton.jit
-def _solve_group(
-    weights, fixed, units, last, rank_on, n_ranks, tolerance, max_iterations,
-    x_ptr, scratch_ptr, edges_ptr, n_classes, width, n_columns, cell, inside,
-    G: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Solve one group: by levelling along edges if that gets there, else by Newton's method.
-
-    Parameters
-    ----------
-    weights, fixed : ``[1, C]``, ``[G]`` float32
-        Loads, at least 0; a fixed load that is not finite makes the group invalid. No weight
-        is on a column with fewer than two copies.
-    units : ``[G, C]`` int32
-        The even split in units of 2**-24, above 0 where a copy is.
-    last : ``[1, C]`` int32
-        Rank of a column's last copy.
-    rank_on : ``[G]`` int1
-        Which ranks are no padding, and so the first ``n_ranks``.
-    x_ptr .. inside
-        As for `_balance`; with ``LANES`` 0 there are no edges, and they aren't looked at.
-
-    Returns
-    -------
-    units : ``[G, C]`` int32
-        Shares in units of 2**-24.
-    max_load, lower_bound, gap, iterations, status : scalars
-    """
-    inf = float("inf")
-    copy = units > 0
-    rank = tl.arange(0, G)[:, None]
-    load = fixed + tl.sum(_shares(units) * weights, 1)
+def _mean_and_bound(load, fixed, n_ranks):
+    """Largest load of the first plan, sum of all loads, a bound, and whether they are no numbers."""
     max_load, total, bound = tl.reduce((load, load, fixed), 0, _max_add_max)
-    invalid = (total < inf) == 0
-    max_load = tl.where(invalid, 0.0, max_load)
-    bound = tl.where(invalid, 0.0, tl.maximum(bound, total / n_ranks.to(tl.float32)))
-    aim = (tolerance - BOUND_ALLOWANCE) * TARGET_PART
-    if LANES > 0:
-        units, max_load, bound = _balance(
-            units, max_load, bound, load, weights, fixed, copy, rank, last, rank_on,
-            n_ranks, aim, x_ptr, scratch_ptr, edges_ptr, n_classes, width, n_columns, cell, inside,
-            G, LANES,
-        )  # fmt: skip
-    iterations = max_iterations * 0
-    if max_load - bound > max_load * ((tolerance - BOUND_ALLOWANCE) * ROUNDED_PART):
-        plan = _shares(units)
-        if LANES > 0:
-            col = tl.arange(0, C)
-            row = tl.arange(0, G)
-            tl.store(x_ptr + cell, tl.where(copy, plan, -1.0), mask=inside)
-            tl.store(scratch_ptr + n_ranks + row, fixed, mask=rank_on)
-            tl.store(
-                scratch_ptr + 2 * n_ranks + col[None, :], weights, mask=col[None, :] < n_columns
-            )
-            tl.debug_barrier()
-            bound, iterations = _newton_in_memory(
-                x_ptr, scratch_ptr, n_ranks, n_columns, max_load, bound, total, tolerance, aim,
-                max_iterations, G, C,
-            )  # fmt: skip
-            tl.debug_barrier()
-            plan = tl.where(copy, tl.load(x_ptr + cell, mask=inside, other=0.0), 0.0)
-        else:
-            plan, bound, iterations = _newton(
-                plan, max_load, bound, weights, fixed, copy, rank_on, n_ranks, total, tolerance,
-                aim, max_iterations, G, C, False,
-            )  # fmt: skip
-        units = _quantize(plan, rank, last)
-        max_load = tl.max(fixed + tl.sum(_shares(units) * weights, 1))
-    lower_bound = tl.minimum(bound * (1.0 - BOUND_ALLOWANCE), max_load)
-    gap = (max_load - lower_bound) / tl.where(max_load > 0, max_load, 1.0)
-    status = tl.where(gap <= tolerance, STATUS_CERTIFIED, STATUS_GAP)
-    status = tl.where(invalid, STATUS_INVALID, status)
+    invalid = (total < float("inf")) == 0
+    bound = tl.maximum(bound, total / n_ranks.to(tl.float32))
+    return tl.where(invalid, 0.0, max_load), total, tl.where(invalid, 0.0, bound), invalid
+
+
+@triton.jit
+def _certify(max_load, bound, tolerance, invalid):
+    """Largest load, lower bound, gap and status of a plan with that bound."""
+    inf = float("inf")
     max_load = tl.where(invalid, inf, max_load)
+    lower_bound = tl.where(invalid, 0.0, tl.minimum(bound * (1.0 - BOUND_ALLOWANCE), max_load))
+    gap = (max_load - lower_bound) / tl.where(max_load > 0, max_load, 1.0)
     gap = tl.where(invalid, inf, gap)
-    return units, max_load, lower_bound, gap, iterations, status
+    status = tl.where(gap <= tolerance, STATUS_CERTIFIED, STATUS_GAP)
+    return max_load, lower_bound, gap, tl.where(invalid, STATUS_INVALID, status)
 
 
 @triton.jit
@@ -157,11 +117,19 @@ def _solve_lp_kernel(
     last = tl.max(tl.where(copy, rank[:, None], -1), 0, keep_dims=True)
     even = tl.where(copy, 1.0 / tl.maximum(n_copies, 1.0), 0.0)
     units = _quantize(even, rank[:, None], last)
-    units, max_load, lower_bound, gap, iterations, status = _solve_group(
-        tl.where(single, 0.0, weights), fixed, units, last, rank_on, n_ranks,
-        tolerance, max_iterations,
-        shares_ptr, stats_ptr, ints_ptr, 0, 0, n_columns, cell, inside, G, C, 0,
-    )  # fmt: skip
+    weights = tl.where(single, 0.0, weights)
+    load = fixed + tl.sum(_shares(units) * weights, 1)
+    max_load, total, bound, invalid = _mean_and_bound(load, fixed, n_ranks)
+    iterations = max_iterations * 0
+    target = tolerance - BOUND_ALLOWANCE
+    if max_load - bound > max_load * (target * ROUNDED_PART):
+        plan, bound, iterations = _newton(
+            _shares(units), max_load, bound, weights, fixed, copy, rank_on, n_ranks, total,
+            tolerance, target * TARGET_PART, max_iterations, G, C, False,
+        )  # fmt: skip
+        units = _quantize(plan, rank[:, None], last)
+        max_load = tl.max(fixed + tl.sum(_shares(units) * weights, 1))
+    max_load, lower_bound, gap, status = _certify(max_load, bound, tolerance, invalid)
     tl.store(shares_ptr + program * n_ranks * n_columns + cell, _shares(units), mask=inside)
     _store_certificate(
         stats_ptr, ints_ptr, program, tl.num_programs(0),
@@ -180,23 +148,31 @@ def _counts_of(counts_ptr, expert):
 
 
 @triton.jit
+def _touch(ptr, n, EACH: tl.constexpr, LANES: tl.constexpr):
+    """Look at one of every EACH words from ``ptr`` on, as many as there are threads."""
+    at = EACH * tl.arange(0, LANES)
+    return tl.load(ptr + at, mask=at < n, other=0)
+
+
+@triton.jit
 def _store_cumulative(
-    cumulative_ptr, units_ptr, shares_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank,
-    copy, cell, inside,
+    cumulative_ptr, cumulative_shares_ptr, shares_ptr, copy_index_ptr, copy_multiplicity_ptr,
+    multiplicity, copy, cell, inside,
 ):  # fmt: skip
     """Write the cumulative shares of ``copy``, which lie in ``cell`` (equation 12).
 
-    A cell of -1 says that one rank holds all copies. ``units`` holds running sums over ranks:
-    copies of one expert ascend by rank.
+    A cell of -1 says that one rank holds all copies. Cumulative shares of cells run over those of
+    a column: copies of one expert ascend by rank. ``multiplicity`` is the largest.
     """
     spread = inside & (cell >= 0)
-    cumulative = tl.load(units_ptr + cell, mask=spread, other=SHARE_ONE)
-    if most_on_a_rank > 1:
+    share = tl.load(cumulative_shares_ptr + cell, mask=spread, other=1.0)
+    cumulative = (share * SHARE_ONE).to(tl.int32)
+    if multiplicity > 1:
         # Several copies on one rank divide its share as evenly as integers allow.
         here = (tl.load(shares_ptr + cell, mask=spread, other=1.0) * SHARE_ONE).to(tl.int32)
         index = tl.load(copy_index_ptr + copy, mask=inside, other=0).to(tl.int64) + 1
-        multiplicity = tl.load(copy_multiplicity_ptr + copy, mask=inside, other=1).to(tl.int64)
-        part = index * here.to(tl.int64) // multiplicity
+        among = tl.load(copy_multiplicity_ptr + copy, mask=inside, other=1).to(tl.int64)
+        part = index * here.to(tl.int64) // among
         cumulative = cumulative - here + part.to(tl.int32)
     tl.store(cumulative_ptr + copy, cumulative, mask=inside)
 
@@ -205,20 +181,20 @@ def _store_cumulative(
     do_not_specialize=[
         "max_iterations", "n_ranks", "n_columns", "n_slots", "n_shared", "n_logical",
         "n_rows", "n_sums", "most_classes", "width",
-        "own_rank", "n_peers", "capacity", "timeout_ms", "channel",
+        "dense", "own_rank", "n_peers", "capacity", "timeout_ms", "channel",
     ],
     do_not_specialize_on_alignment=["counts_ptr", "certified_ptr", "solves_ptr"],
 )  # fmt: skip
 def _solve_counts_kernel(
     running_ptr, counts_ptr,
-    even_units_ptr, column_last_ptr, fixed_experts_ptr,
-    column_first_ptr, column_start_ptr, column_members_ptr, longest_column_ptr,
-    shared_copies_ptr, shared_cells_ptr, copy_index_ptr, copy_multiplicity_ptr, most_on_a_rank_ptr,
-    edges_ptr, n_classes_ptr,
-    shares_ptr, units_ptr, cumulative_ptr, stats_ptr, ints_ptr, scratch_ptr,
+    cell_start_ptr, cell_rank_ptr, cell_number_ptr, rank_cells_ptr,
+    rank_experts_ptr, rank_parts_ptr, first_members_ptr, column_start_ptr, column_members_ptr,
+    shared_copies_ptr, shared_cells_ptr, copy_index_ptr, copy_multiplicity_ptr,
+    edges_ptr, extents_ptr,
+    cumulative_ptr, stats_ptr, ints_ptr, scratch_ptr, dense_ptr,
     certified_ptr, solves_ptr,
     tolerance, max_iterations, n_ranks, n_columns, n_slots, n_shared, n_logical, n_rows, n_sums,
-    most_classes, width,
+    most_classes, width, dense,
     total_ptr, gathered_ptr, addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
     own_rank, n_peers, capacity, timeout_ms, channel,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
@@ -236,14 +212,13 @@ def _solve_counts_kernel(
     first: arguments from total_ptr on are as for `_sum_over_ranks`.
     Otherwise they aren't looked at.
 
-    Shapes as in ``placement.Structure``; running [n_rows, n_logical] and counts [n_logical]
-    int32, shares [n_group, n_ranks, n_columns] float32 and units (int32, running over ranks),
-    cumulative [n_physical] int32, of which it writes the copies of replicated experts:
-    shared_copies and their cells, [n_group, n_shared], padded with -1. edges
-    [n_group, most_classes, width, 2] int32 as for `_level_edges`; LANES is the number of threads;
-    scratch [n_group, 2 n_ranks + n_columns] float32
-    is for loads, fixed loads and weights. ``certified`` [1] rises by one if the group is
-    certified, ``solves`` [1] always (int32 or int64). Grid (n_sums + n_group,).
+    Tables as in `SolveTables`; running [n_rows, n_logical] and counts [n_logical] int32;
+    cumulative [n_physical] int32, of which it writes the copies of replicated experts;
+    scratch [n_group, `solve_scratch`] float32; with ``dense`` 1 dense [n_group, n_ranks, n_columns]
+    float32 gets the shares, 0 where there is no copy; LANES is the number of threads. There are at
+    most ``n_shared`` cells: every redundant slot makes at most two shared copies, and two cells.
+    ``certified`` [1] rises by one if the group is certified, ``solves`` [1] always (int32 or
+    int64). Grid (n_sums + n_group,).
     """
     if CHANNELS == 0:
         _start_dependents(PDL)
@@ -257,26 +232,50 @@ def _solve_counts_kernel(
         col = tl.arange(0, C)
         rank_on = rank < n_ranks
         col_on = col < n_columns
-        inside = rank_on[:, None] & col_on[None, :]
-        n_cells = n_ranks * n_columns
-        group_shares_ptr = shares_ptr + group * n_cells
-        cell = rank[:, None] * n_columns + col[None, :]
-        units = tl.load(even_units_ptr + group * n_cells + cell, mask=inside, other=0)
-        last = tl.load(column_last_ptr + group * n_columns + col, mask=col_on, other=-1)
+        start_ptrs = cell_start_ptr + group * (n_columns + 1) + col
+        start = tl.load(start_ptrs, mask=col_on, other=0)
+        n_copies = tl.load(start_ptrs + 1, mask=col_on, other=0) - start
         slot = tl.arange(0, S)[None, :]
-        expert = tl.load(
-            fixed_experts_ptr + (group * n_ranks + rank[:, None]) * n_slots + slot,
-            mask=rank_on[:, None] & (slot < n_slots), other=-1,
+        slots = (group * n_ranks + rank[:, None]) * n_slots + slot
+        is_slot = rank_on[:, None] & (slot < n_slots)
+        expert = tl.load(rank_experts_ptr + slots, mask=is_slot, other=-1)
+        part = tl.load(rank_parts_ptr + slots, mask=is_slot, other=0.0)
+        member_ptrs = first_members_ptr + (group * n_columns + col[:, None]) * MEMBERS_AT_ONCE
+        member_ptrs += tl.arange(0, MEMBERS_AT_ONCE)[None, :]
+        member = tl.load(member_ptrs, mask=col_on[:, None], other=-1)
+        stride = tl.minimum(n_slots, n_columns)
+        at = tl.arange(0, min(S, C))[None, :]
+        rank_cells = tl.load(
+            rank_cells_ptr + (group * n_ranks + rank[:, None]) * stride + at,
+            mask=rank_on[:, None] & (at < stride), other=-1,
         )  # fmt: skip
-        member = tl.load(column_first_ptr + group * n_columns + col, mask=col_on, other=-1)
-        longest = tl.load(longest_column_ptr + group)
-        most_on_a_rank = tl.load(most_on_a_rank_ptr)
-        n_classes = tl.load(n_classes_ptr + group)
-        at = tl.arange(0, COPIES)
-        shared_ptrs = shared_copies_ptr + group * n_shared + at
-        cell_ptrs = shared_cells_ptr + group * n_shared + at
-        shared = tl.load(shared_ptrs, mask=at < n_shared, other=-1)
-        shared_cell = tl.load(cell_ptrs, mask=at < n_shared, other=-1)
+        is_copy = tl.arange(0, COPIES) < n_shared
+        at = group * n_shared + tl.arange(0, COPIES)
+        shared = tl.load(shared_copies_ptr + at, mask=is_copy, other=-1)
+        shared_cell = tl.load(shared_cells_ptr + at, mask=is_copy, other=-1)
+        extents_ptr += group * 4
+        most_members = tl.load(extents_ptr)
+        most_copies = tl.load(extents_ptr + 1)
+        multiplicity = tl.load(extents_ptr + 2)
+        n_classes = tl.load(extents_ptr + 3)
+        cell_rank_ptr += group * n_shared
+        numbers_ptr = cell_number_ptr + group * n_ranks * n_columns
+        edges_ptr += group * most_classes * width
+        # Scratch: loads, fixed loads, weights, and four words a cell.
+        n_scratch = 2 * n_ranks + n_columns + 4 * n_shared + LANES
+        scratch_ptr += group * n_scratch
+        x_ptr = scratch_ptr + 2 * n_ranks + n_columns
+        tokens_ptr = x_ptr + n_shared
+        shares_ptr = tokens_ptr + n_shared
+        cumulative_shares_ptr = shares_ptr + n_shared
+        touched_ptr = cumulative_shares_ptr + n_shared
+        # What is written before it is read would be looked for in memory by its first readers.
+        touched = _touch(scratch_ptr, n_scratch - LANES, 8, LANES)
+        touched += _touch(cell_rank_ptr, n_shared, 8, LANES).to(tl.float32)
+        touched += _touch(edges_ptr, n_classes * width, 4, LANES).to(tl.float32)
+        cells, there, copy = _columns_cells(start, n_copies, 0)
+        first_ranks = tl.load(cell_rank_ptr + cells, mask=there, other=-1)
+        tl.store(touched_ptr + tl.arange(0, LANES), touched)
         _await_previous(PDL)
         complete = tl.full((), 1, tl.int1)
         if n_sums > 0:
@@ -294,40 +293,77 @@ def _solve_counts_kernel(
             _start_dependents(PDL)
             tl.debug_barrier()
             counts_ptr = total_ptr
-        fixed = tl.sum(_counts_of(counts_ptr, expert), 1)
+        on_rank = _counts_of(counts_ptr, expert)
+        of_column = _counts_of(counts_ptr, member)
+        fixed, load = tl.reduce((tl.where(part == 1.0, on_rank, 0.0), on_rank * part), 1, _add2)
         fixed = tl.where(complete, fixed, float("inf"))
-        weights = _counts_of(counts_ptr, member)
-        if longest > 1:
+        load = tl.where(complete, load, float("inf"))
+        weights = tl.sum(of_column, 1)
+        if most_members > MEMBERS_AT_ONCE:
             start_ptrs = column_start_ptr + group * (n_columns + 1) + col
             first = tl.load(start_ptrs, mask=col_on, other=0)
             end = tl.load(start_ptrs + 1, mask=col_on, other=0)
-            for j in range(1, longest):
-                there = first + j < end
-                member = tl.load(column_members_ptr + first + j, mask=there, other=-1)
-                weights += _counts_of(counts_ptr, member)
-
-        units, max_load, lower_bound, gap, iterations, status = _solve_group(
-            weights[None, :], fixed, units, last[None, :], rank_on, n_ranks,
-            tolerance, max_iterations,
-            group_shares_ptr, scratch_ptr + group * (2 * n_ranks + n_columns),
-            edges_ptr + group * most_classes * width * 2, n_classes, width, n_columns,
-            cell, inside, G, C, LANES,
+            for j in range(MEMBERS_AT_ONCE, most_members):
+                more = first + j < end
+                further = tl.load(column_members_ptr + first + j, mask=more, other=-1)
+                weights += _counts_of(counts_ptr, further)
+        _split_evenly(x_ptr, weights, start, n_copies, most_copies)
+        peak, total, bound, invalid = _mean_and_bound(load, fixed, n_ranks)
+        weights = tl.where(invalid, 0.0, weights)
+        target = tolerance - BOUND_ALLOWANCE
+        aim = target * TARGET_PART
+        bound = _balance(
+            peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, scratch_ptr,
+            edges_ptr, n_classes, width,
+            first_ranks, cell_rank_ptr, start, n_copies, most_copies, G, LANES,
         )  # fmt: skip
-        tl.store(units_ptr + group * n_cells + cell, tl.cumsum(units, 0), mask=inside)
-        tl.store(group_shares_ptr + cell, _shares(units), mask=inside)
-        tl.debug_barrier()
-        for block in range(0, n_shared, COPIES):
-            _store_cumulative(
-                cumulative_ptr, units_ptr, shares_ptr, copy_index_ptr, copy_multiplicity_ptr,
-                most_on_a_rank, shared, shared_cell, shared >= 0,
-            )  # fmt: skip
-            there = block + COPIES + at < n_shared
-            shared = tl.load(shared_ptrs + block + COPIES, mask=there, other=-1)
-            shared_cell = tl.load(cell_ptrs + block + COPIES, mask=there, other=-1)
+        # A level plan is rounded and judged; only one that is not good enough goes on.
+        iterations = max_iterations * 0
+        max_load = bound
+        rounds = 0
+        while rounds < 2:
+            _round(
+                x_ptr,
+                cumulative_shares_ptr,
+                shares_ptr,
+                tokens_ptr,
+                weights,
+                start,
+                n_copies,
+                most_copies,
+            )
+            tl.debug_barrier()
+            max_load = tl.max(_rank_loads(fixed, tokens_ptr, rank_cells))
+            rounds += 1
+            good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
+            if good:
+                rounds += 1
+            if rounds < 2:
+                tl.store(scratch_ptr + n_ranks + rank, fixed, mask=rank_on)
+                tl.store(scratch_ptr + 2 * n_ranks + col, weights, mask=col_on)
+                tl.debug_barrier()
+                bound, iterations = _newton_in_memory(
+                    shares_ptr, x_ptr, scratch_ptr, numbers_ptr, n_ranks, n_columns,
+                    max_load, bound, total, tolerance, aim, max_iterations, G, C,
+                )  # fmt: skip
+                tl.debug_barrier()
+        max_load, lower_bound, gap, status = _certify(max_load, bound, tolerance, invalid)
+        _store_cumulative(
+            cumulative_ptr, cumulative_shares_ptr, shares_ptr, copy_index_ptr,
+            copy_multiplicity_ptr, multiplicity, shared, shared_cell, shared >= 0,
+        )  # fmt: skip
+        if dense > 0:
+            tile = rank[:, None] * n_columns + col[None, :]
+            inside = rank_on[:, None] & col_on[None, :]
+            number = tl.load(numbers_ptr + tile, mask=inside, other=-1)
+            share = tl.load(shares_ptr + number, mask=number >= 0, other=0.0)
+            tl.store(dense_ptr + group * n_ranks * n_columns + tile, share, mask=inside)
         _store_certificate(
             stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
             max_load, lower_bound, gap, iterations, status,
         )  # fmt: skip
         certified = (status == STATUS_CERTIFIED).to(tl.int32)
-        tl.atomic_add(certified_ptr, certified.to(certified_ptr.dtype.element_ty))
-        tl.atomic_add(solves_ptr, tl.full((), 1, solves_ptr.dtype.element_ty))
+        one = tl.full((), 1, solves_ptr.dtype.element_ty)
+        # Relaxed: who reads them comes after this launch anyway, and a fence takes its time.
+        tl.atomic_add(certified_ptr, certified.to(certified_ptr.dtype.element_ty), sem="relaxed")
+        tl.atomic_add(solves_ptr, one, sem="relaxed")

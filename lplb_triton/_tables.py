@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lplb_triton.reference import last_copies, quantize_shares
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -22,6 +20,8 @@ __all__ = ["DeviceTables"]
 ALIGNMENT = 256
 # Copies of a column of which each is joined with each.
 FEW = 4
+# Members of a column in a table of their own; `kernels.solvers` takes as many at once.
+MEMBERS = 4
 
 
 def _shared_copies(placement: Placement) -> NDArray[np.int32]:
@@ -41,20 +41,61 @@ def _shared_copies(placement: Placement) -> NDArray[np.int32]:
     return shared
 
 
-def _edges(placement: Placement) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
+    """Number each group's cells by column, then by rank; see `kernels.SolveTables`.
+
+    ``cell_number`` [n_group, group_size, max_columns] is that number, -1 where no copy is.
+    """
+    mask = placement.structure.mask
+    n_group, n_ranks, n_columns = mask.shape
+    start = np.zeros((n_group, n_columns + 1), dtype=np.int32)
+    start[:, 1:] = np.cumsum(mask.sum(1), 1)
+    number = np.full(mask.shape, -1, dtype=np.int32)
+    rank = np.full((n_group, 2 * placement.redundant_per_group), -1, dtype=np.int32)
+    on_rank = np.full(
+        (n_group, n_ranks, min(placement.slots_per_rank, n_columns)), -1, dtype=np.int32
+    )
+    for group in range(n_group):
+        columns, ranks = np.nonzero(mask[group].T)
+        number[group, ranks, columns] = np.arange(ranks.size)
+        rank[group, : ranks.size] = ranks
+        for r in range(n_ranks):
+            mine = number[group, r, mask[group, r]]
+            on_rank[group, r, : mine.size] = mine
+    return {"cell_start": start, "cell_rank": rank, "rank_cells": on_rank, "cell_number": number}
+
+
+def _rank_experts(placement: Placement) -> dict[str, NDArray[Any]]:
+    """Experts of every rank, and the part of each that an even split over its ranks leaves there."""
+    shape = placement.n_group, placement.group_size, placement.slots_per_rank
+    experts = np.full(shape, -1, dtype=np.int32)
+    parts = np.zeros(shape, dtype=np.float32)
+    slots = placement.phy2log.numpy().reshape(shape)
+    per_rank = [[np.unique(slots[g, r]) for r in range(shape[1])] for g in range(shape[0])]
+    n_ranks = np.bincount(np.concatenate([e for group in per_rank for e in group]))
+    for g, r in np.ndindex(shape[:2]):
+        mine = per_rank[g][r]
+        experts[g, r, : mine.size] = mine
+        parts[g, r, : mine.size] = 1.0 / n_ranks[mine]
+    return {"rank_experts": experts, "rank_parts": parts}
+
+
+def _edges(
+    placement: Placement, number: NDArray[np.int32]
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Pairs of copies that the solver levels, in classes that name no rank twice.
 
     Up to FEW copies of a column are joined each with each, more of them as the corners of a
-    hypercube are, so that few sweeps reach all. Returns [n_group, most_classes + 1, width, 2]
-    (the two ranks, the first times 2**16, and the column; -1 for none, all of it in the class
-    after the last) and the number of classes [n_group]; see docs/method.md, equation 18.
+    hypercube are, so that few sweeps reach all. Returns [n_group, most_classes + 1, width] (cells,
+    then ranks of an edge, the first before the second, 16 bits each; -1 for none, all of it in the
+    class after the last) and the number of classes [n_group]; see docs/method.md, equation 18.
     """
     mask = placement.structure.mask
     n_group, n_ranks, n_columns = mask.shape
     most_edges = max(FEW - 1, (n_ranks - 1).bit_length())
     most_on_a_rank = min(placement.slots_per_rank, n_columns)
     most = min(2 * most_on_a_rank, placement.redundant_per_group) * most_edges
-    table = np.full((n_group, most + 1, max(1, n_ranks // 2), 2), -1, dtype=np.int32)
+    table = np.full((n_group, most + 1, max(1, n_ranks // 2)), -1, dtype=np.int64)
     n_classes = np.zeros(n_group, dtype=np.int32)
     for group in range(n_group):
         edges = []
@@ -72,7 +113,9 @@ def _edges(placement: Placement) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
             k = next(fits, len(taken))
             if k == len(taken):
                 taken.append(set())
-            table[group, k, len(taken[k]) // 2] = (first << 16 | second, at)
+            cells = int(number[group, first, at]) << 16 | int(number[group, second, at])
+            edge = np.uint64(cells << 32 | first << 16 | second).astype(np.int64)
+            table[group, k, len(taken[k]) // 2] = edge
             taken[k] |= {first, second}
         n_classes[group] = len(taken)
     return table, n_classes
@@ -82,29 +125,34 @@ def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
     """Everything the kernels read of a placement; shapes depend on its sizes alone."""
     s = placement.structure
     lengths = np.diff(s.column_start, axis=1)
-    first = np.full(lengths.shape, -1, dtype=np.int32)
-    first[lengths > 0] = s.column_members[s.column_start[:, :-1][lengths > 0]]
+    nth = np.arange(MEMBERS)
+    at = np.where(nth < lengths[..., None], s.column_start[:, :-1, None] + nth, -1)
+    first_members = np.where(at >= 0, np.append(s.column_members, -1)[at], np.int32(-1))
     most_copies = int(np.diff(s.copy_start).max())
     shared = _shared_copies(placement)
-    edges, n_classes = _edges(placement)
-    mask = torch.from_numpy(s.mask)
-    even_units = quantize_shares(mask / mask.sum(1, keepdim=True).clamp(min=1), mask)
+    cells = _cells(placement)
+    number = cells["cell_number"]
+    edges, n_classes = _edges(placement, number)
+    shared_at = np.where(shared >= 0, s.copy_cell[shared], -1)
+    extents = (
+        lengths.max(axis=1, initial=0),
+        s.mask.sum(1).max(axis=1, initial=0),
+        np.full(placement.n_group, s.copy_multiplicity.max()),
+        n_classes,
+    )
     return {
-        "even_units": even_units.numpy().astype(np.int32),
-        "column_last": last_copies(mask).numpy().astype(np.int32),
-        "fixed_experts": s.fixed_experts,
-        "column_first": first,
+        **cells,
+        **_rank_experts(placement),
+        "first_members": first_members,
         "column_start": s.column_start,
         "column_members": s.column_members,
-        "longest_column": lengths.max(axis=1, initial=0).astype(np.int32),
         "copy_cell": s.copy_cell,
         "shared_copies": shared,
-        "shared_cells": np.where(shared >= 0, s.copy_cell[shared], np.int32(-1)),
+        "shared_cells": np.where(shared_at >= 0, number.reshape(-1)[shared_at], np.int32(-1)),
         "copy_index": s.copy_index,
         "copy_multiplicity": s.copy_multiplicity,
-        "most_on_a_rank": s.copy_multiplicity.max(keepdims=True),
         "edges": edges,
-        "n_classes": n_classes,
+        "extents": np.stack(extents, axis=1).astype(np.int32),
         "copy_start": s.copy_start,
         "copy_slot": s.copy_slot,
         "search_steps": np.array([math.ceil(math.log2(most_copies))], dtype=np.int32),

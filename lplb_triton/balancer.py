@@ -536,18 +536,21 @@ class Balancer:
             return self._solve_torch(counts, certified, self.solves)
         kernels = self._kernels
         # Without the running sums and the counts, which are there.
+        p = self._placement
+        dense = torch.empty(
+            (p.n_group, p.group_size, p.max_columns), dtype=torch.float32, device=self.device
+        )
         fresh = self._shapes(1)[2:]
         buffers = kernels.SolveBuffers(
             counts.to(torch.int32).contiguous(),
             *(torch.empty(s, dtype=d, device=self.device) for s, d in fresh),
+            dense,
         )
         kernels.solve_counts(
             None, buffers, self._solve_tables, self._settings(certified, self.solves)
         )
         stats, ints = buffers.stats, buffers.ints
-        return Solution(
-            buffers.shares, stats[0], stats[1], stats[2], ints[0], ints[1], self.tolerance
-        )
+        return Solution(dense, stats[0], stats[1], stats[2], ints[0], ints[1], self.tolerance)
 
     def cumulative_shares(self, shares: torch.Tensor) -> torch.Tensor:
         """Cumulative shares by copy, as `select` wants them (method.md, equation 12).
@@ -754,18 +757,17 @@ class Balancer:
         return self._kernels.Settings(certified, solves, self.tolerance, self.max_iterations)
 
     def _shapes(self, n_sms: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of the running sums and of every field of `kernels.SolveBuffers`."""
+        """Shape and dtype of the running sums and of `kernels.SolveBuffers` but for the last."""
         p = self._placement
-        cells = (p.n_group, p.group_size, p.max_columns)
+        n_cells = 2 * p.redundant_per_group
+        scratch = self._kernels.solve_scratch(p.group_size, p.max_columns, n_cells)
         return [
             ((n_sms, p.n_logical), torch.int32),
             ((p.n_logical,), torch.int32),
-            (cells, torch.float32),
-            (cells, torch.int32),
             ((p.n_physical,), torch.int32),
             ((3, p.n_group), torch.float32),
             ((2, p.n_group), torch.int32),
-            ((p.n_group, 2 * p.group_size + p.max_columns), torch.float32),
+            ((p.n_group, scratch), torch.float32),
         ]
 
     def _sync_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -812,7 +814,7 @@ class Balancer:
         """Make views of a block, and the pipeline on them."""
         kernels, p, views = self._kernels, self._placement, self._tables.views
         running, *rest = (block[a:b].view(d).view(s) for a, b, s, d in self._layout(n_sms))
-        n_buffers = len(kernels.SolveBuffers._fields)
+        n_buffers = len(kernels.SolveBuffers._fields) - 1
         buffers, total = kernels.SolveBuffers(*rest[:n_buffers]), rest[n_buffers]
         side = quotas = between = gathered = None
         if self.quotas == "global" and self.communicator is not None:

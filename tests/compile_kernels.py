@@ -21,8 +21,16 @@ from lplb_triton.kernels import launch, quotas, solvers, sync, tokens
 
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64"}
-POINTERS |= {"addresses_ptr": "*i64", "traffic_ptr": "*i64"}
-FLOATS = ("scratch_ptr", "weights_ptr", "fixed_ptr", "shares_ptr", "stats_ptr")
+POINTERS |= {"addresses_ptr": "*i64", "traffic_ptr": "*i64", "edges_ptr": "*i64"}
+FLOATS = (
+    "scratch_ptr",
+    "weights_ptr",
+    "fixed_ptr",
+    "shares_ptr",
+    "stats_ptr",
+    "dense_ptr",
+    "rank_parts_ptr",
+)
 
 
 def signature(kernel, constants):

@@ -15,17 +15,24 @@ PLACEMENTS = [instance.placement for instance in corpus(17, seed=3)]
 
 
 def edges_of(placement):
-    """Sets of (first rank, second rank, column) by group and class."""
+    """Lists of (first rank, second rank, column) by group and class."""
     views = DeviceTables(placement, torch.device("cpu")).views
-    table, n_classes = views["edges"].numpy(), views["n_classes"].numpy()
+    tables = (views[name].numpy() for name in ("edges", "extents", "cell_number"))
     groups = []
-    for classes, n in zip(table, n_classes, strict=True):
+    for classes, extents, number in zip(*tables, strict=True):
         # The kernel asks for the class after the last, too.
+        n = extents[3]
         assert n < len(classes) and (classes[n:] == -1).all()
+        ranks, columns = np.nonzero(number >= 0)
+        column_of = dict(zip(number[ranks, columns].tolist(), columns.tolist(), strict=True))
+        rank_of = dict(zip(number[ranks, columns].tolist(), ranks.tolist(), strict=True))
         groups.append([])
         for row in classes[:n]:
-            ranks, columns = row[row[:, 0] >= 0].T
-            groups[-1].append(list(zip(ranks >> 16, ranks & 0xFFFF, columns, strict=True)))
+            words = np.ascontiguousarray(row[row != -1]).view(np.uint16).reshape(-1, 4)
+            for second, first, *cells in words.tolist():
+                assert [second, first] == [rank_of[cell] for cell in cells]
+                assert len({column_of[cell] for cell in cells}) == 1
+            groups[-1].append([(b, a, column_of[cell]) for a, b, cell, _ in words.tolist()])
     return groups
 
 
@@ -60,7 +67,7 @@ def test_the_table_has_room_for_any_placement_of_its_sizes():
         if tables is None:
             tables = DeviceTables(placement, torch.device("cpu"))
         tables.write(placement)
-        assert int(tables.views["n_classes"][0]) > 0
+        assert int(tables.views["extents"][0, 3]) > 0
 
 
 @pytest.mark.parametrize("shape", ["ring:8", "cube", "eplb:24:1", "chain:16:1"])
@@ -99,7 +106,7 @@ def test_newton_goes_on_where_levelling_ends(device, shape):
     counts = draw_loads("normal", rng, placement.n_logical).to(device)
     balancer = Balancer(placement, device=device, backend="triton", tolerance=1e-4)
     level = balancer.solve(counts)
-    balancer._tables.views["n_classes"].zero_()
+    balancer._tables.views["extents"][:, 3] = 0
     newton = balancer.solve(counts)
     for solution in (level, newton):
         solution.check()
