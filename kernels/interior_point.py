@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.levelling import _cut_bounds
+from lplb_triton.kernels.levelling import _cut_bound
 from lplb_triton.kernels.tiles import _add2, _column_sum, _inverse, _max_and_add
 
 # Start, step and centering of the method (equations 4, 8 and 9), light columns (10).
@@ -325,7 +325,7 @@ def _newton(
         best = tl.where(better, tl.where(active, plan, even), best)
         best_load = tl.where(better, new_load, best_load)
         lowest = tl.min(tl.where(copy, loads[:, None], float("inf")), 0, keep_dims=True)
-        cut = tl.max(_cut_bounds(loads, f, w_all, lowest, rank_on))
+        cut = _cut_bound(loads, f, w_all, lowest, rank_on, new_load, aim)
         new_bound = tl.where(load_sum == load_sum, tl.maximum(new_bound, cut), new_bound)
         bound = tl.where(new_bound > bound, new_bound, bound)
 

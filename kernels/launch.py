@@ -149,7 +149,7 @@ class SolveTables(NamedTuple):
     cell_number: torch.Tensor
     """[n_group, group_size, max_columns] which cell is where."""
     rank_cells: torch.Tensor
-    """[n_group, group_size, n] each rank's cells."""
+    """[n_group, n + 1, group_size] each rank's cells, at most n, and -1 after the last."""
     rank_experts: torch.Tensor
     """[n_group, group_size, slots_per_rank] experts of each rank, once each."""
     rank_parts: torch.Tensor
@@ -167,8 +167,8 @@ class SolveTables(NamedTuple):
     edges: torch.Tensor
     """[n_group, most_classes + 1, width] int64 as for `_level_edges`."""
     extents: torch.Tensor
-    """[n_group, 4] most members and copies of a column, most copies of an expert on a rank,
-    number of classes of edges."""
+    """[n_group, 5] most members and copies of a column, most cells of a rank, most copies of an
+    expert on a rank, number of classes of edges."""
 
 
 class SelectTables(NamedTuple):

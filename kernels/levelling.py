@@ -9,67 +9,74 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _max2, _shares
+from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _shares
 
 # Classes of edges that balancing goes through before the interior-point method takes over,
 # and how far an edge goes beyond level once the first sweeps were not enough.
 MOST_CLASSES = tl.constexpr(256)
 EXACT_SWEEPS = tl.constexpr(3)
 RELAXATION = tl.constexpr(1.5)
+# Sets of ranks that a bound is taken from, and how far below the largest load the last one goes,
+# in units of the gap that is aimed at; from one to the next it is a factor of two.
+CUTS = tl.constexpr(8)
+FARTHEST_CUT = tl.constexpr(16.0)
 # The largest load is steady once a sweep takes no more than this part of the gap off it.
 STEADY = tl.constexpr(0.5)
-# Copies of a column that are looked at together.
-COPIES_AT_ONCE = tl.constexpr(4)
 
 
 @triton.jit
-def _cut_bounds(loads, fixed, weights, lowest, rank_on):
-    """Find loads that no plan can beat, [G], from the most loaded ranks (equation 19).
+def _cut_bound(loads, fixed, weights, lowest, rank_on, peak, aim):
+    """Find a load that no plan can beat, from the most loaded ranks (equation 19).
 
-    Tokens that can't leave a set of ranks bound its mean load; the sets are all that hold the
-    ranks from some load on. ``lowest`` [1, C] is the least of a column's ranks' loads.
+    Tokens that can't leave a set of ranks bound its mean load; the sets are those of all ranks
+    from some load on, a few times ``aim`` below the largest, ``peak``. weights and ``lowest``,
+    the least of a column's ranks' loads, are [1, C].
     """
-    member = (loads[None, :] >= loads[:, None]) & rank_on[None, :]
+    step = tl.arange(0, CUTS)[:, None].to(tl.float32)
+    least = peak - peak * (aim * FARTHEST_CUT) * tl.exp2(step - (CUTS - 1))
+    member = (loads[None, :] >= least) & rank_on[None, :]
     size, inside = tl.reduce(
         (tl.where(member, 1.0, 0.0), tl.where(member, fixed[None, :], 0.0)), 1, _add2
     )
-    inside += tl.sum(tl.where(lowest >= loads[:, None], weights, 0.0), 1)
-    return inside / size
+    inside += tl.sum(tl.where(lowest >= least, weights, 0.0), 1)
+    return tl.max(inside / size)
 
 
 @triton.jit
-def _columns_cells(start, n_copies, first):
-    """Cells of all columns from their ``first`` copy on, [C, COPIES_AT_ONCE], and which exist."""
-    copy = first + tl.arange(0, COPIES_AT_ONCE)[None, :]
-    return start[:, None] + copy, copy < n_copies[:, None], copy
+def _rank_loads(fixed, tokens_ptr, first_cell, cell_ptrs, n_ranks, most_cells):
+    """Add to the fixed loads of ranks, [G], the tokens by cell of their cells.
 
-
-@triton.jit
-def _rank_loads(fixed, tokens_ptr, rank_cells):
-    """Add to the fixed loads of ranks, [G], the tokens by cell of their cells [G, n], -1 for none."""
-    return fixed + tl.sum(tl.load(tokens_ptr + rank_cells, mask=rank_cells >= 0, other=0.0), 1)
+    ``cell_ptrs`` [G] point at a rank's first cell, the next ones are n_ranks further each, -1
+    where there is none; ``first_cell`` is what the first ones hold.
+    """
+    loads = fixed
+    cell = first_cell
+    for _ in range(most_cells):
+        cell_ptrs += n_ranks
+        following = tl.load(cell_ptrs, mask=cell >= 0, other=-1)
+        loads += tl.load(tokens_ptr + cell, mask=cell >= 0, other=0.0)
+        cell = following
+    return loads
 
 
 @triton.jit
 def _split_evenly(x_ptr, weights, start, n_copies, most_copies):
     """Give every copy of a column the same part of its tokens."""
-    each = (weights / tl.maximum(n_copies, 1).to(tl.float32))[:, None]
-    for first in range(0, most_copies, COPIES_AT_ONCE):
-        cells, there, copy = _columns_cells(start, n_copies, first)
-        tl.store(x_ptr + cells, tl.broadcast_to(each, cells.shape), mask=there)
+    each = weights / tl.maximum(n_copies, 1).to(tl.float32)
+    for copy in range(most_copies):
+        tl.store(x_ptr + start + copy, each, mask=copy < n_copies)
 
 
 @triton.jit
-def _lowest_loads(loads_ptr, first_ranks, cell_rank_ptr, start, n_copies, most_copies):
-    """Least load of a column's ranks, [C]; ``first_ranks`` are those of its first copies."""
+def _lowest_loads(loads_ptr, first_rank, cell_rank_ptr, start, n_copies, most_copies):
+    """Least load of a column's ranks, [C]; ``first_rank`` is that of its first copy, or -1."""
     inf = float("inf")
     lowest = tl.full(start.shape, inf, tl.float32)
-    ranks = first_ranks
-    for first in range(COPIES_AT_ONCE, most_copies + COPIES_AT_ONCE, COPIES_AT_ONCE):
-        loads = tl.load(loads_ptr + ranks, mask=ranks >= 0, other=inf)
-        cells, there, copy = _columns_cells(start, n_copies, first)
-        ranks = tl.load(cell_rank_ptr + cells, mask=there, other=-1)
-        lowest = tl.minimum(lowest, tl.min(loads, 1))
+    rank = first_rank
+    for copy in range(1, most_copies + 1):
+        load = tl.load(loads_ptr + rank, mask=rank >= 0, other=inf)
+        rank = tl.load(cell_rank_ptr + start + copy, mask=copy < n_copies, other=-1)
+        lowest = tl.minimum(lowest, load)
     return lowest
 
 
@@ -80,23 +87,23 @@ def _round(x_ptr, cumulative_ptr, shares_ptr, tokens_ptr, weights, start, n_copi
     Writes the rounded shares, their running sums over the copies of a column, and the tokens that
     they stand for. A column without tokens is split evenly.
     """
-    some = (weights > 0)[:, None]
-    inverse = _inverse(tl.where(some, weights[:, None], 1.0))
-    even = (1.0 / tl.maximum(n_copies, 1).to(tl.float32))[:, None]
-    before = n_copies * 0
-    for first in range(0, most_copies, COPIES_AT_ONCE):
-        cells, there, copy = _columns_cells(start, n_copies, first)
-        x = tl.load(x_ptr + cells, mask=there, other=0.0)
-        rounded = (tl.where(some, x * inverse, even) * SHARE_ONE + 0.5).to(tl.int32)
-        rounded = tl.where(there, rounded, 0)
-        upto = before[:, None] + tl.cumsum(rounded, 1)
-        lower = tl.minimum(upto - rounded, SHARE_ONE)
-        upto = tl.where(copy == n_copies[:, None] - 1, SHARE_ONE, tl.minimum(upto, SHARE_ONE))
-        share = _shares(upto - lower)
-        tl.store(cumulative_ptr + cells, _shares(upto), mask=there)
-        tl.store(shares_ptr + cells, share, mask=there)
-        tl.store(tokens_ptr + cells, share * weights[:, None], mask=there)
-        before += tl.sum(rounded, 1)
+    some = weights > 0
+    unit = _inverse(tl.where(some, weights, 1.0)) * SHARE_ONE
+    even = SHARE_ONE / tl.maximum(n_copies, 1).to(tl.float32)
+    upto = n_copies * 0
+    x = tl.load(x_ptr + start, mask=n_copies > 0, other=0.0)
+    for copy in range(most_copies):
+        cell = start + copy
+        following = tl.load(x_ptr + cell + 1, mask=copy + 1 < n_copies, other=0.0)
+        lower = tl.minimum(upto, SHARE_ONE)
+        upto += (tl.where(some, x * unit, even) + 0.5).to(tl.int32)
+        upper = tl.where(copy == n_copies - 1, SHARE_ONE, tl.minimum(upto, SHARE_ONE))
+        share = _shares(upper - lower)
+        there = copy < n_copies
+        tl.store(cumulative_ptr + cell, _shares(upper), mask=there)
+        tl.store(shares_ptr + cell, share, mask=there)
+        tl.store(tokens_ptr + cell, share * weights, mask=there)
+        x = following
 
 
 @triton.jit
@@ -144,7 +151,7 @@ def _sweep(
 
     That is after the first sweep, when the largest load is near ``bound``, when it has become
     steady (but not before half as many sweeps again), and after ``most`` sweeps. ``peak`` is the
-    largest load so far. Returns the number of sweeps.
+    largest load so far. Returns the number of sweeps and the largest load.
     """
     rank = tl.arange(0, G)
     before = done
@@ -154,38 +161,38 @@ def _sweep(
         part = tl.where(done >= EXACT_SWEEPS, 0.5 * RELAXATION, 0.5)
         _level_edges(x_ptr, loads_ptr, edges_ptr, n_classes, width, part, LANES)
         done += 1
-        due = (done == 1) | (done >= most)
-        if done > 1:
-            now = tl.max(tl.load(loads_ptr + rank, mask=rank < n_ranks, other=0.0))
-            steady = (peak - now <= now * aim * STEADY) & (2 * done >= 3 * before)
-            due = due | steady | (now - bound <= now * aim)
-            peak = now
-    return done
+        now = tl.max(tl.load(loads_ptr + rank, mask=rank < n_ranks, other=0.0))
+        steady = (peak - now <= now * aim * STEADY) & (2 * done >= 3 * before)
+        due = (done == 1) | (done >= most) | steady | (now - bound <= now * aim)
+        peak = now
+    return done, peak
 
 
 @triton.jit
 def _balance(
     peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, loads_ptr,
-    edges_ptr, n_classes, width, first_ranks, cell_rank_ptr, start, n_copies, most_copies,
+    edges_ptr, n_classes, width, first_rank, cell_rank_ptr, start, n_copies, most_copies,
     G: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Improve the plan x, tokens by cell, with rank loads ``load``; returns a bound.
 
     x and loads [n_ranks] float32 are in global memory, which a single multiprocessor keeps in its
-    cache. Sweeps over all edges go on until the largest load is within ``aim`` of the bound, which is
-    looked for when `_sweep` says so, or for MOST_CLASSES classes of them.
+    cache. Sweeps over all edges go on until the largest load is within ``aim`` of the bound,
+    which is looked for when `_sweep` says so, or for MOST_CLASSES classes of them.
     """
     tl.store(loads_ptr + tl.arange(0, G), load, mask=rank_on)
     most = tl.cdiv(n_classes * 0 + MOST_CLASSES, tl.maximum(n_classes, 1))
     done = n_classes * 0
     while (peak - bound > peak * aim) & (done < most) & (n_classes > 0):
-        done = _sweep(
+        done, peak = _sweep(
             x_ptr, loads_ptr, edges_ptr, done, most, n_classes, width,
             n_ranks, peak, bound, aim, G, LANES,
         )  # fmt: skip
-        load = tl.load(loads_ptr + tl.arange(0, G), mask=rank_on, other=0.0)
-        lowest = _lowest_loads(loads_ptr, first_ranks, cell_rank_ptr, start, n_copies, most_copies)
-        cuts = _cut_bounds(load, fixed, weights[None, :], lowest[None, :], rank_on)
-        peak, cut = tl.reduce((load, cuts), 0, _max2)
-        bound = tl.maximum(bound, cut)
+        if peak - bound > peak * aim:
+            load = tl.load(loads_ptr + tl.arange(0, G), mask=rank_on, other=0.0)
+            lowest = _lowest_loads(
+                loads_ptr, first_rank, cell_rank_ptr, start, n_copies, most_copies
+            )
+            cut = _cut_bound(load, fixed, weights[None, :], lowest[None, :], rank_on, peak, aim)
+            bound = tl.maximum(bound, cut)
     return bound

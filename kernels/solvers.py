@@ -11,7 +11,6 @@ import triton.language as tl
 from lplb_triton.kernels.interior_point import _newton, _newton_in_memory
 from lplb_triton.kernels.levelling import (
     _balance,
-    _columns_cells,
     _rank_loads,
     _round,
     _split_evenly,
@@ -232,6 +231,12 @@ def _solve_counts_kernel(
         col = tl.arange(0, C)
         rank_on = rank < n_ranks
         col_on = col < n_columns
+        extents_ptr += group * 5
+        most_members = tl.load(extents_ptr)
+        most_copies = tl.load(extents_ptr + 1)
+        most_cells = tl.load(extents_ptr + 2)
+        multiplicity = tl.load(extents_ptr + 3)
+        n_classes = tl.load(extents_ptr + 4)
         start_ptrs = cell_start_ptr + group * (n_columns + 1) + col
         start = tl.load(start_ptrs, mask=col_on, other=0)
         n_copies = tl.load(start_ptrs + 1, mask=col_on, other=0) - start
@@ -243,21 +248,14 @@ def _solve_counts_kernel(
         member_ptrs = first_members_ptr + (group * n_columns + col[:, None]) * MEMBERS_AT_ONCE
         member_ptrs += tl.arange(0, MEMBERS_AT_ONCE)[None, :]
         member = tl.load(member_ptrs, mask=col_on[:, None], other=-1)
-        stride = tl.minimum(n_slots, n_columns)
-        at = tl.arange(0, min(S, C))[None, :]
-        rank_cells = tl.load(
-            rank_cells_ptr + (group * n_ranks + rank[:, None]) * stride + at,
-            mask=rank_on[:, None] & (at < stride), other=-1,
-        )  # fmt: skip
+        most_on_a_rank = tl.minimum(n_slots, n_columns)
+        rank_cells_ptr += group * n_ranks * (most_on_a_rank + 1)
+        rank_cell_ptrs = rank_cells_ptr + rank
+        first_cell = tl.load(rank_cell_ptrs, mask=rank_on, other=-1)
         is_copy = tl.arange(0, COPIES) < n_shared
         at = group * n_shared + tl.arange(0, COPIES)
         shared = tl.load(shared_copies_ptr + at, mask=is_copy, other=-1)
         shared_cell = tl.load(shared_cells_ptr + at, mask=is_copy, other=-1)
-        extents_ptr += group * 4
-        most_members = tl.load(extents_ptr)
-        most_copies = tl.load(extents_ptr + 1)
-        multiplicity = tl.load(extents_ptr + 2)
-        n_classes = tl.load(extents_ptr + 3)
         cell_rank_ptr += group * n_shared
         numbers_ptr = cell_number_ptr + group * n_ranks * n_columns
         edges_ptr += group * most_classes * width
@@ -269,13 +267,11 @@ def _solve_counts_kernel(
         shares_ptr = tokens_ptr + n_shared
         cumulative_shares_ptr = shares_ptr + n_shared
         touched_ptr = cumulative_shares_ptr + n_shared
-        # What is written before it is read would be looked for in memory by its first readers.
-        touched = _touch(scratch_ptr, n_scratch - LANES, 8, LANES)
-        touched += _touch(cell_rank_ptr, n_shared, 8, LANES).to(tl.float32)
-        touched += _touch(edges_ptr, n_classes * width, 4, LANES).to(tl.float32)
-        cells, there, copy = _columns_cells(start, n_copies, 0)
-        first_ranks = tl.load(cell_rank_ptr + cells, mask=there, other=-1)
-        tl.store(touched_ptr + tl.arange(0, LANES), touched)
+        # Tables that are walked through: their lines are fetched all at once, ahead of need.
+        touched = _touch(edges_ptr, n_classes * width, 4, LANES).to(tl.int32)
+        touched += _touch(cell_rank_ptr, n_shared, 8, LANES)
+        touched += _touch(rank_cells_ptr, n_ranks * most_cells, 8, LANES)
+        first_rank = tl.load(cell_rank_ptr + start, mask=n_copies > 0, other=-1)
         _await_previous(PDL)
         complete = tl.full((), 1, tl.int1)
         if n_sums > 0:
@@ -307,6 +303,7 @@ def _solve_counts_kernel(
                 more = first + j < end
                 further = tl.load(column_members_ptr + first + j, mask=more, other=-1)
                 weights += _counts_of(counts_ptr, further)
+        tl.store(touched_ptr + tl.arange(0, LANES), touched.to(tl.float32))
         _split_evenly(x_ptr, weights, start, n_copies, most_copies)
         peak, total, bound, invalid = _mean_and_bound(load, fixed, n_ranks)
         weights = tl.where(invalid, 0.0, weights)
@@ -315,7 +312,7 @@ def _solve_counts_kernel(
         bound = _balance(
             peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, scratch_ptr,
             edges_ptr, n_classes, width,
-            first_ranks, cell_rank_ptr, start, n_copies, most_copies, G, LANES,
+            first_rank, cell_rank_ptr, start, n_copies, most_copies, G, LANES,
         )  # fmt: skip
         # A level plan is rounded and judged; only one that is not good enough goes on.
         iterations = max_iterations * 0
@@ -333,7 +330,9 @@ def _solve_counts_kernel(
                 most_copies,
             )
             tl.debug_barrier()
-            max_load = tl.max(_rank_loads(fixed, tokens_ptr, rank_cells))
+            max_load = tl.max(
+                _rank_loads(fixed, tokens_ptr, first_cell, rank_cell_ptrs, n_ranks, most_cells)
+            )
             rounds += 1
             good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
             if good:

@@ -22,11 +22,6 @@ def _add2(a0, a1, b0, b1):
 
 
 @triton.jit
-def _max2(a0, a1, b0, b1):
-    return tl.maximum(a0, b0), tl.maximum(a1, b1)
-
-
-@triton.jit
 def _max_and_add(a0, a1, b0, b1):
     return tl.maximum(a0, b0), a1 + b1
 

@@ -52,16 +52,15 @@ def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
     start[:, 1:] = np.cumsum(mask.sum(1), 1)
     number = np.full(mask.shape, -1, dtype=np.int32)
     rank = np.full((n_group, 2 * placement.redundant_per_group), -1, dtype=np.int32)
-    on_rank = np.full(
-        (n_group, n_ranks, min(placement.slots_per_rank, n_columns)), -1, dtype=np.int32
-    )
+    most_on_a_rank = min(placement.slots_per_rank, n_columns)
+    on_rank = np.full((n_group, most_on_a_rank + 1, n_ranks), -1, dtype=np.int32)
     for group in range(n_group):
         columns, ranks = np.nonzero(mask[group].T)
         number[group, ranks, columns] = np.arange(ranks.size)
         rank[group, : ranks.size] = ranks
         for r in range(n_ranks):
             mine = number[group, r, mask[group, r]]
-            on_rank[group, r, : mine.size] = mine
+            on_rank[group, : mine.size, r] = mine
     return {"cell_start": start, "cell_rank": rank, "rank_cells": on_rank, "cell_number": number}
 
 
@@ -137,6 +136,7 @@ def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
     extents = (
         lengths.max(axis=1, initial=0),
         s.mask.sum(1).max(axis=1, initial=0),
+        s.mask.sum(2).max(axis=1, initial=0),
         np.full(placement.n_group, s.copy_multiplicity.max()),
         n_classes,
     )
