@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lplb_triton.kernels.levelling import _cut_bound
-from lplb_triton.kernels.tiles import _add2, _column_sum, _inverse, _max_and_add
+from lplb_triton.kernels.tiles import _add2, _column_sum, _inverse, _max_and_add, _shares
 
 # Start, step and centering of the method (equations 4, 8 and 9), light columns (10).
 START_MARGIN = tl.constexpr(0.1)
@@ -348,12 +348,12 @@ def _newton(
 
 @triton.jit(noinline=True)
 def _newton_in_memory(
-    shares_ptr, tokens_ptr, scratch_ptr, cell_number_ptr, n_ranks, n_columns, best_load, bound, total,
+    units_ptr, tokens_ptr, scratch_ptr, cell_number_ptr, n_ranks, n_columns, best_load, bound, total,
     tolerance, aim, max_iterations, G: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """`_newton` on what lies in memory: a function of its own, with registers of its own.
 
-    shares [n_cells] float32 is the plan by cell, cell_number [n_ranks, n_columns] int32 says which
+    units [n_cells] int32 is the plan by cell, in units of 2**-24, cell_number [n_ranks, n_columns] int32 says which
     cell is where, -1 where none is, and scratch holds fixed loads [n_ranks] and weights [n_columns]
     after n_ranks other words. tokens [n_cells] gets the better plan, in tokens. Returns bound and
     iterations.
@@ -366,7 +366,7 @@ def _newton_in_memory(
     at = rank[:, None] * n_columns + col[None, :]
     cell = tl.load(cell_number_ptr + at, mask=inside, other=-1)
     copy = cell >= 0
-    plan = tl.load(shares_ptr + cell, mask=copy, other=0.0)
+    plan = _shares(tl.load(units_ptr + cell, mask=copy, other=0))
     fixed = tl.load(scratch_ptr + n_ranks + rank, mask=rank_on, other=0.0)
     weights = tl.load(scratch_ptr + 2 * n_ranks + col, mask=col_on, other=0.0)[None, :]
     plan, bound, iterations = _newton(

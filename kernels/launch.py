@@ -142,10 +142,11 @@ class SolveTables(NamedTuple):
     and there are at most as many as copies of replicated experts, ``n_shared``. -1 is padding.
     """
 
+    cells: torch.Tensor
+    """[n_group, 4, n_shared] rank and column of each cell, that column's first cell and number of
+    cells."""
     cell_start: torch.Tensor
     """[n_group, max_columns + 1] first cell of each column."""
-    cell_rank: torch.Tensor
-    """[n_group, n_shared] rank of each cell."""
     cell_number: torch.Tensor
     """[n_group, group_size, max_columns] which cell is where."""
     rank_cells: torch.Tensor
@@ -167,7 +168,7 @@ class SolveTables(NamedTuple):
     edges: torch.Tensor
     """[n_group, most_classes + 1, width] int64 as for `_level_edges`."""
     extents: torch.Tensor
-    """[n_group, 5] most members and copies of a column, most cells of a rank, most copies of an
+    """[n_group, 6] number of cells, most members and copies of a column, most cells of a rank, most copies of an
     expert on a rank, number of classes of edges."""
 
 

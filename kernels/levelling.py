@@ -1,7 +1,7 @@
 """Plans by levelling ranks along edges, and the bound that goes with them.
 
-Equation numbers refer to docs/method.md. A *cell* is a column's share of one rank; a group's
-cells are numbered by column, then by rank. ``start`` and ``n_copies`` [C] say which are a column's.
+Equation numbers refer to docs/method.md. A *cell* is a column's share of one rank. A group's
+cells are numbered by column, then by rank.
 """
 
 from __future__ import annotations
@@ -60,14 +60,6 @@ def _rank_loads(fixed, tokens_ptr, first_cell, cell_ptrs, n_ranks, most_cells):
 
 
 @triton.jit
-def _split_evenly(x_ptr, weights, start, n_copies, most_copies):
-    """Give every copy of a column the same part of its tokens."""
-    each = weights / tl.maximum(n_copies, 1).to(tl.float32)
-    for copy in range(most_copies):
-        tl.store(x_ptr + start + copy, each, mask=copy < n_copies)
-
-
-@triton.jit
 def _lowest_loads(loads_ptr, first_rank, cell_rank_ptr, start, n_copies, most_copies):
     """Least load of a column's ranks, [C]; ``first_rank`` is that of its first copy, or -1."""
     inf = float("inf")
@@ -81,29 +73,28 @@ def _lowest_loads(loads_ptr, first_rank, cell_rank_ptr, start, n_copies, most_co
 
 
 @triton.jit
-def _round(x_ptr, cumulative_ptr, shares_ptr, tokens_ptr, weights, start, n_copies, most_copies):
+def _round(x_ptr, units_ptr, tokens_ptr, weights, first, copies, n_cells):
     """Round tokens x by cell to whole units of their column (equation 11).
 
-    Writes the rounded shares, their running sums over the copies of a column, and the tokens that
-    they stand for. A column without tokens is split evenly.
+    weights, ``first`` (cell of the same column) and ``copies`` (how many it has) are by cell, [N]. A
+    column without tokens is split evenly. Returns the shares and their running sums over each
+    column, in units, and writes the tokens that they stand for; units [n_cells] int32 is scratch.
     """
+    cell = tl.arange(0, weights.shape[0])
+    there = cell < n_cells
     some = weights > 0
-    unit = _inverse(tl.where(some, weights, 1.0)) * SHARE_ONE
-    even = SHARE_ONE / tl.maximum(n_copies, 1).to(tl.float32)
-    upto = n_copies * 0
-    x = tl.load(x_ptr + start, mask=n_copies > 0, other=0.0)
-    for copy in range(most_copies):
-        cell = start + copy
-        following = tl.load(x_ptr + cell + 1, mask=copy + 1 < n_copies, other=0.0)
-        lower = tl.minimum(upto, SHARE_ONE)
-        upto += (tl.where(some, x * unit, even) + 0.5).to(tl.int32)
-        upper = tl.where(copy == n_copies - 1, SHARE_ONE, tl.minimum(upto, SHARE_ONE))
-        share = _shares(upper - lower)
-        there = copy < n_copies
-        tl.store(cumulative_ptr + cell, _shares(upper), mask=there)
-        tl.store(shares_ptr + cell, share, mask=there)
-        tl.store(tokens_ptr + cell, share * weights, mask=there)
-        x = following
+    x = tl.load(x_ptr + cell, mask=there, other=0.0)
+    share = tl.where(some, x * _inverse(tl.where(some, weights, 1.0)), 1.0 / copies)
+    units = tl.where(there, (share * SHARE_ONE + 0.5).to(tl.int32), 0)
+    # Sums over all cells, modulo 2**32: their differences within a column are exact.
+    upto = tl.cumsum(units, 0)
+    tl.store(units_ptr + cell, upto, mask=there)
+    tl.debug_barrier()
+    upto -= tl.load(units_ptr + first - 1, mask=there & (first > 0), other=0)
+    lower = tl.minimum(upto - units, SHARE_ONE)
+    upto = tl.where(cell == first + copies - 1, SHARE_ONE, tl.minimum(upto, SHARE_ONE))
+    tl.store(tokens_ptr + cell, _shares(upto - lower) * weights, mask=there)
+    return upto - lower, upto
 
 
 @triton.jit

@@ -13,7 +13,6 @@ from lplb_triton.kernels.levelling import (
     _balance,
     _rank_loads,
     _round,
-    _split_evenly,
 )
 from lplb_triton.kernels.sync import _sum_over_ranks
 from lplb_triton.kernels.tiles import (
@@ -155,20 +154,19 @@ def _touch(ptr, n, EACH: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def _store_cumulative(
-    cumulative_ptr, cumulative_shares_ptr, shares_ptr, copy_index_ptr, copy_multiplicity_ptr,
-    multiplicity, copy, cell, inside,
+    cumulative_ptr, upto_ptr, units_ptr, copy_index_ptr, copy_multiplicity_ptr, multiplicity,
+    copy, cell, inside,
 ):  # fmt: skip
     """Write the cumulative shares of ``copy``, which lie in ``cell`` (equation 12).
 
-    A cell of -1 says that one rank holds all copies. Cumulative shares of cells run over those of
-    a column: copies of one expert ascend by rank. ``multiplicity`` is the largest.
+    A cell of -1 says that one rank holds all copies. ``upto`` are the cells' shares summed over
+    their column, in units: copies of one expert ascend by rank. ``multiplicity`` is the largest.
     """
     spread = inside & (cell >= 0)
-    share = tl.load(cumulative_shares_ptr + cell, mask=spread, other=1.0)
-    cumulative = (share * SHARE_ONE).to(tl.int32)
+    cumulative = tl.load(upto_ptr + cell, mask=spread, other=SHARE_ONE)
     if multiplicity > 1:
         # Several copies on one rank divide its share as evenly as integers allow.
-        here = (tl.load(shares_ptr + cell, mask=spread, other=1.0) * SHARE_ONE).to(tl.int32)
+        here = tl.load(units_ptr + cell, mask=spread, other=SHARE_ONE)
         index = tl.load(copy_index_ptr + copy, mask=inside, other=0).to(tl.int64) + 1
         among = tl.load(copy_multiplicity_ptr + copy, mask=inside, other=1).to(tl.int64)
         part = index * here.to(tl.int64) // among
@@ -186,7 +184,7 @@ def _store_cumulative(
 )  # fmt: skip
 def _solve_counts_kernel(
     running_ptr, counts_ptr,
-    cell_start_ptr, cell_rank_ptr, cell_number_ptr, rank_cells_ptr,
+    cells_ptr, cell_start_ptr, cell_number_ptr, rank_cells_ptr,
     rank_experts_ptr, rank_parts_ptr, first_members_ptr, column_start_ptr, column_members_ptr,
     shared_copies_ptr, shared_cells_ptr, copy_index_ptr, copy_multiplicity_ptr,
     edges_ptr, extents_ptr,
@@ -231,12 +229,20 @@ def _solve_counts_kernel(
         col = tl.arange(0, C)
         rank_on = rank < n_ranks
         col_on = col < n_columns
-        extents_ptr += group * 5
-        most_members = tl.load(extents_ptr)
-        most_copies = tl.load(extents_ptr + 1)
-        most_cells = tl.load(extents_ptr + 2)
-        multiplicity = tl.load(extents_ptr + 3)
-        n_classes = tl.load(extents_ptr + 4)
+        extents_ptr += group * 6
+        n_cells = tl.load(extents_ptr)
+        most_members = tl.load(extents_ptr + 1)
+        most_copies = tl.load(extents_ptr + 2)
+        most_cells = tl.load(extents_ptr + 3)
+        multiplicity = tl.load(extents_ptr + 4)
+        n_classes = tl.load(extents_ptr + 5)
+        cell = tl.arange(0, COPIES)
+        cells_ptr += group * n_shared * 4
+        is_copy = cell < n_shared
+        cell_rank = tl.load(cells_ptr + cell, mask=is_copy, other=0)
+        cell_column = tl.load(cells_ptr + n_shared + cell, mask=is_copy, other=0)
+        cell_first = tl.load(cells_ptr + 2 * n_shared + cell, mask=is_copy, other=0)
+        cell_copies = tl.load(cells_ptr + 3 * n_shared + cell, mask=is_copy, other=1)
         start_ptrs = cell_start_ptr + group * (n_columns + 1) + col
         start = tl.load(start_ptrs, mask=col_on, other=0)
         n_copies = tl.load(start_ptrs + 1, mask=col_on, other=0) - start
@@ -252,26 +258,26 @@ def _solve_counts_kernel(
         rank_cells_ptr += group * n_ranks * (most_on_a_rank + 1)
         rank_cell_ptrs = rank_cells_ptr + rank
         first_cell = tl.load(rank_cell_ptrs, mask=rank_on, other=-1)
-        is_copy = tl.arange(0, COPIES) < n_shared
-        at = group * n_shared + tl.arange(0, COPIES)
+        at = group * n_shared + cell
         shared = tl.load(shared_copies_ptr + at, mask=is_copy, other=-1)
         shared_cell = tl.load(shared_cells_ptr + at, mask=is_copy, other=-1)
-        cell_rank_ptr += group * n_shared
-        numbers_ptr = cell_number_ptr + group * n_ranks * n_columns
         edges_ptr += group * most_classes * width
-        # Scratch: loads, fixed loads, weights, and four words a cell.
+        tile = rank[:, None] * n_columns + col[None, :]
+        numbers_ptr = cell_number_ptr + group * n_ranks * n_columns
+        dense_ptr += group * n_ranks * n_columns
+        if dense > 0:
+            inside = rank_on[:, None] & col_on[None, :]
+            tl.store(dense_ptr + tile, tl.zeros((G, C), tl.float32), mask=inside)
+        # Scratch: loads, fixed loads, weights, three words a cell, one a thread; then integers.
         n_scratch = 2 * n_ranks + n_columns + 4 * n_shared + LANES
         scratch_ptr += group * n_scratch
-        x_ptr = scratch_ptr + 2 * n_ranks + n_columns
+        weights_ptr = scratch_ptr + 2 * n_ranks
+        x_ptr = weights_ptr + n_columns
         tokens_ptr = x_ptr + n_shared
-        shares_ptr = tokens_ptr + n_shared
-        cumulative_shares_ptr = shares_ptr + n_shared
-        touched_ptr = cumulative_shares_ptr + n_shared
-        # Tables that are walked through: their lines are fetched all at once, ahead of need.
-        touched = _touch(edges_ptr, n_classes * width, 4, LANES).to(tl.int32)
-        touched += _touch(cell_rank_ptr, n_shared, 8, LANES)
-        touched += _touch(rank_cells_ptr, n_ranks * most_cells, 8, LANES)
-        first_rank = tl.load(cell_rank_ptr + start, mask=n_copies > 0, other=-1)
+        upto_ptr = (tokens_ptr + n_shared).to(tl.pointer_type(tl.int32), bitcast=True)
+        units_ptr = upto_ptr + n_shared
+        touched_ptr = units_ptr + n_shared
+        first_rank = tl.load(cells_ptr + start, mask=n_copies > 0, other=-1)
         _await_previous(PDL)
         complete = tl.full((), 1, tl.int1)
         if n_sums > 0:
@@ -291,6 +297,10 @@ def _solve_counts_kernel(
             counts_ptr = total_ptr
         on_rank = _counts_of(counts_ptr, expert)
         of_column = _counts_of(counts_ptr, member)
+        # Tables that are walked through later: all their lines are fetched now, at once.
+        touched = _touch(edges_ptr, n_classes * width, 4, LANES).to(tl.int32)
+        touched += _touch(rank_cells_ptr, n_ranks * most_cells, 8, LANES)
+        tl.store(touched_ptr + tl.arange(0, LANES), touched)
         fixed, load = tl.reduce((tl.where(part == 1.0, on_rank, 0.0), on_rank * part), 1, _add2)
         fixed = tl.where(complete, fixed, float("inf"))
         load = tl.where(complete, load, float("inf"))
@@ -303,31 +313,28 @@ def _solve_counts_kernel(
                 more = first + j < end
                 further = tl.load(column_members_ptr + first + j, mask=more, other=-1)
                 weights += _counts_of(counts_ptr, further)
-        tl.store(touched_ptr + tl.arange(0, LANES), touched.to(tl.float32))
-        _split_evenly(x_ptr, weights, start, n_copies, most_copies)
         peak, total, bound, invalid = _mean_and_bound(load, fixed, n_ranks)
         weights = tl.where(invalid, 0.0, weights)
+        tl.store(weights_ptr + col, weights, mask=col_on)
+        tl.debug_barrier()
+        cell_weights = tl.load(weights_ptr + cell_column, mask=is_copy, other=0.0)
+        tl.store(x_ptr + cell, cell_weights / cell_copies, mask=is_copy)
         target = tolerance - BOUND_ALLOWANCE
         aim = target * TARGET_PART
         bound = _balance(
             peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, scratch_ptr,
             edges_ptr, n_classes, width,
-            first_rank, cell_rank_ptr, start, n_copies, most_copies, G, LANES,
+            first_rank, cells_ptr, start, n_copies, most_copies, G, LANES,
         )  # fmt: skip
         # A level plan is rounded and judged; only one that is not good enough goes on.
         iterations = max_iterations * 0
         max_load = bound
+        units = cell * 0
+        upto = units
         rounds = 0
         while rounds < 2:
-            _round(
-                x_ptr,
-                cumulative_shares_ptr,
-                shares_ptr,
-                tokens_ptr,
-                weights,
-                start,
-                n_copies,
-                most_copies,
+            units, upto = _round(
+                x_ptr, upto_ptr, tokens_ptr, cell_weights, cell_first, cell_copies, n_cells
             )
             tl.debug_barrier()
             max_load = tl.max(
@@ -339,24 +346,24 @@ def _solve_counts_kernel(
                 rounds += 1
             if rounds < 2:
                 tl.store(scratch_ptr + n_ranks + rank, fixed, mask=rank_on)
-                tl.store(scratch_ptr + 2 * n_ranks + col, weights, mask=col_on)
+                tl.store(units_ptr + cell, units, mask=is_copy)
                 tl.debug_barrier()
                 bound, iterations = _newton_in_memory(
-                    shares_ptr, x_ptr, scratch_ptr, numbers_ptr, n_ranks, n_columns,
+                    units_ptr, x_ptr, scratch_ptr, numbers_ptr, n_ranks, n_columns,
                     max_load, bound, total, tolerance, aim, max_iterations, G, C,
                 )  # fmt: skip
                 tl.debug_barrier()
         max_load, lower_bound, gap, status = _certify(max_load, bound, tolerance, invalid)
-        _store_cumulative(
-            cumulative_ptr, cumulative_shares_ptr, shares_ptr, copy_index_ptr,
-            copy_multiplicity_ptr, multiplicity, shared, shared_cell, shared >= 0,
-        )  # fmt: skip
+        tl.store(upto_ptr + cell, upto, mask=is_copy)
+        tl.store(units_ptr + cell, units, mask=is_copy)
         if dense > 0:
-            tile = rank[:, None] * n_columns + col[None, :]
-            inside = rank_on[:, None] & col_on[None, :]
-            number = tl.load(numbers_ptr + tile, mask=inside, other=-1)
-            share = tl.load(shares_ptr + number, mask=number >= 0, other=0.0)
-            tl.store(dense_ptr + group * n_ranks * n_columns + tile, share, mask=inside)
+            where = cell_rank * n_columns + cell_column
+            tl.store(dense_ptr + where, _shares(units), mask=cell < n_cells)
+        tl.debug_barrier()
+        _store_cumulative(
+            cumulative_ptr, upto_ptr, units_ptr, copy_index_ptr, copy_multiplicity_ptr,
+            multiplicity, shared, shared_cell, shared >= 0,
+        )  # fmt: skip
         _store_certificate(
             stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
             max_load, lower_bound, gap, iterations, status,

@@ -51,17 +51,20 @@ def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
     start = np.zeros((n_group, n_columns + 1), dtype=np.int32)
     start[:, 1:] = np.cumsum(mask.sum(1), 1)
     number = np.full(mask.shape, -1, dtype=np.int32)
-    rank = np.full((n_group, 2 * placement.redundant_per_group), -1, dtype=np.int32)
+    cells = np.full((n_group, 4, 2 * placement.redundant_per_group), -1, dtype=np.int32)
+    cells[:, 1:3] = 0
+    cells[:, 3] = 1
     most_on_a_rank = min(placement.slots_per_rank, n_columns)
     on_rank = np.full((n_group, most_on_a_rank + 1, n_ranks), -1, dtype=np.int32)
     for group in range(n_group):
         columns, ranks = np.nonzero(mask[group].T)
         number[group, ranks, columns] = np.arange(ranks.size)
-        rank[group, : ranks.size] = ranks
+        first, copies = start[group, columns], np.diff(start[group])[columns]
+        cells[group, :, : ranks.size] = ranks, columns, first, copies
         for r in range(n_ranks):
             mine = number[group, r, mask[group, r]]
             on_rank[group, : mine.size, r] = mine
-    return {"cell_start": start, "cell_rank": rank, "rank_cells": on_rank, "cell_number": number}
+    return {"cells": cells, "cell_start": start, "rank_cells": on_rank, "cell_number": number}
 
 
 def _rank_experts(placement: Placement) -> dict[str, NDArray[Any]]:
@@ -134,6 +137,7 @@ def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
     edges, n_classes = _edges(placement, number)
     shared_at = np.where(shared >= 0, s.copy_cell[shared], -1)
     extents = (
+        s.mask.sum((1, 2)),
         lengths.max(axis=1, initial=0),
         s.mask.sum(1).max(axis=1, initial=0),
         s.mask.sum(2).max(axis=1, initial=0),
