@@ -348,15 +348,15 @@ def _newton(
 
 @triton.jit(noinline=True)
 def _newton_in_memory(
-    units_ptr, tokens_ptr, scratch_ptr, cell_number_ptr, n_ranks, n_columns, best_load, bound, total,
-    tolerance, aim, max_iterations, G: tl.constexpr, C: tl.constexpr,
+    units_ptr, tokens_ptr, scratch_ptr, cell_number_ptr, n_ranks, n_columns, best_load, bound,
+    total, tolerance, aim, max_iterations, G: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """`_newton` on what lies in memory: a function of its own, with registers of its own.
 
-    units [n_cells] int32 is the plan by cell, in units of 2**-24, cell_number [n_ranks, n_columns] int32 says which
-    cell is where, -1 where none is, and scratch holds fixed loads [n_ranks] and weights [n_columns]
-    after n_ranks other words. tokens [n_cells] gets the better plan, in tokens. Returns bound and
-    iterations.
+    units [n_cells] int32 is the plan by cell, in units of 2**-24, cell_number [n_ranks, n_columns]
+    int32 says which cell is where, -1 where none is, and scratch holds fixed loads [n_ranks] and
+    weights [n_columns] after n_ranks other words. tokens [n_cells] gets the better plan, in tokens.
+    Returns bound and iterations.
     """
     rank = tl.arange(0, G)
     col = tl.arange(0, C)

@@ -168,8 +168,8 @@ class SolveTables(NamedTuple):
     edges: torch.Tensor
     """[n_group, most_classes + 1, width] int64 as for `_level_edges`."""
     extents: torch.Tensor
-    """[n_group, 6] number of cells, most members and copies of a column, most cells of a rank, most copies of an
-    expert on a rank, number of classes of edges."""
+    """[n_group, 7] number of cells, most members of a column, most cells of a column and of a rank,
+    most copies of an expert on a rank, number of classes of edges, most sweeps over them."""
 
 
 class SelectTables(NamedTuple):
@@ -266,7 +266,7 @@ class SolveBuffers(NamedTuple):
 
 
 def solve_scratch(n_ranks: int, n_columns: int, n_cells: int) -> int:
-    """Words of scratch that a group takes: by rank, by column, by cell, and by thread."""
+    """Words of scratch that a group takes: by rank, by column, by cell, and one per thread."""
     lanes = 32 * _solve_warps(*_tile(n_ranks, n_columns))
     return 2 * n_ranks + n_columns + 4 * n_cells + lanes
 

@@ -11,9 +11,7 @@ import triton.language as tl
 
 from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _shares
 
-# Classes of edges that balancing goes through before the interior-point method takes over,
-# and how far an edge goes beyond level once the first sweeps were not enough.
-MOST_CLASSES = tl.constexpr(256)
+# How far an edge goes beyond level once the first sweeps were not enough.
 EXACT_SWEEPS = tl.constexpr(3)
 RELAXATION = tl.constexpr(1.5)
 # Sets of ranks that a bound is taken from, and how far below the largest load the last one goes,
@@ -76,8 +74,8 @@ def _lowest_loads(loads_ptr, first_rank, cell_rank_ptr, start, n_copies, most_co
 def _round(x_ptr, units_ptr, tokens_ptr, weights, first, copies, n_cells):
     """Round tokens x by cell to whole units of their column (equation 11).
 
-    weights, ``first`` (cell of the same column) and ``copies`` (how many it has) are by cell, [N]. A
-    column without tokens is split evenly. Returns the shares and their running sums over each
+    weights, ``first`` (the column's first cell) and ``copies`` (how many it has) are by cell, [N].
+    A column without tokens is split evenly. Returns the shares and their running sums over each
     column, in units, and writes the tokens that they stand for; units [n_cells] int32 is scratch.
     """
     cell = tl.arange(0, weights.shape[0])
@@ -101,11 +99,11 @@ def _round(x_ptr, units_ptr, tokens_ptr, weights, first, copies, n_cells):
 def _level_edges(x_ptr, loads_ptr, edges_ptr, n_classes, width, part, LANES: tl.constexpr):
     """Move tokens along the edges of all classes, one class after the other (equation 18).
 
-    edges [n_classes + 1, width] int64 hold, in four times 16 bits from the lowest, an edge's second
-    and first rank and its second and first cell; -1 is none. No rank is twice in a class. ``part`` of
-    the difference between the ranks moves, 0.5 to level them. Every element of these tiles is in
-    one thread. The next class's edges are asked for before this class moves anything; all warps
-    execute what few of them have edges for, so instructions count.
+    edges [n_classes + 1, width] int64 hold, in four times 16 bits from the lowest, an edge's
+    second and first rank and its second and first cell; -1 is none. No rank is twice in a class.
+    ``part`` of the difference between the ranks moves, 0.5 to level them. Every element of these
+    tiles is in one thread. The next class's edges are asked for before this class moves anything;
+    all warps execute what few of them have edges for, so instructions count.
     """
     lane = tl.arange(0, LANES)
     ptrs = edges_ptr + lane
@@ -135,13 +133,13 @@ def _level_edges(x_ptr, loads_ptr, edges_ptr, n_classes, width, part, LANES: tl.
 
 @triton.jit
 def _sweep(
-    x_ptr, loads_ptr, edges_ptr, done, most, n_classes, width, n_ranks, peak, bound,
-    aim, G: tl.constexpr, LANES: tl.constexpr,
+    x_ptr, loads_ptr, edges_ptr, done, most_sweeps, n_classes, width, n_ranks, peak,
+    bound, aim, G: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Sweep over all edges after ``done`` sweeps, until it is time for the next bound.
 
     That is after the first sweep, when the largest load is near ``bound``, when it has become
-    steady (but not before half as many sweeps again), and after ``most`` sweeps. ``peak`` is the
+    steady (but not before half as many sweeps again), and after ``most_sweeps``. ``peak`` is the
     largest load so far. Returns the number of sweeps and the largest load.
     """
     rank = tl.arange(0, G)
@@ -154,7 +152,7 @@ def _sweep(
         done += 1
         now = tl.max(tl.load(loads_ptr + rank, mask=rank < n_ranks, other=0.0))
         steady = (peak - now <= now * aim * STEADY) & (2 * done >= 3 * before)
-        due = (done == 1) | (done >= most) | steady | (now - bound <= now * aim)
+        due = (done == 1) | (done >= most_sweeps) | steady | (now - bound <= now * aim)
         peak = now
     return done, peak
 
@@ -162,21 +160,20 @@ def _sweep(
 @triton.jit
 def _balance(
     peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, loads_ptr,
-    edges_ptr, n_classes, width, first_rank, cell_rank_ptr, start, n_copies, most_copies,
-    G: tl.constexpr, LANES: tl.constexpr,
+    edges_ptr, n_classes, most_sweeps, width, first_rank, cell_rank_ptr, start, n_copies,
+    most_copies, G: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Improve the plan x, tokens by cell, with rank loads ``load``; returns a bound.
 
     x and loads [n_ranks] float32 are in global memory, which a single multiprocessor keeps in its
     cache. Sweeps over all edges go on until the largest load is within ``aim`` of the bound,
-    which is looked for when `_sweep` says so, or for MOST_CLASSES classes of them.
+    which is looked for when `_sweep` says so, or for ``most_sweeps``.
     """
     tl.store(loads_ptr + tl.arange(0, G), load, mask=rank_on)
-    most = tl.cdiv(n_classes * 0 + MOST_CLASSES, tl.maximum(n_classes, 1))
     done = n_classes * 0
-    while (peak - bound > peak * aim) & (done < most) & (n_classes > 0):
+    while (peak - bound > peak * aim) & (done < most_sweeps):
         done, peak = _sweep(
-            x_ptr, loads_ptr, edges_ptr, done, most, n_classes, width,
+            x_ptr, loads_ptr, edges_ptr, done, most_sweeps, n_classes, width,
             n_ranks, peak, bound, aim, G, LANES,
         )  # fmt: skip
         if peak - bound > peak * aim:

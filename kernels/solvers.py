@@ -47,7 +47,7 @@ STATUS_INVALID = tl.constexpr(2)
 
 @triton.jit
 def _mean_and_bound(load, fixed, n_ranks):
-    """Largest load of the first plan, sum of all loads, a bound, and whether they are no numbers."""
+    """Largest of the first plan's loads, their sum, a bound, and whether they are no numbers."""
     max_load, total, bound = tl.reduce((load, load, fixed), 0, _max_add_max)
     invalid = (total < float("inf")) == 0
     bound = tl.maximum(bound, total / n_ranks.to(tl.float32))
@@ -229,13 +229,14 @@ def _solve_counts_kernel(
         col = tl.arange(0, C)
         rank_on = rank < n_ranks
         col_on = col < n_columns
-        extents_ptr += group * 6
+        extents_ptr += group * 7
         n_cells = tl.load(extents_ptr)
         most_members = tl.load(extents_ptr + 1)
         most_copies = tl.load(extents_ptr + 2)
         most_cells = tl.load(extents_ptr + 3)
         multiplicity = tl.load(extents_ptr + 4)
         n_classes = tl.load(extents_ptr + 5)
+        most_sweeps = tl.load(extents_ptr + 6)
         cell = tl.arange(0, COPIES)
         cells_ptr += group * n_shared * 4
         is_copy = cell < n_shared
@@ -262,13 +263,9 @@ def _solve_counts_kernel(
         shared = tl.load(shared_copies_ptr + at, mask=is_copy, other=-1)
         shared_cell = tl.load(shared_cells_ptr + at, mask=is_copy, other=-1)
         edges_ptr += group * most_classes * width
-        tile = rank[:, None] * n_columns + col[None, :]
         numbers_ptr = cell_number_ptr + group * n_ranks * n_columns
         dense_ptr += group * n_ranks * n_columns
-        if dense > 0:
-            inside = rank_on[:, None] & col_on[None, :]
-            tl.store(dense_ptr + tile, tl.zeros((G, C), tl.float32), mask=inside)
-        # Scratch: loads, fixed loads, weights, three words a cell, one a thread; then integers.
+        # `solve_scratch`: loads, fixed loads, weights, tokens; the last three are integers.
         n_scratch = 2 * n_ranks + n_columns + 4 * n_shared + LANES
         scratch_ptr += group * n_scratch
         weights_ptr = scratch_ptr + 2 * n_ranks
@@ -279,6 +276,10 @@ def _solve_counts_kernel(
         touched_ptr = units_ptr + n_shared
         first_rank = tl.load(cells_ptr + start, mask=n_copies > 0, other=-1)
         _await_previous(PDL)
+        if dense > 0:
+            tile = rank[:, None] * n_columns + col[None, :]
+            inside = rank_on[:, None] & col_on[None, :]
+            tl.store(dense_ptr + tile, tl.zeros((G, C), tl.float32), mask=inside)
         complete = tl.full((), 1, tl.int1)
         if n_sums > 0:
             complete = _await_counts(counts_ptr, n_logical, BLOCK)
@@ -323,7 +324,7 @@ def _solve_counts_kernel(
         aim = target * TARGET_PART
         bound = _balance(
             peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, scratch_ptr,
-            edges_ptr, n_classes, width,
+            edges_ptr, n_classes, most_sweeps, width,
             first_rank, cells_ptr, start, n_copies, most_copies, G, LANES,
         )  # fmt: skip
         # A level plan is rounded and judged; only one that is not good enough goes on.

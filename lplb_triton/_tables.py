@@ -20,6 +20,10 @@ __all__ = ["DeviceTables"]
 ALIGNMENT = 256
 # Copies of a column of which each is joined with each.
 FEW = 4
+# Classes of edges that levelling goes through before the interior-point method takes over.
+MOST_CLASSES = 256
+# Edges hold the numbers of their cells in 16 bits.
+MOST_CELLS = 1 << 16
 # Members of a column in a table of their own; `kernels.solvers` takes as many at once.
 MEMBERS = 4
 
@@ -42,7 +46,7 @@ def _shared_copies(placement: Placement) -> NDArray[np.int32]:
 
 
 def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
-    """Number each group's cells by column, then by rank; see `kernels.SolveTables`.
+    """Make the tables of a group's cells, numbered by column, then by rank; see `SolveTables`.
 
     ``cell_number`` [n_group, group_size, max_columns] is that number, -1 where no copy is.
     """
@@ -51,7 +55,13 @@ def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
     start = np.zeros((n_group, n_columns + 1), dtype=np.int32)
     start[:, 1:] = np.cumsum(mask.sum(1), 1)
     number = np.full(mask.shape, -1, dtype=np.int32)
-    cells = np.full((n_group, 4, 2 * placement.redundant_per_group), -1, dtype=np.int32)
+    n_cells = 2 * placement.redundant_per_group
+    if n_cells > MOST_CELLS:
+        raise ValueError(
+            f"placement must have at most {MOST_CELLS // 2} redundant slots a group, "
+            f"got {placement.redundant_per_group}"
+        )
+    cells = np.full((n_group, 4, n_cells), -1, dtype=np.int32)
     cells[:, 1:3] = 0
     cells[:, 3] = 1
     most_on_a_rank = min(placement.slots_per_rank, n_columns)
@@ -68,7 +78,7 @@ def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
 
 
 def _rank_experts(placement: Placement) -> dict[str, NDArray[Any]]:
-    """Experts of every rank, and the part of each that an even split over its ranks leaves there."""
+    """List the experts of every rank, and the part of each that an even split leaves there."""
     shape = placement.n_group, placement.group_size, placement.slots_per_rank
     experts = np.full(shape, -1, dtype=np.int32)
     parts = np.zeros(shape, dtype=np.float32)
@@ -143,6 +153,7 @@ def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
         s.mask.sum(2).max(axis=1, initial=0),
         np.full(placement.n_group, s.copy_multiplicity.max()),
         n_classes,
+        np.where(n_classes > 0, -(-MOST_CLASSES // np.maximum(n_classes, 1)), 0),
     )
     return {
         **cells,

@@ -57,6 +57,76 @@ def test_edges(placement):
             assert reached == set(ranks)
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
+def test_cells(placement):
+    views = {k: v.numpy() for k, v in DeviceTables(placement, torch.device("cpu")).views.items()}
+    for group, mask in enumerate(placement.structure.mask):
+        number, extents = views["cell_number"][group], views["extents"][group]
+        assert ((number >= 0) == mask).all()
+        assert sorted(number[mask]) == list(range(mask.sum())) and extents[0] == mask.sum()
+        ranks, columns, first, copies = views["cells"][group][:, : mask.sum()]
+        assert (number[ranks, columns] == np.arange(mask.sum())).all()
+        assert (copies == mask.sum(0)[columns]).all()
+        assert (first == views["cell_start"][group][columns]).all()
+        assert (np.diff(columns) >= 0).all() and extents[2] == mask.sum(0).max()
+        for rank, cells in enumerate(views["rank_cells"][group].T):
+            mine = mask[rank].sum()
+            assert (cells[:mine] == number[rank][mask[rank]]).all() and (cells[mine:] == -1).all()
+        assert extents[3] == mask.sum(1).max()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
+def test_the_first_plan_splits_evenly_over_ranks(placement):
+    counts = torch.arange(1, placement.n_logical + 1, dtype=torch.float64)
+    views = {k: v.numpy() for k, v in DeviceTables(placement, torch.device("cpu")).views.items()}
+    experts, parts = (views[name] for name in ("rank_experts", "rank_parts"))
+    loads = (np.where(experts >= 0, counts.numpy()[experts], 0.0) * parts).sum(2)
+    problem = placement.problem(counts)
+    even = problem.mask / problem.mask.sum(1, keepdim=True).clamp(min=1)
+    want = problem.fixed + (problem.weights.unsqueeze(1) * even).sum(2)
+    assert loads == pytest.approx(want.numpy(), rel=1e-6)
+    fixed = np.where(parts == 1, counts.numpy()[experts], 0.0).sum(2)
+    assert fixed == pytest.approx(problem.fixed.numpy())
+
+
+def test_more_cells_than_an_edge_can_number():
+    slots = np.repeat([0, 1], 1 << 15 | 4)
+    placement = Placement.from_phy2log(slots, 2)
+    with pytest.raises(ValueError, match="at most 32768 redundant slots"):
+        DeviceTables(placement, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        # Columns of seven experts each.
+        Placement.from_topology(topologies.ring(4), 4 * 14, 4 * 7, 4),
+        # An expert with a copy on each of eleven ranks, two of them twice on a rank.
+        Placement.from_phy2log([0, 1, 2, 3, 0, 0, 4, 1, 2, *[0, 5, 6] * 9], 12, n_logical=7),
+    ],
+    ids=repr,
+)
+def test_columns_of_many_experts_and_of_many_copies(placement):
+    rng = np.random.default_rng(0)
+    balancer = Balancer(placement, device="cpu", backend="triton")
+    for family in ("normal", "zipf"):
+        counts = draw_loads(family, rng, placement.n_logical)
+        solution = balancer.solve(counts)
+        solution.check()
+        problem = placement.problem(counts)
+        loads = problem.fixed + (problem.weights.unsqueeze(1) * solution.shares).sum(2)
+        assert float(loads.max()) == pytest.approx(float(solution.max_load[0]), rel=1e-6)
+        held = problem.mask.any(1)
+        assert (solution.shares.double().sum(1)[held] == 1).all()
+        assert (solution.shares[~problem.mask] == 0).all()
+        optimum = highs_optimum(
+            problem.weights[0].numpy(), problem.fixed[0].numpy(), problem.mask[0].numpy()
+        )
+        assert float(loads.max()) <= optimum * (1 + 1.1e-3)
+        cumulative = balancer.cumulative_shares(solution.shares)
+        assert int(cumulative.max()) == 1 << 24
+
+
 def test_the_table_has_room_for_any_placement_of_its_sizes():
     rng = np.random.default_rng(0)
     tables = None
@@ -106,7 +176,7 @@ def test_newton_goes_on_where_levelling_ends(device, shape):
     counts = draw_loads("normal", rng, placement.n_logical).to(device)
     balancer = Balancer(placement, device=device, backend="triton", tolerance=1e-4)
     level = balancer.solve(counts)
-    balancer._tables.views["extents"][:, 5] = 0
+    balancer._tables.views["extents"][:, 6] = 0
     newton = balancer.solve(counts)
     for solution in (level, newton):
         solution.check()
