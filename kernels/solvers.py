@@ -58,12 +58,13 @@ def _mean_and_bound(load, fixed, n_ranks):
 def _certify(max_load, bound, tolerance, invalid):
     """Largest load, lower bound, gap and status of a plan with that bound."""
     inf = float("inf")
-    max_load = tl.where(invalid, inf, max_load)
-    lower_bound = tl.where(invalid, 0.0, tl.minimum(bound * (1.0 - BOUND_ALLOWANCE), max_load))
+    max_load = tl.where(invalid, 0.0, max_load)
+    lower_bound = tl.minimum(bound * (1.0 - BOUND_ALLOWANCE), max_load)
     gap = (max_load - lower_bound) / tl.where(max_load > 0, max_load, 1.0)
     gap = tl.where(invalid, inf, gap)
     status = tl.where(gap <= tolerance, STATUS_CERTIFIED, STATUS_GAP)
-    return max_load, lower_bound, gap, tl.where(invalid, STATUS_INVALID, status)
+    status = tl.where(invalid, STATUS_INVALID, status)
+    return tl.where(invalid, inf, max_load), lower_bound, gap, status
 
 
 @triton.jit
@@ -320,6 +321,7 @@ def _solve_counts_kernel(
         tl.debug_barrier()
         cell_weights = tl.load(weights_ptr + cell_column, mask=is_copy, other=0.0)
         tl.store(x_ptr + cell, cell_weights / cell_copies, mask=is_copy)
+        tl.debug_barrier()
         target = tolerance - BOUND_ALLOWANCE
         aim = target * TARGET_PART
         bound = _balance(
@@ -343,7 +345,7 @@ def _solve_counts_kernel(
             )
             rounds += 1
             good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
-            if good:
+            if good | invalid:
                 rounds += 1
             if rounds < 2:
                 tl.store(scratch_ptr + n_ranks + rank, fixed, mask=rank_on)

@@ -55,13 +55,12 @@ def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
     start = np.zeros((n_group, n_columns + 1), dtype=np.int32)
     start[:, 1:] = np.cumsum(mask.sum(1), 1)
     number = np.full(mask.shape, -1, dtype=np.int32)
-    n_cells = 2 * placement.redundant_per_group
-    if n_cells > MOST_CELLS:
+    if mask.sum((1, 2)).max() > MOST_CELLS:
         raise ValueError(
-            f"placement must have at most {MOST_CELLS // 2} redundant slots a group, "
-            f"got {placement.redundant_per_group}"
+            f"placement must have at most {MOST_CELLS} pairs of a column and its rank in a group, "
+            f"got {mask.sum((1, 2)).max()}"
         )
-    cells = np.full((n_group, 4, n_cells), -1, dtype=np.int32)
+    cells = np.full((n_group, 4, 2 * placement.redundant_per_group), -1, dtype=np.int32)
     cells[:, 1:3] = 0
     cells[:, 3] = 1
     most_on_a_rank = min(placement.slots_per_rank, n_columns)
@@ -163,7 +162,7 @@ def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
         "column_members": s.column_members,
         "copy_cell": s.copy_cell,
         "shared_copies": shared,
-        "shared_cells": np.where(shared_at >= 0, number.reshape(-1)[shared_at], np.int32(-1)),
+        "shared_cells": np.append(number, np.int32(-1))[shared_at],
         "copy_index": s.copy_index,
         "copy_multiplicity": s.copy_multiplicity,
         "edges": edges,

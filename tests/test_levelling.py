@@ -90,10 +90,29 @@ def test_the_first_plan_splits_evenly_over_ranks(placement):
 
 
 def test_more_cells_than_an_edge_can_number():
-    slots = np.repeat([0, 1], 1 << 15 | 4)
-    placement = Placement.from_phy2log(slots, 2)
-    with pytest.raises(ValueError, match="at most 32768 redundant slots"):
+    # An expert for each of 83 neighbours of each of 400 ranks.
+    neighbour = (np.arange(400)[:, None] + np.arange(1, 84)) % 400
+    experts = np.arange(400 * 83).reshape(400, 83)
+    second = experts.reshape(-1)[np.argsort(neighbour.reshape(-1), kind="stable")].reshape(400, 83)
+    placement = Placement.from_phy2log(np.concatenate([experts, second], axis=1).reshape(-1), 400)
+    with pytest.raises(ValueError, match="at most 65536 pairs of a column and its rank"):
         DeviceTables(placement, torch.device("cpu"))
+
+
+def test_copies_on_one_rank_only_need_no_column():
+    placement = Placement(np.array([0, 0, 1, 1]), 2, max_columns=0)
+    solution = Balancer(placement, device="cpu", backend="triton").solve(torch.tensor([3, 5]))
+    assert solution.max_load.tolist() == [5.0] and solution.status.tolist() == [0]
+
+
+def test_counts_of_a_failed_exchange_are_invalid_at_once():
+    placement = Placement.from_phy2log([0, 1, 2, 0, 1, 3, 4, 5], 4)
+    counts = torch.tensor([-1, 5, 5, 5, 5, 5], dtype=torch.int32)
+    solution = Balancer(placement, device="cpu", backend="triton").solve(counts)
+    assert solution.status.tolist() == [2] and solution.iterations.tolist() == [0]
+    held = placement.problem(counts.clamp(min=1)).mask[0]
+    even = held / held.sum(0).clamp(min=1)
+    assert torch.allclose(solution.shares[0].double(), even.double())
 
 
 @pytest.mark.parametrize(
