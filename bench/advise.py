@@ -83,7 +83,7 @@ TABLE_EXPERTS = 9
 # Measured on one H100 (docs/benchmarks.md): median run without sync by ranks, for TOKENS tokens of
 # 256 experts, top-8, microseconds. Sync: what it adds to a run of two H100s over NVLink.
 TOKENS = (128, 4096, 16384)
-RUN_US = {8: (8.7, 9.5, 15.7), 32: (13.4, 14.5, 23.1), 64: (34.8, 36.7, 45.1)}
+RUN_US = {8: (6.9, 8.0, 14.0), 32: (8.9, 10.3, 18.5), 64: (12.6, 13.5, 22.2)}
 SYNC_US = 4.6
 GRID = tuple(2**k for k in range(4, 18))
 BATCHES = 12
