@@ -319,8 +319,8 @@ def _solve_counts_kernel(
         weights = tl.where(invalid, 0.0, weights)
         tl.store(weights_ptr + col, weights, mask=col_on)
         tl.debug_barrier()
-        cell_weights = tl.load(weights_ptr + cell_column, mask=is_copy, other=0.0)
-        tl.store(x_ptr + cell, cell_weights / cell_copies, mask=is_copy)
+        cell_weights = tl.load(weights_ptr + cell_column, mask=cell < n_cells, other=0.0)
+        tl.store(x_ptr + cell, cell_weights / cell_copies, mask=cell < n_cells)
         tl.debug_barrier()
         target = tolerance - BOUND_ALLOWANCE
         aim = target * TARGET_PART

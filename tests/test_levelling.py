@@ -99,10 +99,37 @@ def test_more_cells_than_an_edge_can_number():
         DeviceTables(placement, torch.device("cpu"))
 
 
-def test_copies_on_one_rank_only_need_no_column():
-    placement = Placement(np.array([0, 0, 1, 1]), 2, max_columns=0)
-    solution = Balancer(placement, device="cpu", backend="triton").solve(torch.tensor([3, 5]))
-    assert solution.max_load.tolist() == [5.0] and solution.status.tolist() == [0]
+@pytest.mark.parametrize(
+    "placement",
+    [
+        # Copies on one rank only: no column, no cell.
+        Placement(np.array([0, 0, 1, 1]), 2, max_columns=0),
+        # Fewer cells than there is room for, ranks and columns that are no powers of two.
+        Placement.from_phy2log([0, 1, 2, 0, 1, 0, 3, 4, 0], 3),
+        Placement.from_topology(topologies.ring(3), 3 * 4, 3 * 3, 3),
+    ],
+    ids=repr,
+)
+def test_nothing_depends_on_what_memory_held(monkeypatch, placement):
+    counts = torch.arange(3, 3 + placement.n_logical, dtype=torch.int32)
+    fresh = torch.empty
+    found = []
+    # As float32: 0, the least number above it, nearly the largest, and none.
+    for word in (0, 1, 0x7F7F7F7F, -1):
+
+        def filled(*args, word=word, **kwargs):
+            block = fresh(*args, **kwargs)
+            block.view(torch.int32).fill_(word)
+            return block
+
+        monkeypatch.setattr(torch, "empty", filled)
+        solution = Balancer(placement, device="cpu", backend="triton").solve(counts)
+        monkeypatch.setattr(torch, "empty", fresh)
+        solution.check()
+        found.append(solution)
+    for solution in found[1:]:
+        assert torch.equal(solution.shares, found[0].shares)
+        assert torch.equal(solution.max_load, found[0].max_load)
 
 
 def test_counts_of_a_failed_exchange_are_invalid_at_once():
