@@ -83,9 +83,7 @@ def _compile(calls: Sequence[_Call]) -> list[Any]:
     """Compiled kernels of these calls; those that are new are compiled side by side."""
     new = {key: call for call in calls if (key := _key(call)) not in _compiled}
     if new:
-        # The one with most constants takes longest: the others, together, on a thread beside it.
-        new = dict(sorted(new.items(), key=lambda item: -len(item[1].constants)))
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(len(new)) as pool:
             _compiled.update(zip(new, pool.map(_build, new.values()), strict=True))
     return [_compiled[_key(call)] for call in calls]
 
@@ -152,11 +150,11 @@ class SolveTables(NamedTuple):
     rank_cells: torch.Tensor
     """[n_group, n + 1, group_size] each rank's cells, at most n, and -1 after the last."""
     rank_experts: torch.Tensor
-    """[n_group, group_size, slots_per_rank] experts of each rank, once each."""
+    """[n_group, group_size, slots_per_rank] experts of each rank's slots, once each on a rank."""
     rank_parts: torch.Tensor
     """float32 likewise: which part of their load an even split over ranks leaves there."""
     first_members: torch.Tensor
-    """[n_group, max_columns, 4] first members of each column."""
+    """[n_group, max_columns, n] first members of each column."""
     column_start: torch.Tensor
     column_members: torch.Tensor
     shared_copies: torch.Tensor
@@ -265,10 +263,11 @@ class SolveBuffers(NamedTuple):
     dense: torch.Tensor | None = None
 
 
-def solve_scratch(n_ranks: int, n_columns: int, n_cells: int) -> int:
+def solve_scratch(tables: SolveTables) -> int:
     """Words of scratch that a group takes: by rank, by column, by cell, and one per thread."""
+    n_ranks, n_columns = tables.cell_number.shape[1:]
     lanes = 32 * _solve_warps(*_tile(n_ranks, n_columns))
-    return 2 * n_ranks + n_columns + 4 * n_cells + lanes
+    return 2 * n_ranks + n_columns + 4 * tables.cells.shape[2] + lanes
 
 
 class Settings(NamedTuple):
@@ -328,7 +327,8 @@ def _solve_counts_call(
     exchange: Exchange | None = None, channel: int = 0,
 ) -> _Call:  # fmt: skip
     n_group, n_ranks, n_slots = tables.rank_experts.shape
-    n_columns, n_shared = tables.first_members.shape[1], tables.shared_copies.shape[1]
+    _, n_columns, n_members = tables.first_members.shape
+    n_shared = tables.shared_copies.shape[1]
     n_logical = buffers.counts.numel()
     ranks, columns = _tile(n_ranks, n_columns)
     slots, copies = triton.next_power_of_2(n_slots), triton.next_power_of_2(max(1, n_shared))
@@ -343,7 +343,7 @@ def _solve_counts_call(
     )  # fmt: skip
     warps = _solve_warps(ranks, columns)
     constants = (
-        ranks, columns, max(2, slots), max(32, copies), SUM_ROWS, SUM_EXPERTS,
+        ranks, columns, max(2, slots), max(32, copies), n_members, SUM_ROWS, SUM_EXPERTS,
         32 * warps, _has_pdl(buffers.counts.device),
         *(exchange.constants() if exchange else (0, _exchange_block(n_logical), 0, 0)),
     )  # fmt: skip

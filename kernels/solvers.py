@@ -9,11 +9,7 @@ import triton
 import triton.language as tl
 
 from lplb_triton.kernels.interior_point import _newton, _newton_in_memory
-from lplb_triton.kernels.levelling import (
-    _balance,
-    _rank_loads,
-    _round,
-)
+from lplb_triton.kernels.levelling import _balance, _rank_loads, _round
 from lplb_triton.kernels.sync import _sum_over_ranks
 from lplb_triton.kernels.tiles import (
     SHARE_ONE,
@@ -36,9 +32,6 @@ TARGET_PART = tl.constexpr(0.98)
 ROUNDED_PART = tl.constexpr(0.99)
 # Taken off the bound for the round-off of its float32 sums (2**-20; equation 3).
 BOUND_ALLOWANCE = tl.constexpr(9.5367431640625e-07)
-
-# Experts of a column that are loaded together.
-MEMBERS_AT_ONCE = tl.constexpr(4)
 
 STATUS_CERTIFIED = tl.constexpr(0)
 STATUS_GAP = tl.constexpr(1)
@@ -196,8 +189,9 @@ def _solve_counts_kernel(
     total_ptr, gathered_ptr, addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
     own_rank, n_peers, capacity, timeout_ms, channel,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, ON_GPU: tl.constexpr,
+    MEMBERS: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr,
+    PDL: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr,
+    ON_GPU: tl.constexpr,
 ):  # fmt: skip
     """Solve the groups of one batch, straight from counts by logical expert.
 
@@ -253,8 +247,8 @@ def _solve_counts_kernel(
         is_slot = rank_on[:, None] & (slot < n_slots)
         expert = tl.load(rank_experts_ptr + slots, mask=is_slot, other=-1)
         part = tl.load(rank_parts_ptr + slots, mask=is_slot, other=0.0)
-        member_ptrs = first_members_ptr + (group * n_columns + col[:, None]) * MEMBERS_AT_ONCE
-        member_ptrs += tl.arange(0, MEMBERS_AT_ONCE)[None, :]
+        member_ptrs = first_members_ptr + (group * n_columns + col[:, None]) * MEMBERS
+        member_ptrs += tl.arange(0, MEMBERS)[None, :]
         member = tl.load(member_ptrs, mask=col_on[:, None], other=-1)
         most_on_a_rank = tl.minimum(n_slots, n_columns)
         rank_cells_ptr += group * n_ranks * (most_on_a_rank + 1)
@@ -307,11 +301,11 @@ def _solve_counts_kernel(
         fixed = tl.where(complete, fixed, float("inf"))
         load = tl.where(complete, load, float("inf"))
         weights = tl.sum(of_column, 1)
-        if most_members > MEMBERS_AT_ONCE:
+        if most_members > MEMBERS:
             start_ptrs = column_start_ptr + group * (n_columns + 1) + col
             first = tl.load(start_ptrs, mask=col_on, other=0)
             end = tl.load(start_ptrs + 1, mask=col_on, other=0)
-            for j in range(MEMBERS_AT_ONCE, most_members):
+            for j in range(MEMBERS, most_members):
                 more = first + j < end
                 further = tl.load(column_members_ptr + first + j, mask=more, other=-1)
                 weights += _counts_of(counts_ptr, further)

@@ -24,7 +24,7 @@ FEW = 4
 MOST_CLASSES = 256
 # Edges hold the numbers of their cells in 16 bits.
 MOST_CELLS = 1 << 16
-# Members of a column in a table of their own; `kernels.solvers` takes as many at once.
+# Members of a column that the kernels take at once, from a table of their own (a power of two).
 MEMBERS = 4
 
 
@@ -61,8 +61,6 @@ def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
             f"got {mask.sum((1, 2)).max()}"
         )
     cells = np.full((n_group, 4, 2 * placement.redundant_per_group), -1, dtype=np.int32)
-    cells[:, 1:3] = 0
-    cells[:, 3] = 1
     most_on_a_rank = min(placement.slots_per_rank, n_columns)
     on_rank = np.full((n_group, most_on_a_rank + 1, n_ranks), -1, dtype=np.int32)
     for group in range(n_group):
@@ -77,18 +75,16 @@ def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
 
 
 def _rank_experts(placement: Placement) -> dict[str, NDArray[Any]]:
-    """List the experts of every rank, and the part of each that an even split leaves there."""
+    """Keep one slot for an expert on a rank, and the part of it that an even split leaves there."""
+    s = placement.structure
+    once = s.copy_index == 0
+    slot = s.copy_slot[once]
+    expert = np.repeat(np.arange(placement.n_logical), np.diff(s.copy_start))[once]
+    experts = np.full(placement.n_physical, -1, dtype=np.int32)
+    parts = np.zeros(placement.n_physical, dtype=np.float32)
+    experts[slot], parts[slot] = expert, 1.0 / np.bincount(expert)[expert]
     shape = placement.n_group, placement.group_size, placement.slots_per_rank
-    experts = np.full(shape, -1, dtype=np.int32)
-    parts = np.zeros(shape, dtype=np.float32)
-    slots = placement.phy2log.numpy().reshape(shape)
-    per_rank = [[np.unique(slots[g, r]) for r in range(shape[1])] for g in range(shape[0])]
-    n_ranks = np.bincount(np.concatenate([e for group in per_rank for e in group]))
-    for g, r in np.ndindex(shape[:2]):
-        mine = per_rank[g][r]
-        experts[g, r, : mine.size] = mine
-        parts[g, r, : mine.size] = 1.0 / n_ranks[mine]
-    return {"rank_experts": experts, "rank_parts": parts}
+    return {"rank_experts": experts.reshape(shape), "rank_parts": parts.reshape(shape)}
 
 
 def _edges(

@@ -536,9 +536,8 @@ class Balancer:
             return self._solve_torch(counts, certified, self.solves)
         kernels = self._kernels
         # Without the running sums and the counts, which are there.
-        p = self._placement
         dense = torch.empty(
-            (p.n_group, p.group_size, p.max_columns), dtype=torch.float32, device=self.device
+            self._solve_tables.cell_number.shape, dtype=torch.float32, device=self.device
         )
         fresh = self._shapes(1)[2:]
         buffers = kernels.SolveBuffers(
@@ -759,15 +758,13 @@ class Balancer:
     def _shapes(self, n_sms: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of the running sums and of `kernels.SolveBuffers` but for the last."""
         p = self._placement
-        n_cells = 2 * p.redundant_per_group
-        scratch = self._kernels.solve_scratch(p.group_size, p.max_columns, n_cells)
         return [
             ((n_sms, p.n_logical), torch.int32),
             ((p.n_logical,), torch.int32),
             ((p.n_physical,), torch.int32),
             ((3, p.n_group), torch.float32),
             ((2, p.n_group), torch.int32),
-            ((p.n_group, scratch), torch.float32),
+            ((p.n_group, self._kernels.solve_scratch(self._solve_tables)), torch.float32),
         ]
 
     def _sync_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:

@@ -55,7 +55,7 @@ def jobs(capability):
         yield solvers._solve_lp_kernel, {"G": ranks, "C": columns}, options
         warps = launch._solve_warps(ranks, columns)
         options = launch._solve_options(warps)
-        constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64}
+        constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64, "MEMBERS": 4}
         constants |= {
             "ROWS": launch.SUM_ROWS,
             "EXPERTS": launch.SUM_EXPERTS,

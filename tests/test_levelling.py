@@ -14,10 +14,15 @@ from lplb_triton.bench.verify import highs_optimum, solve_counts
 PLACEMENTS = [instance.placement for instance in corpus(17, seed=3)]
 
 
+def tables_of(placement):
+    views = DeviceTables(placement, torch.device("cpu")).views
+    return {name: view.numpy() for name, view in views.items()}
+
+
 def edges_of(placement):
     """Lists of (first rank, second rank, column) by group and class."""
-    views = DeviceTables(placement, torch.device("cpu")).views
-    tables = (views[name].numpy() for name in ("edges", "extents", "cell_number"))
+    views = tables_of(placement)
+    tables = (views[name] for name in ("edges", "extents", "cell_number"))
     groups = []
     for classes, extents, number in zip(*tables, strict=True):
         # The kernel asks for the class after the last, too.
@@ -59,7 +64,7 @@ def test_edges(placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
 def test_cells(placement):
-    views = {k: v.numpy() for k, v in DeviceTables(placement, torch.device("cpu")).views.items()}
+    views = tables_of(placement)
     for group, mask in enumerate(placement.structure.mask):
         number, extents = views["cell_number"][group], views["extents"][group]
         assert ((number >= 0) == mask).all()
@@ -78,7 +83,7 @@ def test_cells(placement):
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
 def test_the_first_plan_splits_evenly_over_ranks(placement):
     counts = torch.arange(1, placement.n_logical + 1, dtype=torch.float64)
-    views = {k: v.numpy() for k, v in DeviceTables(placement, torch.device("cpu")).views.items()}
+    views = tables_of(placement)
     experts, parts = (views[name] for name in ("rank_experts", "rank_parts"))
     loads = (np.where(experts >= 0, counts.numpy()[experts], 0.0) * parts).sum(2)
     problem = placement.problem(counts)
