@@ -166,8 +166,12 @@ class SolveTables(NamedTuple):
     edges: torch.Tensor
     """[n_group, most_classes + 1, width] int64 as for `_level_edges`."""
     extents: torch.Tensor
-    """[n_group, 7] number of cells, most members of a column, most cells of a column and of a rank,
-    most copies of an expert on a rank, number of classes of edges, most sweeps over them."""
+    """[n_group, 8] number of cells, most members of a column, most cells of a column and of a rank,
+    most copies of an expert on a rank, number of classes of edges, most sweeps over them, whether
+    the group is in ``pairs``."""
+    pairs: torch.Tensor
+    """[n_group, n, group_size] int64 as for `_load_pairs`; n is 0 if the first placement isn't
+    that kind."""
 
 
 class SelectTables(NamedTuple):
@@ -344,7 +348,7 @@ def _solve_counts_call(
     warps = _solve_warps(ranks, columns)
     constants = (
         ranks, columns, max(2, slots), max(32, copies), n_members, SUM_ROWS, SUM_EXPERTS,
-        32 * warps, _has_pdl(buffers.counts.device),
+        tables.pairs.shape[1], 32 * warps, _has_pdl(buffers.counts.device),
         *(exchange.constants() if exchange else (0, _exchange_block(n_logical), 0, 0)),
     )  # fmt: skip
     options = _solve_options(warps)

@@ -23,6 +23,13 @@ STEADY = tl.constexpr(0.5)
 
 
 @triton.jit
+def _cut_loads(peak, aim):
+    """Loads [CUTS, 1] from which on ranks make up the sets that bounds are taken from."""
+    step = tl.arange(0, CUTS)[:, None].to(tl.float32)
+    return peak - peak * (aim * FARTHEST_CUT) * tl.exp2(step - (CUTS - 1))
+
+
+@triton.jit
 def _cut_bound(loads, fixed, weights, lowest, rank_on, peak, aim):
     """Find a load that no plan can beat, from the most loaded ranks (equation 19).
 
@@ -30,8 +37,7 @@ def _cut_bound(loads, fixed, weights, lowest, rank_on, peak, aim):
     from some load on, a few times ``aim`` below the largest, ``peak``. weights and ``lowest``,
     the least of a column's ranks' loads, are [1, C].
     """
-    step = tl.arange(0, CUTS)[:, None].to(tl.float32)
-    least = peak - peak * (aim * FARTHEST_CUT) * tl.exp2(step - (CUTS - 1))
+    least = _cut_loads(peak, aim)
     member = (loads[None, :] >= least) & rank_on[None, :]
     size, inside = tl.reduce(
         (tl.where(member, 1.0, 0.0), tl.where(member, fixed[None, :], 0.0)), 1, _add2
@@ -71,15 +77,15 @@ def _lowest_loads(loads_ptr, first_rank, cell_rank_ptr, start, n_copies, most_co
 
 
 @triton.jit
-def _round(x_ptr, units_ptr, tokens_ptr, weights, first, copies, n_cells):
+def _round(x_ptr, units_ptr, tokens_ptr, weights, first, copies, there):
     """Round tokens x by cell to whole units of their column (equation 11).
 
-    weights, ``first`` (the column's first cell) and ``copies`` (how many it has) are by cell, [N].
+    weights, ``first`` (the column's first cell), ``copies`` (how many it has) and ``there`` (whether
+    there is such a cell) are by cell, [N].
     A column without tokens is split evenly. Returns the shares and their running sums over each
     column, in units, and writes the tokens that they stand for; units [n_cells] int32 is scratch.
     """
     cell = tl.arange(0, weights.shape[0])
-    there = cell < n_cells
     some = weights > 0
     x = tl.load(x_ptr + cell, mask=there, other=0.0)
     share = tl.where(some, x * _inverse(tl.where(some, weights, 1.0)), 1.0 / copies)

@@ -10,6 +10,13 @@ import triton.language as tl
 
 from lplb_triton.kernels.interior_point import _newton, _newton_in_memory
 from lplb_triton.kernels.levelling import _balance, _rank_loads, _round
+from lplb_triton.kernels.pairs import (
+    _field,
+    _load_ends,
+    _load_pairs,
+    _solve_pairs,
+    _weights_of_pairs,
+)
 from lplb_triton.kernels.sync import _sum_over_ranks
 from lplb_triton.kernels.tiles import (
     SHARE_ONE,
@@ -22,6 +29,7 @@ from lplb_triton.kernels.tiles import (
 from lplb_triton.kernels.tokens import (
     _await_counts,
     _await_previous,
+    _counts_of,
     _start_dependents,
     _sum_rows,
 )
@@ -130,16 +138,6 @@ def _solve_lp_kernel(
 
 
 @triton.jit
-def _counts_of(counts_ptr, expert):
-    """Load counts of experts, 0 where there is none (-1), never from a stale line of a cache.
-
-    Counts below 0, of a failed exchange, come out infinite.
-    """
-    counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
-    return tl.where(counts < 0, float("inf"), counts.to(tl.float32))
-
-
-@triton.jit
 def _touch(ptr, n, EACH: tl.constexpr, LANES: tl.constexpr):
     """Look at one of every EACH words from ``ptr`` on, as many as there are threads."""
     at = EACH * tl.arange(0, LANES)
@@ -168,6 +166,179 @@ def _store_cumulative(
     tl.store(cumulative_ptr + copy, cumulative, mask=inside)
 
 
+@triton.jit
+def _load_cells(
+    cells_ptr, cell_start_ptr, rank_cells_ptr, first_members_ptr, shared_copies_ptr,
+    shared_cells_ptr, n_ranks, n_columns, n_shared,
+    G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """Load a group's tables: by cell, [COPIES]; by column, [C] or [C, MEMBERS]; by rank, [G]."""
+    cell = tl.arange(0, COPIES)
+    col = tl.arange(0, C)
+    is_copy = cell < n_shared
+    col_on = col < n_columns
+    by_cell = (
+        tl.load(cells_ptr + cell, mask=is_copy, other=0),
+        tl.load(cells_ptr + n_shared + cell, mask=is_copy, other=0),
+        tl.load(cells_ptr + 2 * n_shared + cell, mask=is_copy, other=0),
+        tl.load(cells_ptr + 3 * n_shared + cell, mask=is_copy, other=1),
+        tl.load(shared_copies_ptr + cell, mask=is_copy, other=-1),
+        tl.load(shared_cells_ptr + cell, mask=is_copy, other=-1),
+    )
+    member_ptrs = first_members_ptr + col[:, None] * MEMBERS + tl.arange(0, MEMBERS)[None, :]
+    members = tl.load(member_ptrs, mask=col_on[:, None], other=-1)
+    rank = tl.arange(0, G)
+    first_cell = tl.load(rank_cells_ptr + rank, mask=rank < n_ranks, other=-1)
+    start = tl.load(cell_start_ptr + col, mask=col_on, other=0)
+    n_copies = tl.load(cell_start_ptr + col + 1, mask=col_on, other=0) - start
+    first_rank = tl.load(cells_ptr + start, mask=n_copies > 0, other=-1)
+    return by_cell, members, first_cell, start, n_copies, first_rank
+
+
+@triton.jit
+def _touch_tables(
+    edges_ptr, n_edges, rank_cells_ptr, n_rank_cells, touched_ptr, LANES: tl.constexpr
+):
+    """Fetch all lines of tables that are walked through later, at once."""
+    touched = _touch(edges_ptr, n_edges, 4, LANES).to(tl.int32)
+    touched += _touch(rank_cells_ptr, n_rank_cells, 8, LANES)
+    tl.store(touched_ptr + tl.arange(0, LANES), touched)
+
+
+@triton.jit
+def _solve_cells(
+    tables, weights, fixed, load, in_pairs, peak, total, bound, invalid, tolerance,
+    max_iterations, cells_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr, extents_ptr,
+    copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr, dense_ptr, dense,
+    n_ranks, n_columns, n_shared, width,
+    G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Solve a group by cells; returns its largest load, a bound and iterations.
+
+    ``tables`` as from `_load_cells`; weights [C]; fixed and load [G], of the even split. With
+    ``in_pairs`` 1 x has a plan that is level already.
+    """
+    by_cell, _, first_cell, start, n_copies, first_rank = tables
+    cell_rank, cell_column, cell_first, cell_copies, shared, shared_cell = by_cell
+    rank = tl.arange(0, G)
+    col = tl.arange(0, C)
+    cell = tl.arange(0, COPIES)
+    rank_on = rank < n_ranks
+    is_cell = cell < tl.load(extents_ptr)
+    most_copies = tl.load(extents_ptr + 2)
+    most_cells = tl.load(extents_ptr + 3)
+    multiplicity = tl.load(extents_ptr + 4)
+    n_classes = tl.load(extents_ptr + 5)
+    most_sweeps = tl.load(extents_ptr + 6)
+    # `solve_scratch`: loads, fixed loads, weights, tokens; the last three are integers.
+    weights_ptr = scratch_ptr + 2 * n_ranks
+    x_ptr = weights_ptr + n_columns
+    tokens_ptr = x_ptr + n_shared
+    upto_ptr = (tokens_ptr + n_shared).to(tl.pointer_type(tl.int32), bitcast=True)
+    units_ptr = upto_ptr + n_shared
+    target = tolerance - BOUND_ALLOWANCE
+    aim = target * TARGET_PART
+    tl.store(weights_ptr + col, weights, mask=col < n_columns)
+    tl.debug_barrier()
+    cell_weights = tl.load(weights_ptr + cell_column, mask=is_cell, other=0.0)
+    if in_pairs == 0:
+        tl.store(x_ptr + cell, cell_weights / cell_copies, mask=is_cell)
+        tl.debug_barrier()
+        bound = _balance(
+            peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, scratch_ptr,
+            edges_ptr, n_classes, most_sweeps, width,
+            first_rank, cells_ptr, start, n_copies, most_copies, G, LANES,
+        )  # fmt: skip
+    # A level plan is rounded and judged; only one that is not good enough goes on.
+    iterations = max_iterations * 0
+    max_load = bound
+    units = cell * 0
+    upto = units
+    rounds = 0
+    while rounds < 2:
+        units, upto = _round(
+            x_ptr, upto_ptr, tokens_ptr, cell_weights, cell_first, cell_copies, is_cell
+        )
+        tl.debug_barrier()
+        max_load = tl.max(
+            _rank_loads(fixed, tokens_ptr, first_cell, rank_cells_ptr + rank, n_ranks, most_cells)
+        )
+        rounds += 1
+        good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
+        if good | invalid:
+            rounds += 1
+        if rounds < 2:
+            tl.store(scratch_ptr + n_ranks + rank, fixed, mask=rank_on)
+            tl.store(units_ptr + cell, units, mask=cell < n_shared)
+            tl.debug_barrier()
+            bound, iterations = _newton_in_memory(
+                units_ptr, x_ptr, scratch_ptr, cell_number_ptr, n_ranks, n_columns,
+                max_load, bound, total, tolerance, aim, max_iterations, G, C,
+            )  # fmt: skip
+            tl.debug_barrier()
+    tl.store(upto_ptr + cell, upto, mask=cell < n_shared)
+    tl.store(units_ptr + cell, units, mask=cell < n_shared)
+    if dense > 0:
+        where = cell_rank * n_columns + cell_column
+        tl.store(dense_ptr + where, _shares(units), mask=is_cell)
+    tl.debug_barrier()
+    _store_cumulative(
+        cumulative_ptr, upto_ptr, units_ptr, copy_index_ptr, copy_multiplicity_ptr,
+        multiplicity, shared, shared_cell, shared >= 0,
+    )  # fmt: skip
+    return max_load, bound, iterations
+
+
+@triton.jit
+def _column_weights(
+    counts_ptr, of_members, column_start_ptr, column_members_ptr, most_members, n_columns, invalid,
+    C: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """Sum counts over the members of columns, [C]; of_members [C, MEMBERS] are the first ones'."""
+    weights = tl.sum(of_members, 1)
+    if most_members > MEMBERS:
+        col = tl.arange(0, C)
+        first = tl.load(column_start_ptr + col, mask=col < n_columns, other=0)
+        end = tl.load(column_start_ptr + col + 1, mask=col < n_columns, other=0)
+        for j in range(MEMBERS, most_members):
+            member = tl.load(column_members_ptr + first + j, mask=first + j < end, other=-1)
+            weights += _counts_of(counts_ptr, member)
+    return tl.where(invalid, 0.0, weights)
+
+
+@triton.jit(noinline=True)
+def _solve_cells_in_memory(
+    counts_ptr, in_pairs, peak, total, bound, invalid, tolerance, max_iterations,
+    cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, first_members_ptr,
+    column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
+    edges_ptr, extents_ptr, copy_index_ptr, copy_multiplicity_ptr,
+    cumulative_ptr, scratch_ptr, dense_ptr, dense, n_ranks, n_columns, n_shared, width,
+    G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, MEMBERS: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """`_solve_cells` as a function of its own, where it is rare: for that it compiles sooner.
+
+    ``scratch`` holds loads of the even split and fixed loads of the ranks.
+    """
+    tables = _load_cells(
+        cells_ptr, cell_start_ptr, rank_cells_ptr, first_members_ptr, shared_copies_ptr,
+        shared_cells_ptr, n_ranks, n_columns, n_shared, G, C, COPIES, MEMBERS,
+    )  # fmt: skip
+    weights = _column_weights(
+        counts_ptr, _counts_of(counts_ptr, tables[1]), column_start_ptr, column_members_ptr,
+        tl.load(extents_ptr + 1), n_columns, invalid, C, MEMBERS,
+    )  # fmt: skip
+    rank = tl.arange(0, G)
+    load = tl.load(scratch_ptr + rank, mask=rank < n_ranks, other=0.0)
+    fixed = tl.load(scratch_ptr + n_ranks + rank, mask=rank < n_ranks, other=0.0)
+    return _solve_cells(
+        tables, weights, fixed, load, in_pairs, peak, total, bound, invalid, tolerance,
+        max_iterations, cells_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr, extents_ptr,
+        copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr, dense_ptr, dense,
+        n_ranks, n_columns, n_shared, width, G, C, COPIES, LANES,
+    )  # fmt: skip
+
+
 @triton.jit(
     do_not_specialize=[
         "max_iterations", "n_ranks", "n_columns", "n_slots", "n_shared", "n_logical",
@@ -181,7 +352,7 @@ def _solve_counts_kernel(
     cells_ptr, cell_start_ptr, cell_number_ptr, rank_cells_ptr,
     rank_experts_ptr, rank_parts_ptr, first_members_ptr, column_start_ptr, column_members_ptr,
     shared_copies_ptr, shared_cells_ptr, copy_index_ptr, copy_multiplicity_ptr,
-    edges_ptr, extents_ptr,
+    edges_ptr, extents_ptr, pairs_ptr,
     cumulative_ptr, stats_ptr, ints_ptr, scratch_ptr, dense_ptr,
     certified_ptr, solves_ptr,
     tolerance, max_iterations, n_ranks, n_columns, n_slots, n_shared, n_logical, n_rows, n_sums,
@@ -189,9 +360,9 @@ def _solve_counts_kernel(
     total_ptr, gathered_ptr, addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
     own_rank, n_peers, capacity, timeout_ms, channel,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
-    MEMBERS: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr,
-    PDL: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr,
-    ON_GPU: tl.constexpr,
+    MEMBERS: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, PAIRS: tl.constexpr,
+    LANES: tl.constexpr, PDL: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    GATHER: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
     """Solve the groups of one batch, straight from counts by logical expert.
 
@@ -221,60 +392,46 @@ def _solve_counts_kernel(
     else:
         group = (program - n_sums).to(tl.int64)
         rank = tl.arange(0, G)
-        col = tl.arange(0, C)
         rank_on = rank < n_ranks
-        col_on = col < n_columns
-        extents_ptr += group * 7
-        n_cells = tl.load(extents_ptr)
-        most_members = tl.load(extents_ptr + 1)
-        most_copies = tl.load(extents_ptr + 2)
-        most_cells = tl.load(extents_ptr + 3)
-        multiplicity = tl.load(extents_ptr + 4)
-        n_classes = tl.load(extents_ptr + 5)
-        most_sweeps = tl.load(extents_ptr + 6)
-        cell = tl.arange(0, COPIES)
-        cells_ptr += group * n_shared * 4
-        is_copy = cell < n_shared
-        cell_rank = tl.load(cells_ptr + cell, mask=is_copy, other=0)
-        cell_column = tl.load(cells_ptr + n_shared + cell, mask=is_copy, other=0)
-        cell_first = tl.load(cells_ptr + 2 * n_shared + cell, mask=is_copy, other=0)
-        cell_copies = tl.load(cells_ptr + 3 * n_shared + cell, mask=is_copy, other=1)
-        start_ptrs = cell_start_ptr + group * (n_columns + 1) + col
-        start = tl.load(start_ptrs, mask=col_on, other=0)
-        n_copies = tl.load(start_ptrs + 1, mask=col_on, other=0) - start
         slot = tl.arange(0, S)[None, :]
         slots = (group * n_ranks + rank[:, None]) * n_slots + slot
         is_slot = rank_on[:, None] & (slot < n_slots)
         expert = tl.load(rank_experts_ptr + slots, mask=is_slot, other=-1)
         part = tl.load(rank_parts_ptr + slots, mask=is_slot, other=0.0)
-        member_ptrs = first_members_ptr + (group * n_columns + col[:, None]) * MEMBERS
-        member_ptrs += tl.arange(0, MEMBERS)[None, :]
-        member = tl.load(member_ptrs, mask=col_on[:, None], other=-1)
-        most_on_a_rank = tl.minimum(n_slots, n_columns)
-        rank_cells_ptr += group * n_ranks * (most_on_a_rank + 1)
-        rank_cell_ptrs = rank_cells_ptr + rank
-        first_cell = tl.load(rank_cell_ptrs, mask=rank_on, other=-1)
-        at = group * n_shared + cell
-        shared = tl.load(shared_copies_ptr + at, mask=is_copy, other=-1)
-        shared_cell = tl.load(shared_cells_ptr + at, mask=is_copy, other=-1)
+        cells_ptr += group * 4 * n_shared
+        cell_start_ptr += group * (n_columns + 1)
+        cell_number_ptr += group * n_ranks * n_columns
+        rank_cells_ptr += group * n_ranks * (tl.minimum(n_slots, n_columns) + 1)
+        first_members_ptr += group * n_columns * MEMBERS
+        column_start_ptr += group * (n_columns + 1)
+        shared_copies_ptr += group * n_shared
+        shared_cells_ptr += group * n_shared
         edges_ptr += group * most_classes * width
-        numbers_ptr = cell_number_ptr + group * n_ranks * n_columns
+        extents_ptr += group * 8
         dense_ptr += group * n_ranks * n_columns
-        # `solve_scratch`: loads, fixed loads, weights, tokens; the last three are integers.
-        n_scratch = 2 * n_ranks + n_columns + 4 * n_shared + LANES
-        scratch_ptr += group * n_scratch
-        weights_ptr = scratch_ptr + 2 * n_ranks
-        x_ptr = weights_ptr + n_columns
-        tokens_ptr = x_ptr + n_shared
-        upto_ptr = (tokens_ptr + n_shared).to(tl.pointer_type(tl.int32), bitcast=True)
-        units_ptr = upto_ptr + n_shared
-        touched_ptr = units_ptr + n_shared
-        first_rank = tl.load(cells_ptr + start, mask=n_copies > 0, other=-1)
+        n_scratch = 2 * n_ranks + n_columns + 4 * n_shared
+        scratch_ptr += group * (n_scratch + LANES)
+        if PAIRS > 0:
+            in_pairs = tl.load(extents_ptr + 7)
+            most_sweeps = tl.load(extents_ptr + 6)
+            pairs_ptr += group * PAIRS * n_ranks
+            words, partners = _load_pairs(pairs_ptr, n_ranks, G, PAIRS)
+            end_rank, end_word = _load_ends(pairs_ptr, n_ranks, G, PAIRS)
+        else:
+            most_members = tl.load(extents_ptr + 1)
+            most_cells = tl.load(extents_ptr + 3)
+            n_classes = tl.load(extents_ptr + 5)
+            tables = _load_cells(
+                cells_ptr, cell_start_ptr, rank_cells_ptr, first_members_ptr, shared_copies_ptr,
+                shared_cells_ptr, n_ranks, n_columns, n_shared, G, C, COPIES, MEMBERS,
+            )  # fmt: skip
         _await_previous(PDL)
         if dense > 0:
-            tile = rank[:, None] * n_columns + col[None, :]
-            inside = rank_on[:, None] & col_on[None, :]
+            col = tl.arange(0, C)[None, :]
+            tile = rank[:, None] * n_columns + col
+            inside = rank_on[:, None] & (col < n_columns)
             tl.store(dense_ptr + tile, tl.zeros((G, C), tl.float32), mask=inside)
+            tl.debug_barrier()
         complete = tl.full((), 1, tl.int1)
         if n_sums > 0:
             complete = _await_counts(counts_ptr, n_logical, BLOCK)
@@ -292,75 +449,56 @@ def _solve_counts_kernel(
             tl.debug_barrier()
             counts_ptr = total_ptr
         on_rank = _counts_of(counts_ptr, expert)
-        of_column = _counts_of(counts_ptr, member)
-        # Tables that are walked through later: all their lines are fetched now, at once.
-        touched = _touch(edges_ptr, n_classes * width, 4, LANES).to(tl.int32)
-        touched += _touch(rank_cells_ptr, n_ranks * most_cells, 8, LANES)
-        tl.store(touched_ptr + tl.arange(0, LANES), touched)
+        if PAIRS > 0:
+            ends = end_rank, end_word, _counts_of(counts_ptr, _field(end_word, 16))
+            pair_weights = _weights_of_pairs(counts_ptr, words, PAIRS * ((G + 31) // 32))
+        else:
+            of_members = _counts_of(counts_ptr, tables[1])
+            _touch_tables(
+                edges_ptr, n_classes * width, rank_cells_ptr, n_ranks * most_cells,
+                scratch_ptr + n_scratch, LANES,
+            )  # fmt: skip
         fixed, load = tl.reduce((tl.where(part == 1.0, on_rank, 0.0), on_rank * part), 1, _add2)
         fixed = tl.where(complete, fixed, float("inf"))
         load = tl.where(complete, load, float("inf"))
-        weights = tl.sum(of_column, 1)
-        if most_members > MEMBERS:
-            start_ptrs = column_start_ptr + group * (n_columns + 1) + col
-            first = tl.load(start_ptrs, mask=col_on, other=0)
-            end = tl.load(start_ptrs + 1, mask=col_on, other=0)
-            for j in range(MEMBERS, most_members):
-                more = first + j < end
-                further = tl.load(column_members_ptr + first + j, mask=more, other=-1)
-                weights += _counts_of(counts_ptr, further)
         peak, total, bound, invalid = _mean_and_bound(load, fixed, n_ranks)
-        weights = tl.where(invalid, 0.0, weights)
-        tl.store(weights_ptr + col, weights, mask=col_on)
-        tl.debug_barrier()
-        cell_weights = tl.load(weights_ptr + cell_column, mask=cell < n_cells, other=0.0)
-        tl.store(x_ptr + cell, cell_weights / cell_copies, mask=cell < n_cells)
-        tl.debug_barrier()
-        target = tolerance - BOUND_ALLOWANCE
-        aim = target * TARGET_PART
-        bound = _balance(
-            peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, scratch_ptr,
-            edges_ptr, n_classes, most_sweeps, width,
-            first_rank, cells_ptr, start, n_copies, most_copies, G, LANES,
-        )  # fmt: skip
-        # A level plan is rounded and judged; only one that is not good enough goes on.
-        iterations = max_iterations * 0
-        max_load = bound
-        units = cell * 0
-        upto = units
-        rounds = 0
-        while rounds < 2:
-            units, upto = _round(
-                x_ptr, upto_ptr, tokens_ptr, cell_weights, cell_first, cell_copies, n_cells
-            )
-            tl.debug_barrier()
-            max_load = tl.max(
-                _rank_loads(fixed, tokens_ptr, first_cell, rank_cell_ptrs, n_ranks, most_cells)
-            )
-            rounds += 1
-            good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
-            if good | invalid:
-                rounds += 1
-            if rounds < 2:
-                tl.store(scratch_ptr + n_ranks + rank, fixed, mask=rank_on)
-                tl.store(units_ptr + cell, units, mask=is_copy)
-                tl.debug_barrier()
-                bound, iterations = _newton_in_memory(
-                    units_ptr, x_ptr, scratch_ptr, numbers_ptr, n_ranks, n_columns,
-                    max_load, bound, total, tolerance, aim, max_iterations, G, C,
+        if PAIRS > 0:
+            max_load = bound
+            solved = tl.full((), 0, tl.int1)
+            iterations = max_iterations * 0
+            if in_pairs > 0:
+                target = tolerance - BOUND_ALLOWANCE
+                max_load, bound, solved = _solve_pairs(
+                    words, partners, pair_weights, ends, fixed, peak, bound, invalid,
+                    target * TARGET_PART, target * ROUNDED_PART, n_ranks, n_columns, most_sweeps,
+                    scratch_ptr + 2 * n_ranks + n_columns, scratch_ptr, cumulative_ptr,
+                    dense_ptr, dense, G, PAIRS,
                 )  # fmt: skip
+            if solved == 0:
                 tl.debug_barrier()
+                tl.store(scratch_ptr + rank, load, mask=rank_on)
+                tl.store(scratch_ptr + n_ranks + rank, fixed, mask=rank_on)
+                tl.debug_barrier()
+                max_load, bound, iterations = _solve_cells_in_memory(
+                    counts_ptr, in_pairs, peak, total, bound, invalid, tolerance, max_iterations,
+                    cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, first_members_ptr,
+                    column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
+                    edges_ptr, extents_ptr, copy_index_ptr, copy_multiplicity_ptr,
+                    cumulative_ptr, scratch_ptr, dense_ptr, dense, n_ranks, n_columns, n_shared,
+                    width, G, C, COPIES, MEMBERS, LANES,
+                )  # fmt: skip
+        else:
+            weights = _column_weights(
+                counts_ptr, of_members, column_start_ptr, column_members_ptr, most_members,
+                n_columns, invalid, C, MEMBERS,
+            )  # fmt: skip
+            max_load, bound, iterations = _solve_cells(
+                tables, weights, fixed, load, 0, peak, total, bound, invalid, tolerance,
+                max_iterations, cells_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
+                extents_ptr, copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
+                dense_ptr, dense, n_ranks, n_columns, n_shared, width, G, C, COPIES, LANES,
+            )  # fmt: skip
         max_load, lower_bound, gap, status = _certify(max_load, bound, tolerance, invalid)
-        tl.store(upto_ptr + cell, upto, mask=is_copy)
-        tl.store(units_ptr + cell, units, mask=is_copy)
-        if dense > 0:
-            where = cell_rank * n_columns + cell_column
-            tl.store(dense_ptr + where, _shares(units), mask=cell < n_cells)
-        tl.debug_barrier()
-        _store_cumulative(
-            cumulative_ptr, upto_ptr, units_ptr, copy_index_ptr, copy_multiplicity_ptr,
-            multiplicity, shared, shared_cell, shared >= 0,
-        )  # fmt: skip
         _store_certificate(
             stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
             max_load, lower_bound, gap, iterations, status,

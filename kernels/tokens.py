@@ -119,6 +119,16 @@ def _await_counts(counts_ptr, n, BLOCK: tl.constexpr):
     return complete
 
 
+@triton.jit
+def _counts_of(counts_ptr, expert):
+    """Load counts of experts, 0 where there is none (-1), never from a stale line of a cache.
+
+    Counts below 0, of a failed exchange, come out infinite.
+    """
+    counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
+    return tl.where(counts < 0, float("inf"), counts.to(tl.float32))
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_logical"])
 def _running_sum_kernel(
     running_ptr, counts_ptr, n_rows, n_logical, ROWS: tl.constexpr, EXPERTS: tl.constexpr

@@ -24,6 +24,11 @@ FEW = 4
 MOST_CLASSES = 256
 # Edges hold the numbers of their cells in 16 bits.
 MOST_CELLS = 1 << 16
+# Ranks and classes of edges up to which the kernels have a quicker way for columns that are pairs.
+PAIR_RANKS = 64
+PAIR_CLASSES = 8
+# 16 bits, all of them set: no such edge.
+PAIR_FIELD = 0xFFFF
 # Members of a column that the kernels take at once, from a table of their own (a power of two).
 MEMBERS = 4
 
@@ -128,8 +133,51 @@ def _edges(
     return table, n_classes
 
 
-def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
-    """Everything the kernels read of a placement; shapes depend on its sizes alone."""
+def _pair_classes(placement: Placement) -> int:
+    """Classes of edges that a placement of pairs needs, 0 if it isn't one.
+
+    Its columns are single experts with two copies each, on different ranks.
+    """
+    s = placement.structure
+    copies = s.mask.sum(1)
+    several = np.diff(s.column_start, axis=1).max(initial=0) > 1 or s.copy_multiplicity.max() > 1
+    if several or not (copies == 2)[copies > 0].all():
+        return 0
+    if placement.group_size > PAIR_RANKS or placement.n_physical >= PAIR_FIELD:
+        return 0
+    n_classes = int(_edges(placement, _cells(placement)["cell_number"])[1].max())
+    return n_classes if n_classes <= PAIR_CLASSES else 0
+
+
+def _pairs(
+    placement: Placement, classes: int, edges: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], bool]:
+    """[n_group, classes, group_size] words as for `kernels.pairs._load_pairs`.
+
+    Also returns whether the placement is one of pairs in as many classes; otherwise no rank has
+    a partner.
+    """
+    s = placement.structure
+    n_group, n_ranks, _ = s.mask.shape
+    fields = np.full((n_group, classes, n_ranks, 4), PAIR_FIELD, dtype=np.uint16)
+    fields[..., 0] = np.arange(n_ranks)
+    fits = 0 < _pair_classes(placement) <= classes
+    for group, k, at in zip(*np.nonzero(edges[:, :classes] != -1), strict=True) if fits else ():
+        second, first, cell, _ = edges[group, k, at : at + 1].view(np.uint16).tolist()
+        column = cell // 2
+        expert = s.column_members[s.column_start[group, column]]
+        copy = s.copy_start[expert]
+        fields[group, k, first] = second, expert, column, copy
+        fields[group, k, second] = first, expert, column, copy + 1
+    return fields.view(np.int64)[..., 0], fits
+
+
+def _arrays(placement: Placement, pair_classes: int) -> dict[str, NDArray[Any]]:
+    """Everything the kernels read of a placement.
+
+    Shapes depend on its sizes alone, and on how many classes of edges there is room for in the
+    table of pairs.
+    """
     s = placement.structure
     lengths = np.diff(s.column_start, axis=1)
     nth = np.arange(MEMBERS)
@@ -140,6 +188,7 @@ def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
     cells = _cells(placement)
     number = cells["cell_number"]
     edges, n_classes = _edges(placement, number)
+    pairs, in_pairs = _pairs(placement, pair_classes, edges)
     shared_at = np.where(shared >= 0, s.copy_cell[shared], -1)
     extents = (
         s.mask.sum((1, 2)),
@@ -149,6 +198,7 @@ def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
         np.full(placement.n_group, s.copy_multiplicity.max()),
         n_classes,
         np.where(n_classes > 0, -(-MOST_CLASSES // np.maximum(n_classes, 1)), 0),
+        np.full(placement.n_group, in_pairs),
     )
     return {
         **cells,
@@ -163,6 +213,7 @@ def _arrays(placement: Placement) -> dict[str, NDArray[Any]]:
         "copy_multiplicity": s.copy_multiplicity,
         "edges": edges,
         "extents": np.stack(extents, axis=1).astype(np.int32),
+        "pairs": pairs,
         "copy_start": s.copy_start,
         "copy_slot": s.copy_slot,
         "search_steps": np.array([math.ceil(math.log2(most_copies))], dtype=np.int32),
@@ -177,7 +228,9 @@ class DeviceTables:
     """
 
     def __init__(self, placement: Placement, device: torch.device) -> None:
-        arrays = _arrays(placement)
+        # Kernels are compiled for these.
+        self._pair_classes = _pair_classes(placement)
+        arrays = _arrays(placement, self._pair_classes)
         self._offsets: dict[str, int] = {}
         size = 0
         for name, array in arrays.items():
@@ -202,7 +255,7 @@ class DeviceTables:
 
     def write(self, placement: Placement) -> None:
         """Copy another placement of the same sizes into the block, on the current stream."""
-        arrays = _arrays(placement)
+        arrays = _arrays(placement, self._pair_classes)
         shapes = {name: array.shape for name, array in arrays.items()}
         if shapes != self._sizes:
             raise ValueError(f"placement must have the sizes of the first one, got {placement}")
