@@ -136,20 +136,25 @@ def _level_pairs(
     looked = done
     while (peak - bound > peak * aim) & (done < most_sweeps):
         part = tl.where(done >= EXACT_SWEEPS, 0.5 * RELAXATION, 0.5)
-        moved = ()
-        for k in tl.static_range(CLASSES):
-            levelled = ()
-            for h in tl.static_range(PARTS):
-                uphill = (_of_ranks(loads, partners[k * PARTS + h], G) - loads[h]) * part
-                step = tl.maximum(
-                    tl.minimum(uphill, weights[k * PARTS + h] - mine[k * PARTS + h]),
-                    -mine[k * PARTS + h],
-                )
-                levelled += (loads[h] + step,)
-                moved += (mine[k * PARTS + h] + step,)
-            loads = levelled
-        mine = moved
-        done += 1
+        # To look at the largest load takes half as long as a sweep.
+        sweeps = tl.where(done >= EXACT_SWEEPS, 2, 1)
+        for _ in range(sweeps):
+            moved = ()
+            for k in tl.static_range(CLASSES):
+                levelled = ()
+                for h in tl.static_range(PARTS):
+                    load = loads[h]
+                    held = mine[k * PARTS + h]
+                    other = _of_ranks(loads, partners[k * PARTS + h], G)
+                    # As little as can be waits for ``other``: the load is not taken from the step.
+                    room = weights[k * PARTS + h] - held
+                    step = tl.fma(other, part, -load * part)
+                    moved += (held + tl.maximum(tl.minimum(step, room), -held),)
+                    level = tl.fma(other, part, load - load * part)
+                    levelled += (tl.maximum(tl.minimum(level, load + room), load - held),)
+                loads = levelled
+            mine = moved
+        done += sweeps
         now = _largest(loads, G)
         steady = (peak - now <= now * aim * STEADY) & (2 * done >= 3 * looked)
         due = (done == 1) | (done >= most_sweeps) | steady
