@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.levelling import EXACT_SWEEPS, RELAXATION, STEADY, _cut_bound
-from lplb_triton.kernels.tiles import SHARE_ONE, _inverse, _shares
+from lplb_triton.kernels.levelling import CUTS, EXACT_SWEEPS, RELAXATION, STEADY, _cut_loads
+from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _shares
 from lplb_triton.kernels.tokens import _counts_of
 
 # Fields of a table's word.
@@ -70,17 +70,6 @@ def _weights_of_pairs(counts_ptr, words, N: tl.constexpr):
 
 
 @triton.jit
-def _load_ends(pairs_ptr, n_ranks, G: tl.constexpr, CLASSES: tl.constexpr):
-    """Load the same words as one tile, [CLASSES * G] or more; also returns whose they are."""
-    ROWS: tl.constexpr = 2 if CLASSES <= 2 else 4 if CLASSES <= 4 else 8
-    end = tl.arange(0, ROWS * G)
-    rank = end % G
-    there = (end < CLASSES * G) & (rank < n_ranks)
-    word = tl.load(pairs_ptr + (end // G) * n_ranks + rank, mask=there, other=-1)
-    return tl.where(there, rank, 0), word
-
-
-@triton.jit
 def _of_ranks(parts, rank, G: tl.constexpr):
     """What the lanes of these ranks hold."""
     PARTS: tl.constexpr = (G + 31) // 32
@@ -102,67 +91,85 @@ def _largest(loads, G: tl.constexpr):
 
 
 @triton.jit
-def _cut_bound_of_pairs(loads, fixed, ends, peak, aim, n_ranks, memory_ptr, G: tl.constexpr):
-    """Find a bound as `_cut_bound` does; fixed [G], ``ends`` as from `_load_ends`."""
+def _cut_bound_of_pairs(
+    loads, fixed, partners, weights, peak, aim, n_ranks, G: tl.constexpr, CLASSES: tl.constexpr
+):
+    """Find a load that no plan can beat, from the most loaded ranks (equation 19)."""
     PARTS: tl.constexpr = (G + 31) // 32
     LANES: tl.constexpr = G // PARTS
-    tl.debug_barrier()
+    least = _cut_loads(peak, aim)
+    size = tl.zeros((CUTS, LANES), tl.float32)
+    inside = size
     for h in tl.static_range(PARTS):
-        tl.store(memory_ptr + h * LANES + tl.arange(0, LANES), loads[h])
-    tl.debug_barrier()
-    rank, word, weight = ends
-    load = tl.load(memory_ptr + tl.arange(0, G))
-    partner = tl.maximum(_field(word, 0), 0)
-    lowest = tl.minimum(tl.load(memory_ptr + rank), tl.load(memory_ptr + partner))
-    on = tl.arange(0, G) < n_ranks
-    # Both ends of an edge have a half of it.
-    return _cut_bound(load, fixed, 0.5 * weight[None, :], lowest[None, :], on, peak, aim)
+        on = h * LANES + tl.arange(0, LANES) < n_ranks
+        member = (loads[h][None, :] >= least) & on[None, :]
+        size += tl.where(member, 1.0, 0.0)
+        inside += tl.where(member, fixed[h][None, :], 0.0)
+        for k in tl.static_range(CLASSES):
+            lowest = tl.minimum(loads[h], _of_ranks(loads, partners[k * PARTS + h], G))
+            # Both ends of an edge add a half.
+            half = 0.5 * weights[k * PARTS + h]
+            inside += tl.where(lowest[None, :] >= least, half[None, :], 0.0)
+    size, inside = tl.reduce((size, inside), 1, _add2)
+    return tl.max(inside / size)
+
+
+@triton.jit
+def _sweep_pairs(loads, mine, partners, weights, part, G: tl.constexpr, CLASSES: tl.constexpr):
+    """Level all classes of edges, one after the other; ``part`` of a difference moves."""
+    PARTS: tl.constexpr = (G + 31) // 32
+    held = ()
+    for k in tl.static_range(CLASSES):
+        levelled = ()
+        for h in tl.static_range(PARTS):
+            load = loads[h]
+            here = mine[k * PARTS + h]
+            room = weights[k * PARTS + h] - here
+            other = _of_ranks(loads, partners[k * PARTS + h], G)
+            # The next class waits for the load: it takes as few steps from ``other`` as it can.
+            level = tl.fma(other, part, load - load * part)
+            levelled += (tl.maximum(tl.minimum(level, load + room), load - here),)
+            step = tl.fma(other, part, -load * part)
+            held += (here + tl.maximum(tl.minimum(step, room), -here),)
+        loads = levelled
+    return loads, held
 
 
 @triton.jit
 def _level_pairs(
-    loads, fixed, partners, weights, ends, peak, bound, aim, n_ranks, most_sweeps, memory_ptr,
+    loads, fixed, partners, weights, peak, bound, aim, n_ranks, most_sweeps,
     G: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Level even splits along the edges of all classes (equation 18), as `_balance` does.
 
     Returns what each rank holds of its edges, and a bound.
     """
-    PARTS: tl.constexpr = (G + 31) // 32
     mine = ()
-    for i in tl.static_range(CLASSES * PARTS):
+    for i in tl.static_range(CLASSES * ((G + 31) // 32)):
         mine += (0.5 * weights[i],)
     done = most_sweeps * 0
     looked = done
-    while (peak - bound > peak * aim) & (done < most_sweeps):
+    # All that a sweep's largest load is compared with is there before.
+    enough = bound / (1.0 - aim)
+    steady = peak / (1.0 + aim * STEADY)
+    while (peak > enough) & (done < most_sweeps):
         part = tl.where(done >= EXACT_SWEEPS, 0.5 * RELAXATION, 0.5)
-        # To look at the largest load takes half as long as a sweep.
-        sweeps = tl.where(done >= EXACT_SWEEPS, 2, 1)
-        for _ in range(sweeps):
-            moved = ()
-            for k in tl.static_range(CLASSES):
-                levelled = ()
-                for h in tl.static_range(PARTS):
-                    load = loads[h]
-                    held = mine[k * PARTS + h]
-                    other = _of_ranks(loads, partners[k * PARTS + h], G)
-                    # As little as can be waits for ``other``: the load is not taken from the step.
-                    room = weights[k * PARTS + h] - held
-                    step = tl.fma(other, part, -load * part)
-                    moved += (held + tl.maximum(tl.minimum(step, room), -held),)
-                    level = tl.fma(other, part, load - load * part)
-                    levelled += (tl.maximum(tl.minimum(level, load + room), load - held),)
-                loads = levelled
-            mine = moved
-        done += sweeps
-        now = _largest(loads, G)
-        steady = (peak - now <= now * aim * STEADY) & (2 * done >= 3 * looked)
-        due = (done == 1) | (done >= most_sweeps) | steady
-        if due & (now - bound > now * aim):
-            cut = _cut_bound_of_pairs(loads, fixed, ends, now, aim, n_ranks, memory_ptr, G)
+        loads, mine = _sweep_pairs(loads, mine, partners, weights, part, G, CLASSES)
+        done += 1
+        if done > EXACT_SWEEPS:
+            # To look how far it is takes longer than a sweep.
+            loads, mine = _sweep_pairs(loads, mine, partners, weights, part, G, CLASSES)
+            done += 1
+        due = (done == 1) | (done >= most_sweeps) | (2 * done >= 3 * looked)
+        peak = _largest(loads, G)
+        if (peak > enough) & due & ((peak >= steady) | (done == 1)):
+            cut = _cut_bound_of_pairs(
+                loads, fixed, partners, weights, peak, aim, n_ranks, G, CLASSES
+            )
             bound = tl.maximum(bound, cut)
+            enough = bound / (1.0 - aim)
             looked = done
-        peak = now
+        steady = peak / (1.0 + aim * STEADY)
     return mine, bound
 
 
@@ -192,36 +199,20 @@ def _round_pairs(mine, weights, partners, G: tl.constexpr, CLASSES: tl.constexpr
 
 
 @triton.jit
-def _spread_pairs(ends, x_ptr, cumulative_ptr, dense_ptr, n_columns, dense):
-    """Write shares to ``dense``, and tokens by cell to x, from the cumulative shares in memory."""
-    rank, word, weight = ends
-    column, copy = _field(word, 32), _field(word, 48)
-    there = copy >= 0
-    second = (word.to(tl.int32) & FIELD) < rank
-    tl.debug_barrier()
-    # Copies of one expert, and cells of one column, are numbered by rank.
-    upto = tl.load(cumulative_ptr + copy - second.to(tl.int32), mask=there, other=0)
-    share = _shares(tl.where(second, SHARE_ONE - upto, upto))
-    tl.store(dense_ptr + rank * n_columns + column, share, mask=there & (dense > 0))
-    tl.store(x_ptr + 2 * column + second.to(tl.int32), share * weight, mask=there)
-
-
-@triton.jit
 def _solve_pairs(
-    words, partners, weights, ends, fixed, peak, bound, invalid, aim, slack, n_ranks, n_columns,
+    words, partners, weights, fixed, peak, bound, invalid, aim, slack, n_ranks, n_columns,
     most_sweeps, x_ptr, memory_ptr, cumulative_ptr, dense_ptr, dense,
     G: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Level, round, judge and write a plan; returns its largest load, a bound, and whether it does.
 
-    words, partners and weights in parts, by class and part; ``ends`` are rank, word and weight of
-    all of them in one tile; fixed [G]. The largest load may be a part ``slack`` of it above
-    the bound. cumulative and dense as for `_solve_counts_kernel`; a plan that does not do is left
-    in x, in tokens by cell. ``memory`` [G] float32 is scratch.
+    words, partners and weights as from `_load_pairs` and `_weights_of_pairs`; fixed [G]. The
+    largest load may be a part ``slack`` of it above the bound. cumulative and dense as for
+    `_solve_counts_kernel`; a plan that does not do is left in x, in tokens by cell.
+    ``memory`` [G] float32 is scratch.
     """
     PARTS: tl.constexpr = (G + 31) // 32
     LANES: tl.constexpr = G // PARTS
-    ends = ends[0], ends[1], tl.where(invalid, 0.0, ends[2])
     own = _parts(fixed, memory_ptr, G)
     valid, loads = (), ()
     for i in tl.static_range(CLASSES * PARTS):
@@ -233,8 +224,7 @@ def _solve_pairs(
             load += 0.5 * weights[k * PARTS + h]
         loads += (load,)
     mine, bound = _level_pairs(
-        loads, fixed, partners, weights, ends, peak, bound, aim, n_ranks, most_sweeps, memory_ptr,
-        G, CLASSES,
+        loads, own, partners, weights, peak, bound, aim, n_ranks, most_sweeps, G, CLASSES
     )  # fmt: skip
     units = _round_pairs(mine, weights, partners, G, CLASSES)
     loads = ()
@@ -250,5 +240,14 @@ def _solve_pairs(
     max_load = _largest(loads, G)
     solved = ((max_load - bound > max_load * slack) == 0) | invalid
     if (dense > 0) | (solved == 0):
-        _spread_pairs(ends, x_ptr, cumulative_ptr, dense_ptr, n_columns, dense)
+        for k in tl.static_range(CLASSES):
+            for h in tl.static_range(PARTS):
+                rank = h * LANES + tl.arange(0, LANES)
+                column = _field(words[k * PARTS + h], 32)
+                share = _shares(units[k * PARTS + h])
+                inside = (column >= 0) & (dense > 0)
+                tl.store(dense_ptr + rank * n_columns + column, share, mask=inside)
+                # Cells are numbered by column, then by rank.
+                cell = 2 * column + (partners[k * PARTS + h] < rank).to(tl.int32)
+                tl.store(x_ptr + cell, mine[k * PARTS + h], mask=column >= 0)
     return max_load, bound, solved

@@ -10,13 +10,7 @@ import triton.language as tl
 
 from lplb_triton.kernels.interior_point import _newton, _newton_in_memory
 from lplb_triton.kernels.levelling import _balance, _rank_loads, _round
-from lplb_triton.kernels.pairs import (
-    _field,
-    _load_ends,
-    _load_pairs,
-    _solve_pairs,
-    _weights_of_pairs,
-)
+from lplb_triton.kernels.pairs import _load_pairs, _solve_pairs, _weights_of_pairs
 from lplb_triton.kernels.sync import _sum_over_ranks
 from lplb_triton.kernels.tiles import (
     SHARE_ONE,
@@ -416,7 +410,6 @@ def _solve_counts_kernel(
             most_sweeps = tl.load(extents_ptr + 6)
             pairs_ptr += group * PAIRS * n_ranks
             words, partners = _load_pairs(pairs_ptr, n_ranks, G, PAIRS)
-            end_rank, end_word = _load_ends(pairs_ptr, n_ranks, G, PAIRS)
         else:
             most_members = tl.load(extents_ptr + 1)
             most_cells = tl.load(extents_ptr + 3)
@@ -450,7 +443,6 @@ def _solve_counts_kernel(
             counts_ptr = total_ptr
         on_rank = _counts_of(counts_ptr, expert)
         if PAIRS > 0:
-            ends = end_rank, end_word, _counts_of(counts_ptr, _field(end_word, 16))
             pair_weights = _weights_of_pairs(counts_ptr, words, PAIRS * ((G + 31) // 32))
         else:
             of_members = _counts_of(counts_ptr, tables[1])
@@ -469,7 +461,7 @@ def _solve_counts_kernel(
             if in_pairs > 0:
                 target = tolerance - BOUND_ALLOWANCE
                 max_load, bound, solved = _solve_pairs(
-                    words, partners, pair_weights, ends, fixed, peak, bound, invalid,
+                    words, partners, pair_weights, fixed, peak, bound, invalid,
                     target * TARGET_PART, target * ROUNDED_PART, n_ranks, n_columns, most_sweeps,
                     scratch_ptr + 2 * n_ranks + n_columns, scratch_ptr, cumulative_ptr,
                     dense_ptr, dense, G, PAIRS,
