@@ -201,15 +201,14 @@ def _round_pairs(mine, weights, partners, G: tl.constexpr, CLASSES: tl.constexpr
 @triton.jit
 def _solve_pairs(
     words, partners, weights, fixed, peak, bound, invalid, aim, slack, n_ranks, n_columns,
-    most_sweeps, x_ptr, memory_ptr, cumulative_ptr, dense_ptr, dense,
+    most_sweeps, memory_ptr, cumulative_ptr, dense_ptr, dense,
     G: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Level, round, judge and write a plan; returns its largest load, a bound, and whether it does.
 
     words, partners and weights as from `_load_pairs` and `_weights_of_pairs`; fixed [G]. The
     largest load may be a part ``slack`` of it above the bound. cumulative and dense as for
-    `_solve_counts_kernel`; a plan that does not do is left in x, in tokens by cell.
-    ``memory`` [G] float32 is scratch.
+    `_solve_counts_kernel`; ``memory`` [G] float32 is scratch.
     """
     PARTS: tl.constexpr = (G + 31) // 32
     LANES: tl.constexpr = G // PARTS
@@ -239,15 +238,10 @@ def _solve_pairs(
         loads += (load,)
     max_load = _largest(loads, G)
     solved = ((max_load - bound > max_load * slack) == 0) | invalid
-    if (dense > 0) | (solved == 0):
+    if dense > 0:
         for k in tl.static_range(CLASSES):
             for h in tl.static_range(PARTS):
-                rank = h * LANES + tl.arange(0, LANES)
                 column = _field(words[k * PARTS + h], 32)
-                share = _shares(units[k * PARTS + h])
-                inside = (column >= 0) & (dense > 0)
-                tl.store(dense_ptr + rank * n_columns + column, share, mask=inside)
-                # Cells are numbered by column, then by rank.
-                cell = 2 * column + (partners[k * PARTS + h] < rank).to(tl.int32)
-                tl.store(x_ptr + cell, mine[k * PARTS + h], mask=column >= 0)
+                where = (h * LANES + tl.arange(0, LANES)) * n_columns + column
+                tl.store(dense_ptr + where, _shares(units[k * PARTS + h]), mask=column >= 0)
     return max_load, bound, solved

@@ -210,7 +210,7 @@ def _solve_cells(
     """Solve a group by cells; returns its largest load, a bound and iterations.
 
     ``tables`` as from `_load_cells`; weights [C]; fixed and load [G], of the even split. With
-    ``in_pairs`` 1 x has a plan that is level already.
+    ``in_pairs`` 1 the cumulative shares are those of a level plan.
     """
     by_cell, _, first_cell, start, n_copies, first_rank = tables
     cell_rank, cell_column, cell_first, cell_copies, shared, shared_cell = by_cell
@@ -243,6 +243,14 @@ def _solve_cells(
             edges_ptr, n_classes, most_sweeps, width,
             first_rank, cells_ptr, start, n_copies, most_copies, G, LANES,
         )  # fmt: skip
+    else:
+        there = shared >= 0
+        upto = tl.load(cumulative_ptr + shared, mask=there, other=0)
+        second = there & (shared_cell % 2 == 1)
+        upto -= tl.load(cumulative_ptr + shared - 1, mask=second, other=0)
+        shared_weights = tl.load(weights_ptr + shared_cell // 2, mask=there, other=0.0)
+        tl.store(x_ptr + shared_cell, _shares(upto) * shared_weights, mask=there)
+        tl.debug_barrier()
     # A level plan is rounded and judged; only one that is not good enough goes on.
     iterations = max_iterations * 0
     max_load = bound
@@ -463,8 +471,7 @@ def _solve_counts_kernel(
                 max_load, bound, solved = _solve_pairs(
                     words, partners, pair_weights, fixed, peak, bound, invalid,
                     target * TARGET_PART, target * ROUNDED_PART, n_ranks, n_columns, most_sweeps,
-                    scratch_ptr + 2 * n_ranks + n_columns, scratch_ptr, cumulative_ptr,
-                    dense_ptr, dense, G, PAIRS,
+                    scratch_ptr, cumulative_ptr, dense_ptr, dense, G, PAIRS,
                 )  # fmt: skip
             if solved == 0:
                 tl.debug_barrier()
