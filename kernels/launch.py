@@ -7,13 +7,14 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
+from lplb_triton.kernels.driver import DriverLaunch, UnsupportedError
 from lplb_triton.kernels.solvers import _solve_counts_kernel, _solve_lp_kernel
 from lplb_triton.kernels.tokens import _count_kernel, _running_sum_kernel, _select_kernel
 
@@ -74,9 +75,7 @@ def _key(call: _Call) -> tuple[Any, ...]:
 def _build(call: _Call) -> Any:
     with _current(call.args[0].device.index):
         args, grid = (*call.args, *call.constants), (call.grid,)
-        compiled = call.kernel.warmup(*args, grid=grid, **call.options)
-        _ = compiled.run  # what launches it is built here, not at the first launch
-    return compiled
+        return call.kernel.warmup(*args, grid=grid, **call.options)
 
 
 def _compile(calls: Sequence[_Call]) -> list[Any]:
@@ -102,34 +101,45 @@ def _launch(call: _Call) -> None:
 
 
 class _Prepared:
-    """A compiled kernel with its arguments as the driver wants them: addresses and numbers.
+    """A compiled kernel with its arguments, ready to launch.
 
-    ``args`` may be changed between launches. With ``early`` the kernel may start before the one
-    ahead of it in its stream has ended, where the GPU can do that (programmatic dependent
-    launch); it has to wait for that one by itself.
+    ``args`` takes other addresses and integers between launches. With ``early`` the kernel may
+    start before the one ahead of it in its stream has ended, where the GPU can do that
+    (programmatic dependent launch); it has to wait for that one by itself.
     """
 
+    args: Any
+
     def __init__(self, call: _Call, compiled: Any, early: bool) -> None:
-        self.args = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in call.args]
-        self.args += call.constants
         self.n_args = len(call.args)
-        self._grid = call.grid
-        self._compiled = compiled
-        # The launcher, not the code, holds the attribute: the same code serves both ways.
-        self._launcher = copy.copy(compiled.run)
-        self._launcher.launch_pdl = early and _has_pdl(call.args[0].device)
+        self._call, self._compiled = call, compiled
+        early = early and _has_pdl(call.args[0].device)
+        self._direct: DriverLaunch | None = None
+        if torch.version.hip is None:
+            with _current(call.args[0].device.index), suppress(UnsupportedError):
+                self._direct = DriverLaunch(compiled, call.args, call.grid, early)
+                self.args = self._direct.words
+        if self._direct is None:
+            self.args = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in call.args]
+            # The launcher, not the code, holds the attribute: the same code serves both ways.
+            self._launcher = copy.copy(compiled.run)
+            self._launcher.launch_pdl = early
 
     def launch(self, stream: int) -> None:
         """Launch on a stream of the current device."""
-        compiled = self._compiled
         hook = triton.knobs.runtime.launch_enter_hook
         if getattr(hook, "calls", hook):
             # Somebody profiles: Triton's own way gathers what the hooks are told.
-            compiled[(self._grid, 1, 1)](*self.args, stream=stream)
+            args = self.args if self._direct is None else self._direct.values()
+            grid = self._call.grid, 1, 1
+            self._compiled[grid](*args, *self._call.constants, stream=stream)
+        elif self._direct is not None:
+            self._direct.launch(stream)
         else:
+            compiled = self._compiled
             self._launcher(
-                self._grid, 1, 1, stream, compiled.function, compiled.packed_metadata,
-                None, None, None, *self.args,
+                self._call.grid, 1, 1, stream, compiled.function, compiled.packed_metadata,
+                None, None, None, *self.args, *self._call.constants,
             )  # fmt: skip
 
 

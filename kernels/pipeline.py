@@ -66,7 +66,7 @@ class Pipeline:
         self._solve_tables, self._select_tables, self._rank = solve_tables, select_tables, rank
         self._exchange, self._quotas = exchange, quotas
         self._device = running.device.index
-        self._prepared: dict[tuple[torch.dtype, torch.dtype, int], list[_Prepared]] = {}
+        self._prepared: dict[tuple[torch.dtype, torch.dtype, float, int, int], list[_Prepared]] = {}
 
     def run(
         self,
@@ -84,7 +84,7 @@ class Pipeline:
         ``buffers.counts``; both on the current stream.
         """
         n_first = 1 if between is None else 2
-        key = idx.dtype, settings.certified.dtype, n_first
+        key = idx.dtype, settings.certified.dtype, *settings[2:], n_first
         prepared = self._prepared.get(key)
         if prepared is None:
             calls = self._calls(idx, out, chunk, settings, channel, between is not None)
@@ -102,9 +102,8 @@ class Pipeline:
         count, solve, choose = prepared[0], prepared[n_first], prepared[-1]
         ids, n_ids = idx.data_ptr(), idx.numel()
         count.args[0], count.args[4], count.args[5] = ids, n_ids, chunk
-        solve.args[SETTINGS_AT : SETTINGS_AT + 4] = (
-            settings.certified.data_ptr(), settings.solves.data_ptr(), *settings[2:],
-        )  # fmt: skip
+        solve.args[SETTINGS_AT] = settings.certified.data_ptr()
+        solve.args[SETTINGS_AT + 1] = settings.solves.data_ptr()
         solve.args[solve.n_args - 1] = channel
         choose.args[0], choose.args[1] = ids, out.data_ptr()
         choose.args[CHOICE_AT], choose.args[CHOICE_AT + 1] = n_ids, chunk
