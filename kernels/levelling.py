@@ -11,6 +11,10 @@ import triton.language as tl
 
 from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _shares
 
+# The gap that is aimed at, as a part of the tolerance.
+TARGET_PART = tl.constexpr(0.98)
+# That and what rounding may take of it: a level plan that gets here needs no Newton's method.
+ROUNDED_PART = tl.constexpr(0.99)
 # How far an edge goes beyond level once the first sweeps were not enough.
 EXACT_SWEEPS = tl.constexpr(3)
 RELAXATION = tl.constexpr(1.5)

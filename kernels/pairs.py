@@ -16,7 +16,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.levelling import CUTS, EXACT_SWEEPS, RELAXATION, STEADY, _cut_loads
+from lplb_triton.kernels.levelling import (
+    CUTS,
+    EXACT_SWEEPS,
+    RELAXATION,
+    ROUNDED_PART,
+    STEADY,
+    TARGET_PART,
+    _cut_loads,
+)
 from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _shares
 from lplb_triton.kernels.tokens import _counts_of
 
@@ -140,12 +148,13 @@ def _sweep_pairs(loads, mine, partners, weights, part, G: tl.constexpr, CLASSES:
 
 @triton.jit
 def _level_pairs(
-    loads, fixed, partners, weights, peak, bound, aim, n_ranks, most_sweeps,
+    loads, fixed, partners, weights, peak, bound, aim, beyond, slower, n_ranks, most_sweeps,
     G: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Level even splits along the edges of all classes (equation 18), as `_balance` does.
 
-    Returns what each rank holds of its edges, and a bound.
+    ``beyond`` times the bound is within the gap; a largest load that was less than ``slower``
+    times as large before is steady. Returns what each rank holds of its edges, and a bound.
     """
     mine = ()
     for i in tl.static_range(CLASSES * ((G + 31) // 32)):
@@ -153,8 +162,8 @@ def _level_pairs(
     done = most_sweeps * 0
     looked = done
     # All that a sweep's largest load is compared with is there before.
-    enough = bound / (1.0 - aim)
-    steady = peak / (1.0 + aim * STEADY)
+    enough = bound * beyond
+    steady = peak * slower
     while (peak > enough) & (done < most_sweeps):
         part = tl.where(done >= EXACT_SWEEPS, 0.5 * RELAXATION, 0.5)
         loads, mine = _sweep_pairs(loads, mine, partners, weights, part, G, CLASSES)
@@ -170,17 +179,18 @@ def _level_pairs(
                 loads, fixed, partners, weights, peak, aim, n_ranks, G, CLASSES
             )
             bound = tl.maximum(bound, cut)
-            enough = bound / (1.0 - aim)
+            enough = bound * beyond
             looked = done
-        steady = peak / (1.0 + aim * STEADY)
+        steady = peak * slower
     return mine, bound
 
 
 @triton.jit
-def _round_pairs(mine, weights, partners, G: tl.constexpr, CLASSES: tl.constexpr):
+def _round_pairs(mine, inverses, partners, G: tl.constexpr, CLASSES: tl.constexpr):
     """Round tokens to whole units of their column (equation 11): the second copy gets the rest.
 
-    A column without tokens is split evenly. Returns the units that each rank holds.
+    ``inverses`` are those of the weights, 0 for a column without tokens, which is split evenly.
+    Returns the units that each rank holds.
     """
     PARTS: tl.constexpr = (G + 31) // 32
     LANES: tl.constexpr = G // PARTS
@@ -188,10 +198,8 @@ def _round_pairs(mine, weights, partners, G: tl.constexpr, CLASSES: tl.constexpr
     for k in tl.static_range(CLASSES):
         rounded = ()
         for h in tl.static_range(PARTS):
-            weight = weights[k * PARTS + h]
-            some = weight > 0
-            share = mine[k * PARTS + h] * _inverse(tl.where(some, weight, 1.0))
-            share = tl.where(some, share, 0.5)
+            inverse = inverses[k * PARTS + h]
+            share = tl.where(inverse > 0, mine[k * PARTS + h] * inverse, 0.5)
             rounded += (tl.minimum((share * SHARE_ONE + 0.5).to(tl.int32), SHARE_ONE),)
         for h in tl.static_range(PARTS):
             partner = partners[k * PARTS + h]
@@ -203,32 +211,45 @@ def _round_pairs(mine, weights, partners, G: tl.constexpr, CLASSES: tl.constexpr
 
 @triton.jit
 def _solve_pairs(
-    words, partners, weights, fixed, peak, bound, invalid, aim, slack, n_ranks, n_columns,
-    most_sweeps, memory_ptr, cumulative_ptr, dense_ptr, dense,
-    G: tl.constexpr, CLASSES: tl.constexpr,
+    words, partners, counts, fixed, target, n_ranks, n_columns, most_sweeps, memory_ptr,
+    cumulative_ptr, dense_ptr, dense, G: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Level, round, judge and write a plan; returns its largest load, a bound, and whether it does.
+    """Level, round, judge and write a plan.
 
-    words, partners and weights as from `_load_pairs` and `_weights_of_pairs`; fixed [G]. The
-    largest load may be a part ``slack`` of it above the bound. cumulative and dense as for
-    `_solve_counts_kernel`; ``memory`` [G] float32 is scratch.
+    words, partners and counts as from `_load_pairs` and `_weights_of_pairs`; fixed [G]. The largest
+    load may be ``target`` of it above the bound. cumulative and dense as for
+    `_solve_counts_kernel`; ``memory`` [G] float32 is scratch. Returns the largest load, a bound,
+    whether counts are invalid, and whether the plan will do, or no plan would.
     """
     PARTS: tl.constexpr = (G + 31) // 32
     LANES: tl.constexpr = G // PARTS
+    aim = target * TARGET_PART
+    beyond = 1.0 / (1.0 - aim)
+    slower = 1.0 / (1.0 + aim * STEADY)
+    part_of_rank = 1.0 / n_ranks.to(tl.float32)
     own = _parts(fixed, memory_ptr, G)
-    valid, loads = (), ()
-    for i in tl.static_range(CLASSES * PARTS):
-        valid += (tl.where(invalid, 0.0, weights[i]),)
-    weights = valid
+    loads = ()
+    all_loads = tl.zeros((LANES,), tl.float32)
     for h in tl.static_range(PARTS):
         load = own[h]
         for k in tl.static_range(CLASSES):
-            load += 0.5 * weights[k * PARTS + h]
+            load += 0.5 * counts[k * PARTS + h]
         loads += (load,)
+        all_loads += load
+    total = tl.sum(all_loads)
+    invalid = (total < float("inf")) == 0
+    peak = tl.where(invalid, 0.0, _largest(loads, G))
+    bound = tl.where(invalid, 0.0, tl.maximum(_largest(own, G), total * part_of_rank))
+    weights, inverses = (), ()
+    for i in tl.static_range(CLASSES * PARTS):
+        weight = tl.where(invalid, 0.0, counts[i])
+        weights += (weight,)
+        inverses += (tl.where(weight > 0, _inverse(tl.maximum(weight, 1.0)), 0.0),)
     mine, bound = _level_pairs(
-        loads, own, partners, weights, peak, bound, aim, n_ranks, most_sweeps, G, CLASSES
+        loads, own, partners, weights, peak, bound, aim, beyond, slower, n_ranks, most_sweeps,
+        G, CLASSES,
     )  # fmt: skip
-    units = _round_pairs(mine, weights, partners, G, CLASSES)
+    units = _round_pairs(mine, inverses, partners, G, CLASSES)
     loads = ()
     for h in tl.static_range(PARTS):
         rank = h * LANES + tl.arange(0, LANES)
@@ -240,11 +261,11 @@ def _solve_pairs(
             tl.store(cumulative_ptr + copy, upto, mask=copy >= 0)
         loads += (load,)
     max_load = _largest(loads, G)
-    solved = ((max_load - bound > max_load * slack) == 0) | invalid
+    good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
     if dense > 0:
         for k in tl.static_range(CLASSES):
             for h in tl.static_range(PARTS):
                 column = _field(words[k * PARTS + h], 32)
                 where = (h * LANES + tl.arange(0, LANES)) * n_columns + column
                 tl.store(dense_ptr + where, _shares(units[k * PARTS + h]), mask=column >= 0)
-    return max_load, bound, solved
+    return max_load, bound, invalid, good | invalid

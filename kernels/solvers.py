@@ -9,7 +9,13 @@ import triton
 import triton.language as tl
 
 from lplb_triton.kernels.interior_point import _newton, _newton_in_memory
-from lplb_triton.kernels.levelling import _balance, _rank_loads, _round
+from lplb_triton.kernels.levelling import (
+    ROUNDED_PART,
+    TARGET_PART,
+    _balance,
+    _rank_loads,
+    _round,
+)
 from lplb_triton.kernels.pairs import _load_pairs, _solve_pairs, _weights_of_pairs
 from lplb_triton.kernels.sync import _sum_over_ranks
 from lplb_triton.kernels.tiles import (
@@ -28,10 +34,6 @@ from lplb_triton.kernels.tokens import (
     _sum_rows,
 )
 
-# The gap that is aimed at, as a part of the tolerance.
-TARGET_PART = tl.constexpr(0.98)
-# That and what rounding may take of it: a level plan that gets here needs no Newton's method.
-ROUNDED_PART = tl.constexpr(0.99)
 # Taken off the bound for the round-off of its float32 sums (2**-20; equation 3).
 BOUND_ALLOWANCE = tl.constexpr(9.5367431640625e-07)
 
@@ -200,6 +202,32 @@ def _touch_tables(
 
 
 @triton.jit
+def _load_ranks(
+    rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G: tl.constexpr, S: tl.constexpr
+):
+    """Load a group's tables by rank and slot, [G, S]."""
+    rank = tl.arange(0, G)[:, None]
+    slot = tl.arange(0, S)[None, :]
+    at = rank * n_slots + slot
+    there = (rank < n_ranks) & (slot < n_slots)
+    expert = tl.load(rank_experts_ptr + at, mask=there, other=-1)
+    return expert, tl.load(rank_parts_ptr + at, mask=there, other=0.0)
+
+
+@triton.jit
+def _fold(on_rank, part, complete, n_ranks):
+    """Sum counts [G, S] over the slots of ranks: fixed loads, and loads of the even split.
+
+    Also returns the rest of `_mean_and_bound`. Without ``complete`` counts all is infinite.
+    """
+    fixed, load = tl.reduce((tl.where(part == 1.0, on_rank, 0.0), on_rank * part), 1, _add2)
+    fixed = tl.where(complete, fixed, float("inf"))
+    load = tl.where(complete, load, float("inf"))
+    peak, total, bound, invalid = _mean_and_bound(load, fixed, n_ranks)
+    return fixed, load, peak, total, bound, invalid
+
+
+@triton.jit
 def _solve_cells(
     tables, weights, fixed, load, in_pairs, peak, total, bound, invalid, tolerance,
     max_iterations, cells_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr, extents_ptr,
@@ -310,35 +338,38 @@ def _column_weights(
 
 @triton.jit(noinline=True)
 def _solve_cells_in_memory(
-    counts_ptr, in_pairs, peak, total, bound, invalid, tolerance, max_iterations,
+    counts_ptr, complete, in_pairs, known_bound, tolerance, max_iterations,
+    rank_experts_ptr, rank_parts_ptr,
     cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, first_members_ptr,
     column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
     edges_ptr, extents_ptr, copy_index_ptr, copy_multiplicity_ptr,
-    cumulative_ptr, scratch_ptr, dense_ptr, dense, n_ranks, n_columns, n_shared, width,
-    G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, MEMBERS: tl.constexpr,
-    LANES: tl.constexpr,
+    cumulative_ptr, scratch_ptr, dense_ptr, dense, n_ranks, n_columns, n_slots, n_shared, width,
+    G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
+    MEMBERS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """`_solve_cells` as a function of its own, where it is rare: for that it compiles sooner.
 
-    ``scratch`` holds loads of the even split and fixed loads of the ranks.
+    Also returns whether counts are invalid.
     """
     tables = _load_cells(
         cells_ptr, cell_start_ptr, rank_cells_ptr, first_members_ptr, shared_copies_ptr,
         shared_cells_ptr, n_ranks, n_columns, n_shared, G, C, COPIES, MEMBERS,
     )  # fmt: skip
+    expert, part = _load_ranks(rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G, S)
+    fixed, load, peak, total, bound, invalid = _fold(
+        _counts_of(counts_ptr, expert), part, complete, n_ranks
+    )
     weights = _column_weights(
         counts_ptr, _counts_of(counts_ptr, tables[1]), column_start_ptr, column_members_ptr,
         tl.load(extents_ptr + 1), n_columns, invalid, C, MEMBERS,
     )  # fmt: skip
-    rank = tl.arange(0, G)
-    load = tl.load(scratch_ptr + rank, mask=rank < n_ranks, other=0.0)
-    fixed = tl.load(scratch_ptr + n_ranks + rank, mask=rank < n_ranks, other=0.0)
-    return _solve_cells(
-        tables, weights, fixed, load, in_pairs, peak, total, bound, invalid, tolerance,
-        max_iterations, cells_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr, extents_ptr,
-        copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr, dense_ptr, dense,
-        n_ranks, n_columns, n_shared, width, G, C, COPIES, LANES,
+    max_load, bound, iterations = _solve_cells(
+        tables, weights, fixed, load, in_pairs, peak, total, tl.maximum(bound, known_bound),
+        invalid, tolerance, max_iterations, cells_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
+        extents_ptr, copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
+        dense_ptr, dense, n_ranks, n_columns, n_shared, width, G, C, COPIES, LANES,
     )  # fmt: skip
+    return max_load, bound, iterations, invalid
 
 
 @triton.jit(
@@ -393,13 +424,8 @@ def _solve_counts_kernel(
         _sum_rows(running_ptr, counts_ptr, program, n_rows, n_logical, ROWS, EXPERTS)
     else:
         group = (program - n_sums).to(tl.int64)
-        rank = tl.arange(0, G)
-        rank_on = rank < n_ranks
-        slot = tl.arange(0, S)[None, :]
-        slots = (group * n_ranks + rank[:, None]) * n_slots + slot
-        is_slot = rank_on[:, None] & (slot < n_slots)
-        expert = tl.load(rank_experts_ptr + slots, mask=is_slot, other=-1)
-        part = tl.load(rank_parts_ptr + slots, mask=is_slot, other=0.0)
+        rank_experts_ptr += group * n_ranks * n_slots
+        rank_parts_ptr += group * n_ranks * n_slots
         cells_ptr += group * 4 * n_shared
         cell_start_ptr += group * (n_columns + 1)
         cell_number_ptr += group * n_ranks * n_columns
@@ -413,6 +439,7 @@ def _solve_counts_kernel(
         dense_ptr += group * n_ranks * n_columns
         n_scratch = 2 * n_ranks + n_columns + 4 * n_shared
         scratch_ptr += group * (n_scratch + LANES)
+        expert, part = _load_ranks(rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G, S)
         if PAIRS > 0:
             in_pairs = tl.load(extents_ptr + 7)
             most_sweeps = tl.load(extents_ptr + 6)
@@ -428,10 +455,10 @@ def _solve_counts_kernel(
             )  # fmt: skip
         _await_previous(PDL)
         if dense > 0:
+            rank = tl.arange(0, G)[:, None]
             col = tl.arange(0, C)[None, :]
-            tile = rank[:, None] * n_columns + col
-            inside = rank_on[:, None] & (col < n_columns)
-            tl.store(dense_ptr + tile, tl.zeros((G, C), tl.float32), mask=inside)
+            inside = (rank < n_ranks) & (col < n_columns)
+            tl.store(dense_ptr + rank * n_columns + col, tl.zeros((G, C), tl.float32), mask=inside)
             tl.debug_barrier()
         complete = tl.full((), 1, tl.int1)
         if n_sums > 0:
@@ -458,35 +485,33 @@ def _solve_counts_kernel(
                 edges_ptr, n_classes * width, rank_cells_ptr, n_ranks * most_cells,
                 scratch_ptr + n_scratch, LANES,
             )  # fmt: skip
-        fixed, load = tl.reduce((tl.where(part == 1.0, on_rank, 0.0), on_rank * part), 1, _add2)
-        fixed = tl.where(complete, fixed, float("inf"))
-        load = tl.where(complete, load, float("inf"))
-        peak, total, bound, invalid = _mean_and_bound(load, fixed, n_ranks)
         if PAIRS > 0:
-            max_load = bound
-            solved = tl.full((), 0, tl.int1)
+            max_load = tl.full((), 0.0, tl.float32)
+            bound = max_load
+            invalid = tl.full((), 0, tl.int1)
+            solved = invalid
             iterations = max_iterations * 0
             if in_pairs > 0:
-                target = tolerance - BOUND_ALLOWANCE
-                max_load, bound, solved = _solve_pairs(
-                    words, partners, pair_weights, fixed, peak, bound, invalid,
-                    target * TARGET_PART, target * ROUNDED_PART, n_ranks, n_columns, most_sweeps,
-                    scratch_ptr, cumulative_ptr, dense_ptr, dense, G, PAIRS,
+                fixed = tl.sum(tl.where(part == 1.0, on_rank, 0.0), 1)
+                fixed = tl.where(complete, fixed, float("inf"))
+                max_load, bound, invalid, solved = _solve_pairs(
+                    words, partners, pair_weights, fixed, tolerance - BOUND_ALLOWANCE,
+                    n_ranks, n_columns, most_sweeps, scratch_ptr, cumulative_ptr, dense_ptr, dense,
+                    G, PAIRS,
                 )  # fmt: skip
             if solved == 0:
                 tl.debug_barrier()
-                tl.store(scratch_ptr + rank, load, mask=rank_on)
-                tl.store(scratch_ptr + n_ranks + rank, fixed, mask=rank_on)
-                tl.debug_barrier()
-                max_load, bound, iterations = _solve_cells_in_memory(
-                    counts_ptr, in_pairs, peak, total, bound, invalid, tolerance, max_iterations,
+                max_load, bound, iterations, invalid = _solve_cells_in_memory(
+                    counts_ptr, complete, in_pairs, bound, tolerance, max_iterations,
+                    rank_experts_ptr, rank_parts_ptr,
                     cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, first_members_ptr,
                     column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
                     edges_ptr, extents_ptr, copy_index_ptr, copy_multiplicity_ptr,
-                    cumulative_ptr, scratch_ptr, dense_ptr, dense, n_ranks, n_columns, n_shared,
-                    width, G, C, COPIES, MEMBERS, LANES,
+                    cumulative_ptr, scratch_ptr, dense_ptr, dense, n_ranks, n_columns, n_slots,
+                    n_shared, width, G, C, S, COPIES, MEMBERS, LANES,
                 )  # fmt: skip
         else:
+            fixed, load, peak, total, bound, invalid = _fold(on_rank, part, complete, n_ranks)
             weights = _column_weights(
                 counts_ptr, of_members, column_start_ptr, column_members_ptr, most_members,
                 n_columns, invalid, C, MEMBERS,
