@@ -18,7 +18,6 @@ import triton.language as tl
 
 from lplb_triton.kernels.levelling import (
     CUTS,
-    EXACT_SWEEPS,
     RELAXATION,
     ROUNDED_PART,
     STEADY,
@@ -30,6 +29,9 @@ from lplb_triton.kernels.tokens import _counts_of
 
 # Fields of a table's word.
 FIELD = tl.constexpr(0xFFFF)
+
+# Sweeps before edges go beyond level, and before two are made at a time.
+EXACT_SWEEPS = tl.constexpr(2)
 
 
 @triton.jit
