@@ -51,21 +51,26 @@ def exchange(gather):
 
 
 def jobs(capability):
-    for ranks, columns in ((8, 32), (16, 32), (32, 64), (64, 32), (64, 128)):
-        options = launch._solve_options(launch._newton_warps(ranks, columns))
-        yield solvers._solve_lp_kernel, {"G": ranks, "C": columns}, options
+    # And classes of pairs, 0 for a kernel without them.
+    sizes = ((8, 32, 0), (8, 32, 2), (16, 32, 0), (32, 64, 0), (32, 64, 3))
+    for ranks, columns, classes in (*sizes, (64, 32, 0), (64, 128, 0), (64, 128, 4)):
+        if classes == 0:
+            options = launch._solve_options(launch._newton_warps(ranks, columns))
+            yield solvers._solve_lp_kernel, {"G": ranks, "C": columns}, options
         warps = launch._solve_warps(ranks, columns)
         options = launch._solve_options(warps)
         constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64, "MEMBERS": 4}
         constants |= {
             "ROWS": launch.SUM_ROWS,
             "EXPERTS": launch.SUM_EXPERTS,
+            "PAIRS": classes,
             "LANES": 32 * warps,
             "PDL": capability >= 90,
         }
         none = {"CHANNELS": 0, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": 0, "ON_GPU": 0}
         yield solvers._solve_counts_kernel, {**constants, **none}, options
-        for gather in {8: (0, 1), 32: (0,)}.get(ranks, ()):
+        gathers = {(8, 0): (0, 1), (8, 2): (0,), (32, 0): (0,)}
+        for gather in gathers.get((ranks, classes), ()):
             yield solvers._solve_counts_kernel, {**constants, **exchange(gather)}, options
     bins = {"BINS": 256, "PDL": capability >= 90}
     yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 2}
