@@ -1,0 +1,154 @@
+"""Launches through the CUDA driver: what it is handed, and when Triton's launcher takes over."""
+
+import ctypes
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import triton
+
+from lplb_triton import Balancer
+from lplb_triton.bench.instances import shape_placement
+from lplb_triton.kernels import driver
+from lplb_triton.kernels.launch import _Call, _Prepared
+
+
+class FakeDriver:
+    """Keeps what it is told; a kernel has parameters of ``sizes`` bytes."""
+
+    def __init__(self, sizes, status=0):
+        self.sizes, self.status = sizes, status
+        self.shared, self.launched = [], []
+
+    def cuModuleLoadData(self, module, image):  # noqa: N802
+        module._obj.value = 7
+        return 0 if image == b"cubin" else 200
+
+    def cuModuleGetFunction(self, handle, module, name):  # noqa: N802
+        handle._obj.value = 11
+        return 0 if module.value == 7 and name == b"kernel" else 500
+
+    def cuFuncSetAttribute(self, handle, attribute, value):  # noqa: N802
+        self.shared.append((handle.value, attribute, value))
+        return 0
+
+    def cuFuncGetParamInfo(self, handle, at, offset, size):  # noqa: N802
+        if at.value >= len(self.sizes):
+            return driver.INVALID_VALUE
+        size._obj.value = self.sizes[at.value]
+        return 0
+
+    def cuLaunchKernelEx(self, config, function, parameters, extra):  # noqa: N802
+        config = driver._Config.from_address(config)
+        pointers = (ctypes.c_void_p * len(self.sizes)).from_address(parameters)
+        values = [
+            (ctypes.c_uint64 if size == 8 else ctypes.c_uint32).from_address(pointer).value
+            for pointer, size in zip(pointers, self.sizes, strict=True)
+        ]
+        attribute = config.attributes[0]
+        early = [(attribute.id, attribute.value)] * config.n_attributes
+        self.launched.append(
+            (function, [*config.grid], [*config.block], config.shared_bytes, config.stream, early)
+        )
+        self.launched.append(values)
+        return self.status
+
+    def cuGetErrorString(self, status, text):  # noqa: N802
+        text._obj.value = b"no such luck"
+        return 0
+
+
+def compiled(**changes):
+    meta = {
+        "name": "kernel", "shared": 1024, "num_warps": 4, "num_ctas": 1,
+        "global_scratch_size": 0, "profile_scratch_size": 0, **changes,
+    }  # fmt: skip
+    return SimpleNamespace(kernel=b"cubin", metadata=SimpleNamespace(**meta))
+
+
+def test_structures_are_as_in_cuda_h():
+    assert ctypes.sizeof(driver._Attribute) == 72 and driver._Attribute.value.offset == 8
+    assert ctypes.sizeof(driver._Config) == 56 and driver._Config.stream.offset == 32
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_the_driver_is_handed(monkeypatch, early):
+    fake = FakeDriver([8, 4, 4, 4, 8, 8])
+    monkeypatch.setattr(driver, "_driver", lambda: fake)
+    x = torch.zeros(3)
+    launch = driver.DriverLaunch(compiled(shared=50_000), (x, -2, 0.5, 3), 17, early)
+    assert fake.shared == [(11, driver.MAX_DYNAMIC_SHARED_SIZE_BYTES, 50_000)]
+    assert launch.values() == [x.data_ptr(), -2, 0.5, 3]
+    launch.words[0] = 1 << 40
+    launch.words[3] = 5
+    launch.launch(99)
+    how, values = fake.launched
+    attributes = [(driver.PROGRAMMATIC_STREAM_SERIALIZATION, 1)] * early
+    assert how == (11, [17, 1, 1], [128, 1, 1], 50_000, 99, attributes)
+    # float32 0.5 is 0x3F000000; Triton's own two are no memory.
+    assert values == [1 << 40, 2**32 - 2, 0x3F000000, 5, 0, 0]
+    assert launch.values() == [1 << 40, -2, 0.5, 5]
+    fake.status = 700
+    with pytest.raises(RuntimeError, match=r"launching a kernel failed: no such luck.*700"):
+        launch.launch(0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "message"),
+    [
+        ([8, 8], {}, r"takes \[8, 8\] bytes, got \[8, 4\]"),
+        ([8], {}, "takes"),
+        ([8, 4, 4], {}, "takes"),
+        ([8, 4], {"global_scratch_size": 128}, "scratch"),
+        ([8, 4], {"num_ctas": 2}, "cluster"),
+    ],
+)
+def test_what_is_left_to_triton(monkeypatch, sizes, changes, message):
+    monkeypatch.setattr(driver, "_driver", lambda: FakeDriver(sizes))
+    kernel, args = compiled(**changes), (torch.zeros(1), 4)
+    with pytest.raises(driver.UnsupportedError, match=message):
+        driver.DriverLaunch(kernel, args, 1, False)
+    kernel.run, kernel.function, kernel.packed_metadata = Launcher(), 3, "packed"
+    prepared = _Prepared(_Call(None, 5, args, (64,), {}), kernel, False)
+    prepared.args[1] = 6
+    prepared.launch(8)
+    assert Launcher.calls.pop() == (
+        5, 1, 1, 8, 3, "packed", None, None, None, args[0].data_ptr(), 6, 64,
+    )  # fmt: skip
+
+
+class Launcher:
+    calls = []
+
+    def __call__(self, *args):
+        self.calls.append(args)
+
+
+def test_a_kernel_that_cannot_be_loaded(monkeypatch):
+    monkeypatch.setattr(driver, "_driver", lambda: FakeDriver([]))
+    kernel = compiled()
+    kernel.kernel = b"something else"
+    with pytest.raises(RuntimeError, match=r"loading a kernel failed: no such luck.*200"):
+        driver.DriverLaunch(kernel, (), 1, False)
+
+
+@pytest.mark.gpu
+def test_the_driver_and_triton_launch_the_same():
+    rng = np.random.default_rng(0)
+    placement = shape_placement("cube", rng)
+    balancer = Balancer(placement, device="cuda", rank=3)
+    idx = torch.from_numpy(rng.integers(-1, placement.n_logical, (500, 8))).cuda()
+    want = balancer.run(idx)
+    pipeline = next(iter(balancer._scratches.values())).pipeline
+    (prepared,) = pipeline._prepared.values()
+    assert all(kernel._direct is not None for kernel in prepared)
+    seen = []
+    # As a profiler would: Triton's own launch, with the same arguments.
+    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks.add(seen.append)
+    try:
+        assert torch.equal(balancer.run(idx), want)
+    finally:
+        hooks.remove(seen.append)
+    assert len(seen) == len(prepared)
