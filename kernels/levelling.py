@@ -16,7 +16,7 @@ TARGET_PART = tl.constexpr(0.98)
 # That and what rounding may take of it: a level plan that gets here needs no Newton's method.
 ROUNDED_PART = tl.constexpr(0.99)
 # How far an edge goes beyond level once the first sweeps were not enough.
-EXACT_SWEEPS = tl.constexpr(3)
+EXACT_SWEEPS = tl.constexpr(2)
 RELAXATION = tl.constexpr(1.5)
 # Sets of ranks that a bound is taken from, and how far below the largest load the last one goes,
 # in units of the gap that is aimed at; from one to the next it is a factor of two.

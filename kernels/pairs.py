@@ -18,6 +18,7 @@ import triton.language as tl
 
 from lplb_triton.kernels.levelling import (
     CUTS,
+    EXACT_SWEEPS,
     RELAXATION,
     ROUNDED_PART,
     STEADY,
@@ -29,9 +30,6 @@ from lplb_triton.kernels.tokens import _counts_of
 
 # Fields of a table's word.
 FIELD = tl.constexpr(0xFFFF)
-
-# Sweeps before edges go beyond level, and before two are made at a time.
-EXACT_SWEEPS = tl.constexpr(2)
 
 
 @triton.jit
@@ -174,9 +172,10 @@ def _level_pairs(
             # To look how far it is takes longer than a sweep.
             loads, mine = _sweep_pairs(loads, mine, partners, weights, part, G, CLASSES)
             done += 1
-        due = (done == 1) | (done >= most_sweeps) | (2 * done >= 3 * looked)
+        at_once = (done == 1) | (done >= most_sweeps)
+        if_steady = 2 * done >= 3 * looked
         peak = _largest(loads, G)
-        if (peak > enough) & due & ((peak >= steady) | (done == 1)):
+        if (peak > enough) & (at_once | (if_steady & (peak >= steady))):
             cut = _cut_bound_of_pairs(
                 loads, fixed, partners, weights, peak, aim, n_ranks, G, CLASSES
             )

@@ -454,6 +454,12 @@ def _solve_counts_kernel(
                 shared_cells_ptr, n_ranks, n_columns, n_shared, G, C, COPIES, MEMBERS,
             )  # fmt: skip
         _await_previous(PDL)
+        if dense > 0:
+            # Barriers follow before shares are written.
+            rank = tl.arange(0, G)[:, None]
+            col = tl.arange(0, C)[None, :]
+            inside = (rank < n_ranks) & (col < n_columns)
+            tl.store(dense_ptr + rank * n_columns + col, tl.zeros((G, C), tl.float32), mask=inside)
         complete = tl.full((), 1, tl.int1)
         if n_sums > 0:
             complete = _await_counts(counts_ptr, n_logical, BLOCK)
@@ -479,12 +485,6 @@ def _solve_counts_kernel(
                 edges_ptr, n_classes * width, rank_cells_ptr, n_ranks * most_cells,
                 scratch_ptr + n_scratch, LANES,
             )  # fmt: skip
-        if dense > 0:
-            # While counts are on their way. Barriers follow before shares are written.
-            rank = tl.arange(0, G)[:, None]
-            col = tl.arange(0, C)[None, :]
-            inside = (rank < n_ranks) & (col < n_columns)
-            tl.store(dense_ptr + rank * n_columns + col, tl.zeros((G, C), tl.float32), mask=inside)
         if PAIRS > 0:
             max_load = tl.full((), 0.0, tl.float32)
             bound = max_load
