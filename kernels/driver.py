@@ -62,8 +62,12 @@ class UnsupportedError(RuntimeError):
     """The driver, or a kernel, asks for something that isn't done here."""
 
 
+@functools.cache
 def _load(compiled: Any) -> tuple[int, list[int]]:
-    """Load a kernel into the current context; returns its handle and its parameters' sizes."""
+    """Load a kernel into the current context; returns its handle and its parameters' sizes.
+
+    Once only: another copy of the code would have to come into the caches of instructions by itself.
+    """
     driver, meta = _driver(), compiled.metadata
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
     name = meta.name.encode()

@@ -19,9 +19,10 @@ class FakeDriver:
 
     def __init__(self, sizes, status=0):
         self.sizes, self.status = sizes, status
-        self.shared, self.launched = [], []
+        self.shared, self.launched, self.loaded = [], [], 0
 
     def cuModuleLoadData(self, module, image):  # noqa: N802
+        self.loaded += 1
         module._obj.value = 7
         return 0 if image == b"cubin" else 200
 
@@ -59,12 +60,18 @@ class FakeDriver:
         return 0
 
 
+class Kernel:
+    pass
+
+
 def compiled(**changes):
     meta = {
         "name": "kernel", "shared": 1024, "num_warps": 4, "num_ctas": 1,
         "global_scratch_size": 0, "profile_scratch_size": 0, **changes,
     }  # fmt: skip
-    return SimpleNamespace(kernel=b"cubin", metadata=SimpleNamespace(**meta))
+    kernel = Kernel()
+    kernel.kernel, kernel.metadata = b"cubin", SimpleNamespace(**meta)
+    return kernel
 
 
 def test_structures_are_as_in_cuda_h():
@@ -77,7 +84,10 @@ def test_what_the_driver_is_handed(monkeypatch, early):
     fake = FakeDriver([8, 4, 4, 4, 8, 8])
     monkeypatch.setattr(driver, "_driver", lambda: fake)
     x = torch.zeros(3)
-    launch = driver.DriverLaunch(compiled(shared=50_000), (x, -2, 0.5, 3), 17, early)
+    kernel = compiled(shared=50_000)
+    launch = driver.DriverLaunch(kernel, (x, -2, 0.5, 3), 17, early)
+    driver.DriverLaunch(kernel, (x, 1, 0.5, 1), 18, not early)
+    assert fake.loaded == 1
     assert fake.shared == [(11, driver.MAX_DYNAMIC_SHARED_SIZE_BYTES, 50_000)]
     assert launch.values() == [x.data_ptr(), -2, 0.5, 3]
     launch.words[0] = 1 << 40
