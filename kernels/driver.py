@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,6 @@ import torch
 # Names as in cuda.h.
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
-INVALID_VALUE = 1
 # What a kernel may take without being asked for more.
 STATIC_SHARED_BYTES = 48 << 10
 
@@ -59,12 +59,19 @@ def _check(status: int, what: str) -> None:
 
 
 class UnsupportedError(RuntimeError):
-    """The driver, or a kernel, asks for something that isn't done here."""
+    """A kernel asks for something that isn't done here."""
+
+
+def parameter_sizes(ptx: str, name: str) -> list[int]:
+    """Bytes of each parameter of a kernel, from its PTX; none if it isn't there."""
+    header = re.search(rf"\.entry\s+{re.escape(name)}\s*\(([^)]*)\)", ptx)
+    bits = re.findall(r"\.param\s+\.[a-z](\d+)\b", header[1] if header else "")
+    return [int(n) // 8 for n in bits]
 
 
 @functools.cache
-def _load(compiled: Any) -> tuple[int, list[int]]:
-    """Load a kernel into the current context; returns its handle and its parameters' sizes.
+def _load(compiled: Any) -> int:
+    """Load a kernel into the current context; returns its handle.
 
     Once only: another copy of the code would have to come into the caches of instructions by itself.
     """
@@ -76,16 +83,7 @@ def _load(compiled: Any) -> tuple[int, list[int]]:
     if meta.shared > STATIC_SHARED_BYTES:
         status = driver.cuFuncSetAttribute(handle, MAX_DYNAMIC_SHARED_SIZE_BYTES, meta.shared)
         _check(status, "loading a kernel")
-    sizes: list[int] = []
-    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
-    while True:
-        status = driver.cuFuncGetParamInfo(
-            handle, ctypes.c_size_t(len(sizes)), ctypes.byref(offset), ctypes.byref(size)
-        )
-        if status == INVALID_VALUE:
-            return handle.value or 0, sizes
-        _check(status, "looking at a kernel's parameters")
-        sizes.append(size.value)
+    return handle.value or 0
 
 
 class DriverLaunch:
@@ -110,22 +108,21 @@ class DriverLaunch:
     Raises
     ------
     UnsupportedError
-        If the driver is older than CUDA 12.4, or the kernel takes other parameters.
+        If the kernel takes other parameters.
     RuntimeError
         If the driver can't load the kernel.
     """
 
     def __init__(self, compiled: Any, args: Sequence[Any], grid: int, early: bool) -> None:
         meta = compiled.metadata
-        if not hasattr(_driver(), "cuFuncGetParamInfo"):
-            raise UnsupportedError("the CUDA driver doesn't tell what a kernel's parameters are")
         if meta.global_scratch_size or meta.profile_scratch_size or meta.num_ctas != 1:
             raise UnsupportedError(f"kernel {meta.name} needs scratch memory or a cluster")
-        function, sizes = _load(compiled)
+        sizes = parameter_sizes(compiled.asm["ptx"], meta.name)
         wanted = [8 if isinstance(arg, torch.Tensor) else 4 for arg in args]
         # Triton's own come last: addresses of scratch memory.
         if sizes[: len(args)] != wanted or any(size != 8 for size in sizes[len(args) :]):
             raise UnsupportedError(f"kernel {meta.name} takes {sizes} bytes, got {wanted}")
+        function = _load(compiled)
         self._types = [type(arg) for arg in args]
         self.words = (ctypes.c_uint64 * len(sizes))()
         for at, arg in enumerate(args):

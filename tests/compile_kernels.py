@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lplb_triton.bench import peers
-from lplb_triton.kernels import launch, quotas, solvers, sync, tokens
+from lplb_triton.kernels import driver, launch, quotas, solvers, sync, tokens
 
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64"}
@@ -102,6 +102,15 @@ def check_words(ptx, words, threads):
     assert stores == mine + 1, stores
 
 
+def check_parameters(compiled, types):
+    """`DriverLaunch` takes every kernel."""
+    wanted = [8 if kind.startswith("*") else 4 for kind in types if kind != "constexpr"]
+    meta = compiled.metadata
+    sizes = driver.parameter_sizes(compiled.asm["ptx"], meta.name)
+    assert sizes[: len(wanted)] == wanted and set(sizes[len(wanted) :]) <= {8}, sizes
+    assert (meta.global_scratch_size, meta.profile_scratch_size, meta.num_ctas) == (0, 0, 1)
+
+
 def compile_job(capability, number):
     """Compile one of the jobs and check it; returns a line about it."""
     kernel, constants, options = list(jobs(capability))[number]
@@ -112,6 +121,7 @@ def compile_job(capability, number):
     assert cubin > 1000
     if constants.get("CHANNELS"):
         check_words(compiled.asm["ptx"], 8 * constants["BLOCK"], constants["LANES"])
+    check_parameters(compiled, signature(kernel, constants).values())
     name = re.sub(r"^_|_kernel$", "", kernel.__name__)
     return f"{name} {constants} {options}: {cubin} bytes, {time.monotonic() - begun:.1f} s"
 

@@ -34,12 +34,6 @@ class FakeDriver:
         self.shared.append((handle.value, attribute, value))
         return 0
 
-    def cuFuncGetParamInfo(self, handle, at, offset, size):  # noqa: N802
-        if at.value >= len(self.sizes):
-            return driver.INVALID_VALUE
-        size._obj.value = self.sizes[at.value]
-        return 0
-
     def cuLaunchKernelEx(self, config, function, parameters, extra):  # noqa: N802
         config = driver._Config.from_address(config)
         pointers = (ctypes.c_void_p * len(self.sizes)).from_address(parameters)
@@ -64,13 +58,17 @@ class Kernel:
     pass
 
 
-def compiled(**changes):
+def compiled(sizes, **changes):
     meta = {
         "name": "kernel", "shared": 1024, "num_warps": 4, "num_ctas": 1,
         "global_scratch_size": 0, "profile_scratch_size": 0, **changes,
     }  # fmt: skip
     kernel = Kernel()
     kernel.kernel, kernel.metadata = b"cubin", SimpleNamespace(**meta)
+    kinds = {8: ".u64 .ptr .global .align 1", 4: ".u32"}
+    parameters = ",\n".join(f"\t.param {kinds[size]} kernel_{i}" for i, size in enumerate(sizes))
+    other = ".func  (.param .b32 result) other_kernel(\n\t.param .b64 x\n)"
+    kernel.asm = {"ptx": f"{other}\n.visible .entry kernel(\n{parameters}\n)\n.reqntid 128\n{{"}
     return kernel
 
 
@@ -81,10 +79,11 @@ def test_structures_are_as_in_cuda_h():
 
 @pytest.mark.parametrize("early", [False, True])
 def test_what_the_driver_is_handed(monkeypatch, early):
-    fake = FakeDriver([8, 4, 4, 4, 8, 8])
+    sizes = [8, 4, 4, 4, 8, 8]
+    fake = FakeDriver(sizes)
     monkeypatch.setattr(driver, "_driver", lambda: fake)
     x = torch.zeros(3)
-    kernel = compiled(shared=50_000)
+    kernel = compiled(sizes, shared=50_000)
     launch = driver.DriverLaunch(kernel, (x, -2, 0.5, 3), 17, early)
     driver.DriverLaunch(kernel, (x, 1, 0.5, 1), 18, not early)
     assert fake.loaded == 1
@@ -116,7 +115,7 @@ def test_what_the_driver_is_handed(monkeypatch, early):
 )
 def test_what_is_left_to_triton(monkeypatch, sizes, changes, message):
     monkeypatch.setattr(driver, "_driver", lambda: FakeDriver(sizes))
-    kernel, args = compiled(**changes), (torch.zeros(1), 4)
+    kernel, args = compiled(sizes, **changes), (torch.zeros(1), 4)
     with pytest.raises(driver.UnsupportedError, match=message):
         driver.DriverLaunch(kernel, args, 1, False)
     kernel.run, kernel.function, kernel.packed_metadata = Launcher(), 3, "packed"
@@ -137,7 +136,7 @@ class Launcher:
 
 def test_a_kernel_that_cannot_be_loaded(monkeypatch):
     monkeypatch.setattr(driver, "_driver", lambda: FakeDriver([]))
-    kernel = compiled()
+    kernel = compiled([])
     kernel.kernel = b"something else"
     with pytest.raises(RuntimeError, match=r"loading a kernel failed: no such luck.*200"):
         driver.DriverLaunch(kernel, (), 1, False)
