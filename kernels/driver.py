@@ -70,8 +70,8 @@ def parameter_sizes(ptx: str, name: str) -> list[int]:
 
 
 @functools.cache
-def _load(compiled: Any) -> int:
-    """Load a kernel into the current context; returns its handle.
+def _load(compiled: Any) -> tuple[int, list[int]]:
+    """Load a kernel into the current context; returns its handle and its parameters' sizes.
 
     Once only: another copy of the code would have to come into the caches of instructions by itself.
     """
@@ -83,7 +83,7 @@ def _load(compiled: Any) -> int:
     if meta.shared > STATIC_SHARED_BYTES:
         status = driver.cuFuncSetAttribute(handle, MAX_DYNAMIC_SHARED_SIZE_BYTES, meta.shared)
         _check(status, "loading a kernel")
-    return handle.value or 0
+    return handle.value or 0, parameter_sizes(compiled.asm["ptx"], meta.name)
 
 
 class DriverLaunch:
@@ -117,12 +117,11 @@ class DriverLaunch:
         meta = compiled.metadata
         if meta.global_scratch_size or meta.profile_scratch_size or meta.num_ctas != 1:
             raise UnsupportedError(f"kernel {meta.name} needs scratch memory or a cluster")
-        sizes = parameter_sizes(compiled.asm["ptx"], meta.name)
+        function, sizes = _load(compiled)
         wanted = [8 if isinstance(arg, torch.Tensor) else 4 for arg in args]
         # Triton's own come last: addresses of scratch memory.
         if sizes[: len(args)] != wanted or any(size != 8 for size in sizes[len(args) :]):
             raise UnsupportedError(f"kernel {meta.name} takes {sizes} bytes, got {wanted}")
-        function = _load(compiled)
         self._types = [type(arg) for arg in args]
         self.words = (ctypes.c_uint64 * len(sizes))()
         for at, arg in enumerate(args):
