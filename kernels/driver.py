@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 # Names as in cuda.h.
+NUM_REGS = 4
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 # What a kernel may take without being asked for more.
@@ -70,10 +71,16 @@ def parameter_sizes(ptx: str, name: str) -> list[int]:
 
 
 @functools.cache
-def _load(compiled: Any) -> tuple[int, list[int]]:
-    """Load a kernel into the current context; returns its handle and its parameters' sizes.
+def _sizes(compiled: Any) -> list[int]:
+    """Bytes of each parameter of a kernel; none where Triton keeps no PTX."""
+    return parameter_sizes(compiled.asm.get("ptx", ""), compiled.metadata.name)
 
-    Once only: another copy of the code would have to come into the caches of instructions by itself.
+
+@functools.cache
+def _load(compiled: Any) -> int:
+    """Load a kernel into the current context; returns its handle.
+
+    Once only: the caches of instructions don't know another copy for the same code.
     """
     driver, meta = _driver(), compiled.metadata
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
@@ -83,7 +90,10 @@ def _load(compiled: Any) -> tuple[int, list[int]]:
     if meta.shared > STATIC_SHARED_BYTES:
         status = driver.cuFuncSetAttribute(handle, MAX_DYNAMIC_SHARED_SIZE_BYTES, meta.shared)
         _check(status, "loading a kernel")
-    return handle.value or 0, parameter_sizes(compiled.asm["ptx"], meta.name)
+    # Drivers load lazily, and not while a kernel waits for another: being asked makes them do it.
+    registers = ctypes.c_int()
+    _check(driver.cuFuncGetAttribute(ctypes.byref(registers), NUM_REGS, handle), "loading a kernel")
+    return handle.value or 0
 
 
 class DriverLaunch:
@@ -103,12 +113,12 @@ class DriverLaunch:
     Attributes
     ----------
     words : ctypes array
-        64 bits by argument: addresses and integers can be assigned, from launch to launch.
+        64 bits by argument: addresses and integers, no floats, can be assigned between launches.
 
     Raises
     ------
     UnsupportedError
-        If the kernel takes other parameters.
+        If the kernel takes other parameters, or there is no PTX to tell.
     RuntimeError
         If the driver can't load the kernel.
     """
@@ -117,12 +127,13 @@ class DriverLaunch:
         meta = compiled.metadata
         if meta.global_scratch_size or meta.profile_scratch_size or meta.num_ctas != 1:
             raise UnsupportedError(f"kernel {meta.name} needs scratch memory or a cluster")
-        function, sizes = _load(compiled)
+        sizes = _sizes(compiled)
         wanted = [8 if isinstance(arg, torch.Tensor) else 4 for arg in args]
         # Triton's own come last: addresses of scratch memory.
         if sizes[: len(args)] != wanted or any(size != 8 for size in sizes[len(args) :]):
             raise UnsupportedError(f"kernel {meta.name} takes {sizes} bytes, got {wanted}")
-        self._types = [type(arg) for arg in args]
+        function = _load(compiled)
+        self._args = list(args)
         self.words = (ctypes.c_uint64 * len(sizes))()
         for at, arg in enumerate(args):
             if isinstance(arg, torch.Tensor):
@@ -146,12 +157,14 @@ class DriverLaunch:
     def values(self) -> list[int | float]:
         """Give the arguments as Triton's own launch takes them."""
         values: list[int | float] = []
-        for kind, word in zip(self._types, self.words, strict=False):
+        for arg, word in zip(self._args, self.words, strict=False):
             low = word & 0xFFFFFFFF
-            if kind is float:
+            if isinstance(arg, torch.Tensor):
+                values.append(word)
+            elif isinstance(arg, float):
                 values.append(struct.unpack("<f", struct.pack("<I", low))[0])
             else:
-                values.append(ctypes.c_int32(low).value if kind is int else word)
+                values.append(ctypes.c_int32(low).value)
         return values
 
     def launch(self, stream: int) -> None:

@@ -180,8 +180,8 @@ class SolveTables(NamedTuple):
     most copies of an expert on a rank, number of classes of edges, most sweeps over them, whether
     the group is in ``pairs``."""
     pairs: torch.Tensor
-    """[n_group, n, group_size] int64 as for `_load_pairs`; n is 0 if the first placement isn't
-    that kind."""
+    """[n_group, classes of edges, group_size] int64 as for `_load_pairs`; none if the first
+    placement isn't of that kind."""
 
 
 class SelectTables(NamedTuple):

@@ -28,7 +28,7 @@ STEADY = tl.constexpr(0.5)
 
 @triton.jit
 def _cut_loads(peak, aim):
-    """Loads [CUTS, 1] from which on ranks make up the sets that bounds are taken from."""
+    """Make the loads [CUTS, 1] from which on ranks are in the sets that bounds come from."""
     step = tl.arange(0, CUTS)[:, None].to(tl.float32)
     return peak - peak * (aim * FARTHEST_CUT) * tl.exp2(step - (CUTS - 1))
 
@@ -84,8 +84,8 @@ def _lowest_loads(loads_ptr, first_rank, cell_rank_ptr, start, n_copies, most_co
 def _round(x_ptr, units_ptr, tokens_ptr, weights, first, copies, there):
     """Round tokens x by cell to whole units of their column (equation 11).
 
-    weights, ``first`` (the column's first cell), ``copies`` (how many it has) and ``there`` (whether
-    there is such a cell) are by cell, [N].
+    By cell, [N]: weights, ``first`` (the column's first cell), ``copies`` (how many it has) and
+    ``there`` (whether there is such a cell).
     A column without tokens is split evenly. Returns the shares and their running sums over each
     column, in units, and writes the tokens that they stand for; units [n_cells] int32 is scratch.
     """

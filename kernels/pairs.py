@@ -28,7 +28,7 @@ from lplb_triton.kernels.levelling import (
 from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _shares
 from lplb_triton.kernels.tokens import _counts_of
 
-# Fields of a table's word.
+# All bits of one of the four fields of a table's word.
 FIELD = tl.constexpr(0xFFFF)
 
 
@@ -50,7 +50,8 @@ def _load_pairs(pairs_ptr, n_ranks, G: tl.constexpr, CLASSES: tl.constexpr):
     """Load words [CLASSES, n_ranks] int64 of each rank's edges, and their partners.
 
     A word holds, in four times 16 bits from the lowest, partner, expert, column and copy. A rank
-    without an edge in a class is its own partner there, the rest is 0xFFFF.
+    without an edge in a class is its own partner there, the rest is 0xFFFF. Lanes that are no ranks
+    have 0xFFFF throughout: whose load they look at doesn't matter, since they have no weight.
     """
     PARTS: tl.constexpr = (G + 31) // 32
     LANES: tl.constexpr = G // PARTS
@@ -82,7 +83,7 @@ def _weights_of_pairs(counts_ptr, words, N: tl.constexpr):
 
 @triton.jit
 def _of_ranks(parts, rank, G: tl.constexpr):
-    """What the lanes of these ranks hold."""
+    """Find what the lanes of these ranks hold."""
     PARTS: tl.constexpr = (G + 31) // 32
     LANES: tl.constexpr = G // PARTS
     lane = rank & (LANES - 1)
@@ -94,7 +95,10 @@ def _of_ranks(parts, rank, G: tl.constexpr):
 
 @triton.jit
 def _largest(loads, G: tl.constexpr):
-    """Largest of the loads, none below 0: as integers, which a warp compares at once."""
+    """Largest of the loads, some above 0: as integers, which a warp compares at once.
+
+    Loads just below 0, of round-off, come out as smaller than any other.
+    """
     largest = loads[0]
     for h in tl.static_range(1, (G + 31) // 32):
         largest = tl.maximum(largest, loads[h])
@@ -153,8 +157,9 @@ def _level_pairs(
 ):  # fmt: skip
     """Level even splits along the edges of all classes (equation 18), as `_balance` does.
 
-    ``beyond`` times the bound is within the gap; a largest load that was less than ``slower``
-    times as large before is steady. Returns what each rank holds of its edges, and a bound.
+    ``beyond`` times the bound is within the gap; the largest load is steady if it is at least
+    ``slower`` times what it was when last looked at. There may be a sweep more than ``most_sweeps``.
+    Returns what each rank holds of its edges, and a bound.
     """
     mine = ()
     for i in tl.static_range(CLASSES * ((G + 31) // 32)):

@@ -413,6 +413,7 @@ def _solve_counts_kernel(
     scratch [n_group, `solve_scratch`] float32; with ``dense`` 1 dense [n_group, n_ranks, n_columns]
     float32 gets the shares, 0 where there is no copy; LANES is the number of threads. There are at
     most ``n_shared`` cells: every redundant slot makes at most two shared copies, and two cells.
+    With PAIRS classes of edges above 0, groups of pairs are solved as pairs.py says.
     ``certified`` [1] rises by one if the group is certified, ``solves`` [1] always (int32 or
     int64). Grid (n_sums + n_group,).
     """

@@ -24,9 +24,11 @@ FEW = 4
 MOST_CLASSES = 256
 # Edges hold the numbers of their cells in 16 bits.
 MOST_CELLS = 1 << 16
-# Ranks and classes of edges up to which the kernels have a quicker way for columns that are pairs.
+# Ranks up to which the kernels have a quicker way for columns that are pairs, how many of them a
+# lane can be, and how many edges it may have: more don't stay in registers.
 PAIR_RANKS = 64
-PAIR_CLASSES = 8
+PAIR_LANES = 32
+PAIR_EDGES = 8
 # 16 bits, all of them set: no such edge.
 PAIR_FIELD = 0xFFFF
 # Members of a column that the kernels take at once, from a table of their own (a power of two).
@@ -146,7 +148,8 @@ def _pair_classes(placement: Placement) -> int:
     if placement.group_size > PAIR_RANKS or placement.n_physical >= PAIR_FIELD:
         return 0
     n_classes = int(_edges(placement, _cells(placement)["cell_number"])[1].max())
-    return n_classes if n_classes <= PAIR_CLASSES else 0
+    parts = -(-placement.group_size // PAIR_LANES)
+    return n_classes if n_classes * parts <= PAIR_EDGES else 0
 
 
 def _pairs(

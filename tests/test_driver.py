@@ -1,6 +1,7 @@
 """Launches through the CUDA driver: what it is handed, and when Triton's launcher takes over."""
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,6 +34,10 @@ class FakeDriver:
     def cuFuncSetAttribute(self, handle, attribute, value):  # noqa: N802
         self.shared.append((handle.value, attribute, value))
         return 0
+
+    def cuFuncGetAttribute(self, value, attribute, handle):  # noqa: N802
+        value._obj.value = 32
+        return 0 if attribute == driver.NUM_REGS and handle.value == 11 else 1
 
     def cuLaunchKernelEx(self, config, function, parameters, extra):  # noqa: N802
         config = driver._Config.from_address(config)
@@ -89,6 +94,10 @@ def test_what_the_driver_is_handed(monkeypatch, early):
     assert fake.loaded == 1
     assert fake.shared == [(11, driver.MAX_DYNAMIC_SHARED_SIZE_BYTES, 50_000)]
     assert launch.values() == [x.data_ptr(), -2, 0.5, 3]
+    half = np.float64(0.5)
+    assert driver.DriverLaunch(kernel, (x, np.int64(-2), half, 3), 1, early).values() == [
+        x.data_ptr(), -2, 0.5, 3,
+    ]  # fmt: skip
     launch.words[0] = 1 << 40
     launch.words[3] = 5
     launch.launch(99)
@@ -111,13 +120,19 @@ def test_what_the_driver_is_handed(monkeypatch, early):
         ([8, 4, 4], {}, "takes"),
         ([8, 4], {"global_scratch_size": 128}, "scratch"),
         ([8, 4], {"num_ctas": 2}, "cluster"),
+        # Without its PTX nobody knows.
+        (None, {}, r"takes \[\] bytes"),
     ],
 )
 def test_what_is_left_to_triton(monkeypatch, sizes, changes, message):
-    monkeypatch.setattr(driver, "_driver", lambda: FakeDriver(sizes))
-    kernel, args = compiled(sizes, **changes), (torch.zeros(1), 4)
+    fake = FakeDriver(sizes)
+    monkeypatch.setattr(driver, "_driver", lambda: fake)
+    kernel, args = compiled(sizes or [8, 4], **changes), (torch.zeros(1), 4)
+    if sizes is None:
+        del kernel.asm["ptx"]
     with pytest.raises(driver.UnsupportedError, match=message):
         driver.DriverLaunch(kernel, args, 1, False)
+    assert fake.loaded == 0
     kernel.run, kernel.function, kernel.packed_metadata = Launcher(), 3, "packed"
     prepared = _Prepared(_Call(None, 5, args, (64,), {}), kernel, False)
     prepared.args[1] = 6
@@ -161,3 +176,15 @@ def test_the_driver_and_triton_launch_the_same():
     finally:
         hooks.remove(seen.append)
     assert len(seen) == len(prepared)
+
+
+@pytest.mark.gpu
+def test_a_thread_that_did_nothing_on_the_gpu_before():
+    placement = shape_placement("cube", np.random.default_rng(0))
+    balancer = Balancer(placement, device="cuda")
+    idx = torch.arange(64, device="cuda").reshape(8, 8)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(balancer.run, idx).result()
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(balancer.run, idx).result()
+    assert torch.equal(first, second) and torch.equal(first, balancer.run(idx))

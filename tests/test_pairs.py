@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lplb_triton import Balancer, Placement
-from lplb_triton._tables import PAIR_CLASSES, PAIR_FIELD, DeviceTables
+from lplb_triton._tables import PAIR_EDGES, PAIR_FIELD, DeviceTables
 from lplb_triton.bench.instances import draw_loads, shape_placement
 from lplb_triton.bench.verify import highs_optimum
 
@@ -82,13 +82,14 @@ def test_words(shape):
         Placement.from_phy2log([0, 1, 0, 2, 0, 3], 3),
         two_copies(4, [(0, 1), (0, 1), (2, 3)], 3),
         Placement.from_phy2log([0, 0, 0, 1, 2, 3], 2),
-        two_copies(2 + PAIR_CLASSES, [(0, r) for r in range(1, 2 + PAIR_CLASSES)], 9),
+        two_copies(2 + PAIR_EDGES, [(0, r) for r in range(1, 2 + PAIR_EDGES)], 9),
+        two_copies(33, [(0, r) for r in range(1, 6)], 5),
         # More ranks than two warps have lanes.
         two_copies(66, [(r, r + 1) for r in range(0, 66, 2)], 2),
         # Nothing to level.
         Placement(np.array([0, 0, 1, 1]), 2, max_columns=0),
     ],
-    ids=["three", "column", "rank", "classes", "ranks", "none"],
+    ids=["three", "column", "rank", "classes", "two parts", "ranks", "none"],
 )
 def test_what_is_not_of_that_kind(placement):
     fields, in_pairs = words_of(placement)
