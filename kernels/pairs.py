@@ -158,7 +158,8 @@ def _level_pairs(
     """Level even splits along the edges of all classes (equation 18), as `_balance` does.
 
     ``beyond`` times the bound is within the gap; the largest load is steady if it is at least
-    ``slower`` times what it was when last looked at. There may be a sweep more than ``most_sweeps``.
+    ``slower`` times what it was when last looked at. One sweep more than ``most_sweeps`` is made,
+    if that is odd.
     Returns what each rank holds of its edges, and a bound.
     """
     mine = ()
