@@ -480,13 +480,6 @@ def _solve_counts_kernel(
         on_rank = _counts_of(counts_ptr, expert)
         if PAIRS > 0:
             pair_weights = _weights_of_pairs(counts_ptr, words, PAIRS * ((G + 31) // 32))
-        else:
-            of_members = _counts_of(counts_ptr, tables[1])
-            _touch_tables(
-                edges_ptr, n_classes * width, rank_cells_ptr, n_ranks * most_cells,
-                scratch_ptr + n_scratch, LANES,
-            )  # fmt: skip
-        if PAIRS > 0:
             max_load = tl.full((), 0.0, tl.float32)
             bound = max_load
             invalid = tl.full((), 0, tl.int1)
@@ -512,6 +505,11 @@ def _solve_counts_kernel(
                     n_shared, width, G, C, S, COPIES, MEMBERS, LANES,
                 )  # fmt: skip
         else:
+            of_members = _counts_of(counts_ptr, tables[1])
+            _touch_tables(
+                edges_ptr, n_classes * width, rank_cells_ptr, n_ranks * most_cells,
+                scratch_ptr + n_scratch, LANES,
+            )  # fmt: skip
             fixed, load, peak, total, bound, invalid = _fold(on_rank, part, complete, n_ranks)
             weights = _column_weights(
                 counts_ptr, of_members, column_start_ptr, column_members_ptr, most_members,

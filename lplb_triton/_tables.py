@@ -135,8 +135,8 @@ def _edges(
     return table, n_classes
 
 
-def _pair_classes(placement: Placement) -> int:
-    """Classes of edges that a placement of pairs needs, 0 if it isn't one.
+def _pair_classes(placement: Placement, n_classes: int) -> int:
+    """Classes of edges that a placement of pairs needs, ``n_classes``, or 0 if it isn't one.
 
     Its columns are single experts with two copies each, on different ranks.
     """
@@ -147,25 +147,26 @@ def _pair_classes(placement: Placement) -> int:
         return 0
     if placement.group_size > PAIR_RANKS or placement.n_physical >= PAIR_FIELD:
         return 0
-    n_classes = int(_edges(placement, _cells(placement)["cell_number"])[1].max())
     parts = -(-placement.group_size // PAIR_LANES)
     return n_classes if n_classes * parts <= PAIR_EDGES else 0
 
 
 def _pairs(
-    placement: Placement, classes: int, edges: NDArray[np.int64]
+    placement: Placement, edges: NDArray[np.int64], n_classes: int, room: int | None
 ) -> tuple[NDArray[np.int64], bool]:
-    """[n_group, classes, group_size] words as for `kernels.pairs._load_pairs`.
+    """[n_group, room, group_size] words as for `kernels.pairs._load_pairs`.
 
-    Also returns whether the placement is one of pairs in as many classes; otherwise no rank has
-    a partner.
+    ``room`` is for as many classes, by default for those that the placement needs. Also returns
+    whether it is one of pairs for which there is room; otherwise no rank has a partner.
     """
     s = placement.structure
+    needed = _pair_classes(placement, n_classes)
+    room = needed if room is None else room
+    fits = 0 < needed <= room
     n_group, n_ranks, _ = s.mask.shape
-    fields = np.full((n_group, classes, n_ranks, 4), PAIR_FIELD, dtype=np.uint16)
+    fields = np.full((n_group, room, n_ranks, 4), PAIR_FIELD, dtype=np.uint16)
     fields[..., 0] = np.arange(n_ranks)
-    fits = 0 < _pair_classes(placement) <= classes
-    for group, k, at in zip(*np.nonzero(edges[:, :classes] != -1), strict=True) if fits else ():
+    for group, k, at in zip(*np.nonzero(edges[:, :room] != -1), strict=True) if fits else ():
         second, first, cell, _ = edges[group, k, at : at + 1].view(np.uint16).tolist()
         column = cell // 2
         expert = s.column_members[s.column_start[group, column]]
@@ -175,11 +176,11 @@ def _pairs(
     return fields.view(np.int64)[..., 0], fits
 
 
-def _arrays(placement: Placement, pair_classes: int) -> dict[str, NDArray[Any]]:
+def _arrays(placement: Placement, pair_classes: int | None = None) -> dict[str, NDArray[Any]]:
     """Everything the kernels read of a placement.
 
     Shapes depend on its sizes alone, and on how many classes of edges there is room for in the
-    table of pairs.
+    table of pairs (as for `_pairs`).
     """
     s = placement.structure
     lengths = np.diff(s.column_start, axis=1)
@@ -191,7 +192,7 @@ def _arrays(placement: Placement, pair_classes: int) -> dict[str, NDArray[Any]]:
     cells = _cells(placement)
     number = cells["cell_number"]
     edges, n_classes = _edges(placement, number)
-    pairs, in_pairs = _pairs(placement, pair_classes, edges)
+    pairs, in_pairs = _pairs(placement, edges, int(n_classes.max()), pair_classes)
     shared_at = np.where(shared >= 0, s.copy_cell[shared], -1)
     extents = (
         s.mask.sum((1, 2)),
@@ -231,9 +232,9 @@ class DeviceTables:
     """
 
     def __init__(self, placement: Placement, device: torch.device) -> None:
+        arrays = _arrays(placement)
         # Kernels are compiled for these.
-        self._pair_classes = _pair_classes(placement)
-        arrays = _arrays(placement, self._pair_classes)
+        self._pair_classes = arrays["pairs"].shape[1]
         self._offsets: dict[str, int] = {}
         size = 0
         for name, array in arrays.items():
@@ -245,7 +246,7 @@ class DeviceTables:
             name: self._view(self._offsets[name], array) for name, array in arrays.items()
         }
         self._sizes = {name: array.shape for name, array in arrays.items()}
-        self.write(placement)
+        self._fill(arrays)
 
     @property
     def n_bytes(self) -> int:
@@ -262,6 +263,9 @@ class DeviceTables:
         shapes = {name: array.shape for name, array in arrays.items()}
         if shapes != self._sizes:
             raise ValueError(f"placement must have the sizes of the first one, got {placement}")
+        self._fill(arrays)
+
+    def _fill(self, arrays: dict[str, NDArray[Any]]) -> None:
         host = np.zeros(self._block.numel(), dtype=np.uint8)
         for name, array in arrays.items():
             raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)

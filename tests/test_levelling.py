@@ -137,14 +137,26 @@ def test_nothing_depends_on_what_memory_held(monkeypatch, placement):
         assert torch.equal(solution.max_load, found[0].max_load)
 
 
-def test_counts_of_a_failed_exchange_are_invalid_at_once():
-    placement = Placement.from_phy2log([0, 1, 2, 0, 1, 3, 4, 5], 4)
-    counts = torch.tensor([-1, 5, 5, 5, 5, 5], dtype=torch.int32)
+@pytest.mark.parametrize("lost", [0, -1])
+@pytest.mark.parametrize(
+    "placement",
+    [
+        # Pairs, and an expert with three copies.
+        Placement.from_phy2log([0, 1, 2, 0, 1, 3, 4, 5], 4),
+        shape_placement("ring:5", np.random.default_rng(0)),
+        Placement.from_phy2log([0, 1, 2, 0, 1, 3, 0, 4], 4),
+    ],
+    ids=repr,
+)
+def test_counts_of_a_failed_exchange_are_invalid_at_once(placement, lost):
+    counts = torch.full((placement.n_logical,), 5, dtype=torch.int32)
+    counts[lost] = -1
     solution = Balancer(placement, device="cpu", backend="triton").solve(counts)
     assert solution.status.tolist() == [2] and solution.iterations.tolist() == [0]
     held = placement.problem(counts.clamp(min=1)).mask[0]
     even = held / held.sum(0).clamp(min=1)
     assert torch.allclose(solution.shares[0].double(), even.double())
+    assert (solution.shares[0][held & (held.sum(0) == 2)] == 0.5).all()
 
 
 @pytest.mark.parametrize(

@@ -159,16 +159,6 @@ def test_a_graph_sees_a_placement_of_another_kind(device):
     assert kinds == [1, 0, 0, 1]
 
 
-def test_counts_of_a_failed_exchange_are_invalid_at_once():
-    placement = shape_placement("ring:5", np.random.default_rng(0))
-    counts = torch.full((placement.n_logical,), 5, dtype=torch.int32)
-    counts[placement.n_logical - 1] = -1
-    solution = Balancer(placement, device="cpu", backend="triton").solve(counts)
-    assert solution.status.tolist() == [2] and solution.iterations.tolist() == [0]
-    held = placement.problem(counts.clamp(min=0)).mask
-    assert (solution.shares[held] == 0.5).all()
-
-
 def test_ranks_that_stay_apart():
     # Two halves that nothing joins: the bound is that of the fuller one, not the mean.
     apart = two_copies(8, [(0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4)], 5)
