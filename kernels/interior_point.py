@@ -1,8 +1,8 @@
 """Mehrotra's primal-dual method for the min-max LP of one group.
 
-Equation numbers refer to docs/method.md. A group is a dense ``[G, C]`` tile (ranks x columns)
-with a mask of the copies, both padded to powers of two; vectors over ranks are ``[G]``, over
-columns ``[C]``. Everything is float32 in units of the mean rank load.
+Equation numbers refer to docs/method.md. Numbers by copy have one of the two forms of copies.py;
+ranks and columns are padded to powers of two, G and C. Everything is float32 in units of the mean
+rank load.
 """
 
 from __future__ import annotations
@@ -10,8 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lplb_triton.kernels.copies import (
+    Cells,
+    _as_row,
+    _gram,
+    _largest,
+    _least_of_columns,
+    _of_columns,
+    _of_ranks,
+    _sum_columns,
+    _sum_ranks,
+)
 from lplb_triton.kernels.levelling import _cut_bound
-from lplb_triton.kernels.tiles import _add2, _column_sum, _inverse, _max_and_add, _shares
+from lplb_triton.kernels.tiles import _add2, _inverse, _max_and_add, _shares
 
 # Start, step and centering of the method (equations 4, 8 and 9), light columns (10).
 START_MARGIN = tl.constexpr(0.1)
@@ -141,12 +152,12 @@ def _quarter(matrix, down: tl.constexpr, right: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def _inverse_factor(matrix, G: tl.constexpr, SMALL: tl.constexpr):
+def _inverse_factor(matrix, G: tl.constexpr):
     """S, lower triangular, with ``S.T @ S`` the inverse of ``matrix`` [G, G] (equation 7).
 
     Returned as [G / 4, 4, G]. Needs no pivoting: the matrix is positive definite.
     """
-    if G == 64 and not SMALL:
+    if G == 64:
         # In halves: [[A, B], [B.T, C]] with S of A and S of C - B.T inv(A) B.
         H: tl.constexpr = G // 2
         upper = _inverse_factor_by_fours(_quarter(matrix, 0, 0, H), H).reshape(H, H)
@@ -180,26 +191,32 @@ def _inverse_factor_by_fours(matrix, G: tl.constexpr):
     return tl.where(tl.arange(0, G)[None, None, :] <= row, t, 0.0)
 
 
+@triton.jit(noinline=True)
+def _inverse_factor_in_memory(matrix_ptr, G: tl.constexpr):
+    """Put its factor in the place of a matrix [G, G]: a function of its own, compiled sooner."""
+    at = tl.arange(0, G)[:, None] * G + tl.arange(0, G)[None, :]
+    factor = _inverse_factor_by_fours(tl.load(matrix_ptr + at), G)
+    tl.debug_barrier()
+    tl.store(matrix_ptr + at, tl.reshape(factor, (G, G)))
+
+
+@triton.jit
+def _inverse_factor_apart(matrix, memory_ptr, G: tl.constexpr):
+    """`_inverse_factor` through memory [G, G]."""
+    at = tl.arange(0, G)[:, None] * G + tl.arange(0, G)[None, :]
+    tl.debug_barrier()
+    tl.store(memory_ptr + at, matrix)
+    tl.debug_barrier()
+    _inverse_factor_in_memory(memory_ptr, G)
+    tl.debug_barrier()
+    return tl.reshape(tl.load(memory_ptr + at), (G // 4, 4, G))
+
+
 @triton.jit
 def _apply(factor, rhs, G: tl.constexpr):
     """``S.T @ (S @ rhs)``, [G]."""
     half = tl.sum(factor * rhs[None, None, :], 2)
     return tl.sum(tl.reshape(factor * half[:, :, None], (G, G)), 0)
-
-
-@triton.jit
-def _gram(v, G: tl.constexpr, C: tl.constexpr, SMALL: tl.constexpr):
-    """``v @ v.T`` of a ``[G, C]`` tile."""
-    if SMALL:
-        # Every fourth column at a time.
-        quarters = v.reshape(G, C // 4, 4)
-        product = tl.zeros((G, G), tl.float32)
-        for k in range(4):
-            part = _pick(quarters, tl.arange(0, 4)[None, None, :] == k, 2)
-            product = tl.dot(part, tl.trans(part), product, input_precision="ieee")
-    else:
-        product = tl.dot(v, tl.trans(v), input_precision="ieee")
-    return product
 
 
 @triton.jit
@@ -209,27 +226,27 @@ def _step(rate):
 
 
 @triton.jit
-def _lower_bound(y, fixed, w, copy):
+def _lower_bound(y, fixed, w, form, BY_CELL: tl.constexpr):
     """Load that no plan can beat, from any multipliers ``y`` >= 0 (equation 3)."""
     # No y is larger than their sum, so it stands for "no copy here" (a column without any copy
     # has no weight).
     total, fixed_part = tl.reduce((y, y * fixed), 0, _add2)
-    cheapest = tl.min(tl.where(copy, y[:, None], total), 0, keep_dims=True)
+    cheapest = _least_of_columns(_of_ranks(y, form, BY_CELL), total, form, BY_CELL)
     return (fixed_part + tl.sum(w * cheapest)) / total
 
 
 @triton.jit
 def _newton(
-    best, best_load, bound, weights, fixed, copy, rank_on, n_ranks, total, tolerance, aim,
-    max_iterations, G: tl.constexpr, C: tl.constexpr, SMALL: tl.constexpr,
+    best, best_load, bound, weights, fixed, form, rank_on, n_ranks, total, tolerance, aim,
+    max_iterations, G: tl.constexpr, C: tl.constexpr, BY_CELL: tl.constexpr,
 ):  # fmt: skip
-    """Improve the plan ``best`` [G, C] and its bound until the gap is at most ``aim``.
+    """Improve the plan ``best``, shares by copy, and its bound until the gap is at most ``aim``.
 
-    weights [1, C], fixed [G], loads and bound in the caller's unit, ``total`` the sum of all;
-    no weight is on a column with fewer than two copies. With SMALL an iteration takes longer, and
-    the code less time to compile. Returns plan, bound, iterations.
+    weights by column, fixed [G], loads and bound in the caller's unit, ``total`` the sum of all; no
+    weight is on a column with fewer than two copies. Returns plan, bound, iterations.
     """
-    n_copies = _column_sum(copy.to(tl.float32))
+    copy = form.there
+    n_copies = _sum_columns(copy.to(tl.float32), form, BY_CELL)
     n_ranks = n_ranks.to(tl.float32)
     unit = total / n_ranks
     w_all = weights / unit
@@ -239,12 +256,14 @@ def _newton(
 
     # Equation 4: the even split, y uniform, every product x z a part of the mean of s y.
     copies = tl.maximum(n_copies, 1.0)
-    even = tl.where(copy, 1.0 / copies, 0.0)
+    even = tl.where(copy, _of_columns(1.0 / copies, form, BY_CELL), 0.0)
     heavy = w_all > tolerance * LIGHT_PART / C
-    active = copy & heavy
-    w = tl.where(heavy, w_all, 0.0)
-    base = f + tl.sum(tl.where(heavy, 0.0, w_all) * even, 1)
-    load = base + tl.sum(w * even, 1)
+    w_columns = tl.where(heavy, w_all, 0.0)
+    w = _of_columns(w_columns, form, BY_CELL)
+    active = copy & (w > 0)
+    light = _of_columns(w_all - w_columns, form, BY_CELL)
+    base = f + _sum_ranks(light * even, form, BY_CELL)
+    load = base + _sum_ranks(w * even, form, BY_CELL)
     even_load = tl.max(load)
     t = even_load + tl.maximum(even_load - 1.0, 1e-6) * START_MARGIN
     s = tl.where(rank_on, t - load, 1.0)
@@ -252,7 +271,7 @@ def _newton(
     sy = tl.sum(tl.where(rank_on, s * y, 0.0))
     mu = sy / n_ranks * START_CENTERING
     x = tl.where(active, even, NEAR)
-    z = tl.where(active, mu * copies, FAR)
+    z = tl.where(active, mu * _of_columns(copies, form, BY_CELL), FAR)
     n_active = tl.sum(tl.where(heavy, n_copies, 0.0))
     n_products = n_active + n_ranks
     products = sy + mu * n_active
@@ -265,35 +284,42 @@ def _newton(
         iterations += 1
         inverse_z = _inverse(z)
         d = x * inverse_z
-        d_column = tl.where(heavy, _column_sum(d), 1.0)
-        root = tl.rsqrt(d_column)
+        d_columns = tl.where(heavy, _sum_columns(d, form, BY_CELL), 1.0)
+        root = tl.rsqrt(d_columns)
         inverse_d = root * root
         inverse_y = _inverse(y)
         slack = s * inverse_y
         # Equation 5: off-diagonal first, the diagonal from its row sums (no subtraction).
-        v = d * (w * root)
-        matrix = _gram(v, G, C, SMALL)
+        v = d * _of_columns(w_columns * root, form, BY_CELL)
+        matrix = _gram(v, form, G, BY_CELL)
         matrix = tl.where(off_diagonal, matrix, 0.0)
         diagonal = tl.where(rank_on, tl.sum(matrix, 1) + slack, 1.0)
         # Equation 7: adding rho * ones changes nothing, since dy sums to 0.
         rho = tl.max(tl.where(rank_on, diagonal, 0.0)) * REGULARIZATION
         matrix = tl.where(off_diagonal, -matrix, diagonal[:, None])
-        factor = _inverse_factor(matrix + tl.where(both_on, rho, 0.0), G, SMALL)
+        matrix += tl.where(both_on, rho, 0.0)
+        if BY_CELL:
+            factor = _inverse_factor_apart(matrix, form.matrix_ptr, G)
+        else:
+            factor = _inverse_factor(matrix, G)
         ones = _apply(factor, one, G)
 
         # Equation 8, predictor. h = dz / z, e = dy / y; then dx / x = -1 - h, ds / s = -1 - e.
-        w_mean = w * inverse_d
-        rhs_affine = tl.where(rank_on, base + tl.sum(d * w_mean, 1), 0.0)
+        w_mean = w_columns * inverse_d
+        affine_load = _sum_ranks(d * _of_columns(w_mean, form, BY_CELL), form, BY_CELL)
+        rhs_affine = tl.where(rank_on, base + affine_load, 0.0)
         u = _apply(factor, rhs_affine, G)
         t_new, ones_sum = tl.reduce((u, ones), 0, _add2)
         inverse_ones = 1.0 / ones_sum
         t_new *= inverse_ones
         dy = _minus_product(t_new, ones, u)
-        shift = inverse_d + w_mean * _column_sum(d * dy[:, None])
-        h = inverse_z * _minus_product(1.0, shift, w * dy[:, None])
+        dy_copies = _of_ranks(dy, form, BY_CELL)
+        shift = inverse_d + w_mean * _sum_columns(d * dy_copies, form, BY_CELL)
+        shift = _of_columns(shift, form, BY_CELL)
+        h = inverse_z * _minus_product(1.0, shift, w * dy_copies)
         e = dy * inverse_y
-        primal = _step(1.0 + tl.max(tl.maximum(h, e[:, None])))
-        dual = _step(-tl.min(tl.minimum(h, e[:, None])))
+        primal = _step(1.0 + _largest(h, e, BY_CELL))
+        dual = _step(_largest(-h, -e, BY_CELL))
         affine = products * (1.0 - dual) + (primal - dual) * (t_new - t)
         ratio = tl.maximum(affine, 0.0) / products
         ratio *= ratio
@@ -301,40 +327,48 @@ def _newton(
 
         # Corrector. moved = D q' = x + x (target - dx dz) / (x z) - x.
         moved = tl.fma(x, tl.fma(h, h, h), inverse_z * target)
-        moved_column = _column_sum(moved)
+        moved_columns = _sum_columns(moved, form, BY_CELL)
         slack_moved = target * inverse_y + s * (e + e * e)
-        rhs = _minus_product(d, w_mean * moved_column, w * moved)
-        rhs = rhs_affine + tl.where(rank_on, tl.sum(rhs, 1) + slack_moved, 0.0)
-        u = _apply(factor, rhs, G)
+        rhs = _minus_product(d, _of_columns(w_mean * moved_columns, form, BY_CELL), w * moved)
+        rhs = _sum_ranks(rhs, form, BY_CELL) + slack_moved
+        u = _apply(factor, rhs_affine + tl.where(rank_on, rhs, 0.0), G)
         t_new = tl.sum(u) * inverse_ones
         dy = _minus_product(t_new, ones, u)
-        shift = inverse_d * (1.0 - moved_column) + w_mean * _column_sum(d * dy[:, None])
-        h = inverse_z * _minus_product(1.0, shift, w * dy[:, None])
+        dy_copies = _of_ranks(dy, form, BY_CELL)
+        shift = w_mean * _sum_columns(d * dy_copies, form, BY_CELL)
+        shift = _of_columns(inverse_d * (1.0 - moved_columns) + shift, form, BY_CELL)
+        h = inverse_z * _minus_product(1.0, shift, w * dy_copies)
         e = dy * inverse_y
         x_full = _minus_product(x, h, moved)
 
         # Equation 9: the full step, with what is negative cut off, gives a plan and a bound,
         # and the plan's loads another (equation 19).
         plan = tl.maximum(x_full, 0.0)
-        plan *= _inverse(tl.where(heavy, _column_sum(plan), 1.0))
-        loads = base + tl.sum(w * plan, 1)
+        inverse_sum = _inverse(tl.where(heavy, _sum_columns(plan, form, BY_CELL), 1.0))
+        plan *= _of_columns(inverse_sum, form, BY_CELL)
+        loads = base + _sum_ranks(w * plan, form, BY_CELL)
         # Triton's maximum passes over NaN, a sum doesn't: a broken iterate is never kept.
         new_load, load_sum = tl.reduce((loads, loads), 0, _max_and_add)
-        new_bound = _lower_bound(tl.where(rank_on, tl.maximum(y + dy, 0.0), 0.0), f, w_all, copy)
+        new_y = tl.where(rank_on, tl.maximum(y + dy, 0.0), 0.0)
+        new_bound = _lower_bound(new_y, f, w_all, form, BY_CELL)
         better = (new_load < best_load) & (load_sum == load_sum)
         best = tl.where(better, tl.where(active, plan, even), best)
         best_load = tl.where(better, new_load, best_load)
-        lowest = tl.min(tl.where(copy, loads[:, None], float("inf")), 0, keep_dims=True)
-        cut = _cut_bound(loads, f, w_all, lowest, rank_on, new_load, aim)
+        lowest = _of_ranks(loads, form, BY_CELL)
+        lowest = _least_of_columns(lowest, float("inf"), form, BY_CELL)
+        cut = _cut_bound(
+            loads, f, _as_row(w_all, BY_CELL), _as_row(lowest, BY_CELL), rank_on,
+            new_load, aim,
+        )  # fmt: skip
         new_bound = tl.where(load_sum == load_sum, tl.maximum(new_bound, cut), new_bound)
         bound = tl.where(new_bound > bound, new_bound, bound)
 
         # Equation 9: how far the iterate itself may go.
         dx = tl.where(active, x_full - x, 0.0)
         ds = tl.where(rank_on, slack_moved - s - slack * dy, 0.0)
-        primal = tl.max(tl.maximum(-dx * _inverse(x), (-ds * _inverse(s))[:, None]))
+        primal = _largest(-dx * _inverse(x), -ds * _inverse(s), BY_CELL)
         primal = _step(primal * (1.0 / STEP_FACTOR))
-        dual = _step(-tl.min(tl.minimum(h, e[:, None])) * (1.0 / STEP_FACTOR))
+        dual = _step(_largest(-h, -e, BY_CELL) * (1.0 / STEP_FACTOR))
         dt = t_new - t
         products += primal * dt + dual * (n_products * target - products - dt)
         products = tl.maximum(products, 1e-12)
@@ -347,32 +381,38 @@ def _newton(
 
 
 @triton.jit(noinline=True)
-def _newton_in_memory(
-    units_ptr, tokens_ptr, scratch_ptr, cell_number_ptr, n_ranks, n_columns, best_load, bound,
-    total, tolerance, aim, max_iterations, G: tl.constexpr, C: tl.constexpr,
+def _newton_by_cells(
+    units_ptr, tokens_ptr, scratch_ptr, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr,
+    n_cells, most_copies, most_cells, n_ranks, n_columns, n_shared, best_load, bound,
+    total, tolerance, aim, max_iterations, G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """`_newton` on what lies in memory: a function of its own, with registers of its own.
 
-    units [n_cells] int32 is the plan by cell, in units of 2**-24, cell_number [n_ranks, n_columns]
-    int32 says which cell is where, -1 where none is, and scratch holds fixed loads [n_ranks] and
-    weights [n_columns] after n_ranks other words. tokens [n_cells] gets the better plan, in tokens.
+    units [n_cells] int32 is the plan by cell, in units of 2**-24. scratch holds fixed loads
+    [n_ranks] and weights [n_columns] after n_ranks other words. tokens [n_cells] gets the better plan, in tokens. Tables as in `SolveTables`.
     Returns bound and iterations.
     """
     rank = tl.arange(0, G)
     col = tl.arange(0, C)
+    cell = tl.arange(0, COPIES)
     rank_on = rank < n_ranks
     col_on = col < n_columns
-    inside = rank_on[:, None] & col_on[None, :]
-    at = rank[:, None] * n_columns + col[None, :]
-    cell = tl.load(cell_number_ptr + at, mask=inside, other=-1)
-    copy = cell >= 0
-    plan = _shares(tl.load(units_ptr + cell, mask=copy, other=0))
+    there = cell < n_cells
     fixed = tl.load(scratch_ptr + n_ranks + rank, mask=rank_on, other=0.0)
-    weights = tl.load(scratch_ptr + 2 * n_ranks + col, mask=col_on, other=0.0)[None, :]
-    plan, bound, iterations = _newton(
-        plan, best_load, bound, weights, fixed, copy, rank_on, n_ranks, total,
-        tolerance, aim, max_iterations, G, C,
-        (G >= 64) and (C >= 64),  # the largest tiles: rare, slow to compile
+    weights = tl.load(scratch_ptr + 2 * n_ranks + col, mask=col_on, other=0.0)
+    column = tl.load(cells_ptr + n_shared + cell, mask=there, other=0)
+    start = tl.load(cell_start_ptr + col, mask=col_on, other=0)
+    end = tl.load(cell_start_ptr + col + 1, mask=col_on, other=0)
+    form = Cells(
+        there, tl.load(cells_ptr + cell, mask=there, other=0), column,
+        start, end - start, most_copies, rank_cells_ptr + rank, most_cells,
+        cell_number_ptr + rank * n_columns, n_columns, rank_on, n_ranks, scratch_ptr,
     )  # fmt: skip
-    tl.store(tokens_ptr + cell, plan * weights, mask=copy)
+    plan = _shares(tl.load(units_ptr + cell, mask=there, other=0))
+    plan, bound, iterations = _newton(
+        plan, best_load, bound, weights, fixed, form, rank_on, n_ranks, total,
+        tolerance, aim, max_iterations, G, C, True,
+    )  # fmt: skip
+    tl.debug_barrier()
+    tl.store(tokens_ptr + cell, plan * tl.gather(weights, column, 0), mask=there)
     return bound, iterations

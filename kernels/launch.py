@@ -15,7 +15,7 @@ import triton
 from triton.runtime.interpreter import InterpretedFunction
 
 from lplb_triton.kernels.driver import DriverLaunch, UnsupportedError
-from lplb_triton.kernels.solvers import _solve_counts_kernel, _solve_lp_kernel
+from lplb_triton.kernels.solvers import _solve_counts_kernel, _solve_lp_kernel, _spread_kernel
 from lplb_triton.kernels.tokens import _count_kernel, _running_sum_kernel, _select_kernel
 
 # Ids that one program handles at a time. The select kernel compares all pairs of a block.
@@ -24,6 +24,8 @@ SELECT_BLOCK = 256
 # Rows and experts of one program that sums counts.
 SUM_ROWS = 256
 SUM_EXPERTS = 4
+# Shares that one program spreads.
+SPREAD_BLOCK = 512
 # Counts that one pass of an exchange between ranks handles.
 EXCHANGE_BLOCK = 256
 
@@ -150,6 +152,17 @@ class SolveTables(NamedTuple):
     and there are at most as many as copies of replicated experts, ``n_shared``. -1 is padding.
     """
 
+    rank_experts: torch.Tensor
+    """[n_group, group_size, slots_per_rank] experts of each rank's slots, once each on a rank."""
+    rank_parts: torch.Tensor
+    """float32 likewise: which part of their load an even split over ranks leaves there."""
+    extents: torch.Tensor
+    """[n_group, 8] number of cells, most members of a column, most cells of a column and of a rank,
+    most copies of an expert on a rank, number of classes of edges, most sweeps over them, whether
+    the group is in ``pairs``."""
+    pairs: torch.Tensor
+    """[n_group, classes of edges, group_size] int64 as for `_load_pairs`; none if the first
+    placement isn't of that kind."""
     cells: torch.Tensor
     """[n_group, 4, n_shared] rank and column of each cell, that column's first cell and number of
     cells."""
@@ -159,10 +172,6 @@ class SolveTables(NamedTuple):
     """[n_group, group_size, max_columns] which cell is where."""
     rank_cells: torch.Tensor
     """[n_group, n + 1, group_size] each rank's cells, at most n, and -1 after the last."""
-    rank_experts: torch.Tensor
-    """[n_group, group_size, slots_per_rank] experts of each rank's slots, once each on a rank."""
-    rank_parts: torch.Tensor
-    """float32 likewise: which part of their load an even split over ranks leaves there."""
     first_members: torch.Tensor
     """[n_group, max_columns, n] first members of each column."""
     column_start: torch.Tensor
@@ -175,13 +184,21 @@ class SolveTables(NamedTuple):
     copy_multiplicity: torch.Tensor
     edges: torch.Tensor
     """[n_group, most_classes + 1, width] int64 as for `_level_edges`."""
-    extents: torch.Tensor
-    """[n_group, 8] number of cells, most members of a column, most cells of a column and of a rank,
-    most copies of an expert on a rank, number of classes of edges, most sweeps over them, whether
-    the group is in ``pairs``."""
-    pairs: torch.Tensor
-    """[n_group, classes of edges, group_size] int64 as for `_load_pairs`; none if the first
-    placement isn't of that kind."""
+
+
+# Those that every solve reads come first among a kernel's arguments, together with all else that it
+# needs: arguments come in lines, too.
+FIRST_TABLES = 4
+
+
+class SpreadTables(NamedTuple):
+    """Device tables that tell where a dense plan's shares are among those by copy, int32."""
+
+    cell_number: torch.Tensor
+    """[n_group, group_size, max_columns] as in `SolveTables`."""
+    cell_copies: torch.Tensor
+    """[n_group, 2, n_shared] the last copy in each cell of its column's first expert, and the copy
+    before the first, -1 if there is none."""
 
 
 class SelectTables(NamedTuple):
@@ -223,7 +240,7 @@ def _solve_options(warps: int) -> dict[str, Any]:
     that fuses its own product into a sum over lanes rounds differently from the lane that sends
     it. All threads must hold the same bits: they take the same branches by them.
     """
-    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False, "num_stages": 1}
     if warps == 16 and torch.version.hip is None:
         options["maxnreg"] = 128
     return options
@@ -265,8 +282,7 @@ class SolveBuffers(NamedTuple):
     """What a solve from counts writes.
 
     ``counts`` [n_logical], ``cumulative`` [n_physical], ``stats`` [3, n_group] float32, ``ints``
-    [2, n_group], ``scratch`` [n_group, `solve_scratch`] float32, ``dense`` [n_group, group_size,
-    max_columns] float32, the shares, if it is given; int32 where nothing is said.
+    [2, n_group], ``scratch`` [n_group, `solve_scratch`] float32; int32 where nothing is said.
     """
 
     counts: torch.Tensor
@@ -274,14 +290,17 @@ class SolveBuffers(NamedTuple):
     stats: torch.Tensor
     ints: torch.Tensor
     scratch: torch.Tensor
-    dense: torch.Tensor | None = None
 
 
 def solve_scratch(tables: SolveTables) -> int:
-    """Words of scratch that a group takes: by rank, by column, by cell, and one per thread."""
+    """Words of scratch that a group takes: by rank, by column, by cell, and one per thread.
+
+    Or a matrix for Newton's method, which needs nothing of that meanwhile.
+    """
     n_ranks, n_columns = tables.cell_number.shape[1:]
-    lanes = 32 * _solve_warps(*_tile(n_ranks, n_columns))
-    return 2 * n_ranks + n_columns + 4 * tables.cells.shape[2] + lanes
+    ranks, columns = _tile(n_ranks, n_columns)
+    lanes = 32 * _solve_warps(ranks, columns)
+    return max(2 * n_ranks + n_columns + 4 * tables.cells.shape[2] + lanes, ranks * ranks)
 
 
 class Settings(NamedTuple):
@@ -347,12 +366,11 @@ def _solve_counts_call(
     ranks, columns = _tile(n_ranks, n_columns)
     slots, copies = triton.next_power_of_2(n_slots), triton.next_power_of_2(max(1, n_shared))
     n_sums = 0 if running is None else triton.cdiv(n_logical, SUM_EXPERTS)
-    dense = buffers.scratch if buffers.dense is None else buffers.dense
     args = (
-        buffers.counts if running is None else running, buffers.counts, *tables, *buffers[1:-1],
-        dense, *settings, n_ranks, n_columns, n_slots, n_shared,
+        buffers.counts if running is None else running, buffers.counts, *tables[:FIRST_TABLES],
+        *buffers[1:], *settings, n_ranks, n_columns, n_slots, n_shared,
         n_logical, 0 if running is None else running.shape[0], n_sums,
-        *tables.edges.shape[1:], int(buffers.dense is not None),
+        *tables.edges.shape[1:], *tables[FIRST_TABLES:],
         *(exchange.args(channel) if exchange else (*[buffers.counts] * 7, 0, 0, 0, 0, 0)),
     )  # fmt: skip
     warps = _solve_warps(ranks, columns)
@@ -404,6 +422,19 @@ def solve_counts(
     program, as `count_by_program` leaves both) summed in the same launch.
     """
     _launch(_solve_counts_call(running, buffers, tables, settings))
+
+
+def spread_shares(cumulative: torch.Tensor, shares: torch.Tensor, tables: SpreadTables) -> None:
+    """Write to ``shares`` [n_group, group_size, max_columns] float32 what copies of columns take.
+
+    ``cumulative`` [n_physical] int32 as `solve_counts` leaves it.
+    """
+    n_group, n_ranks, n_columns = shares.shape
+    n = n_ranks * n_columns
+    grid = n_group * triton.cdiv(n, SPREAD_BLOCK)
+    args = (cumulative, *tables, shares, n, tables.cell_copies.shape[2])
+    if grid:
+        _launch(_Call(_spread_kernel, grid, args, (SPREAD_BLOCK,), {"num_warps": 4}))
 
 
 def count_by_program(

@@ -34,14 +34,17 @@ FIELD = tl.constexpr(0xFFFF)
 
 @triton.jit
 def _parts(x, memory_ptr, G: tl.constexpr):
-    """Split x [G] into parts of which every warp has all, through ``memory`` [G] float32."""
+    """Split x [G] into parts of which every warp has all; several go through ``memory`` [G]."""
     PARTS: tl.constexpr = (G + 31) // 32
     LANES: tl.constexpr = G // PARTS
-    tl.store(memory_ptr + tl.arange(0, G), x)
-    tl.debug_barrier()
-    parts = ()
-    for h in tl.static_range(PARTS):
-        parts += (tl.load(memory_ptr + h * LANES + tl.arange(0, LANES)),)
+    if PARTS == 1:
+        parts = (x,)
+    else:
+        tl.store(memory_ptr + tl.arange(0, G), x)
+        tl.debug_barrier()
+        parts = ()
+        for h in tl.static_range(PARTS):
+            parts += (tl.load(memory_ptr + h * LANES + tl.arange(0, LANES)),)
     return parts
 
 
@@ -218,14 +221,14 @@ def _round_pairs(mine, inverses, partners, G: tl.constexpr, CLASSES: tl.constexp
 
 @triton.jit
 def _solve_pairs(
-    words, partners, counts, fixed, target, n_ranks, n_columns, most_sweeps, memory_ptr,
-    cumulative_ptr, dense_ptr, dense, G: tl.constexpr, CLASSES: tl.constexpr,
+    words, partners, counts, fixed, target, n_ranks, most_sweeps, memory_ptr, cumulative_ptr,
+    G: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Level, round, judge and write a plan.
 
     words, partners and counts as from `_load_pairs` and `_weights_of_pairs`; fixed [G]. The largest
-    load may be ``target`` of it above the bound. cumulative and dense as for
-    `_solve_counts_kernel`; ``memory`` [G] float32 is scratch. Returns the largest load, a bound,
+    load may be ``target`` of it above the bound. cumulative as for `_solve_counts_kernel`;
+    ``memory`` [G] float32 is scratch. Returns the largest load, a bound,
     whether counts are invalid, and whether the plan will do, or no plan would.
     """
     PARTS: tl.constexpr = (G + 31) // 32
@@ -269,10 +272,4 @@ def _solve_pairs(
         loads += (load,)
     max_load = _largest(loads, G)
     good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
-    if dense > 0:
-        for k in tl.static_range(CLASSES):
-            for h in tl.static_range(PARTS):
-                column = _field(words[k * PARTS + h], 32)
-                where = (h * LANES + tl.arange(0, LANES)) * n_columns + column
-                tl.store(dense_ptr + where, _shares(units[k * PARTS + h]), mask=column >= 0)
     return max_load, bound, invalid, good | invalid

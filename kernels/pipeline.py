@@ -8,6 +8,7 @@ import torch
 import triton
 
 from lplb_triton.kernels.launch import (
+    FIRST_TABLES,
     Exchange,
     SelectTables,
     Settings,
@@ -27,7 +28,7 @@ from lplb_triton.kernels.launch import (
 from lplb_triton.kernels.launch_sync import Quotas, _divide_call
 
 # Where `Pipeline.run` finds the arguments that change from call to call.
-SETTINGS_AT = 2 + len(SolveTables._fields) + len(SolveBuffers._fields) - 1
+SETTINGS_AT = 2 + FIRST_TABLES + len(SolveBuffers._fields) - 1
 CHOICE_AT = 4 + len(SelectTables._fields)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.interior_point import _newton, _newton_in_memory
+from lplb_triton.kernels.copies import Tile
+from lplb_triton.kernels.interior_point import _newton, _newton_by_cells
 from lplb_triton.kernels.levelling import (
     ROUNDED_PART,
     TARGET_PART,
@@ -120,7 +121,7 @@ def _solve_lp_kernel(
     target = tolerance - BOUND_ALLOWANCE
     if max_load - bound > max_load * (target * ROUNDED_PART):
         plan, bound, iterations = _newton(
-            _shares(units), max_load, bound, weights, fixed, copy, rank_on, n_ranks, total,
+            _shares(units), max_load, bound, weights, fixed, Tile(copy), rank_on, n_ranks, total,
             tolerance, target * TARGET_PART, max_iterations, G, C, False,
         )  # fmt: skip
         units = _quantize(plan, rank[:, None], last)
@@ -165,10 +166,13 @@ def _store_cumulative(
 @triton.jit
 def _load_cells(
     cells_ptr, cell_start_ptr, rank_cells_ptr, first_members_ptr, shared_copies_ptr,
-    shared_cells_ptr, n_ranks, n_columns, n_shared,
+    shared_cells_ptr, extents_ptr, n_ranks, n_columns, n_shared,
     G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
-    """Load a group's tables: by cell, [COPIES]; by column, [C] or [C, MEMBERS]; by rank, [G]."""
+    """Load a group's tables: by cell, [COPIES]; by column, [C] or [C, MEMBERS]; by rank, [G].
+
+    And its extents but for the last.
+    """
     cell = tl.arange(0, COPIES)
     col = tl.arange(0, C)
     is_copy = cell < n_shared
@@ -188,7 +192,10 @@ def _load_cells(
     start = tl.load(cell_start_ptr + col, mask=col_on, other=0)
     n_copies = tl.load(cell_start_ptr + col + 1, mask=col_on, other=0) - start
     first_rank = tl.load(cells_ptr + start, mask=n_copies > 0, other=-1)
-    return by_cell, members, first_cell, start, n_copies, first_rank
+    extents = ()
+    for i in tl.static_range(7):
+        extents += (tl.load(extents_ptr + i),)
+    return by_cell, members, first_cell, start, n_copies, first_rank, extents
 
 
 @triton.jit
@@ -230,8 +237,8 @@ def _fold(on_rank, part, complete, n_ranks):
 @triton.jit
 def _solve_cells(
     tables, weights, fixed, load, in_pairs, peak, total, bound, invalid, tolerance,
-    max_iterations, cells_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr, extents_ptr,
-    copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr, dense_ptr, dense,
+    max_iterations, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
+    copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
     n_ranks, n_columns, n_shared, width,
     G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -240,19 +247,15 @@ def _solve_cells(
     ``tables`` as from `_load_cells`; weights [C]; fixed and load [G], of the even split. With
     ``in_pairs`` 1 the cumulative shares are those of a level plan.
     """
-    by_cell, _, first_cell, start, n_copies, first_rank = tables
-    cell_rank, cell_column, cell_first, cell_copies, shared, shared_cell = by_cell
+    by_cell, _, first_cell, start, n_copies, first_rank, extents = tables
+    _, cell_column, cell_first, cell_copies, shared, shared_cell = by_cell
     rank = tl.arange(0, G)
     col = tl.arange(0, C)
     cell = tl.arange(0, COPIES)
     rank_on = rank < n_ranks
-    is_cell = cell < tl.load(extents_ptr)
-    most_copies = tl.load(extents_ptr + 2)
-    most_cells = tl.load(extents_ptr + 3)
-    multiplicity = tl.load(extents_ptr + 4)
-    n_classes = tl.load(extents_ptr + 5)
-    most_sweeps = tl.load(extents_ptr + 6)
-    # `solve_scratch`: loads, fixed loads, weights, tokens; the last three are integers.
+    n_cells, _, most_copies, most_cells, multiplicity, n_classes, most_sweeps = extents
+    is_cell = cell < n_cells
+    # `solve_scratch`: loads, fixed loads, weights, tokens; the last two are integers.
     weights_ptr = scratch_ptr + 2 * n_ranks
     x_ptr = weights_ptr + n_columns
     tokens_ptr = x_ptr + n_shared
@@ -301,16 +304,14 @@ def _solve_cells(
             tl.store(scratch_ptr + n_ranks + rank, fixed, mask=rank_on)
             tl.store(units_ptr + cell, units, mask=cell < n_shared)
             tl.debug_barrier()
-            bound, iterations = _newton_in_memory(
-                units_ptr, x_ptr, scratch_ptr, cell_number_ptr, n_ranks, n_columns,
-                max_load, bound, total, tolerance, aim, max_iterations, G, C,
+            bound, iterations = _newton_by_cells(
+                units_ptr, x_ptr, scratch_ptr, cells_ptr, cell_start_ptr, rank_cells_ptr,
+                cell_number_ptr, n_cells, most_copies, most_cells, n_ranks, n_columns, n_shared,
+                max_load, bound, total, tolerance, aim, max_iterations, G, C, COPIES,
             )  # fmt: skip
             tl.debug_barrier()
     tl.store(upto_ptr + cell, upto, mask=cell < n_shared)
     tl.store(units_ptr + cell, units, mask=cell < n_shared)
-    if dense > 0:
-        where = cell_rank * n_columns + cell_column
-        tl.store(dense_ptr + where, _shares(units), mask=is_cell)
     tl.debug_barrier()
     _store_cumulative(
         cumulative_ptr, upto_ptr, units_ptr, copy_index_ptr, copy_multiplicity_ptr,
@@ -343,7 +344,7 @@ def _solve_cells_in_memory(
     cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, first_members_ptr,
     column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
     edges_ptr, extents_ptr, copy_index_ptr, copy_multiplicity_ptr,
-    cumulative_ptr, scratch_ptr, dense_ptr, dense, n_ranks, n_columns, n_slots, n_shared, width,
+    cumulative_ptr, scratch_ptr, n_ranks, n_columns, n_slots, n_shared, width,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
     MEMBERS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -353,7 +354,7 @@ def _solve_cells_in_memory(
     """
     tables = _load_cells(
         cells_ptr, cell_start_ptr, rank_cells_ptr, first_members_ptr, shared_copies_ptr,
-        shared_cells_ptr, n_ranks, n_columns, n_shared, G, C, COPIES, MEMBERS,
+        shared_cells_ptr, extents_ptr, n_ranks, n_columns, n_shared, G, C, COPIES, MEMBERS,
     )  # fmt: skip
     expert, part = _load_ranks(rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G, S)
     fixed, load, peak, total, bound, invalid = _fold(
@@ -361,13 +362,13 @@ def _solve_cells_in_memory(
     )
     weights = _column_weights(
         counts_ptr, _counts_of(counts_ptr, tables[1]), column_start_ptr, column_members_ptr,
-        tl.load(extents_ptr + 1), n_columns, invalid, C, MEMBERS,
+        tables[6][1], n_columns, invalid, C, MEMBERS,
     )  # fmt: skip
     max_load, bound, iterations = _solve_cells(
         tables, weights, fixed, load, in_pairs, peak, total, tl.maximum(bound, known_bound),
-        invalid, tolerance, max_iterations, cells_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
-        extents_ptr, copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
-        dense_ptr, dense, n_ranks, n_columns, n_shared, width, G, C, COPIES, LANES,
+        invalid, tolerance, max_iterations, cells_ptr, cell_start_ptr, rank_cells_ptr,
+        cell_number_ptr, edges_ptr, copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr,
+        scratch_ptr, n_ranks, n_columns, n_shared, width, G, C, COPIES, LANES,
     )  # fmt: skip
     return max_load, bound, iterations, invalid
 
@@ -376,20 +377,18 @@ def _solve_cells_in_memory(
     do_not_specialize=[
         "max_iterations", "n_ranks", "n_columns", "n_slots", "n_shared", "n_logical",
         "n_rows", "n_sums", "most_classes", "width",
-        "dense", "own_rank", "n_peers", "capacity", "timeout_ms", "channel",
+        "own_rank", "n_peers", "capacity", "timeout_ms", "channel",
     ],
     do_not_specialize_on_alignment=["counts_ptr", "certified_ptr", "solves_ptr"],
 )  # fmt: skip
 def _solve_counts_kernel(
-    running_ptr, counts_ptr,
-    cells_ptr, cell_start_ptr, cell_number_ptr, rank_cells_ptr,
-    rank_experts_ptr, rank_parts_ptr, first_members_ptr, column_start_ptr, column_members_ptr,
-    shared_copies_ptr, shared_cells_ptr, copy_index_ptr, copy_multiplicity_ptr,
-    edges_ptr, extents_ptr, pairs_ptr,
-    cumulative_ptr, stats_ptr, ints_ptr, scratch_ptr, dense_ptr,
-    certified_ptr, solves_ptr,
+    running_ptr, counts_ptr, rank_experts_ptr, rank_parts_ptr, extents_ptr, pairs_ptr,
+    cumulative_ptr, stats_ptr, ints_ptr, scratch_ptr, certified_ptr, solves_ptr,
     tolerance, max_iterations, n_ranks, n_columns, n_slots, n_shared, n_logical, n_rows, n_sums,
-    most_classes, width, dense,
+    most_classes, width,
+    cells_ptr, cell_start_ptr, cell_number_ptr, rank_cells_ptr, first_members_ptr,
+    column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
+    copy_index_ptr, copy_multiplicity_ptr, edges_ptr,
     total_ptr, gathered_ptr, addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
     own_rank, n_peers, capacity, timeout_ms, channel,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
@@ -410,9 +409,8 @@ def _solve_counts_kernel(
 
     Tables as in `SolveTables`; running [n_rows, n_logical] and counts [n_logical] int32;
     cumulative [n_physical] int32, of which it writes the copies of replicated experts;
-    scratch [n_group, `solve_scratch`] float32; with ``dense`` 1 dense [n_group, n_ranks, n_columns]
-    float32 gets the shares, 0 where there is no copy; LANES is the number of threads. There are at
-    most ``n_shared`` cells: every redundant slot makes at most two shared copies, and two cells.
+    scratch [n_group, `solve_scratch`] float32; LANES is the number of threads. There are at most
+    ``n_shared`` cells: every redundant slot makes at most two shared copies, and two cells.
     With PAIRS classes of edges above 0, groups of pairs are solved as pairs.py says.
     ``certified`` [1] rises by one if the group is certified, ``solves`` [1] always (int32 or
     int64). Grid (n_sums + n_group,).
@@ -437,9 +435,8 @@ def _solve_counts_kernel(
         shared_cells_ptr += group * n_shared
         edges_ptr += group * most_classes * width
         extents_ptr += group * 8
-        dense_ptr += group * n_ranks * n_columns
         n_scratch = 2 * n_ranks + n_columns + 4 * n_shared
-        scratch_ptr += group * (n_scratch + LANES)
+        scratch_ptr += group * tl.maximum(n_scratch + LANES, G * G)
         expert, part = _load_ranks(rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G, S)
         if PAIRS > 0:
             in_pairs = tl.load(extents_ptr + 7)
@@ -447,20 +444,11 @@ def _solve_counts_kernel(
             pairs_ptr += group * PAIRS * n_ranks
             words, partners = _load_pairs(pairs_ptr, n_ranks, G, PAIRS)
         else:
-            most_members = tl.load(extents_ptr + 1)
-            most_cells = tl.load(extents_ptr + 3)
-            n_classes = tl.load(extents_ptr + 5)
             tables = _load_cells(
                 cells_ptr, cell_start_ptr, rank_cells_ptr, first_members_ptr, shared_copies_ptr,
-                shared_cells_ptr, n_ranks, n_columns, n_shared, G, C, COPIES, MEMBERS,
+                shared_cells_ptr, extents_ptr, n_ranks, n_columns, n_shared, G, C, COPIES, MEMBERS,
             )  # fmt: skip
         _await_previous(PDL)
-        if dense > 0:
-            # Barriers follow before shares are written.
-            rank = tl.arange(0, G)[:, None]
-            col = tl.arange(0, C)[None, :]
-            inside = (rank < n_ranks) & (col < n_columns)
-            tl.store(dense_ptr + rank * n_columns + col, tl.zeros((G, C), tl.float32), mask=inside)
         complete = tl.full((), 1, tl.int1)
         if n_sums > 0:
             complete = _await_counts(counts_ptr, n_logical, BLOCK)
@@ -490,8 +478,7 @@ def _solve_counts_kernel(
                 fixed = tl.where(complete, fixed, float("inf"))
                 max_load, bound, invalid, solved = _solve_pairs(
                     words, partners, pair_weights, fixed, tolerance - BOUND_ALLOWANCE,
-                    n_ranks, n_columns, most_sweeps, scratch_ptr, cumulative_ptr, dense_ptr, dense,
-                    G, PAIRS,
+                    n_ranks, most_sweeps, scratch_ptr, cumulative_ptr, G, PAIRS,
                 )  # fmt: skip
             if solved == 0:
                 tl.debug_barrier()
@@ -501,11 +488,12 @@ def _solve_counts_kernel(
                     cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, first_members_ptr,
                     column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
                     edges_ptr, extents_ptr, copy_index_ptr, copy_multiplicity_ptr,
-                    cumulative_ptr, scratch_ptr, dense_ptr, dense, n_ranks, n_columns, n_slots,
+                    cumulative_ptr, scratch_ptr, n_ranks, n_columns, n_slots,
                     n_shared, width, G, C, S, COPIES, MEMBERS, LANES,
                 )  # fmt: skip
         else:
             of_members = _counts_of(counts_ptr, tables[1])
+            _, most_members, _, most_cells, _, n_classes, _ = tables[6]
             _touch_tables(
                 edges_ptr, n_classes * width, rank_cells_ptr, n_ranks * most_cells,
                 scratch_ptr + n_scratch, LANES,
@@ -517,9 +505,9 @@ def _solve_counts_kernel(
             )  # fmt: skip
             max_load, bound, iterations = _solve_cells(
                 tables, weights, fixed, load, 0, peak, total, bound, invalid, tolerance,
-                max_iterations, cells_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
-                extents_ptr, copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
-                dense_ptr, dense, n_ranks, n_columns, n_shared, width, G, C, COPIES, LANES,
+                max_iterations, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr,
+                edges_ptr, copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
+                n_ranks, n_columns, n_shared, width, G, C, COPIES, LANES,
             )  # fmt: skip
         max_load, lower_bound, gap, status = _certify(max_load, bound, tolerance, invalid)
         _store_certificate(
@@ -531,3 +519,26 @@ def _solve_counts_kernel(
         # Relaxed: who reads them comes after this launch anyway, and a fence takes its time.
         tl.atomic_add(certified_ptr, certified.to(certified_ptr.dtype.element_ty), sem="relaxed")
         tl.atomic_add(solves_ptr, one, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["n", "n_shared"])
+def _spread_kernel(
+    cumulative_ptr, cell_number_ptr, cell_copies_ptr, shares_ptr, n, n_shared, BLOCK: tl.constexpr
+):
+    """Turn cumulative shares by copy into shares of a rank and a column, 0 where no copy is.
+
+    cumulative [n_physical] int32, cell_number [n_group, n] int32 for n = n_ranks n_columns,
+    cell_copies [n_group, 2, n_shared] int32 as in `SpreadTables`, shares [n_group, n] float32.
+    Grid (n_group blocks,).
+    """
+    blocks = tl.cdiv(n, BLOCK)
+    group = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    cell = tl.load(cell_number_ptr + group * n + at, mask=inside, other=-1)
+    copies_ptrs = cell_copies_ptr + group * 2 * n_shared + cell
+    last = tl.load(copies_ptrs, mask=cell >= 0, other=-1)
+    before = tl.load(copies_ptrs + n_shared, mask=cell >= 0, other=-1)
+    units = tl.load(cumulative_ptr + last, mask=last >= 0, other=0)
+    units -= tl.load(cumulative_ptr + before, mask=before >= 0, other=0)
+    tl.store(shares_ptr + group * n + at, _shares(units), mask=inside)

@@ -81,6 +81,26 @@ def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
     return {"cells": cells, "cell_start": start, "rank_cells": on_rank, "cell_number": number}
 
 
+def _cell_copies(placement: Placement, cells: NDArray[np.int32]) -> NDArray[np.int32]:
+    """For each cell, the last copy there of its column's first expert, and the one before all.
+
+    Copies of an expert ascend by rank, those on a rank are neighbours; -1 if none is before.
+    """
+    s = placement.structure
+    found = np.full((len(cells), 2, cells.shape[2]), -1, dtype=np.int32)
+    holder = s.copy_slot // placement.slots_per_rank
+    for group, (ranks, columns, _, _) in enumerate(cells):
+        for cell in np.flatnonzero(columns >= 0):
+            expert = s.column_members[s.column_start[group, columns[cell]]]
+            begin, end = s.copy_start[expert : expert + 2]
+            on = holder[begin:end]
+            rank = group * placement.group_size + ranks[cell]
+            first = begin + np.searchsorted(on, rank)
+            last = begin + np.searchsorted(on, rank, side="right") - 1
+            found[group, :, cell] = last, first - 1 if first > begin else -1
+    return found
+
+
 def _rank_experts(placement: Placement) -> dict[str, NDArray[Any]]:
     """Keep one slot for an expert on a rank, and the part of it that an even split leaves there."""
     s = placement.structure
@@ -206,6 +226,7 @@ def _arrays(placement: Placement, pair_classes: int | None = None) -> dict[str, 
     )
     return {
         **cells,
+        "cell_copies": _cell_copies(placement, cells["cells"]),
         **_rank_experts(placement),
         "first_members": first_members,
         "column_start": s.column_start,

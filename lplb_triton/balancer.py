@@ -210,6 +210,9 @@ class Balancer:
             self._select_tables = kernels.SelectTables(
                 *(views[name] for name in kernels.SelectTables._fields)
             )
+            self._spread_tables = kernels.SpreadTables(
+                *(views[name] for name in kernels.SpreadTables._fields)
+            )
             self._layout(self.default_n_sms)
         _balancers[self._handle] = self
         self._meet()
@@ -535,21 +538,26 @@ class Balancer:
         if self.backend == "torch":
             return self._solve_torch(counts, certified, self.solves)
         kernels = self._kernels
-        # Without the running sums and the counts, which are there.
-        dense = torch.empty(
+        shares = torch.empty(
             self._solve_tables.cell_number.shape, dtype=torch.float32, device=self.device
         )
+        buffers = self._solve_counts(counts, certified)
+        kernels.spread_shares(buffers.cumulative, shares, self._spread_tables)
+        stats, ints = buffers.stats, buffers.ints
+        return Solution(shares, stats[0], stats[1], stats[2], ints[0], ints[1], self.tolerance)
+
+    def _solve_counts(self, counts: torch.Tensor, certified: torch.Tensor) -> kernels.SolveBuffers:
+        """Solve as `run` does, in one launch, with fresh tensors for what comes out."""
+        kernels = self._kernels
+        # Without the running sums and the counts, which are there.
         fresh = self._shapes(1)[2:]
         buffers = kernels.SolveBuffers(
             counts.to(torch.int32).contiguous(),
             *(torch.empty(s, dtype=d, device=self.device) for s, d in fresh),
-            dense,
         )
-        kernels.solve_counts(
-            None, buffers, self._solve_tables, self._settings(certified, self.solves)
-        )
-        stats, ints = buffers.stats, buffers.ints
-        return Solution(dense, stats[0], stats[1], stats[2], ints[0], ints[1], self.tolerance)
+        settings = self._settings(certified, self.solves)
+        kernels.solve_counts(None, buffers, self._solve_tables, settings)
+        return buffers
 
     def cumulative_shares(self, shares: torch.Tensor) -> torch.Tensor:
         """Cumulative shares by copy, as `select` wants them (method.md, equation 12).
@@ -756,7 +764,7 @@ class Balancer:
         return self._kernels.Settings(certified, solves, self.tolerance, self.max_iterations)
 
     def _shapes(self, n_sms: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of the running sums and of `kernels.SolveBuffers` but for the last."""
+        """Shape and dtype of the running sums and of `kernels.SolveBuffers`."""
         p = self._placement
         return [
             ((n_sms, p.n_logical), torch.int32),
@@ -811,7 +819,7 @@ class Balancer:
         """Make views of a block, and the pipeline on them."""
         kernels, p, views = self._kernels, self._placement, self._tables.views
         running, *rest = (block[a:b].view(d).view(s) for a, b, s, d in self._layout(n_sms))
-        n_buffers = len(kernels.SolveBuffers._fields) - 1
+        n_buffers = len(kernels.SolveBuffers._fields)
         buffers, total = kernels.SolveBuffers(*rest[:n_buffers]), rest[n_buffers]
         side = quotas = between = gathered = None
         if self.quotas == "global" and self.communicator is not None:

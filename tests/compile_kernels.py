@@ -29,7 +29,6 @@ FLOATS = (
     "fixed_ptr",
     "shares_ptr",
     "stats_ptr",
-    "dense_ptr",
     "rank_parts_ptr",
 )
 
@@ -72,6 +71,7 @@ def jobs(capability):
         gathers = {(8, 0): (0, 1), (8, 2): (0,), (32, 0): (0,)}
         for gather in gathers.get((ranks, classes), ()):
             yield solvers._solve_counts_kernel, {**constants, **exchange(gather)}, options
+    yield solvers._spread_kernel, {"BLOCK": launch.SPREAD_BLOCK}, {"num_warps": 4}
     bins = {"BINS": 256, "PDL": capability >= 90}
     yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 2}
     rows = {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS}
