@@ -39,14 +39,17 @@ class Cells(NamedTuple):
     """By rank, into ``rank_cells``."""
     most_cells: Any
     """Most cells of a rank."""
-    cell_number_ptrs: Any
-    """By rank, into ``cell_number``."""
-    n_columns: Any
     rank_on: Any
     """By rank, whether there is such a one."""
+    cell_number_ptr: Any
+    n_columns: Any
     n_ranks: Any
-    matrix_ptr: Any
-    """Scratch [G, G]."""
+    factor_ptr: Any
+    """Scratch for a matrix [G, G],"""
+    slack_ptr: Any
+    """by rank,"""
+    values_ptr: Any
+    """and by cell."""
 
 
 @triton.jit
@@ -129,17 +132,3 @@ def _as_row(values, BY_CELL: tl.constexpr):
         values = values[None, :]
     return values
 
-
-@triton.jit
-def _gram(values, form, G: tl.constexpr, BY_CELL: tl.constexpr):
-    """Multiply the tile [G, C] of values by its transpose."""
-    if BY_CELL:
-        ptrs = form.cell_number_ptrs
-        product = tl.zeros((G, G), tl.float32)
-        for _ in range(form.n_columns):
-            column = _of_cells(values, tl.load(ptrs, mask=form.rank_on, other=-1), 0.0)
-            product += column[:, None] * column[None, :]
-            ptrs += 1
-    else:
-        product = tl.dot(values, tl.trans(values), input_precision="ieee")
-    return product

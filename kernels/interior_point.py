@@ -13,7 +13,6 @@ import triton.language as tl
 from lplb_triton.kernels.copies import (
     Cells,
     _as_row,
-    _gram,
     _largest,
     _least_of_columns,
     _of_columns,
@@ -191,25 +190,84 @@ def _inverse_factor_by_fours(matrix, G: tl.constexpr):
     return tl.where(tl.arange(0, G)[None, None, :] <= row, t, 0.0)
 
 
+@triton.jit
+def _normal_matrix(product, slack, on, G: tl.constexpr):
+    """Make the matrix of equations 5 and 7, [G, G], from ``V V^T``; where ``on`` isn't, that of 1.
+
+    Off-diagonal first, the diagonal from its row sums (no subtraction). Adding rho * ones changes
+    nothing, since dy sums to 0.
+    """
+    off_diagonal = tl.arange(0, G)[:, None] != tl.arange(0, G)[None, :]
+    product = tl.where(off_diagonal, product, 0.0)
+    diagonal = tl.where(on, tl.sum(product, 1) + slack, 1.0)
+    rho = tl.max(tl.where(on, diagonal, 0.0)) * REGULARIZATION
+    one = tl.where(on, 1.0, 0.0)
+    both_on = (one[:, None] * one[None, :]) > 0
+    return tl.where(off_diagonal, -product, diagonal[:, None]) + tl.where(both_on, rho, 0.0)
+
+
 @triton.jit(noinline=True)
-def _inverse_factor_in_memory(matrix_ptr, G: tl.constexpr):
-    """Put its factor in the place of a matrix [G, G]: a function of its own, compiled sooner."""
-    at = tl.arange(0, G)[:, None] * G + tl.arange(0, G)[None, :]
-    factor = _inverse_factor_by_fours(tl.load(matrix_ptr + at), G)
+def _factor_in_memory(
+    values_ptr, slack_ptr, factor_ptr, cell_number_ptr, n_ranks, n_columns, G: tl.constexpr
+):
+    """Put S of `_inverse_factor` in ``factor`` [G, G], from V by cell: a function of its own.
+
+    It eliminates one row after the other, which leave their columns to all threads in ``factor``:
+    short code, compiled sooner.
+    """
+    rank = tl.arange(0, G)
+    on = rank < n_ranks
+    product = tl.zeros((G, G), tl.float32)
+    number_ptrs = cell_number_ptr + rank
+    for _ in range(n_columns):
+        cell = tl.load(number_ptrs, mask=on, other=-1)
+        value = tl.load(values_ptr + cell, mask=cell >= 0, other=0.0)
+        product += value[:, None] * value[None, :]
+        number_ptrs += n_ranks
+    slack = tl.load(slack_ptr + rank, mask=on, other=0.0)
+    t = _normal_matrix(product, slack, on, G)
+    row = rank[:, None]
+    column = rank[None, :]
+    ptrs = factor_ptr + row * G + column
+    for k in range(n_ranks):
+        tl.store(ptrs, t, mask=row == k)
+        tl.debug_barrier()
+        pivot_row_ptr = factor_ptr + k * G
+        root = tl.rsqrt(tl.load(pivot_row_ptr + k))
+        y = tl.where(rank == k, root, tl.load(pivot_row_ptr + rank) * root)
+        # By symmetry y, transposed, is also what the rows below are to be reduced with.
+        reduced = tl.where(column == k, 0.0, t)
+        reduced = _minus_product(tl.broadcast_to(y[:, None], (G, G)), y[None, :], reduced)
+        t = tl.where(row > k, reduced, tl.where(row == k, y[None, :], t))
     tl.debug_barrier()
-    tl.store(matrix_ptr + at, tl.reshape(factor, (G, G)))
+    tl.store(ptrs, tl.where(column <= row, t, 0.0))
 
 
 @triton.jit
-def _inverse_factor_apart(matrix, memory_ptr, G: tl.constexpr):
-    """`_inverse_factor` through memory [G, G]."""
-    at = tl.arange(0, G)[:, None] * G + tl.arange(0, G)[None, :]
-    tl.debug_barrier()
-    tl.store(memory_ptr + at, matrix)
-    tl.debug_barrier()
-    _inverse_factor_in_memory(memory_ptr, G)
-    tl.debug_barrier()
-    return tl.reshape(tl.load(memory_ptr + at), (G // 4, 4, G))
+def _factor(v, slack, on, form, G: tl.constexpr, BY_CELL: tl.constexpr):
+    """S, lower triangular, with ``S.T @ S`` the inverse of the matrix of equations 5 and 7.
+
+    ``v`` by copy. Returned as [G / 4, 4, G].
+    """
+    if BY_CELL:
+        rank = tl.arange(0, G)
+        cell = tl.arange(0, v.shape[0])
+        # Others may still read the last factor.
+        tl.debug_barrier()
+        tl.store(form.values_ptr + cell, v, mask=form.there)
+        tl.store(form.slack_ptr + rank, slack, mask=on)
+        tl.debug_barrier()
+        _factor_in_memory(
+            form.values_ptr, form.slack_ptr, form.factor_ptr, form.cell_number_ptr,
+            form.n_ranks, form.n_columns, G,
+        )  # fmt: skip
+        tl.debug_barrier()
+        row = 4 * tl.arange(0, G // 4)[:, None, None] + tl.arange(0, 4)[None, :, None]
+        factor = tl.load(form.factor_ptr + row * G + rank[None, None, :])
+    else:
+        product = tl.dot(v, tl.trans(v), input_precision="ieee")
+        factor = _inverse_factor(_normal_matrix(product, slack, on, G), G)
+    return factor
 
 
 @triton.jit
@@ -276,8 +334,6 @@ def _newton(
     n_products = n_active + n_ranks
     products = sy + mu * n_active
     one = tl.where(rank_on, 1.0, 0.0)
-    off_diagonal = tl.arange(0, G)[:, None] != tl.arange(0, G)[None, :]
-    both_on = (one[:, None] * one[None, :]) > 0
 
     iterations = 0
     while (best_load - bound > best_load * aim) & (iterations < max_iterations):
@@ -289,19 +345,8 @@ def _newton(
         inverse_d = root * root
         inverse_y = _inverse(y)
         slack = s * inverse_y
-        # Equation 5: off-diagonal first, the diagonal from its row sums (no subtraction).
         v = d * _of_columns(w_columns * root, form, BY_CELL)
-        matrix = _gram(v, form, G, BY_CELL)
-        matrix = tl.where(off_diagonal, matrix, 0.0)
-        diagonal = tl.where(rank_on, tl.sum(matrix, 1) + slack, 1.0)
-        # Equation 7: adding rho * ones changes nothing, since dy sums to 0.
-        rho = tl.max(tl.where(rank_on, diagonal, 0.0)) * REGULARIZATION
-        matrix = tl.where(off_diagonal, -matrix, diagonal[:, None])
-        matrix += tl.where(both_on, rho, 0.0)
-        if BY_CELL:
-            factor = _inverse_factor_apart(matrix, form.matrix_ptr, G)
-        else:
-            factor = _inverse_factor(matrix, G)
+        factor = _factor(v, slack, rank_on, form, G, BY_CELL)
         ones = _apply(factor, one, G)
 
         # Equation 8, predictor. h = dz / z, e = dy / y; then dx / x = -1 - h, ds / s = -1 - e.
@@ -403,10 +448,12 @@ def _newton_by_cells(
     column = tl.load(cells_ptr + n_shared + cell, mask=there, other=0)
     start = tl.load(cell_start_ptr + col, mask=col_on, other=0)
     end = tl.load(cell_start_ptr + col + 1, mask=col_on, other=0)
+    # What is there now is not needed once it is loaded.
+    slack_ptr = scratch_ptr + G * G
     form = Cells(
         there, tl.load(cells_ptr + cell, mask=there, other=0), column,
-        start, end - start, most_copies, rank_cells_ptr + rank, most_cells,
-        cell_number_ptr + rank * n_columns, n_columns, rank_on, n_ranks, scratch_ptr,
+        start, end - start, most_copies, rank_cells_ptr + rank, most_cells, rank_on,
+        cell_number_ptr, n_columns, n_ranks, scratch_ptr, slack_ptr, slack_ptr + n_ranks,
     )  # fmt: skip
     plan = _shares(tl.load(units_ptr + cell, mask=there, other=0))
     plan, bound, iterations = _newton(

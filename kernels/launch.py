@@ -24,6 +24,8 @@ SELECT_BLOCK = 256
 # Rows and experts of one program that sums counts.
 SUM_ROWS = 256
 SUM_EXPERTS = 4
+# Warps of the program that solves a group from counts: the quickest of 4, 8 and 16 on an H100.
+SOLVE_WARPS = 4
 # Shares that one program spreads.
 SPREAD_BLOCK = 512
 # Counts that one pass of an exchange between ranks handles.
@@ -67,6 +69,12 @@ def _current(device: int | None) -> AbstractContextManager[object]:
     if device is None or device == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def _is_profiled() -> bool:
+    """Whether somebody wants to be told of launches."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
 
 
 def _key(call: _Call) -> tuple[Any, ...]:
@@ -127,11 +135,10 @@ class _Prepared:
             self._launcher = copy.copy(compiled.run)
             self._launcher.launch_pdl = early
 
-    def launch(self, stream: int) -> None:
-        """Launch on a stream of the current device."""
-        hook = triton.knobs.runtime.launch_enter_hook
-        if getattr(hook, "calls", hook):
-            # Somebody profiles: Triton's own way gathers what the hooks are told.
+    def launch(self, stream: int, profiled: bool) -> None:
+        """Launch on a stream of the current device; ``profiled`` as `_is_profiled` says."""
+        if profiled:
+            # Triton's own way gathers what the hooks are told.
             args = self.args if self._direct is None else self._direct.values()
             grid = self._call.grid, 1, 1
             self._compiled[grid](*args, *self._call.constants, stream=stream)
@@ -169,7 +176,7 @@ class SolveTables(NamedTuple):
     cell_start: torch.Tensor
     """[n_group, max_columns + 1] first cell of each column."""
     cell_number: torch.Tensor
-    """[n_group, group_size, max_columns] which cell is where."""
+    """[n_group, max_columns, group_size] which cell is where, -1 where none is."""
     rank_cells: torch.Tensor
     """[n_group, n + 1, group_size] each rank's cells, at most n, and -1 after the last."""
     first_members: torch.Tensor
@@ -195,7 +202,7 @@ class SpreadTables(NamedTuple):
     """Device tables that tell where a dense plan's shares are among those by copy, int32."""
 
     cell_number: torch.Tensor
-    """[n_group, group_size, max_columns] as in `SolveTables`."""
+    """As in `SolveTables`."""
     cell_copies: torch.Tensor
     """[n_group, 2, n_shared] the last copy in each cell of its column's first expert, and the copy
     before the first, -1 if there is none."""
@@ -226,11 +233,6 @@ def _newton_warps(ranks: int, columns: int) -> int:
     if ranks <= 32:
         return 4 if columns <= 64 else 8
     return 8 if ranks == 64 and columns <= 64 else 16
-
-
-def _solve_warps(ranks: int, columns: int) -> int:
-    """Warps for `solve_counts`, where Newton's method is rare: as above."""
-    return min(max(4, ranks * columns // 128), 8 if ranks <= 32 else 16)
 
 
 def _solve_options(warps: int) -> dict[str, Any]:
@@ -295,12 +297,13 @@ class SolveBuffers(NamedTuple):
 def solve_scratch(tables: SolveTables) -> int:
     """Words of scratch that a group takes: by rank, by column, by cell, and one per thread.
 
-    Or a matrix for Newton's method, which needs nothing of that meanwhile.
+    Or for Newton's method a matrix, and by rank and by cell: it needs nothing of that meanwhile.
     """
-    n_ranks, n_columns = tables.cell_number.shape[1:]
-    ranks, columns = _tile(n_ranks, n_columns)
-    lanes = 32 * _solve_warps(ranks, columns)
-    return max(2 * n_ranks + n_columns + 4 * tables.cells.shape[2] + lanes, ranks * ranks)
+    n_columns, n_ranks = tables.cell_number.shape[1:]
+    n_shared = tables.cells.shape[2]
+    ranks, _ = _tile(n_ranks, n_columns)
+    levelling = 2 * n_ranks + n_columns + 4 * n_shared + 32 * SOLVE_WARPS
+    return max(levelling, ranks * ranks + n_ranks + n_shared)
 
 
 class Settings(NamedTuple):
@@ -373,13 +376,12 @@ def _solve_counts_call(
         *tables.edges.shape[1:], *tables[FIRST_TABLES:],
         *(exchange.args(channel) if exchange else (*[buffers.counts] * 7, 0, 0, 0, 0, 0)),
     )  # fmt: skip
-    warps = _solve_warps(ranks, columns)
     constants = (
         ranks, columns, max(2, slots), max(32, copies), n_members, SUM_ROWS, SUM_EXPERTS,
-        tables.pairs.shape[1], 32 * warps, _has_pdl(buffers.counts.device),
+        tables.pairs.shape[1], 32 * SOLVE_WARPS, _has_pdl(buffers.counts.device),
         *(exchange.constants() if exchange else (0, _exchange_block(n_logical), 0, 0)),
     )  # fmt: skip
-    options = _solve_options(warps)
+    options = _solve_options(SOLVE_WARPS)
     return _Call(_solve_counts_kernel, n_sums + n_group, args, constants, options)
 
 
@@ -430,9 +432,8 @@ def spread_shares(cumulative: torch.Tensor, shares: torch.Tensor, tables: Spread
     ``cumulative`` [n_physical] int32 as `solve_counts` leaves it.
     """
     n_group, n_ranks, n_columns = shares.shape
-    n = n_ranks * n_columns
-    grid = n_group * triton.cdiv(n, SPREAD_BLOCK)
-    args = (cumulative, *tables, shares, n, tables.cell_copies.shape[2])
+    grid = n_group * triton.cdiv(n_ranks * n_columns, SPREAD_BLOCK)
+    args = (cumulative, *tables, shares, n_ranks, n_columns, tables.cell_copies.shape[2])
     if grid:
         _launch(_Call(_spread_kernel, grid, args, (SPREAD_BLOCK,), {"num_warps": 4}))
 

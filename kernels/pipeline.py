@@ -18,6 +18,7 @@ from lplb_triton.kernels.launch import (
     _compile,
     _count_call,
     _current,
+    _is_profiled,
     _launch,
     _Prepared,
     _select_call,
@@ -67,6 +68,8 @@ class Pipeline:
         self._solve_tables, self._select_tables, self._rank = solve_tables, select_tables, rank
         self._exchange, self._quotas = exchange, quotas
         self._device = running.device.index
+        if not is_interpreted():
+            self._current_stream = triton.runtime.driver.active.get_current_stream
         self._prepared: dict[tuple[torch.dtype, torch.dtype, float, int, int], list[_Prepared]] = {}
 
     def run(
@@ -108,14 +111,17 @@ class Pipeline:
         solve.args[solve.n_args - 1] = channel
         choose.args[0], choose.args[1] = ids, out.data_ptr()
         choose.args[CHOICE_AT], choose.args[CHOICE_AT + 1] = n_ids, chunk
-        stream = triton.runtime.driver.active.get_current_stream(self._device)
+        stream, profiled = self._current_stream(self._device), _is_profiled()
         with _current(self._device):
-            for kernel in prepared[:n_first]:
-                kernel.launch(stream)
-            if between is not None:
+            if between is None:
+                for kernel in prepared:
+                    kernel.launch(stream, profiled)
+            else:
+                for kernel in prepared[:n_first]:
+                    kernel.launch(stream, profiled)
                 between()
-            for kernel in prepared[n_first:]:
-                kernel.launch(stream)
+                for kernel in prepared[n_first:]:
+                    kernel.launch(stream, profiled)
 
     def _calls(
         self, idx: torch.Tensor, out: torch.Tensor, chunk: int, settings: Settings, channel: int,

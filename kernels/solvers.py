@@ -436,7 +436,7 @@ def _solve_counts_kernel(
         edges_ptr += group * most_classes * width
         extents_ptr += group * 8
         n_scratch = 2 * n_ranks + n_columns + 4 * n_shared
-        scratch_ptr += group * tl.maximum(n_scratch + LANES, G * G)
+        scratch_ptr += group * tl.maximum(n_scratch + LANES, G * G + n_ranks + n_shared)
         expert, part = _load_ranks(rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G, S)
         if PAIRS > 0:
             in_pairs = tl.load(extents_ptr + 7)
@@ -521,21 +521,23 @@ def _solve_counts_kernel(
         tl.atomic_add(solves_ptr, one, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n", "n_shared"])
+@triton.jit(do_not_specialize=["n_ranks", "n_columns", "n_shared"])
 def _spread_kernel(
-    cumulative_ptr, cell_number_ptr, cell_copies_ptr, shares_ptr, n, n_shared, BLOCK: tl.constexpr
-):
-    """Turn cumulative shares by copy into shares of a rank and a column, 0 where no copy is.
+    cumulative_ptr, cell_number_ptr, cell_copies_ptr, shares_ptr, n_ranks, n_columns, n_shared,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Turn cumulative shares by copy into shares by rank and column, 0 where no copy is.
 
-    cumulative [n_physical] int32, cell_number [n_group, n] int32 for n = n_ranks n_columns,
-    cell_copies [n_group, 2, n_shared] int32 as in `SpreadTables`, shares [n_group, n] float32.
-    Grid (n_group blocks,).
+    cumulative [n_physical] int32, shares [n_group, n_ranks, n_columns] float32, tables as in
+    `SpreadTables`. Grid (n_group cdiv(n_ranks n_columns, BLOCK),).
     """
+    n = n_ranks * n_columns
     blocks = tl.cdiv(n, BLOCK)
     group = (tl.program_id(0) // blocks).to(tl.int64)
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    cell = tl.load(cell_number_ptr + group * n + at, mask=inside, other=-1)
+    number_ptrs = cell_number_ptr + group * n + at % n_columns * n_ranks + at // n_columns
+    cell = tl.load(number_ptrs, mask=inside, other=-1)
     copies_ptrs = cell_copies_ptr + group * 2 * n_shared + cell
     last = tl.load(copies_ptrs, mask=cell >= 0, other=-1)
     before = tl.load(copies_ptrs + n_shared, mask=cell >= 0, other=-1)

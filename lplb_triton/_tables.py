@@ -55,7 +55,7 @@ def _shared_copies(placement: Placement) -> NDArray[np.int32]:
 def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
     """Make the tables of a group's cells, numbered by column, then by rank; see `SolveTables`.
 
-    ``cell_number`` [n_group, group_size, max_columns] is that number, -1 where no copy is.
+    ``cell_number`` is that number here by group, rank and column, -1 where no copy is.
     """
     mask = placement.structure.mask
     n_group, n_ranks, n_columns = mask.shape
@@ -226,6 +226,7 @@ def _arrays(placement: Placement, pair_classes: int | None = None) -> dict[str, 
     )
     return {
         **cells,
+        "cell_number": np.ascontiguousarray(number.transpose(0, 2, 1)),
         "cell_copies": _cell_copies(placement, cells["cells"]),
         **_rank_experts(placement),
         "first_members": first_members,

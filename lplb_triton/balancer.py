@@ -538,9 +538,9 @@ class Balancer:
         if self.backend == "torch":
             return self._solve_torch(counts, certified, self.solves)
         kernels = self._kernels
-        shares = torch.empty(
-            self._solve_tables.cell_number.shape, dtype=torch.float32, device=self.device
-        )
+        p = self._placement
+        size = p.n_group, p.group_size, p.max_columns
+        shares = torch.empty(size, dtype=torch.float32, device=self.device)
         buffers = self._solve_counts(counts, certified)
         kernels.spread_shares(buffers.cumulative, shares, self._spread_tables)
         stats, ints = buffers.stats, buffers.ints

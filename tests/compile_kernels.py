@@ -56,14 +56,13 @@ def jobs(capability):
         if classes == 0:
             options = launch._solve_options(launch._newton_warps(ranks, columns))
             yield solvers._solve_lp_kernel, {"G": ranks, "C": columns}, options
-        warps = launch._solve_warps(ranks, columns)
-        options = launch._solve_options(warps)
+        options = launch._solve_options(launch.SOLVE_WARPS)
         constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64, "MEMBERS": 4}
         constants |= {
             "ROWS": launch.SUM_ROWS,
             "EXPERTS": launch.SUM_EXPERTS,
             "PAIRS": classes,
-            "LANES": 32 * warps,
+            "LANES": 32 * launch.SOLVE_WARPS,
             "PDL": capability >= 90,
         }
         none = {"CHANNELS": 0, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": 0, "ON_GPU": 0}

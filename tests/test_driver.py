@@ -136,7 +136,7 @@ def test_what_is_left_to_triton(monkeypatch, sizes, changes, message):
     kernel.run, kernel.function, kernel.packed_metadata = Launcher(), 3, "packed"
     prepared = _Prepared(_Call(None, 5, args, (64,), {}), kernel, False)
     prepared.args[1] = 6
-    prepared.launch(8)
+    prepared.launch(8, False)
     assert Launcher.calls.pop() == (
         5, 1, 1, 8, 3, "packed", None, None, None, args[0].data_ptr(), 6, 64,
     )  # fmt: skip

@@ -25,6 +25,7 @@ def edges_of(placement):
     tables = (views[name] for name in ("edges", "extents", "cell_number"))
     groups = []
     for classes, extents, number in zip(*tables, strict=True):
+        number = number.T
         # The kernel asks for the class after the last, too.
         n = extents[5]
         assert n < len(classes) and (classes[n:] == -1).all()
@@ -66,7 +67,7 @@ def test_edges(placement):
 def test_cells(placement):
     views = tables_of(placement)
     for group, mask in enumerate(placement.structure.mask):
-        number, extents = views["cell_number"][group], views["extents"][group]
+        number, extents = views["cell_number"][group].T, views["extents"][group]
         assert ((number >= 0) == mask).all()
         assert sorted(number[mask]) == list(range(mask.sum())) and extents[0] == mask.sum()
         ranks, columns, first, copies = views["cells"][group][:, : mask.sum()]
