@@ -46,8 +46,8 @@ class Cells(NamedTuple):
     n_ranks: Any
     factor_ptr: Any
     """Scratch for a matrix [G, G],"""
-    slack_ptr: Any
-    """by rank,"""
+    vectors_ptr: Any
+    """for two numbers by rank [2, G],"""
     values_ptr: Any
     """and by cell."""
 

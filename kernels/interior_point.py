@@ -208,12 +208,12 @@ def _normal_matrix(product, slack, on, G: tl.constexpr):
 
 @triton.jit(noinline=True)
 def _factor_in_memory(
-    values_ptr, slack_ptr, factor_ptr, cell_number_ptr, n_ranks, n_columns, G: tl.constexpr
+    values_ptr, vectors_ptr, factor_ptr, cell_number_ptr, n_ranks, n_columns, G: tl.constexpr
 ):
-    """Put S of `_inverse_factor` in ``factor`` [G, G], from V by cell: a function of its own.
+    """Write S of `_inverse_factor` to ``factor`` [G, G], from V by cell: a function of its own.
 
-    It eliminates one row after the other, which leave their columns to all threads in ``factor``:
-    short code, compiled sooner.
+    ``vectors`` [2, G] is scratch and holds the slack to begin with. One row is eliminated after
+    the other, which all threads get through memory: short code, compiled sooner.
     """
     rank = tl.arange(0, G)
     on = rank < n_ranks
@@ -224,46 +224,53 @@ def _factor_in_memory(
         value = tl.load(values_ptr + cell, mask=cell >= 0, other=0.0)
         product += value[:, None] * value[None, :]
         number_ptrs += n_ranks
-    slack = tl.load(slack_ptr + rank, mask=on, other=0.0)
-    t = _normal_matrix(product, slack, on, G)
+    t = _normal_matrix(product, tl.load(vectors_ptr + rank, mask=on, other=0.0), on, G)
     row = rank[:, None]
     column = rank[None, :]
-    ptrs = factor_ptr + row * G + column
-    for k in range(n_ranks):
-        tl.store(ptrs, t, mask=row == k)
-        tl.debug_barrier()
-        pivot_row_ptr = factor_ptr + k * G
-        root = tl.rsqrt(tl.load(pivot_row_ptr + k))
-        y = tl.where(rank == k, root, tl.load(pivot_row_ptr + rank) * root)
-        # By symmetry y, transposed, is also what the rows below are to be reduced with.
-        reduced = tl.where(column == k, 0.0, t)
-        reduced = _minus_product(tl.broadcast_to(y[:, None], (G, G)), y[None, :], reduced)
-        t = tl.where(row > k, reduced, tl.where(row == k, y[None, :], t))
     tl.debug_barrier()
-    tl.store(ptrs, tl.where(column <= row, t, 0.0))
+    for k in range(G):
+        # The other one may still be read.
+        vector_ptr = vectors_ptr + k % 2 * G
+        tl.store(tl.broadcast_to(vector_ptr + column, (G, G)), t, mask=row == k)
+        tl.debug_barrier()
+        root = tl.rsqrt(tl.load(vector_ptr + k))
+        y = tl.where(rank == k, root, tl.load(vector_ptr + rank) * root)
+        tl.store(factor_ptr + k * G + rank, tl.where(rank <= k, y, 0.0))
+        # By symmetry y, transposed, is also what the rows below are to be reduced with.
+        t = tl.where(column == k, 0.0, t)
+        t = _minus_product(tl.broadcast_to(y[:, None], (G, G)), y[None, :], t)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def _apply_in_memory(factor_ptr, vector_ptr, n_ranks, G: tl.constexpr):
+    """Multiply a vector [n_ranks], in its place, by ``S.T @ S``."""
+    rank = tl.arange(0, G)
+    factor = tl.load(factor_ptr + rank[:, None] * G + rank[None, :])
+    vector = tl.load(vector_ptr + rank, mask=rank < n_ranks, other=0.0)
+    half = tl.sum(factor * vector[None, :], 1)
+    tl.debug_barrier()
+    tl.store(vector_ptr + rank, tl.sum(factor * half[:, None], 0), mask=rank < n_ranks)
 
 
 @triton.jit
 def _factor(v, slack, on, form, G: tl.constexpr, BY_CELL: tl.constexpr):
     """S, lower triangular, with ``S.T @ S`` the inverse of the matrix of equations 5 and 7.
 
-    ``v`` by copy. Returned as [G / 4, 4, G].
+    ``v`` by copy. As [G / 4, 4, G], or where it is in memory.
     """
     if BY_CELL:
-        rank = tl.arange(0, G)
         cell = tl.arange(0, v.shape[0])
-        # Others may still read the last factor.
+        # Others may still use the last factor.
         tl.debug_barrier()
         tl.store(form.values_ptr + cell, v, mask=form.there)
-        tl.store(form.slack_ptr + rank, slack, mask=on)
+        tl.store(form.vectors_ptr + tl.arange(0, G), slack, mask=on)
         tl.debug_barrier()
         _factor_in_memory(
-            form.values_ptr, form.slack_ptr, form.factor_ptr, form.cell_number_ptr,
+            form.values_ptr, form.vectors_ptr, form.factor_ptr, form.cell_number_ptr,
             form.n_ranks, form.n_columns, G,
         )  # fmt: skip
-        tl.debug_barrier()
-        row = 4 * tl.arange(0, G // 4)[:, None, None] + tl.arange(0, 4)[None, :, None]
-        factor = tl.load(form.factor_ptr + row * G + rank[None, None, :])
+        factor = form.factor_ptr
     else:
         product = tl.dot(v, tl.trans(v), input_precision="ieee")
         factor = _inverse_factor(_normal_matrix(product, slack, on, G), G)
@@ -271,10 +278,20 @@ def _factor(v, slack, on, form, G: tl.constexpr, BY_CELL: tl.constexpr):
 
 
 @triton.jit
-def _apply(factor, rhs, G: tl.constexpr):
-    """``S.T @ (S @ rhs)``, [G]."""
-    half = tl.sum(factor * rhs[None, None, :], 2)
-    return tl.sum(tl.reshape(factor * half[:, :, None], (G, G)), 0)
+def _apply(factor, rhs, form, G: tl.constexpr, BY_CELL: tl.constexpr):
+    """``S.T @ (S @ rhs)``, [G]; rhs is 0 where there is no rank."""
+    if BY_CELL:
+        rank = tl.arange(0, G)
+        tl.debug_barrier()
+        tl.store(form.vectors_ptr + rank, rhs, mask=form.rank_on)
+        tl.debug_barrier()
+        _apply_in_memory(factor, form.vectors_ptr, form.n_ranks, G)
+        tl.debug_barrier()
+        result = tl.load(form.vectors_ptr + rank, mask=form.rank_on, other=0.0)
+    else:
+        half = tl.sum(factor * rhs[None, None, :], 2)
+        result = tl.sum(tl.reshape(factor * half[:, :, None], (G, G)), 0)
+    return result
 
 
 @triton.jit
@@ -347,13 +364,13 @@ def _newton(
         slack = s * inverse_y
         v = d * _of_columns(w_columns * root, form, BY_CELL)
         factor = _factor(v, slack, rank_on, form, G, BY_CELL)
-        ones = _apply(factor, one, G)
+        ones = _apply(factor, one, form, G, BY_CELL)
 
         # Equation 8, predictor. h = dz / z, e = dy / y; then dx / x = -1 - h, ds / s = -1 - e.
         w_mean = w_columns * inverse_d
         affine_load = _sum_ranks(d * _of_columns(w_mean, form, BY_CELL), form, BY_CELL)
         rhs_affine = tl.where(rank_on, base + affine_load, 0.0)
-        u = _apply(factor, rhs_affine, G)
+        u = _apply(factor, rhs_affine, form, G, BY_CELL)
         t_new, ones_sum = tl.reduce((u, ones), 0, _add2)
         inverse_ones = 1.0 / ones_sum
         t_new *= inverse_ones
@@ -376,7 +393,7 @@ def _newton(
         slack_moved = target * inverse_y + s * (e + e * e)
         rhs = _minus_product(d, _of_columns(w_mean * moved_columns, form, BY_CELL), w * moved)
         rhs = _sum_ranks(rhs, form, BY_CELL) + slack_moved
-        u = _apply(factor, rhs_affine + tl.where(rank_on, rhs, 0.0), G)
+        u = _apply(factor, rhs_affine + tl.where(rank_on, rhs, 0.0), form, G, BY_CELL)
         t_new = tl.sum(u) * inverse_ones
         dy = _minus_product(t_new, ones, u)
         dy_copies = _of_ranks(dy, form, BY_CELL)
@@ -449,11 +466,11 @@ def _newton_by_cells(
     start = tl.load(cell_start_ptr + col, mask=col_on, other=0)
     end = tl.load(cell_start_ptr + col + 1, mask=col_on, other=0)
     # What is there now is not needed once it is loaded.
-    slack_ptr = scratch_ptr + G * G
+    vectors_ptr = scratch_ptr + G * G
     form = Cells(
         there, tl.load(cells_ptr + cell, mask=there, other=0), column,
         start, end - start, most_copies, rank_cells_ptr + rank, most_cells, rank_on,
-        cell_number_ptr, n_columns, n_ranks, scratch_ptr, slack_ptr, slack_ptr + n_ranks,
+        cell_number_ptr, n_columns, n_ranks, scratch_ptr, vectors_ptr, vectors_ptr + 2 * G,
     )  # fmt: skip
     plan = _shares(tl.load(units_ptr + cell, mask=there, other=0))
     plan, bound, iterations = _newton(

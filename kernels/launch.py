@@ -297,13 +297,13 @@ class SolveBuffers(NamedTuple):
 def solve_scratch(tables: SolveTables) -> int:
     """Words of scratch that a group takes: by rank, by column, by cell, and one per thread.
 
-    Or for Newton's method a matrix, and by rank and by cell: it needs nothing of that meanwhile.
+    Or for Newton's method a matrix, two by rank and one by cell: it needs nothing of that meanwhile.
     """
     n_columns, n_ranks = tables.cell_number.shape[1:]
     n_shared = tables.cells.shape[2]
     ranks, _ = _tile(n_ranks, n_columns)
     levelling = 2 * n_ranks + n_columns + 4 * n_shared + 32 * SOLVE_WARPS
-    return max(levelling, ranks * ranks + n_ranks + n_shared)
+    return max(levelling, ranks * (ranks + 2) + n_shared)
 
 
 class Settings(NamedTuple):

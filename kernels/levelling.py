@@ -68,15 +68,20 @@ def _rank_loads(fixed, tokens_ptr, first_cell, cell_ptrs, n_ranks, most_cells):
 
 
 @triton.jit
-def _lowest_loads(loads_ptr, first_rank, cell_rank_ptr, start, n_copies, most_copies):
-    """Least load of a column's ranks, [C]; ``first_rank`` is that of its first copy, or -1."""
+def _lowest_loads(loads_ptr, first_ranks, cell_rank_ptr, start, n_copies, most_copies):
+    """Least load of a column's ranks, [C]; ``first_ranks`` [C, n] are those of its first copies."""
     inf = float("inf")
+    N: tl.constexpr = first_ranks.shape[1]
+    nth = tl.arange(0, N)[None, :]
+    ranks = first_ranks
     lowest = tl.full(start.shape, inf, tl.float32)
-    rank = first_rank
-    for copy in range(1, most_copies + 1):
-        load = tl.load(loads_ptr + rank, mask=rank >= 0, other=inf)
-        rank = tl.load(cell_rank_ptr + start + copy, mask=copy < n_copies, other=-1)
-        lowest = tl.minimum(lowest, load)
+    for copy in range(N, most_copies + N, N):
+        loads = tl.load(loads_ptr + ranks, mask=ranks >= 0, other=inf)
+        at = copy + nth
+        ranks = tl.load(
+            cell_rank_ptr + start[:, None] + at, mask=at < n_copies[:, None], other=-1
+        )
+        lowest = tl.minimum(lowest, tl.min(loads, 1))
     return lowest
 
 
@@ -170,7 +175,7 @@ def _sweep(
 @triton.jit
 def _balance(
     peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, loads_ptr,
-    edges_ptr, n_classes, most_sweeps, width, first_rank, cell_rank_ptr, start, n_copies,
+    edges_ptr, n_classes, most_sweeps, width, first_ranks, cell_rank_ptr, start, n_copies,
     most_copies, G: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Improve the plan x, tokens by cell, with rank loads ``load``; returns a bound.
@@ -189,7 +194,7 @@ def _balance(
         if peak - bound > peak * aim:
             load = tl.load(loads_ptr + tl.arange(0, G), mask=rank_on, other=0.0)
             lowest = _lowest_loads(
-                loads_ptr, first_rank, cell_rank_ptr, start, n_copies, most_copies
+                loads_ptr, first_ranks, cell_rank_ptr, start, n_copies, most_copies
             )
             cut = _cut_bound(load, fixed, weights[None, :], lowest[None, :], rank_on, peak, aim)
             bound = tl.maximum(bound, cut)

@@ -33,18 +33,14 @@ FIELD = tl.constexpr(0xFFFF)
 
 
 @triton.jit
-def _parts(x, memory_ptr, G: tl.constexpr):
-    """Split x [G] into parts of which every warp has all; several go through ``memory`` [G]."""
+def _parts(x, G: tl.constexpr):
+    """Split x [G] into parts of which every warp has all."""
     PARTS: tl.constexpr = (G + 31) // 32
     LANES: tl.constexpr = G // PARTS
-    if PARTS == 1:
-        parts = (x,)
-    else:
-        tl.store(memory_ptr + tl.arange(0, G), x)
-        tl.debug_barrier()
-        parts = ()
-        for h in tl.static_range(PARTS):
-            parts += (tl.load(memory_ptr + h * LANES + tl.arange(0, LANES)),)
+    parts = ()
+    for h in tl.static_range(PARTS):
+        # Not x itself: its layout would spread to all that follows.
+        parts += (tl.gather(x, h * LANES + tl.arange(0, LANES), 0),)
     return parts
 
 
@@ -221,14 +217,13 @@ def _round_pairs(mine, inverses, partners, G: tl.constexpr, CLASSES: tl.constexp
 
 @triton.jit
 def _solve_pairs(
-    words, partners, counts, fixed, target, n_ranks, most_sweeps, memory_ptr, cumulative_ptr,
+    words, partners, counts, fixed, target, n_ranks, most_sweeps, cumulative_ptr,
     G: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Level, round, judge and write a plan.
 
     words, partners and counts as from `_load_pairs` and `_weights_of_pairs`; fixed [G]. The largest
-    load may be ``target`` of it above the bound. cumulative as for `_solve_counts_kernel`;
-    ``memory`` [G] float32 is scratch. Returns the largest load, a bound,
+    load may be ``target`` of it above the bound. cumulative as for `_solve_counts_kernel`. Returns the largest load, a bound,
     whether counts are invalid, and whether the plan will do, or no plan would.
     """
     PARTS: tl.constexpr = (G + 31) // 32
@@ -237,7 +232,7 @@ def _solve_pairs(
     beyond = 1.0 / (1.0 - aim)
     slower = 1.0 / (1.0 + aim * STEADY)
     part_of_rank = 1.0 / n_ranks.to(tl.float32)
-    own = _parts(fixed, memory_ptr, G)
+    own = _parts(fixed, G)
     loads = ()
     all_loads = tl.zeros((LANES,), tl.float32)
     for h in tl.static_range(PARTS):

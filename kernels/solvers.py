@@ -185,17 +185,20 @@ def _load_cells(
         tl.load(shared_copies_ptr + cell, mask=is_copy, other=-1),
         tl.load(shared_cells_ptr + cell, mask=is_copy, other=-1),
     )
-    member_ptrs = first_members_ptr + col[:, None] * MEMBERS + tl.arange(0, MEMBERS)[None, :]
+    nth = tl.arange(0, MEMBERS)[None, :]
+    member_ptrs = first_members_ptr + col[:, None] * MEMBERS + nth
     members = tl.load(member_ptrs, mask=col_on[:, None], other=-1)
     rank = tl.arange(0, G)
     first_cell = tl.load(rank_cells_ptr + rank, mask=rank < n_ranks, other=-1)
     start = tl.load(cell_start_ptr + col, mask=col_on, other=0)
     n_copies = tl.load(cell_start_ptr + col + 1, mask=col_on, other=0) - start
-    first_rank = tl.load(cells_ptr + start, mask=n_copies > 0, other=-1)
+    first_ranks = tl.load(
+        cells_ptr + start[:, None] + nth, mask=nth < n_copies[:, None], other=-1
+    )
     extents = ()
     for i in tl.static_range(7):
         extents += (tl.load(extents_ptr + i),)
-    return by_cell, members, first_cell, start, n_copies, first_rank, extents
+    return by_cell, members, first_cell, start, n_copies, first_ranks, extents
 
 
 @triton.jit
@@ -212,9 +215,10 @@ def _touch_tables(
 def _load_ranks(
     rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G: tl.constexpr, S: tl.constexpr
 ):
-    """Load a group's tables by rank and slot, [G, S]."""
-    rank = tl.arange(0, G)[:, None]
-    slot = tl.arange(0, S)[None, :]
+    """Load a group's tables by rank and slot, [G S]: flat, slots of a rank side by side."""
+    index = tl.arange(0, G * S)
+    rank = index // S
+    slot = index % S
     at = rank * n_slots + slot
     there = (rank < n_ranks) & (slot < n_slots)
     expert = tl.load(rank_experts_ptr + at, mask=there, other=-1)
@@ -222,12 +226,13 @@ def _load_ranks(
 
 
 @triton.jit
-def _fold(on_rank, part, complete, n_ranks):
-    """Sum counts [G, S] over the slots of ranks: fixed loads, and loads of the even split.
+def _fold(on_rank, part, complete, n_ranks, G: tl.constexpr, S: tl.constexpr):
+    """Sum counts [G S] over the slots of ranks: fixed loads, and loads of the even split.
 
     Also returns the rest of `_mean_and_bound`. Without ``complete`` counts all is infinite.
     """
-    fixed, load = tl.reduce((tl.where(part == 1.0, on_rank, 0.0), on_rank * part), 1, _add2)
+    alone = tl.where(part == 1.0, on_rank, 0.0).reshape(G, S)
+    fixed, load = tl.reduce((alone, (on_rank * part).reshape(G, S)), 1, _add2)
     fixed = tl.where(complete, fixed, float("inf"))
     load = tl.where(complete, load, float("inf"))
     peak, total, bound, invalid = _mean_and_bound(load, fixed, n_ranks)
@@ -247,7 +252,7 @@ def _solve_cells(
     ``tables`` as from `_load_cells`; weights [C]; fixed and load [G], of the even split. With
     ``in_pairs`` 1 the cumulative shares are those of a level plan.
     """
-    by_cell, _, first_cell, start, n_copies, first_rank, extents = tables
+    by_cell, _, first_cell, start, n_copies, first_ranks, extents = tables
     _, cell_column, cell_first, cell_copies, shared, shared_cell = by_cell
     rank = tl.arange(0, G)
     col = tl.arange(0, C)
@@ -272,7 +277,7 @@ def _solve_cells(
         bound = _balance(
             peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, scratch_ptr,
             edges_ptr, n_classes, most_sweeps, width,
-            first_rank, cells_ptr, start, n_copies, most_copies, G, LANES,
+            first_ranks, cells_ptr, start, n_copies, most_copies, G, LANES,
         )  # fmt: skip
     else:
         there = shared >= 0
@@ -358,7 +363,7 @@ def _solve_cells_in_memory(
     )  # fmt: skip
     expert, part = _load_ranks(rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G, S)
     fixed, load, peak, total, bound, invalid = _fold(
-        _counts_of(counts_ptr, expert), part, complete, n_ranks
+        _counts_of(counts_ptr, expert), part, complete, n_ranks, G, S
     )
     weights = _column_weights(
         counts_ptr, _counts_of(counts_ptr, tables[1]), column_start_ptr, column_members_ptr,
@@ -436,7 +441,7 @@ def _solve_counts_kernel(
         edges_ptr += group * most_classes * width
         extents_ptr += group * 8
         n_scratch = 2 * n_ranks + n_columns + 4 * n_shared
-        scratch_ptr += group * tl.maximum(n_scratch + LANES, G * G + n_ranks + n_shared)
+        scratch_ptr += group * tl.maximum(n_scratch + LANES, G * (G + 2) + n_shared)
         expert, part = _load_ranks(rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G, S)
         if PAIRS > 0:
             in_pairs = tl.load(extents_ptr + 7)
@@ -474,11 +479,11 @@ def _solve_counts_kernel(
             solved = invalid
             iterations = max_iterations * 0
             if in_pairs > 0:
-                fixed = tl.sum(tl.where(part == 1.0, on_rank, 0.0), 1)
+                fixed = tl.sum(tl.where(part == 1.0, on_rank, 0.0).reshape(G, S), 1)
                 fixed = tl.where(complete, fixed, float("inf"))
                 max_load, bound, invalid, solved = _solve_pairs(
                     words, partners, pair_weights, fixed, tolerance - BOUND_ALLOWANCE,
-                    n_ranks, most_sweeps, scratch_ptr, cumulative_ptr, G, PAIRS,
+                    n_ranks, most_sweeps, cumulative_ptr, G, PAIRS,
                 )  # fmt: skip
             if solved == 0:
                 tl.debug_barrier()
@@ -498,7 +503,9 @@ def _solve_counts_kernel(
                 edges_ptr, n_classes * width, rank_cells_ptr, n_ranks * most_cells,
                 scratch_ptr + n_scratch, LANES,
             )  # fmt: skip
-            fixed, load, peak, total, bound, invalid = _fold(on_rank, part, complete, n_ranks)
+            fixed, load, peak, total, bound, invalid = _fold(
+                on_rank, part, complete, n_ranks, G, S
+            )
             weights = _column_weights(
                 counts_ptr, of_members, column_start_ptr, column_members_ptr, most_members,
                 n_columns, invalid, C, MEMBERS,
