@@ -178,7 +178,7 @@ class SolveTables(NamedTuple):
     cell_number: torch.Tensor
     """[n_group, max_columns, group_size] which cell is where, -1 where none is."""
     rank_cells: torch.Tensor
-    """[n_group, n + 1, group_size] each rank's cells, at most n, and -1 after the last."""
+    """[n_group, n, group_size] each rank's cells, -1 after the last; n is a multiple of eight."""
     first_members: torch.Tensor
     """[n_group, max_columns, n] first members of each column."""
     column_start: torch.Tensor

@@ -11,6 +11,8 @@ import triton.language as tl
 
 from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _shares
 
+# Cells of a rank that are summed at once; its table is padded to whole such blocks.
+RANK_CELLS = tl.constexpr(8)
 # The gap that is aimed at, as a part of the tolerance.
 TARGET_PART = tl.constexpr(0.98)
 # That and what rounding may take of it: a level plan that gets here needs no Newton's method.
@@ -51,19 +53,32 @@ def _cut_bound(loads, fixed, weights, lowest, rank_on, peak, aim):
 
 
 @triton.jit
-def _rank_loads(fixed, tokens_ptr, first_cell, cell_ptrs, n_ranks, most_cells):
+def _load_rank_cells(rank_cells_ptr, first, n_ranks, G: tl.constexpr):
+    """Load the numbers of RANK_CELLS cells of each rank from its ``first`` one on, [G RANK_CELLS].
+
+    Flat, those of a rank side by side, -1 after the last.
+    """
+    index = tl.arange(0, G * RANK_CELLS)
+    rank = index // RANK_CELLS
+    at = (first + index % RANK_CELLS) * n_ranks + rank
+    return tl.load(rank_cells_ptr + at, mask=rank < n_ranks, other=-1)
+
+
+@triton.jit
+def _rank_loads(
+    fixed, tokens_ptr, first_cells, rank_cells_ptr, n_ranks, most_cells, G: tl.constexpr
+):
     """Add to the fixed loads of ranks, [G], the tokens by cell of their cells.
 
-    ``cell_ptrs`` [G] point at a rank's first cell, the next ones are n_ranks further each, -1
-    where there is none; ``first_cell`` is what the first ones hold.
+    ``first_cells`` are the first of these, as `_load_rank_cells` gives them.
     """
     loads = fixed
-    cell = first_cell
-    for _ in range(most_cells):
-        cell_ptrs += n_ranks
-        following = tl.load(cell_ptrs, mask=cell >= 0, other=-1)
-        loads += tl.load(tokens_ptr + cell, mask=cell >= 0, other=0.0)
-        cell = following
+    cell = first_cells
+    for first in range(0, most_cells, RANK_CELLS):
+        if first > 0:
+            cell = _load_rank_cells(rank_cells_ptr, first, n_ranks, G)
+        tokens = tl.load(tokens_ptr + cell, mask=cell >= 0, other=0.0)
+        loads += tl.sum(tokens.reshape(G, RANK_CELLS), 1)
     return loads
 
 

@@ -11,9 +11,11 @@ import triton.language as tl
 from lplb_triton.kernels.copies import Tile
 from lplb_triton.kernels.interior_point import _newton, _newton_by_cells
 from lplb_triton.kernels.levelling import (
+    RANK_CELLS,
     ROUNDED_PART,
     TARGET_PART,
     _balance,
+    _load_rank_cells,
     _rank_loads,
     _round,
 )
@@ -169,7 +171,7 @@ def _load_cells(
     shared_cells_ptr, extents_ptr, n_ranks, n_columns, n_shared,
     G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
-    """Load a group's tables: by cell, [COPIES]; by column, [C] or [C, MEMBERS]; by rank, [G].
+    """Load a group's tables: by cell, [COPIES]; by column, [C] or [C, MEMBERS]; by rank.
 
     And its extents but for the last.
     """
@@ -188,8 +190,7 @@ def _load_cells(
     nth = tl.arange(0, MEMBERS)[None, :]
     member_ptrs = first_members_ptr + col[:, None] * MEMBERS + nth
     members = tl.load(member_ptrs, mask=col_on[:, None], other=-1)
-    rank = tl.arange(0, G)
-    first_cell = tl.load(rank_cells_ptr + rank, mask=rank < n_ranks, other=-1)
+    first_cells = _load_rank_cells(rank_cells_ptr, 0, n_ranks, G)
     start = tl.load(cell_start_ptr + col, mask=col_on, other=0)
     n_copies = tl.load(cell_start_ptr + col + 1, mask=col_on, other=0) - start
     first_ranks = tl.load(
@@ -198,7 +199,7 @@ def _load_cells(
     extents = ()
     for i in tl.static_range(7):
         extents += (tl.load(extents_ptr + i),)
-    return by_cell, members, first_cell, start, n_copies, first_ranks, extents
+    return by_cell, members, first_cells, start, n_copies, first_ranks, extents
 
 
 @triton.jit
@@ -252,7 +253,7 @@ def _solve_cells(
     ``tables`` as from `_load_cells`; weights [C]; fixed and load [G], of the even split. With
     ``in_pairs`` 1 the cumulative shares are those of a level plan.
     """
-    by_cell, _, first_cell, start, n_copies, first_ranks, extents = tables
+    by_cell, _, first_cells, start, n_copies, first_ranks, extents = tables
     _, cell_column, cell_first, cell_copies, shared, shared_cell = by_cell
     rank = tl.arange(0, G)
     col = tl.arange(0, C)
@@ -299,7 +300,7 @@ def _solve_cells(
         )
         tl.debug_barrier()
         max_load = tl.max(
-            _rank_loads(fixed, tokens_ptr, first_cell, rank_cells_ptr + rank, n_ranks, most_cells)
+            _rank_loads(fixed, tokens_ptr, first_cells, rank_cells_ptr, n_ranks, most_cells, G)
         )
         rounds += 1
         good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
@@ -433,7 +434,8 @@ def _solve_counts_kernel(
         cells_ptr += group * 4 * n_shared
         cell_start_ptr += group * (n_columns + 1)
         cell_number_ptr += group * n_ranks * n_columns
-        rank_cells_ptr += group * n_ranks * (tl.minimum(n_slots, n_columns) + 1)
+        most_on_a_rank = tl.maximum(tl.minimum(n_slots, n_columns), 1)
+        rank_cells_ptr += group * n_ranks * tl.cdiv(most_on_a_rank, RANK_CELLS) * RANK_CELLS
         first_members_ptr += group * n_columns * MEMBERS
         column_start_ptr += group * (n_columns + 1)
         shared_copies_ptr += group * n_shared

@@ -31,6 +31,8 @@ PAIR_LANES = 32
 PAIR_EDGES = 8
 # 16 bits, all of them set: no such edge.
 PAIR_FIELD = 0xFFFF
+# Cells of a rank that the kernels sum at once.
+RANK_CELLS = 8
 # Members of a column that the kernels take at once, from a table of their own (a power of two).
 MEMBERS = 4
 
@@ -68,8 +70,9 @@ def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
             f"got {mask.sum((1, 2)).max()}"
         )
     cells = np.full((n_group, 4, 2 * placement.redundant_per_group), -1, dtype=np.int32)
-    most_on_a_rank = min(placement.slots_per_rank, n_columns)
-    on_rank = np.full((n_group, most_on_a_rank + 1, n_ranks), -1, dtype=np.int32)
+    most_on_a_rank = max(1, min(placement.slots_per_rank, n_columns))
+    most_on_a_rank = -(-most_on_a_rank // RANK_CELLS) * RANK_CELLS
+    on_rank = np.full((n_group, most_on_a_rank, n_ranks), -1, dtype=np.int32)
     for group in range(n_group):
         columns, ranks = np.nonzero(mask[group].T)
         number[group, ranks, columns] = np.arange(ranks.size)
