@@ -180,7 +180,7 @@ class SolveTables(NamedTuple):
     rank_cells: torch.Tensor
     """[n_group, n, group_size] each rank's cells, -1 after the last; n is a multiple of eight."""
     first_members: torch.Tensor
-    """[n_group, max_columns, n] first members of each column."""
+    """[n_group, n, max_columns] first members of each column."""
     column_start: torch.Tensor
     column_members: torch.Tensor
     shared_copies: torch.Tensor
@@ -363,7 +363,7 @@ def _solve_counts_call(
     exchange: Exchange | None = None, channel: int = 0,
 ) -> _Call:  # fmt: skip
     n_group, n_ranks, n_slots = tables.rank_experts.shape
-    _, n_columns, n_members = tables.first_members.shape
+    _, n_members, n_columns = tables.first_members.shape
     n_shared = tables.shared_copies.shape[1]
     n_logical = buffers.counts.numel()
     ranks, columns = _tile(n_ranks, n_columns)

@@ -13,6 +13,8 @@ from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _shares
 
 # Cells of a rank that are summed at once; its table is padded to whole such blocks.
 RANK_CELLS = tl.constexpr(8)
+# Copies of a column that are looked at side by side.
+COPIES_AT_ONCE = tl.constexpr(4)
 # The gap that is aimed at, as a part of the tolerance.
 TARGET_PART = tl.constexpr(0.98)
 # That and what rounding may take of it: a level plan that gets here needs no Newton's method.
@@ -72,32 +74,52 @@ def _rank_loads(
 
     ``first_cells`` are the first of these, as `_load_rank_cells` gives them.
     """
-    loads = fixed
-    cell = first_cells
-    for first in range(0, most_cells, RANK_CELLS):
-        if first > 0:
-            cell = _load_rank_cells(rank_cells_ptr, first, n_ranks, G)
-        tokens = tl.load(tokens_ptr + cell, mask=cell >= 0, other=0.0)
-        loads += tl.sum(tokens.reshape(G, RANK_CELLS), 1)
-    return loads
+    tokens = tl.load(tokens_ptr + first_cells, mask=first_cells >= 0, other=0.0)
+    for first in range(RANK_CELLS, most_cells, RANK_CELLS):
+        cell = _load_rank_cells(rank_cells_ptr, first, n_ranks, G)
+        tokens += tl.load(tokens_ptr + cell, mask=cell >= 0, other=0.0)
+    return fixed + tl.sum(tokens.reshape(G, RANK_CELLS), 1)
+
+
+@triton.jit
+def _ranks_of_copies(cell_rank_ptr, start, n_copies, first):
+    """Load the ranks of COPIES_AT_ONCE copies of each column from its ``first`` on, -1 for none."""
+    ranks = ()
+    for k in tl.static_range(COPIES_AT_ONCE):
+        at = first + k
+        ranks += (tl.load(cell_rank_ptr + start + at, mask=at < n_copies, other=-1),)
+    return ranks
 
 
 @triton.jit
 def _lowest_loads(loads_ptr, first_ranks, cell_rank_ptr, start, n_copies, most_copies):
-    """Least load of a column's ranks, [C]; ``first_ranks`` [C, n] are those of its first copies."""
+    """Least load of a column's ranks, [C]; ``first_ranks`` are those of its first copies."""
     inf = float("inf")
-    N: tl.constexpr = first_ranks.shape[1]
-    nth = tl.arange(0, N)[None, :]
-    ranks = first_ranks
     lowest = tl.full(start.shape, inf, tl.float32)
-    for copy in range(N, most_copies + N, N):
-        loads = tl.load(loads_ptr + ranks, mask=ranks >= 0, other=inf)
-        at = copy + nth
-        ranks = tl.load(
-            cell_rank_ptr + start[:, None] + at, mask=at < n_copies[:, None], other=-1
-        )
-        lowest = tl.minimum(lowest, tl.min(loads, 1))
+    ranks = first_ranks
+    copies = COPIES_AT_ONCE
+    while copies < most_copies + COPIES_AT_ONCE:
+        for k in tl.static_range(COPIES_AT_ONCE):
+            load = tl.load(loads_ptr + ranks[k], mask=ranks[k] >= 0, other=inf)
+            lowest = tl.minimum(lowest, load)
+        ranks = _ranks_of_copies(cell_rank_ptr, start, n_copies, copies)
+        copies += COPIES_AT_ONCE
     return lowest
+
+
+@triton.jit
+def _peak(loads_ptr, n_ranks, G: tl.constexpr):
+    """Largest of loads [n_ranks], some above 0: as integers, which a warp compares at once.
+
+    Loads just below 0, of round-off, come out as smaller than any other. Every warp looks at all.
+    """
+    LANES: tl.constexpr = min(G, 32)
+    rank = tl.arange(0, LANES)
+    loads = tl.load(loads_ptr + rank, mask=rank < n_ranks, other=0.0)
+    for h in tl.static_range(1, G // LANES):
+        rank = h * LANES + tl.arange(0, LANES)
+        loads = tl.maximum(loads, tl.load(loads_ptr + rank, mask=rank < n_ranks, other=0.0))
+    return tl.max(loads.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -172,7 +194,6 @@ def _sweep(
     steady (but not before half as many sweeps again), and after ``most_sweeps``. ``peak`` is the
     largest load so far. Returns the number of sweeps and the largest load.
     """
-    rank = tl.arange(0, G)
     before = done
     due = done < 0
     while due == 0:
@@ -180,7 +201,7 @@ def _sweep(
         part = tl.where(done >= EXACT_SWEEPS, 0.5 * RELAXATION, 0.5)
         _level_edges(x_ptr, loads_ptr, edges_ptr, n_classes, width, part, LANES)
         done += 1
-        now = tl.max(tl.load(loads_ptr + rank, mask=rank < n_ranks, other=0.0))
+        now = _peak(loads_ptr, n_ranks, G)
         steady = (peak - now <= now * aim * STEADY) & (2 * done >= 3 * before)
         due = (done == 1) | (done >= most_sweeps) | steady | (now - bound <= now * aim)
         peak = now

@@ -17,6 +17,7 @@ from lplb_triton.kernels.levelling import (
     _balance,
     _load_rank_cells,
     _rank_loads,
+    _ranks_of_copies,
     _round,
 )
 from lplb_triton.kernels.pairs import _load_pairs, _solve_pairs, _weights_of_pairs
@@ -171,7 +172,7 @@ def _load_cells(
     shared_cells_ptr, extents_ptr, n_ranks, n_columns, n_shared,
     G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
-    """Load a group's tables: by cell, [COPIES]; by column, [C] or [C, MEMBERS]; by rank.
+    """Load a group's tables: by cell, [COPIES]; by column, [C] or tuples of them; by rank.
 
     And its extents but for the last.
     """
@@ -187,15 +188,13 @@ def _load_cells(
         tl.load(shared_copies_ptr + cell, mask=is_copy, other=-1),
         tl.load(shared_cells_ptr + cell, mask=is_copy, other=-1),
     )
-    nth = tl.arange(0, MEMBERS)[None, :]
-    member_ptrs = first_members_ptr + col[:, None] * MEMBERS + nth
-    members = tl.load(member_ptrs, mask=col_on[:, None], other=-1)
+    members = ()
+    for k in tl.static_range(MEMBERS):
+        members += (tl.load(first_members_ptr + k * n_columns + col, mask=col_on, other=-1),)
     first_cells = _load_rank_cells(rank_cells_ptr, 0, n_ranks, G)
     start = tl.load(cell_start_ptr + col, mask=col_on, other=0)
     n_copies = tl.load(cell_start_ptr + col + 1, mask=col_on, other=0) - start
-    first_ranks = tl.load(
-        cells_ptr + start[:, None] + nth, mask=nth < n_copies[:, None], other=-1
-    )
+    first_ranks = _ranks_of_copies(cells_ptr, start, n_copies, 0)
     extents = ()
     for i in tl.static_range(7):
         extents += (tl.load(extents_ptr + i),)
@@ -327,12 +326,23 @@ def _solve_cells(
 
 
 @triton.jit
+def _counts_of_members(counts_ptr, members, MEMBERS: tl.constexpr):
+    """Load the counts of a tuple of experts by column."""
+    counts = ()
+    for k in tl.static_range(MEMBERS):
+        counts += (_counts_of(counts_ptr, members[k]),)
+    return counts
+
+
+@triton.jit
 def _column_weights(
     counts_ptr, of_members, column_start_ptr, column_members_ptr, most_members, n_columns, invalid,
     C: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
-    """Sum counts over the members of columns, [C]; of_members [C, MEMBERS] are the first ones'."""
-    weights = tl.sum(of_members, 1)
+    """Sum counts over the members of columns, [C]; ``of_members`` are the first MEMBERS ones'."""
+    weights = of_members[0]
+    for k in tl.static_range(1, MEMBERS):
+        weights += of_members[k]
     if most_members > MEMBERS:
         col = tl.arange(0, C)
         first = tl.load(column_start_ptr + col, mask=col < n_columns, other=0)
@@ -367,7 +377,8 @@ def _solve_cells_in_memory(
         _counts_of(counts_ptr, expert), part, complete, n_ranks, G, S
     )
     weights = _column_weights(
-        counts_ptr, _counts_of(counts_ptr, tables[1]), column_start_ptr, column_members_ptr,
+        counts_ptr, _counts_of_members(counts_ptr, tables[1], MEMBERS),
+        column_start_ptr, column_members_ptr,
         tables[6][1], n_columns, invalid, C, MEMBERS,
     )  # fmt: skip
     max_load, bound, iterations = _solve_cells(
@@ -499,7 +510,7 @@ def _solve_counts_kernel(
                     n_shared, width, G, C, S, COPIES, MEMBERS, LANES,
                 )  # fmt: skip
         else:
-            of_members = _counts_of(counts_ptr, tables[1])
+            of_members = _counts_of_members(counts_ptr, tables[1], MEMBERS)
             _, most_members, _, most_cells, _, n_classes, _ = tables[6]
             _touch_tables(
                 edges_ptr, n_classes * width, rank_cells_ptr, n_ranks * most_cells,

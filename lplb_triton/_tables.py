@@ -210,6 +210,7 @@ def _arrays(placement: Placement, pair_classes: int | None = None) -> dict[str, 
     nth = np.arange(MEMBERS)
     at = np.where(nth < lengths[..., None], s.column_start[:, :-1, None] + nth, -1)
     first_members = np.where(at >= 0, np.append(s.column_members, -1)[at], np.int32(-1))
+    first_members = np.ascontiguousarray(first_members.transpose(0, 2, 1))
     most_copies = int(np.diff(s.copy_start).max())
     shared = _shared_copies(placement)
     cells = _cells(placement)
