@@ -131,4 +131,3 @@ def _as_row(values, BY_CELL: tl.constexpr):
     if BY_CELL:
         values = values[None, :]
     return values
-

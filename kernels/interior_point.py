@@ -451,7 +451,8 @@ def _newton_by_cells(
     """`_newton` on what lies in memory: a function of its own, with registers of its own.
 
     units [n_cells] int32 is the plan by cell, in units of 2**-24. scratch holds fixed loads
-    [n_ranks] and weights [n_columns] after n_ranks other words. tokens [n_cells] gets the better plan, in tokens. Tables as in `SolveTables`.
+    [n_ranks] and weights [n_columns] after n_ranks other words. tokens [n_cells] gets the better
+    plan, in tokens. Tables as in `SolveTables`.
     Returns bound and iterations.
     """
     rank = tl.arange(0, G)

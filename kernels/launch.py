@@ -181,6 +181,8 @@ class SolveTables(NamedTuple):
     """[n_group, n, group_size] each rank's cells, -1 after the last; n is a multiple of eight."""
     first_members: torch.Tensor
     """[n_group, n, max_columns] first members of each column."""
+    first_ranks: torch.Tensor
+    """[n_group, 4, max_columns] ranks of the first cells of each column, -1 where there is none."""
     column_start: torch.Tensor
     column_members: torch.Tensor
     shared_copies: torch.Tensor
@@ -297,7 +299,8 @@ class SolveBuffers(NamedTuple):
 def solve_scratch(tables: SolveTables) -> int:
     """Words of scratch that a group takes: by rank, by column, by cell, and one per thread.
 
-    Or for Newton's method a matrix, two by rank and one by cell: it needs nothing of that meanwhile.
+    Newton's method, which needs nothing of that meanwhile, takes a matrix, two by rank and one by
+    cell.
     """
     n_columns, n_ranks = tables.cell_number.shape[1:]
     n_shared = tables.cells.shape[2]

@@ -23,9 +23,9 @@ ROUNDED_PART = tl.constexpr(0.99)
 EXACT_SWEEPS = tl.constexpr(2)
 RELAXATION = tl.constexpr(1.5)
 # Sets of ranks that a bound is taken from, and how far below the largest load the last one goes,
-# in units of the gap that is aimed at; from one to the next it is a factor of two.
-CUTS = tl.constexpr(8)
-FARTHEST_CUT = tl.constexpr(16.0)
+# in units of the gap that is aimed at; from one to the next it is a factor of four.
+CUTS = tl.constexpr(4)
+FARTHEST_CUT = tl.constexpr(32.0)
 # The largest load is steady once a sweep takes no more than this part of the gap off it.
 STEADY = tl.constexpr(0.5)
 
@@ -34,7 +34,7 @@ STEADY = tl.constexpr(0.5)
 def _cut_loads(peak, aim):
     """Make the loads [CUTS, 1] from which on ranks are in the sets that bounds come from."""
     step = tl.arange(0, CUTS)[:, None].to(tl.float32)
-    return peak - peak * (aim * FARTHEST_CUT) * tl.exp2(step - (CUTS - 1))
+    return peak - peak * (aim * FARTHEST_CUT) * tl.exp2(2.0 * step - 2 * (CUTS - 1))
 
 
 @triton.jit
@@ -123,13 +123,15 @@ def _peak(loads_ptr, n_ranks, G: tl.constexpr):
 
 
 @triton.jit
-def _round(x_ptr, units_ptr, tokens_ptr, weights, first, copies, there):
+def _round(
+    x_ptr, tokens_ptr, upto_ptr, units_ptr, weights, first, copies, there
+):  # fmt: skip
     """Round tokens x by cell to whole units of their column (equation 11).
 
     By cell, [N]: weights, ``first`` (the column's first cell), ``copies`` (how many it has) and
-    ``there`` (whether there is such a cell).
-    A column without tokens is split evenly. Returns the shares and their running sums over each
-    column, in units, and writes the tokens that they stand for; units [n_cells] int32 is scratch.
+    ``there`` (whether there is such a cell). A column without tokens is split evenly.
+    Writes by cell, [n_cells]: the shares and their running sums over each column, in units, and the
+    tokens that they stand for; what was in x is lost.
     """
     cell = tl.arange(0, weights.shape[0])
     some = weights > 0
@@ -138,13 +140,15 @@ def _round(x_ptr, units_ptr, tokens_ptr, weights, first, copies, there):
     units = tl.where(there, (share * SHARE_ONE + 0.5).to(tl.int32), 0)
     # Sums over all cells, modulo 2**32: their differences within a column are exact.
     upto = tl.cumsum(units, 0)
-    tl.store(units_ptr + cell, upto, mask=there)
+    sums_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    tl.store(sums_ptr + cell, upto, mask=there)
     tl.debug_barrier()
-    upto -= tl.load(units_ptr + first - 1, mask=there & (first > 0), other=0)
+    upto -= tl.load(sums_ptr + first - 1, mask=there & (first > 0), other=0)
     lower = tl.minimum(upto - units, SHARE_ONE)
     upto = tl.where(cell == first + copies - 1, SHARE_ONE, tl.minimum(upto, SHARE_ONE))
     tl.store(tokens_ptr + cell, _shares(upto - lower) * weights, mask=there)
-    return upto - lower, upto
+    tl.store(upto_ptr + cell, upto, mask=there)
+    tl.store(units_ptr + cell, upto - lower, mask=there)
 
 
 @triton.jit

@@ -223,8 +223,9 @@ def _solve_pairs(
     """Level, round, judge and write a plan.
 
     words, partners and counts as from `_load_pairs` and `_weights_of_pairs`; fixed [G]. The largest
-    load may be ``target`` of it above the bound. cumulative as for `_solve_counts_kernel`. Returns the largest load, a bound,
-    whether counts are invalid, and whether the plan will do, or no plan would.
+    load may be ``target`` of it above the bound. cumulative as for `_solve_counts_kernel`. Returns
+    the largest load, a bound, whether counts are invalid, and whether the plan will do, or no plan
+    would.
     """
     PARTS: tl.constexpr = (G + 31) // 32
     LANES: tl.constexpr = G // PARTS

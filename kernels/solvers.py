@@ -5,19 +5,21 @@ Equation numbers refer to docs/method.md.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from lplb_triton.kernels.copies import Tile
 from lplb_triton.kernels.interior_point import _newton, _newton_by_cells
 from lplb_triton.kernels.levelling import (
+    COPIES_AT_ONCE,
     RANK_CELLS,
     ROUNDED_PART,
     TARGET_PART,
     _balance,
     _load_rank_cells,
     _rank_loads,
-    _ranks_of_copies,
     _round,
 )
 from lplb_triton.kernels.pairs import _load_pairs, _solve_pairs, _weights_of_pairs
@@ -166,39 +168,76 @@ def _store_cumulative(
     tl.store(cumulative_ptr + copy, cumulative, mask=inside)
 
 
+class Extents(NamedTuple):
+    """Numbers of a group, as in `SolveTables` but for the last."""
+
+    n_cells: Any
+    most_members: Any
+    most_copies: Any
+    most_cells: Any
+    multiplicity: Any
+    n_classes: Any
+    most_sweeps: Any
+
+
+class GroupTables(NamedTuple):
+    """What is loaded of a group's tables before there are counts."""
+
+    cell_column: Any
+    """By cell, [COPIES], as the next two: the first cell of its column, and how many it has."""
+    cell_first: Any
+    cell_copies: Any
+    shared: Any
+    """Copies of replicated experts, [COPIES], and their cells."""
+    shared_cell: Any
+    members: Any
+    """By column, [C]: a tuple of its first members."""
+    start: Any
+    """Its first cell,"""
+    n_copies: Any
+    """how many it has,"""
+    first_ranks: Any
+    """and a tuple of the ranks of the first ones."""
+    first_cells: Any
+    """Of each rank, as `_load_rank_cells` gives them."""
+    extents: Extents
+
+
 @triton.jit
 def _load_cells(
-    cells_ptr, cell_start_ptr, rank_cells_ptr, first_members_ptr, shared_copies_ptr,
-    shared_cells_ptr, extents_ptr, n_ranks, n_columns, n_shared,
+    cells_ptr, cell_start_ptr, rank_cells_ptr, first_members_ptr, first_ranks_ptr,
+    shared_copies_ptr, shared_cells_ptr, extents_ptr, n_ranks, n_columns, n_shared,
     G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
-    """Load a group's tables: by cell, [COPIES]; by column, [C] or tuples of them; by rank.
-
-    And its extents but for the last.
-    """
+    """Load `GroupTables`."""
     cell = tl.arange(0, COPIES)
     col = tl.arange(0, C)
     is_copy = cell < n_shared
     col_on = col < n_columns
-    by_cell = (
-        tl.load(cells_ptr + cell, mask=is_copy, other=0),
+    start = tl.load(cell_start_ptr + col, mask=col_on, other=0)
+    members, first_ranks = (), ()
+    for k in tl.static_range(MEMBERS):
+        members += (tl.load(first_members_ptr + k * n_columns + col, mask=col_on, other=-1),)
+    for k in tl.static_range(COPIES_AT_ONCE):
+        ptrs = first_ranks_ptr + k * n_columns + col
+        first_ranks += (tl.load(ptrs, mask=col_on, other=-1),)
+    return GroupTables(
         tl.load(cells_ptr + n_shared + cell, mask=is_copy, other=0),
         tl.load(cells_ptr + 2 * n_shared + cell, mask=is_copy, other=0),
         tl.load(cells_ptr + 3 * n_shared + cell, mask=is_copy, other=1),
         tl.load(shared_copies_ptr + cell, mask=is_copy, other=-1),
         tl.load(shared_cells_ptr + cell, mask=is_copy, other=-1),
-    )
-    members = ()
-    for k in tl.static_range(MEMBERS):
-        members += (tl.load(first_members_ptr + k * n_columns + col, mask=col_on, other=-1),)
-    first_cells = _load_rank_cells(rank_cells_ptr, 0, n_ranks, G)
-    start = tl.load(cell_start_ptr + col, mask=col_on, other=0)
-    n_copies = tl.load(cell_start_ptr + col + 1, mask=col_on, other=0) - start
-    first_ranks = _ranks_of_copies(cells_ptr, start, n_copies, 0)
-    extents = ()
-    for i in tl.static_range(7):
-        extents += (tl.load(extents_ptr + i),)
-    return by_cell, members, first_cells, start, n_copies, first_ranks, extents
+        members,
+        start,
+        tl.load(cell_start_ptr + col + 1, mask=col_on, other=0) - start,
+        first_ranks,
+        _load_rank_cells(rank_cells_ptr, 0, n_ranks, G),
+        Extents(
+            tl.load(extents_ptr), tl.load(extents_ptr + 1), tl.load(extents_ptr + 2),
+            tl.load(extents_ptr + 3), tl.load(extents_ptr + 4), tl.load(extents_ptr + 5),
+            tl.load(extents_ptr + 6),
+        ),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -249,17 +288,16 @@ def _solve_cells(
 ):  # fmt: skip
     """Solve a group by cells; returns its largest load, a bound and iterations.
 
-    ``tables`` as from `_load_cells`; weights [C]; fixed and load [G], of the even split. With
-    ``in_pairs`` 1 the cumulative shares are those of a level plan.
+    weights [C]; fixed and load [G], of the even split. With ``in_pairs`` 1 the cumulative shares
+    are those of a level plan.
     """
-    by_cell, _, first_cells, start, n_copies, first_ranks, extents = tables
-    _, cell_column, cell_first, cell_copies, shared, shared_cell = by_cell
     rank = tl.arange(0, G)
     col = tl.arange(0, C)
     cell = tl.arange(0, COPIES)
     rank_on = rank < n_ranks
-    n_cells, _, most_copies, most_cells, multiplicity, n_classes, most_sweeps = extents
-    is_cell = cell < n_cells
+    extents = tables.extents
+    is_cell = cell < extents.n_cells
+    shared = tables.shared
     # `solve_scratch`: loads, fixed loads, weights, tokens; the last two are integers.
     weights_ptr = scratch_ptr + 2 * n_ranks
     x_ptr = weights_ptr + n_columns
@@ -270,58 +308,55 @@ def _solve_cells(
     aim = target * TARGET_PART
     tl.store(weights_ptr + col, weights, mask=col < n_columns)
     tl.debug_barrier()
-    cell_weights = tl.load(weights_ptr + cell_column, mask=is_cell, other=0.0)
+    cell_weights = tl.load(weights_ptr + tables.cell_column, mask=is_cell, other=0.0)
     if in_pairs == 0:
-        tl.store(x_ptr + cell, cell_weights / cell_copies, mask=is_cell)
+        tl.store(x_ptr + cell, cell_weights / tables.cell_copies, mask=is_cell)
         tl.debug_barrier()
         bound = _balance(
             peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, scratch_ptr,
-            edges_ptr, n_classes, most_sweeps, width,
-            first_ranks, cells_ptr, start, n_copies, most_copies, G, LANES,
+            edges_ptr, extents.n_classes, extents.most_sweeps, width, tables.first_ranks, cells_ptr,
+            tables.start, tables.n_copies, extents.most_copies, G, LANES,
         )  # fmt: skip
     else:
         there = shared >= 0
         upto = tl.load(cumulative_ptr + shared, mask=there, other=0)
-        second = there & (shared_cell % 2 == 1)
+        second = there & (tables.shared_cell % 2 == 1)
         upto -= tl.load(cumulative_ptr + shared - 1, mask=second, other=0)
-        shared_weights = tl.load(weights_ptr + shared_cell // 2, mask=there, other=0.0)
-        tl.store(x_ptr + shared_cell, _shares(upto) * shared_weights, mask=there)
+        shared_weights = tl.load(weights_ptr + tables.shared_cell // 2, mask=there, other=0.0)
+        tl.store(x_ptr + tables.shared_cell, _shares(upto) * shared_weights, mask=there)
         tl.debug_barrier()
     # A level plan is rounded and judged; only one that is not good enough goes on.
     iterations = max_iterations * 0
     max_load = bound
-    units = cell * 0
-    upto = units
     rounds = 0
     while rounds < 2:
-        units, upto = _round(
-            x_ptr, upto_ptr, tokens_ptr, cell_weights, cell_first, cell_copies, is_cell
-        )
+        _round(
+            x_ptr, tokens_ptr, upto_ptr, units_ptr, cell_weights, tables.cell_first,
+            tables.cell_copies, is_cell,
+        )  # fmt: skip
         tl.debug_barrier()
-        max_load = tl.max(
-            _rank_loads(fixed, tokens_ptr, first_cells, rank_cells_ptr, n_ranks, most_cells, G)
+        _store_cumulative(
+            cumulative_ptr, upto_ptr, units_ptr, copy_index_ptr, copy_multiplicity_ptr,
+            extents.multiplicity, shared, tables.shared_cell, shared >= 0,
+        )  # fmt: skip
+        loads = _rank_loads(
+            fixed, tokens_ptr, tables.first_cells, rank_cells_ptr, n_ranks, extents.most_cells, G
         )
+        max_load = tl.max(loads)
         rounds += 1
         good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
         if good | invalid:
             rounds += 1
         if rounds < 2:
             tl.store(scratch_ptr + n_ranks + rank, fixed, mask=rank_on)
-            tl.store(units_ptr + cell, units, mask=cell < n_shared)
             tl.debug_barrier()
             bound, iterations = _newton_by_cells(
                 units_ptr, x_ptr, scratch_ptr, cells_ptr, cell_start_ptr, rank_cells_ptr,
-                cell_number_ptr, n_cells, most_copies, most_cells, n_ranks, n_columns, n_shared,
-                max_load, bound, total, tolerance, aim, max_iterations, G, C, COPIES,
+                cell_number_ptr, extents.n_cells, extents.most_copies, extents.most_cells,
+                n_ranks, n_columns, n_shared, max_load, bound, total, tolerance, aim,
+                max_iterations, G, C, COPIES,
             )  # fmt: skip
             tl.debug_barrier()
-    tl.store(upto_ptr + cell, upto, mask=cell < n_shared)
-    tl.store(units_ptr + cell, units, mask=cell < n_shared)
-    tl.debug_barrier()
-    _store_cumulative(
-        cumulative_ptr, upto_ptr, units_ptr, copy_index_ptr, copy_multiplicity_ptr,
-        multiplicity, shared, shared_cell, shared >= 0,
-    )  # fmt: skip
     return max_load, bound, iterations
 
 
@@ -358,7 +393,7 @@ def _solve_cells_in_memory(
     counts_ptr, complete, in_pairs, known_bound, tolerance, max_iterations,
     rank_experts_ptr, rank_parts_ptr,
     cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, first_members_ptr,
-    column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
+    first_ranks_ptr, column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
     edges_ptr, extents_ptr, copy_index_ptr, copy_multiplicity_ptr,
     cumulative_ptr, scratch_ptr, n_ranks, n_columns, n_slots, n_shared, width,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
@@ -369,17 +404,18 @@ def _solve_cells_in_memory(
     Also returns whether counts are invalid.
     """
     tables = _load_cells(
-        cells_ptr, cell_start_ptr, rank_cells_ptr, first_members_ptr, shared_copies_ptr,
-        shared_cells_ptr, extents_ptr, n_ranks, n_columns, n_shared, G, C, COPIES, MEMBERS,
+        cells_ptr, cell_start_ptr, rank_cells_ptr, first_members_ptr, first_ranks_ptr,
+        shared_copies_ptr, shared_cells_ptr, extents_ptr, n_ranks, n_columns, n_shared,
+        G, C, COPIES, MEMBERS,
     )  # fmt: skip
     expert, part = _load_ranks(rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G, S)
     fixed, load, peak, total, bound, invalid = _fold(
         _counts_of(counts_ptr, expert), part, complete, n_ranks, G, S
     )
     weights = _column_weights(
-        counts_ptr, _counts_of_members(counts_ptr, tables[1], MEMBERS),
+        counts_ptr, _counts_of_members(counts_ptr, tables.members, MEMBERS),
         column_start_ptr, column_members_ptr,
-        tables[6][1], n_columns, invalid, C, MEMBERS,
+        tables.extents.most_members, n_columns, invalid, C, MEMBERS,
     )  # fmt: skip
     max_load, bound, iterations = _solve_cells(
         tables, weights, fixed, load, in_pairs, peak, total, tl.maximum(bound, known_bound),
@@ -404,7 +440,7 @@ def _solve_counts_kernel(
     tolerance, max_iterations, n_ranks, n_columns, n_slots, n_shared, n_logical, n_rows, n_sums,
     most_classes, width,
     cells_ptr, cell_start_ptr, cell_number_ptr, rank_cells_ptr, first_members_ptr,
-    column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
+    first_ranks_ptr, column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
     copy_index_ptr, copy_multiplicity_ptr, edges_ptr,
     total_ptr, gathered_ptr, addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
     own_rank, n_peers, capacity, timeout_ms, channel,
@@ -448,6 +484,7 @@ def _solve_counts_kernel(
         most_on_a_rank = tl.maximum(tl.minimum(n_slots, n_columns), 1)
         rank_cells_ptr += group * n_ranks * tl.cdiv(most_on_a_rank, RANK_CELLS) * RANK_CELLS
         first_members_ptr += group * n_columns * MEMBERS
+        first_ranks_ptr += group * n_columns * COPIES_AT_ONCE
         column_start_ptr += group * (n_columns + 1)
         shared_copies_ptr += group * n_shared
         shared_cells_ptr += group * n_shared
@@ -463,8 +500,9 @@ def _solve_counts_kernel(
             words, partners = _load_pairs(pairs_ptr, n_ranks, G, PAIRS)
         else:
             tables = _load_cells(
-                cells_ptr, cell_start_ptr, rank_cells_ptr, first_members_ptr, shared_copies_ptr,
-                shared_cells_ptr, extents_ptr, n_ranks, n_columns, n_shared, G, C, COPIES, MEMBERS,
+                cells_ptr, cell_start_ptr, rank_cells_ptr, first_members_ptr, first_ranks_ptr,
+                shared_copies_ptr, shared_cells_ptr, extents_ptr, n_ranks, n_columns, n_shared,
+                G, C, COPIES, MEMBERS,
             )  # fmt: skip
         _await_previous(PDL)
         complete = tl.full((), 1, tl.int1)
@@ -504,24 +542,24 @@ def _solve_counts_kernel(
                     counts_ptr, complete, in_pairs, bound, tolerance, max_iterations,
                     rank_experts_ptr, rank_parts_ptr,
                     cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, first_members_ptr,
-                    column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
-                    edges_ptr, extents_ptr, copy_index_ptr, copy_multiplicity_ptr,
-                    cumulative_ptr, scratch_ptr, n_ranks, n_columns, n_slots,
-                    n_shared, width, G, C, S, COPIES, MEMBERS, LANES,
+                    first_ranks_ptr, column_start_ptr, column_members_ptr,
+                    shared_copies_ptr, shared_cells_ptr, edges_ptr, extents_ptr,
+                    copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
+                    n_ranks, n_columns, n_slots, n_shared, width,
+                    G, C, S, COPIES, MEMBERS, LANES,
                 )  # fmt: skip
         else:
-            of_members = _counts_of_members(counts_ptr, tables[1], MEMBERS)
-            _, most_members, _, most_cells, _, n_classes, _ = tables[6]
+            of_members = _counts_of_members(counts_ptr, tables.members, MEMBERS)
+            extents = tables.extents
             _touch_tables(
-                edges_ptr, n_classes * width, rank_cells_ptr, n_ranks * most_cells,
+                edges_ptr, extents.n_classes * width, rank_cells_ptr,
+                n_ranks * extents.most_cells,
                 scratch_ptr + n_scratch, LANES,
             )  # fmt: skip
-            fixed, load, peak, total, bound, invalid = _fold(
-                on_rank, part, complete, n_ranks, G, S
-            )
+            fixed, load, peak, total, bound, invalid = _fold(on_rank, part, complete, n_ranks, G, S)
             weights = _column_weights(
-                counts_ptr, of_members, column_start_ptr, column_members_ptr, most_members,
-                n_columns, invalid, C, MEMBERS,
+                counts_ptr, of_members, column_start_ptr, column_members_ptr,
+                extents.most_members, n_columns, invalid, C, MEMBERS,
             )  # fmt: skip
             max_load, bound, iterations = _solve_cells(
                 tables, weights, fixed, load, 0, peak, total, bound, invalid, tolerance,

@@ -33,6 +33,8 @@ PAIR_EDGES = 8
 PAIR_FIELD = 0xFFFF
 # Cells of a rank that the kernels sum at once.
 RANK_CELLS = 8
+# Copies of a column whose ranks have a table of their own.
+COPIES_AT_ONCE = 4
 # Members of a column that the kernels take at once, from a table of their own (a power of two).
 MEMBERS = 4
 
@@ -69,6 +71,7 @@ def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
             f"placement must have at most {MOST_CELLS} pairs of a column and its rank in a group, "
             f"got {mask.sum((1, 2)).max()}"
         )
+    first_ranks = np.full((n_group, COPIES_AT_ONCE, n_columns), -1, dtype=np.int32)
     cells = np.full((n_group, 4, 2 * placement.redundant_per_group), -1, dtype=np.int32)
     most_on_a_rank = max(1, min(placement.slots_per_rank, n_columns))
     most_on_a_rank = -(-most_on_a_rank // RANK_CELLS) * RANK_CELLS
@@ -78,10 +81,19 @@ def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
         number[group, ranks, columns] = np.arange(ranks.size)
         first, copies = start[group, columns], np.diff(start[group])[columns]
         cells[group, :, : ranks.size] = ranks, columns, first, copies
+        nth = np.arange(ranks.size) - first
+        early = nth < COPIES_AT_ONCE
+        first_ranks[group, nth[early], columns[early]] = ranks[early]
         for r in range(n_ranks):
             mine = number[group, r, mask[group, r]]
             on_rank[group, : mine.size, r] = mine
-    return {"cells": cells, "cell_start": start, "rank_cells": on_rank, "cell_number": number}
+    return {
+        "cells": cells,
+        "cell_start": start,
+        "rank_cells": on_rank,
+        "cell_number": number,
+        "first_ranks": first_ranks,
+    }
 
 
 def _cell_copies(placement: Placement, cells: NDArray[np.int32]) -> NDArray[np.int32]:
