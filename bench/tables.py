@@ -399,6 +399,8 @@ def _peers_grid(report: dict[str, Any]) -> Grid:
             kinds = ("infeasible", "inexact", "not_reached", "refused")
             bad = [f"{found[k]} {k.replace('_', ' ')}" for k in kinds if k in found]
             lines.append((shape, label, *times, ", ".join(bad)))
+            if found.get("alike_us"):
+                lines.append((shape, f"{label}, as often for all", *_times(found["alike_us"]), ""))
     options = report["options"]
     n_instances = report["rows"][0]["instances"]
     return Grid(
@@ -410,8 +412,9 @@ def _peers_grid(report: dict[str, Any]) -> Grid:
             "the largest number, or a share is negative. inexact: more than "
             f"{options['tolerance']:g} from the optimum. not reached: not so near within "
             "the limit of sweeps. Affine scaling takes five steps. Edge balancing is told how many "
-            "sweeps are enough; its times are of the instances that it can solve. Peers start from "
-            "the loads of columns and ranks, lplb_triton from counts by expert.",
+            "sweeps are enough, for each instance or the largest such number for all; its times "
+            "are of the instances that it can solve. Peers start from the loads of columns and "
+            "ranks, lplb_triton from counts by expert.",
             *notes,
         ),
     )

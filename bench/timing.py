@@ -351,6 +351,16 @@ def check_plan(problem: Problem, solution: Solution, optimum: float, name: str) 
         raise WrongAnswerError(f"{name}: {wrong}")
 
 
+def _solver(balancer: Balancer) -> Callable[[torch.Tensor], object]:
+    """Solve as `Balancer.run` does: to shares by copy and a certificate, in one launch.
+
+    `Balancer.solve` spreads the shares over ranks and columns in another one.
+    """
+    if balancer.backend == "torch":
+        return balancer.solve
+    return partial(balancer._solve_counts, certified=balancer.certified)
+
+
 def _is_early(index: int, workload: Workload, per_family: int = PROBLEM_PER_FAMILY) -> bool:
     """Whether an instance is among the first few of its family."""
     return workload.families[:index].count(workload.families[index]) < per_family
@@ -382,8 +392,8 @@ def solve_row(
     Returns
     -------
     dict
-        ``us`` are times of `Balancer.solve` by instance, ``rotated_us`` the mean over one graph
-        of all instances, ``problem_us`` times of `lplb_triton.solve` on some instances.
+        ``us`` are times by instance of the solve that `Balancer.run` does, ``rotated_us`` the mean
+        over one graph of all instances, ``problem_us`` times of `lplb_triton.solve` on some instances.
 
     Raises
     ------
@@ -406,10 +416,11 @@ def solve_row(
         name = f"{workload.shape}, instance {index} as a Problem"
         check_plan(_instance(workload, index), solve(problem), workload.optima[index], name)
 
-    rotated = timer.rotation([partial(balancer.solve, row) for row in counts])
+    launch = _solver(balancer)
+    rotated = timer.rotation([partial(launch, row) for row in counts])
     times = []
     for row in counts:
-        times.append(timer.per_call(partial(balancer.solve, row), rotated))
+        times.append(timer.per_call(partial(launch, row), rotated))
         if progress is not None:
             progress()
     by_family = {
@@ -489,9 +500,9 @@ def groups_row(
                 raise WrongAnswerError(
                     f"cube, group {group} of {n_group}: largest load {here:.8g}, alone {there:.8g}"
                 )
-        guess = timer.rotation([partial(together.solve, counts)])
-        both.append(timer.per_call(partial(together.solve, counts), guess))
-        slowest.append(max(timer.per_call(partial(alone.solve, row), guess) for row in rows))
+        guess = timer.rotation([partial(_solver(together), counts)])
+        both.append(timer.per_call(partial(_solver(together), counts), guess))
+        slowest.append(max(timer.per_call(partial(_solver(alone), row), guess) for row in rows))
     return {
         "groups": n_group,
         "batches": len(both),
@@ -694,9 +705,12 @@ def _edge_balancing(
     index = torch.from_numpy(there).to(device)
     launches = _singles(peer.solve, weights[index], fixed[index], needed)
     rotated = timer.rotation(launches)
+    # Nothing tells it when to stop, so without that knowledge it needs the worst instance's number.
+    alike = _singles(peer.solve, weights[index], fixed[index], needed.amax().expand_as(needed))
     return {
         **row,
         "us": statistics([timer.per_call(launch, rotated) for launch in launches]),
+        "alike_us": statistics([timer.per_call(launch, rotated) for launch in alike]),
         "rotated_us": rotated,
         "sweeps": statistics(sweeps[there].tolist()),
     }
@@ -871,7 +885,7 @@ def pipeline_row(
     parts: dict[str, list[Launch]] = {
         "run": [partial(balancer.run, idx) for idx in batches],
         "count": [partial(balancer.count, idx) for idx in batches],
-        "solve": [partial(balancer.solve, counts) for counts, _ in counted],
+        "solve": [partial(_solver(balancer), counts) for counts, _ in counted],
         "select": [
             partial(balancer.select, idx, shares, running)
             for idx, shares, (_, running) in zip(batches, cumulative, counted, strict=True)

@@ -25,7 +25,7 @@ RELAXATION = tl.constexpr(1.5)
 # Sets of ranks that a bound is taken from, and how far below the largest load the last one goes,
 # in units of the gap that is aimed at; from one to the next it is a factor of four.
 CUTS = tl.constexpr(4)
-FARTHEST_CUT = tl.constexpr(32.0)
+FARTHEST_CUT = tl.constexpr(25.6)
 # The largest load is steady once a sweep takes no more than this part of the gap off it.
 STEADY = tl.constexpr(0.5)
 

@@ -242,11 +242,13 @@ def _load_cells(
 
 @triton.jit
 def _touch_tables(
-    edges_ptr, n_edges, rank_cells_ptr, n_rank_cells, touched_ptr, LANES: tl.constexpr
-):
+    edges_ptr, n_edges, rank_cells_ptr, n_rank_cells, cells_ptr, n_cells, touched_ptr,
+    LANES: tl.constexpr,
+):  # fmt: skip
     """Fetch all lines of tables that are walked through later, at once."""
     touched = _touch(edges_ptr, n_edges, 4, LANES).to(tl.int32)
     touched += _touch(rank_cells_ptr, n_rank_cells, 8, LANES)
+    touched += _touch(cells_ptr, n_cells, 8, LANES)
     tl.store(touched_ptr + tl.arange(0, LANES), touched)
 
 
@@ -553,7 +555,7 @@ def _solve_counts_kernel(
             extents = tables.extents
             _touch_tables(
                 edges_ptr, extents.n_classes * width, rank_cells_ptr,
-                n_ranks * extents.most_cells,
+                n_ranks * extents.most_cells, cells_ptr, extents.n_cells,
                 scratch_ptr + n_scratch, LANES,
             )  # fmt: skip
             fixed, load, peak, total, bound, invalid = _fold(on_rank, part, complete, n_ranks, G, S)

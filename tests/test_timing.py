@@ -149,6 +149,8 @@ def test_peer_row(workload):
     assert 0 <= affine["infeasible"] + affine["inexact"] <= 6
     assert edge["not_reached"] == 0
     assert 0 <= edge["sweeps"]["median"] <= edge["sweeps"]["max"] <= 32
+    # After one launch each for the first six instances comes one each with the same sweeps.
+    assert (edge["us"]["max"], edge["alike_us"]["max"]) == (12, 18)
     assert "not timed" in row["lplb"]
 
 
