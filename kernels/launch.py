@@ -24,8 +24,6 @@ SELECT_BLOCK = 256
 # Rows and experts of one program that sums counts.
 SUM_ROWS = 256
 SUM_EXPERTS = 4
-# Warps of the program that solves a group from counts: the quickest of 4, 8 and 16 on an H100.
-SOLVE_WARPS = 4
 # Shares that one program spreads.
 SPREAD_BLOCK = 512
 # Counts that one pass of an exchange between ranks handles.
@@ -237,6 +235,12 @@ def _newton_warps(ranks: int, columns: int) -> int:
     return 8 if ranks == 64 and columns <= 64 else 16
 
 
+def _solve_warps(ranks: int) -> int:
+    """Warps for `solve_counts`: on an H100 the quickest, but for 64 ranks in the median (docs)."""
+    # More ranks are more than four warps' registers hold of a matrix.
+    return 4 if ranks <= 64 else 16
+
+
 def _solve_options(warps: int) -> dict[str, Any]:
     """Compile with that many warps, every register that each may have, and no fused products.
 
@@ -305,7 +309,7 @@ def solve_scratch(tables: SolveTables) -> int:
     n_columns, n_ranks = tables.cell_number.shape[1:]
     n_shared = tables.cells.shape[2]
     ranks, _ = _tile(n_ranks, n_columns)
-    levelling = 2 * n_ranks + n_columns + 4 * n_shared + 32 * SOLVE_WARPS
+    levelling = 2 * n_ranks + n_columns + 4 * n_shared + 32 * _solve_warps(ranks)
     return max(levelling, ranks * (ranks + 2) + n_shared)
 
 
@@ -381,10 +385,10 @@ def _solve_counts_call(
     )  # fmt: skip
     constants = (
         ranks, columns, max(2, slots), max(32, copies), n_members, SUM_ROWS, SUM_EXPERTS,
-        tables.pairs.shape[1], 32 * SOLVE_WARPS, _has_pdl(buffers.counts.device),
+        tables.pairs.shape[1], 32 * _solve_warps(ranks), _has_pdl(buffers.counts.device),
         *(exchange.constants() if exchange else (0, _exchange_block(n_logical), 0, 0)),
     )  # fmt: skip
-    options = _solve_options(SOLVE_WARPS)
+    options = _solve_options(_solve_warps(ranks))
     return _Call(_solve_counts_kernel, n_sums + n_group, args, constants, options)
 
 

@@ -52,17 +52,18 @@ def exchange(gather):
 def jobs(capability):
     # And classes of pairs, 0 for a kernel without them.
     sizes = ((8, 32, 0), (8, 32, 2), (16, 32, 0), (32, 64, 0), (32, 64, 3))
-    for ranks, columns, classes in (*sizes, (64, 32, 0), (64, 128, 0), (64, 128, 4)):
-        if classes == 0:
+    large = (64, 32, 0), (64, 128, 0), (64, 128, 4), (128, 128, 0)
+    for ranks, columns, classes in sizes + large:
+        if classes == 0 and ranks <= 64:
             options = launch._solve_options(launch._newton_warps(ranks, columns))
             yield solvers._solve_lp_kernel, {"G": ranks, "C": columns}, options
-        options = launch._solve_options(launch.SOLVE_WARPS)
+        options = launch._solve_options(launch._solve_warps(ranks))
         constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64, "MEMBERS": 4}
         constants |= {
             "ROWS": launch.SUM_ROWS,
             "EXPERTS": launch.SUM_EXPERTS,
             "PAIRS": classes,
-            "LANES": 32 * launch.SOLVE_WARPS,
+            "LANES": 32 * options["num_warps"],
             "PDL": capability >= 90,
         }
         none = {"CHANNELS": 0, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": 0, "ON_GPU": 0}

@@ -248,6 +248,37 @@ def test_newton_goes_on_where_levelling_ends(device, shape):
     assert float(level.max_load[0]) == pytest.approx(float(newton.max_load[0]), rel=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("device", "shape"),
+    [
+        # More cells of a rank, or copies of a column, than are taken at once.
+        ("cpu", "eplb:16:12"),
+        ("cpu", "random:16:9"),
+        *(
+            pytest.param("cuda", shape, marks=pytest.mark.gpu)
+            for shape in ("eplb:16:12", "eplb:32:8", "eplb:64:4", "eplb:64:8", "eplb:96:1")
+        ),
+    ],
+)
+def test_bounds_where_there_is_much_of_everything(device, shape):
+    rng = np.random.default_rng(7)
+    placement = shape_placement(shape, rng)
+    for newton in (False, True):
+        balancer = Balancer(placement, device=device, backend="triton")
+        if newton:
+            balancer._tables.views["extents"][:, 6] = 0
+        for family in ("normal", "lognormal", "sparse"):
+            counts = draw_loads(family, rng, placement.n_logical)
+            solution = balancer.solve(counts.to(device))
+            problem = placement.problem(counts)
+            held = (p[0].numpy() for p in (problem.weights, problem.fixed, problem.mask))
+            optimum = highs_optimum(*held)
+            assert float(solution.lower_bound[0]) <= optimum * (1 + 1e-6)
+            loads = problem.fixed + (problem.weights.unsqueeze(1) * solution.shares.cpu()).sum(2)
+            assert float(loads.max()) == pytest.approx(float(solution.max_load[0]), rel=1e-6)
+            assert optimum * (1 - 1e-6) <= float(loads.max()) <= optimum * (1 + 1.1e-3)
+
+
 def test_several_groups_have_edges_of_their_own():
     placement = Placement.from_topology(topologies.ring(4), 2 * 12, 2 * 8, 8)
     assert placement.n_group == 2
