@@ -393,7 +393,8 @@ def solve_row(
     -------
     dict
         ``us`` are times by instance of the solve that `Balancer.run` does, ``rotated_us`` the mean
-        over one graph of all instances, ``problem_us`` times of `lplb_triton.solve` on some instances.
+        over one graph of all instances, ``problem_us`` times of `lplb_triton.solve` on some
+        instances.
 
     Raises
     ------

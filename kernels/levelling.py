@@ -4,6 +4,9 @@ Equation numbers refer to docs/method.md. A *cell* is a column's share of one ra
 cells are numbered by column, then by rank.
 """
 
+# Triton's tuples grow.
+# mypy: disable-error-code=assignment
+
 from __future__ import annotations
 
 import triton

@@ -537,26 +537,24 @@ class Balancer:
             )
         if self.backend == "torch":
             return self._solve_torch(counts, certified, self.solves)
-        kernels = self._kernels
         p = self._placement
         size = p.n_group, p.group_size, p.max_columns
         shares = torch.empty(size, dtype=torch.float32, device=self.device)
         buffers = self._solve_counts(counts, certified)
-        kernels.spread_shares(buffers.cumulative, shares, self._spread_tables)
+        self._kernels.spread_shares(buffers.cumulative, shares, self._spread_tables)
         stats, ints = buffers.stats, buffers.ints
         return Solution(shares, stats[0], stats[1], stats[2], ints[0], ints[1], self.tolerance)
 
     def _solve_counts(self, counts: torch.Tensor, certified: torch.Tensor) -> kernels.SolveBuffers:
         """Solve as `run` does, in one launch, with fresh tensors for what comes out."""
-        kernels = self._kernels
         # Without the running sums and the counts, which are there.
         fresh = self._shapes(1)[2:]
-        buffers = kernels.SolveBuffers(
+        buffers: kernels.SolveBuffers = self._kernels.SolveBuffers(
             counts.to(torch.int32).contiguous(),
             *(torch.empty(s, dtype=d, device=self.device) for s, d in fresh),
         )
         settings = self._settings(certified, self.solves)
-        kernels.solve_counts(None, buffers, self._solve_tables, settings)
+        self._kernels.solve_counts(None, buffers, self._solve_tables, settings)
         return buffers
 
     def cumulative_shares(self, shares: torch.Tensor) -> torch.Tensor:
