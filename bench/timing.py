@@ -89,6 +89,8 @@ MAX_SWEEPS = 4096
 PROBLEM_PER_FAMILY = 5
 # Batches of each load family for the pipeline.
 BATCHES_PER_FAMILY = 4
+# Times through all launches, so that a disturbance meets each only once.
+ROUNDS = 3
 # Eager calls that are timed, in bursts that the launch queue can take.
 HOST_CALLS, HOST_BURSTS = 100, 10
 
@@ -123,7 +125,7 @@ class GraphTimer:
     # Launches in a graph that repeats one of them: fewer where one takes long.
     MIN_CALLS, MAX_CALLS, GRAPH_US = 4, 10, 500.0
 
-    def __init__(self, device: torch.device, replays: int = 10) -> None:
+    def __init__(self, device: torch.device, replays: int = 6) -> None:
         self._replays = replays
         # Graphs share one pool: they are made and used one after the other. A pool only lives as
         # long as some graph that uses it, so one is kept.
@@ -351,6 +353,27 @@ def check_plan(problem: Problem, solution: Solution, optimum: float, name: str) 
         raise WrongAnswerError(f"{name}: {wrong}")
 
 
+def _in_rounds(
+    timer: Timer,
+    launches: Sequence[Launch],
+    about_us: float,
+    progress: Callable[[], None] | None = None,
+) -> list[float]:
+    """Microseconds per call of each launch, the median of rounds through all of them.
+
+    What disturbs a GPU for a few milliseconds is over when a launch's turn comes again.
+    ``progress`` is called once per launch.
+    """
+    times = np.empty((ROUNDS, len(launches)))
+    for at, row in enumerate(times):
+        for index, launch in enumerate(launches):
+            row[index] = timer.per_call(launch, about_us)
+            if at == 0 and progress is not None:
+                progress()
+    found: list[float] = np.median(times, axis=0).tolist()
+    return found
+
+
 def _solver(balancer: Balancer) -> Callable[[torch.Tensor], object]:
     """Solve as `Balancer.run` does: to shares by copy and a certificate, in one launch.
 
@@ -419,11 +442,7 @@ def solve_row(
 
     launch = _solver(balancer)
     rotated = timer.rotation([partial(launch, row) for row in counts])
-    times = []
-    for row in counts:
-        times.append(timer.per_call(partial(launch, row), rotated))
-        if progress is not None:
-            progress()
+    times = _in_rounds(timer, [partial(launch, row) for row in counts], rotated, progress)
     by_family = {
         family: float(
             np.median([t for t, f in zip(times, workload.families, strict=True) if f == family])
@@ -439,7 +458,7 @@ def solve_row(
         "rotated_us": rotated,
         "by_family_us": by_family,
         "problem_us": statistics(
-            [timer.per_call(partial(solve, problem), rotated) for problem in problems]
+            _in_rounds(timer, [partial(solve, problem) for problem in problems], rotated)
         ),
         "iterations": {"mean": float(np.mean(iterations)), "max": max(iterations)},
         "worst_gap": max(gaps),
@@ -487,7 +506,9 @@ def groups_row(
     )
     together = Balancer(many, device=device, tolerance=tolerance)
     alone = Balancer(one, device=device, tolerance=tolerance)
-    both, slowest = [], []
+    solve, solve_alone = _solver(together), _solver(alone)
+    both: list[Launch] = []
+    singles: list[Launch] = []
     for family in (f for f in PUBLISHED_FAMILIES for _ in range(per_family)):
         rows = [draw_loads(family, rng, one.n_logical).to(device) for _ in range(n_group)]
         counts = torch.cat(rows)
@@ -501,15 +522,18 @@ def groups_row(
                 raise WrongAnswerError(
                     f"cube, group {group} of {n_group}: largest load {here:.8g}, alone {there:.8g}"
                 )
-        guess = timer.rotation([partial(_solver(together), counts)])
-        both.append(timer.per_call(partial(_solver(together), counts), guess))
-        slowest.append(max(timer.per_call(partial(_solver(alone), row), guess) for row in rows))
+        both.append(partial(solve, counts))
+        singles += [partial(solve_alone, row) for row in rows]
+    guess = timer.rotation(both)
+    together_us = _in_rounds(timer, both, guess)
+    alone_us = np.reshape(_in_rounds(timer, singles, guess), (-1, n_group))
+    slowest = alone_us.max(axis=1).tolist()
     return {
         "groups": n_group,
         "batches": len(both),
-        "together_us": statistics(both),
+        "together_us": statistics(together_us),
         "slowest_alone_us": statistics(slowest),
-        "ratio": statistics([a / b for a, b in zip(both, slowest, strict=True)]),
+        "ratio": statistics([a / b for a, b in zip(together_us, slowest, strict=True)]),
     }
 
 
@@ -595,7 +619,7 @@ def _affine_scaling(
     launches = _singles(peer.solve, weights, fixed)
     rotated = timer.rotation(launches)
     return {
-        "us": statistics([timer.per_call(launch, rotated) for launch in launches]),
+        "us": statistics(_in_rounds(timer, launches, rotated)),
         "rotated_us": rotated,
         "infeasible": int(infeasible.sum()),
         "inexact": int(inexact.sum()),
@@ -710,8 +734,8 @@ def _edge_balancing(
     alike = _singles(peer.solve, weights[index], fixed[index], needed.amax().expand_as(needed))
     return {
         **row,
-        "us": statistics([timer.per_call(launch, rotated) for launch in launches]),
-        "alike_us": statistics([timer.per_call(launch, rotated) for launch in alike]),
+        "us": statistics(_in_rounds(timer, launches, rotated)),
+        "alike_us": statistics(_in_rounds(timer, alike, rotated)),
         "rotated_us": rotated,
         "sweeps": statistics(sweeps[there].tolist()),
     }
@@ -735,7 +759,7 @@ def _original(workload: Workload, timer: Timer, device: torch.device | str) -> R
             launch()
         available = int(counter)
         rotated = timer.rotation(launches)
-        times = [timer.per_call(launch, rotated) for launch in launches]
+        times = _in_rounds(timer, launches, rotated)
     except Exception as error:  # Whatever a foreign package raises must not end the run.
         return f"not timed: {type(error).__name__}: {error}"
     # Where its own test fails it answers 0.5 everywhere.
@@ -895,10 +919,7 @@ def pipeline_row(
     for launch in parts["select"][:1]:
         launch()
     rotated = timer.rotation(parts["run"])
-    times = {
-        name: statistics([timer.per_call(launch, rotated) for launch in parts[name]])
-        for name in ("run", "solve")
-    }
+    times = {name: statistics(_in_rounds(timer, parts[name], rotated)) for name in ("run", "solve")}
     seconds, allocations = host_seconds(parts["run"], torch.device(device))
     return {
         "shape": shape,

@@ -90,13 +90,24 @@ def test_solve_row(workload):
         workload, timer, "cpu", tolerance=1e-3, progress=lambda: seen.append(None)
     )
     assert (row["ranks"], row["columns"], row["instances"]) == (5, 5, 6)
-    assert row["us"] == timing.statistics([1, 2, 3, 4, 5, 6])
-    assert row["by_family_us"] == dict(zip(workload.families, [1, 2, 3, 4, 5, 6], strict=True))
-    assert row["problem_us"] == timing.statistics([7, 8, 9, 10, 11, 12])
+    # Of three rounds through six launches the second is the median.
+    assert row["us"] == timing.statistics([7, 8, 9, 10, 11, 12])
+    assert row["by_family_us"] == dict(zip(workload.families, [7, 8, 9, 10, 11, 12], strict=True))
+    assert row["problem_us"] == timing.statistics([25, 26, 27, 28, 29, 30])
     assert row["rotated_us"] == 7.0
     assert 0 <= row["worst_gap"] <= 1e-3
     assert row["iterations"]["mean"] <= row["iterations"]["max"] <= 40
     assert len(seen) == 6
+
+
+def test_a_disturbance_meets_a_launch_in_one_round_only(workload):
+    class Disturbed(FakeTimer):
+        def per_call(self, launch, about_us):
+            super().per_call(launch, about_us)
+            return 50.0 if 4 <= self.calls <= 8 else 2.0
+
+    row = timing.solve_row(workload, Disturbed(), "cpu", tolerance=1e-3)
+    assert row["us"]["max"] == 2
 
 
 def test_nothing_is_timed_before_the_gate(workload, monkeypatch):
@@ -136,21 +147,20 @@ def test_gate(workload, change, message):
 def test_groups_row():
     row = timing.groups_row(FakeTimer(), "cpu", tolerance=1e-3, per_family=1, n_group=2)
     assert (row["groups"], row["batches"]) == (2, 6)
-    # Of three calls per batch the first is together, the last is the slowest alone.
-    assert row["together_us"] == timing.statistics([1, 4, 7, 10, 13, 16])
-    assert row["slowest_alone_us"] == timing.statistics([3, 6, 9, 12, 15, 18])
+    # Three rounds of six launches together, then of twelve alone; of two the last is the slowest.
+    assert row["together_us"] == timing.statistics([7, 8, 9, 10, 11, 12])
+    assert row["slowest_alone_us"] == timing.statistics([32, 34, 36, 38, 40, 42])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, not interpreted")
 def test_peer_row(workload):
     row = timing.peer_row(workload, FakeTimer(), "cpu", tolerance=1e-3, max_sweeps=32)
     affine, edge = row["affine_scaling"], row["edge_balancing"]
-    assert affine["us"]["max"] == 6
+    assert affine["us"]["max"] == 12
     assert 0 <= affine["infeasible"] + affine["inexact"] <= 6
     assert edge["not_reached"] == 0
     assert 0 <= edge["sweeps"]["median"] <= edge["sweeps"]["max"] <= 32
-    # After one launch each for the first six instances comes one each with the same sweeps.
-    assert (edge["us"]["max"], edge["alike_us"]["max"]) == (12, 18)
+    assert (edge["us"]["max"], edge["alike_us"]["max"]) == (30, 48)
     assert "not timed" in row["lplb"]
 
 
@@ -241,7 +251,7 @@ def test_solve_command(fake_gpu, tmp_path, capsys):
     assert report["options"]["families"] == list(timing.PUBLISHED_FAMILIES)
     assert set(report["environment"]) >= {"gpu", "driver", "torch", "triton"}
     text = text_path.read_text()
-    assert "| ring:5 | 5 | 5 | 3.5 |" in text
+    assert "| ring:5 | 5 | 5 | 9.5 |" in text
     assert "two copies" in text
 
 
