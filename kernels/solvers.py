@@ -3,35 +3,30 @@
 Equation numbers refer to docs/method.md.
 """
 
-# Triton's tuples grow.
-# mypy: disable-error-code=assignment
-
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.copies import Tile
-from lplb_triton.kernels.interior_point import _newton, _newton_by_cells
-from lplb_triton.kernels.levelling import (
-    COPIES_AT_ONCE,
-    RANK_CELLS,
-    ROUNDED_PART,
-    TARGET_PART,
-    _balance,
-    _load_rank_cells,
-    _rank_loads,
-    _round,
+from lplb_triton.kernels.cells import (
+    _column_weights,
+    _counts_of_members,
+    _fold,
+    _load_cells,
+    _load_ranks,
+    _solve_cells,
+    _solve_cells_in_memory,
+    _touch_tables,
 )
+from lplb_triton.kernels.copies import Tile
+from lplb_triton.kernels.interior_point import _newton
+from lplb_triton.kernels.levelling import COPIES_AT_ONCE, RANK_CELLS, ROUNDED_PART, TARGET_PART
 from lplb_triton.kernels.pairs import _load_pairs, _solve_pairs, _weights_of_pairs
 from lplb_triton.kernels.sync import _sum_over_ranks
 from lplb_triton.kernels.tiles import (
-    SHARE_ONE,
-    _add2,
+    BOUND_ALLOWANCE,
     _column_sum,
-    _max_add_max,
+    _mean_and_bound,
     _quantize,
     _shares,
 )
@@ -43,21 +38,9 @@ from lplb_triton.kernels.tokens import (
     _sum_rows,
 )
 
-# Taken off the bound for the round-off of its float32 sums (2**-20; equation 3).
-BOUND_ALLOWANCE = tl.constexpr(9.5367431640625e-07)
-
 STATUS_CERTIFIED = tl.constexpr(0)
 STATUS_GAP = tl.constexpr(1)
 STATUS_INVALID = tl.constexpr(2)
-
-
-@triton.jit
-def _mean_and_bound(load, fixed, n_ranks):
-    """Largest of the first plan's loads, their sum, a bound, and whether they are no numbers."""
-    max_load, total, bound = tl.reduce((load, load, fixed), 0, _max_add_max)
-    invalid = (total < float("inf")) == 0
-    bound = tl.maximum(bound, total / n_ranks.to(tl.float32))
-    return tl.where(invalid, 0.0, max_load), total, tl.where(invalid, 0.0, bound), invalid
 
 
 @triton.jit
@@ -140,295 +123,6 @@ def _solve_lp_kernel(
         stats_ptr, ints_ptr, program, tl.num_programs(0),
         max_load, lower_bound, gap, iterations, status,
     )  # fmt: skip
-
-
-@triton.jit
-def _touch(ptr, n, EACH: tl.constexpr, LANES: tl.constexpr):
-    """Look at one of every EACH words from ``ptr`` on, as many as there are threads."""
-    at = EACH * tl.arange(0, LANES)
-    return tl.load(ptr + at, mask=at < n, other=0)
-
-
-@triton.jit
-def _store_cumulative(
-    cumulative_ptr, upto_ptr, units_ptr, copy_index_ptr, copy_multiplicity_ptr, multiplicity,
-    copy, cell, inside,
-):  # fmt: skip
-    """Write the cumulative shares of ``copy``, which lie in ``cell`` (equation 12).
-
-    A cell of -1 says that one rank holds all copies. ``upto`` are the cells' shares summed over
-    their column, in units: copies of one expert ascend by rank. ``multiplicity`` is the largest.
-    """
-    spread = inside & (cell >= 0)
-    cumulative = tl.load(upto_ptr + cell, mask=spread, other=SHARE_ONE)
-    if multiplicity > 1:
-        # Several copies on one rank divide its share as evenly as integers allow.
-        here = tl.load(units_ptr + cell, mask=spread, other=SHARE_ONE)
-        index = tl.load(copy_index_ptr + copy, mask=inside, other=0).to(tl.int64) + 1
-        among = tl.load(copy_multiplicity_ptr + copy, mask=inside, other=1).to(tl.int64)
-        part = index * here.to(tl.int64) // among
-        cumulative = cumulative - here + part.to(tl.int32)
-    tl.store(cumulative_ptr + copy, cumulative, mask=inside)
-
-
-class Extents(NamedTuple):
-    """Numbers of a group, as in `SolveTables` but for the last."""
-
-    n_cells: Any
-    most_members: Any
-    most_copies: Any
-    most_cells: Any
-    multiplicity: Any
-    n_classes: Any
-    most_sweeps: Any
-
-
-class GroupTables(NamedTuple):
-    """What is loaded of a group's tables before there are counts."""
-
-    cell_column: Any
-    """By cell, [COPIES], as the next two: the first cell of its column, and how many it has."""
-    cell_first: Any
-    cell_copies: Any
-    shared: Any
-    """Copies of replicated experts, [COPIES], and their cells."""
-    shared_cell: Any
-    members: Any
-    """By column, [C]: a tuple of its first members."""
-    start: Any
-    """Its first cell,"""
-    n_copies: Any
-    """how many it has,"""
-    first_ranks: Any
-    """and a tuple of the ranks of the first ones."""
-    first_cells: Any
-    """Of each rank, as `_load_rank_cells` gives them."""
-    extents: Extents
-
-
-@triton.jit
-def _load_cells(
-    cells_ptr, cell_start_ptr, rank_cells_ptr, first_members_ptr, first_ranks_ptr,
-    shared_copies_ptr, shared_cells_ptr, extents_ptr, n_ranks, n_columns, n_shared,
-    G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, MEMBERS: tl.constexpr,
-):  # fmt: skip
-    """Load `GroupTables`."""
-    cell = tl.arange(0, COPIES)
-    col = tl.arange(0, C)
-    is_copy = cell < n_shared
-    col_on = col < n_columns
-    start = tl.load(cell_start_ptr + col, mask=col_on, other=0)
-    members, first_ranks = (), ()
-    for k in tl.static_range(MEMBERS):
-        members += (tl.load(first_members_ptr + k * n_columns + col, mask=col_on, other=-1),)
-    for k in tl.static_range(COPIES_AT_ONCE):
-        ptrs = first_ranks_ptr + k * n_columns + col
-        first_ranks += (tl.load(ptrs, mask=col_on, other=-1),)
-    return GroupTables(
-        tl.load(cells_ptr + n_shared + cell, mask=is_copy, other=0),
-        tl.load(cells_ptr + 2 * n_shared + cell, mask=is_copy, other=0),
-        tl.load(cells_ptr + 3 * n_shared + cell, mask=is_copy, other=1),
-        tl.load(shared_copies_ptr + cell, mask=is_copy, other=-1),
-        tl.load(shared_cells_ptr + cell, mask=is_copy, other=-1),
-        members,
-        start,
-        tl.load(cell_start_ptr + col + 1, mask=col_on, other=0) - start,
-        first_ranks,
-        _load_rank_cells(rank_cells_ptr, 0, n_ranks, G),
-        Extents(
-            tl.load(extents_ptr), tl.load(extents_ptr + 1), tl.load(extents_ptr + 2),
-            tl.load(extents_ptr + 3), tl.load(extents_ptr + 4), tl.load(extents_ptr + 5),
-            tl.load(extents_ptr + 6),
-        ),
-    )  # fmt: skip
-
-
-@triton.jit
-def _touch_tables(
-    edges_ptr, n_edges, rank_cells_ptr, n_rank_cells, cells_ptr, n_cells, touched_ptr,
-    LANES: tl.constexpr,
-):  # fmt: skip
-    """Fetch all lines of tables that are walked through later, at once."""
-    touched = _touch(edges_ptr, n_edges, 4, LANES).to(tl.int32)
-    touched += _touch(rank_cells_ptr, n_rank_cells, 8, LANES)
-    touched += _touch(cells_ptr, n_cells, 8, LANES)
-    tl.store(touched_ptr + tl.arange(0, LANES), touched)
-
-
-@triton.jit
-def _load_ranks(
-    rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G: tl.constexpr, S: tl.constexpr
-):
-    """Load a group's tables by rank and slot, [G S]: flat, slots of a rank side by side."""
-    index = tl.arange(0, G * S)
-    rank = index // S
-    slot = index % S
-    at = rank * n_slots + slot
-    there = (rank < n_ranks) & (slot < n_slots)
-    expert = tl.load(rank_experts_ptr + at, mask=there, other=-1)
-    return expert, tl.load(rank_parts_ptr + at, mask=there, other=0.0)
-
-
-@triton.jit
-def _fold(on_rank, part, complete, n_ranks, G: tl.constexpr, S: tl.constexpr):
-    """Sum counts [G S] over the slots of ranks: fixed loads, and loads of the even split.
-
-    Also returns the rest of `_mean_and_bound`. Without ``complete`` counts all is infinite.
-    """
-    alone = tl.where(part == 1.0, on_rank, 0.0).reshape(G, S)
-    fixed, load = tl.reduce((alone, (on_rank * part).reshape(G, S)), 1, _add2)
-    fixed = tl.where(complete, fixed, float("inf"))
-    load = tl.where(complete, load, float("inf"))
-    peak, total, bound, invalid = _mean_and_bound(load, fixed, n_ranks)
-    return fixed, load, peak, total, bound, invalid
-
-
-@triton.jit
-def _solve_cells(
-    tables, weights, fixed, load, in_pairs, peak, total, bound, invalid, tolerance,
-    max_iterations, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
-    copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
-    n_ranks, n_columns, n_shared, width,
-    G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Solve a group by cells; returns its largest load, a bound and iterations.
-
-    weights [C]; fixed and load [G], of the even split. With ``in_pairs`` 1 the cumulative shares
-    are those of a level plan.
-    """
-    rank = tl.arange(0, G)
-    col = tl.arange(0, C)
-    cell = tl.arange(0, COPIES)
-    rank_on = rank < n_ranks
-    extents = tables.extents
-    is_cell = cell < extents.n_cells
-    shared = tables.shared
-    # `solve_scratch`: loads, fixed loads, weights, tokens; the last two are integers.
-    weights_ptr = scratch_ptr + 2 * n_ranks
-    x_ptr = weights_ptr + n_columns
-    tokens_ptr = x_ptr + n_shared
-    upto_ptr = (tokens_ptr + n_shared).to(tl.pointer_type(tl.int32), bitcast=True)
-    units_ptr = upto_ptr + n_shared
-    target = tolerance - BOUND_ALLOWANCE
-    aim = target * TARGET_PART
-    tl.store(weights_ptr + col, weights, mask=col < n_columns)
-    tl.debug_barrier()
-    cell_weights = tl.load(weights_ptr + tables.cell_column, mask=is_cell, other=0.0)
-    if in_pairs == 0:
-        tl.store(x_ptr + cell, cell_weights / tables.cell_copies, mask=is_cell)
-        tl.debug_barrier()
-        bound = _balance(
-            peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, scratch_ptr,
-            edges_ptr, extents.n_classes, extents.most_sweeps, width, tables.first_ranks, cells_ptr,
-            tables.start, tables.n_copies, extents.most_copies, G, LANES,
-        )  # fmt: skip
-    else:
-        there = shared >= 0
-        upto = tl.load(cumulative_ptr + shared, mask=there, other=0)
-        second = there & (tables.shared_cell % 2 == 1)
-        upto -= tl.load(cumulative_ptr + shared - 1, mask=second, other=0)
-        shared_weights = tl.load(weights_ptr + tables.shared_cell // 2, mask=there, other=0.0)
-        tl.store(x_ptr + tables.shared_cell, _shares(upto) * shared_weights, mask=there)
-        tl.debug_barrier()
-    # A level plan is rounded and judged; only one that is not good enough goes on.
-    iterations = max_iterations * 0
-    max_load = bound
-    rounds = 0
-    while rounds < 2:
-        _round(
-            x_ptr, tokens_ptr, upto_ptr, units_ptr, cell_weights, tables.cell_first,
-            tables.cell_copies, is_cell,
-        )  # fmt: skip
-        tl.debug_barrier()
-        _store_cumulative(
-            cumulative_ptr, upto_ptr, units_ptr, copy_index_ptr, copy_multiplicity_ptr,
-            extents.multiplicity, shared, tables.shared_cell, shared >= 0,
-        )  # fmt: skip
-        loads = _rank_loads(
-            fixed, tokens_ptr, tables.first_cells, rank_cells_ptr, n_ranks, extents.most_cells, G
-        )
-        max_load = tl.max(loads)
-        rounds += 1
-        good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
-        if good | invalid:
-            rounds += 1
-        if rounds < 2:
-            tl.store(scratch_ptr + n_ranks + rank, fixed, mask=rank_on)
-            tl.debug_barrier()
-            bound, iterations = _newton_by_cells(
-                units_ptr, x_ptr, scratch_ptr, cells_ptr, cell_start_ptr, rank_cells_ptr,
-                cell_number_ptr, extents.n_cells, extents.most_copies, extents.most_cells,
-                n_ranks, n_columns, n_shared, max_load, bound, total, tolerance, aim,
-                max_iterations, G, C, COPIES,
-            )  # fmt: skip
-            tl.debug_barrier()
-    return max_load, bound, iterations
-
-
-@triton.jit
-def _counts_of_members(counts_ptr, members, MEMBERS: tl.constexpr):
-    """Load the counts of a tuple of experts by column."""
-    counts = ()
-    for k in tl.static_range(MEMBERS):
-        counts += (_counts_of(counts_ptr, members[k]),)
-    return counts
-
-
-@triton.jit
-def _column_weights(
-    counts_ptr, of_members, column_start_ptr, column_members_ptr, most_members, n_columns, invalid,
-    C: tl.constexpr, MEMBERS: tl.constexpr,
-):  # fmt: skip
-    """Sum counts over the members of columns, [C]; ``of_members`` are the first MEMBERS ones'."""
-    weights = of_members[0]
-    for k in tl.static_range(1, MEMBERS):
-        weights += of_members[k]
-    if most_members > MEMBERS:
-        col = tl.arange(0, C)
-        first = tl.load(column_start_ptr + col, mask=col < n_columns, other=0)
-        end = tl.load(column_start_ptr + col + 1, mask=col < n_columns, other=0)
-        for j in range(MEMBERS, most_members):
-            member = tl.load(column_members_ptr + first + j, mask=first + j < end, other=-1)
-            weights += _counts_of(counts_ptr, member)
-    return tl.where(invalid, 0.0, weights)
-
-
-@triton.jit(noinline=True)
-def _solve_cells_in_memory(
-    counts_ptr, complete, in_pairs, known_bound, tolerance, max_iterations,
-    rank_experts_ptr, rank_parts_ptr,
-    cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, first_members_ptr,
-    first_ranks_ptr, column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
-    edges_ptr, extents_ptr, copy_index_ptr, copy_multiplicity_ptr,
-    cumulative_ptr, scratch_ptr, n_ranks, n_columns, n_slots, n_shared, width,
-    G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
-    MEMBERS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """`_solve_cells` as a function of its own, where it is rare: for that it compiles sooner.
-
-    Also returns whether counts are invalid.
-    """
-    tables = _load_cells(
-        cells_ptr, cell_start_ptr, rank_cells_ptr, first_members_ptr, first_ranks_ptr,
-        shared_copies_ptr, shared_cells_ptr, extents_ptr, n_ranks, n_columns, n_shared,
-        G, C, COPIES, MEMBERS,
-    )  # fmt: skip
-    expert, part = _load_ranks(rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G, S)
-    fixed, load, peak, total, bound, invalid = _fold(
-        _counts_of(counts_ptr, expert), part, complete, n_ranks, G, S
-    )
-    weights = _column_weights(
-        counts_ptr, _counts_of_members(counts_ptr, tables.members, MEMBERS),
-        column_start_ptr, column_members_ptr,
-        tables.extents.most_members, n_columns, invalid, C, MEMBERS,
-    )  # fmt: skip
-    max_load, bound, iterations = _solve_cells(
-        tables, weights, fixed, load, in_pairs, peak, total, tl.maximum(bound, known_bound),
-        invalid, tolerance, max_iterations, cells_ptr, cell_start_ptr, rank_cells_ptr,
-        cell_number_ptr, edges_ptr, copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr,
-        scratch_ptr, n_ranks, n_columns, n_shared, width, G, C, COPIES, LANES,
-    )  # fmt: skip
-    return max_load, bound, iterations, invalid
 
 
 @triton.jit(

@@ -1,4 +1,4 @@
-"""Pieces that the solvers share: sums over tiles, a quick inverse, shares in whole units."""
+"""Pieces that the solvers share: sums over tiles, a quick inverse, whole units, first bounds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import triton.language as tl
 
 # Shares are whole units of 2**-24 (equation 11).
 SHARE_ONE = tl.constexpr(1 << 24)
+# Taken off the bound for the round-off of its float32 sums (2**-20; equation 3).
+BOUND_ALLOWANCE = tl.constexpr(9.5367431640625e-07)
 
 
 @triton.jit
@@ -55,3 +57,12 @@ def _quantize(shares, rank, last):
 def _shares(units):
     """Units of 2**-24 as float32, exactly."""
     return units.to(tl.float32) * (1.0 / SHARE_ONE)
+
+
+@triton.jit
+def _mean_and_bound(load, fixed, n_ranks):
+    """Largest of the first plan's loads, their sum, a bound, and whether they are no numbers."""
+    max_load, total, bound = tl.reduce((load, load, fixed), 0, _max_add_max)
+    invalid = (total < float("inf")) == 0
+    bound = tl.maximum(bound, total / n_ranks.to(tl.float32))
+    return tl.where(invalid, 0.0, max_load), total, tl.where(invalid, 0.0, bound), invalid
