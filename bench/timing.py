@@ -362,7 +362,7 @@ def _in_rounds(
     """Microseconds per call of each launch, the median of rounds through all of them.
 
     What disturbs a GPU for a few milliseconds is over when a launch's turn comes again.
-    ``progress`` is called once per launch.
+    ``progress`` is called once per launch, in the first round.
     """
     times = np.empty((ROUNDS, len(launches)))
     for at, row in enumerate(times):

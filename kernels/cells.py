@@ -139,7 +139,7 @@ def _touch_tables(
     edges_ptr, n_edges, rank_cells_ptr, n_rank_cells, cells_ptr, n_cells, touched_ptr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Fetch all lines of tables that are walked through later, at once."""
+    """Fetch lines of tables that are walked through later at once, one by thread and table."""
     touched = _touch(edges_ptr, n_edges, 4, LANES).to(tl.int32)
     touched += _touch(rank_cells_ptr, n_rank_cells, 8, LANES)
     touched += _touch(cells_ptr, n_cells, 8, LANES)
@@ -194,7 +194,8 @@ def _solve_cells(
     extents = tables.extents
     is_cell = cell < extents.n_cells
     shared = tables.shared
-    # `solve_scratch`: loads, fixed loads, weights, tokens; the last two are integers.
+    # `solve_scratch`: loads and fixed loads by rank, weights by column, and by cell tokens, what
+    # they are once rounded, and in units running sums and shares.
     weights_ptr = scratch_ptr + 2 * n_ranks
     x_ptr = weights_ptr + n_columns
     tokens_ptr = x_ptr + n_shared
@@ -223,6 +224,7 @@ def _solve_cells(
         tl.debug_barrier()
     # A level plan is rounded and judged; only one that is not good enough goes on.
     iterations = max_iterations * 0
+    # Of the type that it will have.
     max_load = bound
     rounds = 0
     while rounds < 2:

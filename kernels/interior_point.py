@@ -213,7 +213,7 @@ def _factor_in_memory(
     """Write S of `_inverse_factor` to ``factor`` [G, G], from V by cell: a function of its own.
 
     ``vectors`` [2, G] is scratch and holds the slack to begin with. One row is eliminated after
-    the other, which all threads get through memory: short code, compiled sooner.
+    the other, which all threads get through memory, as they get V: short code, compiled sooner.
     """
     rank = tl.arange(0, G)
     on = rank < n_ranks
@@ -444,15 +444,15 @@ def _newton(
 
 @triton.jit(noinline=True)
 def _newton_by_cells(
-    units_ptr, tokens_ptr, scratch_ptr, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr,
+    units_ptr, x_ptr, scratch_ptr, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr,
     n_cells, most_copies, most_cells, n_ranks, n_columns, n_shared, best_load, bound,
     total, tolerance, aim, max_iterations, G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """`_newton` on what lies in memory: a function of its own, with registers of its own.
 
     units [n_cells] int32 is the plan by cell, in units of 2**-24. scratch holds fixed loads
-    [n_ranks] and weights [n_columns] after n_ranks other words. tokens [n_cells] gets the better
-    plan, in tokens. Tables as in `SolveTables`.
+    [n_ranks] and weights [n_columns] after n_ranks other words. x [n_cells] gets the better
+    plan, in tokens. Both are in scratch, of which nothing else is left. Tables as in `SolveTables`.
     Returns bound and iterations.
     """
     rank = tl.arange(0, G)
@@ -479,5 +479,5 @@ def _newton_by_cells(
         tolerance, aim, max_iterations, G, C, True,
     )  # fmt: skip
     tl.debug_barrier()
-    tl.store(tokens_ptr + cell, plan * tl.gather(weights, column, 0), mask=there)
+    tl.store(x_ptr + cell, plan * tl.gather(weights, column, 0), mask=there)
     return bound, iterations

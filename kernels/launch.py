@@ -194,7 +194,7 @@ class SolveTables(NamedTuple):
 
 
 # Those that every solve reads come first among a kernel's arguments, together with all else that it
-# needs: arguments come in lines, too.
+# needs: arguments are read through a cache, line by line.
 FIRST_TABLES = 4
 
 
@@ -203,7 +203,7 @@ class SpreadTables(NamedTuple):
 
     cell_number: torch.Tensor
     """As in `SolveTables`."""
-    cell_copies: torch.Tensor
+    cell_ends: torch.Tensor
     """[n_group, 2, n_shared] the last copy in each cell of its column's first expert, and the copy
     before the first, -1 if there is none."""
 
@@ -236,8 +236,8 @@ def _newton_warps(ranks: int, columns: int) -> int:
 
 
 def _solve_warps(ranks: int) -> int:
-    """Warps for `solve_counts`: on an H100 the quickest, but for 64 ranks in the median (docs)."""
-    # More ranks are more than four warps' registers hold of a matrix.
+    """Warps for `solve_counts`: what was best on an H100, see docs/benchmarks.md."""
+    # Of Newton's matrix for more ranks four warps can't hold much in registers.
     return 4 if ranks <= 64 else 16
 
 
@@ -246,7 +246,8 @@ def _solve_options(warps: int) -> dict[str, Any]:
 
     Left to itself ptxas takes half of the registers for the largest tiles, and spills. A thread
     that fuses its own product into a sum over lanes rounds differently from the lane that sends
-    it. All threads must hold the same bits: they take the same branches by them.
+    it. All threads must hold the same bits: they take the same branches by them. No loop here has
+    loads that are worth a pipeline, which takes time to find out.
     """
     options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False, "num_stages": 1}
     if warps == 16 and torch.version.hip is None:
@@ -303,8 +304,8 @@ class SolveBuffers(NamedTuple):
 def solve_scratch(tables: SolveTables) -> int:
     """Words of scratch that a group takes: by rank, by column, by cell, and one per thread.
 
-    Newton's method, which needs nothing of that meanwhile, takes a matrix, two by rank and one by
-    cell.
+    Newton's method takes the same place for a matrix, two numbers by rank and one by cell. The
+    solving kernel computes this too.
     """
     n_columns, n_ranks = tables.cell_number.shape[1:]
     n_shared = tables.cells.shape[2]
@@ -361,7 +362,7 @@ class Exchange(NamedTuple):
 
 
 def _exchange_block(n: int) -> int:
-    # A tile of eight rows has a word for each of 512 threads.
+    # A tile of eight rows has a word for each of up to 512 threads.
     return min(EXCHANGE_BLOCK, max(64, _bins(n)))
 
 
@@ -440,7 +441,7 @@ def spread_shares(cumulative: torch.Tensor, shares: torch.Tensor, tables: Spread
     """
     n_group, n_ranks, n_columns = shares.shape
     grid = n_group * triton.cdiv(n_ranks * n_columns, SPREAD_BLOCK)
-    args = (cumulative, *tables, shares, n_ranks, n_columns, tables.cell_copies.shape[2])
+    args = (cumulative, *tables, shares, n_ranks, n_columns, tables.cell_ends.shape[2])
     if grid:
         _launch(_Call(_spread_kernel, grid, args, (SPREAD_BLOCK,), {"num_warps": 4}))
 

@@ -14,7 +14,8 @@ import triton.language as tl
 
 from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _shares
 
-# Cells of a rank that are summed at once; its table is padded to whole such blocks.
+# Cells of a rank that are summed at once; its table is padded to whole such blocks. This and the
+# next are in lplb_triton/_tables.py too, which works without Triton.
 RANK_CELLS = tl.constexpr(8)
 # Copies of a column that are looked at side by side.
 COPIES_AT_ONCE = tl.constexpr(4)
@@ -126,9 +127,7 @@ def _peak(loads_ptr, n_ranks, G: tl.constexpr):
 
 
 @triton.jit
-def _round(
-    x_ptr, tokens_ptr, upto_ptr, units_ptr, weights, first, copies, there
-):  # fmt: skip
+def _round(x_ptr, tokens_ptr, upto_ptr, units_ptr, weights, first, copies, there):
     """Round tokens x by cell to whole units of their column (equation 11).
 
     By cell, [N]: weights, ``first`` (the column's first cell), ``copies`` (how many it has) and
@@ -144,6 +143,8 @@ def _round(
     # Sums over all cells, modulo 2**32: their differences within a column are exact.
     upto = tl.cumsum(units, 0)
     sums_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    # Several threads may hold a cell.
+    tl.debug_barrier()
     tl.store(sums_ptr + cell, upto, mask=there)
     tl.debug_barrier()
     upto -= tl.load(sums_ptr + first - 1, mask=there & (first > 0), other=0)

@@ -48,7 +48,7 @@ def _parts(x, G: tl.constexpr):
 def _load_pairs(pairs_ptr, n_ranks, G: tl.constexpr, CLASSES: tl.constexpr):
     """Load words [CLASSES, n_ranks] int64 of each rank's edges, and their partners.
 
-    A word holds, in four times 16 bits from the lowest, partner, expert, column and copy. A rank
+    A word holds, in four times 16 bits from the lowest, partner, expert, nothing and copy. A rank
     without an edge in a class is its own partner there, the rest is 0xFFFF. Lanes that are no ranks
     have 0xFFFF throughout: whose load they look at doesn't matter, since they have no weight.
     """
@@ -81,7 +81,7 @@ def _weights_of_pairs(counts_ptr, words, N: tl.constexpr):
 
 
 @triton.jit
-def _of_ranks(parts, rank, G: tl.constexpr):
+def _of_lanes(parts, rank, G: tl.constexpr):
     """Find what the lanes of these ranks hold."""
     PARTS: tl.constexpr = (G + 31) // 32
     LANES: tl.constexpr = G // PARTS
@@ -93,7 +93,7 @@ def _of_ranks(parts, rank, G: tl.constexpr):
 
 
 @triton.jit
-def _largest(loads, G: tl.constexpr):
+def _largest_load(loads, G: tl.constexpr):
     """Largest of the loads, some above 0: as integers, which a warp compares at once.
 
     Loads just below 0, of round-off, come out as smaller than any other.
@@ -120,7 +120,7 @@ def _cut_bound_of_pairs(
         size += tl.where(member, 1.0, 0.0)
         inside += tl.where(member, fixed[h][None, :], 0.0)
         for k in tl.static_range(CLASSES):
-            lowest = tl.minimum(loads[h], _of_ranks(loads, partners[k * PARTS + h], G))
+            lowest = tl.minimum(loads[h], _of_lanes(loads, partners[k * PARTS + h], G))
             # Both ends of an edge add a half.
             half = 0.5 * weights[k * PARTS + h]
             inside += tl.where(lowest[None, :] >= least, half[None, :], 0.0)
@@ -139,7 +139,7 @@ def _sweep_pairs(loads, mine, partners, weights, part, G: tl.constexpr, CLASSES:
             load = loads[h]
             here = mine[k * PARTS + h]
             room = weights[k * PARTS + h] - here
-            other = _of_ranks(loads, partners[k * PARTS + h], G)
+            other = _of_lanes(loads, partners[k * PARTS + h], G)
             # The next class waits for the load: it takes as few steps from ``other`` as it can.
             level = tl.fma(other, part, load - load * part)
             levelled += (tl.maximum(tl.minimum(level, load + room), load - here),)
@@ -179,7 +179,7 @@ def _level_pairs(
             done += 1
         at_once = (done == 1) | (done >= most_sweeps)
         if_steady = 2 * done >= 3 * looked
-        peak = _largest(loads, G)
+        peak = _largest_load(loads, G)
         if (peak > enough) & (at_once | (if_steady & (peak >= steady))):
             cut = _cut_bound_of_pairs(
                 loads, fixed, partners, weights, peak, aim, n_ranks, G, CLASSES
@@ -209,7 +209,7 @@ def _round_pairs(mine, inverses, partners, G: tl.constexpr, CLASSES: tl.constexp
             rounded += (tl.minimum((share * SHARE_ONE + 0.5).to(tl.int32), SHARE_ONE),)
         for h in tl.static_range(PARTS):
             partner = partners[k * PARTS + h]
-            rest = SHARE_ONE - _of_ranks(rounded, partner, G)
+            rest = SHARE_ONE - _of_lanes(rounded, partner, G)
             rank = h * LANES + tl.arange(0, LANES)
             units += (tl.where(partner < rank, rest, rounded[h]),)
     return units
@@ -244,8 +244,8 @@ def _solve_pairs(
         all_loads += load
     total = tl.sum(all_loads)
     invalid = (total < float("inf")) == 0
-    peak = tl.where(invalid, 0.0, _largest(loads, G))
-    bound = tl.where(invalid, 0.0, tl.maximum(_largest(own, G), total * part_of_rank))
+    peak = tl.where(invalid, 0.0, _largest_load(loads, G))
+    bound = tl.where(invalid, 0.0, tl.maximum(_largest_load(own, G), total * part_of_rank))
     weights, inverses = (), ()
     for i in tl.static_range(CLASSES * PARTS):
         weight = tl.where(invalid, 0.0, counts[i])
@@ -266,6 +266,6 @@ def _solve_pairs(
             upto = tl.where(partners[k * PARTS + h] < rank, SHARE_ONE, units[k * PARTS + h])
             tl.store(cumulative_ptr + copy, upto, mask=copy >= 0)
         loads += (load,)
-    max_load = _largest(loads, G)
+    max_load = _largest_load(loads, G)
     good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
     return max_load, bound, invalid, good | invalid

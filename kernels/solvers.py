@@ -180,6 +180,7 @@ def _solve_counts_kernel(
         cells_ptr += group * 4 * n_shared
         cell_start_ptr += group * (n_columns + 1)
         cell_number_ptr += group * n_ranks * n_columns
+        # As in lplb_triton/_tables.py.
         most_on_a_rank = tl.maximum(tl.minimum(n_slots, n_columns), 1)
         rank_cells_ptr += group * n_ranks * tl.cdiv(most_on_a_rank, RANK_CELLS) * RANK_CELLS
         first_members_ptr += group * n_columns * MEMBERS
@@ -190,6 +191,7 @@ def _solve_counts_kernel(
         edges_ptr += group * most_classes * width
         extents_ptr += group * 8
         n_scratch = 2 * n_ranks + n_columns + 4 * n_shared
+        # `solve_scratch`.
         scratch_ptr += group * tl.maximum(n_scratch + LANES, G * (G + 2) + n_shared)
         expert, part = _load_ranks(rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G, S)
         if PAIRS > 0:
@@ -280,7 +282,7 @@ def _solve_counts_kernel(
 
 @triton.jit(do_not_specialize=["n_ranks", "n_columns", "n_shared"])
 def _spread_kernel(
-    cumulative_ptr, cell_number_ptr, cell_copies_ptr, shares_ptr, n_ranks, n_columns, n_shared,
+    cumulative_ptr, cell_number_ptr, cell_ends_ptr, shares_ptr, n_ranks, n_columns, n_shared,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Turn cumulative shares by copy into shares by rank and column, 0 where no copy is.
@@ -295,7 +297,7 @@ def _spread_kernel(
     inside = at < n
     number_ptrs = cell_number_ptr + group * n + at % n_columns * n_ranks + at // n_columns
     cell = tl.load(number_ptrs, mask=inside, other=-1)
-    copies_ptrs = cell_copies_ptr + group * 2 * n_shared + cell
+    copies_ptrs = cell_ends_ptr + group * 2 * n_shared + cell
     last = tl.load(copies_ptrs, mask=cell >= 0, other=-1)
     before = tl.load(copies_ptrs + n_shared, mask=cell >= 0, other=-1)
     units = tl.load(cumulative_ptr + last, mask=last >= 0, other=0)

@@ -31,7 +31,7 @@ PAIR_LANES = 32
 PAIR_EDGES = 8
 # 16 bits, all of them set: no such edge.
 PAIR_FIELD = 0xFFFF
-# Cells of a rank that the kernels sum at once.
+# Cells of a rank that the kernels sum at once. This and the next are in kernels/levelling.py too.
 RANK_CELLS = 8
 # Copies of a column whose ranks have a table of their own.
 COPIES_AT_ONCE = 4
@@ -96,7 +96,7 @@ def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
     }
 
 
-def _cell_copies(placement: Placement, cells: NDArray[np.int32]) -> NDArray[np.int32]:
+def _cell_ends(placement: Placement, cells: NDArray[np.int32]) -> NDArray[np.int32]:
     """For each cell, the last copy there of its column's first expert, and the one before all.
 
     Copies of an expert ascend by rank, those on a rank are neighbours; -1 if none is before.
@@ -203,11 +203,10 @@ def _pairs(
     fields[..., 0] = np.arange(n_ranks)
     for group, k, at in zip(*np.nonzero(edges[:, :room] != -1), strict=True) if fits else ():
         second, first, cell, _ = edges[group, k, at : at + 1].view(np.uint16).tolist()
-        column = cell // 2
-        expert = s.column_members[s.column_start[group, column]]
+        expert = s.column_members[s.column_start[group, cell // 2]]
         copy = s.copy_start[expert]
-        fields[group, k, first] = second, expert, column, copy
-        fields[group, k, second] = first, expert, column, copy + 1
+        fields[group, k, first] = second, expert, PAIR_FIELD, copy
+        fields[group, k, second] = first, expert, PAIR_FIELD, copy + 1
     return fields.view(np.int64)[..., 0], fits
 
 
@@ -242,8 +241,9 @@ def _arrays(placement: Placement, pair_classes: int | None = None) -> dict[str, 
     )
     return {
         **cells,
+        # Ranks are what threads read side by side.
         "cell_number": np.ascontiguousarray(number.transpose(0, 2, 1)),
-        "cell_copies": _cell_copies(placement, cells["cells"]),
+        "cell_ends": _cell_ends(placement, cells["cells"]),
         **_rank_experts(placement),
         "first_members": first_members,
         "column_start": s.column_start,

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from lplb_triton import Balancer, Placement, solve, topologies
-from lplb_triton._tables import FEW, DeviceTables
+from lplb_triton._tables import COPIES_AT_ONCE, FEW, RANK_CELLS, DeviceTables
 from lplb_triton.bench.instances import corpus, draw_loads, shape_placement
 from lplb_triton.bench.verify import highs_optimum, solve_counts
+from lplb_triton.kernels import levelling
 
 PLACEMENTS = [instance.placement for instance in corpus(17, seed=3)]
 
@@ -79,6 +80,32 @@ def test_cells(placement):
             mine = mask[rank].sum()
             assert (cells[:mine] == number[rank][mask[rank]]).all() and (cells[mine:] == -1).all()
         assert extents[3] == mask.sum(1).max()
+        for column, ranks in enumerate(views["first_ranks"][group].T):
+            early = np.flatnonzero(mask[:, column])[:COPIES_AT_ONCE]
+            assert ranks.tolist() == [*early, *[-1] * (COPIES_AT_ONCE - early.size)]
+    assert views["rank_cells"].shape[1] % RANK_CELLS == 0
+
+
+def test_tables_have_the_kernels_block_sizes():
+    assert levelling.RANK_CELLS.value == RANK_CELLS
+    assert levelling.COPIES_AT_ONCE.value == COPIES_AT_ONCE
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
+def test_ends_of_cells(placement):
+    views, s = tables_of(placement), placement.structure
+    holder = s.copy_slot // placement.slots_per_rank
+    for group, ends in enumerate(views["cell_ends"]):
+        ranks, columns, _, _ = views["cells"][group]
+        n_cells = int(views["extents"][group, 0])
+        assert (ends[:, n_cells:] == -1).all()
+        for cell in range(n_cells):
+            expert = s.column_members[s.column_start[group, columns[cell]]]
+            copies = range(s.copy_start[expert], s.copy_start[expert + 1])
+            rank = group * placement.group_size + ranks[cell]
+            here = [copy for copy in copies if holder[copy] == rank]
+            before = [copy for copy in copies if holder[copy] < rank]
+            assert ends[:, cell].tolist() == [here[-1], max(before, default=-1)]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)

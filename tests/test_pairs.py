@@ -62,13 +62,14 @@ def test_words(shape):
     for group, classes in enumerate(fields):
         seen = []
         for row in classes:
-            for rank, (partner, expert, column, copy) in enumerate(row):
-                assert row[partner][0] == rank
+            for rank, (partner, expert, nothing, copy) in enumerate(row):
+                assert row[partner][0] == rank and nothing == PAIR_FIELD
                 if partner == rank:
-                    assert expert == column == copy == PAIR_FIELD
+                    assert expert == copy == PAIR_FIELD
                     continue
+                column = s.column_of[expert]
                 assert s.mask[group, :, column].nonzero()[0].tolist() == sorted((rank, partner))
-                assert s.column_of[expert] == column and expert_of_copy[copy] == expert
+                assert expert_of_copy[copy] == expert
                 holder = s.copy_slot[copy] // placement.slots_per_rank
                 assert holder == group * placement.group_size + rank
                 seen.append((column, rank))
