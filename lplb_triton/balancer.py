@@ -515,6 +515,8 @@ class Balancer:
     def solve(self, counts: torch.Tensor, *, certified: torch.Tensor | None = None) -> Solution:
         """Solve the LP of every group for counts summed over all ranks.
 
+        What `run` needs comes from the first of two launches, the shares from the second.
+
         Parameters
         ----------
         counts : torch.Tensor
