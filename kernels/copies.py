@@ -20,6 +20,9 @@ class Tile(NamedTuple):
 
     there: Any
     """Whether there is such a copy."""
+    rank_on: Any
+    """By rank, whether there is such a one."""
+    n_ranks: Any
 
 
 class Cells(NamedTuple):
@@ -27,7 +30,11 @@ class Cells(NamedTuple):
 
     there: Any
     """Whether there is such a cell."""
+    rank_on: Any
+    """By rank, whether there is such a one."""
+    n_ranks: Any
     rank: Any
+    """By cell, its rank and its column."""
     column: Any
     start: Any
     """By column, its first cell."""
@@ -39,11 +46,8 @@ class Cells(NamedTuple):
     """By rank, into ``rank_cells``."""
     most_cells: Any
     """Most cells of a rank."""
-    rank_on: Any
-    """By rank, whether there is such a one."""
     cell_number_ptr: Any
     n_columns: Any
-    n_ranks: Any
     factor_ptr: Any
     """Scratch for a matrix [G, G],"""
     vectors_ptr: Any

@@ -254,7 +254,7 @@ def _apply_in_memory(factor_ptr, vector_ptr, n_ranks, G: tl.constexpr):
 
 
 @triton.jit
-def _factor(v, slack, on, form, G: tl.constexpr, BY_CELL: tl.constexpr):
+def _factor(v, slack, form, G: tl.constexpr, BY_CELL: tl.constexpr):
     """S, lower triangular, with ``S.T @ S`` the inverse of the matrix of equations 5 and 7.
 
     ``v`` by copy. As [G / 4, 4, G], or where it is in memory.
@@ -264,7 +264,7 @@ def _factor(v, slack, on, form, G: tl.constexpr, BY_CELL: tl.constexpr):
         # Others may still use the last factor.
         tl.debug_barrier()
         tl.store(form.values_ptr + cell, v, mask=form.there)
-        tl.store(form.vectors_ptr + tl.arange(0, G), slack, mask=on)
+        tl.store(form.vectors_ptr + tl.arange(0, G), slack, mask=form.rank_on)
         tl.debug_barrier()
         _factor_in_memory(
             form.values_ptr, form.vectors_ptr, form.factor_ptr, form.cell_number_ptr,
@@ -273,7 +273,7 @@ def _factor(v, slack, on, form, G: tl.constexpr, BY_CELL: tl.constexpr):
         factor = form.factor_ptr
     else:
         product = tl.dot(v, tl.trans(v), input_precision="ieee")
-        factor = _inverse_factor(_normal_matrix(product, slack, on, G), G)
+        factor = _inverse_factor(_normal_matrix(product, slack, form.rank_on, G), G)
     return factor
 
 
@@ -312,8 +312,8 @@ def _lower_bound(y, fixed, w, form, BY_CELL: tl.constexpr):
 
 @triton.jit
 def _newton(
-    best, best_load, bound, weights, fixed, form, rank_on, n_ranks, total, tolerance, aim,
-    max_iterations, G: tl.constexpr, C: tl.constexpr, BY_CELL: tl.constexpr,
+    best, best_load, bound, weights, fixed, form, total, tolerance, aim, max_iterations,
+    G: tl.constexpr, C: tl.constexpr, BY_CELL: tl.constexpr,
 ):  # fmt: skip
     """Improve the plan ``best``, shares by copy, and its bound until the gap is at most ``aim``.
 
@@ -321,8 +321,9 @@ def _newton(
     weight is on a column with fewer than two copies. Returns plan, bound, iterations.
     """
     copy = form.there
+    rank_on = form.rank_on
     n_copies = _sum_columns(copy.to(tl.float32), form, BY_CELL)
-    n_ranks = n_ranks.to(tl.float32)
+    n_ranks = form.n_ranks.to(tl.float32)
     unit = total / n_ranks
     w_all = weights / unit
     f = fixed / unit
@@ -363,7 +364,7 @@ def _newton(
         inverse_y = _inverse(y)
         slack = s * inverse_y
         v = d * _of_columns(w_columns * root, form, BY_CELL)
-        factor = _factor(v, slack, rank_on, form, G, BY_CELL)
+        factor = _factor(v, slack, form, G, BY_CELL)
         ones = _apply(factor, one, form, G, BY_CELL)
 
         # Equation 8, predictor. h = dz / z, e = dy / y; then dx / x = -1 - h, ds / s = -1 - e.
@@ -469,14 +470,14 @@ def _newton_by_cells(
     # What is there now is not needed once it is loaded.
     vectors_ptr = scratch_ptr + G * G
     form = Cells(
-        there, tl.load(cells_ptr + cell, mask=there, other=0), column,
-        start, end - start, most_copies, rank_cells_ptr + rank, most_cells, rank_on,
-        cell_number_ptr, n_columns, n_ranks, scratch_ptr, vectors_ptr, vectors_ptr + 2 * G,
+        there, rank_on, n_ranks, tl.load(cells_ptr + cell, mask=there, other=0), column,
+        start, end - start, most_copies, rank_cells_ptr + rank, most_cells,
+        cell_number_ptr, n_columns, scratch_ptr, vectors_ptr, vectors_ptr + 2 * G,
     )  # fmt: skip
     plan = _shares(tl.load(units_ptr + cell, mask=there, other=0))
     plan, bound, iterations = _newton(
-        plan, best_load, bound, weights, fixed, form, rank_on, n_ranks, total,
-        tolerance, aim, max_iterations, G, C, True,
+        plan, best_load, bound, weights, fixed, form, total, tolerance, aim, max_iterations,
+        G, C, True,
     )  # fmt: skip
     tl.debug_barrier()
     tl.store(x_ptr + cell, plan * tl.gather(weights, column, 0), mask=there)

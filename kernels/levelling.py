@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _shares
+from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _largest_load, _shares
 
 # Cells of a rank that are summed at once; its table is padded to whole such blocks. This and the
 # next are in lplb_triton/_tables.py too, which works without Triton.
@@ -113,17 +113,14 @@ def _lowest_loads(loads_ptr, first_ranks, cell_rank_ptr, start, n_copies, most_c
 
 @triton.jit
 def _peak(loads_ptr, n_ranks, G: tl.constexpr):
-    """Largest of loads [n_ranks], some above 0: as integers, which a warp compares at once.
-
-    Loads just below 0, of round-off, come out as smaller than any other. Every warp looks at all.
-    """
+    """Largest of loads [n_ranks], by `_largest_load`; every warp looks at all."""
     LANES: tl.constexpr = min(G, 32)
     rank = tl.arange(0, LANES)
     loads = tl.load(loads_ptr + rank, mask=rank < n_ranks, other=0.0)
     for h in tl.static_range(1, G // LANES):
         rank = h * LANES + tl.arange(0, LANES)
         loads = tl.maximum(loads, tl.load(loads_ptr + rank, mask=rank < n_ranks, other=0.0))
-    return tl.max(loads.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    return _largest_load(loads)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from lplb_triton.kernels.levelling import (
     TARGET_PART,
     _cut_loads,
 )
-from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _shares
+from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _largest_load, _shares
 from lplb_triton.kernels.tokens import _counts_of
 
 # All bits of one of the four fields of a table's word.
@@ -93,15 +93,12 @@ def _of_lanes(parts, rank, G: tl.constexpr):
 
 
 @triton.jit
-def _largest_load(loads, G: tl.constexpr):
-    """Largest of the loads, some above 0: as integers, which a warp compares at once.
-
-    Loads just below 0, of round-off, come out as smaller than any other.
-    """
+def _peak_of_parts(loads, G: tl.constexpr):
+    """Largest of the loads of all parts, by `_largest_load`."""
     largest = loads[0]
     for h in tl.static_range(1, (G + 31) // 32):
         largest = tl.maximum(largest, loads[h])
-    return tl.max(largest.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    return _largest_load(largest)
 
 
 @triton.jit
@@ -179,7 +176,7 @@ def _level_pairs(
             done += 1
         at_once = (done == 1) | (done >= most_sweeps)
         if_steady = 2 * done >= 3 * looked
-        peak = _largest_load(loads, G)
+        peak = _peak_of_parts(loads, G)
         if (peak > enough) & (at_once | (if_steady & (peak >= steady))):
             cut = _cut_bound_of_pairs(
                 loads, fixed, partners, weights, peak, aim, n_ranks, G, CLASSES
@@ -244,8 +241,8 @@ def _solve_pairs(
         all_loads += load
     total = tl.sum(all_loads)
     invalid = (total < float("inf")) == 0
-    peak = tl.where(invalid, 0.0, _largest_load(loads, G))
-    bound = tl.where(invalid, 0.0, tl.maximum(_largest_load(own, G), total * part_of_rank))
+    peak = tl.where(invalid, 0.0, _peak_of_parts(loads, G))
+    bound = tl.where(invalid, 0.0, tl.maximum(_peak_of_parts(own, G), total * part_of_rank))
     weights, inverses = (), ()
     for i in tl.static_range(CLASSES * PARTS):
         weight = tl.where(invalid, 0.0, counts[i])
@@ -266,6 +263,6 @@ def _solve_pairs(
             upto = tl.where(partners[k * PARTS + h] < rank, SHARE_ONE, units[k * PARTS + h])
             tl.store(cumulative_ptr + copy, upto, mask=copy >= 0)
         loads += (load,)
-    max_load = _largest_load(loads, G)
+    max_load = _peak_of_parts(loads, G)
     good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
     return max_load, bound, invalid, good | invalid

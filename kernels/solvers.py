@@ -112,7 +112,7 @@ def _solve_lp_kernel(
     target = tolerance - BOUND_ALLOWANCE
     if max_load - bound > max_load * (target * ROUNDED_PART):
         plan, bound, iterations = _newton(
-            _shares(units), max_load, bound, weights, fixed, Tile(copy), rank_on, n_ranks, total,
+            _shares(units), max_load, bound, weights, fixed, Tile(copy, rank_on, n_ranks), total,
             tolerance, target * TARGET_PART, max_iterations, G, C, False,
         )  # fmt: skip
         units = _quantize(plan, rank[:, None], last)

@@ -34,6 +34,15 @@ def _max_add_max(a0, a1, a2, b0, b1, b2):
 
 
 @triton.jit
+def _largest_load(loads):
+    """Largest of the loads, some above 0: as integers, which a warp compares at once.
+
+    Loads just below 0, of round-off, come out as smaller than any other.
+    """
+    return tl.max(loads.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _column_sum(tile):
     return tl.sum(tile, 0, keep_dims=True)
 
