@@ -440,9 +440,10 @@ def solve_row(
         name = f"{workload.shape}, instance {index} as a Problem"
         check_plan(_instance(workload, index), solve(problem), workload.optima[index], name)
 
-    launch = _solver(balancer)
-    rotated = timer.rotation([partial(launch, row) for row in counts])
-    times = _in_rounds(timer, [partial(launch, row) for row in counts], rotated, progress)
+    solver = _solver(balancer)
+    launches = [partial(solver, row) for row in counts]
+    rotated = timer.rotation(launches)
+    times = _in_rounds(timer, launches, rotated, progress)
     by_family = {
         family: float(
             np.median([t for t, f in zip(times, workload.families, strict=True) if f == family])

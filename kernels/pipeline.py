@@ -113,15 +113,12 @@ class Pipeline:
         choose.args[CHOICE_AT], choose.args[CHOICE_AT + 1] = n_ids, chunk
         stream, profiled = self._current_stream(self._device), _is_profiled()
         with _current(self._device):
-            if between is None:
-                for kernel in prepared:
-                    kernel.launch(stream, profiled)
-            else:
-                for kernel in prepared[:n_first]:
-                    kernel.launch(stream, profiled)
+            for kernel in prepared[:n_first]:
+                kernel.launch(stream, profiled)
+            if between is not None:
                 between()
-                for kernel in prepared[n_first:]:
-                    kernel.launch(stream, profiled)
+            for kernel in prepared[n_first:]:
+                kernel.launch(stream, profiled)
 
     def _calls(
         self, idx: torch.Tensor, out: torch.Tensor, chunk: int, settings: Settings, channel: int,

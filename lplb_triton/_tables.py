@@ -96,23 +96,24 @@ def _cells(placement: Placement) -> dict[str, NDArray[np.int32]]:
     }
 
 
-def _cell_ends(placement: Placement, cells: NDArray[np.int32]) -> NDArray[np.int32]:
+def _cell_ends(placement: Placement, number: NDArray[np.int32]) -> NDArray[np.int32]:
     """For each cell, the last copy there of its column's first expert, and the one before all.
 
     Copies of an expert ascend by rank, those on a rank are neighbours; -1 if none is before.
+    ``number`` is ``cell_number`` of `_cells`.
     """
     s = placement.structure
-    found = np.full((len(cells), 2, cells.shape[2]), -1, dtype=np.int32)
-    holder = s.copy_slot // placement.slots_per_rank
-    for group, (ranks, columns, _, _) in enumerate(cells):
-        for cell in np.flatnonzero(columns >= 0):
-            expert = s.column_members[s.column_start[group, columns[cell]]]
-            begin, end = s.copy_start[expert : expert + 2]
-            on = holder[begin:end]
-            rank = group * placement.group_size + ranks[cell]
-            first = begin + np.searchsorted(on, rank)
-            last = begin + np.searchsorted(on, rank, side="right") - 1
-            found[group, :, cell] = last, first - 1 if first > begin else -1
+    size = (placement.n_group, 2, 2 * placement.redundant_per_group)
+    found = np.full(size, -1, dtype=np.int32)
+    # The first expert of a column is written last.
+    copies = np.flatnonzero(s.copy_cell >= 0)[::-1]
+    at = s.copy_cell[copies]
+    group, cell = at // number[0].size, number.reshape(-1)[at]
+    index = s.copy_index[copies]
+    last = index == s.copy_multiplicity[copies] - 1
+    found[group[last], 0, cell[last]] = copies[last]
+    before = (index == 0) & ~np.isin(copies, s.copy_start)
+    found[group[before], 1, cell[before]] = copies[before] - 1
     return found
 
 
@@ -243,7 +244,7 @@ def _arrays(placement: Placement, pair_classes: int | None = None) -> dict[str, 
         **cells,
         # Ranks are what threads read side by side.
         "cell_number": np.ascontiguousarray(number.transpose(0, 2, 1)),
-        "cell_ends": _cell_ends(placement, cells["cells"]),
+        "cell_ends": _cell_ends(placement, number),
         **_rank_experts(placement),
         "first_members": first_members,
         "column_start": s.column_start,
