@@ -27,6 +27,7 @@ A checkpoint (``--checkpoint FOLDER``) holds the experts in logical order, one f
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import itertools
 import json
@@ -47,6 +48,9 @@ from typing import Any
 import expert_parallel
 import torch
 import torch.distributed as dist
+
+# Its functions keep the default group that there is when it is imported: none, at this place.
+import torch.distributed.nn
 import torch.multiprocessing as mp
 import train_moe as moe
 from expert_parallel import ParallelMoE
@@ -698,6 +702,9 @@ def work(rank: int, settings: Settings, store: str | None) -> None:
                 (folder / "train.json").write_text(json.dumps(summary, indent=1) + "\n")
                 draw(runs, folder / "curves.png")
     finally:
+        # gloo's threads end with their group, if nothing keeps it. Else they let tensors go while
+        # the interpreter ends, which now and then aborts (pytorch/pytorch issue 190489).
+        gc.collect()
         dist.destroy_process_group()
 
 

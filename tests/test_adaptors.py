@@ -21,8 +21,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
@@ -568,11 +567,10 @@ class Coordinator:
         self.device_group = group
 
 
-def _work(rank, ranks, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
+def check_ranks(rank, group):
+    ranks = group.size()
     phy2log, log2phy = (m.cpu() for m in random_maps(11, ranks, 6, 8))
-    solver = LPLBSolver(phy2log, log2phy, ranks, Coordinator(dist.group.WORLD))
+    solver = LPLBSolver(phy2log, log2phy, ranks, Coordinator(group))
     alone = LPLBSolver(phy2log, log2phy, ranks)
 
     def share(r, batch):
@@ -593,16 +591,15 @@ def _work(rank, ranks, path):
             assert torch.equal(solver.solve(mine), want)
     solver.check()
     assert int(solver.balancer.certified) == int(solver.balancer.solves) == 8
-    direct = LPLBSolver(phy2log, log2phy, ranks, dist.group.WORLD)
+    direct = LPLBSolver(phy2log, log2phy, ranks, group)
     assert torch.equal(direct.solve(share(rank, 3)), want)
     mine = random_maps(11 + rank, ranks, 6, 8)
     if rank == 0:
-        LPLBSolver(*(m.cpu() for m in mine), ranks, dist.group.WORLD)
+        LPLBSolver(*(m.cpu() for m in mine), ranks, group)
     else:
         with pytest.raises(ValueError, match="^phy2log must be the same on every rank"):
-            LPLBSolver(*(m.cpu() for m in mine), ranks, dist.group.WORLD)
-    dist.destroy_process_group()
+            LPLBSolver(*(m.cpu() for m in mine), ranks, group)
 
 
 def test_ranks_over_gloo(tmp_path):
-    mp.spawn(_work, args=(3, tmp_path / "store"), nprocs=3, join=True)
+    run_ranks(check_ranks, 3, tmp_path)

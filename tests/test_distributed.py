@@ -1,10 +1,12 @@
 """Several ranks over gloo: one answer, exact global loads, rank 0's placement."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo import run_ranks
 
 from lplb_triton import Balancer, Placement, Planner, solve, topologies
 
@@ -22,10 +24,8 @@ def _ids(rank, batch):
     return torch.from_numpy((rng.random((200, 4)) ** 3 * 33).astype(np.int64) - 1)
 
 
-def _work(rank, ranks, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
-    group = dist.group.WORLD
+def check_ranks(rank, group):
+    ranks = group.size()
     # Every rank comes with another placement; rank 0's must win, also for updates.
     balancer = Balancer(_placement(rank, ranks), group=group, device="cpu")
     for version in (0, 50):
@@ -55,14 +55,11 @@ def _work(rank, ranks, path):
             assert int(by_rank.max()) <= float(best.max()) + placement.slots_per_rank
     assert int(balancer.certified) == int(balancer.solves) == 8
 
-    class Buffer:
-        pass
-
-    Buffer.group = group
+    buffer = SimpleNamespace(group=group)
     r2o = topologies.ring(ranks)
     planner = Planner(r2o, 32 + ranks, 32, ranks, device="cpu")
-    planner.init_from_deep_ep(Buffer())
-    planner.init_from_deep_ep(Buffer())
+    planner.init_from_deep_ep(buffer)
+    planner.init_from_deep_ep(buffer)
     assert planner.deep_ep_initialized and planner.ep_group is group
     workload = torch.full((32,), rank + 1, dtype=torch.int32)
     counter = torch.zeros(1, dtype=torch.int64)
@@ -76,9 +73,8 @@ def _work(rank, ranks, path):
 
     with pytest.raises(ValueError, match="^group"):
         Balancer(_placement(0, 2 * ranks), group=group, device="cpu")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_over_gloo(ranks, tmp_path):
-    mp.spawn(_work, args=(ranks, tmp_path / "store"), nprocs=ranks, join=True)
+    run_ranks(check_ranks, ranks, tmp_path)

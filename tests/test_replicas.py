@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import N_GPUS
+from gloo import run_ranks
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from torch import nn
@@ -280,20 +280,17 @@ CHECKS = {
 }
 
 
-def _work(rank, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS)
+def check_all(rank, group):
     for name, check in CHECKS.items():
         try:
-            check(rank, dist.group.WORLD)
+            check(rank, group)
         except BaseException as error:
             raise RuntimeError(f"check_{name} failed on rank {rank}") from error
         dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_four_ranks_over_gloo(tmp_path):
-    mp.spawn(_work, args=(tmp_path / "store",), nprocs=RANKS, join=True)
+    run_ranks(check_all, RANKS, tmp_path)
 
 
 def held(placement):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo import run_ranks
 from test_train_moe import write_text
 
 from lplb_triton import Placement
@@ -208,14 +208,9 @@ def check_deep_ep(settings, group):
         assert (a - b).norm() < 0.02 * a.norm()
 
 
-def _work(rank, ranks, text, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store{ranks}", rank=rank, world_size=ranks
-    )
-    group = dist.group.WORLD
+def check_ranks(rank, group, text, folder):
     settings = replace(SETTINGS, text=text)
-    if ranks == RANKS:
+    if group.size() == RANKS:
         check_layer(settings, group)
         check_deep_ep(settings, group)
         check_runs(settings, group, folder)
@@ -229,7 +224,6 @@ def _work(rank, ranks, text, folder):
         (rest,) = script.train(resumed, torch.device("cpu"), group, quiet)
         full = torch.load(folder / "losses.pt")
         close(rest, SimpleNamespace(losses=full[5:]))
-    dist.destroy_process_group()
 
 
 def test_training_over_gloo(tmp_path):
@@ -237,7 +231,7 @@ def test_training_over_gloo(tmp_path):
     text.mkdir()
     write_text(text)
     for ranks in (RANKS, 2):
-        mp.spawn(_work, args=(ranks, str(text), tmp_path), nprocs=ranks, join=True)
+        run_ranks(check_ranks, ranks, tmp_path, str(text), tmp_path)
 
 
 def test_command_line(tmp_path, capfd):
