@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo import run_ranks
 
 from lplb_triton import Balancer, Placement, sync
 from lplb_triton.sync import _base, _connect
@@ -189,6 +190,14 @@ def spawn(target, ranks, path):
 def test_ranks(ranks, tmp_path):
     codes = spawn(work, ranks, tmp_path / "store")
     assert codes == [0] * (ranks - 1) + [-signal.SIGKILL]
+
+
+def check_failed_group(rank, group):
+    check_confusion(group, rank, group.size())
+
+
+def test_a_failed_group_can_end(tmp_path):
+    run_ranks(check_failed_group, 2, tmp_path)
 
 
 class Runtime:

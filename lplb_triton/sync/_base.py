@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import socket
+import weakref
 import zlib
 from abc import ABC, abstractmethod
 from types import TracebackType
@@ -14,8 +15,8 @@ import torch.distributed as dist
 
 __all__ = ["Communicator", "SyncError", "check_timeout", "group_timeout", "message_version"]
 
-# Groups over which a communicator has failed: they can't be used again.
-failed_groups: list[dist.ProcessGroup] = []
+# Groups over which a communicator has failed: they can't be used again. Weak, as in _connect.py.
+failed_groups: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
 # Longest bound, in seconds: milliseconds are counted in int32.
 MAX_TIMEOUT = 2_000_000.0
@@ -142,7 +143,7 @@ class Communicator(ABC):
             self.closed = True
             self._release(self.failed())
             if self.failed():
-                failed_groups.append(self.group)
+                failed_groups.add(self.group)
 
     def abandon(self) -> None:
         """Close after a failure elsewhere: local, and nothing shared is freed."""

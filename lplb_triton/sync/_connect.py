@@ -92,7 +92,7 @@ def connect(
         domain_size = check_integer("domain_size", domain_size)
         if group.size() % domain_size:
             raise ValueError(f"domain_size must divide {group.size()} ranks, got {domain_size}")
-    if any(group is failed for failed in failed_groups):
+    if group in failed_groups:
         raise RuntimeError(
             "a communicator over this group has failed: counts can be synchronised again over a "
             "new process group"
