@@ -180,9 +180,9 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         no file can be made there.
     """
     target = Path(path)
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise FileNotFoundError(f"path: no such folder: {str(target.parent)!r}")
-    if target.is_dir():
+    if os.path.isdir(target):
         raise IsADirectoryError(f"path is a folder: {str(target)!r}")
     temporary = _temporary(target)
     try:
@@ -191,8 +191,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     except OSError as error:
         text = f"path: can't write {target.name!r} in {str(target.parent)!r}: {error.strerror}"
         raise type(error)(text) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.unlink()
 
 
 def _temporary(target: Path) -> Path:

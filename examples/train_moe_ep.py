@@ -38,7 +38,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
@@ -327,7 +327,11 @@ class Trainer:
         if settings.record:
             config = self.config
             meta = {"made_by": "examples/train_moe_ep.py", "top_k": config.top_k}
-            self.recorder = Recorder(settings.record, config.experts, config.layers, meta=meta)
+            # All micro-batches of a step are one batch of the trace.
+            self.recorder = Recorder(
+                settings.record, config.experts, config.layers,
+                adds_per_step=settings.microbatches, meta=meta,
+            )  # fmt: skip
             for index, layer in enumerate(self.layers):
                 layer.record = partial(self.recorder.add, index)
         # Tokens of every expert since the last placement.
@@ -481,8 +485,6 @@ class Trainer:
         self.run.unbalanced += (in_order.amax(-1) / in_order.mean(-1)).mean(-1).tolist()
 
     def _finish(self) -> None:
-        if self.recorder is not None:
-            self.recorder.close()
         self.run.step_ms, self.run.moe_ms = self.timer.milliseconds()
         balancers = [layer.balancer for layer in self.layers if layer.balancer and layer.lplb]
         solves = sum(int(balancer.solves) for balancer in balancers)
@@ -621,7 +623,9 @@ def train(
         trainer = Trainer(settings, balance, device, group, say)
         if settings.resume:
             trainer.load_checkpoint(Path(settings.resume))
-        runs.append(trainer.train(tokens, begins))
+        # What was recorded is written also if training fails.
+        with trainer.recorder or nullcontext():
+            runs.append(trainer.train(tokens, begins))
         trainer.close()
         # Two runs' experts and optimizer states may not fit at once.
         del trainer
