@@ -60,6 +60,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lplb_triton import Placement
 from lplb_triton.bench import tables
+from lplb_triton.bench import trace as traces
 from lplb_triton.bench.record import Recorder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -702,7 +703,6 @@ def work(rank: int, settings: Settings, store: str | None) -> None:
                 )
             if settings.out is not None:
                 folder = Path(settings.out)
-                folder.mkdir(parents=True, exist_ok=True)
                 (folder / "train.json").write_text(json.dumps(summary, indent=1) + "\n")
                 draw(runs, folder / "curves.png")
     finally:
@@ -730,6 +730,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if settings.out is not None:
             tables.require("matplotlib")
+            # Before the training, so that its results are not lost.
+            Path(settings.out).mkdir(parents=True, exist_ok=True)
+            for name in ("train.json", "curves.png"):
+                traces.check_writable(Path(settings.out) / name)
         if "LOCAL_RANK" in os.environ and not settings.processes:
             work(int(os.environ["LOCAL_RANK"]), settings, None)
             return 0

@@ -252,6 +252,9 @@ def test_command_line(tmp_path, capfd):
     assert script.main("".join(once).split()) == 0
     trace = load_trace(path)
     assert trace.steps.tolist() == [0, 1, 2] and (trace.counts == 8).all()
+    (tmp_path / "file").touch()
+    assert script.main(["--steps", "3", "--out", str(tmp_path / "file")]) == 1
+    assert "file" in capfd.readouterr().err
     assert script.main(["--experts", "5", "--processes", "2"]) == 1
     assert "must be multiples of the 2 ranks" in capfd.readouterr().err
 
