@@ -17,7 +17,6 @@ import platform
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ from lplb_triton.bench import (
     balance,
     placement,
     plots,
-    record,
+    ranks,
     run_ep,
     simulate,
     tables,
@@ -1070,7 +1069,8 @@ def _placement(args: argparse.Namespace) -> int:
 def _record(args: argparse.Namespace) -> int:
     try:
         if args.merge is not None:
-            _merge(args.merge, args.files)
+            for note in ranks.merge_into(args.merge, args.files):
+                print(f"lplb-bench: warning: {note}", file=sys.stderr)
         for path in args.files if args.merge is None else [args.merge]:
             found = traces.load(path)
             print(
@@ -1081,26 +1081,6 @@ def _record(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise _UsageError(str(error)) from error
     return OK
-
-
-def _merge(target: Path, files: Sequence[Path]) -> None:
-    """Write one trace of all ranks' files, never over one of them."""
-    if target.suffix != ".npz":
-        raise _UsageError(f"argument --merge: must end in .npz, got {str(target)!r}")
-    for path in files:
-        same = target.exists() and path.exists() and target.samefile(path)
-        if same or target.resolve() == path.resolve():
-            raise _UsageError(
-                f"argument --merge: {target} is one of the files to merge ({path}) and would be "
-                "overwritten; give another name"
-            )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        merged = record.merge(files)
-    for warning in caught:
-        print(f"lplb-bench: warning: {warning.message}", file=sys.stderr)
-    _make_folder(target.parent)
-    traces.save(target, merged)
 
 
 CHECK_TOKENS, CHECK_ERROR = (256, 1024, 4096, 8192), 0.15

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from lplb_triton.bench.trace import Trace, load
+from lplb_triton.bench.trace import Trace, load, save
 from lplb_triton.placement import check_integer
 
-__all__ = ["group_is_up", "merge", "own_rank", "rank_path", "run_id", "some"]
+__all__ = ["group_is_up", "merge", "merge_into", "own_rank", "rank_path", "run_id", "some"]
 
 
 def rank_path(path: str | os.PathLike[str], rank: int) -> Path:
@@ -75,6 +75,49 @@ def merge(paths: Sequence[str | os.PathLike[str]]) -> Trace:
     if missing:
         raise ValueError(f"paths must hold every rank's file; missing: {some(missing)}")
     return _together([trace for _, trace in sorted(traces.items())])
+
+
+def merge_into(
+    target: str | os.PathLike[str], paths: Sequence[str | os.PathLike[str]]
+) -> list[str]:
+    """Write what `merge` makes of the files of all ranks.
+
+    Parameters
+    ----------
+    target
+        File to write, ending in ``.npz``, none of ``paths`` under whatever name. Its folder is made
+        if need be.
+    paths
+        As for `merge`.
+
+    Returns
+    -------
+    list of str
+        What `merge` warns of.
+
+    Raises
+    ------
+    ValueError
+        As `merge`; if ``target`` ends in something else or is one of ``paths``.
+    OSError
+        If a file can't be read or written.
+    """
+    merged = Path(target)
+    if merged.suffix != ".npz":
+        raise ValueError(f"the merged trace must end in .npz, got {str(merged)!r}")
+    for path in map(Path, paths):
+        same = merged.exists() and path.exists() and merged.samefile(path)
+        if same or merged.resolve() == path.resolve():
+            raise ValueError(
+                f"the merged trace {merged} would overwrite {path}, which is one of the files to "
+                "merge; give another name"
+            )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trace = merge(paths)
+    merged.parent.mkdir(parents=True, exist_ok=True)
+    save(merged, trace)
+    return [str(warning.message) for warning in caught]
 
 
 def _read_rank(path: str | os.PathLike[str], trace: Trace) -> tuple[int, int]:
