@@ -21,7 +21,7 @@ from torch.distributed.run import get_args_parser
 
 import lplb_triton
 from lplb_triton import sync, topologies
-from lplb_triton.bench import cli, record, trace
+from lplb_triton.bench import cli, plots, record, trace
 from lplb_triton.bench.record import Recorder
 
 # As when a script is run.
@@ -148,6 +148,8 @@ def check_install(install, *requirements):
 @pytest.mark.parametrize("page", SHELL_PAGES)
 def test_shell_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # Drawing takes most of the time, and has tests of its own.
+    monkeypatch.setattr(plots, "balance_png", lambda cells, title: b"")
     record_ranks(1, 256)
     for block in pages.in_language(page, "bash"):
         for name, *args in pages.commands(block.text, tmp_path):
