@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FORMAT_VERSION", "Trace", "check_meta", "check_writable", "load", "packaged", "save"]
+__all__ = ["FORMAT_VERSION", "Trace", "check_writable", "load", "packaged", "save"]
 
 FORMAT_VERSION = 2
 
@@ -76,7 +76,7 @@ class Trace:
         if self.counts.ndim != 4:
             raise ValueError(f"counts must have the axes {_AXES}, got shape {self.counts.shape}")
         _check_steps(self.steps, self.counts.shape[0], "steps")
-        check_meta(self.meta, "meta")
+        _check_meta(self.meta, "meta")
 
     @property
     def batches(self) -> int:
@@ -138,7 +138,7 @@ def save(path: str | os.PathLike[str], trace: Trace) -> None:
     target = Path(path)
     if target.suffix != ".npz":
         raise ValueError(f"path must end in .npz, got {str(target)!r}")
-    check_meta(trace.meta, "trace.meta")
+    _check_meta(trace.meta, "trace.meta")
     meta = {**trace.meta, "format_version": FORMAT_VERSION}
     counts = trace.counts
     members: dict[str, npt.NDArray[Any]] = {
@@ -407,7 +407,7 @@ def _meta_from_content(content: dict[str, Any]) -> dict[str, Any]:
             stored = json.loads(stored.item())
         except ValueError as error:
             raise ValueError(f"'meta' is not valid JSON: {error}") from error
-    check_meta(stored, "'meta'")
+    _check_meta(stored, "'meta'")
     meta.update(stored)
     return meta
 
@@ -436,8 +436,7 @@ def _check_steps(steps: object, batches: int, name: str) -> None:
         raise ValueError(f"{name} must not be negative, got {int(steps.min())}")
 
 
-def check_meta(meta: object, name: str) -> None:
-    """Raise a ``TypeError`` or ``ValueError`` by name unless ``meta`` can be a trace's."""
+def _check_meta(meta: object, name: str) -> None:
     if not isinstance(meta, dict):
         raise TypeError(f"{name} must be a dict, got {type(meta).__name__}")
     for key in meta:
