@@ -79,16 +79,18 @@ def _find_cells(placement: Placement) -> _Cells:
     at, rank = np.divmod(by_column, n_ranks)
     group, column = np.divmod(at, max(1, n_columns))
     copies = np.bincount(at, minlength=n_group * n_columns).reshape(n_group, n_columns)
-    most = int(copies.sum(1).max())
+    per_group = copies.sum(1)
+    most = int(per_group.max())
     if most > MOST_CELLS:
         raise ValueError(
             f"placement must have at most {MOST_CELLS} pairs of a column and its rank in a group, "
             f"got {most}"
         )
+    number = np.arange(rank.size) - (np.cumsum(per_group) - per_group)[group]
     start = np.cumsum(copies, 1) - copies
     on_rank = np.bincount(group * n_ranks + rank, minlength=n_group * n_ranks)
     on_rank = on_rank.reshape(n_group, n_ranks)
-    return _Cells(group, column, rank, _nth(group), copies, start, on_rank)
+    return _Cells(group, column, rank, number, copies, start, on_rank)
 
 
 def _nth(keys: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -182,18 +184,23 @@ def _joined(cells: _Cells) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Find the two cells of each edge, as positions in ``cells``, the one of the lower rank first.
 
     Up to FEW copies of a column are joined each with each, more of them as the corners of a
-    hypercube are, so that few sweeps reach all.
+    hypercube are, so that few sweeps reach all. In order of the cells.
     """
-    group, column = np.nonzero(cells.copies > 1)
-    copies = cells.copies[group, column]
-    per_group = cells.copies.sum(1)
-    first = (np.cumsum(per_group) - per_group)[group] + cells.start[group, column]
-    ends = []
-    for n in np.unique(copies).tolist():
-        i, j = _joins(n)
-        at = first[copies == n, None]
-        ends.append(np.stack(((at + i).reshape(-1), (at + j).reshape(-1))))
-    low, high = np.concatenate(ends, axis=1) if ends else np.zeros((2, 0), dtype=np.int64)
+    copies = cells.copies.reshape(-1)
+    several = np.flatnonzero(copies > 1)
+    copies, first = copies[several], (np.cumsum(copies) - copies)[several]
+    # Pairs of every number of copies that there is, one number after the other.
+    kinds = np.bincount(copies).nonzero()[0]
+    pairs = [_joins(n) for n in kinds.tolist()] or [_joins(1)]
+    sizes = np.zeros(int(copies.max(initial=0)) + 1, dtype=np.int64)
+    begins = np.zeros_like(sizes)
+    sizes[kinds] = [i.size for i, _ in pairs[: kinds.size]]
+    begins[kinds] = np.cumsum(sizes[kinds]) - sizes[kinds]
+    per_column = sizes[copies]
+    ends = np.cumsum(per_column)
+    pair = np.arange(per_column.sum()) + np.repeat(begins[copies] - ends + per_column, per_column)
+    at = np.repeat(first, per_column)
+    low, high = (np.concatenate(side)[pair] + at for side in zip(*pairs, strict=True))
     return low, high
 
 
@@ -202,10 +209,10 @@ def _classes(first: list[int], second: list[int], n_ranks: int) -> list[int]:
     taken = [0] * n_ranks  # bit k: the rank has an edge of class k
     classes = []
     for a, b in zip(first, second, strict=True):
-        free = ~(taken[a] | taken[b])
+        of_a, of_b = taken[a], taken[b]
+        free = ~(of_a | of_b)
         lowest = free & -free
-        taken[a] |= lowest
-        taken[b] |= lowest
+        taken[a], taken[b] = of_a | lowest, of_b | lowest
         classes.append(lowest.bit_length() - 1)
     return classes
 
@@ -228,7 +235,7 @@ def _edges(placement: Placement, cells: _Cells) -> tuple[NDArray[np.int64], NDAr
     degree = np.bincount(rank[low], minlength=n_group * n_ranks)
     degree += np.bincount(rank[high], minlength=n_group * n_ranks)
     # Greedily, crowded ranks first: fewer than twice the largest degree.
-    order = np.lexsort((high, low, -degree[rank[low]] - degree[rank[high]]))
+    order = np.argsort(-degree[rank[low]] - degree[rank[high]], kind="stable")
     low, high = low[order], high[order]
     taken = _classes(rank[low].tolist(), rank[high].tolist(), n_group * n_ranks)
     group, classes = cells.group[low], np.array(taken, dtype=np.int64)

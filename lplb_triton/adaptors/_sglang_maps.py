@@ -1,0 +1,149 @@
+"""SGLang's maps of one layer, checked and turned into what a solver needs of them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lplb_triton.adaptors._checks import check_int_map
+from lplb_triton.placement import Placement
+
+__all__ = ["Maps", "Tables", "read_maps"]
+
+
+class Maps(NamedTuple):
+    """A layer's placement, and an entry for each slot that the rows of ``log2phy`` list."""
+
+    placement: Placement
+    at: NDArray[np.int64]
+    """Place in the flat ``log2phy``, ascending."""
+    slot: NDArray[np.int64]
+    cell: NDArray[np.int64]
+    """The copy's place in the flat shares; one past them if only its rank can serve it."""
+    part: NDArray[np.float32]
+    """The part of the rank's share that goes to this copy."""
+    even: NDArray[np.float32]
+    """One over the slots that the row lists."""
+
+    def same_entries(self, other: Maps) -> bool:
+        """Whether the tables of both are the same."""
+        return (
+            np.array_equal(self.at, other.at)
+            and np.array_equal(self.slot, other.slot)
+            and np.array_equal(self.cell, other.cell)
+            and np.array_equal(self.part, other.part)
+        )
+
+
+def read_maps(
+    phy2log: torch.Tensor,
+    log2phy: torch.Tensor,
+    num_gpus: int,
+    n_valid: torch.Tensor | None,
+    known: Placement | None,
+    stacklevel: int,
+) -> Maps:
+    """Check the maps of `LPLBSolver` against each other, or raise naming the argument.
+
+    ``known`` is a placement that is returned if it is this one. Warns of rows that list only some
+    of an expert's slots, on behalf of the caller ``stacklevel`` frames up.
+    """
+    n_physical, (n_logical, width) = len(phy2log), log2phy.shape
+    if n_physical % num_gpus:
+        raise ValueError(f"num_gpus must divide the number of slots {n_physical}, got {num_gpus}")
+    if phy2log.device != log2phy.device:
+        raise ValueError(f"log2phy is on {log2phy.device}, phy2log on {phy2log.device}")
+    experts = phy2log.detach().cpu().numpy()
+    rows = np.ascontiguousarray(log2phy.detach().cpu().numpy()).reshape(-1)
+    if known is not None and np.array_equal(known.phy2log.numpy(), experts):
+        placement = known
+    else:
+        placement = Placement(phy2log, num_gpus, n_logical=n_logical)
+    at = np.flatnonzero(rows != -1)
+    expert, slot = at // width, rows[at].astype(np.int64)
+    low, high = int(slot.min(initial=0)), int(slot.max(initial=0))
+    if low < 0 or high >= n_physical:
+        raise ValueError(f"log2phy must hold slots in [-1, {n_physical}), got {low}..{high}")
+    wrong = experts[slot] != expert
+    if wrong.any():
+        raise ValueError(
+            f"log2phy gives expert {int(expert[wrong.argmax()])} a slot that phy2log gives to "
+            "another"
+        )
+    if np.bincount(slot, minlength=1).max() > 1:
+        raise ValueError("log2phy lists a slot twice")
+    listed = np.bincount(expert, minlength=n_logical)
+    if not listed.all():
+        raise ValueError(f"log2phy gives expert {int(listed.argmin())} no slot")
+    _check_n_valid(n_valid, listed)
+    s = placement.structure
+    partial = int((listed != np.diff(s.copy_start)).sum())
+    if partial:
+        warnings.warn(
+            f"log2phy lists only some of the slots of {partial} experts, so sampling cannot "
+            "follow the plan for them; run() uses every slot",
+            RuntimeWarning,
+            stacklevel=stacklevel + 1,
+        )
+    cell, multiplicity = np.empty((2, n_physical), dtype=np.int64)
+    cell[s.copy_slot] = np.where(s.copy_cell < 0, s.mask.size, s.copy_cell)
+    multiplicity[s.copy_slot] = s.copy_multiplicity
+    one = np.float32(1)
+    return Maps(
+        placement=placement,
+        at=at,
+        slot=slot,
+        cell=cell[slot],
+        part=one / multiplicity[slot].astype(np.float32),
+        even=one / listed[expert].astype(np.float32),
+    )
+
+
+def _check_n_valid(n_valid: object, listed: NDArray[np.int64]) -> None:
+    """Raise unless ``n_valid``, if given, counts the slots that the rows list."""
+    name = "logical_to_all_physical_map_num_valid"
+    if n_valid is None:
+        return
+    if not np.array_equal(check_int_map(name, n_valid, 1).detach().cpu().numpy(), listed):
+        raise ValueError(f"{name} must count the slots in each row of log2phy")
+
+
+class Tables:
+    """How shares by rank and column turn into probabilities by expert and copy.
+
+    All are ``[num_logical, max_copies]`` in fixed memory on the device, in the layout of
+    ``log2phy``; see `Maps`.
+    """
+
+    def __init__(self, maps: Maps, shape: tuple[int, int], device: torch.device) -> None:
+        # Past the shares: what a rank serves that nobody shares with it.
+        whole = maps.placement.structure.mask.size
+        self.log2phy = torch.full(shape, -1, dtype=torch.int64, device=device)
+        self.cell = torch.full(shape, whole, dtype=torch.int64, device=device)
+        self.part = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.even = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._padding = (-1, whole, 0, 0)
+        self._maps: Maps | None = None
+        self._at = torch.empty(0, dtype=torch.int64, device=device)
+        self.write(maps)
+
+    def all(self) -> tuple[torch.Tensor, ...]:
+        """Return every table."""
+        return self.log2phy, self.cell, self.part, self.even
+
+    def write(self, maps: Maps) -> bool:
+        """Put the entries of other maps of these sizes in; False if they are there already."""
+        if self._maps is not None and self._maps.same_entries(maps):
+            return False
+        at = torch.from_numpy(maps.at).to(self._at.device)
+        entries = (maps.slot, maps.cell, maps.part, maps.even)
+        for table, padding, values in zip(self.all(), self._padding, entries, strict=True):
+            flat = table.view(-1)
+            flat.index_fill_(0, self._at, padding)
+            flat.index_copy_(0, at, torch.from_numpy(values).to(flat.device))
+        self._at, self._maps = at, maps
+        return True
