@@ -39,20 +39,23 @@ COPIES_AT_ONCE = 4
 MEMBERS = 4
 
 
-def _shared_copies(placement: Placement) -> NDArray[np.int32]:
+def _lengths(starts: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Lengths of runs, along the last axis, from their starts and the last one's end."""
+    lengths: NDArray[np.int32] = starts[..., 1:] - starts[..., :-1]
+    return lengths
+
+
+def _shared_copies(placement: Placement, per_expert: NDArray[np.int32]) -> NDArray[np.int32]:
     """[n_group, n] copies of replicated experts by group, padded with -1.
 
     Every redundant slot makes at most two of them, whatever the placement.
     """
-    s = placement.structure
     size = (placement.n_group, 2 * placement.redundant_per_group)
     shared = np.full(size, -1, dtype=np.int32)
-    per_expert = np.diff(s.copy_start)
-    copies = np.flatnonzero(np.repeat(per_expert > 1, per_expert))
-    group = np.repeat(s.cell_group, per_expert)[copies]
-    for g in range(placement.n_group):
-        mine = copies[group == g]
-        shared[g, : mine.size] = mine
+    several = per_expert > 1
+    copies = several.repeat(per_expert).nonzero()[0]
+    group = placement.structure.cell_group[several].repeat(per_expert[several])
+    shared[group, _nth(group)] = copies
     return shared
 
 
@@ -75,7 +78,7 @@ class _Cells(NamedTuple):
 def _find_cells(placement: Placement) -> _Cells:
     mask = placement.structure.mask
     n_group, n_ranks, n_columns = mask.shape
-    by_column = np.flatnonzero(mask.transpose(0, 2, 1))
+    by_column = mask.transpose(0, 2, 1).reshape(-1).nonzero()[0]
     at, rank = np.divmod(by_column, n_ranks)
     group, column = np.divmod(at, max(1, n_columns))
     copies = np.bincount(at, minlength=n_group * n_columns).reshape(n_group, n_columns)
@@ -86,19 +89,19 @@ def _find_cells(placement: Placement) -> _Cells:
             f"placement must have at most {MOST_CELLS} pairs of a column and its rank in a group, "
             f"got {most}"
         )
-    number = np.arange(rank.size) - (np.cumsum(per_group) - per_group)[group]
-    start = np.cumsum(copies, 1) - copies
+    number = np.arange(rank.size) - (per_group.cumsum() - per_group)[group]
+    start = copies.cumsum(1) - copies
     on_rank = np.bincount(group * n_ranks + rank, minlength=n_group * n_ranks)
     on_rank = on_rank.reshape(n_group, n_ranks)
     return _Cells(group, column, rank, number, copies, start, on_rank)
 
 
-def _nth(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+def _nth(keys: NDArray[np.integer]) -> NDArray[np.int64]:
     """Count the earlier entries that have the same key."""
-    order = np.argsort(keys, kind="stable")
+    order = keys.argsort(kind="stable")
     per_key = np.bincount(keys)
     nth = np.empty(keys.size, dtype=np.int64)
-    nth[order] = np.arange(keys.size) - np.repeat(np.cumsum(per_key) - per_key, per_key)
+    nth[order] = np.arange(keys.size) - (per_key.cumsum() - per_key).repeat(per_key)
     return nth
 
 
@@ -110,12 +113,13 @@ def _cell_tables(placement: Placement, found: _Cells) -> dict[str, NDArray[np.in
     n_group, n_ranks, n_columns = placement.structure.mask.shape
     group, column, rank, index, copies = found[:5]
     start = np.zeros((n_group, n_columns + 1), dtype=np.int32)
-    start[:, 1:] = np.cumsum(copies, 1)
+    start[:, 1:] = found.start + copies
     number = np.full((n_group, n_ranks, n_columns), -1, dtype=np.int32)
     number[group, rank, column] = index
     first = found.start[group, column]
     cells = np.full((n_group, 4, 2 * placement.redundant_per_group), -1, dtype=np.int32)
-    cells[group, :, index] = np.stack((rank, column, first, copies[group, column]), axis=1)
+    for field, values in enumerate((rank, column, first, copies[group, column])):
+        cells[group, field, index] = values
     first_ranks = np.full((n_group, COPIES_AT_ONCE, n_columns), -1, dtype=np.int32)
     nth = index - first
     early = nth < COPIES_AT_ONCE
@@ -143,7 +147,7 @@ def _cell_ends(placement: Placement, number: NDArray[np.int32]) -> NDArray[np.in
     size = (placement.n_group, 2, 2 * placement.redundant_per_group)
     found = np.full(size, -1, dtype=np.int32)
     # The first expert of a column is written last.
-    copies = np.flatnonzero(s.copy_cell >= 0)[::-1]
+    copies = (s.copy_cell >= 0).nonzero()[0][::-1]
     at = s.copy_cell[copies]
     group, cell = at // number[0].size, number.reshape(-1)[at]
     index = s.copy_index[copies]
@@ -156,12 +160,12 @@ def _cell_ends(placement: Placement, number: NDArray[np.int32]) -> NDArray[np.in
     return found
 
 
-def _rank_experts(placement: Placement) -> dict[str, NDArray[Any]]:
+def _rank_experts(placement: Placement, per_expert: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
     """Keep one slot for an expert on a rank, and the part of it that an even split leaves there."""
     s = placement.structure
     once = s.copy_index == 0
     slot = s.copy_slot[once]
-    expert = np.repeat(np.arange(placement.n_logical), np.diff(s.copy_start))[once]
+    expert = np.arange(placement.n_logical).repeat(per_expert)[once]
     experts = np.full(placement.n_physical, -1, dtype=np.int32)
     parts = np.zeros(placement.n_physical, dtype=np.float32)
     experts[slot], parts[slot] = expert, 1.0 / np.bincount(expert)[expert]
@@ -187,19 +191,20 @@ def _joined(cells: _Cells) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     hypercube are, so that few sweeps reach all. In order of the cells.
     """
     copies = cells.copies.reshape(-1)
-    several = np.flatnonzero(copies > 1)
-    copies, first = copies[several], (np.cumsum(copies) - copies)[several]
+    several = (copies > 1).nonzero()[0]
+    copies, first = copies[several], (copies.cumsum() - copies)[several]
     # Pairs of every number of copies that there is, one number after the other.
     kinds = np.bincount(copies).nonzero()[0]
     pairs = [_joins(n) for n in kinds.tolist()] or [_joins(1)]
     sizes = np.zeros(int(copies.max(initial=0)) + 1, dtype=np.int64)
     begins = np.zeros_like(sizes)
     sizes[kinds] = [i.size for i, _ in pairs[: kinds.size]]
-    begins[kinds] = np.cumsum(sizes[kinds]) - sizes[kinds]
+    begins[kinds] = sizes[kinds].cumsum() - sizes[kinds]
     per_column = sizes[copies]
-    ends = np.cumsum(per_column)
-    pair = np.arange(per_column.sum()) + np.repeat(begins[copies] - ends + per_column, per_column)
-    at = np.repeat(first, per_column)
+    ends = per_column.cumsum()
+    pair = np.arange(ends[-1] if ends.size else 0)
+    pair += (begins[copies] - ends + per_column).repeat(per_column)
+    at = first.repeat(per_column)
     low, high = (np.concatenate(side)[pair] + at for side in zip(*pairs, strict=True))
     return low, high
 
@@ -232,17 +237,20 @@ def _edges(placement: Placement, cells: _Cells) -> tuple[NDArray[np.int64], NDAr
     low, high = _joined(cells)
     # Ranks of all groups, numbered one after the other.
     rank = cells.group * n_ranks + cells.rank
-    degree = np.bincount(rank[low], minlength=n_group * n_ranks)
-    degree += np.bincount(rank[high], minlength=n_group * n_ranks)
+    first, second = rank[low], rank[high]
+    degree = np.bincount(np.concatenate((first, second)), minlength=n_group * n_ranks)
     # Greedily, crowded ranks first: fewer than twice the largest degree.
-    order = np.argsort(-degree[rank[low]] - degree[rank[high]], kind="stable")
+    order = (-degree[first] - degree[second]).argsort(kind="stable")
+    taken = _classes(first[order].tolist(), second[order].tolist(), n_group * n_ranks)
+    classes = np.array(taken, dtype=np.int64)
     low, high = low[order], high[order]
-    taken = _classes(rank[low].tolist(), rank[high].tolist(), n_group * n_ranks)
-    group, classes = cells.group[low], np.array(taken, dtype=np.int64)
-    words = np.zeros(low.size, dtype=np.uint64)
-    for field in (cells.number[low], cells.number[high], cells.rank[low], cells.rank[high]):
-        words = words << np.uint64(16) | field.astype(np.uint64)
-    table[group, classes, _nth(group * (most + 1) + classes)] = words.view(np.int64)
+    words = cells.number[low].astype(np.uint64)
+    for field in (cells.number[high], cells.rank[low], cells.rank[high]):
+        words <<= np.uint64(16)
+        words |= field.astype(np.uint64)
+    group = cells.group[low]
+    key = group * (most + 1) + classes
+    table.reshape(n_group * (most + 1), -1)[key, _nth(key)] = words.view(np.int64)
     n_classes = np.zeros(n_group, dtype=np.int32)
     np.maximum.at(n_classes, group, classes.astype(np.int32) + 1)
     return table, n_classes
@@ -255,8 +263,9 @@ def _pair_classes(placement: Placement, copies: NDArray[np.int64], n_classes: in
     `_Cells`.
     """
     s = placement.structure
-    several = np.diff(s.column_start, axis=1).max(initial=0) > 1 or s.copy_multiplicity.max() > 1
-    if several or not (copies == 2)[copies > 0].all():
+    if copies.max(initial=0) > 2 or s.copy_multiplicity.max() > 1:
+        return 0
+    if _lengths(s.column_start).max(initial=0) > 1:
         return 0
     if placement.group_size > PAIR_RANKS or placement.n_physical >= PAIR_FIELD:
         return 0
@@ -295,6 +304,18 @@ def _pairs(
     return fields.view(np.int64)[..., 0], fits
 
 
+def _copy_arrays(placement: Placement) -> dict[str, NDArray[Any]]:
+    """List what the torch twin reads of a placement: where copies are, and their cells."""
+    s = placement.structure
+    return {
+        "copy_start": s.copy_start,
+        "copy_slot": s.copy_slot,
+        "copy_cell": s.copy_cell,
+        "copy_index": s.copy_index,
+        "copy_multiplicity": s.copy_multiplicity,
+    }
+
+
 def _arrays(placement: Placement, pair_classes: int | None = None) -> dict[str, NDArray[Any]]:
     """Everything the kernels read of a placement.
 
@@ -302,49 +323,45 @@ def _arrays(placement: Placement, pair_classes: int | None = None) -> dict[str, 
     table of pairs (as for `_pairs`).
     """
     s = placement.structure
-    lengths = np.diff(s.column_start, axis=1)
-    nth = np.arange(MEMBERS)
-    at = np.where(nth < lengths[..., None], s.column_start[:, :-1, None] + nth, -1)
-    first_members = np.where(at >= 0, np.append(s.column_members, -1)[at], np.int32(-1))
-    first_members = np.ascontiguousarray(first_members.transpose(0, 2, 1))
-    most_copies = int(np.diff(s.copy_start).max())
-    shared = _shared_copies(placement)
+    lengths = _lengths(s.column_start)
+    first_members = np.full((placement.n_group, MEMBERS, lengths.shape[1]), -1, dtype=np.int64)
+    for nth in range(MEMBERS):
+        group, column = (lengths > nth).nonzero()
+        at = s.column_start[group, column] + nth
+        first_members[group, nth, column] = s.column_members[at]
+    per_expert = _lengths(s.copy_start)
+    shared = _shared_copies(placement, per_expert)
     found = _find_cells(placement)
     cells = _cell_tables(placement, found)
     number = cells["cell_number"]
     edges, n_classes = _edges(placement, found)
     pairs, in_pairs = _pairs(placement, found.copies, edges, int(n_classes.max()), pair_classes)
     shared_at = np.where(shared >= 0, s.copy_cell[shared], -1)
-    extents = (
-        found.copies.sum(1),
-        lengths.max(axis=1, initial=0),
-        found.copies.max(axis=1, initial=0),
-        found.on_rank.max(axis=1, initial=0),
-        np.full(placement.n_group, s.copy_multiplicity.max()),
-        n_classes,
-        np.where(n_classes > 0, -(-MOST_CLASSES // np.maximum(n_classes, 1)), 0),
-        np.full(placement.n_group, in_pairs),
-    )
+    extents = np.empty((placement.n_group, 8), dtype=np.int32)
+    extents[:, 0] = found.copies.sum(1)
+    extents[:, 1] = lengths.max(axis=1, initial=0)
+    extents[:, 2] = found.copies.max(axis=1, initial=0)
+    extents[:, 3] = found.on_rank.max(axis=1, initial=0)
+    extents[:, 4] = s.copy_multiplicity.max()
+    extents[:, 5] = n_classes
+    extents[:, 6] = np.where(n_classes > 0, -(-MOST_CLASSES // np.maximum(n_classes, 1)), 0)
+    extents[:, 7] = in_pairs
     return {
         **cells,
         # Ranks are what threads read side by side.
         "cell_number": np.ascontiguousarray(number.transpose(0, 2, 1)),
         "cell_ends": _cell_ends(placement, number),
-        **_rank_experts(placement),
+        **_rank_experts(placement, per_expert),
         "first_members": first_members,
         "column_start": s.column_start,
         "column_members": s.column_members,
-        "copy_cell": s.copy_cell,
+        **_copy_arrays(placement),
         "shared_copies": shared,
         "shared_cells": np.append(number, np.int32(-1))[shared_at],
-        "copy_index": s.copy_index,
-        "copy_multiplicity": s.copy_multiplicity,
         "edges": edges,
-        "extents": np.stack(extents, axis=1).astype(np.int32),
+        "extents": extents,
         "pairs": pairs,
-        "copy_start": s.copy_start,
-        "copy_slot": s.copy_slot,
-        "search_steps": np.array([math.ceil(math.log2(most_copies))], dtype=np.int32),
+        "search_steps": np.array([math.ceil(math.log2(int(per_expert.max())))], dtype=np.int32),
     }
 
 
@@ -352,13 +369,14 @@ class DeviceTables:
     """One block of device memory with a typed view for every table.
 
     Captured CUDA graphs and launches hold the views' addresses, so the block lives as long as
-    its owner and `write` only changes what is in it.
+    its owner and `write` only changes what is in it. ``kernels`` is whether Triton's kernels read
+    the tables; the torch twin needs few of them.
     """
 
-    def __init__(self, placement: Placement, device: torch.device) -> None:
-        arrays = _arrays(placement)
+    def __init__(self, placement: Placement, device: torch.device, *, kernels: bool = True) -> None:
+        arrays = _arrays(placement) if kernels else _copy_arrays(placement)
         # Kernels are compiled for these.
-        self._pair_classes = arrays["pairs"].shape[1]
+        self._pair_classes = arrays["pairs"].shape[1] if kernels else None
         self._offsets: dict[str, int] = {}
         size = 0
         for name, array in arrays.items():
@@ -397,7 +415,10 @@ class DeviceTables:
         content = _content(placement)
         if content == self._holds:
             return
-        arrays = _arrays(placement, self._pair_classes)
+        if self._pair_classes is None:
+            arrays = _copy_arrays(placement)
+        else:
+            arrays = _arrays(placement, self._pair_classes)
         shapes = {name: array.shape for name, array in arrays.items()}
         if shapes != self._sizes:
             raise ValueError(f"placement must have the sizes of the first one, got {placement}")

@@ -185,7 +185,8 @@ class Balancer:
             raise ValueError(f"rank must be in [0, {placement.ep_size}), got {rank}")
 
         self._placement = self._agree(placement)
-        self._tables = DeviceTables(self._placement, device)
+        on_triton = self.backend == "triton"
+        self._tables = DeviceTables(self._placement, device, kernels=on_triton)
         self._version.fill_(self._next_version)
         self.certified = torch.zeros(1, dtype=torch.int64, device=device)
         self.solves = torch.zeros(1, dtype=torch.int64, device=device)

@@ -340,7 +340,7 @@ class Placement:
         order = np.argsort(self._phy2log, kind="stable")
         expert, rank = self._phy2log[order], order // self.slots_per_rank
         start = np.zeros(n_logical + 1, dtype=np.int32)
-        start[1:] = np.cumsum(self._counts)
+        start[1:] = self._counts.cumsum()
         # An expert's copies ascend by rank.
         first_rank, last_rank = rank[start[:-1]], rank[start[1:] - 1]
         group = first_rank // self.group_size
@@ -357,7 +357,7 @@ class Placement:
             )
 
         column_of = np.full(n_logical, -1, dtype=np.int32)
-        replicated = np.flatnonzero(first_rank != last_rank)
+        replicated = (first_rank != last_rank).nonzero()[0]
         if replicated.size:
             held = np.zeros((n_logical, ep_size), dtype=np.bool_)
             held[expert, rank] = True
@@ -365,8 +365,8 @@ class Placement:
         # Copies of one expert on one rank are neighbours in this order.
         fresh = np.ones(n_physical, dtype=np.bool_)
         fresh[1:] = (expert[1:] != expert[:-1]) | (rank[1:] != rank[:-1])
-        runs = np.flatnonzero(fresh)
-        lengths = np.diff(runs, append=n_physical)
+        runs = fresh.nonzero()[0]
+        lengths = np.append(runs[1:], n_physical) - runs
         column = column_of[expert]
         cell = np.where(column < 0, -1, rank * self.max_columns + column)
         mask = np.zeros((self.n_group, self.group_size, self.max_columns), dtype=np.bool_)
@@ -384,11 +384,11 @@ class Placement:
             column_start[:, 0] = ends[:, 0] - per_column[:, 0]
 
         fixed = np.full((ep_size, self.slots_per_rank), -1, dtype=np.int32)
-        single = np.flatnonzero(column_of < 0)
+        single = (column_of < 0).nonzero()[0]
         single_rank = first_rank[single]
-        by_rank = np.argsort(single_rank, kind="stable")
+        by_rank = single_rank.argsort(kind="stable")
         per_rank = np.bincount(single_rank, minlength=ep_size)
-        place = np.arange(single.size) - np.repeat(np.cumsum(per_rank) - per_rank, per_rank)
+        place = np.arange(single.size) - (per_rank.cumsum() - per_rank).repeat(per_rank)
         fixed[single_rank[by_rank], place] = single[by_rank]
         return Structure(
             column_of=column_of,

@@ -81,7 +81,7 @@ def read_maps(
         raise ValueError(f"log2phy gives expert {int(listed.argmin())} no slot")
     _check_n_valid(n_valid, listed)
     s = placement.structure
-    partial = int((listed != np.diff(s.copy_start)).sum())
+    partial = int((listed != s.copy_start[1:] - s.copy_start[:-1]).sum())
     if partial:
         warnings.warn(
             f"log2phy lists only some of the slots of {partial} experts, so sampling cannot "
@@ -115,35 +115,39 @@ def _check_n_valid(n_valid: object, listed: NDArray[np.int64]) -> None:
 class Tables:
     """How shares by rank and column turn into probabilities by expert and copy.
 
-    All are ``[num_logical, max_copies]`` in fixed memory on the device, in the layout of
-    ``log2phy``; see `Maps`.
+    In fixed memory on the device, each ``[num_logical, max_copies]`` in the layout of
+    ``log2phy``.
     """
 
+    log2phy: torch.Tensor
+    """int64, slots, padded with -1."""
+    cell: torch.Tensor
+    """int64, as in `Maps`; -1 on padding, the last place."""
+    part: torch.Tensor
+    """float32, as in `Maps`; 0 on padding."""
+    even: torch.Tensor
+    """float32, as in `Maps`; 0 on padding."""
+
     def __init__(self, maps: Maps, shape: tuple[int, int], device: torch.device) -> None:
-        # Past the shares: what a rank serves that nobody shares with it.
-        whole = maps.placement.structure.mask.size
-        self.log2phy = torch.full(shape, -1, dtype=torch.int64, device=device)
-        self.cell = torch.full(shape, whole, dtype=torch.int64, device=device)
-        self.part = torch.zeros(shape, dtype=torch.float32, device=device)
-        self.even = torch.zeros(shape, dtype=torch.float32, device=device)
-        self._padding = (-1, whole, 0, 0)
+        self._integers = torch.full((2, *shape), -1, dtype=torch.int64, device=device)
+        self._fractions = torch.zeros((2, *shape), dtype=torch.float32, device=device)
+        self.log2phy, self.cell = self._integers
+        self.part, self.even = self._fractions
         self._maps: Maps | None = None
         self._at = torch.empty(0, dtype=torch.int64, device=device)
         self.write(maps)
-
-    def all(self) -> tuple[torch.Tensor, ...]:
-        """Return every table."""
-        return self.log2phy, self.cell, self.part, self.even
 
     def write(self, maps: Maps) -> bool:
         """Put the entries of other maps of these sizes in; False if they are there already."""
         if self._maps is not None and self._maps.same_entries(maps):
             return False
         at = torch.from_numpy(maps.at).to(self._at.device)
-        entries = (maps.slot, maps.cell, maps.part, maps.even)
-        for table, padding, values in zip(self.all(), self._padding, entries, strict=True):
-            flat = table.view(-1)
-            flat.index_fill_(0, self._at, padding)
-            flat.index_copy_(0, at, torch.from_numpy(values).to(flat.device))
+        for tables, padding, entries in (
+            (self._integers, -1, (maps.slot, maps.cell)),
+            (self._fractions, 0, (maps.part, maps.even)),
+        ):
+            flat, values = tables.view(2, -1), torch.from_numpy(np.array(entries))
+            flat.index_fill_(1, self._at, padding)
+            flat.index_copy_(1, at, values.to(flat.device))
         self._at, self._maps = at, maps
         return True
