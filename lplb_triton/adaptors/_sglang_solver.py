@@ -113,6 +113,10 @@ class LPLBSolver:
             )
         self.replicated_tokens = replicated_tokens
         group = _process_group(ep_group)
+        if group is not None and group.size() != self.num_gpus:
+            raise ValueError(
+                f"ep_group must have num_gpus {self.num_gpus} ranks, got {group.size()}"
+            )
         phy2log = check_int_map("phy2log", phy2log, 1)
         log2phy = check_int_map("log2phy", log2phy, 2)
         self.num_phy, (self.num_logical, self.max_copies) = len(phy2log), log2phy.shape
@@ -176,7 +180,10 @@ class LPLBSolver:
         RuntimeError
             On a GPU, if an earlier call met an id out of range (it was not counted).
         """
-        counts, _ = self.balancer.count(topk_ids)
+        try:
+            counts, _ = self.balancer.count(topk_ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise _in_our_terms(error) from None
         return self._write(self.balancer.solve(self.balancer.sync(counts)).shares)
 
     def run(self, topk_ids: torch.Tensor) -> torch.Tensor:
@@ -198,7 +205,10 @@ class LPLBSolver:
         TypeError, ValueError, RuntimeError
             As for `solve`.
         """
-        return self.balancer.run(topk_ids)
+        try:
+            return self.balancer.run(topk_ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise _in_our_terms(error) from None
 
     def update(
         self,
@@ -250,7 +260,10 @@ class LPLBSolver:
             If a plan since the start was not certified within the tolerance; it was feasible and
             no worse than the even split all the same.
         """
-        self.balancer.check()
+        try:
+            self.balancer.check()
+        except RuntimeError as error:
+            raise _in_our_terms(error) from None
         solves, certified = int(self.balancer.solves), int(self.balancer.certified)
         if certified != solves:
             raise SolveError(
@@ -291,6 +304,14 @@ def _process_group(ep_group: object) -> dist.ProcessGroup | None:
         "ep_group must be a ProcessGroup, have one as device_group, or be None, "
         f"got {type(ep_group).__name__}"
     )
+
+
+def _in_our_terms(error: Exception) -> Exception:
+    """Return the balancer's complaint about ``idx`` as one about ``topk_ids``; others as is."""
+    message = str(error)
+    if type(error) in (TypeError, ValueError, RuntimeError) and message.startswith("idx "):
+        return type(error)("topk_ids" + message.removeprefix("idx"))
+    return error
 
 
 def _check_same(mine: Placement, agreed: Placement) -> None:

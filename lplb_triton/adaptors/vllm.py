@@ -55,7 +55,8 @@ class LplbEplbPolicy:
         Never raises because of what the tensors hold: vLLM's asynchronous worker would end with a
         log line. If a load is NaN, infinite or negative, or a layer's total is out of range, an
         error is logged by the logger ``lplb_triton`` and the old map comes back. Where there is no
-        old map, or it isn't a placement of these sizes, such a load counts as zero.
+        old map, or it isn't a placement of these sizes, such a load counts as zero, and a layer's
+        loads are scaled down where the total is too large.
 
         Parameters
         ----------
@@ -105,7 +106,7 @@ class LplbEplbPolicy:
             if old is not None and _is_placement(old, num_replicas, n_logical):
                 _logger.error("%s: the old map stays", fault)
                 return old
-            _logger.error("%s: such loads count as zero", fault)
+            _logger.error("%s: such loads count as zero, or a layer's are scaled down", fault)
             load = _mended(load)
         new, _, _ = eplb.rebalance_experts(load, num_replicas, groups[1], nodes[1], num_ranks)
         if old is not None:
