@@ -160,12 +160,12 @@ def _cell_ends(placement: Placement, number: NDArray[np.int32]) -> NDArray[np.in
     return found
 
 
-def _rank_experts(placement: Placement, per_expert: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
+def _rank_experts(placement: Placement) -> dict[str, NDArray[Any]]:
     """Keep one slot for an expert on a rank, and the part of it that an even split leaves there."""
     s = placement.structure
     once = s.copy_index == 0
     slot = s.copy_slot[once]
-    expert = np.arange(placement.n_logical).repeat(per_expert)[once]
+    expert = np.repeat(np.arange(placement.n_logical), np.diff(s.copy_start))[once]
     experts = np.full(placement.n_physical, -1, dtype=np.int32)
     parts = np.zeros(placement.n_physical, dtype=np.float32)
     experts[slot], parts[slot] = expert, 1.0 / np.bincount(expert)[expert]
@@ -351,7 +351,7 @@ def _arrays(placement: Placement, pair_classes: int | None = None) -> dict[str, 
         # Ranks are what threads read side by side.
         "cell_number": np.ascontiguousarray(number.transpose(0, 2, 1)),
         "cell_ends": _cell_ends(placement, number),
-        **_rank_experts(placement, per_expert),
+        **_rank_experts(placement),
         "first_members": first_members,
         "column_start": s.column_start,
         "column_members": s.column_members,

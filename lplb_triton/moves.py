@@ -128,7 +128,7 @@ def keep_slots(new: torch.Tensor, old: torch.Tensor, n_ranks: int) -> torch.Tens
     target = same.int().argmax(2)
     stays, taken = same.any(2), same.any(1)
     # As many newcomers as free slots in every row, and masks read both row by row.
-    target[~stays] = torch.arange(n_slots, device=new.device).expand_as(target)[~taken]
+    target[~stays] = torch.arange(n_slots, device=target.device).expand_as(target)[~taken]
     return torch.empty_like(arriving).scatter_(1, target, arriving).reshape(new.shape)
 
 
