@@ -96,7 +96,7 @@ class Planner:
         )
         self.balancer = Balancer(
             placement, group=group, device=device, backend=backend, tolerance=tolerance,
-            sync=sync, timeout=timeout, quotas=quotas,
+            sync=sync, timeout=timeout, quotas=quotas, _group_comes_later=True,
         )  # fmt: skip
         on = self.balancer.device
         self.r2o = r2o.to(on)
