@@ -579,9 +579,9 @@ class Balancer:
         torch.Tensor
             ``[n_logical]`` int32; fresh if there is a group.
         """
+        self._check_open()
         if self.communicator is None:
             return counts
-        self._check_open()
         counts = counts.contiguous()
         total = torch.empty_like(counts)
         self.communicator.exchange(counts, self._version, total)
