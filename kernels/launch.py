@@ -323,6 +323,17 @@ class Settings(NamedTuple):
     max_iterations: int
 
 
+class Channel(NamedTuple):
+    """Where an exchange happens: calls of one channel come in the same order on every rank."""
+
+    number: int
+    opening: int = 0
+    """How the channel came to be, in 15 bits; the same on every rank."""
+
+
+FIRST_CHANNEL = Channel(0)
+
+
 class Exchange(NamedTuple):
     """One rank's side of an exchange of counts [n] with other ranks; docs/sync.md.
 
@@ -343,12 +354,13 @@ class Exchange(NamedTuple):
     capacity: int
     timeout_ms: int
 
-    def args(self, channel: int) -> tuple[Any, ...]:
-        """Run-time arguments of a kernel that does the exchange, the channel last."""
+    def args(self, channel: Channel) -> tuple[Any, ...]:
+        """Run-time arguments of a kernel that does the exchange, the channel's last."""
         gathered = self.total if self.gathered is None else self.gathered
         return (
             self.total, gathered, *self[2:7],
-            self.rank, self.addresses.numel(), self.capacity, self.timeout_ms, channel,
+            self.rank, self.addresses.numel(), self.capacity, self.timeout_ms,
+            channel.opening, channel.number,
         )  # fmt: skip
 
     def constants(self) -> tuple[int, ...]:
@@ -368,7 +380,7 @@ def _exchange_block(n: int) -> int:
 
 def _solve_counts_call(
     running: torch.Tensor | None, buffers: SolveBuffers, tables: SolveTables, settings: Settings,
-    exchange: Exchange | None = None, channel: int = 0,
+    exchange: Exchange | None = None, channel: Channel = FIRST_CHANNEL,
 ) -> _Call:  # fmt: skip
     n_group, n_ranks, n_slots = tables.rank_experts.shape
     _, n_members, n_columns = tables.first_members.shape
@@ -382,7 +394,7 @@ def _solve_counts_call(
         *buffers[1:], *settings, n_ranks, n_columns, n_slots, n_shared,
         n_logical, 0 if running is None else running.shape[0], n_sums,
         *tables.edges.shape[1:], *tables[FIRST_TABLES:],
-        *(exchange.args(channel) if exchange else (*[buffers.counts] * 7, 0, 0, 0, 0, 0)),
+        *(exchange.args(channel) if exchange else (*[buffers.counts] * 7, 0, 0, 0, 0, 0, 0)),
     )  # fmt: skip
     constants = (
         ranks, columns, max(2, slots), max(32, copies), n_members, SUM_ROWS, SUM_EXPERTS,
