@@ -5,42 +5,14 @@ import weakref
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from gloo import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
+from sglang_maps import DEVICE, padded, random_ids, random_maps
 
 from lplb_triton import Balancer, Placement, SolveError, solve
 from lplb_triton._tables import DeviceTables
-from lplb_triton.adaptors.sglang import LPLBSolver
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def random_maps(seed, ranks, slots, experts):
-    """Any placement: several copies, several on one rank; rows and padding in random order."""
-    rng = np.random.default_rng(seed)
-    n_physical = ranks * slots
-    hot = rng.integers(0, experts, max(1, experts // 3))
-    extra = rng.choice(np.concatenate([hot, np.arange(experts)]), n_physical - experts)
-    phy2log = rng.permutation(np.concatenate([np.arange(experts), extra]))
-    width = int(np.bincount(phy2log).max()) + int(rng.integers(0, 3))
-    log2phy = np.full((experts, width), -1)
-    for expert in range(experts):
-        found = rng.permutation(np.flatnonzero(phy2log == expert))
-        log2phy[expert, rng.permutation(width)[: len(found)]] = found
-    return torch.from_numpy(phy2log).to(DEVICE), torch.from_numpy(log2phy).to(DEVICE)
-
-
-def random_ids(seed, tokens, experts, top_k=4):
-    rng = np.random.default_rng(seed)
-    ids = (rng.random((tokens, top_k)) ** 3 * (experts + 1)).astype(np.int32) - 1
-    return torch.from_numpy(ids).to(DEVICE)
-
-
-def padded(rows, width=24):
-    return torch.nn.functional.pad(rows, (0, width - rows.shape[-1]), value=-1)
+from lplb_triton.adaptors.sglang import LPLBSolver, update_solvers
 
 
 def counts_of(ids, experts):
@@ -260,6 +232,28 @@ class TestSolver:
         held = mapped >= 0
         assert torch.equal(phy2log[mapped[held].long()], routed[held].long())
 
+    def test_layers_at_once(self):
+        maps = [random_maps(i, 4, 6, 16) for i in range(4)]
+        phy2log, log2phy = (
+            torch.stack(m) for m in zip(*((p, padded(r)) for p, r in maps), strict=True)
+        )
+        solvers = [LPLBSolver(phy2log[0], log2phy[0], 4) for _ in maps]
+        update_solvers(solvers, phy2log, log2phy)
+        for solver, placed, rows in zip(solvers, phy2log, log2phy, strict=True):
+            assert torch.equal(solver.balancer.placement.phy2log.long(), placed.cpu())
+            assert torch.equal(solver.log2phy, rows)
+        update_solvers([], phy2log, log2phy)
+        other = LPLBSolver(phy2log[0], padded(log2phy[0], 20), 4)
+        for bad, message in (
+            ((solvers, phy2log[:2], log2phy), r"^phy2log must have shape \(4, 24\)"),
+            ((solvers, phy2log, log2phy[0]), "^log2phy must have 3 dim"),
+            ((solvers, phy2log, log2phy.flip(0)), "^log2phy gives expert"),
+            (([*solvers, other], phy2log, log2phy), "^solvers must be of equal sizes"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                update_solvers(*bad)
+        assert torch.equal(solvers[3].log2phy, log2phy[3])
+
     @pytest.mark.parametrize("ids", [torch.empty(0, 8), torch.full((5, 8), -1), torch.empty(3, 0)])
     def test_no_tokens(self, ids):
         phy2log, log2phy = random_maps(3, 4, 6, 16)
@@ -395,87 +389,3 @@ class TestSolver:
             want = LPLBSolver(phy2log, rows, 4).solve(ids)
             assert torch.equal(prob, want)
         solver.check()
-
-
-class Coordinator:
-    """What an engine wraps torch's group in."""
-
-    def __init__(self, group):
-        self.device_group = group
-
-
-def check_ranks(rank, group):
-    ranks = group.size()
-    phy2log, log2phy = (m.cpu() for m in random_maps(11, ranks, 6, 8))
-    solver = LPLBSolver(phy2log, log2phy, ranks, Coordinator(group))
-    alone = LPLBSolver(phy2log, log2phy, ranks)
-
-    def share(r, batch):
-        """Rank 1 is idle in even batches, and everybody in batch 2."""
-        idle = batch == 2 or (r == 1 and batch % 2 == 0)
-        return random_ids(10 * batch + r, 0 if idle else 100 + r, 8).cpu()
-
-    for batch in range(4):
-        everything = torch.cat([share(r, batch) for r in range(ranks)])
-        want = alone.solve(everything)
-        mine = share(rank, batch)
-        assert torch.equal(solver.solve(mine), want)
-        # An idle rank may take SGLang's way for empty batches while the others call run.
-        if len(mine):
-            mapped = solver.run(mine)
-            assert torch.equal(phy2log[mapped[mapped >= 0].long()], mine[mine >= 0].long())
-        else:
-            assert torch.equal(solver.solve(mine), want)
-    solver.check()
-    assert int(solver.balancer.certified) == int(solver.balancer.solves) == 8
-    direct = LPLBSolver(phy2log, log2phy, ranks, group)
-    assert torch.equal(direct.solve(share(rank, 3)), want)
-    mine = random_maps(11 + rank, ranks, 6, 8)
-    if rank == 0:
-        LPLBSolver(*(m.cpu() for m in mine), ranks, group)
-    else:
-        with pytest.raises(ValueError, match="^phy2log must be the same on every rank"):
-            LPLBSolver(*(m.cpu() for m in mine), ranks, group)
-
-
-def check_replicated(rank, group):
-    ranks = group.size()
-    phy2log, log2phy = (m.cpu() for m in random_maps(11, ranks, 6, 8))
-    other, rows = (m.cpu() for m in random_maps(12, ranks, 6, 8))
-    log2phy, rows = padded(log2phy, 18), padded(rows, 18)
-    solver = LPLBSolver(phy2log, log2phy, ranks, Coordinator(group), replicated_tokens=True)
-    alone = LPLBSolver(phy2log, log2phy, ranks)
-    ids = random_ids(1, 200, 8).cpu()
-
-    def same(tensor):
-        everyone = [torch.empty_like(tensor) for _ in range(ranks)]
-        dist.all_gather(everyone, tensor, group=group)
-        return all(torch.equal(theirs, tensor) for theirs in everyone)
-
-    for maps in ((phy2log, log2phy), (other, rows)):
-        solver.update(*maps)
-        alone.update(*maps)
-        # Nothing is summed: these are the tokens of all.
-        assert torch.equal(solver.solve(ids), alone.solve(ids))
-        mapped = solver.run(ids)
-        assert same(mapped) and torch.equal(mapped, alone.run(ids))
-        # What each rank picks for tokens of its own is another matter.
-        assert not same(Balancer(Placement(maps[0], ranks), rank=rank, device="cpu").run(ids))
-    mine = (phy2log, log2phy) if rank == 1 else (other, rows)
-    before = solver.balancer.placement.phy2log
-    with pytest.raises(ValueError, match="^phy2log must be the same on every rank"):
-        solver.update(*mine)
-    assert torch.equal(solver.balancer.placement.phy2log, before)
-    with pytest.raises(ValueError, match="^phy2log must be the same on every rank"):
-        LPLBSolver(*mine, ranks, group, replicated_tokens=True)
-    with pytest.raises(ValueError, match="^ep_group must have num_gpus 6 ranks, got 3"):
-        LPLBSolver(*mine, 6, group)
-
-
-def check_both(rank, group):
-    check_ranks(rank, group)
-    check_replicated(rank, group)
-
-
-def test_ranks_over_gloo(tmp_path):
-    run_ranks(check_both, 3, tmp_path)

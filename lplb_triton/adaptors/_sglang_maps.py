@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from lplb_triton.adaptors._checks import check_int_map
 from lplb_triton.placement import Placement
 
-__all__ = ["Maps", "Tables", "read_maps"]
+__all__ = ["MAP_NAMES", "Maps", "Tables", "read_maps"]
+
+# The maps of `LPLBSolver`, in the order of its arguments.
+MAP_NAMES = ("phy2log", "log2phy", "logical_to_all_physical_map_num_valid")
 
 
 class Maps(NamedTuple):
@@ -42,8 +45,8 @@ class Maps(NamedTuple):
 def read_maps(
     phy2log: torch.Tensor,
     log2phy: torch.Tensor,
-    num_gpus: int,
     n_valid: torch.Tensor | None,
+    num_gpus: int,
     known: Placement | None,
     stacklevel: int,
 ) -> Maps:
@@ -55,8 +58,6 @@ def read_maps(
     n_physical, (n_logical, width) = len(phy2log), log2phy.shape
     if n_physical % num_gpus:
         raise ValueError(f"num_gpus must divide the number of slots {n_physical}, got {num_gpus}")
-    if phy2log.device != log2phy.device:
-        raise ValueError(f"log2phy is on {log2phy.device}, phy2log on {phy2log.device}")
     experts = phy2log.detach().cpu().numpy()
     rows = np.ascontiguousarray(log2phy.detach().cpu().numpy()).reshape(-1)
     if known is not None and np.array_equal(known.phy2log.numpy(), experts):
@@ -105,7 +106,7 @@ def read_maps(
 
 def _check_n_valid(n_valid: object, listed: NDArray[np.int64]) -> None:
     """Raise unless ``n_valid``, if given, counts the slots that the rows list."""
-    name = "logical_to_all_physical_map_num_valid"
+    name = MAP_NAMES[2]
     if n_valid is None:
         return
     if not np.array_equal(check_int_map(name, n_valid, 1).detach().cpu().numpy(), listed):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
+from lplb_triton._membership import warn_if_alone
+from lplb_triton._updates import update_placements
 from lplb_triton.adaptors._checks import check_int_map
-from lplb_triton.adaptors._sglang_maps import Maps, Tables, read_maps
+from lplb_triton.adaptors._sglang_maps import MAP_NAMES, Maps, Tables, read_maps
 from lplb_triton.balancer import Balancer
 from lplb_triton.placement import Placement, check_integer
 from lplb_triton.solution import SolveError
 from lplb_triton.solver import DEFAULT_TOLERANCE
-from lplb_triton.sync._base import gather_objects
 
-__all__ = ["LPLBSolver"]
+__all__ = ["LPLBSolver", "update_solvers"]
+
+_ALONE = (
+    "Give ep_group= to sum counts over it, or replicated_tokens=True where every rank holds all "
+    "tokens"
+)
 
 
 class LPLBSolver:
@@ -42,7 +48,7 @@ class LPLBSolver:
     ep_group : ProcessGroup, GroupCoordinator or None
         The group to sum over: torch's, or an object whose ``device_group`` is torch's. Collective:
         every rank constructs its solvers in the same order. ``None``: counts are global. With
-        ``replicated_tokens`` the group only compares the ranks' maps.
+        ``replicated_tokens`` it only serves to compare the ranks' maps.
     logical_to_all_physical_map_num_valid : torch.Tensor or None
         ``[num_logical]`` int, slots that each row lists. Only checked.
     backend : {"triton", "torch"} or None
@@ -76,7 +82,8 @@ class LPLBSolver:
     Warns
     -----
     RuntimeWarning
-        If rows of ``log2phy`` list only some of their expert's slots.
+        If rows of ``log2phy`` list only some of their expert's slots, or if torch.distributed is
+        up with ``num_gpus`` ranks and neither ``ep_group`` nor ``replicated_tokens`` is given.
 
     Notes
     -----
@@ -121,15 +128,19 @@ class LPLBSolver:
         log2phy = check_int_map("log2phy", log2phy, 2)
         self.num_phy, (self.num_logical, self.max_copies) = len(phy2log), log2phy.shape
         n_valid = logical_to_all_physical_map_num_valid
-        maps = read_maps(phy2log, log2phy, self.num_gpus, n_valid, None, stacklevel=2)
-        if replicated_tokens:
-            self._compare(maps.placement, group, phy2log.device)
+        if phy2log.device != log2phy.device:
+            raise ValueError(f"log2phy is on {log2phy.device}, phy2log on {phy2log.device}")
+        maps = read_maps(phy2log, log2phy, n_valid, self.num_gpus, None, stacklevel=2)
+        if group is None and not replicated_tokens:
+            warn_if_alone(maps.placement, stacklevel=2, advice=_ALONE)
         # What is made here has to be of use outside of inference mode, too.
         with torch.inference_mode(False):
             self.balancer = Balancer(
                 maps.placement,
-                group=None if replicated_tokens else group,
-                rank=0 if replicated_tokens else None,
+                group=group,
+                # Without a group there is no other rank whose rounding could differ.
+                rank=0 if group is None and not replicated_tokens else None,
+                quotas="replicated" if replicated_tokens else "local",
                 device=phy2log.device,
                 backend=backend,
                 tolerance=tolerance,
@@ -219,7 +230,8 @@ class LPLBSolver:
         """Write another placement of the same sizes into the tables; collective over the group.
 
         Waits for the device. Captured CUDA graphs use the new placement from their next replay on.
-        Maps that haven't changed are compared, and nothing is written.
+        Maps that haven't changed are compared, and nothing is written. For more than one layer see
+        `update_solvers`.
 
         Parameters
         ----------
@@ -229,25 +241,11 @@ class LPLBSolver:
         Raises
         ------
         TypeError, ValueError
-            Naming the argument that doesn't fit. Nothing is changed then, unless the cause is
-            that ranks disagree on ``phy2log``.
+            Naming the argument that doesn't fit, on every rank if it is one rank's. Nothing is
+            changed then, unless the cause is that ranks disagree on ``phy2log``.
         """
-        phy2log = check_int_map("phy2log", phy2log, 1)
-        log2phy = check_int_map("log2phy", log2phy, 2)
-        for name, value, shape in (
-            ("phy2log", phy2log, (self.num_phy,)),
-            ("log2phy", log2phy, (self.num_logical, self.max_copies)),
-        ):
-            if value.shape != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-        n_valid = logical_to_all_physical_map_num_valid
-        known = self.balancer.placement
-        maps = read_maps(phy2log, log2phy, self.num_gpus, n_valid, known, stacklevel=2)
-        if self.replicated_tokens:
-            self._compare(maps.placement, _process_group(self.ep_group), self.balancer.device)
-        _check_same(maps.placement, self.balancer.update_placement(maps.placement))
-        if self._tables.write(maps) and self.balancer.device.type == "cuda":
-            torch.cuda.synchronize(self.balancer.device)
+        maps = (phy2log, log2phy, logical_to_all_physical_map_num_valid)
+        _update([self], maps, "LPLBSolver.update", ())
 
     def check(self) -> None:
         """Wait for the device and raise if a batch was not certified or held a bad id.
@@ -279,18 +277,101 @@ class LPLBSolver:
         torch.where(listed > 0, part / listed, tables.even, out=self._prob)
         return self._prob
 
-    @staticmethod
-    def _compare(
-        placement: Placement, group: dist.ProcessGroup | None, device: torch.device
-    ) -> None:
-        """Raise on every rank unless all came with this placement; no balancer does it for us."""
-        if group is None:
-            return
-        mine = placement.phy2log.numpy().tobytes()
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            everyone = gather_objects(mine, group)
-        if any(theirs != everyone[0] for theirs in everyone):
-            raise ValueError("phy2log must be the same on every rank, and ranks differ")
+
+def update_solvers(
+    solvers: Sequence[LPLBSolver],
+    phy2log: torch.Tensor,
+    log2phy: torch.Tensor,
+    logical_to_all_physical_map_num_valid: torch.Tensor | None = None,
+) -> None:
+    """Call `LPLBSolver.update` for many layers at once; collective over their group.
+
+    However many layers there are, the ranks meet once, and the device is waited for twice.
+
+    Parameters
+    ----------
+    solvers : sequence of LPLBSolver
+        Of equal sizes, on one device and with one group, in the same order on every rank.
+    phy2log : torch.Tensor
+        ``[layers, num_physical]`` int.
+    log2phy : torch.Tensor
+        ``[layers, num_logical, max_copies]`` int.
+    logical_to_all_physical_map_num_valid : torch.Tensor or None
+        ``[layers, num_logical]`` int. All on any device, quickest on the CPU.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `LPLBSolver.update`.
+    """
+    solvers = list(solvers)
+    if not solvers:
+        return
+    places = {(id(s.balancer.group), s.balancer.device) for s in solvers}
+    sizes = {(s.num_gpus, s.num_phy, s.num_logical, s.max_copies) for s in solvers}
+    for what, found in (("of one group and device", places), ("of equal sizes", sizes)):
+        if len(found) > 1:
+            raise ValueError(f"solvers must be {what}, got {len(found)} kinds")
+    maps = (phy2log, log2phy, logical_to_all_physical_map_num_valid)
+    _update(solvers, maps, "update_solvers", (len(solvers),))
+
+
+def _update(
+    solvers: list[LPLBSolver],
+    maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    purpose: str,
+    layers: tuple[int, ...],
+) -> None:
+    """Check the maps, each with ``layers`` as its first axes, agree on them and write them."""
+    read, problem = [], None
+    try:
+        read = _read(solvers, maps, layers)
+    except Exception as error:  # the other ranks must know of it, whatever it is
+        problem = error
+
+    def write(used: list[Placement]) -> None:
+        for mine, agreed in zip(read, used, strict=True):
+            _check_same(mine.placement, agreed)
+        for solver, mine in zip(solvers, read, strict=True):
+            solver._tables.write(mine)
+
+    balancers = [solver.balancer for solver in solvers]
+    update_placements(balancers, [m.placement for m in read], purpose, problem=problem, also=write)
+
+
+def _read(
+    solvers: list[LPLBSolver],
+    maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    layers: tuple[int, ...],
+) -> list[Maps]:
+    """Check each layer's maps."""
+    first, (phy2log, log2phy, n_valid) = solvers[0], maps
+    experts = _on_cpu(MAP_NAMES[0], phy2log, layers, (first.num_phy,))
+    slots = _on_cpu(MAP_NAMES[1], log2phy, layers, (first.num_logical, first.max_copies))
+    listed = None
+    if n_valid is not None:
+        listed = _on_cpu(MAP_NAMES[2], n_valid, layers, (first.num_logical,))
+    return [
+        read_maps(
+            experts[i],
+            slots[i],
+            None if listed is None else listed[i],
+            first.num_gpus,
+            solver.balancer.placement,
+            stacklevel=4,
+        )
+        for i, solver in enumerate(solvers)
+    ]
+
+
+def _on_cpu(
+    name: str, value: torch.Tensor, layers: tuple[int, ...], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Check a map of all layers, and return it as ``[layers, *shape]`` on the CPU."""
+    value = check_int_map(name, value, len(layers) + len(shape))
+    if value.shape != layers + shape:
+        raise ValueError(f"{name} must have shape {layers + shape}, got {tuple(value.shape)}")
+    return value.detach().cpu().reshape(-1, *shape)
 
 
 def _process_group(ep_group: object) -> dist.ProcessGroup | None:

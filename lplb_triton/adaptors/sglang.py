@@ -5,6 +5,12 @@ from lplb_triton.adaptors._sglang_placement import (
     compute_algorithm,
     rebalance_experts,
 )
-from lplb_triton.adaptors._sglang_solver import LPLBSolver
+from lplb_triton.adaptors._sglang_solver import LPLBSolver, update_solvers
 
-__all__ = ["EplbAlgorithm", "LPLBSolver", "compute_algorithm", "rebalance_experts"]
+__all__ = [
+    "EplbAlgorithm",
+    "LPLBSolver",
+    "compute_algorithm",
+    "rebalance_experts",
+    "update_solvers",
+]
