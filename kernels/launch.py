@@ -111,7 +111,7 @@ def _launch(call: _Call) -> None:
 class _Prepared:
     """A compiled kernel with its arguments, ready to launch.
 
-    ``args`` takes other addresses and integers between launches. With ``early`` the kernel may
+    ``args`` takes other addresses and integers between launches; no tensor is kept. With ``early`` the kernel may
     start before the one ahead of it in its stream has ended, where the GPU can do that
     (programmatic dependent launch); it has to wait for that one by itself.
     """
@@ -120,7 +120,7 @@ class _Prepared:
 
     def __init__(self, call: _Call, compiled: Any, early: bool) -> None:
         self.n_args = len(call.args)
-        self._call, self._compiled = call, compiled
+        self._grid, self._constants, self._compiled = call.grid, call.constants, compiled
         early = early and _has_pdl(call.args[0].device)
         self._direct: DriverLaunch | None = None
         if torch.version.hip is None:
@@ -138,15 +138,15 @@ class _Prepared:
         if profiled:
             # Triton's own way gathers what the hooks are told.
             args = self.args if self._direct is None else self._direct.values()
-            grid = self._call.grid, 1, 1
-            self._compiled[grid](*args, *self._call.constants, stream=stream)
+            grid = self._grid, 1, 1
+            self._compiled[grid](*args, *self._constants, stream=stream)
         elif self._direct is not None:
             self._direct.launch(stream)
         else:
             compiled = self._compiled
             self._launcher(
-                self._call.grid, 1, 1, stream, compiled.function, compiled.packed_metadata,
-                None, None, None, *self.args, *self._call.constants,
+                self._grid, 1, 1, stream, compiled.function, compiled.packed_metadata,
+                None, None, None, *self.args, *self._constants,
             )  # fmt: skip
 
 
