@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lplb_triton import Balancer, Placement, Replicas, topologies
-from lplb_triton.replicas import _assign
+from lplb_triton.training.routes import assign_seats
 
 EXPERTS, RANKS, HIDDEN, INNER = 16, 4, 6, 5
 SHAPES = {"w_in": (HIDDEN, INNER), "w_out": (INNER, HIDDEN), "scale": ()}
@@ -316,7 +316,7 @@ def test_originals_are_even_and_beside_a_copy(seed):
     rng = np.random.default_rng(seed)
     slots = np.concatenate([np.arange(24), rng.integers(0, 24, 12)])
     placement = Placement(rng.permutation(slots), 6, n_logical=24)
-    seats = _assign(placement, rng.permutation(24))
+    seats = assign_seats(placement, rng.permutation(24))
     assert sorted(seats) == list(range(24))
     at_home = held(placement)[np.arange(24), seats // 4].sum()
     assert at_home == most_at_home(placement)
@@ -324,11 +324,11 @@ def test_originals_are_even_and_beside_a_copy(seed):
 
 def test_originals_stay_or_follow_the_topology():
     placement = dict(placements())["topology"]
-    seats = _assign(placement, np.arange(EXPERTS))
-    again = _assign(placement, seats)
+    seats = assign_seats(placement, np.arange(EXPERTS))
+    again = assign_seats(placement, seats)
     np.testing.assert_array_equal(seats, again)
     in_order = Placement.from_topology(topologies.torus(2, 2), EXPERTS + 8, EXPERTS, RANKS)
-    np.testing.assert_array_equal(_assign(in_order, np.arange(EXPERTS)), np.arange(EXPERTS))
+    np.testing.assert_array_equal(assign_seats(in_order, np.arange(EXPERTS)), np.arange(EXPERTS))
     assert most_at_home(dict(placements())["uneven"]) < EXPERTS
 
 
