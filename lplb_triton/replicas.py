@@ -32,7 +32,6 @@ from lplb_triton.training.checks import (
     check_on_all_ranks,
     check_params,
     check_placement,
-    describe_params,
     describe_placement,
     is_trained,
     is_usable,
@@ -147,12 +146,7 @@ class Replicas:
                 self._originals, self._n_own, list_optimizers(optimizer), None
             )
             movable.extend(rows)
-            return {
-                **describe_params(self._originals),
-                "dtype": str(dtype),
-                "placement": describe_placement(placement),
-                **spec,
-            }
+            return {"dtype": str(dtype), "placement": describe_placement(placement), **spec}
 
         alike: dict[str, Spec] = {"data_parallel_group": {"the rank in group": self.rank}}
         check_on_all_ranks(self._groups, check, alike)

@@ -228,6 +228,10 @@ def check_errors(rank, group):
     halved = Placement.from_history(torch.ones(EXPERTS), 2, redundant_per_rank=1)
     fails(ValueError, "ep_size, 4, got 2", placement=halved if odd else good)
     fails(ValueError, "dtype.*rank 2", dtype=torch.bfloat16 if odd else None)
+    still = {n: p.detach() if odd and n == "scale" else p for n, p in params.items()}
+    fails(ValueError, r"params\['scale'\] must be the same.*trained on rank 0", given=still)
+    apart = dict(params, scale=[nn.Parameter(p) for p in params["scale"].detach()])
+    fails(ValueError, "a tensor for each expert.*rank 2", given=apart if odd else params)
     packed = nn.Parameter(torch.ones(OWN, 3).to(torch.float8_e5m2), requires_grad=odd)
     fails((ValueError, TypeError), "requires_grad=False", given=dict(params, w_in=packed))
     fails(TypeError, "placement must be a Placement", placement=3)

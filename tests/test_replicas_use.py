@@ -190,6 +190,7 @@ def test_frozen_for_a_while():
     assert w.grad is None
     w.requires_grad_()
     backward(replicas)
+    assert replicas.weights["w"].grad is None  # it went to the sum in float32
     w.requires_grad_(False)
     with pytest.raises(RuntimeError, match="^w got frozen while slots hold gradients"):
         replicas.reduce_grads()

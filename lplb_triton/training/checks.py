@@ -19,7 +19,6 @@ __all__ = [
     "check_on_all_ranks",
     "check_params",
     "check_placement",
-    "describe_params",
     "describe_placement",
     "is_trained",
     "is_usable",
@@ -168,19 +167,6 @@ def check_backend(group: dist.ProcessGroup | None, device: torch.device) -> None
             f"group must be an NCCL group for parameters on a GPU and a gloo group on a CPU, "
             f"got {backend} for {device}"
         )
-
-
-def describe_params(params: dict[str, Rows]) -> Spec:
-    """Facts about the originals that must be the same on all ranks."""
-    return {
-        f"params[{name!r}]": (
-            "stacked" if isinstance(rows, torch.Tensor) else "separate",
-            *tuple(parts_of(rows)[0].shape),
-            str(parts_of(rows)[0].dtype),
-            "trained" if is_trained(rows) else "frozen",
-        )
-        for name, rows in params.items()
-    }
 
 
 def describe_placement(placement: Placement) -> tuple[object, ...]:

@@ -86,11 +86,17 @@ def find_movable(
         label = f"also[{name!r}]"
         entries[label] = check_rows(label, (also or {})[name], n_own)
     kept, same_as = keep_distinct(entries)
-    spec: Spec = {
-        label: (tuple(parts_of(rows)[0].shape), str(parts_of(rows)[0].dtype), same_as.get(label))
-        for label, rows in entries.items()
-    }
+    spec: Spec = {label: _describe(rows, same_as.get(label)) for label, rows in entries.items()}
     return list(kept.values()), spec
+
+
+def _describe(rows: Rows, same_as: str | None) -> str:
+    """Say what must be the same on all ranks."""
+    part = parts_of(rows)[0]
+    layout = "one tensor" if isinstance(rows, torch.Tensor) else "a tensor for each expert"
+    trained = ", trained" if is_trained(rows) else ""
+    memory = f", the memory of {same_as}" if same_as else ""
+    return f"{layout} {tuple(part.shape)} {part.dtype}{trained}{memory}"
 
 
 def _gradients(label: str, rows: Rows) -> Rows | None:
