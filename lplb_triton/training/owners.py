@@ -85,16 +85,18 @@ class Claim:
         self, given: Iterable[torch.optim.Optimizer], params: Mapping[str, Rows]
     ) -> None:
         """Raise if an optimizer that updates originals has state for them, and isn't given."""
-        known = {id(one) for one in given}
-        # The second look is for one that nobody uses, but that wasn't collected yet.
-        if self._find_missing(known, params) and gc.collect() >= 0:
+        # By their state: an optimizer that wraps another one shares it.
+        known = {id(one.state) for one in given}
+        missing = self._find_missing(known, params)
+        if missing is not None:
+            gc.collect()  # it may only wait to be collected
             missing = self._find_missing(known, params)
-            if missing:
-                raise ValueError(f"optimizer must include the {missing}: it has to follow experts")
+        if missing is not None:
+            raise ValueError(f"optimizer must include the {missing}: it has to follow experts")
 
     def _find_missing(self, known: set[int], params: Mapping[str, Rows]) -> str | None:
         for optimizer in (ref() for ref in self._stepped.values()):
-            if optimizer is None or id(optimizer) in known:
+            if optimizer is None or id(optimizer.state) in known:
                 continue
             for name, rows in params.items():
                 for part in parts_of(rows):
@@ -144,15 +146,15 @@ def _before_step(
         return
     touched: dict[Claim, set[str]] = {}
     for group in optimizer.param_groups:
-        for param in group["params"]:
-            if id(param) in _slots:
-                raise RuntimeError(
-                    f"{type(optimizer).__name__} must update the parameters given to Replicas, "
-                    f"not Replicas.weights[{_slots[id(param)]!r}]"
-                )
-            if id(param) in _names:
-                claim, names = _names[id(param)]
-                touched.setdefault(claim, set()).update(names)
+        ids = set(map(id, group["params"]))
+        for slot in ids & _slots.keys():
+            raise RuntimeError(
+                f"{type(optimizer).__name__} must update the parameters given to Replicas, "
+                f"not Replicas.weights[{_slots[slot]!r}]"
+            )
+        for param in ids & _names.keys():
+            claim, names = _names[param]
+            touched.setdefault(claim, set()).update(names)
     for claim, names in touched.items():
         claim.observe_step(optimizer, names)
 
