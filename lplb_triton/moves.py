@@ -12,7 +12,7 @@ from lplb_triton.placement import Placement, check_integer
 __all__ = ["MovePlan", "keep_slots", "plan_moves"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class MovePlan:
     """Expert weights to copy, one entry for each slot whose expert changes.
 
@@ -51,6 +51,11 @@ class MovePlan:
         """Slots to write."""
         return len(self.expert)
 
+    def __repr__(self) -> str:
+        """Count the slots to write, the weights that change rank, and those that change domain."""
+        crossing = int(self.crossing.sum())
+        return f"MovePlan({len(self)} slots to write, {self.moved} moved, {crossing} crossing)"
+
 
 def plan_moves(
     previous: Placement, placement: Placement, *, ranks_per_domain: int | None = None
@@ -75,6 +80,8 @@ def plan_moves(
     TypeError, ValueError
         Naming the argument.
     """
+    if not isinstance(placement, Placement):
+        raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
     sizes = (placement.n_logical, placement.n_physical, placement.ep_size)
     check_same_sizes("previous", previous, sizes)
     domain = domains_of(placement.ep_size, ranks_per_domain)
@@ -128,7 +135,7 @@ def keep_slots(new: torch.Tensor, old: torch.Tensor, n_ranks: int) -> torch.Tens
     target = same.int().argmax(2)
     stays, taken = same.any(2), same.any(1)
     # As many newcomers as free slots in every row, and masks read both row by row.
-    target[~stays] = torch.arange(n_slots).expand_as(target)[~taken]
+    target[~stays] = torch.arange(n_slots, device=target.device).expand_as(target)[~taken]
     return torch.empty_like(arriving).scatter_(1, target, arriving).reshape(new.shape)
 
 
