@@ -203,6 +203,21 @@ def test_two_calls_at_once_on_one_channel_are_found():
     assert (total == FAILED).all() and "on different streams" in str(error_of(ranks, 0))
 
 
+def test_the_first_fault_is_the_one_that_is_told():
+    """Calls of other channels that are under way fail for want of a rank that was sent away."""
+    ranks = Ranks(2, 8, timeout=0.05)
+    counts = torch.ones(8, dtype=torch.int32)
+    ranks.publish(1, counts, 1, version=78)
+    ranks.exchange(0, counts)
+    said = str(error_of(ranks, 0))
+    assert "came with placement version" in said
+    # Another call that had begun before finds its channel otherwise than it left it.
+    ranks.endpoints[0]._gates[5] = 1
+    total, _ = ranks.exchange(0, counts, channel=5)
+    assert (total == FAILED).all() and str(error_of(ranks, 0)) == said
+    assert (ranks.endpoints[0]._gates == 2).all()
+
+
 def test_epochs_may_wrap_around():
     ranks = Ranks(2, 8, timeout=0.05)
     last = 2**31 - 1
