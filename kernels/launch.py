@@ -112,8 +112,8 @@ class _Prepared:
     """A compiled kernel with its arguments, ready to launch.
 
     ``args`` takes other addresses and integers between launches; no tensor is kept. With
-    ``early`` the kernel may start before the one ahead of it in its stream has ended, where the GPU can do that
-    (programmatic dependent launch); it has to wait for that one by itself.
+    ``early`` the kernel may start before the one ahead of it in its stream has ended, where the
+    GPU can do that (programmatic dependent launch); it has to wait for that one by itself.
     """
 
     args: Any
