@@ -13,7 +13,10 @@ from lplb_triton.sync._base import Communicator, group_timeout, message_version
 from lplb_triton.sync._connect import acquire, release
 from lplb_triton.sync._meeting import meet
 
-__all__ = ["Agreed", "agree", "bound_of", "let_go", "share", "take_communicator", "warn_if_alone"]
+__all__ = [
+    "Agreed", "agree", "agree_all", "bound_of", "let_go", "share", "take_communicator",
+    "warn_if_alone",
+]  # fmt: skip
 
 
 class Agreed(NamedTuple):
@@ -31,12 +34,12 @@ class Agreed(NamedTuple):
 
 
 class _Brought(NamedTuple):
-    """What a rank brings to a meeting about a placement."""
+    """What a rank brings to a meeting about placements, one for each layer."""
 
     problem: str | None
-    facts: tuple[object, ...]
-    table: torch.Tensor | None
-    number: tuple[int, ...]
+    facts: list[tuple[object, ...]]
+    tables: list[torch.Tensor] | None
+    numbers: list[tuple[int, ...]]
 
 
 def agree(
@@ -45,23 +48,38 @@ def agree(
     timeout: float,
     mine: Agreed,
     quotas: str,
-    problem: Exception | None = None,
 ) -> Agreed:
-    """Rank 0's placement and number, on every rank of the group; collective.
+    """Rank 0's placement and number, on every rank of the group; collective."""
+    return agree_all(group, purpose, timeout, [mine], quotas)[0]
+
+
+def agree_all(
+    group: dist.ProcessGroup | None,
+    purpose: str,
+    timeout: float,
+    mine: list[Agreed],
+    quotas: str,
+    problem: Exception | None = None,
+) -> list[Agreed]:
+    """Agree on the placements and numbers of many layers, rank 0's, in one meeting; collective.
 
     ``problem`` is what is wrong with this rank's arguments: it is raised here once the others
     know, and they raise too.
     """
-    placement = mine.placement
     if group is not None and group.size() > 1:
-        p = placement
         text = None if problem is None else f"{type(problem).__name__}: {problem}"
-        facts = (p.n_logical, p.n_physical, p.n_group, p.max_columns, quotas)
-        table = p.phy2log if dist.get_rank(group) == 0 else None
-        everyone = meet(group, purpose, timeout, _Brought(text, facts, table, mine.number))
+        placements = [each.placement for each in mine]
+        facts: list[tuple[object, ...]] = [
+            (p.n_logical, p.n_physical, p.n_group, p.max_columns, quotas) for p in placements
+        ]
+        tables = [p.phy2log for p in placements] if dist.get_rank(group) == 0 else None
+        brought = _Brought(text, facts, tables, [each.number for each in mine])
+        everyone = meet(group, purpose, timeout, brought)
         _raise_for_others(everyone, problem)
-        placement, number = _read(everyone[0], placement), everyone[0].number
-        return Agreed(placement, number)
+        first = everyone[0]
+        theirs = first.tables or [None] * len(mine)
+        read = [_read(table, p) for table, p in zip(theirs, placements, strict=True)]
+        return [Agreed(p, number) for p, number in zip(read, first.numbers, strict=True)]
     if problem is not None:
         raise problem
     return mine
@@ -74,20 +92,23 @@ def _raise_for_others(everyone: list[_Brought], problem: Exception | None) -> No
         if brought.problem is not None:
             raise ValueError(f"placement can't be used, since rank {rank}'s was refused: "
                              f"{brought.problem}")  # fmt: skip
-    facts = [brought.facts for brought in everyone]
-    if len(set(facts)) > 1:
-        raise ValueError(
-            f"placement and quotas must be of the same sizes and kind on every rank, got {facts} "
-            "(logical experts, slots, groups, columns, quotas)"
-        )
+    layers = [len(brought.facts) for brought in everyone]
+    if len(set(layers)) > 1:
+        raise ValueError(f"placements must be of as many layers on every rank, got {layers}")
+    for facts in zip(*(brought.facts for brought in everyone), strict=True):
+        if len(set(facts)) > 1:
+            raise ValueError(
+                "placement and quotas must be of the same sizes and kind on every rank, got "
+                f"{list(facts)} (logical experts, slots, groups, columns, quotas)"
+            )
 
 
-def _read(first: _Brought, mine: Placement) -> Placement:
+def _read(table: torch.Tensor | None, mine: Placement) -> Placement:
     """Placement of rank 0's table."""
-    if first.table is None or torch.equal(first.table, mine.phy2log):
+    if table is None or torch.equal(table, mine.phy2log):
         return mine
     return Placement(
-        first.table,
+        table,
         mine.ep_size,
         n_logical=mine.n_logical,
         n_group=mine.n_group,
@@ -132,16 +153,20 @@ def share(communicator: Communicator | None, sync: str | Communicator) -> None:
         communicator.users += 1
 
 
-def warn_if_alone(placement: Placement, stacklevel: int) -> None:
+_ALONE = (
+    "Give the EP group as group= to sum counts over it. If counts are global as they are, say so: "
+    "quotas='replicated' where every rank holds all tokens of the group, rank= elsewhere"
+)
+
+
+def warn_if_alone(placement: Placement, stacklevel: int, advice: str = _ALONE) -> None:
     """Warn where a process group fits the placement and isn't used."""
     if not dist.is_available() or not dist.is_initialized() or placement.ep_size == 1:
         return
     if dist.get_world_size() == placement.ep_size:
         warnings.warn(
             f"torch.distributed has {placement.ep_size} ranks, as many as the placement, but no "
-            "group is given, so each rank balances its own tokens alone. Give the EP group as "
-            "group= to sum counts over it. If counts are global as they are, say so: "
-            "quotas='replicated' where every rank holds all tokens of the group, rank= elsewhere",
+            f"group is given, so each rank balances its own tokens alone. {advice}",
             RuntimeWarning,
             stacklevel=stacklevel + 1,
         )

@@ -21,6 +21,7 @@ from lplb_triton._membership import (
 )
 from lplb_triton._tables import DeviceTables
 from lplb_triton._torch_op import is_plain, opaque, outside_modes, register
+from lplb_triton._updates import update_placements
 from lplb_triton.placement import Placement
 from lplb_triton.solution import Solution
 from lplb_triton.solver import (
@@ -232,7 +233,7 @@ class Balancer:
         self._placement = placement
         self._scratches: dict[tuple[int, int], _Scratch] = {}
         on = self.device
-        self._tables = DeviceTables(placement, on)
+        self._tables = DeviceTables(placement, on, kernels=self.backend == "triton")
         self._version = torch.zeros(1, dtype=torch.int32, device=on)
         self.traffic = torch.zeros(3, dtype=torch.int64, device=on)
         self.certified = torch.zeros(1, dtype=torch.int64, device=on)
@@ -450,35 +451,20 @@ class Balancer:
         SyncError
             If a rank doesn't come within the time-out; it is named, and nothing is changed.
         """
-        self._check_open()
-        problem = self._refusal(placement)
-        bound = bound_of(self.group, self.device, self._timeout)
-        mine = Agreed(self._placement if problem else placement, self._number)
-        agreed = agree(self.group, "Balancer.update_placement", bound, mine, self.quotas, problem)
-        self._write(agreed)
-        return agreed.placement
-
-    def _refusal(self, placement: object) -> Exception | None:
-        """Find what is wrong with another placement, if anything."""
-        if not isinstance(placement, Placement):
-            return TypeError(f"placement must be a Placement, got {type(placement).__name__}")
-        old = self._placement
-        for name in ("n_logical", "n_physical", "ep_size", "n_group", "max_columns"):
-            if getattr(placement, name) != getattr(old, name):
-                return ValueError(
-                    f"placement must have {name} {getattr(old, name)}, "
-                    f"got {getattr(placement, name)}"
-                )
-        return None
+        return update_placements([self], [placement], "Balancer.update_placement")[0]
 
     def _write(self, agreed: Agreed) -> None:
         """Use a placement from the next batch on, with the device idle in between."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self._tables.write(agreed.placement)
-        self._version.fill_(agreed.version)
+        self._put(agreed)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _put(self, agreed: Agreed) -> None:
+        """Write a placement into the tables; the caller waits for the device."""
+        self._tables.write(agreed.placement)
+        self._version.fill_(agreed.version)
         self._placement, self._number = agreed
 
     def run(

@@ -339,12 +339,12 @@ class Placement:
         n_logical, n_physical, ep_size = self.n_logical, self.n_physical, self.ep_size
         order = np.argsort(self._phy2log, kind="stable")
         expert, rank = self._phy2log[order], order // self.slots_per_rank
-        copies = np.zeros((n_logical, ep_size), dtype=np.int64)
-        np.add.at(copies, (expert, rank), 1)
-        held = copies > 0
-        group = held.argmax(1) // self.group_size
-        by_group = held.reshape(n_logical, self.n_group, self.group_size)
-        spanning = by_group.any(2).sum(1) > 1
+        start = np.zeros(n_logical + 1, dtype=np.int32)
+        start[1:] = self._counts.cumsum()
+        # An expert's copies ascend by rank.
+        first_rank, last_rank = rank[start[:-1]], rank[start[1:] - 1]
+        group = first_rank // self.group_size
+        spanning = last_rank // self.group_size != group
         if spanning.any():
             raise ValueError(
                 f"phy2log spreads expert {int(np.flatnonzero(spanning)[0])} over several of the "
@@ -356,33 +356,27 @@ class Placement:
                 f"phy2log must give each of {self.n_group} groups equally many experts, got {sizes}"
             )
 
-        # Experts with the same set of ranks become one column: the optimum is the same.
         column_of = np.full(n_logical, -1, dtype=np.int32)
-        replicated = np.flatnonzero(held.sum(1) > 1)
-        n_columns = np.zeros(self.n_group, dtype=np.int64)
-        mask = np.zeros((self.n_group, self.group_size, self.max_columns), dtype=np.bool_)
+        replicated = (first_rank != last_rank).nonzero()[0]
         if replicated.size:
-            sets, inverse = np.unique(held[replicated], axis=0, return_inverse=True)
-            set_group = sets.argmax(1) // self.group_size
-            n_columns = np.bincount(set_group, minlength=self.n_group)
-            if n_columns.max() > self.max_columns:
-                raise ValueError(
-                    f"max_columns is {self.max_columns}, but phy2log needs {n_columns.max()}"
-                )
-            # np.unique sorts sets, not groups: number the sets within their group in order.
-            by = np.argsort(set_group, kind="stable")
-            within = np.empty(len(sets), dtype=np.int64)
-            before = np.cumsum(n_columns) - n_columns
-            within[by] = np.arange(len(sets)) - np.repeat(before, n_columns)
-            column_of[replicated] = within[inverse.reshape(-1)]
-            which, where = np.nonzero(sets)
-            mask[set_group[which], where % self.group_size, within[which]] = True
+            held = np.zeros((n_logical, ep_size), dtype=np.bool_)
+            held[expert, rank] = True
+            column_of[replicated] = self._columns(held[replicated], group[replicated])
+        # Copies of one expert on one rank are neighbours in this order.
+        fresh = np.ones(n_physical, dtype=np.bool_)
+        fresh[1:] = (expert[1:] != expert[:-1]) | (rank[1:] != rank[:-1])
+        runs = fresh.nonzero()[0]
+        lengths = np.append(runs[1:], n_physical) - runs
+        column = column_of[expert]
+        cell = np.where(column < 0, -1, rank * self.max_columns + column)
+        mask = np.zeros((self.n_group, self.group_size, self.max_columns), dtype=np.bool_)
+        mask.reshape(-1)[cell[cell >= 0]] = True
 
         members = np.full(n_logical, -1, dtype=np.int32)
-        sorted_members = replicated[np.lexsort((column_of[replicated], group[replicated]))]
-        members[: replicated.size] = sorted_members
-        per_column = np.zeros((self.n_group, self.max_columns), dtype=np.int64)
-        np.add.at(per_column, (group[replicated], column_of[replicated]), 1)
+        of = group[replicated] * self.max_columns + column_of[replicated]
+        members[: replicated.size] = replicated[np.argsort(of, kind="stable")]
+        per_column = np.bincount(of, minlength=self.n_group * self.max_columns)
+        per_column = per_column.reshape(self.n_group, self.max_columns)
         ends = np.cumsum(per_column.reshape(-1)).reshape(per_column.shape)
         column_start = np.zeros((self.n_group, self.max_columns + 1), dtype=np.int32)
         if self.max_columns:
@@ -390,20 +384,12 @@ class Placement:
             column_start[:, 0] = ends[:, 0] - per_column[:, 0]
 
         fixed = np.full((ep_size, self.slots_per_rank), -1, dtype=np.int32)
-        single = np.flatnonzero(column_of < 0)
-        single_rank = held[single].argmax(1)
-        by_rank = np.argsort(single_rank, kind="stable")
+        single = (column_of < 0).nonzero()[0]
+        single_rank = first_rank[single]
+        by_rank = single_rank.argsort(kind="stable")
         per_rank = np.bincount(single_rank, minlength=ep_size)
-        place = np.arange(single.size) - np.repeat(np.cumsum(per_rank) - per_rank, per_rank)
+        place = np.arange(single.size) - (per_rank.cumsum() - per_rank).repeat(per_rank)
         fixed[single_rank[by_rank], place] = single[by_rank]
-
-        start = np.zeros(n_logical + 1, dtype=np.int32)
-        start[1:] = np.cumsum(self._counts)
-        # Copies of one expert on one rank are neighbours in this order.
-        fresh = np.ones(n_physical, dtype=np.bool_)
-        fresh[1:] = (expert[1:] != expert[:-1]) | (rank[1:] != rank[:-1])
-        run_start = np.maximum.accumulate(np.where(fresh, np.arange(n_physical), 0))
-        cell = (rank * self.max_columns) + column_of[expert]
         return Structure(
             column_of=column_of,
             cell_group=group.astype(np.int32),
@@ -413,10 +399,34 @@ class Placement:
             column_members=members,
             copy_start=start,
             copy_slot=order.astype(np.int32),
-            copy_cell=np.where(column_of[expert] < 0, -1, cell).astype(np.int32),
-            copy_index=(np.arange(n_physical) - run_start).astype(np.int32),
-            copy_multiplicity=copies[expert, rank].astype(np.int32),
+            copy_cell=cell.astype(np.int32),
+            copy_index=(np.arange(n_physical) - np.repeat(runs, lengths)).astype(np.int32),
+            copy_multiplicity=np.repeat(lengths, lengths).astype(np.int32),
         )
+
+    def _columns(self, held: BoolArray, group: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Column of each replicated expert, from the ranks that hold it and its group.
+
+        Experts with the same set of ranks become one column: the optimum is the same. A group's
+        columns are in the order of their sets, as rows of zeros and ones.
+        """
+        packed = np.packbits(held, axis=1)
+        words = np.zeros((len(held), -(-packed.shape[1] // 8) * 8), dtype=np.uint8)
+        words[:, : packed.shape[1]] = packed
+        keys = words.view(">u8").astype(np.uint64)
+        order = np.lexsort((*keys.T[::-1], group))
+        keys, in_order = keys[order], group[order]
+        fresh = np.ones(len(held), dtype=np.bool_)
+        fresh[1:] = (keys[1:] != keys[:-1]).any(1)
+        n_columns = np.bincount(in_order[fresh], minlength=self.n_group)
+        if n_columns.max() > self.max_columns:
+            raise ValueError(
+                f"max_columns is {self.max_columns}, but phy2log needs {n_columns.max()}"
+            )
+        before = np.cumsum(n_columns) - n_columns
+        column = np.empty(len(held), dtype=np.int64)
+        column[order] = np.cumsum(fresh) - 1 - before[in_order]
+        return column
 
     @cached_property
     def _fold(self) -> tuple[torch.Tensor, torch.Tensor]:
