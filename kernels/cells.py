@@ -17,7 +17,7 @@ from lplb_triton.kernels.interior_point import _newton_by_cells
 from lplb_triton.kernels.levelling import (
     COPIES_AT_ONCE,
     ROUNDED_PART,
-    TARGET_PART,
+    _aim,
     _balance,
     _load_rank_cells,
     _rank_loads,
@@ -202,7 +202,7 @@ def _solve_cells(
     upto_ptr = (tokens_ptr + n_shared).to(tl.pointer_type(tl.int32), bitcast=True)
     units_ptr = upto_ptr + n_shared
     target = tolerance - BOUND_ALLOWANCE
-    aim = target * TARGET_PART
+    aim = _aim(target, n_ranks)
     tl.store(weights_ptr + col, weights, mask=col < n_columns)
     tl.debug_barrier()
     cell_weights = tl.load(weights_ptr + tables.cell_column, mask=is_cell, other=0.0)

@@ -20,7 +20,7 @@ from lplb_triton.kernels.cells import (
 )
 from lplb_triton.kernels.copies import Tile
 from lplb_triton.kernels.interior_point import _newton
-from lplb_triton.kernels.levelling import COPIES_AT_ONCE, RANK_CELLS, ROUNDED_PART, TARGET_PART
+from lplb_triton.kernels.levelling import COPIES_AT_ONCE, RANK_CELLS, ROUNDED_PART, _aim
 from lplb_triton.kernels.pairs import _load_pairs, _solve_pairs, _weights_of_pairs
 from lplb_triton.kernels.sync import _sum_over_ranks
 from lplb_triton.kernels.tiles import (
@@ -113,7 +113,7 @@ def _solve_lp_kernel(
     if max_load - bound > max_load * (target * ROUNDED_PART):
         plan, bound, iterations = _newton(
             _shares(units), max_load, bound, weights, fixed, Tile(copy, rank_on, n_ranks), total,
-            tolerance, target * TARGET_PART, max_iterations, G, C, False,
+            tolerance, _aim(target, n_ranks), max_iterations, G, C, False,
         )  # fmt: skip
         units = _quantize(plan, rank[:, None], last)
         max_load = tl.max(fixed + tl.sum(_shares(units) * weights, 1))

@@ -17,7 +17,6 @@ __all__ = [
     "count_experts",
     "cumulative_shares",
     "divide_quotas",
-    "last_copies",
     "quantize_shares",
     "rounding_offsets",
     "shares_of_quotas",
@@ -32,14 +31,18 @@ MIN_CENTERING = 0.01
 REGULARIZATION = 0.03
 # Columns whose total load is under this part of the tolerance stay split evenly (equation 10).
 LIGHT_PART = 0.05
-# The loop aims a little lower than the tolerance, so that rounding the shares keeps it.
+# The loop aims a little lower than the tolerance, so that rounding the shares keeps it, but at no
+# less than a part of it.
 TARGET_PART = 0.98
+LEAST_TARGET_PART = 0.75
+# Shares are summed as multiples of 2**-36 before they are rounded to multiples of 2**-24.
+PART_BITS = 36
 
 
 def quantize_shares(shares: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Round shares to multiples of 2**-24 that add up to exactly 1 (equation 11).
 
-    The last copy of a column gets what is missing to 1; what is too much is taken from the end.
+    Running sums over a column are rounded, so each share is off by less than one unit.
 
     Parameters
     ----------
@@ -53,30 +56,12 @@ def quantize_shares(shares: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         ``[..., G, C]`` int64 units of 2**-24; each column with a copy sums to 2**24.
     """
-    one = 1 << SHARE_BITS
-    units = torch.where(mask, torch.round(shares.double() * one), 0.0).long()
-    upto = units.cumsum(-2).clamp(max=one)
-    ranks = torch.arange(mask.shape[-2], device=mask.device).unsqueeze(-1)
-    upto = torch.where(ranks >= last_copies(mask).unsqueeze(-2), one, upto)
-    upto = torch.where(mask.any(-2, keepdim=True), upto, 0)
+    # Integers, whose sums are exact and the same on every device.
+    parts = torch.where(mask, torch.round(shares.double() * (1 << PART_BITS)), 0.0).long()
+    upto = parts.cumsum(-2)
+    total = upto[..., -1:, :].clamp(min=1)
+    upto = ((upto << SHARE_BITS) + total // 2) // total
     return torch.diff(upto, dim=-2, prepend=torch.zeros_like(upto[..., :1, :]))
-
-
-def last_copies(mask: torch.Tensor) -> torch.Tensor:
-    """Rank of the last copy in each column.
-
-    Parameters
-    ----------
-    mask : torch.Tensor
-        ``[..., G, C]`` bool, where a copy is.
-
-    Returns
-    -------
-    torch.Tensor
-        ``[..., C]`` int64; -1 in a column without copies.
-    """
-    ranks = torch.arange(mask.shape[-2], device=mask.device).unsqueeze(-1)
-    return torch.where(mask, ranks, -1).amax(-2)
 
 
 class _Newton:
@@ -190,8 +175,9 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
     # In float32 the bound itself carries round-off; take off more than that can be.
     allowance = 2.0**-20 if dtype == torch.float32 else 2.0**-46
 
+    aim = _aim(tolerance - allowance, ranks)
     for _ in range(max_iterations):
-        running = best_load - bound > TARGET_PART * (tolerance - allowance) * best_load
+        running = best_load - bound > aim * best_load
         if not bool(running.any()):
             break
         iterations += running.int()
@@ -243,6 +229,12 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
         status=status.masked_fill(invalid, int(Status.INVALID)).int(),
         tolerance=tolerance,
     )
+
+
+def _aim(target: float, ranks: int) -> float:
+    """Relative gap at which rounding, which costs at most ``ranks`` units, keeps ``target``."""
+    rounded = target - ranks / (1 << SHARE_BITS)
+    return max(min(TARGET_PART * target, rounded), LEAST_TARGET_PART * target)
 
 
 def _lower_bound(
