@@ -191,6 +191,10 @@ class SolveTables(NamedTuple):
     copy_multiplicity: torch.Tensor
     edges: torch.Tensor
     """[n_group, most_classes + 1, width] int64 as for `_level_edges`."""
+    copy_parts: torch.Tensor
+    """float32 as ``rank_parts``, for an even split over copies."""
+    slot_cells: torch.Tensor
+    """Cells of ``rank_experts``, -1 if one rank holds all copies."""
 
 
 # Those that every solve reads come first among a kernel's arguments, together with all else that it
@@ -259,12 +263,13 @@ def solve(
     weights: torch.Tensor,
     fixed: torch.Tensor,
     mask: torch.Tensor,
+    start: torch.Tensor | None,
     tolerance: float,
     max_iterations: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Solve a batch of programs; returns shares, max_load, lower_bound, gap, iterations, status.
 
-    ``weights`` [B, C], ``fixed`` [B, G], ``mask`` [B or 1, G, C] bool.
+    ``weights`` [B, C], ``fixed`` [B, G], ``mask`` [B or 1, G, C] bool, ``start`` [B, G, C].
     """
     batch, n_columns = weights.shape
     n_ranks = fixed.shape[1]
@@ -276,14 +281,15 @@ def solve(
     stats = torch.empty(3, batch, dtype=torch.float32, device=device)
     ints = torch.empty(2, batch, dtype=torch.int32, device=device)
     if batch:
-        ranks, columns = _tile(n_ranks, n_columns)
+        sizes = _tile(n_ranks, n_columns)
         stride = 0 if mask.shape[0] == 1 else n_ranks * n_columns
+        first = shares if start is None else start.to(torch.float32).contiguous()
         args = (
-            weights, fixed, mask, stride, shares, stats, ints,
+            weights, fixed, mask, stride, first, shares, stats, ints,
             tolerance, max_iterations, n_ranks, n_columns,
         )  # fmt: skip
-        options = _solve_options(_newton_warps(ranks, columns))
-        _launch(_Call(_solve_lp_kernel, batch, args, (ranks, columns), options))
+        options = _solve_options(_newton_warps(*sizes))
+        _launch(_Call(_solve_lp_kernel, batch, args, (*sizes, start is not None), options))
     return shares, stats[0], stats[1], stats[2], ints[0], ints[1]
 
 

@@ -73,15 +73,16 @@ def _store_certificate(
     do_not_specialize_on_alignment=["weights_ptr", "fixed_ptr", "mask_ptr"],
 )
 def _solve_lp_kernel(
-    weights_ptr, fixed_ptr, mask_ptr, mask_stride, shares_ptr, stats_ptr, ints_ptr,
+    weights_ptr, fixed_ptr, mask_ptr, mask_stride, start_ptr, shares_ptr, stats_ptr, ints_ptr,
     tolerance, max_iterations, n_ranks, n_columns,
-    G: tl.constexpr, C: tl.constexpr,
+    G: tl.constexpr, C: tl.constexpr, HAS_START: tl.constexpr,
 ):  # fmt: skip
     """Solve instance ``program_id(0)`` of a batch.
 
     weights [B, n_columns] and fixed [B, n_ranks] float32, mask [B or 1, n_ranks, n_columns]
     int8 (``mask_stride`` 0 if shared), shares [B, n_ranks, n_columns] float32 (every element is
-    written), stats [3, B] float32, ints [2, B] int32. Grid (B,).
+    written), stats [3, B] float32, ints [2, B] int32. start [B, n_ranks, n_columns] float32 is
+    another plan than the even split to begin with, looked at with HAS_START. Grid (B,).
     """
     program = tl.program_id(0).to(tl.int64)
     rank = tl.arange(0, G)
@@ -107,6 +108,19 @@ def _solve_lp_kernel(
     units = _quantize(even, rank[:, None], last)
     weights = tl.where(single, 0.0, weights)
     load = fixed + tl.sum(_shares(units) * weights, 1)
+    if HAS_START:
+        start = tl.load(
+            start_ptr + program * n_ranks * n_columns + cell, mask=inside & copy, other=0.0
+        )
+        # Shares, whatever was given.
+        start = tl.where(start > 0, tl.minimum(start, 1.0), 0.0)
+        start_sum = _column_sum(start)
+        start = tl.where(start_sum > 0, start / tl.where(start_sum > 0, start_sum, 1.0), even)
+        start_units = _quantize(start, rank[:, None], last)
+        start_load = fixed + tl.sum(_shares(start_units) * weights, 1)
+        better = tl.max(start_load) < tl.max(load)
+        units = tl.where(better, start_units, units)
+        load = tl.where(better, start_load, load)
     max_load, total, bound, invalid = _mean_and_bound(load, fixed, n_ranks)
     iterations = max_iterations * 0
     target = tolerance - BOUND_ALLOWANCE
@@ -140,7 +154,7 @@ def _solve_counts_kernel(
     most_classes, width,
     cells_ptr, cell_start_ptr, cell_number_ptr, rank_cells_ptr, first_members_ptr,
     first_ranks_ptr, column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
-    copy_index_ptr, copy_multiplicity_ptr, edges_ptr,
+    copy_index_ptr, copy_multiplicity_ptr, edges_ptr, copy_parts_ptr, slot_cells_ptr,
     total_ptr, gathered_ptr, addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
     own_rank, n_peers, capacity, timeout_ms, channel,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
@@ -190,6 +204,8 @@ def _solve_counts_kernel(
         shared_cells_ptr += group * n_shared
         edges_ptr += group * most_classes * width
         extents_ptr += group * 8
+        copy_parts_ptr += group * n_ranks * n_slots
+        slot_cells_ptr += group * n_ranks * n_slots
         n_scratch = 2 * n_ranks + n_columns + 4 * n_shared
         # `solve_scratch`.
         scratch_ptr += group * tl.maximum(n_scratch + LANES, G * (G + 2) + n_shared)
@@ -241,7 +257,7 @@ def _solve_counts_kernel(
                 tl.debug_barrier()
                 max_load, bound, iterations, invalid = _solve_cells_in_memory(
                     counts_ptr, complete, in_pairs, bound, tolerance, max_iterations,
-                    rank_experts_ptr, rank_parts_ptr,
+                    rank_experts_ptr, rank_parts_ptr, copy_parts_ptr, slot_cells_ptr,
                     cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, first_members_ptr,
                     first_ranks_ptr, column_start_ptr, column_members_ptr,
                     shared_copies_ptr, shared_cells_ptr, edges_ptr, extents_ptr,
@@ -264,9 +280,10 @@ def _solve_counts_kernel(
             )  # fmt: skip
             max_load, bound, iterations = _solve_cells(
                 tables, weights, fixed, load, 0, peak, total, bound, invalid, tolerance,
-                max_iterations, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr,
-                edges_ptr, copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
-                n_ranks, n_columns, n_shared, width, G, C, COPIES, LANES,
+                max_iterations, counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr,
+                cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
+                copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
+                n_ranks, n_columns, n_slots, n_shared, width, G, C, COPIES, LANES,
             )  # fmt: skip
         max_load, lower_bound, gap, status = _certify(max_load, bound, tolerance, invalid)
         _store_certificate(

@@ -470,7 +470,32 @@ class Placement:
             weights.reshape(instances, self.max_columns),
             fixed.reshape(instances, self.group_size),
             mask,
+            self._split_over_copies(counts) if self._splits_differ else None,
         )
+
+    @cached_property
+    def _splits_differ(self) -> bool:
+        """Whether splits that are even over ranks and over copies differ."""
+        s = self.structure
+        return bool((s.copy_multiplicity[s.copy_cell >= 0] > 1).any())
+
+    def _split_over_copies(self, counts: torch.Tensor) -> torch.Tensor:
+        """Shares of columns if every expert is split evenly over its copies.
+
+        ``counts`` are ``[B, n_logical]`` float64; the result is
+        ``[B * n_group, group_size, max_columns]``. A column without tokens gets 0.
+        """
+        s, device = self.structure, counts.device
+        shared = np.flatnonzero(s.copy_cell >= 0)
+        expert = self._phy2log[s.copy_slot[shared]]
+        cell = torch.from_numpy(s.copy_cell[shared].astype(np.int64)).to(device)
+        per_copy = (counts / self.logcnt.to(device))[:, torch.from_numpy(expert).to(device)]
+        size = self.ep_size * self.max_columns
+        tokens = torch.zeros(len(counts), size, dtype=torch.float64, device=device)
+        tokens.index_add_(1, cell, per_copy)
+        tokens = tokens.reshape(-1, self.group_size, self.max_columns)
+        total = tokens.sum(1, keepdim=True)
+        return torch.where(total > 0, tokens / total, 0.0)
 
     def even_loads(self, counts: torch.Tensor) -> torch.Tensor:
         """Rank loads when each expert's load is split evenly over its copies (EPLB's way).

@@ -162,10 +162,17 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
     base = f + (torch.where(active, 0.0, w.unsqueeze(1)) * even).sum(2)
     load = base + (w_active * even).sum(2)
     best, best_load = even, load.amax(1)
+    if problem.start is not None:
+        start = _as_plan(problem.start, mask, even)
+        start_load = (f + (w.unsqueeze(1) * start).sum(2)).amax(1)
+        better = start_load < best_load
+        best = torch.where(better[:, None, None], start, best)
+        best_load = torch.where(better, start_load, best_load)
     pinned = f + torch.where(mask & (n_copies == 1)[:, None], w[:, None], 0.0).sum(2)
     bound = torch.maximum(load.mean(1), pinned.amax(1))
 
-    t = best_load + START_MARGIN * (best_load - load.mean(1)).clamp(min=1e-6)
+    even_load = load.amax(1)
+    t = even_load + START_MARGIN * (even_load - load.mean(1)).clamp(min=1e-6)
     s = t[:, None] - load
     y = torch.full_like(s, 1.0 / ranks)
     x = torch.where(active, even, 1.0)
@@ -229,6 +236,13 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
         status=status.masked_fill(invalid, int(Status.INVALID)).int(),
         tolerance=tolerance,
     )
+
+
+def _as_plan(shares: torch.Tensor, mask: torch.Tensor, even: torch.Tensor) -> torch.Tensor:
+    """Make a plan of any numbers ``[B, G, C]``: shares where copies are, 1 in sum."""
+    shares = torch.where(mask & (shares > 0), shares.to(even.dtype), 0.0).clamp(max=1.0)
+    total = shares.sum(1, keepdim=True)
+    return torch.where(total > 0, shares / total.clamp(min=1e-30), even)
 
 
 def _aim(target: float, ranks: int) -> float:

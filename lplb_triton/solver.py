@@ -127,5 +127,7 @@ def solve(
     tolerance = check_tolerance(tolerance, MIN_TOLERANCE_FLOAT32)
     from lplb_triton import kernels
 
-    out = kernels.solve(problem.weights, problem.fixed, problem.mask, tolerance, max_iterations)
+    out = kernels.solve(
+        problem.weights, problem.fixed, problem.mask, problem.start, tolerance, max_iterations
+    )
     return Solution(*out, tolerance=tolerance)

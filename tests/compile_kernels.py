@@ -30,6 +30,8 @@ FLOATS = (
     "shares_ptr",
     "stats_ptr",
     "rank_parts_ptr",
+    "copy_parts_ptr",
+    "start_ptr",
 )
 
 
@@ -56,7 +58,8 @@ def jobs(capability):
     for ranks, columns, classes in sizes + large:
         if classes == 0 and ranks <= 64:
             options = launch._solve_options(launch._newton_warps(ranks, columns))
-            yield solvers._solve_lp_kernel, {"G": ranks, "C": columns}, options
+            tile = {"G": ranks, "C": columns, "HAS_START": ranks == 8}
+            yield solvers._solve_lp_kernel, tile, options
         options = launch._solve_options(launch._solve_warps(ranks))
         constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64, "MEMBERS": 4}
         constants |= {
