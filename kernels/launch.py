@@ -16,7 +16,16 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from lplb_triton.kernels.driver import DriverLaunch, UnsupportedError
 from lplb_triton.kernels.solvers import _solve_counts_kernel, _solve_lp_kernel, _spread_kernel
-from lplb_triton.kernels.tokens import _count_kernel, _running_sum_kernel, _select_kernel
+from lplb_triton.kernels.tokens import (
+    BAD_COUNTS,
+    BAD_CUMULATIVE,
+    BAD_RUNNING,
+    REPORT_ID,
+    REPORT_INPUT,
+    _count_kernel,
+    _running_sum_kernel,
+    _select_kernel,
+)
 
 # Ids that one program handles at a time. The select kernel compares all pairs of a block.
 COUNT_BLOCK = 256
@@ -28,6 +37,13 @@ SUM_EXPERTS = 4
 SPREAD_BLOCK = 512
 # Counts that one pass of an exchange between ranks handles.
 EXCHANGE_BLOCK = 256
+
+# What kernels report of inputs that aren't ids.
+REPORTED_INPUTS = {
+    int(BAD_COUNTS.value): "counts",
+    int(BAD_RUNNING.value): "running",
+    int(BAD_CUMULATIVE.value): "cumulative",
+}
 
 # Compiled kernels by what they were compiled for. Triton's own launch looks at every argument
 # anew; nothing here is specialised on values or alignment, so the dtypes say it all.
@@ -374,7 +390,7 @@ def _exchange_block(n: int) -> int:
 
 def _solve_counts_call(
     running: torch.Tensor | None, buffers: SolveBuffers, tables: SolveTables, settings: Settings,
-    exchange: Exchange | None = None, channel: int = 0,
+    report: torch.Tensor, exchange: Exchange | None = None, channel: int = 0,
 ) -> _Call:  # fmt: skip
     n_group, n_ranks, n_slots = tables.rank_experts.shape
     _, n_members, n_columns = tables.first_members.shape
@@ -387,7 +403,7 @@ def _solve_counts_call(
         buffers.counts if running is None else running, buffers.counts, *tables[:FIRST_TABLES],
         *buffers[1:], *settings, n_ranks, n_columns, n_slots, n_shared,
         n_logical, 0 if running is None else running.shape[0], n_sums,
-        *tables.edges.shape[1:], *tables[FIRST_TABLES:],
+        *tables.edges.shape[1:], *tables[FIRST_TABLES:], report,
         *(exchange.args(channel) if exchange else (*[buffers.counts] * 7, 0, 0, 0, 0, 0)),
     )  # fmt: skip
     constants = (
@@ -400,10 +416,10 @@ def _solve_counts_call(
 
 
 def _count_call(
-    idx: torch.Tensor, running: torch.Tensor, counts: torch.Tensor, status: torch.Tensor, chunk: int
+    idx: torch.Tensor, running: torch.Tensor, counts: torch.Tensor, report: torch.Tensor, chunk: int
 ) -> _Call:
     n_rows, n_logical = running.shape
-    args = (idx, running, counts, status, idx.numel(), chunk, n_logical)
+    args = (idx, running, counts, report, idx.numel(), chunk, n_logical)
     constants = (_bins(n_logical), COUNT_BLOCK, _has_pdl(idx.device))
     return _Call(_count_kernel, n_rows, args, constants, {"num_warps": 2})
 
@@ -417,11 +433,14 @@ def _sum_call(running: torch.Tensor, counts: torch.Tensor) -> _Call:
 
 def _select_call(
     idx: torch.Tensor, out: torch.Tensor, running: torch.Tensor, cumulative: torch.Tensor,
-    tables: SelectTables, chunk: int, rank: int,
+    tables: SelectTables, report: torch.Tensor, chunk: int, rank: int, check: bool = False,
 ) -> _Call:  # fmt: skip
     n_rows, n_logical = running.shape
-    args = (idx, out, running, cumulative, *tables, idx.numel(), chunk, n_logical, n_rows, rank)
-    constants = (_bins(n_logical), SELECT_BLOCK, _has_pdl(idx.device))
+    args = (
+        idx, out, running, cumulative, *tables, report,
+        idx.numel(), chunk, n_logical, n_rows, rank,
+    )  # fmt: skip
+    constants = (_bins(n_logical), SELECT_BLOCK, _has_pdl(idx.device), check)
     return _Call(_select_kernel, n_rows, args, constants, {"num_warps": 8})
 
 
@@ -430,14 +449,31 @@ def _bins(n_logical: int) -> int:
 
 
 def solve_counts(
-    running: torch.Tensor | None, buffers: SolveBuffers, tables: SolveTables, settings: Settings
-) -> None:
+    running: torch.Tensor | None, buffers: SolveBuffers, tables: SolveTables, settings: Settings,
+    report: torch.Tensor,
+) -> None:  # fmt: skip
     """Solve every group of one batch from its counts by logical expert.
 
     ``buffers.counts`` are given, or with ``running`` [n_sms, n_logical] int32 (counts by
-    program, as `count_by_program` leaves both) summed in the same launch.
+    program, as `count_by_program` leaves both) summed in the same launch. Negative counts make a
+    group invalid, and ``report`` [2] int64 says so.
     """
-    _launch(_solve_counts_call(running, buffers, tables, settings))
+    _launch(_solve_counts_call(running, buffers, tables, settings, report))
+
+
+def read_report(report: Any) -> str | None:
+    """Take one report out of the words that kernels write to, and clear it.
+
+    ``report`` [2] int64 as numpy has it. Returns which input was bad: ``"idx"``, of which the
+    second word is an example, ``"counts"``, ``"running"`` or ``"cumulative"``; None if none was.
+    """
+    flags = report[:1].view("int32")
+    at = REPORT_ID.value if flags[REPORT_ID.value] else REPORT_INPUT.value
+    what = int(flags[at])
+    flags[at] = 0
+    if at == REPORT_ID.value:
+        return "idx"
+    return REPORTED_INPUTS.get(what)
 
 
 def spread_shares(cumulative: torch.Tensor, shares: torch.Tensor, tables: SpreadTables) -> None:
@@ -453,15 +489,15 @@ def spread_shares(cumulative: torch.Tensor, shares: torch.Tensor, tables: Spread
 
 
 def count_by_program(
-    idx: torch.Tensor, running: torch.Tensor, counts: torch.Tensor, status: torch.Tensor, chunk: int
+    idx: torch.Tensor, running: torch.Tensor, counts: torch.Tensor, report: torch.Tensor, chunk: int
 ) -> None:
     """Count contiguous ``idx`` by chunk.
 
     ``running`` [n_sms, n_logical] int32 is written, and ``counts`` [n_logical] int32 becomes -1
-    until `sum_by_program` or `solve_counts` has summed the rows; ``status`` is two int64 words
-    that the kernel can reach (pinned host memory on a GPU).
+    until `sum_by_program` or `solve_counts` has summed the rows; ``report`` [2] int64 is memory
+    that kernel and host can reach (pinned on a GPU), see `read_report`.
     """
-    _launch(_count_call(idx, running, counts, status, chunk))
+    _launch(_count_call(idx, running, counts, report, chunk))
 
 
 def sum_by_program(running: torch.Tensor, counts: torch.Tensor) -> None:
@@ -471,7 +507,10 @@ def sum_by_program(running: torch.Tensor, counts: torch.Tensor) -> None:
 
 def select(
     idx: torch.Tensor, out: torch.Tensor, running: torch.Tensor, cumulative: torch.Tensor,
-    tables: SelectTables, chunk: int, rank: int,
+    tables: SelectTables, report: torch.Tensor, chunk: int, rank: int,
 ) -> None:  # fmt: skip
-    """Write physical ids of contiguous ``idx`` to ``out`` (same shape and dtype)."""
-    _launch(_select_call(idx, out, running, cumulative, tables, chunk, rank))
+    """Write physical ids of contiguous ``idx`` to ``out`` (same shape and dtype).
+
+    If ``running`` or ``cumulative`` don't fit, ``report`` [2] int64 says so.
+    """
+    _launch(_select_call(idx, out, running, cumulative, tables, report, chunk, rank, check=True))

@@ -31,9 +31,12 @@ from lplb_triton.kernels.tiles import (
     _shares,
 )
 from lplb_triton.kernels.tokens import (
+    BAD_COUNTS,
+    REPORT_INPUT,
     _await_counts,
     _await_previous,
     _counts_of,
+    _report,
     _start_dependents,
     _sum_rows,
 )
@@ -154,7 +157,7 @@ def _solve_counts_kernel(
     most_classes, width,
     cells_ptr, cell_start_ptr, cell_number_ptr, rank_cells_ptr, first_members_ptr,
     first_ranks_ptr, column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
-    copy_index_ptr, copy_multiplicity_ptr, edges_ptr, copy_parts_ptr, slot_cells_ptr,
+    copy_index_ptr, copy_multiplicity_ptr, edges_ptr, copy_parts_ptr, slot_cells_ptr, report_ptr,
     total_ptr, gathered_ptr, addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
     own_rank, n_peers, capacity, timeout_ms, channel,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
@@ -179,7 +182,7 @@ def _solve_counts_kernel(
     ``n_shared`` cells: every redundant slot makes at most two shared copies, and two cells.
     With PAIRS classes of edges above 0, groups of pairs are solved as pairs.py says.
     ``certified`` [1] rises by one if the group is certified, ``solves`` [1] always (int32 or
-    int64). Grid (n_sums + n_group,).
+    int64). Counts that are none are said in ``report`` [2] int64. Grid (n_sums + n_group,).
     """
     if CHANNELS == 0:
         _start_dependents(PDL)
@@ -290,6 +293,7 @@ def _solve_counts_kernel(
             stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
             max_load, lower_bound, gap, iterations, status,
         )  # fmt: skip
+        _report(report_ptr, REPORT_INPUT, BAD_COUNTS, invalid)
         certified = (status == STATUS_CERTIFIED).to(tl.int32)
         one = tl.full((), 1, solves_ptr.dtype.element_ty)
         # Relaxed: who reads them comes after this launch anyway, and a fence takes its time.

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lplb_triton import topologies
+from lplb_triton._counts import check_load_dtype, check_load_values
 from lplb_triton.eplb import rebalance_experts
 from lplb_triton.problem import Problem
-
-if TYPE_CHECKING:
-    from lplb_triton.solution import Solution
+from lplb_triton.solution import Solution
 
 __all__ = ["Placement"]
 
@@ -437,6 +436,9 @@ class Placement:
                 f"counts must be [{self.n_logical}] or [B, {self.n_logical}], "
                 f"got {tuple(counts.shape)}"
             )
+        check_load_dtype("counts", counts)
+        if counts.device.type == "cpu":
+            check_load_values("counts", counts)
         return counts.reshape(-1, self.n_logical).double()
 
     def problem(self, counts: torch.Tensor) -> Problem:
@@ -445,12 +447,18 @@ class Placement:
         Parameters
         ----------
         counts : torch.Tensor
-            ``[n_logical]`` or ``[B, n_logical]``, load of each logical expert over all ranks.
+            ``[n_logical]`` or ``[B, n_logical]``, load of each logical expert over all ranks:
+            integers or real numbers, finite and non-negative.
 
         Returns
         -------
         Problem
             ``B * n_group`` instances, batch-major, float64, on the device of ``counts``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For counts of the wrong dtype or shape; on a CPU also for negative or non-finite ones.
         """
         counts = self._batched(counts)
         batch, device = len(counts), counts.device
@@ -503,12 +511,17 @@ class Placement:
         Parameters
         ----------
         counts : torch.Tensor
-            ``[n_logical]`` or ``[B, n_logical]``.
+            ``[n_logical]`` or ``[B, n_logical]``, as for `problem`.
 
         Returns
         -------
         torch.Tensor
             ``[B, ep_size]`` float64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `problem` does.
         """
         counts = self._batched(counts)
         per_slot = (counts / self.logcnt.to(counts.device))[:, self.phy2log.long()]
@@ -528,8 +541,22 @@ class Placement:
         -------
         torch.Tensor
             ``[B, ep_size]`` float64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `problem` does, and for a solution of other programs.
         """
+        if not isinstance(solution, Solution):
+            raise TypeError(f"solution must be a Solution, got {type(solution).__name__}")
         p = self.problem(counts)
+        if solution.shares.shape != (p.n_instances, p.group_size, p.n_columns):
+            raise ValueError(
+                f"solution must have shares [{p.n_instances}, {p.group_size}, {p.n_columns}] like "
+                f"the programs of counts, got {list(solution.shares.shape)}"
+            )
+        if solution.shares.device != p.device:
+            raise ValueError(f"solution is on {solution.shares.device}, expected {p.device}")
         loads = p.fixed + (p.weights.unsqueeze(1) * solution.shares.double()).sum(2)
         return loads.reshape(-1, self.ep_size)
 

@@ -22,7 +22,7 @@ class Problem:
     Parameters
     ----------
     weights : torch.Tensor
-        ``[B, C]``, load of each column, non-negative. int or float; float32 is used.
+        ``[B, C]``, load of each column, non-negative. Integers or real numbers.
     fixed : torch.Tensor
         ``[B, G]``, load that each rank has whatever the plan, non-negative.
     mask : torch.Tensor
@@ -129,11 +129,14 @@ class Problem:
         Raises
         ------
         ValueError
-            If a load is negative or not finite, a column has weight but no copy, or the start
-            isn't a plan.
+            If a load is negative or not finite, or the sum of a program's loads isn't; if a column
+            has weight but no copy, or the start isn't a plan.
         """
         for name in ("weights", "fixed"):
             check_load_values(name, getattr(self, name))
+        total = self.weights.double().sum(1) + self.fixed.double().sum(1)
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError("weights and fixed must have finite sums")
         if bool(((self.weights > 0) & ~self.mask.any(1)).any()):
             raise ValueError("mask leaves a column of positive weight without a copy")
         if self.start is not None:

@@ -13,6 +13,8 @@ from lplb_triton.solution import SHARE_BITS, Solution, Status
 
 __all__ = [
     "assign_copies",
+    "check_counts_of",
+    "check_cumulative",
     "copy_quotas",
     "count_experts",
     "cumulative_shares",
@@ -145,6 +147,7 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
     invalid = (
         ~(torch.isfinite(weights) & (weights >= 0)).all(1)
         | ~(torch.isfinite(fixed) & (fixed >= 0)).all(1)
+        | ~torch.isfinite(weights.sum(1) + fixed.sum(1))
         | ((weights > 0) & (n_copies == 0)).any(1)
     )
     weights = torch.where(invalid[:, None], 0.0, weights)
@@ -444,6 +447,33 @@ def assign_copies(
         low = torch.where(right, middle + 1, low)
     out[where] = copy_slot.long()[low]
     return out.reshape(idx.shape).to(idx.dtype)
+
+
+def check_counts_of(name: str, idx: torch.Tensor, counts: torch.Tensor) -> None:
+    """Raise a ValueError that names ``counts`` unless they are those of ``idx``; waits for them."""
+    found = torch.bincount(idx[idx >= 0].long(), minlength=counts.numel())
+    if not torch.equal(found, counts.long()):
+        raise ValueError(f"{name} must end with the counts of idx")
+
+
+def check_cumulative(
+    counts: torch.Tensor, cumulative: torch.Tensor, copy_start: torch.Tensor, rank: int
+) -> None:
+    """Raise a ValueError unless these shares give out all tokens; waits for the device.
+
+    Arguments as for `copy_quotas`. Shares of a rank's exact quotas (equation 17) may end below
+    2**24.
+    """
+    first = copy_start[:-1].long()
+    parts = cumulative.diff(prepend=cumulative.new_zeros(1))
+    parts[first] = cumulative[first]
+    bad = (parts < 0).any() | (cumulative > 1 << SHARE_BITS).any()
+    quotas = copy_quotas(counts, cumulative, copy_start, rank)
+    given = _cumsum_by_expert(quotas, copy_start)[copy_start[1:].long() - 1]
+    if bool(bad | (given != counts).any()):
+        raise ValueError(
+            "cumulative must rise from 0 or more to 2**24 over the copies of each expert"
+        )
 
 
 def divide_quotas(

@@ -98,7 +98,8 @@ def solve(
     Returns
     -------
     Solution
-        On the problem's device. The call doesn't wait for a GPU; see `Solution.check`.
+        On the problem's device. The call doesn't wait for a GPU; see `Solution.check`. Its loads
+        are float64 from the torch twin and for problems in float64, otherwise float32.
 
     Raises
     ------
@@ -127,7 +128,28 @@ def solve(
     tolerance = check_tolerance(tolerance, MIN_TOLERANCE_FLOAT32)
     from lplb_triton import kernels
 
-    out = kernels.solve(
-        problem.weights, problem.fixed, problem.mask, problem.start, tolerance, max_iterations
+    weights, fixed, unit = _in_range_of_float32(problem.weights, problem.fixed)
+    shares, max_load, lower_bound, gap, iterations, status = kernels.solve(
+        weights, fixed, problem.mask, problem.start, tolerance, max_iterations
     )
-    return Solution(*out, tolerance=tolerance)
+    if unit is not None:
+        max_load, lower_bound = max_load * unit, lower_bound * unit
+    return Solution(shares, max_load, lower_bound, gap, iterations, status, tolerance)
+
+
+def _in_range_of_float32(
+    weights: torch.Tensor, fixed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Divide float64 loads by a power of two by instance, near their sum, so that float32 has them.
+
+    Returns weights, fixed and the divisors ``[B]`` float64, None if nothing is float64. Sums that
+    are no numbers make loads infinite, which the kernel reports.
+    """
+    if torch.float64 not in (weights.dtype, fixed.dtype):
+        return weights, fixed, None
+    total = weights.double().sum(1) + fixed.double().sum(1)
+    known = torch.isfinite(total)
+    exponent = torch.frexp(torch.where(known, total, 1.0)).exponent.clamp(-1000, 1000)
+    unit = torch.ldexp(torch.ones_like(total), exponent)
+    scale = torch.where(known, 1.0 / unit, torch.inf)[:, None]
+    return (weights * scale).float(), (fixed * scale).float(), unit
