@@ -39,7 +39,9 @@ def scratch(device: torch.device) -> tuple[torch.Tensor, int | None]:
     key = _stream_key(device)
     block = _blocks.get(key)
     if block is None or block.numel() < n_bytes:
-        block = _blocks[key] = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+        # Later calls, in inference mode or not, write to the same block.
+        with torch.inference_mode(False):
+            block = _blocks[key] = torch.empty(n_bytes, dtype=torch.uint8, device=device)
     return block, key[1]
 
 

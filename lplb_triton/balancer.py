@@ -587,8 +587,22 @@ class Balancer:
         -------
         torch.Tensor
             ``[n_physical]`` int32 in units of 2**-24, by copy.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For shares of the wrong dtype, shape or device.
         """
-        v = self._tables.views
+        if not isinstance(shares, torch.Tensor):
+            raise TypeError(f"shares must be a torch.Tensor, got {type(shares).__name__}")
+        if not shares.is_floating_point():
+            raise TypeError(f"shares must be floating-point, got {shares.dtype}")
+        p, v = self._placement, self._tables.views
+        if shares.shape != (p.n_group, p.group_size, p.max_columns) or shares.device != self.device:
+            raise ValueError(
+                f"shares must have shape [{p.n_group}, {p.group_size}, {p.max_columns}] on "
+                f"{self.device}, got {list(shares.shape)} on {shares.device}"
+            )
         return reference.cumulative_shares(
             shares, v["copy_cell"], v["copy_index"], v["copy_multiplicity"], v["copy_start"]
         )

@@ -425,7 +425,9 @@ class Placement:
         g, r, k = np.nonzero(s.fixed_experts >= 0)
         fixed_rank[s.fixed_experts[g, r, k]] = g * self.group_size + r
         column = s.cell_group.astype(np.int64) * self.max_columns + s.column_of
-        return torch.from_numpy(fixed_rank), torch.from_numpy(column)
+        # Kept for calls in inference mode or not.
+        with torch.inference_mode(False):
+            return torch.from_numpy(fixed_rank), torch.from_numpy(column)
 
     def _batched(self, counts: torch.Tensor) -> torch.Tensor:
         """Check counts and return them as ``[B, n_logical]`` float64."""

@@ -85,7 +85,8 @@ class _Newton:
         self.wd = self.w * self.d_copy
         # Equation 5: off-diagonal first, the diagonal from its row sums (no subtraction).
         v = self.wd / self.d_column.sqrt()
-        off = v @ v.mT
+        # In float64, which autocast and the precision set for float32 products don't touch.
+        off = (v.double() @ v.double().mT).to(v.dtype)
         off.diagonal(dim1=-2, dim2=-1).zero_()
         diagonal = off.sum(2) + s / y
         # Equation 7: adding rho * ones changes nothing, since dy sums to 0.
@@ -124,6 +125,8 @@ def _step_length(*pairs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
 def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.dtype) -> Solution:
     """Primal-dual interior-point method on a batch of instances (equations 1 to 11).
 
+    Whatever the caller has set in torch makes no difference, and nothing has a gradient.
+
     Parameters
     ----------
     problem : Problem
@@ -140,6 +143,11 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
     Solution
         ``max_load``, ``lower_bound`` and ``gap`` in float64.
     """
+    with torch.no_grad(), torch.autocast(problem.device.type, enabled=False):
+        return _solve(problem, tolerance, max_iterations, dtype)
+
+
+def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.dtype) -> Solution:
     mask = problem.mask.expand(problem.n_instances, -1, -1)
     weights, fixed = problem.weights.double(), problem.fixed.double()
     ranks, columns = fixed.shape[1], weights.shape[1]
@@ -354,9 +362,9 @@ def rounding_offsets(rank: int, n_logical: int) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        ``[n_logical]`` int64 in [0, 2**24).
+        ``[n_logical]`` int64 in [0, 2**24), on the CPU.
     """
-    expert = torch.arange(n_logical, dtype=torch.int64)
+    expert = torch.arange(n_logical, dtype=torch.int64, device="cpu")
     return (rank * 10368889 + expert * 12664745 + (1 << 23)) % (1 << SHARE_BITS)
 
 

@@ -126,6 +126,11 @@ def solve(
     if dtype not in (None, torch.float32):
         raise ValueError(f"dtype must be None or torch.float32 for backend 'triton', got {dtype}")
     tolerance = check_tolerance(tolerance, MIN_TOLERANCE_FLOAT32)
+    with torch.no_grad():
+        return _solve_by_kernel(problem, tolerance, max_iterations)
+
+
+def _solve_by_kernel(problem: Problem, tolerance: float, max_iterations: int) -> Solution:
     from lplb_triton import kernels
 
     weights, fixed, unit = _in_range_of_float32(problem.weights, problem.fixed)

@@ -213,6 +213,19 @@ def test_select_is_checked_at_once_on_a_cpu(backend, change, error, message):
         balancer.select(ids, cumulative, running)
 
 
+@pytest.mark.parametrize(
+    ("shares", "error", "message"),
+    [
+        ([1.0], TypeError, "shares must be a torch.Tensor, got list"),
+        (torch.ones(1, 4, 4).int(), TypeError, "shares must be floating-point, got torch.int32"),
+        (torch.ones(4, 4), ValueError, r"shares must have shape \[1, 4, 4\] on cpu, got \[4, 4\]"),
+    ],
+)
+def test_shares(shares, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        balancer_of("torch").cumulative_shares(shares)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weighted_select_is_checked_at_once_on_a_cpu(backend):
     planner, ids = planner_of(backend), torch.arange(40) % EXPERTS
