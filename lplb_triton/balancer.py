@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from lplb_triton import _workspace, reference
 from lplb_triton._counts import check_counts, counts_to_int32
+from lplb_triton._limits import check_placement_size
 from lplb_triton._tables import DeviceTables
 from lplb_triton.placement import Placement
 from lplb_triton.solution import Solution
@@ -95,7 +96,8 @@ class Balancer:
         Where ids live; by default the current GPU, or the CPU if there is none.
     backend : {"triton", "torch"} or None
         ``None`` takes the Triton kernels on a GPU and the torch twin on a CPU. An explicit
-        backend is used or refused, never replaced.
+        backend is used or refused, never replaced. The kernels take up to 512 ranks and 4,096
+        redundant slots in a group, and 16,384 logical experts; the twin takes any.
     tolerance : float
         Certified relative gap of the plans, at least 1e-5.
     max_iterations : int
@@ -159,6 +161,8 @@ class Balancer:
             raise ValueError(f"device must be a CUDA/ROCm GPU or the CPU, got {device}")
         self.device = device
         self.backend = resolve_backend(backend, device)
+        if self.backend == "triton":
+            check_placement_size(placement)
         self.tolerance = check_tolerance(tolerance, MIN_TOLERANCE_FLOAT32)
         self.max_iterations = max_iterations
         self.group: dist.ProcessGroup | None = None

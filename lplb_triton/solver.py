@@ -7,6 +7,7 @@ import math
 import torch
 
 from lplb_triton import reference
+from lplb_triton._limits import check_problem_size
 from lplb_triton.problem import Problem
 from lplb_triton.solution import Solution
 
@@ -90,7 +91,9 @@ def solve(
     max_iterations : int
         Bound on interior-point iterations; 3 to 8 are usual.
     backend : {"triton", "torch"} or None
-        ``None`` takes the Triton kernel on a GPU and the torch twin on a CPU.
+        ``None`` takes the Triton kernel on a GPU and the torch twin on a CPU. The kernel takes up
+        to 128 ranks, and up to 32,768 pairs of a rank and a column (each number padded to a power
+        of two, columns to at least 32); the twin takes any.
     dtype : torch.dtype or None
         Arithmetic of the torch twin, float64 (default) or float32. The kernel computes in
         float32.
@@ -104,7 +107,7 @@ def solve(
     Raises
     ------
     TypeError, ValueError
-        For a bad argument, by its name.
+        For a bad argument, by its name, and for a problem that is too large for the kernel.
 
     Examples
     --------
@@ -126,6 +129,7 @@ def solve(
     if dtype not in (None, torch.float32):
         raise ValueError(f"dtype must be None or torch.float32 for backend 'triton', got {dtype}")
     tolerance = check_tolerance(tolerance, MIN_TOLERANCE_FLOAT32)
+    check_problem_size(problem)
     with torch.no_grad():
         return _solve_by_kernel(problem, tolerance, max_iterations)
 
