@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lplb_triton import topologies
+from lplb_triton._counts import check_load_dtype, check_load_values
 from lplb_triton.eplb import rebalance_experts
 from lplb_triton.problem import Problem
-
-if TYPE_CHECKING:
-    from lplb_triton.solution import Solution
+from lplb_triton.solution import Solution
 
 __all__ = ["Placement"]
 
@@ -436,7 +435,9 @@ class Placement:
         g, r, k = np.nonzero(s.fixed_experts >= 0)
         fixed_rank[s.fixed_experts[g, r, k]] = g * self.group_size + r
         column = s.cell_group.astype(np.int64) * self.max_columns + s.column_of
-        return torch.from_numpy(fixed_rank), torch.from_numpy(column)
+        # Kept for calls in inference mode or not.
+        with torch.inference_mode(False):
+            return torch.from_numpy(fixed_rank), torch.from_numpy(column)
 
     def _batched(self, counts: torch.Tensor) -> torch.Tensor:
         """Check counts and return them as ``[B, n_logical]`` float64."""
@@ -447,6 +448,9 @@ class Placement:
                 f"counts must be [{self.n_logical}] or [B, {self.n_logical}], "
                 f"got {tuple(counts.shape)}"
             )
+        check_load_dtype("counts", counts)
+        if counts.device.type == "cpu":
+            check_load_values("counts", counts)
         return counts.reshape(-1, self.n_logical).double()
 
     def problem(self, counts: torch.Tensor) -> Problem:
@@ -455,12 +459,18 @@ class Placement:
         Parameters
         ----------
         counts : torch.Tensor
-            ``[n_logical]`` or ``[B, n_logical]``, load of each logical expert over all ranks.
+            ``[n_logical]`` or ``[B, n_logical]``, load of each logical expert over all ranks:
+            integers or real numbers, finite and non-negative.
 
         Returns
         -------
         Problem
             ``B * n_group`` instances, batch-major, float64, on the device of ``counts``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For counts of the wrong dtype or shape; on a CPU also for negative or non-finite ones.
         """
         counts = self._batched(counts)
         batch, device = len(counts), counts.device
@@ -480,7 +490,32 @@ class Placement:
             weights.reshape(instances, self.max_columns),
             fixed.reshape(instances, self.group_size),
             mask,
+            self._split_over_copies(counts) if self._splits_differ else None,
         )
+
+    @cached_property
+    def _splits_differ(self) -> bool:
+        """Whether splits that are even over ranks and over copies differ."""
+        s = self.structure
+        return bool((s.copy_multiplicity[s.copy_cell >= 0] > 1).any())
+
+    def _split_over_copies(self, counts: torch.Tensor) -> torch.Tensor:
+        """Shares of columns if every expert is split evenly over its copies.
+
+        ``counts`` are ``[B, n_logical]`` float64; the result is
+        ``[B * n_group, group_size, max_columns]``. A column without tokens gets 0.
+        """
+        s, device = self.structure, counts.device
+        shared = np.flatnonzero(s.copy_cell >= 0)
+        expert = self._phy2log[s.copy_slot[shared]]
+        cell = torch.from_numpy(s.copy_cell[shared].astype(np.int64)).to(device)
+        per_copy = (counts / self.logcnt.to(device))[:, torch.from_numpy(expert).to(device)]
+        size = self.ep_size * self.max_columns
+        tokens = torch.zeros(len(counts), size, dtype=torch.float64, device=device)
+        tokens.index_add_(1, cell, per_copy)
+        tokens = tokens.reshape(-1, self.group_size, self.max_columns)
+        total = tokens.sum(1, keepdim=True)
+        return torch.where(total > 0, tokens / total, 0.0)
 
     def even_loads(self, counts: torch.Tensor) -> torch.Tensor:
         """Rank loads when each expert's load is split evenly over its copies (EPLB's way).
@@ -488,12 +523,17 @@ class Placement:
         Parameters
         ----------
         counts : torch.Tensor
-            ``[n_logical]`` or ``[B, n_logical]``.
+            ``[n_logical]`` or ``[B, n_logical]``, as for `problem`.
 
         Returns
         -------
         torch.Tensor
             ``[B, ep_size]`` float64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `problem` does.
         """
         counts = self._batched(counts)
         per_slot = (counts / self.logcnt.to(counts.device))[:, self.phy2log.long()]
@@ -513,8 +553,22 @@ class Placement:
         -------
         torch.Tensor
             ``[B, ep_size]`` float64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `problem` does, and for a solution of other programs.
         """
+        if not isinstance(solution, Solution):
+            raise TypeError(f"solution must be a Solution, got {type(solution).__name__}")
         p = self.problem(counts)
+        if solution.shares.shape != (p.n_instances, p.group_size, p.n_columns):
+            raise ValueError(
+                f"solution must have shares [{p.n_instances}, {p.group_size}, {p.n_columns}] like "
+                f"the programs of counts, got {list(solution.shares.shape)}"
+            )
+        if solution.shares.device != p.device:
+            raise ValueError(f"solution is on {solution.shares.device}, expected {p.device}")
         loads = p.fixed + (p.weights.unsqueeze(1) * solution.shares.double()).sum(2)
         return loads.reshape(-1, self.ep_size)
 
