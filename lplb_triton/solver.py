@@ -114,7 +114,7 @@ def solve(
     >>> mask = torch.tensor([[[True], [True]]])
     >>> p = Problem(torch.tensor([[6.0]]), torch.tensor([[4.0, 2.0]]), mask)
     >>> solve(p).max_load.round(decimals=2)
-    tensor([6.0000], dtype=torch.float64)
+    tensor([6.], dtype=torch.float64)
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"problem must be a Problem, got {type(problem).__name__}")
