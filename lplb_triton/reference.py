@@ -300,7 +300,7 @@ def cumulative_shares(
     shares : torch.Tensor
         ``[n_group, G, C]`` float32, multiples of 2**-24.
     copy_cell, copy_index, copy_multiplicity, copy_start : torch.Tensor
-        Of `lplb_triton.placement.Structure`.
+        Of `lplb_triton.Placement.structure`.
 
     Returns
     -------
@@ -345,9 +345,9 @@ def rounding_offsets(rank: int, n_logical: int) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        ``[n_logical]`` int64 in [0, 2**24).
+        ``[n_logical]`` int64 in [0, 2**24), on the CPU.
     """
-    expert = torch.arange(n_logical, dtype=torch.int64)
+    expert = torch.arange(n_logical, dtype=torch.int64, device="cpu")
     return (rank * 10368889 + expert * 12664745 + (1 << 23)) % (1 << SHARE_BITS)
 
 
