@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lplb_triton.placement import Placement, check_integer
+from lplb_triton._checks import check_integer, nearest_divisors, would_do
+from lplb_triton.placement import Placement
 
 __all__ = ["MovePlan", "keep_slots", "plan_moves"]
 
@@ -118,7 +119,10 @@ def domains_of(ep_size: int, ranks_per_domain: int | None) -> np.ndarray:
         return np.zeros(ep_size, dtype=np.int64)
     size = check_integer("ranks_per_domain", ranks_per_domain)
     if ep_size % size:
-        raise ValueError(f"ranks_per_domain must divide the {ep_size} ranks, got {size}")
+        raise ValueError(
+            f"ranks_per_domain must divide the {ep_size} ranks, got {size}; "
+            f"{would_do(nearest_divisors(ep_size, size))}"
+        )
     return np.arange(ep_size, dtype=np.int64) // size
 
 

@@ -17,6 +17,7 @@ from lplb_triton.solution import SHARE_BITS
 from lplb_triton.solver import DEFAULT_TOLERANCE
 from lplb_triton.sync._base import Communicator
 from lplb_triton.sync._connect import deep_ep_domain
+from lplb_triton.topologies._validate import checked_topology
 
 __all__ = ["Planner"]
 
@@ -91,7 +92,7 @@ class Planner:
             if group is None:
                 raise ValueError("ep_size must be given when group is None")
             ep_size = group.size()
-        r2o = topologies.validate(redundant_to_original)
+        r2o = checked_topology("redundant_to_original", redundant_to_original)
         self._topology = r2o
         placement = Placement.from_topology(
             r2o, n_routed_experts, n_logical_routed_experts, ep_size

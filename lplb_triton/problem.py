@@ -11,7 +11,7 @@ from lplb_triton._counts import check_load_dtype, check_load_values
 __all__ = ["Problem"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """A batch of min-max programs (method.md, equation 1).
 
@@ -87,6 +87,14 @@ class Problem:
             )
         if self.weights.device.type == "cpu":
             self.validate()
+
+    def __repr__(self) -> str:
+        """Sizes, dtypes and device in one line."""
+        return (
+            f"Problem({self.n_instances} instances, {self.group_size} ranks, "
+            f"{self.n_columns} columns, weights {self.weights.dtype}, fixed {self.fixed.dtype}, "
+            f"on {self.device})"
+        )
 
     @property
     def n_instances(self) -> int:

@@ -317,7 +317,7 @@ def cumulative_shares(
     shares : torch.Tensor
         ``[n_group, G, C]`` float32, multiples of 2**-24.
     copy_cell, copy_index, copy_multiplicity, copy_start : torch.Tensor
-        Of `lplb_triton.placement.Structure`.
+        Of `lplb_triton.Placement.structure`.
 
     Returns
     -------
