@@ -10,8 +10,6 @@ whose optima over recorded and synthetic batches are low, on a CPU by the cuts t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 
 from lplb_triton._cut_search import CutSearch
 from lplb_triton._exact_search import CANDIDATES, ExactSearch
+from lplb_triton._threads import one_thread
 from lplb_triton.chaining import chain, checked_load
 from lplb_triton.moves import check_same_sizes, domains_of, keep_slots
 from lplb_triton.placement import Placement, check_integer
@@ -99,8 +98,8 @@ def place(
         Assumed standard deviation of the logarithm of each expert's load from batch to batch,
         used with fewer than 8 batches.
     device : torch.device, str or None
-        Where to search; by default where `history` is. On a CPU torch's number of threads in this
-        process is 1 during the search.
+        Where to search; by default where `history` is. On a CPU torch and numpy's OpenBLAS use one
+        thread in this process during the search.
     seed : int
         Seed of the random choices. The placement depends on nothing else but the arguments (and
         on the rounding of the processor at hand: where several processes need it, compute it in
@@ -168,7 +167,7 @@ def place(
         batches = _scenarios(load, n_samples, dispersion, stress, rng)
         if where.type == "cpu":
             search = CutSearch(best, batches, price, domain, rng)
-            with _one_thread():
+            with one_thread():
                 found, excess = search.run(n_trials)
             n_trials -= search.trial
         else:
@@ -207,17 +206,6 @@ def _start(
     chained = chain(mean, ranks, redundant_per_rank=redundant, ranks_per_domain=ranks_per_domain)
     free = np.zeros((n_logical, ranks), dtype=np.float32)
     return min((chained, eplb), key=lambda one: _cost(one, counts, free))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread: the search's operations are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _checked_number(name: str, value: object) -> float:
