@@ -203,7 +203,7 @@ def _option(name: str) -> str:
 
 
 def given(args: argparse.Namespace, candidates: Iterable[str]) -> list[str]:
-    """Which of these were given, by attribute; for options whose default is None or False.
+    """Which of these were given, by attribute; for options whose default is None.
 
     Parameters
     ----------
@@ -217,7 +217,7 @@ def given(args: argparse.Namespace, candidates: Iterable[str]) -> list[str]:
     list of str
         As written on a command line.
     """
-    return [_option(name) for name in candidates if getattr(args, name) not in (None, False)]
+    return [_option(name) for name in candidates if getattr(args, name) is not None]
 
 
 def refuse(args: argparse.Namespace, candidates: Iterable[str], why: str) -> None:
@@ -228,7 +228,7 @@ def refuse(args: argparse.Namespace, candidates: Iterable[str], why: str) -> Non
     args
         Parsed arguments.
     candidates
-        Attributes that don't apply, None or False where they were not given.
+        Attributes that don't apply, None where they were not given.
     why
         Ends the message.
 

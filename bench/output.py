@@ -238,6 +238,7 @@ def check_files(
         or an output would replace an input.
     """
     seen: dict[Path | str, str] = {}
+    folders: dict[Path, str] = {}
     reads = {_whole(path): option for option, path in inputs if path is not None}
     for option, path in outputs:
         if path is None:
@@ -258,9 +259,13 @@ def check_files(
             raise UsageError(f"argument {option}: {error.strerror}: {str(path)!r}") from error
         if folder:
             raise UsageError(f"argument {option}: expected a file, got the folder {str(path)!r}")
-        make_folder(whole.parent)
-        if not os.access(whole if device else whole.parent, os.W_OK):
+        folders.setdefault(whole.parent, option)
+        if device and not os.access(whole, os.W_OK):
             raise UsageError(f"argument {option}: {str(path)!r} may not be written")
+    for parent, option in folders.items():
+        make_folder(parent, option)
+        if not os.access(parent, os.W_OK):
+            raise UsageError(f"argument {option}: the folder {parent} may not be written to")
 
 
 def _whole(path: Path) -> Path:
@@ -268,8 +273,8 @@ def _whole(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder that isn't there.
+def make_folder(path: Path, option: str) -> None:
+    """Make a folder that isn't there, for a file that came by an option.
 
     Raises
     ------
@@ -279,7 +284,9 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot make the folder {path}: {error.strerror}") from error
+        raise UsageError(
+            f"argument {option}: cannot make the folder {path}: {error.strerror}"
+        ) from error
 
 
 def write(path: Path, content: bytes) -> None:

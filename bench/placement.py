@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -88,6 +89,13 @@ def trace_cases(
     -------
     tuple of Case
         Layers first.
+
+    Raises
+    ------
+    IndexError
+        If a layer isn't there.
+    ValueError
+        If the history is out of range, or no test batch of a case has tokens.
     """
     counts = torch.from_numpy(trace.counts.astype(np.int64))
     found = []
@@ -95,7 +103,10 @@ def trace_cases(
         for part in stretches(trace.steps, history):
             seen = counts[part.start : part.split, layer].sum(1)
             name = f"layer {layer}, batches {part.start}-{part.stop - 1}"
-            found.append(Case(name, seen, counts[part.split : part.stop, layer]))
+            test = counts[part.split : part.stop, layer]
+            if not bool(test.any()):
+                raise ValueError(f"{name}: no test batch has tokens")
+            found.append(Case(name, seen, test))
     return tuple(found)
 
 
@@ -379,7 +390,7 @@ def published_row(
 def _published_function(path: Path) -> Callable[..., Any]:
     """``rebalance_experts`` of a file, as a function whose own errors are told from ours."""
     spec = importlib.util.spec_from_file_location("published_eplb", path)
-    if not path.is_file() or spec is None or spec.loader is None:
+    if not os.path.isfile(path) or spec is None or spec.loader is None:
         raise PublishedError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
 

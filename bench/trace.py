@@ -355,8 +355,8 @@ def _array_from_json(value: object, key: str, path: Path) -> npt.NDArray[Any]:
         # Integers that don't fit in 64 bits become something else.
         numbers = np.array(value, dtype=object).ravel().tolist()
         if numbers and all(type(number) is int for number in numbers):
-            largest = max(numbers, key=abs)
-            raise ValueError(f"{path}: {key!r} must hold integers below 2**63, got {largest:.3g}")
+            bits = max(number.bit_length() for number in numbers)
+            raise ValueError(f"{path}: {key!r} must hold integers of 64 bits, got one of {bits}")
     return array
 
 

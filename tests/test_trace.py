@@ -55,7 +55,7 @@ def test_counts_that_ranks_cannot_exchange_are_refused(tmp_path, largest):
     with pytest.raises(ValueError, match=f"own.npz: 'counts' must give an expert {match}"):
         load(tmp_path / "own.npz")
     (tmp_path / "own.json").write_text(json.dumps(counts.tolist()))
-    with pytest.raises(ValueError, match=r"own\.json: 'counts' must (give an|hold integers below)"):
+    with pytest.raises(ValueError, match=r"own\.json: 'counts' must (give an|hold integers of 64)"):
         load(tmp_path / "own.json")
 
 
@@ -235,8 +235,8 @@ def test_load_rejects_arrays(tmp_path, arrays, message):
         ("[[1, 2], [3]]", "'counts' must be nested lists of integers, of equal length"),
         ("[[1, 2.5]]", "'counts' must hold integers"),
         ("[]", "'counts' must hold"),
-        ("[[1, 18446744073709551616]]", "'counts' must hold integers below 2.*got 1.84e"),
-        ("[[1, 9223372036854775808]]", "'counts' must hold integers below 2.*got 9.22e"),
+        ("[[1, 18446744073709551616]]", "'counts' must hold integers of 64 bits, got one of 65"),
+        ("[[1, 9223372036854775808]]", "'counts' must hold integers of 64 bits, got one of 64"),
         ('{"counts": [[1]], "steps": 0}', "'steps' must be nested lists"),
         ('{"counts": [[1]], "meta": "x"}', "'meta' must be a dict, got str"),
         ('{"counts": [[1]], "format_version": 99}', "'format_version' is 99"),

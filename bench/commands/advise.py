@@ -89,7 +89,10 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     options.add_slots(sub, default=None)
     sub.add_argument(
-        "--training", action="store_true", help="count the backward pass too: three times the work"
+        "--training",
+        action="store_true",
+        default=None,
+        help="count the backward pass too: three times the work",
     )
     sub.add_argument(
         "--history", type=options.history, metavar="PART|N",
@@ -115,7 +118,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
         return _check(args, out)
     if args.trace is None:
         options.refuse(args, ("history",), "only with --trace")
-    options.fill(args, {"slots": options.SLOTS, "tokens": TOKENS, "history": options.HISTORY})
+    options.fill(
+        args,
+        {"slots": options.SLOTS, "tokens": TOKENS, "history": options.HISTORY, "training": False},
+    )
     output.check_files(
         [("--json", args.json), ("--markdown", args.markdown)], [("--trace", args.trace)]
     )
@@ -133,7 +139,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             else placement.trace_cases(trace, args.history)
         )
     except ValueError as error:
-        raise UsageError(f"argument --history: {error}") from error
+        raise UsageError(f"arguments --trace, --history: {error}") from error
     possible = advise.possible_slots(model, ep, args.slots)
     if not possible:
         most = model.experts - model.experts // ep

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, out: Output, option: str = "--trace") -> int:
         device=device,
     )
     parts, layers = _check(trace, chosen)
-    labels = {"png": "--out", "html": "--out", "json": "--json" if args.json else "--out"}
+    labels = {"png": "--out", "html": "--out", "json": "--out" if args.json is None else "--json"}
     output.check_files([(labels[k], path) for k, path in paths.items()], [(option, args.trace)])
 
     begin = time.perf_counter()

@@ -137,7 +137,7 @@ def _cases(args: argparse.Namespace) -> tuple[tuple[placement.Case, ...], str]:
     try:
         return placement.trace_cases(trace, args.history, args.layers), source
     except (IndexError, ValueError) as error:
-        raise UsageError(f"arguments --history, --layers: {error}") from error
+        raise UsageError(f"arguments --trace, --history, --layers: {error}") from error
 
 
 def _combinations(

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Merge, and say what is in the files."""
     try:
         if args.merge is not None:
-            output.make_folder(args.merge.parent)
+            output.make_folder(args.merge.parent, "--merge")
             traces.save(args.merge, record.merge(args.files))
         for path in args.files if args.merge is None else [args.merge]:
             found = traces.load(path)

@@ -31,9 +31,9 @@ def add(commands: Any) -> None:
         help="one HTML page from a trace or from what balance wrote",
         description=(
             "Write report.html, one page that needs no network: imbalance over time, rank loads,\n"
-            "experts over time, copies, solver and timing. From the JSON of balance at once,\n"
-            "beside the file or in --out; a trace is balanced first, as by lplb-bench balance with\n"
-            "the same options."
+            "experts over time, copies, solver and timing. From the JSON of balance at once, into\n"
+            "its folder or --out; a trace is balanced first, as by lplb-bench balance with the\n"
+            "same options."
         ),
         examples=(
             "  lplb-bench report lplb-bench-results/balance.json\n"
