@@ -259,8 +259,9 @@ def check_files(
             raise UsageError(f"argument {option}: {error.strerror}: {str(path)!r}") from error
         if folder:
             raise UsageError(f"argument {option}: expected a file, got the folder {str(path)!r}")
-        folders.setdefault(whole.parent, option)
-        if device and not os.access(whole, os.W_OK):
+        if not device:
+            folders.setdefault(whole.parent, option)
+        elif not os.access(whole, os.W_OK):
             raise UsageError(f"argument {option}: {str(path)!r} may not be written")
     for parent, option in folders.items():
         make_folder(parent, option)

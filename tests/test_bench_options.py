@@ -102,9 +102,9 @@ def test_wrong_paths_are_refused_by_name(folder, capsys, name, option):
             continue  # The folder that is there.
         code, last = call([*base, f"{option}={value}"], capsys)
         assert code == cli.USAGE, value
-        if option != "--merge" and not (option == "--out" and "folder" in last[0]):
-            assert option in last[0], (value, last)
-    assert sorted(path.name for path in folder.iterdir()) == ["t.npz"]
+        # A merge is refused before its path is looked at: the trace is not a recorder's.
+        assert option in last[0] or option == "--merge", (value, last)
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["t.npz"]
 
 
 @pytest.mark.parametrize("value", ["missing.npz", ".", "t.npz/x", "a" * 5000, "e.json"])

@@ -89,11 +89,9 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     options.add_slots(sub, default=None)
     sub.add_argument(
-        "--training",
-        action="store_true",
-        default=None,
+        "--training", action="store_true", default=None,
         help="count the backward pass too: three times the work",
-    )
+    )  # fmt: skip
     sub.add_argument(
         "--history", type=options.history, metavar="PART|N",
         help="batches of the trace to place experts by: a part in (0, 1) or a number (default "
