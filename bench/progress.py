@@ -74,7 +74,10 @@ def _bar(parts: Sequence[tuple[str, int]], stream: Stream) -> Iterator[Callable[
     names = [escape(name) for name in _names(parts)]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     target = tables.console(file=cast("IO[str]", stream))
-    with Progress(*columns, console=target, transient=True) as bar:
+    # What is redirected would come back to the stream that it is written to.
+    with Progress(
+        *columns, console=target, transient=True, redirect_stdout=False, redirect_stderr=False
+    ) as bar:
         task = bar.add_task(names[0] if names else "", total=len(names))
         done = 0
 

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, out: Output, option: str = "--trace") -> int:
 
     begin = time.perf_counter()
     names = [
-        (f"EP {ep}, {name}, {slots} slots", len(layers))
+        (f"EP {ep}, {name}" + (f", {slots} slots" if slots else ""), len(layers))
         for ep, name, slots in balance.combinations(chosen)
     ]
     with progress(names, args.progress) as advance:
