@@ -24,8 +24,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lplb_triton import Placement, Solution, Status, reference, solve, topologies
-from lplb_triton.bench.trace import Trace
+from lplb_triton import Placement, Solution, Status, reference, solve
+from lplb_triton.bench.instances import named_topology
+from lplb_triton.bench.trace import MOST_TOKENS, Trace
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "LayerResult",
     "Options",
     "Stretch",
+    "check_tokens",
     "fold_sources",
     "imbalance",
     "integer_loads",
@@ -76,7 +78,7 @@ class Options:
     """
 
     ep: tuple[int, ...] = (32,)
-    slots: tuple[int, ...] = (2,)
+    slots: tuple[int, ...] = (1, 2)
     placements: tuple[str, ...] = ("eplb",)
     history: float | int = 0.5
     layers: tuple[int, ...] | None = None
@@ -325,12 +327,12 @@ def make_placement(name: str, load: torch.Tensor, ep: int, slots: int) -> Placem
     if ep < 1 or n_logical % ep:
         raise ValueError(f"EP size {ep} does not divide the {n_logical} experts")
     if name == "none":
-        return Placement.from_phy2log(torch.arange(n_logical), ep, n_logical=n_logical)
+        return Placement.from_phy2log(np.arange(n_logical), ep, n_logical=n_logical)
     if name == "eplb":
         if n_logical + ep * slots > n_logical * ep:
             raise ValueError(f"{slots} redundant slots on {ep} ranks are more than copies can fill")
         return Placement.from_history(load, ep, redundant_per_rank=slots)
-    r2o = topologies.from_name(name)
+    r2o = named_topology(name)
     if ep % len(r2o):
         raise ValueError(f"{name} has groups of {len(r2o)} ranks, which do not divide EP size {ep}")
     columns = r2o.shape[1]
@@ -367,6 +369,34 @@ def fold_sources(counts: torch.Tensor, ep: int) -> torch.Tensor:
     return counts.reshape(batches, ep, sources // ep, experts).sum(2)
 
 
+def check_tokens(name: str, counts: torch.Tensor) -> None:
+    """Refuse counts that whole-token arithmetic with shares in units of 2**-24 can't carry.
+
+    Parameters
+    ----------
+    name
+        Of the argument.
+    counts
+        Tokens, any shape.
+
+    Raises
+    ------
+    TypeError
+        If they are no integers.
+    ValueError
+        If one is outside of [0, `MOST_TOKENS`].
+    """
+    if not isinstance(counts, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(counts).__name__}")
+    if counts.dtype.is_floating_point or counts.dtype.is_complex or counts.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {counts.dtype}")
+    if counts.numel():
+        least, most = (int(value) for value in counts.aminmax())
+        if least < 0 or most > MOST_TOKENS:
+            wrong = least if least < 0 else most
+            raise ValueError(f"{name} must be in [0, {MOST_TOKENS}] (int32), got {wrong}")
+
+
 def integer_loads(placement: Placement, counts: torch.Tensor, solution: Solution) -> torch.Tensor:
     """Rank loads in whole tokens when every source rank rounds its own quotas.
 
@@ -388,17 +418,23 @@ def integer_loads(placement: Placement, counts: torch.Tensor, solution: Solution
     -------
     torch.Tensor
         int64 [batches, ep_size], tokens on each rank; every batch sums to its tokens.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``counts`` holds anything but integers from 0 to `lplb_triton.bench.trace.MOST_TOKENS`.
     """
+    check_tokens("counts", counts)
     s = placement.structure
-    start, cell, index, multiplicity = (
-        torch.tensor(array)
-        for array in (s.copy_start, s.copy_cell, s.copy_index, s.copy_multiplicity)
+    start, cell, index, multiplicity, slot = (
+        torch.tensor(array, device="cpu")
+        for array in (s.copy_start, s.copy_cell, s.copy_index, s.copy_multiplicity, s.copy_slot)
     )
-    rank = torch.tensor(s.copy_slot).long() // placement.slots_per_rank
+    rank = slot.long() // placement.slots_per_rank
     shares = solution.shares.cpu().reshape(
         len(counts), placement.n_group, placement.group_size, placement.max_columns
     )
-    loads = torch.zeros(len(counts), placement.ep_size, dtype=torch.int64)
+    loads = torch.zeros(len(counts), placement.ep_size, dtype=torch.int64, device="cpu")
     for batch, by_source in enumerate(counts):
         cumulative = reference.cumulative_shares(shares[batch], cell, index, multiplicity, start)
         for source, tokens in enumerate(by_source):
@@ -439,7 +475,7 @@ def run(
             raise ValueError(f"layers must be in [0, {trace.layers}), got {layer}")
     for name in options.placements:
         if name not in ("eplb", "none"):
-            topologies.from_name(name)
+            named_topology(name)
     cells = []
     for ep, name, slots in combinations(options):
         try:
@@ -475,7 +511,7 @@ def _cell(
     ep, name, slots = combination
     # Sizes decide whether a placement exists, loads don't: ask before any work.
     try:
-        make_placement(name, torch.ones(trace.experts), ep, slots)
+        make_placement(name, torch.from_numpy(np.ones(trace.experts)), ep, slots)
     except ValueError as error:
         raise _ImpossibleError(str(error)) from error
     results: list[LayerResult] = []

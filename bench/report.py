@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ from lplb_triton.bench.balance import Cell, Options, make_placement
 from lplb_triton.bench.plots import COLORS
 from lplb_triton.bench.simulate import slot_tokens
 from lplb_triton.bench.tables import LABELS
-from lplb_triton.bench.trace import Trace
+from lplb_triton.bench.trace import Trace, parse_json
 
-__all__ = ["flows", "heat", "html"]
+__all__ = ["flows", "heat", "html", "read"]
 
 HEAT_BINS = 64
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 640, 260, 52, 14, 34
@@ -104,6 +105,32 @@ def heat(trace: Trace, layer: int) -> dict[str, Any]:
     }
 
 
+def read(path: Path) -> dict[str, Any] | None:
+    """Read what a command of ``lplb-bench`` wrote as JSON.
+
+    Parameters
+    ----------
+    path
+        Any file.
+
+    Returns
+    -------
+    dict or None
+        None where the file is something else, such as a trace.
+
+    Raises
+    ------
+    OSError
+        If the file can't be read.
+    ValueError
+        If its name says JSON, but it isn't or is nested too deeply.
+    """
+    if path.suffix != ".json":
+        return None
+    found = parse_json(path.read_bytes(), str(path))
+    return found if isinstance(found, dict) and "command" in found else None
+
+
 def html(report: Mapping[str, Any]) -> str:
     """Lay out a page.
 
@@ -120,13 +147,30 @@ def html(report: Mapping[str, Any]) -> str:
     Raises
     ------
     ValueError
-        If the report is of another command, or of a version without what the page shows.
+        If the report is of another command, of a version without what the page shows, or was
+        changed into something else.
     """
     if report.get("command") != "balance":
         raise ValueError("report must be what lplb-bench balance wrote")
+    try:
+        return _page(report)
+    except _OldReportError:
+        raise
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"report is not as lplb-bench balance writes it ({what})") from error
+
+
+class _OldReportError(ValueError):
+    """Already says everything."""
+
+
+def _page(report: Mapping[str, Any]) -> str:
     cells = [cell for cell in report["cells"] if cell["applicable"]]
     if not cells or "heat" not in report:
-        raise ValueError("report has no results, or was written by an older version: run it again")
+        raise _OldReportError(
+            "report has no results, or was written by an older version: run it again"
+        )
     source = escape(str(report["options"]["trace"]))
     trace = report["trace"]
     parts = [

@@ -272,14 +272,19 @@ def _sum_over_ranks(
     if (fault != 0) | (gate == POISONED):
         _give_up(counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n, BLOCK, GATHER)
     if fault != 0:
-        _report(status_ptr, 0, n_ranks, epoch, channel, blamed, their_version, their_call, LANES)
-        tl.debug_barrier()
+        # Calls of other channels may fail too, for want of a rank that was sent away by this fault.
+        # The first to poison gate 0 tells the host.
+        before = tl.atomic_xchg(gates_ptr, POISONED, sem="acq_rel", scope="gpu")
         gates = tl.arange(0, CHANNELS)
         tl.atomic_xchg(
             gates_ptr + gates, tl.full((CHANNELS,), POISONED, tl.int32), sem="release", scope="sys"
         )
-        tl.debug_barrier()
-        tl.store(status_ptr, fault.to(tl.int64))
+        if before != POISONED:
+            _report(
+                status_ptr, 0, n_ranks, epoch, channel, blamed, their_version, their_call, LANES
+            )
+            tl.debug_barrier()
+            tl.store(status_ptr, fault.to(tl.int64))
 
 
 @triton.jit(

@@ -9,9 +9,11 @@ import torch
 from test_bench_balance import make_trace
 from test_timing import FakeTimer
 
-from lplb_triton.bench import advise, cli, placement
+from lplb_triton.bench import advise, cli, machine, placement
 from lplb_triton.bench import trace as traces
 from lplb_triton.bench.advise import GemmModel, Model, Point
+from lplb_triton.bench.commands import advise as command
+from lplb_triton.bench.commands import timed
 from lplb_triton.bench.simulate import draw_experts
 
 SMALL = Model(hidden=64, inner=32, experts=32, top_k=2)
@@ -191,23 +193,24 @@ def test_command(tmp_path, capsys):
         assert text in shown
     traces.save(tmp_path / "t.npz", make_trace())
     from_trace = ["advise", "--gemm", "table", "--trace", str(tmp_path / "t.npz"), "--top-k", "2"]
+    from_trace += ["--hidden", "4096", "--inner", "1536", "--ep", "8"]
     assert cli.main([*from_trace, "--json", "-"]) == cli.OK
     report = json.loads(capsys.readouterr().out)
     assert report["options"]["model"]["experts"] == 32 and report["options"]["loads"] == "t.npz"
     assert cli.main([*from_trace, "--experts", "64"]) == cli.USAGE
     assert cli.main([*common, "--ep", "7"]) == cli.USAGE
-    assert "ep must divide" in capsys.readouterr().err
+    assert "argument --ep: 7 does not divide" in capsys.readouterr().err
 
 
 def test_command_check(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_start_timed", lambda args: (torch.device("cpu"), FakeTimer()))
+    monkeypatch.setattr(timed, "start", lambda args: (torch.device("cpu"), FakeTimer()))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
-    machine = {"gpu": None, "cpu": "c", "torch_threads": 1, "torch": "t"}
-    monkeypatch.setattr(cli, "_environment", lambda device: machine)
-    monkeypatch.setattr(cli, "_pairs", lambda: 4)
+    found = {"gpu": None, "cpu": "c", "torch_threads": 1, "torch": "t"}
+    monkeypatch.setattr(machine, "environment", lambda device: found)
+    monkeypatch.setattr(machine, "pairs", lambda: 4)
     monkeypatch.setattr(advise, "MODELS", {"small": SMALL})
     monkeypatch.setattr(advise, "CALIBRATION_ROWS", (16, 64))
-    monkeypatch.setattr(cli, "CHECK_TOKENS", (16, 32))
+    monkeypatch.setattr(command, "CHECK_TOKENS", (16, 32))
     assert cli.main(["advise", "--check", "--json", "-"]) == cli.FAILED
     out = capsys.readouterr()
     report = json.loads(out.out)
@@ -215,7 +218,7 @@ def test_command_check(monkeypatch, capsys):
     points = [Point(**point) for point in report["fits"]["small"]["points"]]
     again = advise.fit(points, "measured on this none", 4)
     assert dataclasses.asdict(again) == report["fits"]["small"]["gemm"]
-    monkeypatch.setattr(cli, "CHECK_ERROR", 1e9)
+    monkeypatch.setattr(command, "CHECK_ERROR", 1e9)
     assert cli.main(["advise", "--check"]) == cli.OK
 
 

@@ -14,8 +14,9 @@ from PIL import Image
 from scipy.optimize import linprog
 
 from lplb_triton import Placement, Status, solve, topologies
-from lplb_triton.bench import balance, cli, plots, tables
+from lplb_triton.bench import balance, cli, output, plots, tables
 from lplb_triton.bench import trace as traces
+from lplb_triton.bench.commands import balance as command_balance
 
 TOLERANCE = 1e-3
 VARIANTS = ("none", "reordered", "even", "lp", "integer")
@@ -65,13 +66,13 @@ def test_writing_to_what_is_no_file(tmp_path):
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
     try:
-        cli._write(pipe, b"one")
+        output.write(pipe, b"one")
         assert os.read(reader, 10) == b"one" and pipe.is_fifo()
     finally:
         os.close(reader)
     link.symlink_to(file)
-    cli._write(link, b"two")
-    cli._write(link, b"three")
+    output.write(link, b"two")
+    output.write(link, b"three")
     assert link.is_symlink() and file.read_bytes() == b"three"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]
 
@@ -286,7 +287,7 @@ def test_json_elsewhere(trace_path, tmp_path):
 
 
 def test_failed_certificate_is_exit_code_1(trace_path, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "DEFAULT_MAX_ITERATIONS", 1)
+    monkeypatch.setattr(command_balance, "DEFAULT_MAX_ITERATIONS", 1)
     out = tmp_path / "out"
     args = ("--ep", "8", "--slots", "2", "--tolerance", "1e-5")
     assert cli.main(command(trace_path, out, *args)) == 1
@@ -374,7 +375,7 @@ def test_interrupt_leaves_no_file(trace_path, tmp_path, capsys, monkeypatch):
     def interrupted(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.os, "replace", interrupted)
+    monkeypatch.setattr(output.os, "replace", interrupted)
     assert cli.main(command(trace_path, out, "--ep", "8")) == 130
     assert "interrupted" in capsys.readouterr().err
     assert list(out.iterdir()) == []
@@ -395,7 +396,7 @@ def test_picture_is_repeatable():
 
 def test_tables_show_every_figure(capsys):
     cells = balance.run(make_trace(batches=6), balance.Options((4,), (1, 2)))
-    target = tables.console(stderr=False)
+    target = tables.console()
     tables.show_balance(target, cells, title="a [title]", time_label="of something")
     shown = capsys.readouterr().out
     assert "a [title]" in shown

@@ -191,8 +191,8 @@ def test_on_two_gpus(check, tmp_path):
     mp.spawn(work, (tmp_path / "store", [check]), nprocs=RANKS)
 
 
-# torch's own use of what it has deprecated
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# torch's own: what it uses and has deprecated, and what it says of other precisions
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.gpu
 def test_reduce_overhead_takes_graphs():
     balancer = Balancer(placement_of(RANKS), rank=0)

@@ -67,13 +67,13 @@ def check_quotas(group, rank, ranks):
                 cumulative = single.cumulative_shares(single.solve(counts.int()).shares).long()
                 first = np.repeat(structure.copy_start[:-1], lengths)
                 before = torch.cat([torch.zeros(1, dtype=torch.long), cumulative[:-1]])
-                before[torch.from_numpy(structure.copy_start[:-1]).long()] = 0
+                before[torch.tensor(structure.copy_start[:-1]).long()] = 0
                 expert = torch.from_numpy(np.repeat(np.arange(EXPERTS), lengths))
                 share = (cumulative - before).double() / (1 << 24) * counts[expert]
-                off = loads[torch.from_numpy(structure.copy_slot).long()] - share
+                off = loads[torch.tensor(structure.copy_slot).long()] - share
                 if name == "global":
                     assert float(off.abs().max()) < 1
-                    holder = placement.rank_of_slot[torch.from_numpy(structure.copy_slot).long()]
+                    holder = placement.rank_of_slot[torch.tensor(structure.copy_slot).long()]
                     for r in range(ranks):
                         replicated = (holder == r).numpy() & (lengths[expert] > 1)
                         n_replicated = len(set(first[replicated]))
