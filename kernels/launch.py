@@ -111,16 +111,16 @@ def _launch(call: _Call) -> None:
 class _Prepared:
     """A compiled kernel with its arguments, ready to launch.
 
-    ``args`` takes other addresses and integers between launches. With ``early`` the kernel may
-    start before the one ahead of it in its stream has ended, where the GPU can do that
-    (programmatic dependent launch); it has to wait for that one by itself.
+    ``args`` takes other addresses and integers between launches; no tensor is kept. With
+    ``early`` the kernel may start before the one ahead of it in its stream has ended, where the
+    GPU can do that (programmatic dependent launch); it has to wait for that one by itself.
     """
 
     args: Any
 
     def __init__(self, call: _Call, compiled: Any, early: bool) -> None:
         self.n_args = len(call.args)
-        self._call, self._compiled = call, compiled
+        self._grid, self._constants, self._compiled = call.grid, call.constants, compiled
         early = early and _has_pdl(call.args[0].device)
         self._direct: DriverLaunch | None = None
         if torch.version.hip is None:
@@ -138,15 +138,15 @@ class _Prepared:
         if profiled:
             # Triton's own way gathers what the hooks are told.
             args = self.args if self._direct is None else self._direct.values()
-            grid = self._call.grid, 1, 1
-            self._compiled[grid](*args, *self._call.constants, stream=stream)
+            grid = self._grid, 1, 1
+            self._compiled[grid](*args, *self._constants, stream=stream)
         elif self._direct is not None:
             self._direct.launch(stream)
         else:
             compiled = self._compiled
             self._launcher(
-                self._call.grid, 1, 1, stream, compiled.function, compiled.packed_metadata,
-                None, None, None, *self.args, *self._call.constants,
+                self._grid, 1, 1, stream, compiled.function, compiled.packed_metadata,
+                None, None, None, *self.args, *self._constants,
             )  # fmt: skip
 
 
@@ -323,6 +323,17 @@ class Settings(NamedTuple):
     max_iterations: int
 
 
+class Channel(NamedTuple):
+    """Where an exchange happens: calls of one channel come in the same order on every rank."""
+
+    number: int
+    opening: int = 0
+    """How the channel came to be, in 15 bits; the same on every rank."""
+
+
+FIRST_CHANNEL = Channel(0)
+
+
 class Exchange(NamedTuple):
     """One rank's side of an exchange of counts [n] with other ranks; docs/sync.md.
 
@@ -343,12 +354,13 @@ class Exchange(NamedTuple):
     capacity: int
     timeout_ms: int
 
-    def args(self, channel: int) -> tuple[Any, ...]:
-        """Run-time arguments of a kernel that does the exchange, the channel last."""
+    def args(self, channel: Channel) -> tuple[Any, ...]:
+        """Run-time arguments of a kernel that does the exchange, the channel's last."""
         gathered = self.total if self.gathered is None else self.gathered
         return (
             self.total, gathered, *self[2:7],
-            self.rank, self.addresses.numel(), self.capacity, self.timeout_ms, channel,
+            self.rank, self.addresses.numel(), self.capacity, self.timeout_ms,
+            channel.opening, channel.number,
         )  # fmt: skip
 
     def constants(self) -> tuple[int, ...]:
@@ -368,7 +380,7 @@ def _exchange_block(n: int) -> int:
 
 def _solve_counts_call(
     running: torch.Tensor | None, buffers: SolveBuffers, tables: SolveTables, settings: Settings,
-    exchange: Exchange | None = None, channel: int = 0,
+    exchange: Exchange | None = None, channel: Channel = FIRST_CHANNEL,
 ) -> _Call:  # fmt: skip
     n_group, n_ranks, n_slots = tables.rank_experts.shape
     _, n_members, n_columns = tables.first_members.shape
@@ -382,7 +394,7 @@ def _solve_counts_call(
         *buffers[1:], *settings, n_ranks, n_columns, n_slots, n_shared,
         n_logical, 0 if running is None else running.shape[0], n_sums,
         *tables.edges.shape[1:], *tables[FIRST_TABLES:],
-        *(exchange.args(channel) if exchange else (*[buffers.counts] * 7, 0, 0, 0, 0, 0)),
+        *(exchange.args(channel) if exchange else (*[buffers.counts] * 7, 0, 0, 0, 0, 0, 0)),
     )  # fmt: skip
     constants = (
         ranks, columns, max(2, slots), max(32, copies), n_members, SUM_ROWS, SUM_EXPERTS,

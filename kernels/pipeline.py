@@ -8,7 +8,9 @@ import torch
 import triton
 
 from lplb_triton.kernels.launch import (
+    FIRST_CHANNEL,
     FIRST_TABLES,
+    Channel,
     Exchange,
     SelectTables,
     Settings,
@@ -78,7 +80,7 @@ class Pipeline:
         out: torch.Tensor,
         chunk: int,
         settings: Settings,
-        channel: int = 0,
+        channel: Channel = FIRST_CHANNEL,
         between: Callable[[], None] | None = None,
     ) -> None:
         """Write physical ids of contiguous ``idx`` to ``out``.
@@ -108,7 +110,8 @@ class Pipeline:
         count.args[0], count.args[4], count.args[5] = ids, n_ids, chunk
         solve.args[SETTINGS_AT] = settings.certified.data_ptr()
         solve.args[SETTINGS_AT + 1] = settings.solves.data_ptr()
-        solve.args[solve.n_args - 1] = channel
+        solve.args[solve.n_args - 2] = channel.opening
+        solve.args[solve.n_args - 1] = channel.number
         choose.args[0], choose.args[1] = ids, out.data_ptr()
         choose.args[CHOICE_AT], choose.args[CHOICE_AT + 1] = n_ids, chunk
         stream, profiled = self._current_stream(self._device), _is_profiled()
@@ -121,8 +124,8 @@ class Pipeline:
                 kernel.launch(stream, profiled)
 
     def _calls(
-        self, idx: torch.Tensor, out: torch.Tensor, chunk: int, settings: Settings, channel: int,
-        split: bool,
+        self, idx: torch.Tensor, out: torch.Tensor, chunk: int, settings: Settings,
+        channel: Channel, split: bool,
     ) -> list[tuple[_Call, bool]]:  # fmt: skip
         """All launches, and whether they may start early.
 

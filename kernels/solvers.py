@@ -129,7 +129,7 @@ def _solve_lp_kernel(
     do_not_specialize=[
         "max_iterations", "n_ranks", "n_columns", "n_slots", "n_shared", "n_logical",
         "n_rows", "n_sums", "most_classes", "width",
-        "own_rank", "n_peers", "capacity", "timeout_ms", "channel",
+        "own_rank", "n_peers", "capacity", "timeout_ms", "opening", "channel",
     ],
     do_not_specialize_on_alignment=["counts_ptr", "certified_ptr", "solves_ptr"],
 )  # fmt: skip
@@ -142,7 +142,7 @@ def _solve_counts_kernel(
     first_ranks_ptr, column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
     copy_index_ptr, copy_multiplicity_ptr, edges_ptr,
     total_ptr, gathered_ptr, addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
-    own_rank, n_peers, capacity, timeout_ms, channel,
+    own_rank, n_peers, capacity, timeout_ms, opening, channel,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
     MEMBERS: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, PAIRS: tl.constexpr,
     LANES: tl.constexpr, PDL: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
@@ -216,7 +216,7 @@ def _solve_counts_kernel(
             _sum_over_ranks(
                 counts_ptr, total_ptr, gathered_ptr,
                 addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
-                own_rank, n_peers, capacity, timeout_ms, channel, n_logical, complete,
+                own_rank, n_peers, capacity, timeout_ms, opening, channel, n_logical, complete,
                 CHANNELS, BLOCK, GATHER, ON_GPU, LANES,
             )  # fmt: skip
             _start_dependents(PDL)

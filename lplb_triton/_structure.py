@@ -63,101 +63,98 @@ def build_structure(
     columns.
     """
     n_logical, n_physical, ep_size = len(counts), len(phy2log), n_group * group_size
-    slots_per_rank = n_physical // ep_size
     order = np.argsort(phy2log, kind="stable")
-    expert, rank = phy2log[order], order // slots_per_rank
-    copies = np.zeros((n_logical, ep_size), dtype=np.int64)
-    np.add.at(copies, (expert, rank), 1)
-    held = copies > 0
-    group = _group_of(held, n_group)
-    column_of, mask = _columns(held, group, n_group, max_columns)
-    column_start, members = _members(column_of, group, n_group, max_columns)
-
+    expert, rank = phy2log[order], order // (n_physical // ep_size)
     start = np.zeros(n_logical + 1, dtype=np.int32)
-    start[1:] = np.cumsum(counts)
+    start[1:] = counts.cumsum()
+    # An expert's copies ascend by rank.
+    first_rank, last_rank = rank[start[:-1]], rank[start[1:] - 1]
+    group = _groups(first_rank // group_size, last_rank // group_size, n_group)
+
+    column_of = np.full(n_logical, -1, dtype=np.int32)
+    replicated = (first_rank != last_rank).nonzero()[0]
+    if replicated.size:
+        held = np.zeros((n_logical, ep_size), dtype=np.bool_)
+        held[expert, rank] = True
+        column_of[replicated] = _columns(held[replicated], group[replicated], n_group, max_columns)
+    column = column_of[expert]
+    cell = np.where(column < 0, -1, rank * max_columns + column)
+    mask = np.zeros((n_group, group_size, max_columns), dtype=np.bool_)
+    mask.reshape(-1)[cell[cell >= 0]] = True
+
+    column_start, members = _members(column_of, group, n_group, max_columns)
     # Copies of one expert on one rank are neighbours in this order.
     fresh = np.ones(n_physical, dtype=np.bool_)
     fresh[1:] = (expert[1:] != expert[:-1]) | (rank[1:] != rank[:-1])
-    run_start = np.maximum.accumulate(np.where(fresh, np.arange(n_physical), 0))
-    cell = rank * max_columns + column_of[expert]
+    runs = fresh.nonzero()[0]
+    lengths = np.append(runs[1:], n_physical) - runs
+    fixed = _fixed(column_of, first_rank, ep_size, n_physical // ep_size)
     structure = Structure(
         column_of=column_of,
         cell_group=group.astype(np.int32),
         mask=mask,
-        fixed_experts=_fixed(column_of, held, slots_per_rank).reshape(n_group, group_size, -1),
+        fixed_experts=fixed.reshape(n_group, group_size, -1),
         column_start=column_start,
         column_members=members,
         copy_start=start,
         copy_slot=order.astype(np.int32),
-        copy_cell=np.where(column_of[expert] < 0, -1, cell).astype(np.int32),
-        copy_index=(np.arange(n_physical) - run_start).astype(np.int32),
-        copy_multiplicity=copies[expert, rank].astype(np.int32),
+        copy_cell=cell.astype(np.int32),
+        copy_index=(np.arange(n_physical) - np.repeat(runs, lengths)).astype(np.int32),
+        copy_multiplicity=np.repeat(lengths, lengths).astype(np.int32),
     )
     for array in structure:
         array.setflags(write=False)
     return structure
 
 
-def _group_of(held: BoolArray, n_group: int) -> _Int64Array:
-    """Group of each expert, ``[n_logical]``, from the ranks that hold it."""
-    n_logical, ep_size = held.shape
-    by_group = held.reshape(n_logical, n_group, -1).any(2)
-    spanning = by_group.sum(1) > 1
-    if spanning.any():
+def _groups(first: _Int64Array, last: _Int64Array, n_group: int) -> _Int64Array:
+    """Group of each expert, ``[n_logical]``, from those of its first and its last copy."""
+    spanning = np.flatnonzero(first != last)
+    if spanning.size:
         raise ValueError(
-            f"phy2log spreads expert {int(np.flatnonzero(spanning)[0])} over several of the "
-            f"{n_group} groups"
+            f"phy2log spreads expert {int(spanning[0])} over several of the {n_group} groups"
         )
-    group: _Int64Array = by_group.argmax(1)
-    sizes = np.bincount(group, minlength=n_group)
-    if (sizes * n_group != n_logical).any():
+    sizes = np.bincount(first, minlength=n_group)
+    if (sizes * n_group != len(first)).any():
         raise ValueError(
             f"phy2log must give each of {n_group} groups equally many experts, "
             f"got {sizes.min()}..{sizes.max()}"
         )
-    return group
+    return first
 
 
-def _columns(
-    held: BoolArray, group: _Int64Array, n_group: int, max_columns: int
-) -> tuple[Int32Array, BoolArray]:
-    """Make ``column_of`` and ``mask``.
+def _columns(held: BoolArray, group: _Int64Array, n_group: int, max_columns: int) -> _Int64Array:
+    """Column of each replicated expert, from the ranks that hold it and its group.
 
-    Experts with the same set of ranks become one column: the optimum is the same.
+    Experts with the same set of ranks become one column: the optimum is the same. A group's
+    columns are in the order of their sets, as rows of zeros and ones.
     """
-    n_logical, ep_size = held.shape
-    group_size = ep_size // n_group
-    column_of = np.full(n_logical, -1, dtype=np.int32)
-    mask = np.zeros((n_group, group_size, max_columns), dtype=np.bool_)
-    replicated = np.flatnonzero(held.sum(1) > 1)
-    if not replicated.size:
-        return column_of, mask
-    sets, inverse = np.unique(held[replicated], axis=0, return_inverse=True)
-    set_group = sets.argmax(1) // group_size
-    n_columns = np.bincount(set_group, minlength=n_group)
+    packed = np.packbits(held, axis=1)
+    words = np.zeros((len(held), -(-packed.shape[1] // 8) * 8), dtype=np.uint8)
+    words[:, : packed.shape[1]] = packed
+    keys = words.view(">u8").astype(np.uint64)
+    order = np.lexsort((*keys.T[::-1], group))
+    keys, in_order = keys[order], group[order]
+    fresh = np.ones(len(held), dtype=np.bool_)
+    fresh[1:] = (keys[1:] != keys[:-1]).any(1)
+    n_columns = np.bincount(in_order[fresh], minlength=n_group)
     if n_columns.max() > max_columns:
         raise ValueError(f"max_columns is {max_columns}, but phy2log needs {n_columns.max()}")
-    # np.unique sorts sets, not groups: number the sets within their group in order.
-    by = np.argsort(set_group, kind="stable")
-    within = np.empty(len(sets), dtype=np.int64)
     before = np.cumsum(n_columns) - n_columns
-    within[by] = np.arange(len(sets)) - np.repeat(before, n_columns)
-    column_of[replicated] = within[inverse.reshape(-1)]
-    which, where = np.nonzero(sets)
-    mask[set_group[which], where % group_size, within[which]] = True
-    return column_of, mask
+    column = np.empty(len(held), dtype=np.int64)
+    column[order] = np.cumsum(fresh) - 1 - before[in_order]
+    return column
 
 
 def _members(
     column_of: Int32Array, group: _Int64Array, n_group: int, max_columns: int
 ) -> tuple[Int32Array, Int32Array]:
     """Make ``column_start`` and ``column_members``."""
-    replicated = np.flatnonzero(column_of >= 0)
     members = np.full(len(column_of), -1, dtype=np.int32)
-    by_column = np.lexsort((column_of[replicated], group[replicated]))
-    members[: replicated.size] = replicated[by_column]
-    per_column = np.zeros((n_group, max_columns), dtype=np.int64)
-    np.add.at(per_column, (group[replicated], column_of[replicated]), 1)
+    replicated = (column_of >= 0).nonzero()[0]
+    of = group[replicated] * max_columns + column_of[replicated]
+    members[: replicated.size] = replicated[np.argsort(of, kind="stable")]
+    per_column = np.bincount(of, minlength=n_group * max_columns).reshape(n_group, max_columns)
     ends = np.cumsum(per_column.reshape(-1)).reshape(per_column.shape)
     start = np.zeros((n_group, max_columns + 1), dtype=np.int32)
     if max_columns:
@@ -166,14 +163,15 @@ def _members(
     return start, members
 
 
-def _fixed(column_of: Int32Array, held: BoolArray, slots_per_rank: int) -> Int32Array:
+def _fixed(
+    column_of: Int32Array, first_rank: _Int64Array, ep_size: int, slots_per_rank: int
+) -> Int32Array:
     """Experts that only one rank holds, ``[ep_size, slots_per_rank]``, padded with -1."""
-    ep_size = held.shape[1]
     fixed = np.full((ep_size, slots_per_rank), -1, dtype=np.int32)
-    single = np.flatnonzero(column_of < 0)
-    rank = held[single].argmax(1)
-    by_rank = np.argsort(rank, kind="stable")
+    single = (column_of < 0).nonzero()[0]
+    rank = first_rank[single]
+    by_rank = rank.argsort(kind="stable")
     per_rank = np.bincount(rank, minlength=ep_size)
-    place = np.arange(single.size) - np.repeat(np.cumsum(per_rank) - per_rank, per_rank)
+    place = np.arange(single.size) - (per_rank.cumsum() - per_rank).repeat(per_rank)
     fixed[rank[by_rank], place] = single[by_rank]
     return fixed

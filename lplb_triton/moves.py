@@ -53,11 +53,9 @@ class MovePlan:
         return len(self.expert)
 
     def __repr__(self) -> str:
-        """Numbers of weights in one line."""
-        return (
-            f"MovePlan({len(self)} slots to write, {self.moved} weights change rank, "
-            f"{int(self.crossing.sum())} cross domains)"
-        )
+        """Count the slots to write, the weights that change rank, and those that change domain."""
+        crossing = int(self.crossing.sum())
+        return f"MovePlan({len(self)} slots to write, {self.moved} moved, {crossing} crossing)"
 
 
 def plan_moves(

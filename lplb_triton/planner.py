@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton import topologies
+from lplb_triton._membership import warn_if_alone
 from lplb_triton.balancer import Balancer, check_counter
 from lplb_triton.placement import Placement
 from lplb_triton.solution import SHARE_BITS
@@ -97,7 +98,7 @@ class Planner:
         )
         self.balancer = Balancer(
             placement, group=group, device=device, backend=backend, tolerance=tolerance,
-            sync=sync, timeout=timeout, quotas=quotas,
+            sync=sync, timeout=timeout, quotas=quotas, _group_comes_later=True,
         )  # fmt: skip
         on = self.balancer.device
         self.r2o = r2o.to(on)
@@ -112,7 +113,7 @@ class Planner:
         self.combined_redundant_experts = (
             self.n_local_routed_experts - self.n_local_logical_routed_experts
         ) // self.num_redundants
-        self.deep_ep_initialized = False
+        self._has_run = self.deep_ep_initialized = False
 
         cells = (self.n_group, self.group_size, self.num_redundants)
         self._column = torch.zeros(cells, dtype=torch.int64, device=on)
@@ -134,7 +135,8 @@ class Planner:
     def init_from_deep_ep(self, buffer: Any) -> None:
         """Sum workloads over the process group of a DeepEP buffer.
 
-        Collective over the group; a second call does nothing. The buffer says which ranks NVLink
+        Collective over the group; a second call does nothing, unless the planner was loaded from a
+        file in between. The buffer says which ranks NVLink
         joins; with ``sync="auto"`` on GPUs these exchange counts through each other's memory, and
         torch.distributed joins them to the others. The buffer's own memory isn't used.
 
@@ -151,12 +153,19 @@ class Planner:
         ValueError
             If the group's size isn't ``ep_size``.
         """
-        if self.deep_ep_initialized:
+        if self.deep_ep_initialized and self.ep_group is not None:
             return
         group, domain_size = deep_ep_domain(buffer)
         self.balancer.set_group(group, domain_size=domain_size)
         self._index_edges()
         self.deep_ep_initialized = True
+
+    def _warn_if_alone(self) -> None:
+        """Warn in the first batch, since a DeepEP buffer may bring a group until then."""
+        if not self._has_run:
+            self._has_run = True
+            if self.balancer.group is None and self.balancer.quotas == "local":
+                warn_if_alone(self.balancer.placement, stacklevel=3)
 
     def close(self) -> None:
         """Let go of the communicator; see `Balancer.close`."""
@@ -251,6 +260,7 @@ class Planner:
                 f"got shape {tuple(workload.shape)}"
             )
         counter = check_counter("avail_counter", avail_counter, self.balancer.device)
+        self._warn_if_alone()
         counts = self.balancer.sync(workload.reshape(-1).to(torch.int32))
         solution = self.balancer.solve(counts, certified=counter)
         o_weight = solution.shares.gather(2, self._column)
@@ -319,6 +329,7 @@ class Planner:
             Physical ids, of the shape and dtype of ``idx``.
         """
         counter = check_counter("avail_counter", avail_counter, self.balancer.device)
+        self._warn_if_alone()
         return self.balancer.run(idx, n_sms=n_sms, certified=counter)
 
     def check(self) -> None:

@@ -46,7 +46,7 @@ def signature(kernel, constants):
 
 
 def exchange(gather):
-    return {"CHANNELS": 8, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": gather, "ON_GPU": 1}
+    return {"CHANNELS": 64, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": gather, "ON_GPU": 1}
 
 
 def jobs(capability):
