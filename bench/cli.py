@@ -30,7 +30,7 @@ from lplb_triton.bench import (
     balance,
     placement,
     plots,
-    record,
+    ranks,
     run_ep,
     simulate,
     tables,
@@ -1069,8 +1069,8 @@ def _placement(args: argparse.Namespace) -> int:
 def _record(args: argparse.Namespace) -> int:
     try:
         if args.merge is not None:
-            _make_folder(args.merge.parent)
-            traces.save(args.merge, record.merge(args.files))
+            for note in ranks.merge_into(args.merge, args.files):
+                print(f"lplb-bench: warning: {note}", file=sys.stderr)
         for path in args.files if args.merge is None else [args.merge]:
             found = traces.load(path)
             print(

@@ -32,7 +32,7 @@ from lplb_triton.kernels.launch_sync import Quotas, _divide_call
 
 # Where `Pipeline.run` finds the arguments that change from call to call.
 SETTINGS_AT = 2 + FIRST_TABLES + len(SolveBuffers._fields) - 1
-CHOICE_AT = 4 + len(SelectTables._fields)
+CHOICE_AT = 5 + len(SelectTables._fields)
 
 
 class Pipeline:
@@ -45,8 +45,8 @@ class Pipeline:
 
     Parameters
     ----------
-    running, status, rank
-        As for `count_by_program` and `select`.
+    running, report, rank
+        As for `count_by_program`, `solve_counts` and `select`.
     buffers, solve_tables, select_tables
         As for `solve_counts` and `select`; they must stay where they are.
     exchange : Exchange or None
@@ -58,7 +58,7 @@ class Pipeline:
     def __init__(
         self,
         running: torch.Tensor,
-        status: torch.Tensor,
+        report: torch.Tensor,
         buffers: SolveBuffers,
         solve_tables: SolveTables,
         select_tables: SelectTables,
@@ -66,7 +66,7 @@ class Pipeline:
         exchange: Exchange | None = None,
         quotas: Quotas | None = None,
     ) -> None:
-        self._running, self._status, self._buffers = running, status, buffers
+        self._running, self._report, self._buffers = running, report, buffers
         self._solve_tables, self._select_tables, self._rank = solve_tables, select_tables, rank
         self._exchange, self._quotas = exchange, quotas
         self._device = running.device.index
@@ -133,8 +133,8 @@ class Pipeline:
         it start.
         """
         running, buffers = self._running, self._buffers
-        calls = [(_count_call(idx, running, buffers.counts, self._status, chunk), False)]
-        fixed = buffers, self._solve_tables, settings
+        calls = [(_count_call(idx, running, buffers.counts, self._report, chunk), False)]
+        fixed = buffers, self._solve_tables, settings, self._report
         if split:
             calls.append((_sum_call(running, buffers.counts), False))
             calls.append((_solve_counts_call(None, *fixed), False))
@@ -145,6 +145,8 @@ class Pipeline:
         if self._quotas is not None:
             calls.append((_divide_call(cumulative, self._quotas), False))
             cumulative = self._quotas.mine
-        select = _select_call(idx, out, running, cumulative, self._select_tables, chunk, self._rank)
+        select = _select_call(
+            idx, out, running, cumulative, self._select_tables, self._report, chunk, self._rank
+        )
         calls.append((select, self._quotas is None))
         return calls

@@ -160,17 +160,31 @@ def _cell_ends(placement: Placement, number: NDArray[np.int32]) -> NDArray[np.in
     return found
 
 
-def _rank_experts(placement: Placement) -> dict[str, NDArray[Any]]:
-    """Keep one slot for an expert on a rank, and the part of it that an even split leaves there."""
+def _rank_experts(placement: Placement, number: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
+    """Keep one slot for an expert on a rank, the parts that even splits leave there, and its cell.
+
+    One split is even over ranks, the other over copies. ``number`` is ``cell_number`` of `_cells`.
+    """
     s = placement.structure
     once = s.copy_index == 0
     slot = s.copy_slot[once]
-    expert = np.repeat(np.arange(placement.n_logical), np.diff(s.copy_start))[once]
+    n_copies = np.diff(s.copy_start)
+    expert = np.repeat(np.arange(placement.n_logical), n_copies)[once]
     experts = np.full(placement.n_physical, -1, dtype=np.int32)
-    parts = np.zeros(placement.n_physical, dtype=np.float32)
-    experts[slot], parts[slot] = expert, 1.0 / np.bincount(expert)[expert]
+    parts = np.zeros((2, placement.n_physical), dtype=np.float32)
+    cells = np.full(placement.n_physical, -1, dtype=np.int32)
+    experts[slot] = expert
+    parts[0, slot] = 1.0 / np.bincount(expert)[expert]
+    parts[1, slot] = s.copy_multiplicity[once] / n_copies[expert]
+    at = s.copy_cell[once]
+    cells[slot] = np.where(at < 0, -1, np.append(number, np.int32(-1))[at])
     shape = placement.n_group, placement.group_size, placement.slots_per_rank
-    return {"rank_experts": experts.reshape(shape), "rank_parts": parts.reshape(shape)}
+    return {
+        "rank_experts": experts.reshape(shape),
+        "rank_parts": parts[0].reshape(shape),
+        "copy_parts": parts[1].reshape(shape),
+        "slot_cells": cells.reshape(shape),
+    }
 
 
 @lru_cache(maxsize=64)
@@ -351,7 +365,7 @@ def _arrays(placement: Placement, pair_classes: int | None = None) -> dict[str, 
         # Ranks are what threads read side by side.
         "cell_number": np.ascontiguousarray(number.transpose(0, 2, 1)),
         "cell_ends": _cell_ends(placement, number),
-        **_rank_experts(placement),
+        **_rank_experts(placement, number),
         "first_members": first_members,
         "column_start": s.column_start,
         "column_members": s.column_members,

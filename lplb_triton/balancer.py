@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton import _workspace, reference
+from lplb_triton._counts import check_counts, counts_to_int32
+from lplb_triton._limits import check_placement_size
 from lplb_triton._membership import (
     Agreed,
     agree,
@@ -114,7 +116,8 @@ class Balancer:
         Where ids live; by default the current GPU, or the CPU if there is none.
     backend : {"triton", "torch"} or None
         ``None`` takes the Triton kernels on a GPU and the torch twin on a CPU. An explicit
-        backend is used or refused, never replaced.
+        backend is used or refused, never replaced. The kernels take up to 512 ranks and 4,096
+        redundant slots in a group, and 16,384 logical experts; the twin takes any.
     tolerance : float
         Certified relative gap of the plans, at least 1e-5.
     max_iterations : int
@@ -197,6 +200,8 @@ class Balancer:
         self.device = _resolve_device(device)
         self._given_backend = backend
         self.backend = resolve_backend(backend, self.device)
+        if self.backend == "triton":
+            check_placement_size(placement)
         self.tolerance = check_tolerance(tolerance, MIN_TOLERANCE_FLOAT32)
         self.max_iterations = max_iterations
         if quotas not in QUOTAS:
@@ -558,14 +563,22 @@ class Balancer:
         Parameters
         ----------
         counts : torch.Tensor
-            ``[n_logical]`` int32.
+            ``[n_logical]`` int32 or int64 in [0, 2**31).
 
         Returns
         -------
         torch.Tensor
-            ``[n_logical]`` int32; fresh if there is a group.
+            ``[n_logical]`` int32; fresh if there is a group. On a GPU, counts or sums out of range
+            come out negative, and `solve` takes them for none.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For counts of the wrong dtype, shape or device; on a CPU also for counts out of range.
         """
         self._check_open()
+        counts = check_counts("counts", counts, (self._placement.n_logical,), self.device)
+        counts = counts_to_int32("counts", counts, self._checks_at_once)
         if self.communicator is None:
             return counts
         counts = counts.contiguous()
@@ -597,7 +610,8 @@ class Balancer:
         Parameters
         ----------
         counts : torch.Tensor
-            ``[n_logical]`` int32, tokens per logical expert over the EP group.
+            ``[n_logical]`` int32 or int64 in [0, 2**31), tokens per logical expert over the EP
+            group.
         certified : torch.Tensor or None
             One int32 or int64 element that rises by each group certified; by default the
             balancer's own.
@@ -606,16 +620,22 @@ class Balancer:
         -------
         Solution
             ``shares`` is ``[n_group, group_size, max_columns]``; fresh tensors.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For counts of the wrong dtype, shape or device; on a CPU, and by the torch backend,
+            also for counts out of range. On a GPU these make the status `Status.INVALID`.
+        RuntimeError
+            On a GPU, if an earlier call met counts or an id out of range; see `check`.
         """
         certified = self.certified if certified is None else certified
         check_counter("certified", certified, self.device)
-        if counts.shape != (self._placement.n_logical,) or counts.device != self.device:
-            raise ValueError(
-                f"counts must have shape [{self._placement.n_logical}] on {self.device}, "
-                f"got {tuple(counts.shape)} on {counts.device}"
-            )
+        counts = check_counts("counts", counts, (self._placement.n_logical,), self.device)
+        counts = counts_to_int32("counts", counts, self._checks_at_once)
         if self.backend == "torch":
             return self._solve_torch(counts, certified, self.solves)
+        self._raise_on_status()
         p = self._placement
         size = p.n_group, p.group_size, p.max_columns
         shares = torch.empty(size, dtype=torch.float32, device=self.device)
@@ -629,11 +649,11 @@ class Balancer:
         # Without the running sums and the counts, which are there.
         fresh = self._shapes(1)[2:]
         buffers: kernels.SolveBuffers = self._kernels.SolveBuffers(
-            counts.to(torch.int32).contiguous(),
+            counts.contiguous(),
             *(torch.empty(s, dtype=d, device=self.device) for s, d in fresh),
         )
         settings = self._settings(certified, self.solves)
-        self._kernels.solve_counts(None, buffers, self._solve_tables, settings)
+        self._kernels.solve_counts(None, buffers, self._solve_tables, settings, self._status)
         return buffers
 
     @opaque
@@ -649,8 +669,22 @@ class Balancer:
         -------
         torch.Tensor
             ``[n_physical]`` int32 in units of 2**-24, by copy.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For shares of the wrong dtype, shape or device.
         """
-        v = self._tables.views
+        if not isinstance(shares, torch.Tensor):
+            raise TypeError(f"shares must be a torch.Tensor, got {type(shares).__name__}")
+        if not shares.is_floating_point():
+            raise TypeError(f"shares must be floating-point, got {shares.dtype}")
+        p, v = self._placement, self._tables.views
+        if shares.shape != (p.n_group, p.group_size, p.max_columns) or shares.device != self.device:
+            raise ValueError(
+                f"shares must have shape [{p.n_group}, {p.group_size}, {p.max_columns}] on "
+                f"{self.device}, got {list(shares.shape)} on {shares.device}"
+            )
         return reference.cumulative_shares(
             shares, v["copy_cell"], v["copy_index"], v["copy_multiplicity"], v["copy_start"]
         )
@@ -674,6 +708,12 @@ class Balancer:
         -------
         torch.Tensor
             Like `run`.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As `run` does, also for counts that aren't those of ``idx`` and for what is no
+            cumulative share.
         """
         self._check_ids_tensor(idx)
         if running.ndim != 2 or running.shape[1] != self._placement.n_logical or not len(running):
@@ -692,8 +732,12 @@ class Balancer:
             )
         idx, cumulative = idx.contiguous(), cumulative.contiguous()
         views = self._tables.views
+        self._check_values(idx)
+        if self._checks_at_once:
+            counts, start = running[-1], views["copy_start"]
+            reference.check_counts_of("running", idx, counts)
+            reference.check_cumulative(counts, cumulative, start, self.rank)
         if self.backend == "torch":
-            self._check_values(idx)
             return reference.assign_copies(
                 idx, running[-1], cumulative, views["copy_start"], views["copy_slot"], self.rank
             )
@@ -702,7 +746,7 @@ class Balancer:
         running = running.contiguous()
         out = torch.empty_like(idx)
         kernels.select(
-            idx, out, running, cumulative, self._select_tables,
+            idx, out, running, cumulative, self._select_tables, self._status,
             _chunk(idx.numel(), len(running)), self.rank,
         )  # fmt: skip
         return out
@@ -733,12 +777,12 @@ class Balancer:
 
     @opaque
     def check(self) -> None:
-        """Wait for the device and raise if a call, or a graph replay, met a bad id.
+        """Wait for the device and raise if a call, or a graph replay, met bad ids or counts.
 
         Raises
         ------
         RuntimeError
-            Naming the id. The flag is cleared, so the next call starts afresh.
+            Naming what was bad. The report is cleared, so the next call starts afresh.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -747,13 +791,30 @@ class Balancer:
             self.communicator.check()
 
     def _raise_on_status(self) -> None:
-        if self._status_view[0]:
-            bad = int(self._status_view[1])
-            self._status_view[:] = 0
+        if not self._status_view[0]:
+            return
+        what = self._kernels.read_report(self._status_view)
+        if what == "idx":
             raise RuntimeError(
-                f"idx held {bad}, outside [-1, {self._placement.n_logical}), in an earlier call; "
-                "such ids became -1"
+                f"idx held {int(self._status_view[1])}, outside [-1, {self._placement.n_logical}), "
+                "in an earlier call; such ids became -1"
             )
+        if what == "counts":
+            if self.communicator is not None:
+                # Counts of a failed exchange are none: its own error says more.
+                self.communicator.check()
+            raise RuntimeError(
+                "counts, or their sums over the ranks, were outside [0, 2**31) in an earlier call; "
+                "its plan was the even split, with status INVALID"
+            )
+        if what == "running":
+            raise RuntimeError(
+                "running (of a Planner: local_workload_by_sm) didn't end with the counts of idx in "
+                "an earlier call of select"
+            )
+        raise RuntimeError(
+            "cumulative (of a Planner: o_weight) held no shares in an earlier call of select"
+        )
 
     def _check_ids_tensor(self, idx: torch.Tensor) -> None:
         if not isinstance(idx, torch.Tensor):
@@ -774,9 +835,14 @@ class Balancer:
             raise ValueError(f"n_sms must be at least 1, got {n_sms}")
         return n_sms
 
+    @property
+    def _checks_at_once(self) -> bool:
+        """Whether the host looks at values, and not the kernels without a wait for the GPU."""
+        return self.backend == "torch" or self.device.type == "cpu"
+
     def _check_values(self, idx: torch.Tensor) -> None:
-        """Raise at once, unless the kernels do the looking without a wait for the GPU."""
-        if (self.backend == "torch" or idx.device.type == "cpu") and idx.numel():
+        """Raise at once, unless the kernels do the looking."""
+        if self._checks_at_once and idx.numel():
             low, high = int(idx.min()), int(idx.max())
             if low < -1 or high >= self._placement.n_logical:
                 raise ValueError(

@@ -14,6 +14,7 @@ from lplb_triton import topologies
 # Other modules take `check_integer` from here.
 from lplb_triton._checks import check_integer as check_integer
 from lplb_triton._checks import nearest_divisors, nearest_multiples, on_host, would_do
+from lplb_triton._counts import check_load_dtype, check_load_values
 from lplb_triton._structure import Structure, build_structure
 from lplb_triton.eplb import checked_weight, rebalance
 from lplb_triton.problem import Problem
@@ -410,18 +411,15 @@ class Placement:
         """Check counts and return them as ``[B, n_logical]`` float64."""
         if not isinstance(counts, torch.Tensor):
             raise TypeError(f"counts must be a torch.Tensor, got {type(counts).__name__}")
-        if counts.is_complex():
-            raise TypeError(f"counts must have a real dtype, got {counts.dtype}")
         if counts.ndim not in (1, 2) or counts.shape[-1] != self.n_logical:
             raise ValueError(
                 f"counts must be [{self.n_logical}] or [B, {self.n_logical}], "
                 f"got {tuple(counts.shape)}"
             )
-        batched = counts.reshape(-1, self.n_logical).double()
-        # Elsewhere the look would be a wait; the solver reports such loads there.
-        if batched.device.type == "cpu" and not bool((batched.isfinite() & (batched >= 0)).all()):
-            raise ValueError("counts must be finite and not negative")
-        return batched
+        check_load_dtype("counts", counts)
+        if counts.device.type == "cpu":
+            check_load_values("counts", counts)
+        return counts.reshape(-1, self.n_logical).double()
 
     def problem(self, counts: torch.Tensor) -> Problem:
         """Fold counts by logical expert into programs, one per batch and group.
@@ -429,12 +427,18 @@ class Placement:
         Parameters
         ----------
         counts : torch.Tensor
-            ``[n_logical]`` or ``[B, n_logical]``, load of each logical expert over all ranks.
+            ``[n_logical]`` or ``[B, n_logical]``, load of each logical expert over all ranks:
+            integers or real numbers, finite and non-negative.
 
         Returns
         -------
         Problem
             ``B * n_group`` instances, batch-major, float64, on the device of ``counts``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For counts of the wrong dtype or shape; on a CPU also for negative or non-finite ones.
         """
         counts = self._batched(counts)
         batch, device = len(counts), counts.device
@@ -454,7 +458,32 @@ class Placement:
             weights.reshape(instances, self.max_columns),
             fixed.reshape(instances, self.group_size),
             mask,
+            self._split_over_copies(counts) if self._splits_differ else None,
         )
+
+    @cached_property
+    def _splits_differ(self) -> bool:
+        """Whether splits that are even over ranks and over copies differ."""
+        s = self.structure
+        return bool((s.copy_multiplicity[s.copy_cell >= 0] > 1).any())
+
+    def _split_over_copies(self, counts: torch.Tensor) -> torch.Tensor:
+        """Shares of columns if every expert is split evenly over its copies.
+
+        ``counts`` are ``[B, n_logical]`` float64; the result is
+        ``[B * n_group, group_size, max_columns]``. A column without tokens gets 0.
+        """
+        s, device = self.structure, counts.device
+        shared = np.flatnonzero(s.copy_cell >= 0)
+        expert = self._phy2log[s.copy_slot[shared]]
+        cell = torch.from_numpy(s.copy_cell[shared].astype(np.int64)).to(device)
+        per_copy = (counts / self.logcnt.to(device))[:, torch.from_numpy(expert).to(device)]
+        size = self.ep_size * self.max_columns
+        tokens = torch.zeros(len(counts), size, dtype=torch.float64, device=device)
+        tokens.index_add_(1, cell, per_copy)
+        tokens = tokens.reshape(-1, self.group_size, self.max_columns)
+        total = tokens.sum(1, keepdim=True)
+        return torch.where(total > 0, tokens / total, 0.0)
 
     def even_loads(self, counts: torch.Tensor) -> torch.Tensor:
         """Rank loads when each expert's load is split evenly over its copies (EPLB's way).
@@ -462,12 +491,17 @@ class Placement:
         Parameters
         ----------
         counts : torch.Tensor
-            ``[n_logical]`` or ``[B, n_logical]``.
+            ``[n_logical]`` or ``[B, n_logical]``, as for `problem`.
 
         Returns
         -------
         torch.Tensor
             ``[B, ep_size]`` float64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `problem` does.
         """
         counts = self._batched(counts)
         per_slot = (counts / self.logcnt.to(counts.device))[:, self.phy2log.long()]
@@ -487,16 +521,22 @@ class Placement:
         -------
         torch.Tensor
             ``[B, ep_size]`` float64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `problem` does, and for a solution of other programs.
         """
-        p = self.problem(counts)
         if not isinstance(solution, Solution):
             raise TypeError(f"solution must be a Solution, got {type(solution).__name__}")
-        shape, device = (p.n_instances, p.group_size, p.n_columns), solution.shares.device
-        if solution.shares.shape != shape or device != p.device:
+        p = self.problem(counts)
+        if solution.shares.shape != (p.n_instances, p.group_size, p.n_columns):
             raise ValueError(
-                f"solution must have shares {list(shape)} on {p.device}, as of the programs of "
-                f"counts, got {list(solution.shares.shape)} on {device}"
+                f"solution must have shares [{p.n_instances}, {p.group_size}, {p.n_columns}] like "
+                f"the programs of counts, got {list(solution.shares.shape)}"
             )
+        if solution.shares.device != p.device:
+            raise ValueError(f"solution is on {solution.shares.device}, expected {p.device}")
         loads = p.fixed + (p.weights.unsqueeze(1) * solution.shares.double()).sum(2)
         return loads.reshape(-1, self.ep_size)
 

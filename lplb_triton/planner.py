@@ -8,7 +8,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lplb_triton import topologies
+from lplb_triton import reference, topologies
+from lplb_triton._counts import check_counts, counts_to_int32
 from lplb_triton._membership import warn_if_alone
 from lplb_triton.balancer import Balancer, check_counter
 from lplb_triton.placement import Placement
@@ -237,8 +238,9 @@ class Planner:
         Parameters
         ----------
         workload : torch.Tensor
-            ``n_logical_routed_experts`` integers, any shape: tokens of each logical expert on
-            this rank (summed over the group here), or global if there is no group.
+            ``n_logical_routed_experts`` elements of any shape, int32 or int64 in [0, 2**31):
+            tokens of each logical expert on this rank (summed over the group here), or global if
+            there is no group.
         avail_counter : torch.Tensor
             One int32 or int64 element of any shape on the device; rises by the number of
             groups certified within the tolerance.
@@ -251,20 +253,27 @@ class Planner:
             ``[n_group, group_size, n_local_logical_routed_experts]`` float32, the summed
             workload divided by its largest entry (zeros if there are no tokens). Viewed flat
             it is indexed by logical id, whatever the placement.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As for `Balancer.solve`, naming ``workload``.
         """
-        if not isinstance(workload, torch.Tensor) or workload.is_floating_point():
-            raise TypeError(f"workload must be an integer tensor, got {workload!r}")
+        device = self.balancer.device
+        workload = check_counts("workload", workload, None, device)
         if workload.numel() != self.n_logical_routed_experts:
             raise ValueError(
                 f"workload must have {self.n_logical_routed_experts} elements, "
                 f"got shape {tuple(workload.shape)}"
             )
-        counter = check_counter("avail_counter", avail_counter, self.balancer.device)
+        counter = check_counter("avail_counter", avail_counter, device)
+        counts = counts_to_int32("workload", workload.reshape(-1), self.balancer._checks_at_once)
         self._warn_if_alone()
-        counts = self.balancer.sync(workload.reshape(-1).to(torch.int32))
+        counts = self.balancer.sync(counts)
         solution = self.balancer.solve(counts, certified=counter)
         o_weight = solution.shares.gather(2, self._column)
-        scaled = counts.float() / counts.max().clamp(min=1)
+        known = counts.clamp(min=0)
+        scaled = known.float() / known.max().clamp(min=1)
         return o_weight, scaled.reshape(self.n_group, self.group_size, -1)
 
     def weighted_select_target(
@@ -292,22 +301,47 @@ class Planner:
         -------
         torch.Tensor
             Physical ids, of the shape and dtype of ``idx``; -1 stays -1.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As for `Balancer.select`, naming the argument.
         """
+        if not isinstance(o_weight, torch.Tensor):
+            raise TypeError(f"o_weight must be a torch.Tensor, got {type(o_weight).__name__}")
+        if not o_weight.is_floating_point():
+            raise TypeError(f"o_weight must be floating-point, got {o_weight.dtype}")
         if tuple(o_weight.shape) != tuple(self._column.shape):
             raise ValueError(
                 f"o_weight must have shape {tuple(self._column.shape)}, got {tuple(o_weight.shape)}"
             )
-        if o_weight.device != self.balancer.device:
-            raise ValueError(f"o_weight is on {o_weight.device}, expected {self.balancer.device}")
-        if len(local_workload_by_sm) != n_sms:
+        device = self.balancer.device
+        if o_weight.device != device:
+            raise ValueError(f"o_weight is on {o_weight.device}, expected {device}")
+        name = "local_workload_by_sm"
+        running = check_counts(name, local_workload_by_sm, None, device)
+        if running.ndim != 2 or running.shape[1] != self.n_logical_routed_experts:
             raise ValueError(
-                f"n_sms is {n_sms}, but local_workload_by_sm has {len(local_workload_by_sm)} rows"
+                f"{name} must have shape [n_sms, {self.n_logical_routed_experts}], "
+                f"got {list(running.shape)}"
             )
+        if len(running) != n_sms:
+            raise ValueError(f"n_sms is {n_sms}, but {name} has {len(running)} rows")
+        at_once = self.balancer._checks_at_once
+        running = counts_to_int32(name, running, at_once)
+        if at_once:
+            self.balancer._check_ids_tensor(idx)
+            self.balancer._check_values(idx)
+            reference.check_counts_of(name, idx, running[-1])
+            if bool(o_weight.isnan().any()):
+                raise ValueError("o_weight must not be NaN")
         one = 1 << SHARE_BITS
-        kept = torch.round(o_weight.reshape(-1).double().clamp(0, 1) * one).int()[self._edge]
+        # NaN becomes what is no share.
+        kept = torch.round(o_weight.reshape(-1).double().clamp(0, 1) * one)
+        kept = kept.nan_to_num(nan=-1.0).int()[self._edge]
         first = torch.where(self._original_first, kept, one - kept)
         cumulative = torch.where(self._last, one, first).int()
-        return self.balancer.select(idx, cumulative, local_workload_by_sm)
+        return self.balancer.select(idx, cumulative, running)
 
     def run(
         self, idx: torch.Tensor, avail_counter: torch.Tensor, n_sms: int | None = None
