@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lplb_triton.bench.balance import Cell, Options, make_placement
+from lplb_triton.bench.balance import Cell, Options
 from lplb_triton.bench.plots import COLORS
 from lplb_triton.bench.simulate import slot_tokens
 from lplb_triton.bench.tables import LABELS
@@ -61,16 +61,14 @@ def flows(trace: Trace, options: Options, cell: Cell) -> list[dict[str, int]]:
         ``expert``, ``from`` (rank of the first copy), ``to`` (its own rank) and ``tokens``.
     """
     example = cell.worst()
-    part = next(
-        result.stretch
+    placement = next(
+        result.placement
         for result in cell.results
         if result.layer == example.layer
         and result.stretch.split <= example.batch < result.stretch.stop
     )
-    totals = torch.from_numpy(trace.totals()[:, example.layer])
-    history = totals[part.start : part.split].sum(0).double()
-    placement = make_placement(cell.placement, history, cell.ep, cell.slots)
-    tokens = slot_tokens(placement, totals[example.batch], "lplb", options.tolerance).flatten()
+    totals = torch.from_numpy(trace.totals()[example.batch, example.layer])
+    tokens = slot_tokens(placement, totals, "lplb", options.tolerance).flatten()
     ranks = placement.rank_of_slot.tolist()
     found = []
     for expert, (home, *others) in enumerate(placement.log2phy.tolist()):
