@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import math
 import struct
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -151,12 +152,29 @@ def html(report: Mapping[str, Any]) -> str:
     if report.get("command") != "balance":
         raise ValueError("report must be what lplb-bench balance wrote")
     try:
-        return _page(report)
+        # A mean of nothing or an overflow is no figure for a page.
+        with warnings.catch_warnings(), np.errstate(all="raise"):
+            warnings.simplefilter("error", RuntimeWarning)
+            return _page(report)
     except _OldReportError:
         raise
-    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        ValueError,
+        RuntimeWarning,
+    ) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"report is not as lplb-bench balance writes it ({what})") from error
+
+
+# What a value of another kind, or one that is missing, leads to.
+_BAD_FIGURES = (
+    *(LookupError, TypeError, AttributeError, ArithmeticError, ValueError),
+    RuntimeWarning,
+)
 
 
 class _OldReportError(ValueError):
