@@ -474,11 +474,11 @@ def _check_quotas(
     ``cumulative`` ``[n_physical]`` as of `Balancer.cumulative_shares`.
     """
     structure = placement.structure
-    start = torch.from_numpy(structure.copy_start).long()
+    start = torch.tensor(structure.copy_start).long()
     before = cumulative.roll(1)
     before[start[:-1]] = 0
     total = counts.repeat_interleave(start.diff(), 1)
-    off = loads[:, torch.from_numpy(structure.copy_slot).long()] << SHARE_BITS
+    off = loads[:, torch.tensor(structure.copy_slot).long()] << SHARE_BITS
     off -= (cumulative - before) * total
     if int(off.abs().max()) >= 1 << SHARE_BITS:
         raise timing.WrongAnswerError("a copy's load is a token or more off its share")

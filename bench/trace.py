@@ -38,6 +38,8 @@ __all__ = [
     "FORMAT_VERSION",
     "MOST_TOKENS",
     "Trace",
+    "check_meta",
+    "check_writable",
     "load",
     "packaged",
     "parse_json",
@@ -89,7 +91,7 @@ class Trace:
             raise ValueError(f"counts must have the axes {_AXES}, got shape {self.counts.shape}")
         _check_totals(self.counts, "counts")
         _check_steps(self.steps, self.counts.shape[0], "steps")
-        _check_meta(self.meta, "meta")
+        check_meta(self.meta, "meta")
 
     @property
     def batches(self) -> int:
@@ -151,7 +153,7 @@ def save(path: str | os.PathLike[str], trace: Trace) -> None:
     target = Path(path)
     if target.suffix != ".npz":
         raise ValueError(f"path must end in .npz, got {str(target)!r}")
-    _check_meta(trace.meta, "trace.meta")
+    check_meta(trace.meta, "trace.meta")
     meta = {**trace.meta, "format_version": FORMAT_VERSION}
     counts = trace.counts
     members: dict[str, npt.NDArray[Any]] = {
@@ -161,8 +163,7 @@ def save(path: str | os.PathLike[str], trace: Trace) -> None:
         "counts": np.asfortranarray(counts.astype(np.min_scalar_type(int(counts.max())))),
     }
     members["sha256"] = np.array(_checksum(members))
-    # In the same folder, so that os.replace stays within one file system.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _temporary(target)
     try:
         with open(temporary, "wb") as file:
             with zipfile.ZipFile(file, "w") as archive:
@@ -177,6 +178,40 @@ def save(path: str | os.PathLike[str], trace: Trace) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Find out whether `save` could write there, without leaving a file.
+
+    Parameters
+    ----------
+    path
+        As for `save`.
+
+    Raises
+    ------
+    OSError
+        If it couldn't: there is no such folder (``FileNotFoundError``), ``path`` is a folder, or
+        no file can be made there.
+    """
+    target = Path(path)
+    if not os.path.isdir(target.parent):
+        raise FileNotFoundError(f"path: no such folder: {str(target.parent)!r}")
+    if os.path.isdir(target):
+        raise IsADirectoryError(f"path is a folder: {str(target)!r}")
+    temporary = _temporary(target)
+    try:
+        with open(temporary, "wb"):
+            pass
+    except OSError as error:
+        text = f"path: can't write {target.name!r} in {str(target.parent)!r}: {error.strerror}"
+        raise type(error)(text) from error
+    temporary.unlink()
+
+
+def _temporary(target: Path) -> Path:
+    # In the same folder, so that os.replace stays within one file system.
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
 def load(path: str | os.PathLike[str]) -> Trace:
@@ -416,7 +451,7 @@ def _meta_from_content(content: dict[str, Any]) -> dict[str, Any]:
         if stored.ndim != 0 or stored.dtype.kind != "U":
             raise ValueError(f"'meta' must be a JSON string, got an array of {stored.dtype}")
         stored = parse_json(stored.item(), "'meta'")
-    _check_meta(stored, "'meta'")
+    check_meta(stored, "'meta'")
     meta.update(stored)
     return meta
 
@@ -462,7 +497,8 @@ def _check_steps(steps: object, batches: int, name: str) -> None:
         raise ValueError(f"{name} must not be negative, got {int(steps.min())}")
 
 
-def _check_meta(meta: object, name: str) -> None:
+def check_meta(meta: object, name: str) -> None:
+    """Raise a ``TypeError`` or ``ValueError`` by name unless ``meta`` can be a trace's."""
     if not isinstance(meta, dict):
         raise TypeError(f"{name} must be a dict, got {type(meta).__name__}")
     for key in meta:

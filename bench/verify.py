@@ -206,9 +206,7 @@ def verify(
         masks = problem.mask.expand(problem.n_instances, -1, -1).numpy()
         jobs = zip(problem.weights.numpy(), problem.fixed.numpy(), masks, strict=True)
         optima = np.array([highs_optimum(*job) for job in jobs])
-        there = Problem(
-            problem.weights.to(device), problem.fixed.to(device), problem.mask.to(device)
-        )
+        there = problem.to(device)
         for verdict in verdicts:
             if verdict.from_counts:
                 solution = solve_counts(

@@ -1031,6 +1031,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     config = parse_arguments(arguments)
     try:
+        if config.record is not None:
+            traces.check_writable(config.record)
         device = pick_device(config.device)
         if device.type == "cuda":
             # cuBLAS reads this when it starts; without it its results can differ between runs.

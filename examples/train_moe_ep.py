@@ -38,7 +38,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
@@ -60,6 +60,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lplb_triton import Placement
 from lplb_triton.bench import tables
+from lplb_triton.bench import trace as traces
 from lplb_triton.bench.record import Recorder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -327,7 +328,11 @@ class Trainer:
         if settings.record:
             config = self.config
             meta = {"made_by": "examples/train_moe_ep.py", "top_k": config.top_k}
-            self.recorder = Recorder(settings.record, config.experts, config.layers, meta=meta)
+            # All micro-batches of a step are one batch of the trace.
+            self.recorder = Recorder(
+                settings.record, config.experts, config.layers,
+                adds_per_step=settings.microbatches, meta=meta,
+            )  # fmt: skip
             for index, layer in enumerate(self.layers):
                 layer.record = partial(self.recorder.add, index)
         # Tokens of every expert since the last placement.
@@ -481,8 +486,6 @@ class Trainer:
         self.run.unbalanced += (in_order.amax(-1) / in_order.mean(-1)).mean(-1).tolist()
 
     def _finish(self) -> None:
-        if self.recorder is not None:
-            self.recorder.close()
         self.run.step_ms, self.run.moe_ms = self.timer.milliseconds()
         balancers = [layer.balancer for layer in self.layers if layer.balancer and layer.lplb]
         solves = sum(int(balancer.solves) for balancer in balancers)
@@ -621,7 +624,9 @@ def train(
         trainer = Trainer(settings, balance, device, group, say)
         if settings.resume:
             trainer.load_checkpoint(Path(settings.resume))
-        runs.append(trainer.train(tokens, begins))
+        # What was recorded is written also if training fails.
+        with trainer.recorder or nullcontext():
+            runs.append(trainer.train(tokens, begins))
         trainer.close()
         # Two runs' experts and optimizer states may not fit at once.
         del trainer
@@ -698,7 +703,6 @@ def work(rank: int, settings: Settings, store: str | None) -> None:
                 )
             if settings.out is not None:
                 folder = Path(settings.out)
-                folder.mkdir(parents=True, exist_ok=True)
                 (folder / "train.json").write_text(json.dumps(summary, indent=1) + "\n")
                 draw(runs, folder / "curves.png")
     finally:
@@ -726,6 +730,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if settings.out is not None:
             tables.require("matplotlib")
+            # Before the training, so that its results are not lost.
+            Path(settings.out).mkdir(parents=True, exist_ok=True)
+            for name in ("train.json", "curves.png"):
+                traces.check_writable(Path(settings.out) / name)
         if "LOCAL_RANK" in os.environ and not settings.processes:
             work(int(os.environ["LOCAL_RANK"]), settings, None)
             return 0

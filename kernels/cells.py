@@ -17,7 +17,7 @@ from lplb_triton.kernels.interior_point import _newton_by_cells
 from lplb_triton.kernels.levelling import (
     COPIES_AT_ONCE,
     ROUNDED_PART,
-    TARGET_PART,
+    _aim,
     _balance,
     _load_rank_cells,
     _rank_loads,
@@ -175,17 +175,37 @@ def _fold(on_rank, part, complete, n_ranks, G: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
+def _split_over_copies(
+    counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr, cells_ptr, n_cells, n_slots,
+    x_ptr, COPIES: tl.constexpr,
+):  # fmt: skip
+    """Write tokens by cell of the split that is even over copies to x [n_cells]."""
+    cell = tl.arange(0, COPIES)
+    is_cell = cell < n_cells
+    slot = tl.load(cells_ptr + cell, mask=is_cell, other=0) * n_slots
+    tokens = tl.zeros((COPIES,), tl.float32)
+    for _ in range(n_slots):
+        mine = is_cell & (tl.load(slot_cells_ptr + slot, mask=is_cell, other=-1) == cell)
+        expert = tl.load(rank_experts_ptr + slot, mask=mine, other=-1)
+        part = tl.load(copy_parts_ptr + slot, mask=mine, other=0.0)
+        tokens += _counts_of(counts_ptr, expert) * part
+        slot += 1
+    tl.store(x_ptr + cell, tokens, mask=is_cell)
+
+
+@triton.jit
 def _solve_cells(
     tables, weights, fixed, load, in_pairs, peak, total, bound, invalid, tolerance,
-    max_iterations, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
+    max_iterations, counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr,
+    cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
     copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
-    n_ranks, n_columns, n_shared, width,
+    n_ranks, n_columns, n_slots, n_shared, width,
     G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Solve a group by cells; returns its largest load, a bound and iterations.
 
-    weights [C]; fixed and load [G], of the even split. With ``in_pairs`` 1 the cumulative shares
-    are those of a level plan.
+    weights [C]; fixed and load [G], of the split that is even over ranks. With ``in_pairs`` 1 the
+    cumulative shares are those of a level plan.
     """
     rank = tl.arange(0, G)
     col = tl.arange(0, C)
@@ -202,12 +222,28 @@ def _solve_cells(
     upto_ptr = (tokens_ptr + n_shared).to(tl.pointer_type(tl.int32), bitcast=True)
     units_ptr = upto_ptr + n_shared
     target = tolerance - BOUND_ALLOWANCE
-    aim = target * TARGET_PART
+    aim = _aim(target, n_ranks)
     tl.store(weights_ptr + col, weights, mask=col < n_columns)
     tl.debug_barrier()
     cell_weights = tl.load(weights_ptr + tables.cell_column, mask=is_cell, other=0.0)
     if in_pairs == 0:
         tl.store(x_ptr + cell, cell_weights / tables.cell_copies, mask=is_cell)
+        if (extents.multiplicity > 1) & (invalid == 0):
+            # Where a rank has several copies of an expert, there are two even splits.
+            _split_over_copies(
+                counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr, cells_ptr,
+                extents.n_cells, n_slots, tokens_ptr, COPIES,
+            )  # fmt: skip
+            tl.debug_barrier()
+            other = _rank_loads(
+                fixed, tokens_ptr, tables.first_cells, rank_cells_ptr, n_ranks,
+                extents.most_cells, G,
+            )  # fmt: skip
+            if tl.max(other) < peak:
+                load = other
+                peak = tl.max(other)
+                tokens = tl.load(tokens_ptr + cell, mask=is_cell, other=0.0)
+                tl.store(x_ptr + cell, tokens, mask=is_cell)
         tl.debug_barrier()
         bound = _balance(
             peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, scratch_ptr,
@@ -289,7 +325,7 @@ def _column_weights(
 @triton.jit(noinline=True)
 def _solve_cells_in_memory(
     counts_ptr, complete, in_pairs, known_bound, tolerance, max_iterations,
-    rank_experts_ptr, rank_parts_ptr,
+    rank_experts_ptr, rank_parts_ptr, copy_parts_ptr, slot_cells_ptr,
     cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, first_members_ptr,
     first_ranks_ptr, column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
     edges_ptr, extents_ptr, copy_index_ptr, copy_multiplicity_ptr,
@@ -317,8 +353,9 @@ def _solve_cells_in_memory(
     )  # fmt: skip
     max_load, bound, iterations = _solve_cells(
         tables, weights, fixed, load, in_pairs, peak, total, tl.maximum(bound, known_bound),
-        invalid, tolerance, max_iterations, cells_ptr, cell_start_ptr, rank_cells_ptr,
-        cell_number_ptr, edges_ptr, copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr,
-        scratch_ptr, n_ranks, n_columns, n_shared, width, G, C, COPIES, LANES,
+        invalid, tolerance, max_iterations, counts_ptr, rank_experts_ptr, copy_parts_ptr,
+        slot_cells_ptr, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
+        copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
+        n_ranks, n_columns, n_slots, n_shared, width, G, C, COPIES, LANES,
     )  # fmt: skip
     return max_load, bound, iterations, invalid

@@ -69,7 +69,7 @@ class ExactSearch:
             start.phy2log.long().to(device),
             start.rank_of_slot.long().to(device),
         )
-        self.copies = torch.zeros(start.n_logical, self.ranks, device=device)
+        self.copies = torch.zeros(start.n_logical, self.ranks, dtype=torch.float32, device=device)
         self.copies.index_put_(
             (self.expert, self.rank),
             torch.ones_like(self.rank, dtype=torch.float32),

@@ -29,7 +29,7 @@ class SolveError(RuntimeError):
     """An instance was not certified within its tolerance."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """Plans and certificates of a batch of programs; everything stays on the device.
 
@@ -63,6 +63,14 @@ class Solution:
     iterations: torch.Tensor
     status: torch.Tensor
     tolerance: float
+
+    def __repr__(self) -> str:
+        """Sizes and device in one line, without a wait for the device."""
+        instances, ranks, columns = self.shares.shape
+        return (
+            f"Solution({instances} instances, {ranks} ranks, {columns} columns, "
+            f"tolerance {self.tolerance:g}, on {self.shares.device})"
+        )
 
     def check(self) -> None:
         """Raise unless every instance is certified; waits for the device.

@@ -348,3 +348,7 @@ def test_command_line_errors(tmp_path, capsys):
     assert "top_k must be at most experts (256)" in capsys.readouterr().err
     assert moe.main(["--device", "cpu", "--text", str(tmp_path / "none")]) == 1
     assert "error: text: no such file" in capsys.readouterr().err
+    # Tried before the training, not after it.
+    (tmp_path / "folder.npz").mkdir()
+    assert moe.main(["--device", "cpu", "--record", str(tmp_path / "folder.npz")]) == 1
+    assert "error: path is a folder" in capsys.readouterr().err

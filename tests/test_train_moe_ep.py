@@ -248,10 +248,13 @@ def test_command_line(tmp_path, capfd):
     # One rank; every expert has as many tokens as the others.
     assert summary["runs"][0]["unbalanced"] == [1.0] * 3
     path = tmp_path / "trace.npz"
-    once = [arguments.replace("none,lplb", "lplb"), f" --record {path}"]
+    once = [arguments.replace("none,lplb", "lplb"), f" --microbatches 2 --record {path}"]
     assert script.main("".join(once).split()) == 0
     trace = load_trace(path)
-    assert trace.steps.tolist() == [0, 1, 2] and (trace.counts == 4).all()
+    assert trace.steps.tolist() == [0, 1, 2] and (trace.counts == 8).all()
+    (tmp_path / "file").touch()
+    assert script.main(["--steps", "3", "--out", str(tmp_path / "file")]) == 1
+    assert "file" in capfd.readouterr().err
     assert script.main(["--experts", "5", "--processes", "2"]) == 1
     assert "must be multiples of the 2 ranks" in capfd.readouterr().err
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lplb_triton.bench import options, output, record
+from lplb_triton.bench import options, output, ranks
 from lplb_triton.bench import trace as traces
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import OK, Output
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Merge, and say what is in the files."""
     try:
         if args.merge is not None:
-            output.make_folder(args.merge.parent, "--merge")
-            traces.save(args.merge, record.merge(args.files))
+            for note in ranks.merge_into(args.merge, args.files):
+                output.say(f"warning: {note}")
         for path in args.files if args.merge is None else [args.merge]:
             found = traces.load(path)
             out.write(

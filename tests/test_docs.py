@@ -1,0 +1,302 @@
+"""README and docs are true to the word: every block runs, every command, link and name exists."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pages
+import pytest
+import torch
+from gloo import run_ranks
+from page_programs import AFTER, BEFORE, GROUP_PAGES, check_pages, run_page
+from pages import PAGES, ROOT
+from torch.distributed.run import get_args_parser
+
+import lplb_triton
+from lplb_triton import sync, topologies
+from lplb_triton.bench import cli, plots, record, trace
+from lplb_triton.bench.record import Recorder
+
+# As when a script is run.
+sys.path.append(str(ROOT / "examples"))
+moe, moe_ep = map(importlib.import_module, ("train_moe", "train_moe_ep"))
+SCRIPTS = {"train_moe": (moe.Config, moe._HELP), "train_moe_ep": (moe_ep.Settings, moe_ep.HELP)}
+# Run on a small trace; the other commands need a GPU or minutes.
+QUICK = ("advise", "balance", "record", "report")
+
+
+PYTHON_PAGES = [page for page in PAGES if pages.in_language(page, "python")]
+SHELL_PAGES = [page for page in PAGES if pages.in_language(page, "bash")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_says_what_it_is(page):
+    for block in pages.blocks(page):
+        assert pages.problem(block) is None, f"{block}: {pages.problem(block)}"
+
+
+def test_blocks_are_found_and_judged():
+    text = """# Page
+<!-- not run: needs two hosts -->
+```python
+x = 1
+```
+
+## Part
+
+    y = 2
+
+- item
+
+  ```ruby
+  ```
+
+```python
+... here
+```
+
+    T_j = floor((c F_j) / 2)
+      $ make all
+"""
+    found = pages.blocks("page", text)
+    assert [(b.heading, b.language, b.not_run is None) for b in found] == [
+        ("Page", "python", False), ("Part", "indented", True), ("Part", "ruby", True),
+        ("Part", "python", True), ("Part", "indented", True),
+    ]  # fmt: skip
+    assert found[0].not_run == "needs two hosts" and found[0].line == 3
+    wrong = ["fence it", "got 'ruby'", "not Python", "fence it"]
+    assert pages.problem(found[0]) is None
+    for block, words in zip(found[1:], wrong, strict=True):
+        assert words in pages.problem(block)
+
+
+def test_settings_belong_to_blocks():
+    known = {(page, block.heading) for page in PAGES for block in pages.in_language(page, "python")}
+    assert {*BEFORE, *AFTER} <= known and set(GROUP_PAGES) <= set(PYTHON_PAGES)
+
+
+@pytest.mark.parametrize("page", [page for page in PYTHON_PAGES if page not in GROUP_PAGES])
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page(page)
+
+
+def test_python_blocks_run_in_two_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    run_ranks(check_pages, 2, tmp_path)
+
+
+def record_ranks(layers, experts):
+    """Write what two ranks record, where the commands of the pages look for it."""
+    for rank in range(2):
+        with Recorder("trace.npz", experts, layers, rank=rank, world_size=2) as recorder:
+            for _ in range(2):
+                for layer in range(layers):
+                    recorder.add(layer, torch.randint(experts, (64, 8)))
+                recorder.step()
+
+
+def check_command(name, *args):
+    """Hold a command against the parser or the file that it is for."""
+    if name == "lplb-bench":
+        parse(args)
+    elif name == "make":
+        subprocess.run(["make", "--dry-run", *args], cwd=ROOT, check=True, capture_output=True)
+    elif name == "pip":
+        check_install(*args)
+    elif name == "torchrun":
+        parsed = get_args_parser().parse_args(args)
+        check_script(parsed.training_script, *parsed.training_script_args)
+    else:
+        # What stands ahead of it is another program's, such as compute-sanitizer.
+        check_script(*((name, *args)[(name, *args).index("python") + 1 :]))
+
+
+def parse(args):
+    """Let the parser of lplb-bench read a command, or its name alone."""
+    try:
+        cli._parser().parse_args([*args, *(["--help"] if len(args) == 1 else [])])
+    except SystemExit as done:
+        assert done.code == 0, args
+
+
+def check_script(path, *args):
+    assert (ROOT / path).is_file(), path
+    name = Path(path).stem
+    if name in SCRIPTS:
+        kind, texts = SCRIPTS[name]
+        moe.parse_arguments(args, kind, texts)
+    else:
+        assert not args, "unknown options"
+
+
+def check_install(install, *requirements):
+    assert install == "install"
+    offered = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    for requirement in requirements:
+        found = re.fullmatch(r"(?:\.|lplb_triton)(?:\[(\w+)\])?", requirement)
+        assert found and (found[1] is None or found[1] in offered), requirement
+
+
+@pytest.mark.parametrize("page", SHELL_PAGES)
+def test_shell_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Drawing takes most of the time, and has tests of its own.
+    monkeypatch.setattr(plots, "balance_png", lambda cells, title: b"")
+    record_ranks(1, 256)
+    for block in pages.in_language(page, "bash"):
+        for name, *args in pages.commands(block.text, tmp_path):
+            check_command(name, *args)
+            if name == "lplb-bench" and args[0] in QUICK:
+                if args[0] == "balance":
+                    args += ["--trace", "trace.rank00000.npz", "--no-report"]
+                assert cli.main(args) == cli.OK, args
+
+
+def test_wrong_commands_are_found(tmp_path, capsys):
+    for text in (
+        "lplb-bench balance --epp 8",
+        "lplb-bench blance",
+        "make runs",
+        "pip install '.[benches]'",
+        "pip install other",
+        "python examples/train_moe.py --stepz 1",
+        "python examples/train.py",
+        "torchrun --nproc-per-node 2 examples/train_moe_ep.py --balance even",
+    ):
+        with pytest.raises((AssertionError, SystemExit, subprocess.CalledProcessError)):
+            for command in pages.commands(text, tmp_path):
+                check_command(*command)
+    with pytest.raises(AssertionError, match="curl"):
+        pages.commands("curl x", tmp_path)
+    script = "A='1 2'\nX=3 lplb-bench $A \\\n  *.one # said\nmake"
+    (tmp_path / "a.one").touch()
+    assert pages.commands(script, tmp_path) == [["lplb-bench", "1", "2", "a.one"], ["make"]]
+
+
+PLACEHOLDERS = {"FILE": "trace.npz", "NAME": "deepseek-v3", "N": "8"}
+
+
+def words_of(span):
+    """Words of a command in running text: dots stand for what was said before."""
+    words = [word.removesuffix("...") for word in shlex.split(span)]
+    return [PLACEHOLDERS.get(word, word) for word in words if word]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_commands_in_the_text_exist(page, capsys):
+    for span in pages.code_spans(page):
+        if span.startswith(("lplb-bench ", "make ", "pip ", "python ", "torchrun ")):
+            check_command(*words_of(span))
+
+
+def help_texts(capsys):
+    """Help of lplb-bench and of each of its commands."""
+    (commands,) = [a.choices for a in cli._parser()._actions if isinstance(a.choices, dict)]
+    for args in ([], *([name] for name in commands)):
+        with pytest.raises(SystemExit):
+            cli.main([*args, "--help"])
+        yield capsys.readouterr().out
+
+
+def test_examples_in_help_are_right(capsys):
+    found = 0
+    for text in help_texts(capsys):
+        # What an example does may stand behind it.
+        for line in re.findall(r"^ +(lplb-bench (?:\S+ )*\S+)", text, re.MULTILINE):
+            check_command(*shlex.split(line))
+            found += 1
+    assert found > 10
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_examples_in_scripts_are_right(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = importlib.import_module(name).__doc__
+    shell = "\n".join(re.findall(r"^    (.*)", text, re.MULTILINE))
+    found = pages.commands(shell, tmp_path)
+    assert found
+    for command in found:
+        check_command(*command)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in pages.links(page):
+        target, _, anchor = link.partition("#")
+        if not target.startswith("http"):
+            path = (ROOT / page).parent / target if target else ROOT / page
+            assert path.exists(), link
+            assert not anchor or anchor in pages.anchors(path.relative_to(ROOT)), link
+
+
+def test_layout_names_what_there_is():
+    (layout,) = [b.text for b in pages.in_language("README.md", "text") if b.heading == "Layout"]
+    for line in layout.splitlines():
+        assert (ROOT / line.split()[0]).is_dir(), line
+
+
+def documented(heading, name):
+    """What a name of docs/api.md under a heading is."""
+    handle = typing.get_type_hints(lplb_triton.Replicas.sync_weights)["return"]
+    others = lplb_triton, sync, sync.Communicator, topologies, record, trace, handle
+    for holder in (getattr(lplb_triton, heading.strip("`"), None), *others):
+        found = holder
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is not None:
+            return found
+    raise AssertionError(f"{name} under {heading} is nowhere")
+
+
+def arguments(code):
+    """Names, kinds and defaults of the arguments in ``name(a, *, b=1)``, comparable."""
+    (function,) = ast.parse(f"def {code}: pass").body
+    values = {}
+    exec(compile(ast.Module([function], []), "api.md", "exec"), values)
+    return parameters(values[function.name])
+
+
+def parameters(call):
+    found = inspect.signature(call).parameters.values()
+    return [(p.name, p.kind, p.default) for p in found if p.name != "self"]
+
+
+def test_names_and_arguments_in_api_are_right():
+    heading, checked = "", set()
+    for kind, content in pages.code_by_heading("docs/api.md"):
+        if kind == "heading":
+            heading = content
+        call = re.fullmatch(r"([\w.]+)(\(.*\))(?: -> \w+)?", content, re.DOTALL)
+        if kind == "code" and call:
+            shown = arguments("name" + call[2].replace("\n", " "))
+            assert shown == parameters(documented(heading, call[1])), content
+            checked.add(call[1])
+    assert len(checked) > 40
+    text = (ROOT / "docs/api.md").read_text()
+    missing = [name for name in lplb_triton.__all__ if f"`{name}" not in text]
+    assert not missing
+
+
+def modules_with_examples():
+    """Every module of the package whose docstrings hold examples."""
+    for folder in ("lplb_triton", "topologies", "bench"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if ">>>" in path.read_text():
+                inside = path.relative_to(ROOT).with_suffix("")
+                parts = inside.parts if folder == "lplb_triton" else ("lplb_triton", *inside.parts)
+                yield ".".join(part for part in parts if part != "__init__")
+
+
+@pytest.mark.parametrize("name", list(modules_with_examples()))
+def test_examples_in_docstrings_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert tried and not failed
