@@ -24,12 +24,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lplb_triton import Placement, Solution, Status, reference, solve
+from lplb_triton import Placement, Solution, Status, chain, place, reference, solve
 from lplb_triton.bench.instances import named_topology
 from lplb_triton.bench.trace import MOST_TOKENS, Trace
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE
 
 __all__ = [
+    "BY_HISTORY",
     "VARIANTS",
     "Cell",
     "Example",
@@ -48,6 +49,8 @@ __all__ = [
 FloatArray = npt.NDArray[np.float64]
 
 VARIANTS = ("none", "reordered", "even", "lp", "integer")
+# Placements that are made for a number of slots from any history.
+BY_HISTORY = ("eplb", "chain", "place")
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,7 @@ class Options:
     slots
         Redundant slots per rank.
     placements
-        ``"eplb"``, ``"none"`` (contiguous, no replicas) or a name that
-        `lplb_triton.topologies.from_name` knows.
+        Names that `make_placement` knows.
     history
         Batches of each stretch that placements are made from: a part in (0, 1) or a number.
     layers
@@ -107,6 +109,8 @@ class LayerResult:
         Index in the trace.
     stretch
         Which batches.
+    placement
+        Made from the history of the stretch.
     loads
         By variant, float64 [test batches, ep_size], tokens on each rank.
     bound
@@ -120,6 +124,7 @@ class LayerResult:
 
     layer: int
     stretch: Stretch
+    placement: Placement
     loads: dict[str, FloatArray]
     bound: FloatArray
     gap: FloatArray
@@ -306,9 +311,11 @@ def make_placement(name: str, load: torch.Tensor, ep: int, slots: int) -> Placem
     Parameters
     ----------
     name
-        ``"eplb"``, ``"none"`` or a topology's name.
+        ``"none"`` (contiguous, no replicas), ``"eplb"``, ``"chain"``, ``"place"`` or a name that
+        `lplb_triton.topologies.from_name` knows.
     load
-        [n_logical], tokens of each logical expert.
+        [n_logical] or [batches, n_logical], tokens of each logical expert. All but ``"place"``
+        look at the sum over the batches only.
     ep
         Number of ranks; must divide ``n_logical``.
     slots
@@ -323,15 +330,20 @@ def make_placement(name: str, load: torch.Tensor, ep: int, slots: int) -> Placem
     ValueError
         If the combination is impossible; the message says which sizes don't fit.
     """
-    n_logical = load.numel()
+    n_logical = load.shape[-1]
+    total = load.reshape(-1, n_logical).sum(0)
     if ep < 1 or n_logical % ep:
         raise ValueError(f"EP size {ep} does not divide the {n_logical} experts")
     if name == "none":
         return Placement.from_phy2log(np.arange(n_logical), ep, n_logical=n_logical)
-    if name == "eplb":
+    if name in BY_HISTORY:
         if n_logical + ep * slots > n_logical * ep:
             raise ValueError(f"{slots} redundant slots on {ep} ranks are more than copies can fill")
-        return Placement.from_history(load, ep, redundant_per_rank=slots)
+        if name == "place":
+            return place(load, ep, redundant_per_rank=slots)
+        if name == "chain":
+            return chain(total, ep, redundant_per_rank=slots)
+        return Placement.from_history(total, ep, redundant_per_rank=slots)
     r2o = named_topology(name)
     if ep % len(r2o):
         raise ValueError(f"{name} has groups of {len(r2o)} ranks, which do not divide EP size {ep}")
@@ -345,7 +357,7 @@ def make_placement(name: str, load: torch.Tensor, ep: int, slots: int) -> Placem
             f"{name} copies at most the {n_logical // ep} experts that a rank has, "
             f"got {slots} slots"
         )
-    return Placement.from_topology(r2o, n_logical + ep * slots, n_logical, ep, workload=load)
+    return Placement.from_topology(r2o, n_logical + ep * slots, n_logical, ep, workload=total)
 
 
 def fold_sources(counts: torch.Tensor, ep: int) -> torch.Tensor:
@@ -474,7 +486,7 @@ def run(
         if not 0 <= layer < trace.layers:
             raise ValueError(f"layers must be in [0, {trace.layers}), got {layer}")
     for name in options.placements:
-        if name not in ("eplb", "none"):
+        if name != "none" and name not in BY_HISTORY:
             named_topology(name)
     cells = []
     for ep, name, slots in combinations(options):
@@ -509,9 +521,11 @@ def _cell(
     progress: Callable[[], None] | None,
 ) -> Cell:
     ep, name, slots = combination
-    # Sizes decide whether a placement exists, loads don't: ask before any work.
+    # Sizes decide whether a placement exists, loads don't: ask before any work. What is made from
+    # the history exists wherever EPLB's placement does.
+    family = "eplb" if name in BY_HISTORY else name
     try:
-        make_placement(name, torch.from_numpy(np.ones(trace.experts)), ep, slots)
+        make_placement(family, torch.from_numpy(np.ones(trace.experts)), ep, slots)
     except ValueError as error:
         raise _ImpossibleError(str(error)) from error
     results: list[LayerResult] = []
@@ -534,7 +548,7 @@ def _layer(
     warm_up: bool,
 ) -> LayerResult:
     ep, name, slots = combination
-    history = counts[part.start : part.split].sum((0, 1)).double()
+    history = counts[part.start : part.split].sum(1).double()
     by_source = fold_sources(counts[part.split : part.stop], ep)
     totals = by_source.sum(1)
     placement = make_placement(name, history, ep, slots)
@@ -547,7 +561,9 @@ def _layer(
         # One copy each: there is nothing to choose.
         loads["lp"] = loads["integer"] = loads["even"]
         empty = np.zeros(0, dtype=np.int64)
-        return LayerResult(layer, part, loads, loads["even"].max(1), np.zeros(0), empty, empty, 0.0)
+        return LayerResult(
+            layer, part, placement, loads, loads["even"].max(1), np.zeros(0), empty, empty, 0.0
+        )
     on_device = totals.to(options.device)
     if warm_up:
         _timed_solve(placement, on_device, options)
@@ -558,6 +574,7 @@ def _layer(
     return LayerResult(
         layer=layer,
         stretch=part,
+        placement=placement,
         loads=loads,
         bound=bound.numpy(),
         gap=solution.gap.cpu().double().numpy(),

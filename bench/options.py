@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from lplb_triton import topologies
-from lplb_triton.bench import placement
 from lplb_triton.bench import trace as traces
+from lplb_triton.bench.balance import BY_HISTORY
 from lplb_triton.bench.instances import named_topology, shape_placement
 from lplb_triton.solver import DEFAULT_TOLERANCE
 from lplb_triton.solver import MIN_TOLERANCE_FLOAT32 as MIN_TOLERANCE
@@ -27,7 +27,6 @@ __all__ = [
     "add_command",
     "add_ep",
     "add_slots",
-    "any_placements",
     "check_divides",
     "count",
     "fill",
@@ -188,7 +187,7 @@ def add_balance(sub: argparse.ArgumentParser) -> None:
     add_ep(sub, None)
     sub.add_argument(
         "--placement", "--placements", type=placements, metavar="NAME[,NAME...]",
-        help=f"eplb, none, {', '.join(topologies.available())} (default eplb)",
+        help=f"none, {', '.join((*BY_HISTORY, *topologies.available()))} (default eplb)",
     )  # fmt: skip
     add_slots(sub, 0, None)
     trace_options(sub)
@@ -363,9 +362,10 @@ def names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
-def placements(text: str, named: Sequence[str] = ("eplb", "none")) -> tuple[str, ...]:
+def placements(text: str) -> tuple[str, ...]:
     """Read names of placements and of topologies."""
     found = tuple(dict.fromkeys(text.split(",")))
+    named = ("none", *BY_HISTORY)
     for name in found:
         if name in named:
             continue
@@ -375,11 +375,6 @@ def placements(text: str, named: Sequence[str] = ("eplb", "none")) -> tuple[str,
             known = ", ".join((*named, *topologies.available()))
             raise argparse.ArgumentTypeError(f"{error} (placements: {known})") from error
     return found
-
-
-def any_placements(text: str) -> tuple[str, ...]:
-    """Read names of placements, also of those that are made from a history of batches."""
-    return placements(text, ("none", *placement.METHODS))
 
 
 def shapes(text: str, *, make: Callable[..., object] = shape_placement) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lplb_triton import Placement, chain, place, plan_moves, rebalance_experts, solve
-from lplb_triton.bench.balance import fold_sources, integer_loads, stretches
+from lplb_triton.bench.balance import BY_HISTORY, fold_sources, integer_loads, stretches
 from lplb_triton.bench.trace import Trace
 from lplb_triton.bench.verify import solve_counts
 
@@ -35,7 +35,7 @@ __all__ = [
     "trace_cases",
 ]
 
-METHODS = ("eplb", "chain", "place")
+METHODS = BY_HISTORY
 # Synthetic loads: seeds, batches of history and of test, spread of the means, jitter by batch.
 SEEDS = tuple(range(10))
 SYNTHETIC_HISTORY, SYNTHETIC_TEST = 512, 256

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import math
 import struct
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lplb_triton.bench.balance import Cell, Options, make_placement
+from lplb_triton.bench.balance import Cell, Options
 from lplb_triton.bench.plots import COLORS
 from lplb_triton.bench.simulate import slot_tokens
 from lplb_triton.bench.tables import LABELS
@@ -61,16 +62,14 @@ def flows(trace: Trace, options: Options, cell: Cell) -> list[dict[str, int]]:
         ``expert``, ``from`` (rank of the first copy), ``to`` (its own rank) and ``tokens``.
     """
     example = cell.worst()
-    part = next(
-        result.stretch
+    placement = next(
+        result.placement
         for result in cell.results
         if result.layer == example.layer
         and result.stretch.split <= example.batch < result.stretch.stop
     )
-    totals = torch.from_numpy(trace.totals()[:, example.layer])
-    history = totals[part.start : part.split].sum(0).double()
-    placement = make_placement(cell.placement, history, cell.ep, cell.slots)
-    tokens = slot_tokens(placement, totals[example.batch], "lplb", options.tolerance).flatten()
+    totals = torch.from_numpy(trace.totals()[example.batch, example.layer])
+    tokens = slot_tokens(placement, totals, "lplb", options.tolerance).flatten()
     ranks = placement.rank_of_slot.tolist()
     found = []
     for expert, (home, *others) in enumerate(placement.log2phy.tolist()):
@@ -153,12 +152,29 @@ def html(report: Mapping[str, Any]) -> str:
     if report.get("command") != "balance":
         raise ValueError("report must be what lplb-bench balance wrote")
     try:
-        return _page(report)
+        # A mean of nothing or an overflow is no figure for a page.
+        with warnings.catch_warnings(), np.errstate(all="raise"):
+            warnings.simplefilter("error", RuntimeWarning)
+            return _page(report)
     except _OldReportError:
         raise
-    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        ValueError,
+        RuntimeWarning,
+    ) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"report is not as lplb-bench balance writes it ({what})") from error
+
+
+# What a value of another kind, or one that is missing, leads to.
+_BAD_FIGURES = (
+    *(LookupError, TypeError, AttributeError, ArithmeticError, ValueError),
+    RuntimeWarning,
+)
 
 
 class _OldReportError(ValueError):

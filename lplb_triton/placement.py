@@ -307,7 +307,7 @@ class Placement:
         load: torch.Tensor | NDArray[np.floating],
         ep_size: int,
         *,
-        redundant_per_rank: int,
+        redundant_per_rank: int = 1,
         num_groups: int = 1,
         num_nodes: int = 1,
     ) -> Placement:

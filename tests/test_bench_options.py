@@ -1,6 +1,7 @@
 """Options of every subcommand: wrong values and ones without effect are refused by name."""
 
 import argparse
+import inspect
 import json
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from test_bench_balance import make_trace
 from test_timing import FakeTimer
 
-from lplb_triton.bench import cli, output, run_ep, timing
+from lplb_triton import Placement, chain, place
+from lplb_triton.bench import balance, cli, options, output, run_ep, timing, workloads
 from lplb_triton.bench import trace as traces
 from lplb_triton.bench.commands import timed
 
@@ -192,6 +194,16 @@ def test_defaults_are_the_same_everywhere():
     assert {name: [value] for name, value in expected.items()} == {
         name: sorted(values) for name, values in shown.items()
     }
+
+
+def test_defaults_of_calls_are_those_of_commands():
+    calls = (chain, place, Placement.from_history)
+    slots = [inspect.signature(call).parameters["redundant_per_rank"].default for call in calls]
+    assert slots == [1, 1, 1]
+    load = torch.from_numpy(np.arange(1.0, 9.0))
+    assert Placement.from_history(load, 4).n_physical == 12 == chain(load, 4).n_physical
+    assert (balance.Options().ep, balance.Options().slots) == (options.EP, options.SLOTS)
+    assert inspect.signature(workloads.run).parameters["slots"].default == options.SLOTS
 
 
 def test_defaults_of_what_is_left_out(folder, capsys):

@@ -248,6 +248,30 @@ def test_load_rejects_json(tmp_path, text, message):
         load(tmp_path / "a.json")
 
 
+def test_deep_nesting_is_refused(tmp_path):
+    deep, path = "[" * 10**5 + "]" * 10**5, tmp_path / "a.json"
+    for text in (deep, '{"counts": [[1]], "meta": {"a": ' + deep + "}}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"a\.json: JSON is nested too deeply to be read"):
+            load(path)
+    np.savez(tmp_path / "a.npz", counts=np.ones((2, 3), int), meta=np.array('{"a": ' + deep + "}"))
+    with pytest.raises(ValueError, match=r"a\.npz: 'meta': JSON is nested too deeply"):
+        load(tmp_path / "a.npz")
+    meta = {}
+    for _ in range(10**5):
+        meta = {"a": meta}
+    with pytest.raises(ValueError, match="^meta must be something JSON can hold: nested too"):
+        Trace(np.ones((2, 1, 1, 3), int), np.arange(2), meta)
+    trace = make_trace()
+    trace.meta["deep"] = meta
+    with pytest.raises(ValueError, match=r"trace\.meta must be something JSON can hold: nested"):
+        save(tmp_path / "b.npz", trace)
+    del trace.meta["deep"]
+    while meta:
+        # Or Python's own stack ends when it is deleted.
+        meta = meta["a"]
+
+
 def test_newer_format_is_refused_before_its_other_members_are_read(tmp_path):
     path = tmp_path / "a.npz"
     np.savez(path, format_version=np.array(FORMAT_VERSION + 1))

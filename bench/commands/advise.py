@@ -223,7 +223,7 @@ def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Si
         raise UsageError(
             f"argument --top-k: a token can't have {found.top_k} of {found.experts} experts"
         )
-    return Sizes(found, source)
+    return Sizes(found, {field: source[field] for field in FIELDS})
 
 
 def _recorded(trace: traces.Trace) -> dict[str, int]:

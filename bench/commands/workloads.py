@@ -45,7 +45,7 @@ def add(commands: Any) -> None:
         default=tuple(workloads.WORKLOADS), metavar="NAME[,NAME...]", help="default: all",
     )  # fmt: skip
     sub.add_argument(
-        "--placement", "--placements", type=options.any_placements, default=workloads.PLACEMENTS,
+        "--placement", "--placements", type=options.placements, default=workloads.PLACEMENTS,
         metavar="NAME[,NAME...]", help=f"default {','.join(workloads.PLACEMENTS)}",
     )  # fmt: skip
     options.add_ep(sub)
