@@ -38,7 +38,6 @@ __all__ = [
     "FORMAT_VERSION",
     "MOST_TOKENS",
     "Trace",
-    "check_meta",
     "check_writable",
     "load",
     "packaged",
@@ -91,7 +90,7 @@ class Trace:
             raise ValueError(f"counts must have the axes {_AXES}, got shape {self.counts.shape}")
         _check_totals(self.counts, "counts")
         _check_steps(self.steps, self.counts.shape[0], "steps")
-        check_meta(self.meta, "meta")
+        _check_meta(self.meta, "meta")
 
     @property
     def batches(self) -> int:
@@ -153,7 +152,7 @@ def save(path: str | os.PathLike[str], trace: Trace) -> None:
     target = Path(path)
     if target.suffix != ".npz":
         raise ValueError(f"path must end in .npz, got {str(target)!r}")
-    check_meta(trace.meta, "trace.meta")
+    _check_meta(trace.meta, "trace.meta")
     meta = {**trace.meta, "format_version": FORMAT_VERSION}
     counts = trace.counts
     members: dict[str, npt.NDArray[Any]] = {
@@ -451,7 +450,7 @@ def _meta_from_content(content: dict[str, Any]) -> dict[str, Any]:
         if stored.ndim != 0 or stored.dtype.kind != "U":
             raise ValueError(f"'meta' must be a JSON string, got an array of {stored.dtype}")
         stored = parse_json(stored.item(), "'meta'")
-    check_meta(stored, "'meta'")
+    _check_meta(stored, "'meta'")
     meta.update(stored)
     return meta
 
@@ -497,8 +496,7 @@ def _check_steps(steps: object, batches: int, name: str) -> None:
         raise ValueError(f"{name} must not be negative, got {int(steps.min())}")
 
 
-def check_meta(meta: object, name: str) -> None:
-    """Raise a ``TypeError`` or ``ValueError`` by name unless ``meta`` can be a trace's."""
+def _check_meta(meta: object, name: str) -> None:
     if not isinstance(meta, dict):
         raise TypeError(f"{name} must be a dict, got {type(meta).__name__}")
     for key in meta:
