@@ -405,7 +405,7 @@ class DeviceTables:
         self._host_views = {name: view.numpy() for name, view in host.items()}
         self._sizes = {name: array.shape for name, array in arrays.items()}
         self._fill(arrays)
-        self._holds = _content(placement)
+        self._holds = placement
 
     @property
     def n_bytes(self) -> int:
@@ -418,7 +418,8 @@ class DeviceTables:
         """Typed view of every table in a block laid out by ``_offsets``."""
         views = {}
         for name, array in arrays.items():
-            offset, dtype = self._offsets[name], torch.from_numpy(array[:0]).dtype
+            offset = self._offsets[name]
+            dtype = torch.from_numpy(np.empty(0, dtype=array.dtype)).dtype
             views[name] = block[offset : offset + array.nbytes].view(dtype).view(array.shape)
         return views
 
@@ -427,8 +428,7 @@ class DeviceTables:
 
         Does nothing if it is the one that is there.
         """
-        content = _content(placement)
-        if content == self._holds:
+        if placement == self._holds:
             return
         if self._pair_classes is None:
             arrays = _copy_arrays(placement)
@@ -438,15 +438,9 @@ class DeviceTables:
         if shapes != self._sizes:
             raise ValueError(f"placement must have the sizes of the first one, got {placement}")
         self._fill(arrays)
-        self._holds = content
+        self._holds = placement
 
     def _fill(self, arrays: dict[str, NDArray[Any]]) -> None:
         for name, array in arrays.items():
             self._host_views[name][...] = array
         self._block.copy_(self._host)
-
-
-def _content(placement: Placement) -> tuple[int, int, int, int, bytes]:
-    """Everything that tables are made from."""
-    p = placement
-    return p.n_logical, p.ep_size, p.n_group, p.max_columns, p.phy2log.numpy().tobytes()
