@@ -63,36 +63,37 @@ def build_structure(
     columns.
     """
     n_logical, n_physical, ep_size = len(counts), len(phy2log), n_group * group_size
-    slots_per_rank = n_physical // ep_size
     order = np.argsort(phy2log, kind="stable")
-    expert, rank = phy2log[order], order // slots_per_rank
+    expert, rank = phy2log[order], order // (n_physical // ep_size)
     start = np.zeros(n_logical + 1, dtype=np.int32)
     start[1:] = counts.cumsum()
     # An expert's copies ascend by rank.
     first_rank, last_rank = rank[start[:-1]], rank[start[1:] - 1]
-    group = _group_of(first_rank // group_size, last_rank // group_size, n_group)
+    group = _groups(first_rank // group_size, last_rank // group_size, n_group)
+
     column_of = np.full(n_logical, -1, dtype=np.int32)
     replicated = (first_rank != last_rank).nonzero()[0]
     if replicated.size:
         held = np.zeros((n_logical, ep_size), dtype=np.bool_)
         held[expert, rank] = True
         column_of[replicated] = _columns(held[replicated], group[replicated], n_group, max_columns)
-    column_start, members = _members(column_of, replicated, group, n_group, max_columns)
+    column = column_of[expert]
+    cell = np.where(column < 0, -1, rank * max_columns + column)
+    mask = np.zeros((n_group, group_size, max_columns), dtype=np.bool_)
+    mask.reshape(-1)[cell[cell >= 0]] = True
+
+    column_start, members = _members(column_of, group, n_group, max_columns)
     # Copies of one expert on one rank are neighbours in this order.
     fresh = np.ones(n_physical, dtype=np.bool_)
     fresh[1:] = (expert[1:] != expert[:-1]) | (rank[1:] != rank[:-1])
     runs = fresh.nonzero()[0]
     lengths = np.append(runs[1:], n_physical) - runs
-    column = column_of[expert]
-    cell = np.where(column < 0, -1, rank * max_columns + column)
-    mask = np.zeros((n_group, group_size, max_columns), dtype=np.bool_)
-    mask.reshape(-1)[cell[cell >= 0]] = True
-    fixed = _fixed(column_of, first_rank, ep_size, slots_per_rank)
+    fixed = _fixed(column_of, first_rank, ep_size, n_physical // ep_size)
     structure = Structure(
         column_of=column_of,
         cell_group=group.astype(np.int32),
         mask=mask,
-        fixed_experts=fixed.reshape(n_group, group_size, slots_per_rank),
+        fixed_experts=fixed.reshape(n_group, group_size, -1),
         column_start=column_start,
         column_members=members,
         copy_start=start,
@@ -106,13 +107,12 @@ def build_structure(
     return structure
 
 
-def _group_of(first: _Int64Array, last: _Int64Array, n_group: int) -> _Int64Array:
+def _groups(first: _Int64Array, last: _Int64Array, n_group: int) -> _Int64Array:
     """Group of each expert, ``[n_logical]``, from those of its first and its last copy."""
-    spanning = first != last
-    if spanning.any():
+    spanning = np.flatnonzero(first != last)
+    if spanning.size:
         raise ValueError(
-            f"phy2log spreads expert {int(np.flatnonzero(spanning)[0])} over several of the "
-            f"{n_group} groups"
+            f"phy2log spreads expert {int(spanning[0])} over several of the {n_group} groups"
         )
     sizes = np.bincount(first, minlength=n_group)
     if (sizes * n_group != len(first)).any():
@@ -126,8 +126,8 @@ def _group_of(first: _Int64Array, last: _Int64Array, n_group: int) -> _Int64Arra
 def _columns(held: BoolArray, group: _Int64Array, n_group: int, max_columns: int) -> _Int64Array:
     """Column of each replicated expert, from the ranks that hold it and its group.
 
-    Experts with the same set of ranks become one column: the optimum is the same. A group's columns
-    are in the order of their sets, as rows of zeros and ones.
+    Experts with the same set of ranks become one column: the optimum is the same. A group's
+    columns are in the order of their sets, as rows of zeros and ones.
     """
     packed = np.packbits(held, axis=1)
     words = np.zeros((len(held), -(-packed.shape[1] // 8) * 8), dtype=np.uint8)
@@ -147,11 +147,11 @@ def _columns(held: BoolArray, group: _Int64Array, n_group: int, max_columns: int
 
 
 def _members(
-    column_of: Int32Array, replicated: _Int64Array, group: _Int64Array, n_group: int,
-    max_columns: int,
-) -> tuple[Int32Array, Int32Array]:  # fmt: skip
+    column_of: Int32Array, group: _Int64Array, n_group: int, max_columns: int
+) -> tuple[Int32Array, Int32Array]:
     """Make ``column_start`` and ``column_members``."""
     members = np.full(len(column_of), -1, dtype=np.int32)
+    replicated = (column_of >= 0).nonzero()[0]
     of = group[replicated] * max_columns + column_of[replicated]
     members[: replicated.size] = replicated[np.argsort(of, kind="stable")]
     per_column = np.bincount(of, minlength=n_group * max_columns).reshape(n_group, max_columns)

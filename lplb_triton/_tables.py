@@ -418,8 +418,7 @@ class DeviceTables:
         """Typed view of every table in a block laid out by ``_offsets``."""
         views = {}
         for name, array in arrays.items():
-            offset = self._offsets[name]
-            dtype = torch.from_numpy(np.empty(0, dtype=array.dtype)).dtype
+            offset, dtype = self._offsets[name], torch.from_numpy(np.empty(0, array.dtype)).dtype
             views[name] = block[offset : offset + array.nbytes].view(dtype).view(array.shape)
         return views
 

@@ -411,8 +411,6 @@ class Placement:
         """Check counts and return them as ``[B, n_logical]`` float64."""
         if not isinstance(counts, torch.Tensor):
             raise TypeError(f"counts must be a torch.Tensor, got {type(counts).__name__}")
-        if counts.is_complex():
-            raise TypeError(f"counts must have a real dtype, got {counts.dtype}")
         if counts.ndim not in (1, 2) or counts.shape[-1] != self.n_logical:
             raise ValueError(
                 f"counts must be [{self.n_logical}] or [B, {self.n_logical}], "
