@@ -161,6 +161,16 @@ def _load_ranks(
 
 
 @triton.jit
+def _load_copy_parts(copy_parts_ptr, n_ranks, n_slots, G: tl.constexpr, S: tl.constexpr):
+    """Load the parts that a split which is even over copies leaves, [G S] as `_load_ranks`."""
+    index = tl.arange(0, G * S)
+    rank = index // S
+    slot = index % S
+    there = (rank < n_ranks) & (slot < n_slots)
+    return tl.load(copy_parts_ptr + rank * n_slots + slot, mask=there, other=0.0)
+
+
+@triton.jit
 def _fold(on_rank, part, complete, n_ranks, G: tl.constexpr, S: tl.constexpr):
     """Sum counts [G S] over the slots of ranks: fixed loads, and loads of the even split.
 
@@ -195,7 +205,7 @@ def _split_over_copies(
 
 @triton.jit
 def _solve_cells(
-    tables, weights, fixed, load, in_pairs, peak, total, bound, invalid, tolerance,
+    tables, weights, fixed, load, other_load, in_pairs, peak, total, bound, invalid, tolerance,
     max_iterations, counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr,
     cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
     copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
@@ -204,8 +214,9 @@ def _solve_cells(
 ):  # fmt: skip
     """Solve a group by cells; returns its largest load, a bound and iterations.
 
-    weights [C]; fixed and load [G], of the split that is even over ranks. With ``in_pairs`` 1 the
-    cumulative shares are those of a level plan.
+    weights [C]; fixed and load [G], of the split that is even over ranks; ``other_load`` [G], of
+    the one that is even over copies, which takes the plan's place if it is better. With
+    ``in_pairs`` 1 the cumulative shares are those of a level plan.
     """
     rank = tl.arange(0, G)
     col = tl.arange(0, C)
@@ -228,22 +239,6 @@ def _solve_cells(
     cell_weights = tl.load(weights_ptr + tables.cell_column, mask=is_cell, other=0.0)
     if in_pairs == 0:
         tl.store(x_ptr + cell, cell_weights / tables.cell_copies, mask=is_cell)
-        if (extents.multiplicity > 1) & (invalid == 0):
-            # Where a rank has several copies of an expert, there are two even splits.
-            _split_over_copies(
-                counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr, cells_ptr,
-                extents.n_cells, n_slots, tokens_ptr, COPIES,
-            )  # fmt: skip
-            tl.debug_barrier()
-            other = _rank_loads(
-                fixed, tokens_ptr, tables.first_cells, rank_cells_ptr, n_ranks,
-                extents.most_cells, G,
-            )  # fmt: skip
-            if tl.max(other) < peak:
-                load = other
-                peak = tl.max(other)
-                tokens = tl.load(tokens_ptr + cell, mask=is_cell, other=0.0)
-                tl.store(x_ptr + cell, tokens, mask=is_cell)
         tl.debug_barrier()
         bound = _balance(
             peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, scratch_ptr,
@@ -262,8 +257,12 @@ def _solve_cells(
     iterations = max_iterations * 0
     # Of the type that it will have.
     max_load = bound
-    rounds = 0
-    while rounds < 2:
+    may_solve = invalid == 0
+    # Where a rank has several copies of an expert, there are two even splits.
+    may_split = may_solve & (extents.multiplicity > 1)
+    going = 1
+    while going > 0:
+        going = 0
         _round(
             x_ptr, tokens_ptr, upto_ptr, units_ptr, cell_weights, tables.cell_first,
             tables.cell_copies, is_cell,
@@ -277,11 +276,9 @@ def _solve_cells(
             fixed, tokens_ptr, tables.first_cells, rank_cells_ptr, n_ranks, extents.most_cells, G
         )
         max_load = tl.max(loads)
-        rounds += 1
-        good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
-        if good | invalid:
-            rounds += 1
-        if rounds < 2:
+        if may_solve & (max_load - bound > max_load * (target * ROUNDED_PART)):
+            may_solve = invalid  # which it is not
+            going = 1
             tl.store(scratch_ptr + n_ranks + rank, fixed, mask=rank_on)
             tl.debug_barrier()
             bound, iterations = _newton_by_cells(
@@ -291,6 +288,16 @@ def _solve_cells(
                 max_iterations, G, C, COPIES,
             )  # fmt: skip
             tl.debug_barrier()
+        elif may_split:
+            may_split = invalid  # which it is not
+            if tl.max(other_load) < max_load:
+                going = 1
+                tl.debug_barrier()
+                _split_over_copies(
+                    counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr, cells_ptr,
+                    extents.n_cells, n_slots, x_ptr, COPIES,
+                )  # fmt: skip
+                tl.debug_barrier()
     return max_load, bound, iterations
 
 
@@ -343,16 +350,18 @@ def _solve_cells_in_memory(
         G, C, COPIES, MEMBERS,
     )  # fmt: skip
     expert, part = _load_ranks(rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G, S)
-    fixed, load, peak, total, bound, invalid = _fold(
-        _counts_of(counts_ptr, expert), part, complete, n_ranks, G, S
-    )
+    copy_part = _load_copy_parts(copy_parts_ptr, n_ranks, n_slots, G, S)
+    on_rank = _counts_of(counts_ptr, expert)
+    fixed, load, peak, total, bound, invalid = _fold(on_rank, part, complete, n_ranks, G, S)
+    other_load = tl.sum((on_rank * copy_part).reshape(G, S), 1)
     weights = _column_weights(
         counts_ptr, _counts_of_members(counts_ptr, tables.members, MEMBERS),
         column_start_ptr, column_members_ptr,
         tables.extents.most_members, n_columns, invalid, C, MEMBERS,
     )  # fmt: skip
     max_load, bound, iterations = _solve_cells(
-        tables, weights, fixed, load, in_pairs, peak, total, tl.maximum(bound, known_bound),
+        tables, weights, fixed, load, other_load, in_pairs, peak, total,
+        tl.maximum(bound, known_bound),
         invalid, tolerance, max_iterations, counts_ptr, rank_experts_ptr, copy_parts_ptr,
         slot_cells_ptr, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
         copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,

@@ -13,6 +13,7 @@ from lplb_triton.kernels.cells import (
     _counts_of_members,
     _fold,
     _load_cells,
+    _load_copy_parts,
     _load_ranks,
     _solve_cells,
     _solve_cells_in_memory,
@@ -224,6 +225,7 @@ def _solve_counts_kernel(
                 shared_copies_ptr, shared_cells_ptr, extents_ptr, n_ranks, n_columns, n_shared,
                 G, C, COPIES, MEMBERS,
             )  # fmt: skip
+            copy_part = _load_copy_parts(copy_parts_ptr, n_ranks, n_slots, G, S)
         _await_previous(PDL)
         complete = tl.full((), 1, tl.int1)
         if n_sums > 0:
@@ -281,8 +283,9 @@ def _solve_counts_kernel(
                 counts_ptr, of_members, column_start_ptr, column_members_ptr,
                 extents.most_members, n_columns, invalid, C, MEMBERS,
             )  # fmt: skip
+            other_load = tl.sum((on_rank * copy_part).reshape(G, S), 1)
             max_load, bound, iterations = _solve_cells(
-                tables, weights, fixed, load, 0, peak, total, bound, invalid, tolerance,
+                tables, weights, fixed, load, other_load, 0, peak, total, bound, invalid, tolerance,
                 max_iterations, counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr,
                 cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
                 copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
