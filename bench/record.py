@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton.bench.ranks import group_is_up, merge, own_rank, rank_path, run_id, some
-from lplb_triton.bench.trace import Trace, check_meta, check_writable, save
+from lplb_triton.bench.trace import Trace, check_writable, save
 from lplb_triton.placement import check_integer
 
 __all__ = ["Recorder", "merge", "rank_path"]
@@ -117,7 +117,8 @@ class Recorder:
         self.path = Path(own).absolute()
         check_writable(self.path)
         self._meta = copy.deepcopy(meta or {})
-        check_meta(self._meta, "meta")
+        # A trace says at once what it can't hold.
+        Trace(np.zeros((1, 1, 1, 1), np.int32), np.zeros(1, np.int64), self._meta)
         if "recorder" in self._meta:
             raise ValueError("meta must not have the key 'recorder', which is the recorder's own")
         self._run = run_id()

@@ -19,11 +19,15 @@ from lplb_triton.problem import Problem
 from lplb_triton.solution import Solution
 from lplb_triton.solver import DEFAULT_TOLERANCE, solve
 
-__all__ = ["Verdict", "highs_optimum", "solve_counts", "verify"]
+__all__ = ["NoOptimumError", "Verdict", "highs_optimum", "solve_counts", "verify"]
 
 Floats = NDArray[np.float64]
 # Relative slack for comparing two floating-point answers.
 SLACK = 1e-6
+
+
+class NoOptimumError(RuntimeError):
+    """HiGHS, which answers are held against, has none itself."""
 
 
 @dataclass
@@ -67,7 +71,7 @@ def highs_optimum(weights: Floats, fixed: Floats, mask: NDArray[np.bool_]) -> fl
 
     Raises
     ------
-    RuntimeError
+    NoOptimumError
         If HiGHS reports anything but an optimum.
     """
     used = (weights > 0) & mask.any(0)
@@ -100,7 +104,7 @@ def highs_optimum(weights: Floats, fixed: Floats, mask: NDArray[np.bool_]) -> fl
         method="highs",
     )
     if result.status != 0:
-        raise RuntimeError(f"HiGHS found no optimum: {result.message}")
+        raise NoOptimumError(f"HiGHS found no optimum: {result.message}")
     return float(result.fun) * float(unit)
 
 

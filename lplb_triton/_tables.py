@@ -226,14 +226,14 @@ def _joined(cells: _Cells) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def _classes(first: list[int], second: list[int], n_ranks: int) -> list[int]:
     """Give each edge in turn the lowest class in which neither of its ranks is taken."""
     taken = [0] * n_ranks  # bit k: the rank has an edge of class k
-    classes = []
+    bits = []
     for a, b in zip(first, second, strict=True):
-        of_a, of_b = taken[a], taken[b]
-        free = ~(of_a | of_b)
+        free = ~(taken[a] | taken[b])
         lowest = free & -free
-        taken[a], taken[b] = of_a | lowest, of_b | lowest
-        classes.append(lowest.bit_length() - 1)
-    return classes
+        taken[a] |= lowest
+        taken[b] |= lowest
+        bits.append(lowest)
+    return [bit.bit_length() - 1 for bit in bits]
 
 
 def _edges(placement: Placement, cells: _Cells) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
@@ -339,10 +339,11 @@ def _arrays(placement: Placement, pair_classes: int | None = None) -> dict[str, 
     s = placement.structure
     lengths = _lengths(s.column_start)
     first_members = np.full((placement.n_group, MEMBERS, lengths.shape[1]), -1, dtype=np.int64)
-    for nth in range(MEMBERS):
-        group, column = (lengths > nth).nonzero()
-        at = s.column_start[group, column] + nth
-        first_members[group, nth, column] = s.column_members[at]
+    members = s.column_members[s.column_members >= 0]
+    group, column = s.cell_group[members], s.column_of[members]
+    nth = np.arange(members.size) - s.column_start[group, column]
+    early = nth < MEMBERS
+    first_members[group[early], nth[early], column[early]] = members[early]
     per_expert = _lengths(s.copy_start)
     shared = _shared_copies(placement, per_expert)
     found = _find_cells(placement)

@@ -178,6 +178,9 @@ class Balancer:
     torch.Size([3, 2])
     """
 
+    # Whether a group may come before the first batch: then there is nothing to warn of yet.
+    _group_may_come = False
+
     @opaque
     def __init__(
         self,
@@ -192,7 +195,6 @@ class Balancer:
         sync: str | Communicator = "auto",
         timeout: float | None = None,
         quotas: str = "local",
-        _group_comes_later: bool = False,
     ) -> None:
         if not isinstance(placement, Placement):
             raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
@@ -219,7 +221,7 @@ class Balancer:
             raise ValueError("quotas='global' needs a group, and no other rank than the group's")
         if quotas == "replicated" and rank is not None:
             raise ValueError("rank must not be given with quotas='replicated'")
-        if group is None and rank is None and quotas == "local" and not _group_comes_later:
+        if group is None and rank is None and quotas == "local" and not self._group_may_come:
             warn_if_alone(placement, stacklevel=3)
         self._prepare(placement)
         self._enter("making a Balancer", group, sync)

@@ -13,7 +13,7 @@ from lplb_triton.placement import Placement
 __all__ = ["MovePlan", "keep_slots", "plan_moves"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MovePlan:
     """Expert weights to copy, one entry for each slot whose expert changes.
 

@@ -290,7 +290,7 @@ class Placement:
         load: torch.Tensor | NDArray[np.floating],
         ep_size: int,
         *,
-        redundant_per_rank: int,
+        redundant_per_rank: int = 1,
         num_groups: int = 1,
         num_nodes: int = 1,
     ) -> Placement:
@@ -407,6 +407,7 @@ class Placement:
                 f"got {tuple(counts.shape)}"
             )
         check_load_dtype("counts", counts)
+        # Elsewhere the look would be a wait; the solver reports such loads there.
         if counts.device.type == "cpu":
             check_load_values("counts", counts)
         return counts.reshape(-1, self.n_logical).double()

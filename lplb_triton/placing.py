@@ -10,8 +10,6 @@ whose optima over recorded and synthetic batches are low, on a CPU by the cuts t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 from lplb_triton._checks import check_integer
 from lplb_triton._cut_search import CutSearch
 from lplb_triton._exact_search import CANDIDATES, ExactSearch
+from lplb_triton._threads import one_thread
 from lplb_triton.chaining import chain, check_ranks, checked_load, scaled_rows
 from lplb_triton.moves import check_same_sizes, domains_of, keep_slots
 from lplb_triton.placement import Placement
@@ -105,8 +104,8 @@ def place(
         Assumed standard deviation of the logarithm of each expert's load from batch to batch,
         at most 10, used with fewer than 8 batches.
     device : torch.device, str or None
-        Where to search; by default where `history` is. On a CPU torch's number of threads in this
-        process is 1 during the search.
+        Where to search; by default where `history` is. On a CPU torch and numpy's OpenBLAS use one
+        thread in this process during the search.
     seed : int
         Seed of the random choices. The placement depends on nothing else but the arguments (and
         on the rounding of the processor at hand: where several processes need it, compute it in
@@ -177,7 +176,7 @@ def place(
         batches = _scenarios(load, n_samples, dispersion, stress, rng)
         if where.type == "cpu":
             search = CutSearch(best, batches, price, domain, rng)
-            with _one_thread():
+            with one_thread():
                 found, excess = search.run(n_trials)
             n_trials -= search.trial
         else:
@@ -243,17 +242,6 @@ def _without_repeats(placement: Placement, mean: _Double) -> Placement:
     return Placement(
         phy2log, placement.ep_size, n_logical=placement.n_logical, n_group=placement.n_group
     )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread: the search's operations are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _checked_number(name: str, value: object, most: float = sys.float_info.max) -> float:

@@ -22,6 +22,12 @@ from lplb_triton.topologies._validate import checked_topology
 __all__ = ["Planner"]
 
 
+class _PlannersBalancer(Balancer):
+    """A balancer whose group may come with a DeepEP buffer."""
+
+    _group_may_come = True
+
+
 class Planner:
     """Plans, batch by batch, how replicated experts share their tokens along a topology.
 
@@ -97,9 +103,9 @@ class Planner:
         placement = Placement.from_topology(
             r2o, n_routed_experts, n_logical_routed_experts, ep_size
         )
-        self.balancer = Balancer(
+        self.balancer: Balancer = _PlannersBalancer(
             placement, group=group, device=device, backend=backend, tolerance=tolerance,
-            sync=sync, timeout=timeout, quotas=quotas, _group_comes_later=True,
+            sync=sync, timeout=timeout, quotas=quotas,
         )  # fmt: skip
         on = self.balancer.device
         self.r2o = r2o.to(on)

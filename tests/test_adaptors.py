@@ -104,6 +104,26 @@ def test_every_new_tensor_names_its_device():
     assert seen >= 5
 
 
+def test_the_default_device_decides_nothing():
+    cpu = torch.device("cpu")
+    weight = torch.arange(1.0, 17.0, device=cpu).reshape(2, 8)
+    ids = torch.arange(8, device=cpu)
+    active = torch.tensor([1, 1, 0, 1], device=cpu)
+    with torch.device("meta"):
+        old = LplbEplbPolicy.rebalance_experts(weight, 12, 1, 1, 4)
+        new = LplbEplbPolicy.rebalance_experts(weight.flip(1), 9, 1, 1, 3, old)
+        spoilt = LplbEplbPolicy.rebalance_experts(weight * torch.nan, 9, 1, 1, 3, old)
+        placed = sglang.rebalance_experts(
+            weight[None], 12, 3, 1, 1, "elasticity_aware", active_ranks=active
+        )
+        maps = sglang.rebalance_experts(weight[None], 12, 3, 1, 1, "deepseek")
+        solver = LPLBSolver(maps[0][0], maps[1][0], 4, None, maps[2][0])
+        solver.update(maps[0][1], maps[1][1], maps[2][1])
+        found = (old, new, spoilt, *placed, *maps, solver.solve(ids), solver.run(ids))
+    assert all(tensor.device == cpu for tensor in found)
+    assert torch.equal(maps[0][1][found[-1]], ids)
+
+
 # SGLang's entry point for placements
 
 

@@ -339,7 +339,7 @@ class TestSolver:
         with pytest.raises(error, match=message):
             LPLBSolver(**(arguments | change))
 
-    def test_bad_ids(self):
+    def test_bad_ids(self, monkeypatch):
         solver = LPLBSolver(torch.tensor([0, 1]), torch.tensor([[0], [1]]), 2)
         for call in (solver.solve, solver.run):
             with pytest.raises(ValueError, match="^topk_ids must hold ids"):
@@ -349,11 +349,18 @@ class TestSolver:
             with pytest.raises(TypeError, match="^topk_ids must be a torch.Tensor"):
                 call([0])
         assert int(solver.balancer.solves) == 0
-        # As kernels leave it, which look without a wait.
-        solver.balancer._status[:] = torch.tensor([1, 7])
-        with pytest.raises(RuntimeError, match="^topk_ids held 7, outside"):
-            solver.check()
         solver.check()
+
+        def late(*_):
+            raise RuntimeError("idx held 7, outside [-1, 2), in an earlier call")
+
+        # As where kernels look, without a wait.
+        monkeypatch.setattr(solver.balancer, "check", late)
+        monkeypatch.setattr(solver.balancer, "count", late)
+        monkeypatch.setattr(solver.balancer, "run", late)
+        for call in (solver.check, lambda: solver.solve(None), lambda: solver.run(None)):
+            with pytest.raises(RuntimeError, match="^topk_ids held 7, outside"):
+                call()
 
     def test_triton_agrees_with_its_twin(self):
         phy2log, log2phy = random_maps(9, 4, 6, 16)

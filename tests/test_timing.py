@@ -10,23 +10,29 @@ import torch
 import lplb_triton
 from lplb_triton import Balancer
 from lplb_triton.bench import cli, tables, timing
+from lplb_triton.bench.commands import timed
 
 SMALL = {"per_family": 1, "seed": 0}
 
 
 class FakeTimer:
-    """Calls every launch once; the n-th timed call takes n microseconds."""
+    """Calls every launch once, in whatever rounds; the n-th timed call takes n microseconds."""
 
     def __init__(self):
-        self.calls = 0
+        self.calls, self.called = 0, []
+
+    def call(self, launch):
+        if not any(launch is other for other in self.called):
+            launch()
+            self.called.append(launch)
 
     def rotation(self, launches):
         for launch in launches:
-            launch()
+            self.call(launch)
         return 7.0
 
     def per_call(self, launch, about_us):
-        launch()
+        self.call(launch)
         self.calls += 1
         return float(self.calls)
 
@@ -43,7 +49,7 @@ def fake_gpu(monkeypatch):
     def start(args):
         return torch.device("cpu"), FakeTimer()
 
-    monkeypatch.setattr(cli, "_start_timed", start)
+    monkeypatch.setattr(timed, "start", start)
     monkeypatch.setattr(timing, "copy_bandwidth", lambda timer, device: 1e12)
     monkeypatch.setattr(
         timing, "first_call_row", lambda shape: {"shape": shape, "cold_s": 2.0, "warm_s": 1.0}

@@ -397,5 +397,5 @@ def _in_our_terms(error: Exception) -> Exception:
 
 def _check_same(mine: Placement, agreed: Placement) -> None:
     """Raise if rank 0 came with another placement."""
-    if mine is not agreed and not torch.equal(mine.phy2log, agreed.phy2log):
+    if mine != agreed:
         raise ValueError("phy2log must be the same on every rank; rank 0's differs from this one's")
