@@ -39,5 +39,6 @@ def nearest_multiples(step: int, wanted: int, minimum: int = 1) -> list[int]:
 
 
 def would_do(sizes: list[int]) -> str:
-    """Say at the end of a message which sizes work."""
-    return " and ".join(map(str, sorted(set(sizes)))) + " would do"
+    """Say at the end of a message which sizes work, if there are any."""
+    listed = " and ".join(map(str, sorted(set(sizes))))
+    return f"; {listed} would do" if listed else ""

@@ -74,9 +74,8 @@ def chain(
     """
     weight = scaled_rows(checked_load("load", load, (1,)))[0]
     n_logical = len(weight)
-    ranks = check_integer("ep_size", ep_size)
+    ranks = check_ranks(ep_size, ranks_per_domain, n_logical)
     spare = check_integer("redundant_per_rank", redundant_per_rank, 0)
-    check_divides("ep_size", ranks, n_logical)
     n_domains = int(domains_of(ranks, ranks_per_domain)[-1]) + 1
     size = ranks // n_domains
     domains = np.arange(n_logical).reshape(1, -1)
@@ -90,13 +89,16 @@ def chain(
     return Placement(np.concatenate(slots), ranks, n_logical=n_logical, n_group=n_domains)
 
 
-def check_divides(name: str, ranks: int, n_logical: int) -> None:
-    """Raise, naming the argument, unless the ranks divide the experts."""
+def check_ranks(ep_size: object, ranks_per_domain: int | None, n_logical: int) -> int:
+    """Return the number of ranks, or raise naming ``ep_size`` unless they divide the experts."""
+    ranks = check_integer("ep_size", ep_size)
     if n_logical % ranks:
+        sizes = nearest_divisors(n_logical, ranks) if ranks_per_domain is None else []
         raise ValueError(
-            f"{name} must divide the number of logical experts, {n_logical}, got {ranks}; "
-            f"{would_do(nearest_divisors(n_logical, ranks))}"
+            f"ep_size must divide the number of logical experts, {n_logical}, got {ranks}"
+            f"{would_do(sizes)}"
         )
+    return ranks
 
 
 def checked_load(name: str, load: object, dimensions: tuple[int, ...]) -> NDArray[np.float64]:

@@ -105,20 +105,21 @@ def rebalance_experts(
         )
     if n_physical % n_gpus:
         raise ValueError(
-            f"num_replicas must be a multiple of num_gpus ({n_gpus}), got {n_physical}; "
+            f"num_replicas must be a multiple of num_gpus ({n_gpus}), got {n_physical}"
             f"{would_do(nearest_multiples(n_gpus, n_physical, n_logical))}"
         )
     if n_groups % n_nodes == 0:
         if n_logical % n_groups:
             raise ValueError(
                 f"num_groups must divide the number of logical experts, {n_logical} "
-                f"(weight.shape[1]), got {n_groups}; "
+                f"(weight.shape[1]), got {n_groups}"
                 f"{would_do(nearest_divisors(n_logical, n_groups))}"
             )
         if n_gpus % n_nodes:
+            sizes = [n for n in nearest_multiples(n_nodes, n_gpus) if n_physical % n == 0]
             raise ValueError(
-                f"num_gpus must be a multiple of num_nodes ({n_nodes}), got {n_gpus}; "
-                f"{would_do(nearest_multiples(n_nodes, n_gpus))}"
+                f"num_gpus must be a multiple of num_nodes ({n_nodes}), got {n_gpus}"
+                f"{would_do(sizes)}"
             )
     return rebalance(load, n_physical, n_groups, n_nodes, n_gpus)
 

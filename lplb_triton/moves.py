@@ -120,7 +120,7 @@ def domains_of(ep_size: int, ranks_per_domain: int | None) -> np.ndarray:
     size = check_integer("ranks_per_domain", ranks_per_domain)
     if ep_size % size:
         raise ValueError(
-            f"ranks_per_domain must divide the {ep_size} ranks, got {size}; "
+            f"ranks_per_domain must divide the {ep_size} ranks, got {size}"
             f"{would_do(nearest_divisors(ep_size, size))}"
         )
     return np.arange(ep_size, dtype=np.int64) // size

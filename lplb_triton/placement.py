@@ -117,15 +117,13 @@ class Placement:
         ep_size = check_integer("ep_size", ep_size)
         n_group = check_integer("n_group", n_group)
         if n_physical % ep_size:
+            sizes = [n for n in nearest_divisors(n_physical, ep_size) if n % n_group == 0]
             raise ValueError(
-                f"ep_size must divide the number of slots {n_physical}, got {ep_size}; "
-                f"{would_do(nearest_divisors(n_physical, ep_size))}"
+                f"ep_size must divide the number of slots {n_physical}, got {ep_size}"
+                f"{would_do(sizes)}"
             )
         if ep_size % n_group:
-            raise ValueError(
-                f"n_group must divide ep_size {ep_size}, got {n_group}; "
-                f"{would_do(nearest_divisors(ep_size, n_group))}"
-            )
+            raise ValueError(f"n_group must divide ep_size {ep_size}, got {n_group}")
         counts = _count_copies(flat, n_logical)
         flat.setflags(write=False)
         redundant = (n_physical - len(counts)) // n_group
@@ -268,24 +266,9 @@ class Placement:
         n_logical = check_integer("n_logical_routed_experts", n_logical_routed_experts)
         ep_size = check_integer("ep_size", ep_size)
         num_nodes = check_integer("num_nodes", num_nodes)
-        if ep_size % group_size:
-            raise ValueError(
-                f"ep_size must be a multiple of the topology's {group_size} ranks, got {ep_size}; "
-                f"{would_do(nearest_multiples(group_size, ep_size))}"
-            )
-        for name, value in (
-            ("n_routed_experts", n_physical),
-            ("n_logical_routed_experts", n_logical),
-        ):
-            if value % ep_size:
-                raise ValueError(
-                    f"{name} must be a multiple of ep_size {ep_size}, got {value}; "
-                    f"{would_do(nearest_multiples(ep_size, value))}"
-                )
+        _check_topology(n_physical, n_logical, ep_size, group_size, num_redundants)
         n_local = n_logical // ep_size
         redundant = n_physical // ep_size - n_local
-        if redundant < num_redundants or redundant % num_redundants or redundant > n_local:
-            raise ValueError(_no_topology(n_logical, ep_size, redundant, num_redundants))
         n_group, combined = ep_size // group_size, redundant // num_redundants
         order = _spread(workload, n_logical, n_group, num_nodes, ep_size)
         order = order.reshape(n_group, group_size, n_local)
@@ -342,18 +325,25 @@ class Placement:
         redundant = check_integer("redundant_per_rank", redundant_per_rank, 0)
         num_groups = check_integer("num_groups", num_groups)
         num_nodes = check_integer("num_nodes", num_nodes)
-        divisors = [("ep_size", ep_size, "the number of logical experts", n_logical)]
-        if num_groups % num_nodes == 0:
-            divisors += [
-                ("num_groups", num_groups, "the number of logical experts", n_logical),
-                ("num_nodes", num_nodes, "ep_size", ep_size),
-            ]
-        for name, value, whole, number in divisors:
-            if number % value:
-                raise ValueError(
-                    f"{name} must divide {whole}, {number}, got {value}; "
-                    f"{would_do(nearest_divisors(number, value))}"
-                )
+        in_nodes = num_groups % num_nodes == 0
+        if n_logical % ep_size:
+            near = nearest_divisors(n_logical, ep_size)
+            raise ValueError(
+                f"ep_size must divide the number of logical experts, {n_logical}, got {ep_size}"
+                f"{would_do([n for n in near if not in_nodes or n % num_nodes == 0])}"
+            )
+        if in_nodes and n_logical % num_groups:
+            near = nearest_divisors(n_logical, num_groups)
+            raise ValueError(
+                f"num_groups must divide the number of logical experts, {n_logical}, got "
+                f"{num_groups}"
+                f"{would_do([n for n in near if n % num_nodes or ep_size % num_nodes == 0])}"
+            )
+        if in_nodes and ep_size % num_nodes:
+            raise ValueError(
+                f"num_nodes must divide ep_size, {ep_size}, got {num_nodes}"
+                f"{would_do(nearest_divisors(ep_size, num_nodes))}"
+            )
         phy2log, _, _ = rebalance(
             weight.unsqueeze(0), n_logical + redundant * ep_size, num_groups, num_nodes, ep_size
         )
@@ -561,21 +551,46 @@ def _count_copies(phy2log: NDArray[np.int64], n_logical: int | None) -> NDArray[
     return counts
 
 
-def _no_topology(n_logical: int, ep_size: int, redundant: int, num_redundants: int) -> str:
-    """Say why a topology can't fill the redundant slots, and which numbers of slots it can."""
-    n_local = n_logical // ep_size
-    if num_redundants > n_local:
+def _check_topology(
+    n_physical: int, n_logical: int, ep_size: int, group_size: int, num_redundants: int
+) -> None:
+    """Raise, naming the argument of `Placement.from_topology`, unless the sizes fit each other."""
+
+    def fits(n_physical: int, n_logical: int, ep_size: int) -> bool:
+        redundant = n_physical - n_logical
         return (
+            ep_size % group_size == 0
+            and n_logical % ep_size == 0
+            and redundant % (ep_size * num_redundants) == 0
+            and 0 < redundant <= n_logical
+        )
+
+    if fits(n_physical, n_logical, ep_size):
+        return
+    if ep_size % group_size:
+        near = nearest_multiples(group_size, ep_size)
+        raise ValueError(
+            f"ep_size must be a multiple of the topology's {group_size} ranks, got {ep_size}"
+            f"{would_do([n for n in near if fits(n_physical, n_logical, n)])}"
+        )
+    n_local, rest = divmod(n_logical, ep_size)
+    if rest:
+        near = nearest_multiples(ep_size, n_logical)
+        raise ValueError(
+            f"n_logical_routed_experts must be a multiple of ep_size {ep_size}, got {n_logical}"
+            f"{would_do([n for n in near if fits(n_physical, n, ep_size)])}"
+        )
+    if num_redundants > n_local:
+        raise ValueError(
             f"n_logical_routed_experts gives each rank {n_local} experts, fewer than the "
             f"topology's {num_redundants} columns"
         )
-    most = n_local // num_redundants * num_redundants
-    near = nearest_multiples(num_redundants, redundant, num_redundants)
-    sizes = [n_logical + ep_size * min(slots, most) for slots in near]
-    return (
-        f"n_routed_experts gives {redundant} redundant slots per rank, expected a positive "
-        f"multiple of the topology's {num_redundants} columns, at most the {n_local} logical "
-        f"experts of a rank; {would_do(sizes)}"
+    near = nearest_multiples(ep_size * num_redundants, n_physical - n_logical)
+    most = n_local // num_redundants * num_redundants * ep_size
+    raise ValueError(
+        f"n_routed_experts must give each of {ep_size} ranks a positive multiple of the "
+        f"topology's {num_redundants} columns, at most its {n_local} logical experts, as "
+        f"redundant slots, got {n_physical}{would_do([n_logical + min(n, most) for n in near])}"
     )
 
 

@@ -19,7 +19,7 @@ from lplb_triton._checks import check_integer
 from lplb_triton._cut_search import CutSearch
 from lplb_triton._exact_search import CANDIDATES, ExactSearch
 from lplb_triton._threads import one_thread
-from lplb_triton.chaining import chain, check_divides, checked_load, scaled_rows
+from lplb_triton.chaining import chain, check_ranks, checked_load, scaled_rows
 from lplb_triton.moves import check_same_sizes, domains_of, keep_slots
 from lplb_triton.placement import Placement
 from lplb_triton.solver import solve
@@ -133,7 +133,8 @@ def place(
     """
     load = scaled_rows(checked_load("history", history, (1, 2)))
     where = history.device if device is None else _checked_device(device)
-    n_ranks = check_integer("ep_size", ep_size, 1)
+    n_logical = load.shape[1]
+    n_ranks = check_ranks(ep_size, ranks_per_domain, n_logical)
     redundant = check_integer("redundant_per_rank", redundant_per_rank, 0)
     effort = CPU_EFFORT if where.type == "cpu" else GPU_EFFORT
     n_samples = effort[0] if samples is None else check_integer("samples", samples, 1)
@@ -141,8 +142,6 @@ def place(
     dispersion = _checked_number("dispersion", dispersion, MOST_DISPERSION)
     penalty = _checked_number("move_penalty", move_penalty)
     rng = np.random.default_rng(check_integer("seed", seed, 0))
-    n_logical = load.shape[1]
-    check_divides("ep_size", n_ranks, n_logical)
     domain = domains_of(n_ranks, ranks_per_domain)
     n_domains = int(domain[-1]) + 1
     load = load[load.sum(1) > 0]
