@@ -8,7 +8,7 @@ import torch
 from test_bench_balance import make_trace
 
 from lplb_triton import Placement
-from lplb_triton.bench import balance, placement, report, simulate, workloads
+from lplb_triton.bench import advise, balance, placement, report, simulate, verify, workloads
 
 SETTINGS = workloads.Settings(ranks=4, experts=32, batches=2, tokens=64, seed=1)
 IDS = np.array([0, 1, 2, 3, 4, 5, 6, 7, 0, 1])
@@ -39,8 +39,53 @@ def drawn(name):
     return [case.history, case.test]
 
 
+def balanced():
+    (cell,) = balance.run(make_trace(batches=4, layers=1), balance.Options((8,), (2,), ("cube",)))
+    return [torch.tensor(loads, device="cpu") for loads in cell.results[0].loads.values()]
+
+
+def measured():
+    (case,) = placement.synthetic_cases(16, (0,))
+    found = [
+        placement.measure(case, 4, 1, name, torch.device("cpu"), 2) for name in placement.METHODS
+    ]
+    values = [[row["even"], row["lp"], row["integer"]] for row in found]
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def verified():
+    (verdict,) = verify.verify(17, tolerances=(1e-3,))
+    assert verdict.sound and verdict.instances == 17
+    return torch.tensor(verdict.worst_gap, dtype=torch.float64, device="cpu")
+
+
+def judged():
+    test = torch.from_numpy(np.array([[[9, 8, 1, 1, 1, 1, 1, 1]]]))
+    found = workloads.judge(Placement.from_phy2log(IDS, 2), test, 1e-3)
+    return torch.tensor(list(found.values()), dtype=torch.float64, device="cpu")
+
+
+def advised():
+    model, gemm = advise.Model(64, 32, 32, 2), advise.packaged(64, 32)
+    found = advise.advise(model, gemm, placement.synthetic_cases(32, (0,)), 4, 64, (1,))
+    values = [row["saving_us"]["mean"] for row in found["rows"]]
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def split(name):
+    counts = torch.from_numpy(np.array([9, 8, 1, 1, 1, 1, 1, 1]))
+    return simulate.slot_tokens(Placement.from_phy2log(IDS, 2), counts, name, 1e-3)
+
+
 CALLS = {
     "make_placement": in_order,
+    "balance.run": balanced,
+    "placement.measure": measured,
+    "verify": verified,
+    "judge": judged,
+    "advise": advised,
+    "split by the LP": lambda: split("lplb"),
+    "split evenly": lambda: split("even"),
     "cases": cases,
     "heat": lambda: [torch.tensor(report.heat(make_trace(), 0)["tokens"], device="cpu")],
     "draw_experts": lambda: simulate.draw_experts(8, 4, 2, "cpu"),

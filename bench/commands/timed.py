@@ -232,6 +232,7 @@ def pipeline(args: argparse.Namespace, out: Output) -> int:
 
 def simulation(args: argparse.Namespace, out: Output) -> int:
     """Time the expert products of every rank."""
+    _check_files(args)
     trace = traces.packaged()
     options.check_divides(args.ep, trace.experts)
     for ep in args.ep:
@@ -274,10 +275,14 @@ def simulation(args: argparse.Namespace, out: Output) -> int:
 def start(args: argparse.Namespace) -> tuple[torch.device, timing.Timer]:
     """Refuse what can be refused before the work starts, and make the timer."""
     tables.require("rich")
-    output.check_files([("--json", args.json), ("--markdown", args.markdown)])
+    _check_files(args)
     check_gpu()
     device = torch.device("cuda", torch.cuda.current_device())
     return device, timing.GraphTimer(device)
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    output.check_files([("--json", args.json), ("--markdown", args.markdown)])
 
 
 def check_gpu() -> None:
