@@ -19,7 +19,7 @@ PROBLEM_CELLS = 1 << 15
 # Of `Balancer`: ranks of a group, logical experts, and redundant slots of a group.
 GROUP_RANKS = 512
 EXPERTS = 1 << 14
-REDUNDANT_SLOTS = 1 << 12
+REDUNDANT_SLOTS = 1 << 11
 
 
 def _padded(n: int, least: int) -> int:

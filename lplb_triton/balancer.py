@@ -116,7 +116,7 @@ class Balancer:
         Where ids live; by default the current GPU, or the CPU if there is none.
     backend : {"triton", "torch"} or None
         ``None`` takes the Triton kernels on a GPU and the torch twin on a CPU. An explicit
-        backend is used or refused, never replaced. The kernels take up to 512 ranks and 4,096
+        backend is used or refused, never replaced. The kernels take up to 512 ranks and 2,048
         redundant slots in a group, and 16,384 logical experts; the twin takes any.
     tolerance : float
         Certified relative gap of the plans, at least 1e-5.

@@ -22,7 +22,7 @@ class Status(enum.IntEnum):
     GAP = 1
     """The plan is feasible and its gap true, but wider than the tolerance."""
     INVALID = 2
-    """The input held a negative or non-finite load, or weight without a copy."""
+    """The input held a negative or non-finite load, a count out of range, or weight without a copy."""
 
 
 class SolveError(RuntimeError):
@@ -34,7 +34,8 @@ class Solution:
     """Plans and certificates of a batch of programs; everything stays on the device.
 
     Whatever the status short of `Status.INVALID`, the plan is feasible and never worse than
-    the even split, and ``lower_bound <= optimum <= max_load`` holds.
+    the even split but for the rounding of shares (at most ``G * 2**-24`` of the largest load), and
+    ``lower_bound <= optimum <= max_load`` holds.
 
     Attributes
     ----------
