@@ -22,7 +22,8 @@ class Status(enum.IntEnum):
     GAP = 1
     """The plan is feasible and its gap true, but wider than the tolerance."""
     INVALID = 2
-    """The input held a negative or non-finite load, a count out of range, or weight without a copy."""
+    """The input held a load that is negative or not finite, a count out of range, or weight without
+    a copy."""
 
 
 class SolveError(RuntimeError):
