@@ -857,12 +857,19 @@ class Balancer:
         Called in place of, or by, the operators of `_torch_op`.
         """
         certified, solves = self.certified if certified is None else certified, self.solves
-        idx = idx.contiguous()
         self._check_open()
+        if self.communicator is not None and idx.numel() * self._placement.ep_size >= 1 << 31:
+            # Whatever the other ranks have, no sum wraps around.
+            ranks = self._placement.ep_size
+            raise ValueError(
+                f"idx must have fewer than 2**31 elements over the {ranks} ranks of the group, "
+                f"{(1 << 31) // ranks} on each, got {idx.numel()}"
+            )
         if self.quotas == "global" and idx.numel() >= 1 << 24:
             raise ValueError(
                 f"idx must have fewer than 2**24 elements with quotas='global', got {idx.numel()}"
             )
+        idx = idx.contiguous()
         if self.backend == "triton":
             self._raise_on_status()
             self._check_values(idx)

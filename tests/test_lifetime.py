@@ -94,6 +94,9 @@ def check_group(rank, group):
     placement = placement_of(2)
     balancer = Balancer(placement, group=group, device="cpu", timeout=20.0)
     expected = balancer.run(ids_of(rank, 1))
+    # As many as would let a sum over two ranks wrap around; without memory for them.
+    with pytest.raises(ValueError, match=r"^idx must have .* over the 2 ranks .*, 1073741824 on"):
+        balancer.run(torch.zeros(1, dtype=torch.int64).expand(1 << 30))
     twin = copy.deepcopy(balancer)
     assert twin.group is group and twin.communicator is balancer.communicator
     assert torch.equal(twin.run(ids_of(rank, 1)), expected)
