@@ -45,6 +45,7 @@ __all__ = [
     "measure",
     "overhead_us",
     "packaged",
+    "possible_slots",
 ]
 
 Floats = NDArray[np.float64]
@@ -306,12 +307,12 @@ def _time_rank(
 
     At its power limit a GPU slows down, and without the rest what ran before would tell.
     """
-    ends = torch.tensor(rows).cumsum(0).to(torch.int32)
+    ends = torch.tensor(rows, dtype=torch.int64, device="cpu").cumsum(0).to(torch.int32)
     total = int(ends[-1])
     if total == 0:
         return 0.0
     w_in, w_out = weights
-    x = torch.randn(1, w_in.shape[1], device=device).to(torch.bfloat16)
+    x = torch.randn(1, w_in.shape[1], dtype=torch.float32, device=device).to(torch.bfloat16)
     x = x.expand(total, -1).contiguous()
     launch = partial(run_experts, x, w_in, w_out, ends.to(device))
     begun = time.perf_counter()
@@ -346,6 +347,11 @@ def overhead_us(ep: int, tokens: int) -> dict[str, float]:
         "sync": SYNC_US,
         "run": run * max(1.0, ep / max(RUN_US)) * max(1.0, tokens / TOKENS[-1]),
     }
+
+
+def possible_slots(model: Model, ep: int, slots: Sequence[int]) -> tuple[int, ...]:
+    """Return those of ``slots`` that copies can fill: a rank holds an expert once."""
+    return tuple(s for s in slots if 1 <= s <= model.experts - model.experts // ep)
 
 
 def _parts(placement: Placement, case: Case, split: str, tolerance: float) -> Floats:
@@ -406,20 +412,21 @@ def advise(
         ``lp`` over ``even``: ``mean``, ``low`` and ``high`` (10th and 90th percentile of the
         batches, less and more by the worst error of the fit); ``net_us`` after ``overhead_us``;
         ``break_even`` tokens per rank by ``mean``, ``low`` and ``high`` saving, None where it
-        never pays up to 131,072; bytes of ``replica_bytes`` per rank and layer. And
-        ``recommended``, a row's ``placement`` and ``slots``, with ``pays``.
+        never pays up to 131,072; bytes of ``replica_bytes`` per rank and layer. ``pays`` is
+        ``"yes"``, ``"no"`` or ``"uncertain"``; ``best``, the ``placement`` and ``slots`` of the
+        row with the fewest slots within half a percent of the fastest layer; and
+        ``recommended``, the same, or None where balancing doesn't pay.
 
     Raises
     ------
     ValueError
-        If sizes don't fit, or no number of slots can be laid out.
+        If sizes don't fit, or a number of slots can't be laid out.
     """
     if model.experts % ep:
         raise ValueError(f"ep must divide the {model.experts} experts, got {ep}")
     if any(case.history.shape[1] != model.experts for case in cases):
         raise ValueError(f"cases must have the model's {model.experts} experts")
-    possible = [s for s in slots if 1 <= s <= model.experts - model.experts // ep]
-    if not possible:
+    if not slots or len(possible_slots(model, ep, slots)) < len(slots):
         raise ValueError(f"slots must be in [1, {model.experts - model.experts // ep}] for EP {ep}")
     times = TRAINING if training else 1
     cpu = torch.device("cpu")
@@ -429,7 +436,7 @@ def advise(
         for case in cases:
             if kind == "in_order":
                 placement = Placement.from_phy2log(
-                    torch.arange(model.experts), ep, n_logical=model.experts
+                    np.arange(model.experts), ep, n_logical=model.experts
                 )
             else:
                 placement = make_placement(kind, case.history, ep, spare, cpu, None)
@@ -438,7 +445,7 @@ def advise(
 
     in_order = parts("in_order", 0, "even")
     rows = []
-    for spare in possible:
+    for spare in slots:
         even = parts("eplb", spare, "even")
         for kind in ("eplb", "chain"):
             lp = parts(kind, spare, "lplb")
@@ -497,7 +504,7 @@ def _break_even(saving: Sequence[float], cost: Sequence[float]) -> int | None:
 
 
 def _recommend(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Choose the fewest slots whose layer is within half a percent of the fastest."""
+    """Choose the fewest slots whose layer is within half a percent of the fastest, if it pays."""
     fastest = min(row["layer_us"]["lp"] for row in rows)
     near = [row for row in rows if row["layer_us"]["lp"] <= 1.005 * fastest]
     best = min(near, key=lambda row: (row["slots"], row["layer_us"]["lp"]))
@@ -505,10 +512,8 @@ def _recommend(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     pays = "yes" if net["low"] > 0 else "no" if net["high"] <= 0 else "uncertain"
     if pays != "no" and net["mean"] <= 0:
         pays = "uncertain"
-    return {
-        "recommended": {"placement": best["placement"], "slots": best["slots"]},
-        "pays": pays,
-    }
+    chosen = {"placement": best["placement"], "slots": best["slots"]}
+    return {"best": chosen, "recommended": None if pays == "no" else chosen, "pays": pays}
 
 
 def check_row(

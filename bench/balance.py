@@ -24,17 +24,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lplb_triton import Placement, Solution, Status, reference, solve, topologies
-from lplb_triton.bench.trace import Trace
+from lplb_triton import Placement, Solution, Status, chain, place, reference, solve
+from lplb_triton.bench.instances import named_topology
+from lplb_triton.bench.trace import MOST_TOKENS, Trace
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE
 
 __all__ = [
+    "BY_HISTORY",
     "VARIANTS",
     "Cell",
     "Example",
     "LayerResult",
     "Options",
     "Stretch",
+    "check_tokens",
     "fold_sources",
     "imbalance",
     "integer_loads",
@@ -46,6 +49,8 @@ __all__ = [
 FloatArray = npt.NDArray[np.float64]
 
 VARIANTS = ("none", "reordered", "even", "lp", "integer")
+# Placements that are made for a number of slots from any history.
+BY_HISTORY = ("eplb", "chain", "place")
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,7 @@ class Options:
     slots
         Redundant slots per rank.
     placements
-        ``"eplb"``, ``"none"`` (contiguous, no replicas) or a name that
-        `lplb_triton.topologies.from_name` knows.
+        Names that `make_placement` knows.
     history
         Batches of each stretch that placements are made from: a part in (0, 1) or a number.
     layers
@@ -76,7 +80,7 @@ class Options:
     """
 
     ep: tuple[int, ...] = (32,)
-    slots: tuple[int, ...] = (2,)
+    slots: tuple[int, ...] = (1, 2)
     placements: tuple[str, ...] = ("eplb",)
     history: float | int = 0.5
     layers: tuple[int, ...] | None = None
@@ -105,6 +109,8 @@ class LayerResult:
         Index in the trace.
     stretch
         Which batches.
+    placement
+        Made from the history of the stretch.
     loads
         By variant, float64 [test batches, ep_size], tokens on each rank.
     bound
@@ -118,6 +124,7 @@ class LayerResult:
 
     layer: int
     stretch: Stretch
+    placement: Placement
     loads: dict[str, FloatArray]
     bound: FloatArray
     gap: FloatArray
@@ -304,9 +311,11 @@ def make_placement(name: str, load: torch.Tensor, ep: int, slots: int) -> Placem
     Parameters
     ----------
     name
-        ``"eplb"``, ``"none"`` or a topology's name.
+        ``"none"`` (contiguous, no replicas), ``"eplb"``, ``"chain"``, ``"place"`` or a name that
+        `lplb_triton.topologies.from_name` knows.
     load
-        [n_logical], tokens of each logical expert.
+        [n_logical] or [batches, n_logical], tokens of each logical expert. All but ``"place"``
+        look at the sum over the batches only.
     ep
         Number of ranks; must divide ``n_logical``.
     slots
@@ -321,16 +330,21 @@ def make_placement(name: str, load: torch.Tensor, ep: int, slots: int) -> Placem
     ValueError
         If the combination is impossible; the message says which sizes don't fit.
     """
-    n_logical = load.numel()
+    n_logical = load.shape[-1]
+    total = load.reshape(-1, n_logical).sum(0)
     if ep < 1 or n_logical % ep:
         raise ValueError(f"EP size {ep} does not divide the {n_logical} experts")
     if name == "none":
-        return Placement.from_phy2log(torch.arange(n_logical), ep, n_logical=n_logical)
-    if name == "eplb":
+        return Placement.from_phy2log(np.arange(n_logical), ep, n_logical=n_logical)
+    if name in BY_HISTORY:
         if n_logical + ep * slots > n_logical * ep:
             raise ValueError(f"{slots} redundant slots on {ep} ranks are more than copies can fill")
-        return Placement.from_history(load, ep, redundant_per_rank=slots)
-    r2o = topologies.from_name(name)
+        if name == "place":
+            return place(load, ep, redundant_per_rank=slots)
+        if name == "chain":
+            return chain(total, ep, redundant_per_rank=slots)
+        return Placement.from_history(total, ep, redundant_per_rank=slots)
+    r2o = named_topology(name)
     if ep % len(r2o):
         raise ValueError(f"{name} has groups of {len(r2o)} ranks, which do not divide EP size {ep}")
     columns = r2o.shape[1]
@@ -343,7 +357,7 @@ def make_placement(name: str, load: torch.Tensor, ep: int, slots: int) -> Placem
             f"{name} copies at most the {n_logical // ep} experts that a rank has, "
             f"got {slots} slots"
         )
-    return Placement.from_topology(r2o, n_logical + ep * slots, n_logical, ep, workload=load)
+    return Placement.from_topology(r2o, n_logical + ep * slots, n_logical, ep, workload=total)
 
 
 def fold_sources(counts: torch.Tensor, ep: int) -> torch.Tensor:
@@ -367,6 +381,34 @@ def fold_sources(counts: torch.Tensor, ep: int) -> torch.Tensor:
     return counts.reshape(batches, ep, sources // ep, experts).sum(2)
 
 
+def check_tokens(name: str, counts: torch.Tensor) -> None:
+    """Refuse counts that whole-token arithmetic with shares in units of 2**-24 can't carry.
+
+    Parameters
+    ----------
+    name
+        Of the argument.
+    counts
+        Tokens, any shape.
+
+    Raises
+    ------
+    TypeError
+        If they are no integers.
+    ValueError
+        If one is outside of [0, `MOST_TOKENS`].
+    """
+    if not isinstance(counts, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(counts).__name__}")
+    if counts.dtype.is_floating_point or counts.dtype.is_complex or counts.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {counts.dtype}")
+    if counts.numel():
+        least, most = (int(value) for value in counts.aminmax())
+        if least < 0 or most > MOST_TOKENS:
+            wrong = least if least < 0 else most
+            raise ValueError(f"{name} must be in [0, {MOST_TOKENS}] (int32), got {wrong}")
+
+
 def integer_loads(placement: Placement, counts: torch.Tensor, solution: Solution) -> torch.Tensor:
     """Rank loads in whole tokens when every source rank rounds its own quotas.
 
@@ -388,17 +430,23 @@ def integer_loads(placement: Placement, counts: torch.Tensor, solution: Solution
     -------
     torch.Tensor
         int64 [batches, ep_size], tokens on each rank; every batch sums to its tokens.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``counts`` holds anything but integers from 0 to `lplb_triton.bench.trace.MOST_TOKENS`.
     """
+    check_tokens("counts", counts)
     s = placement.structure
-    start, cell, index, multiplicity = (
-        torch.tensor(array)
-        for array in (s.copy_start, s.copy_cell, s.copy_index, s.copy_multiplicity)
+    start, cell, index, multiplicity, slot = (
+        torch.tensor(array, device="cpu")
+        for array in (s.copy_start, s.copy_cell, s.copy_index, s.copy_multiplicity, s.copy_slot)
     )
-    rank = torch.tensor(s.copy_slot).long() // placement.slots_per_rank
+    rank = slot.long() // placement.slots_per_rank
     shares = solution.shares.cpu().reshape(
         len(counts), placement.n_group, placement.group_size, placement.max_columns
     )
-    loads = torch.zeros(len(counts), placement.ep_size, dtype=torch.int64)
+    loads = torch.zeros(len(counts), placement.ep_size, dtype=torch.int64, device="cpu")
     for batch, by_source in enumerate(counts):
         cumulative = reference.cumulative_shares(shares[batch], cell, index, multiplicity, start)
         for source, tokens in enumerate(by_source):
@@ -438,8 +486,8 @@ def run(
         if not 0 <= layer < trace.layers:
             raise ValueError(f"layers must be in [0, {trace.layers}), got {layer}")
     for name in options.placements:
-        if name not in ("eplb", "none"):
-            topologies.from_name(name)
+        if name != "none" and name not in BY_HISTORY:
+            named_topology(name)
     cells = []
     for ep, name, slots in combinations(options):
         try:
@@ -473,9 +521,11 @@ def _cell(
     progress: Callable[[], None] | None,
 ) -> Cell:
     ep, name, slots = combination
-    # Sizes decide whether a placement exists, loads don't: ask before any work.
+    # Sizes decide whether a placement exists, loads don't: ask before any work. What is made from
+    # the history exists wherever EPLB's placement does.
+    family = "eplb" if name in BY_HISTORY else name
     try:
-        make_placement(name, torch.ones(trace.experts), ep, slots)
+        make_placement(family, torch.from_numpy(np.ones(trace.experts)), ep, slots)
     except ValueError as error:
         raise _ImpossibleError(str(error)) from error
     results: list[LayerResult] = []
@@ -498,7 +548,7 @@ def _layer(
     warm_up: bool,
 ) -> LayerResult:
     ep, name, slots = combination
-    history = counts[part.start : part.split].sum((0, 1)).double()
+    history = counts[part.start : part.split].sum(1).double()
     by_source = fold_sources(counts[part.split : part.stop], ep)
     totals = by_source.sum(1)
     placement = make_placement(name, history, ep, slots)
@@ -511,7 +561,9 @@ def _layer(
         # One copy each: there is nothing to choose.
         loads["lp"] = loads["integer"] = loads["even"]
         empty = np.zeros(0, dtype=np.int64)
-        return LayerResult(layer, part, loads, loads["even"].max(1), np.zeros(0), empty, empty, 0.0)
+        return LayerResult(
+            layer, part, placement, loads, loads["even"].max(1), np.zeros(0), empty, empty, 0.0
+        )
     on_device = totals.to(options.device)
     if warm_up:
         _timed_solve(placement, on_device, options)
@@ -522,6 +574,7 @@ def _layer(
     return LayerResult(
         layer=layer,
         stretch=part,
+        placement=placement,
         loads=loads,
         bound=bound.numpy(),
         gap=solution.gap.cpu().double().numpy(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,11 +14,21 @@ from lplb_triton import chain, topologies
 from lplb_triton.placement import Placement
 from lplb_triton.problem import Problem
 
-__all__ = ["FAMILIES", "SHAPES", "Instance", "corpus", "draw_loads", "shape_placement"]
+__all__ = [
+    "FAMILIES",
+    "SHAPES",
+    "Instance",
+    "corpus",
+    "draw_loads",
+    "named_topology",
+    "shape_placement",
+]
 
 Floats = NDArray[np.float64]
 
 TOKENS_PER_EXPERT = 1024
+# Of a shape or a topology that is made by its name: a slip of the pen shall not take all memory.
+MOST_RANKS, MOST_SLOTS = 4096, 2**16
 
 
 def _normal(rng: np.random.Generator, n: int) -> Floats:
@@ -154,6 +165,30 @@ SHAPES = (
 )
 
 
+def named_topology(name: str) -> torch.Tensor:
+    """Build a topology from its name, up to 4096 ranks.
+
+    Parameters
+    ----------
+    name : str
+        As for `lplb_triton.topologies.from_name`.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[group_size, num_redundants]`` int32 on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If there is no such topology, or it has more ranks.
+    """
+    sizes = [size.lstrip("0")[:6] for size in name.partition(":")[2].split("x")]
+    if math.prod(int(size) for size in sizes if size.isdecimal()) > MOST_RANKS:
+        raise ValueError(f"{name} has more than {MOST_RANKS} ranks")
+    return topologies.from_name(name)
+
+
 def shape_placement(
     shape: str, rng: np.random.Generator, *, n_experts: int | None = None
 ) -> Placement:
@@ -184,9 +219,15 @@ def shape_placement(
         sizes = rest.split(":")
         if len(sizes) != 2 or not all(size.isdecimal() for size in sizes):
             raise ValueError(f"shape must be {kind}:RANKS:SLOTS, got {shape!r}")
-        ranks, slots = (int(size) for size in sizes)
+        # No more digits than it takes to see that a number is too large.
+        ranks, slots = (int(size.lstrip("0")[:9] or 0) for size in sizes)
         if ranks < 1:
             raise ValueError(f"shape must have at least one rank, got {shape!r}")
+        if ranks > MOST_RANKS or ranks * slots > MOST_SLOTS:
+            raise ValueError(
+                f"shape must have at most {MOST_RANKS} ranks and {MOST_SLOTS} redundant slots in "
+                f"all, got {shape!r}"
+            )
         per_rank = max(1, 256 // ranks) if ranks >= 16 else 8
         n_logical = per_rank * ranks if n_experts is None else n_experts
         per_rank = n_logical // ranks
@@ -196,7 +237,7 @@ def shape_placement(
         if kind == "chain":
             return chain(history, ranks, redundant_per_rank=slots)
         return Placement.from_history(history, ranks, redundant_per_rank=slots)
-    r2o = topologies.from_name(shape)
+    r2o = named_topology(shape)
     ranks, slots = r2o.shape
     n_logical = ranks * 8 if n_experts is None else n_experts
     return Placement.from_topology(r2o, n_logical + ranks * slots, n_logical, ranks)

@@ -23,6 +23,7 @@ return the part of every column that its first copy takes (the copy on the lower
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -68,7 +69,7 @@ def two_copy_ranks(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(
             f"mask must give every column two copies, column {column} has {int(copies[column])}"
         )
-    rank = torch.arange(len(held)).unsqueeze(1)
+    rank = torch.arange(len(held), device="cpu").unsqueeze(1)
     second = torch.where(held, rank, -1).amax(0)
     first = torch.where(held, rank, len(held)).amin(0)
     return torch.where(copies == 2, first, -1), second
@@ -118,7 +119,7 @@ def color_edges(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
             colors[edge] = n_colors
             n_colors += 1
         at[u][colors[edge]] = at[v][colors[edge]] = edge
-    return torch.tensor(colors)
+    return torch.tensor(colors, dtype=torch.int64, device="cpu")
 
 
 def _swap_colors(
@@ -421,7 +422,7 @@ class AffineScaling:
         self._warps = {16: 1, 32: 2, 64: 4, 128: 8}[self._rows] if num_warps is None else num_warps
         self._ends = [ends.to(device, torch.int32) for ends in (first, second)]
         self.device = self._ends[0].device
-        padding = torch.zeros(self._rows)
+        padding = torch.zeros(self._rows, dtype=torch.float32, device="cpu")
         padding[n_rows : self._rows - 1] = 1.0
         self._padding = torch.diag(padding).to(self.device)
         size = self._vars * self._rows + 3 * self._block * self._rows + self._block**2
@@ -484,16 +485,16 @@ class EdgeBalancing:
         self.n_ranks, self.n_columns = mask.shape
         colors = color_edges(first, second)
         self.n_colors = int(colors.max()) + 1
-        tables = torch.zeros(3, self.n_colors, self.n_ranks, dtype=torch.int32)
-        tables[0] = torch.arange(self.n_ranks)
+        tables = np.zeros((3, self.n_colors, self.n_ranks), dtype=np.int32)
+        tables[0] = np.arange(self.n_ranks)
         tables[1] = -1
         for column, (u, v, color) in enumerate(
             zip(first.tolist(), second.tolist(), colors.tolist(), strict=True)
         ):
             if color >= 0:
-                tables[:, color, u] = torch.tensor([v, column, 1], dtype=torch.int32)
-                tables[:, color, v] = torch.tensor([u, column, 0], dtype=torch.int32)
-        self._tables = [table.contiguous().to(device) for table in tables]
+                tables[:, color, u] = v, column, 1
+                tables[:, color, v] = u, column, 0
+        self._tables = [torch.from_numpy(table).to(device) for table in tables]
         self.device = self._tables[0].device
 
     def solve(

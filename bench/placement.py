@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,17 @@ import numpy as np
 import torch
 
 from lplb_triton import Placement, chain, place, plan_moves, rebalance_experts, solve
-from lplb_triton.bench.balance import fold_sources, integer_loads, stretches
+from lplb_triton.bench.balance import BY_HISTORY, fold_sources, integer_loads, stretches
 from lplb_triton.bench.trace import Trace
 from lplb_triton.bench.verify import solve_counts
 
 __all__ = [
     "METHODS",
+    "MOVES_EXPERTS",
     "SEEDS",
     "Case",
+    "PublishedError",
+    "impossible",
     "measure",
     "moves_row",
     "published_row",
@@ -30,7 +35,7 @@ __all__ = [
     "trace_cases",
 ]
 
-METHODS = ("eplb", "chain", "place")
+METHODS = BY_HISTORY
 # Synthetic loads: seeds, batches of history and of test, spread of the means, jitter by batch.
 SEEDS = tuple(range(10))
 SYNTHETIC_HISTORY, SYNTHETIC_TEST = 512, 256
@@ -39,6 +44,12 @@ SPREAD, JITTER = 1.0, 0.3
 SYNTHETIC_TOKENS = 1_000_000
 # Drift between two placements: standard deviation of the logarithm of each expert's mean.
 DRIFT, DRIFT_STEPS = 0.1, 4
+# Experts of the drifting loads.
+MOVES_EXPERTS = 256
+
+
+class PublishedError(ValueError):
+    """Someone else's file can't be run, or is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,13 @@ def trace_cases(
     -------
     tuple of Case
         Layers first.
+
+    Raises
+    ------
+    IndexError
+        If a layer isn't there.
+    ValueError
+        If the history is out of range, or no test batch of a case has tokens.
     """
     counts = torch.from_numpy(trace.counts.astype(np.int64))
     found = []
@@ -85,7 +103,10 @@ def trace_cases(
         for part in stretches(trace.steps, history):
             seen = counts[part.start : part.split, layer].sum(1)
             name = f"layer {layer}, batches {part.start}-{part.stop - 1}"
-            found.append(Case(name, seen, counts[part.split : part.stop, layer]))
+            test = counts[part.split : part.stop, layer]
+            if not bool(test.any()):
+                raise ValueError(f"{name}: no test batch has tokens")
+            found.append(Case(name, seen, test))
     return tuple(found)
 
 
@@ -160,6 +181,16 @@ def judge(placement: Placement, test: torch.Tensor, device: torch.device) -> dic
     }
 
 
+def impossible(experts: int, ep: int, slots: int) -> str | None:
+    """Why experts can't be placed with so many copies, or None where they can."""
+    if experts % ep:
+        return f"EP size {ep} does not divide the {experts} experts"
+    most = experts - experts // ep
+    if slots > most:
+        return f"{slots} redundant slots on {ep} ranks are more than copies can fill ({most})"
+    return None
+
+
 def measure(
     case: Case,
     ep: int,
@@ -224,15 +255,14 @@ def run(
         ``ep``, ``slots``, ``cases`` (names) and ``methods``: by method, what `measure` returns,
         one value for each case.
     """
-    if device.type != "cpu":
-        # Kernels are compiled by the first search.
-        measure(cases[0], ep[0], slots[0], "place", device, trials)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for n_ranks in ep:
         for spare in slots:
-            experts = cases[0].history.shape[1]
-            if experts % n_ranks or spare > experts - experts // n_ranks:
+            if impossible(cases[0].history.shape[1], n_ranks, spare) is not None:
                 continue
+            if device.type != "cpu" and not rows:
+                # Kernels are compiled by the first search.
+                measure(cases[0], n_ranks, spare, "place", device, trials)
             found: dict[str, dict[str, list[float]]] = {}
             for case in cases:
                 for method in METHODS:
@@ -276,11 +306,12 @@ def moves_row(
         ``lp``, mean excess on unseen batches, both means over the re-placements.
     """
     rng = np.random.default_rng(seed)
-    mean = rng.lognormal(0, SPREAD, 256)
+    mean = rng.lognormal(0, SPREAD, MOVES_EXPERTS)
     last: dict[str, Placement] = {}
     found: dict[str, dict[str, list[float]]] = {}
     for step in range(DRIFT_STEPS + 1):
-        loads = _tokens(mean * rng.lognormal(0, JITTER, (SYNTHETIC_HISTORY + SYNTHETIC_TEST, 256)))
+        size = (SYNTHETIC_HISTORY + SYNTHETIC_TEST, MOVES_EXPERTS)
+        loads = _tokens(mean * rng.lognormal(0, JITTER, size))
         history, test = loads[:SYNTHETIC_HISTORY], loads[SYNTHETIC_HISTORY:].unsqueeze(1)
         now = {"eplb": make("eplb", history, ep, slots, device, None)}
         for name, price in (("free", 0.0), ("priced", penalty)):
@@ -298,7 +329,7 @@ def moves_row(
                 values["moved"].append(plan_moves(last[name], placement).moved)
                 values["lp"].append(judge(placement, test, device)["lp"])
         last = now
-        mean = mean * rng.lognormal(0, DRIFT, 256)
+        mean = mean * rng.lognormal(0, DRIFT, MOVES_EXPERTS)
     means = {
         name: {key: float(np.mean(value)) for key, value in values.items()}
         for name, values in found.items()
@@ -327,14 +358,10 @@ def published_row(
 
     Raises
     ------
-    ImportError, OSError, AttributeError, SyntaxError
-        If the file can't be run or has no ``rebalance_experts``.
+    PublishedError
+        If the file can't be run, has no ``rebalance_experts``, or that fails.
     """
-    spec = importlib.util.spec_from_file_location("published_eplb", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    published = _published_function(path)
     load = torch.from_numpy(np.random.default_rng(0).lognormal(0, SPREAD, (layers, experts)))
     arguments = (load.float() * 1000, experts + 32, 8, 4, 32)
     seconds: dict[str, list[float]] = {"own": [], "published": []}
@@ -342,12 +369,15 @@ def published_row(
     for _ in range(repeats):
         for name, function in (
             ("own", rebalance_experts),
-            ("published", module.rebalance_experts),
+            ("published", published),
         ):
             begin = time.perf_counter()
             results[name] = function(*arguments)
             seconds[name].append(time.perf_counter() - begin)
-    same = all(torch.equal(a, b) for a, b in zip(results["own"], results["published"], strict=True))
+    theirs = results["published"]
+    if not isinstance(theirs, (tuple, list)) or not all(torch.is_tensor(t) for t in theirs):
+        raise PublishedError(f"{path}: rebalance_experts doesn't return tensors")
+    same = len(theirs) == len(results["own"]) and all(map(torch.equal, results["own"], theirs))
     return {
         "layers": layers,
         "experts": experts,
@@ -355,3 +385,21 @@ def published_row(
         "published_seconds": statistics.median(seconds["published"]),
         "same": same,
     }
+
+
+def _published_function(path: Path) -> Callable[..., Any]:
+    """``rebalance_experts`` of a file, as a function whose own errors are told from ours."""
+    spec = importlib.util.spec_from_file_location("published_eplb", path)
+    if not os.path.isfile(path) or spec is None or spec.loader is None:
+        raise PublishedError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+
+    def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
+        # Someone else's program may end in any way; none of them is ours.
+        try:
+            return function(*arguments)
+        except (Exception, SystemExit) as error:
+            raise PublishedError(f"{path}: {type(error).__name__}: {error}") from error
+
+    guarded(spec.loader.exec_module, module)
+    return partial(guarded, guarded(getattr, module, "rebalance_experts"))

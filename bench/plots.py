@@ -47,7 +47,8 @@ def balance_png(cells: Sequence[Cell], *, title: str) -> bytes:
     if not drawn:
         raise ValueError("cells must hold at least one combination with results")
     figure = _figure(12, 0.7 + 3.7 * len(drawn))
-    figure.suptitle(title)
+    # A file's name may hold dollars.
+    figure.suptitle(title, parse_math=False)
     axes = figure.subplots(len(drawn), 2, squeeze=False)
     for (left, right), cell in zip(axes, drawn, strict=True):
         _draw_loads(left, cell)
@@ -83,7 +84,7 @@ def placement_png(rows: Sequence[dict[str, Any]], *, title: str) -> bytes:
         ax.bar(at + 0.28 * (offset - 1), excess, width=0.28, color=color, label=f"{name} + LP")
     ax.set_xticks(at, [f"EP {row['ep']}, {row['slots']} a rank" for row in rows])
     ax.set_ylabel("mean excess imbalance, %")
-    ax.set_title(title, fontsize=10)
+    ax.set_title(title, fontsize=10, parse_math=False)
     ax.legend(fontsize=8, frameon=False)
     return _png(figure)
 

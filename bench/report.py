@@ -8,22 +8,24 @@ from __future__ import annotations
 import base64
 import math
 import struct
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lplb_triton.bench.balance import Cell, Options, make_placement
+from lplb_triton.bench.balance import Cell, Options
 from lplb_triton.bench.plots import COLORS
 from lplb_triton.bench.simulate import slot_tokens
 from lplb_triton.bench.tables import LABELS
-from lplb_triton.bench.trace import Trace
+from lplb_triton.bench.trace import Trace, parse_json
 
-__all__ = ["flows", "heat", "html"]
+__all__ = ["flows", "heat", "html", "read"]
 
 HEAT_BINS = 64
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 640, 260, 52, 14, 34
@@ -60,16 +62,14 @@ def flows(trace: Trace, options: Options, cell: Cell) -> list[dict[str, int]]:
         ``expert``, ``from`` (rank of the first copy), ``to`` (its own rank) and ``tokens``.
     """
     example = cell.worst()
-    part = next(
-        result.stretch
+    placement = next(
+        result.placement
         for result in cell.results
         if result.layer == example.layer
         and result.stretch.split <= example.batch < result.stretch.stop
     )
-    totals = torch.from_numpy(trace.totals()[:, example.layer])
-    history = totals[part.start : part.split].sum(0).double()
-    placement = make_placement(cell.placement, history, cell.ep, cell.slots)
-    tokens = slot_tokens(placement, totals[example.batch], "lplb", options.tolerance).flatten()
+    totals = torch.from_numpy(trace.totals()[example.batch, example.layer])
+    tokens = slot_tokens(placement, totals, "lplb", options.tolerance).flatten()
     ranks = placement.rank_of_slot.tolist()
     found = []
     for expert, (home, *others) in enumerate(placement.log2phy.tolist()):
@@ -104,6 +104,32 @@ def heat(trace: Trace, layer: int) -> dict[str, Any]:
     }
 
 
+def read(path: Path) -> dict[str, Any] | None:
+    """Read what a command of ``lplb-bench`` wrote as JSON.
+
+    Parameters
+    ----------
+    path
+        Any file.
+
+    Returns
+    -------
+    dict or None
+        None where the file is something else, such as a trace.
+
+    Raises
+    ------
+    OSError
+        If the file can't be read.
+    ValueError
+        If its name says JSON, but it isn't or is nested too deeply.
+    """
+    if path.suffix != ".json":
+        return None
+    found = parse_json(path.read_bytes(), str(path))
+    return found if isinstance(found, dict) and "command" in found else None
+
+
 def html(report: Mapping[str, Any]) -> str:
     """Lay out a page.
 
@@ -120,13 +146,47 @@ def html(report: Mapping[str, Any]) -> str:
     Raises
     ------
     ValueError
-        If the report is of another command, or of a version without what the page shows.
+        If the report is of another command, of a version without what the page shows, or was
+        changed into something else.
     """
     if report.get("command") != "balance":
         raise ValueError("report must be what lplb-bench balance wrote")
+    try:
+        # A mean of nothing or an overflow is no figure for a page.
+        with warnings.catch_warnings(), np.errstate(all="raise"):
+            warnings.simplefilter("error", RuntimeWarning)
+            return _page(report)
+    except _OldReportError:
+        raise
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        ValueError,
+        RuntimeWarning,
+    ) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"report is not as lplb-bench balance writes it ({what})") from error
+
+
+# What a value of another kind, or one that is missing, leads to.
+_BAD_FIGURES = (
+    *(LookupError, TypeError, AttributeError, ArithmeticError, ValueError),
+    RuntimeWarning,
+)
+
+
+class _OldReportError(ValueError):
+    """Already says everything."""
+
+
+def _page(report: Mapping[str, Any]) -> str:
     cells = [cell for cell in report["cells"] if cell["applicable"]]
     if not cells or "heat" not in report:
-        raise ValueError("report has no results, or was written by an older version: run it again")
+        raise _OldReportError(
+            "report has no results, or was written by an older version: run it again"
+        )
     source = escape(str(report["options"]["trace"]))
     trace = report["trace"]
     parts = [

@@ -27,7 +27,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -170,7 +171,7 @@ class Place:
             raise RuntimeError("torch.distributed has no default group")
         self.group: dist.ProcessGroup = world
         self.rng = np.random.default_rng(1000 + rank)
-        self.start = torch.zeros(1, device=self.device)
+        self.start = torch.zeros(1, dtype=torch.float32, device=self.device)
 
     def connect(self, kind: str) -> sync.Communicator:
         """Communicator of that kind for 256 counts, with nothing left to compile."""
@@ -263,9 +264,9 @@ class Place:
 def verify_sync(place: Place, kind: str) -> Row:
     """Compare every sum of many epochs with what it must be, eagerly and under graph replay."""
     batches = 500
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator("cpu").manual_seed(0)
     counts = torch.randint(
-        0, 4096, (batches, place.ranks, N_COUNTS), generator=draw, dtype=torch.int32
+        0, 4096, (batches, place.ranks, N_COUNTS), generator=draw, dtype=torch.int32, device="cpu"
     ).to(place.device)
     expected = counts.sum(1, dtype=torch.int32)
     totals = torch.empty_like(expected)
@@ -444,7 +445,7 @@ def check_loads(place: Place, balancer: Balancer, batches: Sequence[torch.Tensor
             )
         imbalance.append(largest / float(by_rank.mean()))
         over_bound.append(largest / bound)
-        sender = torch.arange(place.ranks).view(-1, 1, 1)
+        sender = torch.arange(place.ranks, device="cpu").view(-1, 1, 1)
         kept += int((rank_of_slot[physical] == sender).sum())
         everything += physical.numel()
     if exact:
@@ -473,11 +474,11 @@ def _check_quotas(
     ``cumulative`` ``[n_physical]`` as of `Balancer.cumulative_shares`.
     """
     structure = placement.structure
-    start = torch.from_numpy(structure.copy_start).long()
+    start = torch.tensor(structure.copy_start).long()
     before = cumulative.roll(1)
     before[start[:-1]] = 0
     total = counts.repeat_interleave(start.diff(), 1)
-    off = loads[:, torch.from_numpy(structure.copy_slot).long()] << SHARE_BITS
+    off = loads[:, torch.tensor(structure.copy_slot).long()] << SHARE_BITS
     off -= (cumulative - before) * total
     if int(off.abs().max()) >= 1 << SHARE_BITS:
         raise timing.WrongAnswerError("a copy's load is a token or more off its share")
@@ -604,6 +605,20 @@ def _work(rank: int, job: Job) -> None:
     os._exit("failed" in result)
 
 
+@contextmanager
+def _blocked_interrupts() -> Iterator[None]:
+    """Let a process that is started here never see Ctrl-C: the one that starts it ends it.
+
+    A process inherits the blocked signals of the thread that starts it. One that comes meanwhile
+    is delivered at the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def run_section(job: Job, seconds: float) -> Row:
     """Run one section in processes of its own, for at most ``seconds``."""
     context = mp.get_context("spawn")
@@ -613,7 +628,8 @@ def run_section(job: Job, seconds: float) -> Row:
     failed = over = done = False
     try:
         for worker in workers:
-            worker.start()
+            with _blocked_interrupts():
+                worker.start()
         while not (done or failed):
             time.sleep(0.05)
             codes = [worker.exitcode for worker in workers]

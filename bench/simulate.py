@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional
 
 from lplb_triton import Placement, reference, solve
-from lplb_triton.bench.balance import make_placement, stretches
+from lplb_triton.bench.balance import check_tokens, make_placement, stretches
 from lplb_triton.bench.timing import Timer
 from lplb_triton.bench.trace import Trace
 from lplb_triton.solution import SHARE_BITS
@@ -88,24 +88,29 @@ def slot_tokens(
 
     Raises
     ------
+    TypeError, ValueError
+        If ``counts`` holds anything but integers from 0 to `lplb_triton.bench.trace.MOST_TOKENS`.
     SolveError
         If the LP isn't certified.
     """
+    check_tokens("counts", counts)
     s = placement.structure
-    start = torch.tensor(s.copy_start)
+    start = torch.tensor(s.copy_start, device="cpu")
     copies = placement.logcnt.long()
     if balance == "lplb":
         solution = solve(placement.problem(counts), tolerance=tolerance, backend="torch")
         solution.check()
         tables = (s.copy_cell, s.copy_index, s.copy_multiplicity, s.copy_start)
         cumulative = reference.cumulative_shares(
-            solution.shares, *(torch.tensor(table) for table in tables)
+            solution.shares, *(torch.tensor(table, device="cpu") for table in tables)
         )
     else:
-        number = torch.arange(placement.n_physical) - start[:-1].repeat_interleave(copies)
+        number = torch.arange(placement.n_physical, device="cpu")
+        number -= start[:-1].repeat_interleave(copies)
         cumulative = (number + 1 << SHARE_BITS) // copies.repeat_interleave(copies)
-    tokens = torch.zeros(placement.n_physical, dtype=torch.int64)
-    tokens[torch.tensor(s.copy_slot).long()] = reference.copy_quotas(counts, cumulative, start, 0)
+    tokens = torch.zeros(placement.n_physical, dtype=torch.int64, device="cpu")
+    slot = torch.tensor(s.copy_slot, device="cpu").long()
+    tokens[slot] = reference.copy_quotas(counts, cumulative, start, 0)
     return tokens.reshape(placement.ep_size, -1)
 
 
@@ -128,14 +133,19 @@ def draw_experts(
     tuple of torch.Tensor
         bfloat16 ``[experts, hidden, 2 * inner]`` and ``[experts, inner, hidden]``.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(rows: int, columns: int) -> torch.Tensor:
-        values = torch.randn(1, rows, columns, generator=generator) / math.sqrt(rows)
+        values = _normal((1, rows, columns), generator) / math.sqrt(rows)
         # Drawing gigabytes takes long.
         return values.to(device=device, dtype=torch.bfloat16).repeat(experts, 1, 1)
 
     return draw(hidden, 2 * inner), draw(inner, hidden)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Draw on the CPU in float32, whatever the user's defaults are."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def run_experts(
@@ -218,7 +228,7 @@ def simulate_row(
     chosen = chosen_batches(trace, per_stretch)
     widest = trace.experts // ep + slots
     w_in, w_out = draw_experts(hidden, inner, widest, device)
-    row_of_x = torch.randn(1, hidden, generator=torch.Generator().manual_seed(0))
+    row_of_x = _normal((1, hidden), torch.Generator("cpu").manual_seed(0))
     row_of_x = row_of_x.to(device=device, dtype=torch.bfloat16)
     found: dict[str, list[tuple[float, float, float]]] = {balance: [] for balance in BALANCES}
     for layer, batch, first, split in chosen:
@@ -227,7 +237,9 @@ def simulate_row(
         replicated = make_placement("eplb", history, ep, slots)
         counts = totals[batch, layer].double()
         counts = (counts * (tokens * ep / counts.sum())).round().long()
-        even = torch.full((ep, trace.experts // ep), tokens * ep // trace.experts)
+        even = torch.full(
+            (ep, trace.experts // ep), tokens * ep // trace.experts, dtype=torch.int64, device="cpu"
+        )
         per_slot = {
             "none": slot_tokens(in_order, counts, "none", tolerance),
             "eplb": slot_tokens(replicated, counts, "eplb", tolerance),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,7 +28,6 @@ __all__ = [
     "markdown",
     "pipeline_grids",
     "placement_grids",
-    "progress_bar",
     "require",
     "show_balance",
     "show_grids",
@@ -73,44 +71,12 @@ def require(module: str) -> None:
         ) from error
 
 
-def console(*, stderr: bool) -> Console:
-    """Return a console that writes to stdout or stderr."""
+def console(file: IO[str] | None = None) -> Console:
+    """Return a console that writes to a file, by default to stdout."""
     require("rich")
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
-
-
-@contextmanager
-def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar on stderr while the body runs; nothing where stderr is no terminal.
-
-    Parameters
-    ----------
-    label
-        Text before the bar.
-    total
-        Number of calls of the yielded function that make it full.
-
-    Yields
-    ------
-    callable
-        Advances the bar by one.
-    """
-    require("rich")
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    target = console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns,
-        TimeElapsedColumn(),
-        console=target,
-        transient=True,
-        disable=not target.is_terminal,
-    ) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda: bar.advance(task)
+    return Console(file=file, highlight=False)
 
 
 def show_balance(target: Console, cells: Sequence[Cell], *, title: str, time_label: str) -> None:
@@ -528,6 +494,10 @@ def placement_grids(report: dict[str, Any]) -> list[Grid]:
                 f"Largest over mean rank load, minus 1, mean over {cases} cases (layers or seeds). "
                 "even: split evenly; LP: the fractional optimum, certified to 1e-3; tokens: in "
                 "whole tokens. place/EPLB: quotient of the LP columns.",
+                *(
+                    f"n/a: EP {row['ep']}, {row['slots']} slots: {row['reason']}"
+                    for row in report["left_out"]
+                ),
             ),
         ),
         Grid(
@@ -631,10 +601,13 @@ def workloads_grids(report: dict[str, Any]) -> list[Grid]:
         grids.append(
             Grid(
                 f"EP {ep}, mean imbalance",
-                ("workload", "placement", "in order", "even", "LP", "HiGHS", "tokens", "distance"),
+                (
+                    *("workload", "placement", "slots", "in order"),
+                    *("even", "LP", "HiGHS", "tokens", "distance"),
+                ),
                 [
                     (
-                        *(row["workload"], row["placement"]),
+                        *(row["workload"], row["placement"], str(row["slots"])),
                         *(f"{row[k]:.3f}" for k in ("unbalanced", "even", "lp", "highs", "tokens")),
                         f"{row['distance']:.1e}",
                     )
@@ -646,9 +619,9 @@ def workloads_grids(report: dict[str, Any]) -> list[Grid]:
         o = report["options"]
         last = grids[-1]
         note = (
-            f"{o['experts']} experts, {o['slots']} redundant slots per rank, {o['batches']} "
-            "batches. in order: experts in order, no copies; even: copies, split evenly; tokens: "
-            "the LP in whole tokens; distance: largest of LP over HiGHS, relative. "
+            f"{o['experts']} experts, {o['batches']} batches. slots: redundant ones per rank; "
+            "in order: experts in order, no copies; even: copies, split evenly; tokens: the LP "
+            "in whole tokens; distance: largest of LP over HiGHS, relative. "
             f"place with {o['trials']} trials. The adversary's batches are each placement's own."
         )
         grids[-1] = Grid(last.title, last.header, last.rows, (note,))
@@ -667,8 +640,9 @@ def advise_grids(report: dict[str, Any]) -> list[Grid]:
     -------
     list of Grid
     """
-    o, gemm, best = report["options"], report["gemm"], report["recommended"]
+    o, gemm = report["options"], report["gemm"]
     model = o["model"]
+    said = ", ".join(f"{name} from {source}" for name, source in o["sizes_from"].items())
     rows, costs = [], []
     for row in report["rows"]:
         head = (row["placement"], str(row["slots"]))
@@ -691,7 +665,6 @@ def advise_grids(report: dict[str, Any]) -> list[Grid]:
             )
         )
     per = "forward and backward" if o["training"] else "forward"
-    pays = {"yes": "It pays", "no": "It does not pay", "uncertain": "Whether it pays is uncertain"}
     return [
         Grid(
             f"Predicted: expert products of the slowest of {o['ep']} ranks, microseconds",
@@ -699,9 +672,10 @@ def advise_grids(report: dict[str, Any]) -> list[Grid]:
             rows,
             (
                 f"Hidden {model['hidden']}, inner {model['inner']}, {model['experts']} experts, "
-                f"top-{model['top_k']}, {o['tokens']} tokens per rank, {per}; {o['loads']}. even: "
-                "EPLB with as many slots, split evenly. saving: of the LP over that, mean and "
-                "range (10th to 90th percentile of the batches, widened by the fit's worst error).",
+                f"top-{model['top_k']} ({said}), {o['tokens']} tokens per rank, {per}; loads: "
+                f"{o['loads']}. even: EPLB with as many slots, split evenly. saving: of the LP "
+                "over that, mean and range (10th to 90th percentile of the batches, widened by "
+                "the fit's worst error).",
                 f"Times of a rank's products: {gemm['source']}. Fit: {gemm['error']:.0%} rms, "
                 f"{gemm['worst']:.0%} at worst. Predicted, not measured: every figure of this "
                 "table. Left out: communication, routing, attention.",
@@ -717,11 +691,29 @@ def advise_grids(report: dict[str, Any]) -> list[Grid]:
                 "per rank from which on it pays, by mean (high .. low) saving. MiB: replicas of "
                 "one layer on a rank; in training as much again is sent and received "
                 "for weights and for gradients each step.",
-                f"{pays[report['pays']]} here. Recommended: {best['placement']}, {best['slots']} "
-                "slots per rank; lplb_triton.place, which is slower, may find a better placement.",
+                _verdict(report),
+                *(
+                    f"n/a: {slots} slots are more than copies can fill."
+                    for slots in report["left_out"]
+                ),
             ),
         ),
     ]
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    """Whether balancing pays, and what follows."""
+    best = f"{report['best']['placement']}, {report['best']['slots']} slots per rank"
+    if report["pays"] == "no":
+        return (
+            "It does not pay here: nothing is recommended but EPLB's even split or no copies. "
+            f"Least is lost by {best}."
+        )
+    pays = "It pays" if report["pays"] == "yes" else "Whether it pays is uncertain"
+    return (
+        f"{pays} here. Recommended: {best}; lplb_triton.place, which is slower, may find a better "
+        "placement."
+    )
 
 
 def advice_check_grids(report: dict[str, Any]) -> list[Grid]:

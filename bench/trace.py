@@ -34,12 +34,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FORMAT_VERSION", "Trace", "check_writable", "load", "packaged", "save"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MOST_TOKENS",
+    "Trace",
+    "check_writable",
+    "load",
+    "packaged",
+    "parse_json",
+    "save",
+]
 
 FORMAT_VERSION = 2
 
 _PACKAGED_NAME = "moe256.npz"
 _AXES = "[batches, layers, sources, experts]"
+# Tokens of an expert in one batch, over all sources, at most: ranks exchange them in int32. Times
+# 2**24, the unit of shares, they stay far below 2**63.
+MOST_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +63,8 @@ class Trace:
     counts
         Integer array [batches, layers, sources, experts]: assignments (token and expert pairs)
         that the tokens of one source rank sent to one logical expert. ``sources`` is 1 where only
-        totals over all ranks are known.
+        totals over all ranks are known. Over all sources an expert may have at most `MOST_TOKENS`
+        in a batch of a layer, which is what ranks can exchange (int32).
     steps
         int64 [batches], training step (or position in the stream) of each batch.
     meta
@@ -75,6 +88,7 @@ class Trace:
         _check_counts(self.counts, "counts")
         if self.counts.ndim != 4:
             raise ValueError(f"counts must have the axes {_AXES}, got shape {self.counts.shape}")
+        _check_totals(self.counts, "counts")
         _check_steps(self.steps, self.counts.shape[0], "steps")
         _check_meta(self.meta, "meta")
 
@@ -216,8 +230,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
     Returns
     -------
     Trace
-        With ``counts`` as int32 (int64 where that is too small), whatever the stored width, so
-        that sums of a few counts do not overflow.
+        With ``counts`` as int32, whatever the stored width.
 
     Raises
     ------
@@ -318,10 +331,7 @@ def _check_sum(content: dict[str, Any], path: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"path: no such file: {str(path)!r}")
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    parsed = parse_json(path.read_bytes(), str(path))
     if isinstance(parsed, list):
         parsed = {"counts": parsed}
     if not isinstance(parsed, dict):
@@ -337,15 +347,51 @@ def _read_json(path: Path) -> dict[str, Any]:
     return parsed
 
 
+def parse_json(text: str | bytes, name: str) -> Any:
+    """Parse JSON.
+
+    Parameters
+    ----------
+    text
+        What to parse; bytes are UTF-8.
+    name
+        What it is, for messages.
+
+    Returns
+    -------
+    object
+        What it says.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode())
+    except RecursionError:
+        # The parser's own stack; a trace or a report has a few levels.
+        raise ValueError(f"{name}: JSON is nested too deeply to be read") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: not valid JSON: {error}") from error
+
+
 def _array_from_json(value: object, key: str, path: Path) -> npt.NDArray[Any]:
     if not isinstance(value, list):
         raise ValueError(f"{path}: {key!r} must be nested lists, got {type(value).__name__}")
     try:
-        return np.array(value)
+        array = np.array(value)
     except (ValueError, OverflowError) as error:
         raise ValueError(
             f"{path}: {key!r} must be nested lists of integers, of equal length on each level"
         ) from error
+    if array.dtype.kind in "fO":
+        # Integers that don't fit in 64 bits become something else.
+        numbers = np.array(value, dtype=object).ravel().tolist()
+        if numbers and all(type(number) is int for number in numbers):
+            bits = max(number.bit_length() for number in numbers)
+            raise ValueError(f"{path}: {key!r} must hold integers of 64 bits, got one of {bits}")
+    return array
 
 
 class _FormatError(ValueError):
@@ -377,15 +423,15 @@ def _from_content(content: dict[str, Any]) -> Trace:
             "'counts' must be [batches, experts], [batches, layers, experts] or "
             f"{_AXES}, got shape {counts.shape}"
         )
-    if counts.max() > np.iinfo(np.int64).max:
-        raise ValueError("'counts' must fit in int64")
-    small = counts.max() <= np.iinfo(np.int32).max
-    counts = np.ascontiguousarray(counts, dtype=np.int32 if small else np.int64)
+    _check_totals(counts, "'counts'")
+    counts = np.ascontiguousarray(counts, dtype=np.int32)
 
     steps = content.get("steps")
     if steps is None:
         steps = np.arange(counts.shape[0], dtype=np.int64)
     elif steps.dtype.kind in "iu":
+        if steps.size and steps.max() > np.iinfo(np.int64).max:
+            raise ValueError(f"'steps' must fit in int64, got {int(steps.max())}")
         steps = steps.astype(np.int64)
     _check_steps(steps, counts.shape[0], "'steps'")
     return Trace(counts=counts, steps=steps, meta=_meta_from_content(content))
@@ -403,10 +449,7 @@ def _meta_from_content(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(stored, np.ndarray):
         if stored.ndim != 0 or stored.dtype.kind != "U":
             raise ValueError(f"'meta' must be a JSON string, got an array of {stored.dtype}")
-        try:
-            stored = json.loads(stored.item())
-        except ValueError as error:
-            raise ValueError(f"'meta' is not valid JSON: {error}") from error
+        stored = parse_json(stored.item(), "'meta'")
     _check_meta(stored, "'meta'")
     meta.update(stored)
     return meta
@@ -424,6 +467,23 @@ def _check_counts(counts: object, name: str) -> None:
         raise TypeError(f"{name} must hold integers, got dtype {counts.dtype}")
     if counts.min() < 0:
         raise ValueError(f"{name} must not be negative, got {int(counts.min())}")
+
+
+def _check_totals(counts: npt.NDArray[np.integer[Any]], name: str) -> None:
+    """Raise where an expert of ``[batches, layers, sources, experts]`` has too many tokens."""
+    largest = int(counts.max())
+    if largest <= MOST_TOKENS // counts.shape[2]:
+        return
+    # A count that is too large by itself may not be added to others: that could overflow.
+    totals = counts.max(2) if largest > MOST_TOKENS else counts.sum(2, dtype=np.int64)
+    batch, layer, expert = (int(i) for i in np.unravel_index(int(totals.argmax()), totals.shape))
+    tokens = int(totals[batch, layer, expert])
+    if tokens > MOST_TOKENS:
+        raise ValueError(
+            f"{name} must give an expert at most {MOST_TOKENS} tokens in a batch over all sources "
+            f"(ranks exchange them in int32), got {tokens} or more for expert {expert} of layer "
+            f"{layer} in batch {batch}; record shorter batches, or divide all counts by one number"
+        )
 
 
 def _check_steps(steps: object, batches: int, name: str) -> None:
@@ -444,5 +504,7 @@ def _check_meta(meta: object, name: str) -> None:
             raise TypeError(f"{name} must have string keys, got {key!r}")
     try:
         json.dumps(meta, allow_nan=False)
+    except RecursionError:
+        raise ValueError(f"{name} must be something JSON can hold: nested too deeply") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be something JSON can hold: {error}") from error

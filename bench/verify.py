@@ -19,11 +19,15 @@ from lplb_triton.problem import Problem
 from lplb_triton.solution import Solution
 from lplb_triton.solver import DEFAULT_TOLERANCE, solve
 
-__all__ = ["Verdict", "highs_optimum", "solve_counts", "verify"]
+__all__ = ["NoOptimumError", "Verdict", "highs_optimum", "solve_counts", "verify"]
 
 Floats = NDArray[np.float64]
 # Relative slack for comparing two floating-point answers.
 SLACK = 1e-6
+
+
+class NoOptimumError(RuntimeError):
+    """HiGHS, which answers are held against, has none itself."""
 
 
 @dataclass
@@ -67,7 +71,7 @@ def highs_optimum(weights: Floats, fixed: Floats, mask: NDArray[np.bool_]) -> fl
 
     Raises
     ------
-    RuntimeError
+    NoOptimumError
         If HiGHS reports anything but an optimum.
     """
     used = (weights > 0) & mask.any(0)
@@ -100,7 +104,7 @@ def highs_optimum(weights: Floats, fixed: Floats, mask: NDArray[np.bool_]) -> fl
         method="highs",
     )
     if result.status != 0:
-        raise RuntimeError(f"HiGHS found no optimum: {result.message}")
+        raise NoOptimumError(f"HiGHS found no optimum: {result.message}")
     return float(result.fun) * float(unit)
 
 
@@ -202,9 +206,7 @@ def verify(
         masks = problem.mask.expand(problem.n_instances, -1, -1).numpy()
         jobs = zip(problem.weights.numpy(), problem.fixed.numpy(), masks, strict=True)
         optima = np.array([highs_optimum(*job) for job in jobs])
-        there = Problem(
-            problem.weights.to(device), problem.fixed.to(device), problem.mask.to(device)
-        )
+        there = problem.to(device)
         for verdict in verdicts:
             if verdict.from_counts:
                 solution = solve_counts(

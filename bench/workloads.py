@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from lplb_triton import Placement, solve
 from lplb_triton.bench import trace as traces
-from lplb_triton.bench.balance import imbalance, integer_loads, make_placement
+from lplb_triton.bench.balance import imbalance, integer_loads, make_placement, stretches
 from lplb_triton.bench.instances import FAMILIES
 from lplb_triton.bench.placement import METHODS, Case
 from lplb_triton.bench.placement import make as make_by_history
+from lplb_triton.bench.trace import MOST_TOKENS
 from lplb_triton.bench.verify import SLACK, highs_optimum
 
 __all__ = [
@@ -44,6 +45,10 @@ PLACEMENTS = (
 ADVERSARIAL = "adversarial"
 HISTORY = 32
 ZIPF_TARGET = 2.0
+# A burst is so many times as large as a usual batch.
+BURST = 8
+# So many are hot in a burst.
+FEWEST_EXPERTS = 8
 # The adversary may give half of all tokens to as many experts as there are ranks; it tries
 # TRIES exchanges at once, ROUNDS times.
 HOT_PART, TRIES, ROUNDS = 0.5, 16, 12
@@ -139,8 +144,8 @@ def _rotating(rng: np.random.Generator, s: Settings) -> _Rates:
 def _burst(rng: np.random.Generator, s: Settings) -> _Rates:
     rates = _steady(rng, s, FAMILIES["lognormal"](rng, s.experts), 0.3)
     scale = np.ones(s.batches)
-    scale[-1] = 8
-    few = rng.choice(s.experts, 8, replace=False)
+    scale[-1] = BURST
+    few = rng.choice(s.experts, FEWEST_EXPERTS, replace=False)
     last = rates.test[-1]
     last[few] += last.sum() / len(few)
     return rates._replace(scale=scale)
@@ -150,6 +155,12 @@ def _replay(rng: np.random.Generator, s: Settings) -> _Rates:
     recorded = traces.packaged()
     if recorded.experts % s.experts:
         raise ValueError(f"experts must divide the {recorded.experts} that the trace has")
+    available = stretches(recorded.steps, 0.5)[0].stop
+    if HISTORY + s.batches > available:
+        raise ValueError(
+            f"batches must be at most {available - HISTORY} for the workload replay, which has no "
+            f"more recorded, got {s.batches}"
+        )
     # The first stretch of recorded batches, folded where fewer experts are asked for.
     shares = recorded.totals()[: HISTORY + s.batches, 0].reshape(-1, s.experts, 1).astype(float)
     if recorded.experts != s.experts:
@@ -210,12 +221,23 @@ def draw(name: str, settings: Settings) -> Case:
     Raises
     ------
     ValueError
-        If the name is unknown or the ranks don't divide the experts.
+        If the name is unknown, the ranks don't divide the experts, or another size is out of
+        range.
     """
     if name not in WORKLOADS:
         raise ValueError(f"name must be one of {', '.join(WORKLOADS)}; got {name!r}")
+    if settings.experts < FEWEST_EXPERTS:
+        raise ValueError(f"experts must be at least {FEWEST_EXPERTS}, got {settings.experts}")
     if settings.ranks < 1 or settings.experts % settings.ranks:
         raise ValueError(f"ranks must divide the {settings.experts} experts, got {settings.ranks}")
+    if settings.batches < 1:
+        raise ValueError(f"batches must be at least 1, got {settings.batches}")
+    most = MOST_TOKENS // (BURST * settings.ranks)
+    if not 1 <= settings.tokens <= most:
+        raise ValueError(
+            f"tokens must be in [1, {most}] for {settings.ranks} ranks, so that an expert's fit "
+            f"in int32 in every batch, got {settings.tokens}"
+        )
     rng = np.random.default_rng([settings.seed, list(WORKLOADS).index(name), settings.ranks])
     rates = WORKLOADS[name].rates(rng, settings)
     total = settings.tokens * settings.ranks
@@ -314,8 +336,8 @@ def judge(placement: Placement, test: torch.Tensor, tolerance: float) -> dict[st
         tokens = integer_loads(placement, test, solution).double()
         masks = problem.mask.expand(problem.n_instances, -1, -1).numpy()
         jobs = zip(problem.weights.numpy(), problem.fixed.numpy(), masks, strict=True)
-        optima = torch.tensor([highs_optimum(*job) for job in jobs], dtype=torch.float64)
-        optimum = optima.reshape(len(counts), -1).amax(1)
+        optima = np.array([highs_optimum(*job) for job in jobs], dtype=np.float64)
+        optimum = torch.from_numpy(optima).reshape(len(counts), -1).amax(1)
     largest, evenly = lp.amax(1), even.amax(1)
     distance = (largest - optimum) / largest.clamp(min=1e-300)
 
@@ -344,7 +366,7 @@ def run(
     placements: Sequence[str],
     ep: Sequence[int],
     *,
-    slots: int = 2,
+    slots: Sequence[int] = (1, 2),
     experts: int = 256,
     batches: int = 4,
     trials: int = 10,
@@ -363,7 +385,7 @@ def run(
     ep
         EP sizes.
     slots
-        Redundant slots per rank (``"none"`` has none).
+        Numbers of redundant slots per rank (``"none"`` has none, and comes once).
     experts, batches, seed
         As in `Settings`.
     trials
@@ -390,8 +412,10 @@ def run(
         settings = Settings(ranks, experts, batches, seed=seed)
         for name in names:
             case = draw(name, settings)
-            for kind in placements:
-                spare = 0 if kind == "none" else slots
+            kinds = dict.fromkeys(
+                (kind, 0 if kind == "none" else spare) for kind in placements for spare in slots
+            )
+            for kind, spare in kinds:
                 head = {"ep": ranks, "workload": name, "placement": kind, "slots": spare}
                 try:
                     # Sizes decide whether it exists; METHODS can be laid out wherever EPLB can.

@@ -4,6 +4,8 @@ Launchers take tensors whose sizes and devices the caller has checked.
 """
 
 from lplb_triton.kernels.launch import (
+    FIRST_CHANNEL,
+    Channel,
     Exchange,
     SelectTables,
     Settings,
@@ -12,6 +14,7 @@ from lplb_triton.kernels.launch import (
     SpreadTables,
     count_by_program,
     is_interpreted,
+    read_report,
     select,
     solve,
     solve_counts,
@@ -20,6 +23,7 @@ from lplb_triton.kernels.launch import (
     sum_by_program,
 )
 from lplb_triton.kernels.launch_sync import (
+    COUNT_BITS,
     FAULTS,
     HEADER_WORDS,
     MAX_RANKS,
@@ -34,10 +38,13 @@ from lplb_triton.kernels.launch_sync import (
 from lplb_triton.kernels.pipeline import Pipeline
 
 __all__ = [
+    "COUNT_BITS",
     "FAULTS",
+    "FIRST_CHANNEL",
     "HEADER_WORDS",
     "MAX_RANKS",
     "STATUS_FIRST",
+    "Channel",
     "Exchange",
     "Pipeline",
     "Quotas",
@@ -50,6 +57,7 @@ __all__ = [
     "count_by_program",
     "divide_quotas",
     "is_interpreted",
+    "read_report",
     "select",
     "solve",
     "solve_counts",

@@ -17,7 +17,7 @@ from lplb_triton.kernels.interior_point import _newton_by_cells
 from lplb_triton.kernels.levelling import (
     COPIES_AT_ONCE,
     ROUNDED_PART,
-    TARGET_PART,
+    _aim,
     _balance,
     _load_rank_cells,
     _rank_loads,
@@ -161,6 +161,16 @@ def _load_ranks(
 
 
 @triton.jit
+def _load_copy_parts(copy_parts_ptr, n_ranks, n_slots, G: tl.constexpr, S: tl.constexpr):
+    """Load the parts that a split which is even over copies leaves, [G S] as `_load_ranks`."""
+    index = tl.arange(0, G * S)
+    rank = index // S
+    slot = index % S
+    there = (rank < n_ranks) & (slot < n_slots)
+    return tl.load(copy_parts_ptr + rank * n_slots + slot, mask=there, other=0.0)
+
+
+@triton.jit
 def _fold(on_rank, part, complete, n_ranks, G: tl.constexpr, S: tl.constexpr):
     """Sum counts [G S] over the slots of ranks: fixed loads, and loads of the even split.
 
@@ -175,17 +185,38 @@ def _fold(on_rank, part, complete, n_ranks, G: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
+def _split_over_copies(
+    counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr, cells_ptr, n_cells, n_slots,
+    x_ptr, COPIES: tl.constexpr,
+):  # fmt: skip
+    """Write tokens by cell of the split that is even over copies to x [n_cells]."""
+    cell = tl.arange(0, COPIES)
+    is_cell = cell < n_cells
+    slot = tl.load(cells_ptr + cell, mask=is_cell, other=0) * n_slots
+    tokens = tl.zeros((COPIES,), tl.float32)
+    for _ in range(n_slots):
+        mine = is_cell & (tl.load(slot_cells_ptr + slot, mask=is_cell, other=-1) == cell)
+        expert = tl.load(rank_experts_ptr + slot, mask=mine, other=-1)
+        part = tl.load(copy_parts_ptr + slot, mask=mine, other=0.0)
+        tokens += _counts_of(counts_ptr, expert) * part
+        slot += 1
+    tl.store(x_ptr + cell, tokens, mask=is_cell)
+
+
+@triton.jit
 def _solve_cells(
-    tables, weights, fixed, load, in_pairs, peak, total, bound, invalid, tolerance,
-    max_iterations, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
+    tables, weights, fixed, load, other_load, in_pairs, peak, total, bound, invalid, tolerance,
+    max_iterations, counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr,
+    cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
     copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
-    n_ranks, n_columns, n_shared, width,
+    n_ranks, n_columns, n_slots, n_shared, width,
     G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Solve a group by cells; returns its largest load, a bound and iterations.
 
-    weights [C]; fixed and load [G], of the even split. With ``in_pairs`` 1 the cumulative shares
-    are those of a level plan.
+    weights [C]; fixed and load [G], of the split that is even over ranks; ``other_load`` [G], of
+    the one that is even over copies, which takes the plan's place if it is better. With
+    ``in_pairs`` 1 the cumulative shares are those of a level plan.
     """
     rank = tl.arange(0, G)
     col = tl.arange(0, C)
@@ -202,7 +233,7 @@ def _solve_cells(
     upto_ptr = (tokens_ptr + n_shared).to(tl.pointer_type(tl.int32), bitcast=True)
     units_ptr = upto_ptr + n_shared
     target = tolerance - BOUND_ALLOWANCE
-    aim = target * TARGET_PART
+    aim = _aim(target, n_ranks)
     tl.store(weights_ptr + col, weights, mask=col < n_columns)
     tl.debug_barrier()
     cell_weights = tl.load(weights_ptr + tables.cell_column, mask=is_cell, other=0.0)
@@ -226,8 +257,12 @@ def _solve_cells(
     iterations = max_iterations * 0
     # Of the type that it will have.
     max_load = bound
-    rounds = 0
-    while rounds < 2:
+    may_solve = invalid == 0
+    # Where a rank has several copies of an expert, there are two even splits.
+    may_split = may_solve & (extents.multiplicity > 1)
+    going = 1
+    while going > 0:
+        going = 0
         _round(
             x_ptr, tokens_ptr, upto_ptr, units_ptr, cell_weights, tables.cell_first,
             tables.cell_copies, is_cell,
@@ -241,11 +276,9 @@ def _solve_cells(
             fixed, tokens_ptr, tables.first_cells, rank_cells_ptr, n_ranks, extents.most_cells, G
         )
         max_load = tl.max(loads)
-        rounds += 1
-        good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
-        if good | invalid:
-            rounds += 1
-        if rounds < 2:
+        if may_solve & (max_load - bound > max_load * (target * ROUNDED_PART)):
+            may_solve = invalid  # which it is not
+            going = 1
             tl.store(scratch_ptr + n_ranks + rank, fixed, mask=rank_on)
             tl.debug_barrier()
             bound, iterations = _newton_by_cells(
@@ -255,6 +288,16 @@ def _solve_cells(
                 max_iterations, G, C, COPIES,
             )  # fmt: skip
             tl.debug_barrier()
+        elif may_split:
+            may_split = invalid  # which it is not
+            if tl.max(other_load) < max_load:
+                going = 1
+                tl.debug_barrier()
+                _split_over_copies(
+                    counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr, cells_ptr,
+                    extents.n_cells, n_slots, x_ptr, COPIES,
+                )  # fmt: skip
+                tl.debug_barrier()
     return max_load, bound, iterations
 
 
@@ -289,7 +332,7 @@ def _column_weights(
 @triton.jit(noinline=True)
 def _solve_cells_in_memory(
     counts_ptr, complete, in_pairs, known_bound, tolerance, max_iterations,
-    rank_experts_ptr, rank_parts_ptr,
+    rank_experts_ptr, rank_parts_ptr, copy_parts_ptr, slot_cells_ptr,
     cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, first_members_ptr,
     first_ranks_ptr, column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
     edges_ptr, extents_ptr, copy_index_ptr, copy_multiplicity_ptr,
@@ -307,18 +350,21 @@ def _solve_cells_in_memory(
         G, C, COPIES, MEMBERS,
     )  # fmt: skip
     expert, part = _load_ranks(rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G, S)
-    fixed, load, peak, total, bound, invalid = _fold(
-        _counts_of(counts_ptr, expert), part, complete, n_ranks, G, S
-    )
+    copy_part = _load_copy_parts(copy_parts_ptr, n_ranks, n_slots, G, S)
+    on_rank = _counts_of(counts_ptr, expert)
+    fixed, load, peak, total, bound, invalid = _fold(on_rank, part, complete, n_ranks, G, S)
+    other_load = tl.sum((on_rank * copy_part).reshape(G, S), 1)
     weights = _column_weights(
         counts_ptr, _counts_of_members(counts_ptr, tables.members, MEMBERS),
         column_start_ptr, column_members_ptr,
         tables.extents.most_members, n_columns, invalid, C, MEMBERS,
     )  # fmt: skip
     max_load, bound, iterations = _solve_cells(
-        tables, weights, fixed, load, in_pairs, peak, total, tl.maximum(bound, known_bound),
-        invalid, tolerance, max_iterations, cells_ptr, cell_start_ptr, rank_cells_ptr,
-        cell_number_ptr, edges_ptr, copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr,
-        scratch_ptr, n_ranks, n_columns, n_shared, width, G, C, COPIES, LANES,
+        tables, weights, fixed, load, other_load, in_pairs, peak, total,
+        tl.maximum(bound, known_bound),
+        invalid, tolerance, max_iterations, counts_ptr, rank_experts_ptr, copy_parts_ptr,
+        slot_cells_ptr, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
+        copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
+        n_ranks, n_columns, n_slots, n_shared, width, G, C, COPIES, LANES,
     )  # fmt: skip
     return max_load, bound, iterations, invalid

@@ -133,7 +133,8 @@ class DriverLaunch:
         if sizes[: len(args)] != wanted or any(size != 8 for size in sizes[len(args) :]):
             raise UnsupportedError(f"kernel {meta.name} takes {sizes} bytes, got {wanted}")
         function = _load(compiled)
-        self._args = list(args)
+        # Kinds only: the batch that comes first must not be held for ever.
+        self._kinds = [type(arg) for arg in args]
         self.words = (ctypes.c_uint64 * len(sizes))()
         for at, arg in enumerate(args):
             if isinstance(arg, torch.Tensor):
@@ -157,11 +158,11 @@ class DriverLaunch:
     def values(self) -> list[int | float]:
         """Give the arguments as Triton's own launch takes them."""
         values: list[int | float] = []
-        for arg, word in zip(self._args, self.words, strict=False):
+        for kind, word in zip(self._kinds, self.words, strict=False):
             low = word & 0xFFFFFFFF
-            if isinstance(arg, torch.Tensor):
+            if issubclass(kind, torch.Tensor):
                 values.append(word)
-            elif isinstance(arg, float):
+            elif issubclass(kind, float):
                 values.append(struct.unpack("<f", struct.pack("<I", low))[0])
             else:
                 values.append(ctypes.c_int32(low).value)

@@ -16,7 +16,16 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from lplb_triton.kernels.driver import DriverLaunch, UnsupportedError
 from lplb_triton.kernels.solvers import _solve_counts_kernel, _solve_lp_kernel, _spread_kernel
-from lplb_triton.kernels.tokens import _count_kernel, _running_sum_kernel, _select_kernel
+from lplb_triton.kernels.tokens import (
+    BAD_COUNTS,
+    BAD_CUMULATIVE,
+    BAD_RUNNING,
+    REPORT_ID,
+    REPORT_INPUT,
+    _count_kernel,
+    _running_sum_kernel,
+    _select_kernel,
+)
 
 # Ids that one program handles at a time. The select kernel compares all pairs of a block.
 COUNT_BLOCK = 256
@@ -28,6 +37,13 @@ SUM_EXPERTS = 4
 SPREAD_BLOCK = 512
 # Counts that one pass of an exchange between ranks handles.
 EXCHANGE_BLOCK = 256
+
+# What kernels report of inputs that aren't ids.
+REPORTED_INPUTS = {
+    int(BAD_COUNTS.value): "counts",
+    int(BAD_RUNNING.value): "running",
+    int(BAD_CUMULATIVE.value): "cumulative",
+}
 
 # Compiled kernels by what they were compiled for. Triton's own launch looks at every argument
 # anew; nothing here is specialised on values or alignment, so the dtypes say it all.
@@ -111,16 +127,16 @@ def _launch(call: _Call) -> None:
 class _Prepared:
     """A compiled kernel with its arguments, ready to launch.
 
-    ``args`` takes other addresses and integers between launches. With ``early`` the kernel may
-    start before the one ahead of it in its stream has ended, where the GPU can do that
-    (programmatic dependent launch); it has to wait for that one by itself.
+    ``args`` takes other addresses and integers between launches; no tensor is kept. With
+    ``early`` the kernel may start before the one ahead of it in its stream has ended, where the
+    GPU can do that (programmatic dependent launch); it has to wait for that one by itself.
     """
 
     args: Any
 
     def __init__(self, call: _Call, compiled: Any, early: bool) -> None:
         self.n_args = len(call.args)
-        self._call, self._compiled = call, compiled
+        self._grid, self._constants, self._compiled = call.grid, call.constants, compiled
         early = early and _has_pdl(call.args[0].device)
         self._direct: DriverLaunch | None = None
         if torch.version.hip is None:
@@ -138,15 +154,15 @@ class _Prepared:
         if profiled:
             # Triton's own way gathers what the hooks are told.
             args = self.args if self._direct is None else self._direct.values()
-            grid = self._call.grid, 1, 1
-            self._compiled[grid](*args, *self._call.constants, stream=stream)
+            grid = self._grid, 1, 1
+            self._compiled[grid](*args, *self._constants, stream=stream)
         elif self._direct is not None:
             self._direct.launch(stream)
         else:
             compiled = self._compiled
             self._launcher(
-                self._call.grid, 1, 1, stream, compiled.function, compiled.packed_metadata,
-                None, None, None, *self.args, *self._call.constants,
+                self._grid, 1, 1, stream, compiled.function, compiled.packed_metadata,
+                None, None, None, *self.args, *self._constants,
             )  # fmt: skip
 
 
@@ -191,6 +207,10 @@ class SolveTables(NamedTuple):
     copy_multiplicity: torch.Tensor
     edges: torch.Tensor
     """[n_group, most_classes + 1, width] int64 as for `_level_edges`."""
+    copy_parts: torch.Tensor
+    """float32 as ``rank_parts``, for an even split over copies."""
+    slot_cells: torch.Tensor
+    """Cells of ``rank_experts``, -1 if one rank holds all copies."""
 
 
 # Those that every solve reads come first among a kernel's arguments, together with all else that it
@@ -259,12 +279,13 @@ def solve(
     weights: torch.Tensor,
     fixed: torch.Tensor,
     mask: torch.Tensor,
+    start: torch.Tensor | None,
     tolerance: float,
     max_iterations: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Solve a batch of programs; returns shares, max_load, lower_bound, gap, iterations, status.
 
-    ``weights`` [B, C], ``fixed`` [B, G], ``mask`` [B or 1, G, C] bool.
+    ``weights`` [B, C], ``fixed`` [B, G], ``mask`` [B or 1, G, C] bool, ``start`` [B, G, C].
     """
     batch, n_columns = weights.shape
     n_ranks = fixed.shape[1]
@@ -276,14 +297,15 @@ def solve(
     stats = torch.empty(3, batch, dtype=torch.float32, device=device)
     ints = torch.empty(2, batch, dtype=torch.int32, device=device)
     if batch:
-        ranks, columns = _tile(n_ranks, n_columns)
+        sizes = _tile(n_ranks, n_columns)
         stride = 0 if mask.shape[0] == 1 else n_ranks * n_columns
+        first = shares if start is None else start.to(torch.float32).contiguous()
         args = (
-            weights, fixed, mask, stride, shares, stats, ints,
+            weights, fixed, mask, stride, first, shares, stats, ints,
             tolerance, max_iterations, n_ranks, n_columns,
         )  # fmt: skip
-        options = _solve_options(_newton_warps(ranks, columns))
-        _launch(_Call(_solve_lp_kernel, batch, args, (ranks, columns), options))
+        options = _solve_options(_newton_warps(*sizes))
+        _launch(_Call(_solve_lp_kernel, batch, args, (*sizes, start is not None), options))
     return shares, stats[0], stats[1], stats[2], ints[0], ints[1]
 
 
@@ -323,6 +345,17 @@ class Settings(NamedTuple):
     max_iterations: int
 
 
+class Channel(NamedTuple):
+    """Where an exchange happens: calls of one channel come in the same order on every rank."""
+
+    number: int
+    opening: int = 0
+    """How the channel came to be, in 15 bits; the same on every rank."""
+
+
+FIRST_CHANNEL = Channel(0)
+
+
 class Exchange(NamedTuple):
     """One rank's side of an exchange of counts [n] with other ranks; docs/sync.md.
 
@@ -343,12 +376,13 @@ class Exchange(NamedTuple):
     capacity: int
     timeout_ms: int
 
-    def args(self, channel: int) -> tuple[Any, ...]:
-        """Run-time arguments of a kernel that does the exchange, the channel last."""
+    def args(self, channel: Channel) -> tuple[Any, ...]:
+        """Run-time arguments of a kernel that does the exchange, the channel's last."""
         gathered = self.total if self.gathered is None else self.gathered
         return (
             self.total, gathered, *self[2:7],
-            self.rank, self.addresses.numel(), self.capacity, self.timeout_ms, channel,
+            self.rank, self.addresses.numel(), self.capacity, self.timeout_ms,
+            channel.opening, channel.number,
         )  # fmt: skip
 
     def constants(self) -> tuple[int, ...]:
@@ -368,7 +402,7 @@ def _exchange_block(n: int) -> int:
 
 def _solve_counts_call(
     running: torch.Tensor | None, buffers: SolveBuffers, tables: SolveTables, settings: Settings,
-    exchange: Exchange | None = None, channel: int = 0,
+    report: torch.Tensor, exchange: Exchange | None = None, channel: Channel = FIRST_CHANNEL,
 ) -> _Call:  # fmt: skip
     n_group, n_ranks, n_slots = tables.rank_experts.shape
     _, n_members, n_columns = tables.first_members.shape
@@ -381,8 +415,8 @@ def _solve_counts_call(
         buffers.counts if running is None else running, buffers.counts, *tables[:FIRST_TABLES],
         *buffers[1:], *settings, n_ranks, n_columns, n_slots, n_shared,
         n_logical, 0 if running is None else running.shape[0], n_sums,
-        *tables.edges.shape[1:], *tables[FIRST_TABLES:],
-        *(exchange.args(channel) if exchange else (*[buffers.counts] * 7, 0, 0, 0, 0, 0)),
+        *tables.edges.shape[1:], *tables[FIRST_TABLES:], report,
+        *(exchange.args(channel) if exchange else (*[buffers.counts] * 7, 0, 0, 0, 0, 0, 0)),
     )  # fmt: skip
     constants = (
         ranks, columns, max(2, slots), max(32, copies), n_members, SUM_ROWS, SUM_EXPERTS,
@@ -394,10 +428,10 @@ def _solve_counts_call(
 
 
 def _count_call(
-    idx: torch.Tensor, running: torch.Tensor, counts: torch.Tensor, status: torch.Tensor, chunk: int
+    idx: torch.Tensor, running: torch.Tensor, counts: torch.Tensor, report: torch.Tensor, chunk: int
 ) -> _Call:
     n_rows, n_logical = running.shape
-    args = (idx, running, counts, status, idx.numel(), chunk, n_logical)
+    args = (idx, running, counts, report, idx.numel(), chunk, n_logical)
     constants = (_bins(n_logical), COUNT_BLOCK, _has_pdl(idx.device))
     return _Call(_count_kernel, n_rows, args, constants, {"num_warps": 2})
 
@@ -411,11 +445,14 @@ def _sum_call(running: torch.Tensor, counts: torch.Tensor) -> _Call:
 
 def _select_call(
     idx: torch.Tensor, out: torch.Tensor, running: torch.Tensor, cumulative: torch.Tensor,
-    tables: SelectTables, chunk: int, rank: int,
+    tables: SelectTables, report: torch.Tensor, chunk: int, rank: int, check: bool = False,
 ) -> _Call:  # fmt: skip
     n_rows, n_logical = running.shape
-    args = (idx, out, running, cumulative, *tables, idx.numel(), chunk, n_logical, n_rows, rank)
-    constants = (_bins(n_logical), SELECT_BLOCK, _has_pdl(idx.device))
+    args = (
+        idx, out, running, cumulative, *tables, report,
+        idx.numel(), chunk, n_logical, n_rows, rank,
+    )  # fmt: skip
+    constants = (_bins(n_logical), SELECT_BLOCK, _has_pdl(idx.device), check)
     return _Call(_select_kernel, n_rows, args, constants, {"num_warps": 8})
 
 
@@ -424,14 +461,31 @@ def _bins(n_logical: int) -> int:
 
 
 def solve_counts(
-    running: torch.Tensor | None, buffers: SolveBuffers, tables: SolveTables, settings: Settings
-) -> None:
+    running: torch.Tensor | None, buffers: SolveBuffers, tables: SolveTables, settings: Settings,
+    report: torch.Tensor,
+) -> None:  # fmt: skip
     """Solve every group of one batch from its counts by logical expert.
 
     ``buffers.counts`` are given, or with ``running`` [n_sms, n_logical] int32 (counts by
-    program, as `count_by_program` leaves both) summed in the same launch.
+    program, as `count_by_program` leaves both) summed in the same launch. Negative counts make a
+    group invalid, and ``report`` [2] int64 says so.
     """
-    _launch(_solve_counts_call(running, buffers, tables, settings))
+    _launch(_solve_counts_call(running, buffers, tables, settings, report))
+
+
+def read_report(report: Any) -> str | None:
+    """Take one report out of the words that kernels write to, and clear it.
+
+    ``report`` [2] int64 as numpy has it. Returns which input was bad: ``"idx"``, of which the
+    second word is an example, ``"counts"``, ``"running"`` or ``"cumulative"``; None if none was.
+    """
+    flags = report[:1].view("int32")
+    at = REPORT_ID.value if flags[REPORT_ID.value] else REPORT_INPUT.value
+    what = int(flags[at])
+    flags[at] = 0
+    if at == REPORT_ID.value:
+        return "idx"
+    return REPORTED_INPUTS.get(what)
 
 
 def spread_shares(cumulative: torch.Tensor, shares: torch.Tensor, tables: SpreadTables) -> None:
@@ -447,15 +501,15 @@ def spread_shares(cumulative: torch.Tensor, shares: torch.Tensor, tables: Spread
 
 
 def count_by_program(
-    idx: torch.Tensor, running: torch.Tensor, counts: torch.Tensor, status: torch.Tensor, chunk: int
+    idx: torch.Tensor, running: torch.Tensor, counts: torch.Tensor, report: torch.Tensor, chunk: int
 ) -> None:
     """Count contiguous ``idx`` by chunk.
 
     ``running`` [n_sms, n_logical] int32 is written, and ``counts`` [n_logical] int32 becomes -1
-    until `sum_by_program` or `solve_counts` has summed the rows; ``status`` is two int64 words
-    that the kernel can reach (pinned host memory on a GPU).
+    until `sum_by_program` or `solve_counts` has summed the rows; ``report`` [2] int64 is memory
+    that kernel and host can reach (pinned on a GPU), see `read_report`.
     """
-    _launch(_count_call(idx, running, counts, status, chunk))
+    _launch(_count_call(idx, running, counts, report, chunk))
 
 
 def sum_by_program(running: torch.Tensor, counts: torch.Tensor) -> None:
@@ -465,7 +519,10 @@ def sum_by_program(running: torch.Tensor, counts: torch.Tensor) -> None:
 
 def select(
     idx: torch.Tensor, out: torch.Tensor, running: torch.Tensor, cumulative: torch.Tensor,
-    tables: SelectTables, chunk: int, rank: int,
+    tables: SelectTables, report: torch.Tensor, chunk: int, rank: int,
 ) -> None:  # fmt: skip
-    """Write physical ids of contiguous ``idx`` to ``out`` (same shape and dtype)."""
-    _launch(_select_call(idx, out, running, cumulative, tables, chunk, rank))
+    """Write physical ids of contiguous ``idx`` to ``out`` (same shape and dtype).
+
+    If ``running`` or ``cumulative`` don't fit, ``report`` [2] int64 says so.
+    """
+    _launch(_select_call(idx, out, running, cumulative, tables, report, chunk, rank, check=True))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from lplb_triton.kernels.launch import Exchange, _Call, _exchange_block, _launch
+from lplb_triton.kernels.launch import Channel, Exchange, _Call, _exchange_block, _launch
 from lplb_triton.kernels.quotas import _divide_quotas_kernel
 from lplb_triton.kernels.sync import (
     FAULT_ABSENT,
@@ -15,6 +15,7 @@ from lplb_triton.kernels.sync import (
     FAULT_OVERLAP,
     HEADER,
     MOST_RANKS,
+    OPENING_SHIFT,
     STATUS_RANKS,
     WARPS,
     _sum_gathered_kernel,
@@ -24,6 +25,7 @@ from lplb_triton.kernels.sync import (
 MAX_RANKS = int(MOST_RANKS.value)
 HEADER_WORDS = int(HEADER.value)
 STATUS_FIRST = int(STATUS_RANKS.value)
+COUNT_BITS = int(OPENING_SHIFT.value)
 FAULTS = {
     int(FAULT_ABSENT.value): "absent",
     int(FAULT_MISMATCH.value): "mismatch",
@@ -41,7 +43,7 @@ def channel_words(n_ranks: int, capacity: int) -> int:
     return 2 * n_ranks * (HEADER_WORDS + capacity)
 
 
-def sum_over_ranks(counts: torch.Tensor, exchange: Exchange, channel: int) -> None:
+def sum_over_ranks(counts: torch.Tensor, exchange: Exchange, channel: Channel) -> None:
     """Exchange ``counts`` [n] int32 with all ranks, in a launch of its own."""
     args = (counts, *exchange.args(channel), counts.numel())
     constants = (*exchange.constants(), 32 * WARPS)

@@ -12,15 +12,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _largest_load, _shares
+from lplb_triton.kernels.tiles import (
+    PARTS_ONE,
+    SHARE_ONE,
+    _add2,
+    _inverse,
+    _largest_load,
+    _parts_of,
+    _shares,
+    _units_of,
+)
 
 # Cells of a rank that are summed at once; its table is padded to whole such blocks. This and the
 # next are in lplb_triton/_tables.py too, which works without Triton.
 RANK_CELLS = tl.constexpr(8)
 # Copies of a column that are looked at side by side.
 COPIES_AT_ONCE = tl.constexpr(4)
-# The gap that is aimed at, as a part of the tolerance.
+# The gap that is aimed at, as a part of the tolerance: at most, and at least where rounding may
+# cost much.
 TARGET_PART = tl.constexpr(0.98)
+LEAST_TARGET_PART = tl.constexpr(0.75)
 # That and what rounding may take of it: a level plan that gets here needs no Newton's method.
 ROUNDED_PART = tl.constexpr(0.99)
 # How far an edge goes beyond level once the first sweeps were not enough.
@@ -32,6 +43,13 @@ CUTS = tl.constexpr(4)
 FARTHEST_CUT = tl.constexpr(25.6)
 # The largest load is steady once a sweep takes no more than this part of the gap off it.
 STEADY = tl.constexpr(0.5)
+
+
+@triton.jit
+def _aim(target, n_ranks):
+    """Relative gap to aim at so that rounding, at most ``n_ranks`` units, leaves ``target``."""
+    rounded = target * ROUNDED_PART - n_ranks.to(tl.float32) * (1.0 / SHARE_ONE)
+    return tl.maximum(tl.minimum(target * TARGET_PART, rounded), target * LEAST_TARGET_PART)
 
 
 @triton.jit
@@ -136,17 +154,21 @@ def _round(x_ptr, tokens_ptr, upto_ptr, units_ptr, weights, first, copies, there
     some = weights > 0
     x = tl.load(x_ptr + cell, mask=there, other=0.0)
     share = tl.where(some, x * _inverse(tl.where(some, weights, 1.0)), 1.0 / copies)
-    units = tl.where(there, (share * SHARE_ONE + 0.5).to(tl.int32), 0)
+    parts = tl.where(there, _parts_of(share), 0)
     # Sums over all cells, modulo 2**32: their differences within a column are exact.
-    upto = tl.cumsum(units, 0)
+    upto = tl.cumsum(parts, 0)
     sums_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     # Several threads may hold a cell.
     tl.debug_barrier()
     tl.store(sums_ptr + cell, upto, mask=there)
     tl.debug_barrier()
-    upto -= tl.load(sums_ptr + first - 1, mask=there & (first > 0), other=0)
-    lower = tl.minimum(upto - units, SHARE_ONE)
-    upto = tl.where(cell == first + copies - 1, SHARE_ONE, tl.minimum(upto, SHARE_ONE))
+    last = first + copies - 1
+    total = tl.load(sums_ptr + last, mask=there, other=PARTS_ONE)
+    before = tl.load(sums_ptr + first - 1, mask=there & (first > 0), other=0)
+    total -= before
+    upto -= before
+    lower = _units_of(upto - parts, total)
+    upto = tl.where(cell == last, SHARE_ONE, _units_of(upto, total))
     tl.store(tokens_ptr + cell, _shares(upto - lower) * weights, mask=there)
     tl.store(upto_ptr + cell, upto, mask=there)
     tl.store(units_ptr + cell, upto - lower, mask=there)

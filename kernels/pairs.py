@@ -22,7 +22,7 @@ from lplb_triton.kernels.levelling import (
     RELAXATION,
     ROUNDED_PART,
     STEADY,
-    TARGET_PART,
+    _aim,
     _cut_loads,
 )
 from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _largest_load, _shares
@@ -226,7 +226,7 @@ def _solve_pairs(
     """
     PARTS: tl.constexpr = (G + 31) // 32
     LANES: tl.constexpr = G // PARTS
-    aim = target * TARGET_PART
+    aim = _aim(target, n_ranks)
     beyond = 1.0 / (1.0 - aim)
     slower = 1.0 / (1.0 + aim * STEADY)
     part_of_rank = 1.0 / n_ranks.to(tl.float32)

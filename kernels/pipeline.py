@@ -8,7 +8,9 @@ import torch
 import triton
 
 from lplb_triton.kernels.launch import (
+    FIRST_CHANNEL,
     FIRST_TABLES,
+    Channel,
     Exchange,
     SelectTables,
     Settings,
@@ -30,7 +32,7 @@ from lplb_triton.kernels.launch_sync import Quotas, _divide_call
 
 # Where `Pipeline.run` finds the arguments that change from call to call.
 SETTINGS_AT = 2 + FIRST_TABLES + len(SolveBuffers._fields) - 1
-CHOICE_AT = 4 + len(SelectTables._fields)
+CHOICE_AT = 5 + len(SelectTables._fields)
 
 
 class Pipeline:
@@ -43,8 +45,8 @@ class Pipeline:
 
     Parameters
     ----------
-    running, status, rank
-        As for `count_by_program` and `select`.
+    running, report, rank
+        As for `count_by_program`, `solve_counts` and `select`.
     buffers, solve_tables, select_tables
         As for `solve_counts` and `select`; they must stay where they are.
     exchange : Exchange or None
@@ -56,7 +58,7 @@ class Pipeline:
     def __init__(
         self,
         running: torch.Tensor,
-        status: torch.Tensor,
+        report: torch.Tensor,
         buffers: SolveBuffers,
         solve_tables: SolveTables,
         select_tables: SelectTables,
@@ -64,7 +66,7 @@ class Pipeline:
         exchange: Exchange | None = None,
         quotas: Quotas | None = None,
     ) -> None:
-        self._running, self._status, self._buffers = running, status, buffers
+        self._running, self._report, self._buffers = running, report, buffers
         self._solve_tables, self._select_tables, self._rank = solve_tables, select_tables, rank
         self._exchange, self._quotas = exchange, quotas
         self._device = running.device.index
@@ -78,7 +80,7 @@ class Pipeline:
         out: torch.Tensor,
         chunk: int,
         settings: Settings,
-        channel: int = 0,
+        channel: Channel = FIRST_CHANNEL,
         between: Callable[[], None] | None = None,
     ) -> None:
         """Write physical ids of contiguous ``idx`` to ``out``.
@@ -108,7 +110,8 @@ class Pipeline:
         count.args[0], count.args[4], count.args[5] = ids, n_ids, chunk
         solve.args[SETTINGS_AT] = settings.certified.data_ptr()
         solve.args[SETTINGS_AT + 1] = settings.solves.data_ptr()
-        solve.args[solve.n_args - 1] = channel
+        solve.args[solve.n_args - 2] = channel.opening
+        solve.args[solve.n_args - 1] = channel.number
         choose.args[0], choose.args[1] = ids, out.data_ptr()
         choose.args[CHOICE_AT], choose.args[CHOICE_AT + 1] = n_ids, chunk
         stream, profiled = self._current_stream(self._device), _is_profiled()
@@ -121,8 +124,8 @@ class Pipeline:
                 kernel.launch(stream, profiled)
 
     def _calls(
-        self, idx: torch.Tensor, out: torch.Tensor, chunk: int, settings: Settings, channel: int,
-        split: bool,
+        self, idx: torch.Tensor, out: torch.Tensor, chunk: int, settings: Settings,
+        channel: Channel, split: bool,
     ) -> list[tuple[_Call, bool]]:  # fmt: skip
         """All launches, and whether they may start early.
 
@@ -130,8 +133,8 @@ class Pipeline:
         it start.
         """
         running, buffers = self._running, self._buffers
-        calls = [(_count_call(idx, running, buffers.counts, self._status, chunk), False)]
-        fixed = buffers, self._solve_tables, settings
+        calls = [(_count_call(idx, running, buffers.counts, self._report, chunk), False)]
+        fixed = buffers, self._solve_tables, settings, self._report
         if split:
             calls.append((_sum_call(running, buffers.counts), False))
             calls.append((_solve_counts_call(None, *fixed), False))
@@ -142,6 +145,8 @@ class Pipeline:
         if self._quotas is not None:
             calls.append((_divide_call(cumulative, self._quotas), False))
             cumulative = self._quotas.mine
-        select = _select_call(idx, out, running, cumulative, self._select_tables, chunk, self._rank)
+        select = _select_call(
+            idx, out, running, cumulative, self._select_tables, self._report, chunk, self._rank
+        )
         calls.append((select, self._quotas is None))
         return calls

@@ -13,6 +13,7 @@ from lplb_triton.kernels.cells import (
     _counts_of_members,
     _fold,
     _load_cells,
+    _load_copy_parts,
     _load_ranks,
     _solve_cells,
     _solve_cells_in_memory,
@@ -20,7 +21,7 @@ from lplb_triton.kernels.cells import (
 )
 from lplb_triton.kernels.copies import Tile
 from lplb_triton.kernels.interior_point import _newton
-from lplb_triton.kernels.levelling import COPIES_AT_ONCE, RANK_CELLS, ROUNDED_PART, TARGET_PART
+from lplb_triton.kernels.levelling import COPIES_AT_ONCE, RANK_CELLS, ROUNDED_PART, _aim
 from lplb_triton.kernels.pairs import _load_pairs, _solve_pairs, _weights_of_pairs
 from lplb_triton.kernels.sync import _sum_over_ranks
 from lplb_triton.kernels.tiles import (
@@ -31,9 +32,12 @@ from lplb_triton.kernels.tiles import (
     _shares,
 )
 from lplb_triton.kernels.tokens import (
+    BAD_COUNTS,
+    REPORT_INPUT,
     _await_counts,
     _await_previous,
     _counts_of,
+    _report,
     _start_dependents,
     _sum_rows,
 )
@@ -73,15 +77,16 @@ def _store_certificate(
     do_not_specialize_on_alignment=["weights_ptr", "fixed_ptr", "mask_ptr"],
 )
 def _solve_lp_kernel(
-    weights_ptr, fixed_ptr, mask_ptr, mask_stride, shares_ptr, stats_ptr, ints_ptr,
+    weights_ptr, fixed_ptr, mask_ptr, mask_stride, start_ptr, shares_ptr, stats_ptr, ints_ptr,
     tolerance, max_iterations, n_ranks, n_columns,
-    G: tl.constexpr, C: tl.constexpr,
+    G: tl.constexpr, C: tl.constexpr, HAS_START: tl.constexpr,
 ):  # fmt: skip
     """Solve instance ``program_id(0)`` of a batch.
 
     weights [B, n_columns] and fixed [B, n_ranks] float32, mask [B or 1, n_ranks, n_columns]
     int8 (``mask_stride`` 0 if shared), shares [B, n_ranks, n_columns] float32 (every element is
-    written), stats [3, B] float32, ints [2, B] int32. Grid (B,).
+    written), stats [3, B] float32, ints [2, B] int32. start [B, n_ranks, n_columns] float32 is
+    another plan than the even split to begin with, looked at with HAS_START. Grid (B,).
     """
     program = tl.program_id(0).to(tl.int64)
     rank = tl.arange(0, G)
@@ -107,13 +112,26 @@ def _solve_lp_kernel(
     units = _quantize(even, rank[:, None], last)
     weights = tl.where(single, 0.0, weights)
     load = fixed + tl.sum(_shares(units) * weights, 1)
+    if HAS_START:
+        start = tl.load(
+            start_ptr + program * n_ranks * n_columns + cell, mask=inside & copy, other=0.0
+        )
+        # Shares, whatever was given.
+        start = tl.where(start > 0, tl.minimum(start, 1.0), 0.0)
+        start_sum = _column_sum(start)
+        start = tl.where(start_sum > 0, start / tl.where(start_sum > 0, start_sum, 1.0), even)
+        start_units = _quantize(start, rank[:, None], last)
+        start_load = fixed + tl.sum(_shares(start_units) * weights, 1)
+        better = tl.max(start_load) < tl.max(load)
+        units = tl.where(better, start_units, units)
+        load = tl.where(better, start_load, load)
     max_load, total, bound, invalid = _mean_and_bound(load, fixed, n_ranks)
     iterations = max_iterations * 0
     target = tolerance - BOUND_ALLOWANCE
     if max_load - bound > max_load * (target * ROUNDED_PART):
         plan, bound, iterations = _newton(
             _shares(units), max_load, bound, weights, fixed, Tile(copy, rank_on, n_ranks), total,
-            tolerance, target * TARGET_PART, max_iterations, G, C, False,
+            tolerance, _aim(target, n_ranks), max_iterations, G, C, False,
         )  # fmt: skip
         units = _quantize(plan, rank[:, None], last)
         max_load = tl.max(fixed + tl.sum(_shares(units) * weights, 1))
@@ -129,7 +147,7 @@ def _solve_lp_kernel(
     do_not_specialize=[
         "max_iterations", "n_ranks", "n_columns", "n_slots", "n_shared", "n_logical",
         "n_rows", "n_sums", "most_classes", "width",
-        "own_rank", "n_peers", "capacity", "timeout_ms", "channel",
+        "own_rank", "n_peers", "capacity", "timeout_ms", "opening", "channel",
     ],
     do_not_specialize_on_alignment=["counts_ptr", "certified_ptr", "solves_ptr"],
 )  # fmt: skip
@@ -140,9 +158,9 @@ def _solve_counts_kernel(
     most_classes, width,
     cells_ptr, cell_start_ptr, cell_number_ptr, rank_cells_ptr, first_members_ptr,
     first_ranks_ptr, column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
-    copy_index_ptr, copy_multiplicity_ptr, edges_ptr,
+    copy_index_ptr, copy_multiplicity_ptr, edges_ptr, copy_parts_ptr, slot_cells_ptr, report_ptr,
     total_ptr, gathered_ptr, addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
-    own_rank, n_peers, capacity, timeout_ms, channel,
+    own_rank, n_peers, capacity, timeout_ms, opening, channel,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
     MEMBERS: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, PAIRS: tl.constexpr,
     LANES: tl.constexpr, PDL: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
@@ -165,7 +183,7 @@ def _solve_counts_kernel(
     ``n_shared`` cells: every redundant slot makes at most two shared copies, and two cells.
     With PAIRS classes of edges above 0, groups of pairs are solved as pairs.py says.
     ``certified`` [1] rises by one if the group is certified, ``solves`` [1] always (int32 or
-    int64). Grid (n_sums + n_group,).
+    int64). Counts that are none are said in ``report`` [2] int64. Grid (n_sums + n_group,).
     """
     if CHANNELS == 0:
         _start_dependents(PDL)
@@ -190,6 +208,8 @@ def _solve_counts_kernel(
         shared_cells_ptr += group * n_shared
         edges_ptr += group * most_classes * width
         extents_ptr += group * 8
+        copy_parts_ptr += group * n_ranks * n_slots
+        slot_cells_ptr += group * n_ranks * n_slots
         n_scratch = 2 * n_ranks + n_columns + 4 * n_shared
         # `solve_scratch`.
         scratch_ptr += group * tl.maximum(n_scratch + LANES, G * (G + 2) + n_shared)
@@ -205,6 +225,7 @@ def _solve_counts_kernel(
                 shared_copies_ptr, shared_cells_ptr, extents_ptr, n_ranks, n_columns, n_shared,
                 G, C, COPIES, MEMBERS,
             )  # fmt: skip
+            copy_part = _load_copy_parts(copy_parts_ptr, n_ranks, n_slots, G, S)
         _await_previous(PDL)
         complete = tl.full((), 1, tl.int1)
         if n_sums > 0:
@@ -216,7 +237,7 @@ def _solve_counts_kernel(
             _sum_over_ranks(
                 counts_ptr, total_ptr, gathered_ptr,
                 addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
-                own_rank, n_peers, capacity, timeout_ms, channel, n_logical, complete,
+                own_rank, n_peers, capacity, timeout_ms, opening, channel, n_logical, complete,
                 CHANNELS, BLOCK, GATHER, ON_GPU, LANES,
             )  # fmt: skip
             _start_dependents(PDL)
@@ -241,7 +262,7 @@ def _solve_counts_kernel(
                 tl.debug_barrier()
                 max_load, bound, iterations, invalid = _solve_cells_in_memory(
                     counts_ptr, complete, in_pairs, bound, tolerance, max_iterations,
-                    rank_experts_ptr, rank_parts_ptr,
+                    rank_experts_ptr, rank_parts_ptr, copy_parts_ptr, slot_cells_ptr,
                     cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, first_members_ptr,
                     first_ranks_ptr, column_start_ptr, column_members_ptr,
                     shared_copies_ptr, shared_cells_ptr, edges_ptr, extents_ptr,
@@ -262,17 +283,20 @@ def _solve_counts_kernel(
                 counts_ptr, of_members, column_start_ptr, column_members_ptr,
                 extents.most_members, n_columns, invalid, C, MEMBERS,
             )  # fmt: skip
+            other_load = tl.sum((on_rank * copy_part).reshape(G, S), 1)
             max_load, bound, iterations = _solve_cells(
-                tables, weights, fixed, load, 0, peak, total, bound, invalid, tolerance,
-                max_iterations, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr,
-                edges_ptr, copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
-                n_ranks, n_columns, n_shared, width, G, C, COPIES, LANES,
+                tables, weights, fixed, load, other_load, 0, peak, total, bound, invalid, tolerance,
+                max_iterations, counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr,
+                cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
+                copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
+                n_ranks, n_columns, n_slots, n_shared, width, G, C, COPIES, LANES,
             )  # fmt: skip
         max_load, lower_bound, gap, status = _certify(max_load, bound, tolerance, invalid)
         _store_certificate(
             stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
             max_load, lower_bound, gap, iterations, status,
         )  # fmt: skip
+        _report(report_ptr, REPORT_INPUT, BAD_COUNTS, invalid)
         certified = (status == STATUS_CERTIFIED).to(tl.int32)
         one = tl.full((), 1, solves_ptr.dtype.element_ty)
         # Relaxed: who reads them comes after this launch anyway, and a fence takes its time.

@@ -1,9 +1,9 @@
 """Sum counts over ranks through memory that all of them can write: one program does it all.
 
 A rank's buffer holds, per channel, two slots, each with one row by sender: the version of the
-placement, the number of counts, and the counts. Each is a word of 64 bits with the epoch above
-it, so that a word has come as soon as it says so itself: no flag, no fence, and no order among
-them. docs/sync.md says why the protocol holds.
+placement, the number of counts with the way the channel was opened, and the counts. Each is a word
+of 64 bits with the epoch above it, so that a word has come as soon as it says so itself: no flag,
+no fence, and no order among them. docs/sync.md says why the protocol holds.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ FAULT_OVERLAP = tl.constexpr(3)
 # Counts of a call that failed: no solver takes them for tokens.
 NO_COUNT = tl.constexpr(-2)
 
+# A header's second word: the number of counts, and above it how the channel was opened.
+OPENING_SHIFT = tl.constexpr(16)
+
 # int64 words of the status in pinned host memory: fault, epoch and channel, then by rank whether
-# it is to blame, its version and its number of counts.
+# it is to blame, its version and the second word of its header.
 STATUS_RANKS = tl.constexpr(8)
 
 
@@ -79,12 +82,12 @@ def _send(address, word, mask, ON_GPU: tl.constexpr):
 
 @triton.jit
 def _publish(
-    counts_ptr, addresses_ptr, first_word, row_words, rank, n_ranks, n, epoch, version, complete,
-    BLOCK: tl.constexpr, ON_GPU: tl.constexpr,
+    counts_ptr, addresses_ptr, first_word, row_words, rank, n_ranks, n, epoch, version, call,
+    complete, BLOCK: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
     """Write this rank's row of a slot into every rank's buffer, if its counts are complete."""
     word = tl.arange(0, HEADER)
-    header = _tagged(tl.where(word == 0, version, n), epoch)
+    header = _tagged(tl.where(word == 0, version, call), epoch)
     for first_peer in range(0, n_ranks, ROWS):
         peer = first_peer + tl.arange(0, ROWS)
         there = ((peer < n_ranks) & complete)[:, None]
@@ -111,15 +114,16 @@ def _tile(rows_ptr, row_words, header, first_row, at, n_ranks, n):
 
 @triton.jit
 def _await_rows(
-    rows_ptr, row_words, total_ptr, gathered_ptr, present, epoch, version, n_ranks, n, timeout_ms,
+    rows_ptr, row_words, total_ptr, gathered_ptr, present, epoch, version, call, n_ranks, n,
+    timeout_ms,
     BLOCK: tl.constexpr, GATHER: tl.constexpr, ON_GPU: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Add up all ranks' rows as they come, and copy them if GATHER.
 
     Looks at the headers with every look at a tile of counts, and ends early when one belongs to
     another call. ``timeout_ms`` is a number of looks where there is no clock. Returns how many
-    words of the last look had not come, and by lane who came with another version or number of
-    counts, and with which.
+    words of the last look had not come, and by lane who came with another version or ``call``,
+    and with which.
     """
     header_ptr = rows_ptr + tl.arange(0, LANES) * row_words
     lane = tl.arange(0, LANES)
@@ -133,7 +137,7 @@ def _await_rows(
     n_strangers = n_ranks * 0
     stranger = tl.zeros((LANES,), dtype=tl.int32)
     their_version = tl.zeros((LANES,), dtype=tl.int64)
-    their_n = tl.zeros((LANES,), dtype=tl.int64)
+    their_call = tl.zeros((LANES,), dtype=tl.int64)
     for first in range(0, n, BLOCK):
         at = first + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), dtype=tl.int32)
@@ -145,11 +149,11 @@ def _await_rows(
             # Only numbers that all threads share decide, and so all of them leave together.
             while look:
                 their_version = tl.load(header_ptr, mask=present, other=0, volatile=True)
-                their_n = tl.load(header_ptr + 1, mask=present, other=0, volatile=True)
+                their_call = tl.load(header_ptr + 1, mask=present, other=0, volatile=True)
                 words = tl.load(cell_ptr, mask=mask, other=0, volatile=True)
                 absent = tl.sum((mask & (_has_come(words, epoch) == 0)).to(tl.int32), 1)
-                come = _has_come(their_version, epoch) & _has_come(their_n, epoch)
-                same = (their_version.to(tl.int32) == version) & (their_n.to(tl.int32) == n)
+                come = _has_come(their_version, epoch) & _has_come(their_call, epoch)
+                same = (their_version.to(tl.int32) == version) & (their_call.to(tl.int32) == call)
                 stranger = (present & come & (same == 0)).to(tl.int32)
                 unheard, n_strangers = tl.reduce(
                     ((present & (come == 0)).to(tl.int32), stranger), 0, _add2
@@ -166,7 +170,7 @@ def _await_rows(
             if GATHER:
                 tl.store(gathered_ptr + row[:, None] * n + at[None, :], counts, mask=mask)
         tl.store(total_ptr + at, total, mask=at < n)
-    return missing, stranger, their_version.to(tl.int32), their_n.to(tl.int32)
+    return missing, stranger, their_version.to(tl.int32), their_call.to(tl.int32)
 
 
 @triton.jit
@@ -197,7 +201,7 @@ def _give_up(
 
 @triton.jit
 def _report(
-    status_ptr, first, n_ranks, epoch, channel, blamed, their_version, their_n,
+    status_ptr, first, n_ranks, epoch, channel, blamed, their_version, their_call,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """Tell the host of ranks ``first`` to ``first + LANES``; the fault itself comes later."""
@@ -206,7 +210,7 @@ def _report(
     mask = row < n_ranks
     tl.store(by_rank_ptr, blamed.to(tl.int64), mask=mask)
     tl.store(by_rank_ptr + n_ranks, their_version.to(tl.int64), mask=mask)
-    tl.store(by_rank_ptr + 2 * n_ranks, their_n.to(tl.int64), mask=mask)
+    tl.store(by_rank_ptr + 2 * n_ranks, their_call.to(tl.int64), mask=mask)
     tl.store(status_ptr + 1, tl.full((), 0, tl.int64) + epoch)
     tl.store(status_ptr + 2, tl.full((), 0, tl.int64) + channel)
 
@@ -215,7 +219,7 @@ def _report(
 def _sum_over_ranks(
     counts_ptr, total_ptr, gathered_ptr,
     addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
-    rank, n_ranks, capacity, timeout_ms, channel, n, complete,
+    rank, n_ranks, capacity, timeout_ms, opening, channel, n, complete,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, ON_GPU: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
@@ -225,8 +229,9 @@ def _sum_over_ranks(
     addresses [n_ranks] int64, where each rank's buffer is; gates and epochs [CHANNELS] and
     version [1] int32, this rank's own; status [STATUS_RANKS + 3 n_ranks] int64 in pinned host
     memory. A buffer is [CHANNELS, 2, n_ranks, HEADER + capacity] int64, at first zero.
-    ``version`` must be the same on all ranks. One program calls this, with LANES threads, once
-    its counts are there; if not all of them came, not ``complete``, it takes no part.
+    ``version``, ``n`` and ``opening`` must be the same on all ranks; ``opening`` tells how the
+    channel came to be, in 15 bits, and ``n`` has 16. One program calls this, with LANES threads,
+    once its counts are there; if not all of them came, not ``complete``, it takes no part.
 
     What it writes other threads may read after a barrier.
     """
@@ -240,18 +245,19 @@ def _sum_over_ranks(
     fault = tl.where(gate == BUSY, FAULT_OVERLAP, 0)
     blamed = tl.zeros((LANES,), dtype=tl.int32)
     their_version = tl.zeros((LANES,), dtype=tl.int32)
-    their_n = tl.zeros((LANES,), dtype=tl.int32)
+    their_call = tl.zeros((LANES,), dtype=tl.int32)
+    call = n | (opening << OPENING_SHIFT)
     if gate == IDLE:
         slot_word = (channel * 2 + (epoch & 1)) * n_ranks * row_words
         # Without its own counts a rank is absent, for itself too.
         _publish(
             counts_ptr, addresses_ptr, slot_word, row_words, rank, n_ranks, n, epoch, version,
-            complete, BLOCK, ON_GPU,
+            call, complete, BLOCK, ON_GPU,
         )  # fmt: skip
         rows_ptr = tl.load(addresses_ptr + rank).to(tl.pointer_type(tl.int64)) + slot_word
-        missing, blamed, their_version, their_n = _await_rows(
-            rows_ptr, row_words, total_ptr, gathered_ptr, present, epoch, version, n_ranks, n,
-            timeout_ms, BLOCK, GATHER, ON_GPU, LANES,
+        missing, blamed, their_version, their_call = _await_rows(
+            rows_ptr, row_words, total_ptr, gathered_ptr, present, epoch, version, call, n_ranks,
+            n, timeout_ms, BLOCK, GATHER, ON_GPU, LANES,
         )  # fmt: skip
         # Everybody has read: the next epoch, and with it the next slot, may begin.
         tl.debug_barrier()
@@ -266,24 +272,29 @@ def _sum_over_ranks(
     if (fault != 0) | (gate == POISONED):
         _give_up(counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n, BLOCK, GATHER)
     if fault != 0:
-        _report(status_ptr, 0, n_ranks, epoch, channel, blamed, their_version, their_n, LANES)
-        tl.debug_barrier()
+        # Calls of other channels may fail too, for want of a rank that was sent away by this fault.
+        # The first to poison gate 0 tells the host.
+        before = tl.atomic_xchg(gates_ptr, POISONED, sem="acq_rel", scope="gpu")
         gates = tl.arange(0, CHANNELS)
         tl.atomic_xchg(
             gates_ptr + gates, tl.full((CHANNELS,), POISONED, tl.int32), sem="release", scope="sys"
         )
-        tl.debug_barrier()
-        tl.store(status_ptr, fault.to(tl.int64))
+        if before != POISONED:
+            _report(
+                status_ptr, 0, n_ranks, epoch, channel, blamed, their_version, their_call, LANES
+            )
+            tl.debug_barrier()
+            tl.store(status_ptr, fault.to(tl.int64))
 
 
 @triton.jit(
-    do_not_specialize=["rank", "n_ranks", "capacity", "timeout_ms", "channel", "n"],
+    do_not_specialize=["rank", "n_ranks", "capacity", "timeout_ms", "opening", "channel", "n"],
     do_not_specialize_on_alignment=["counts_ptr", "total_ptr", "gathered_ptr", "version_ptr"],
 )
 def _sum_over_ranks_kernel(
     counts_ptr, total_ptr, gathered_ptr,
     addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
-    rank, n_ranks, capacity, timeout_ms, channel, n,
+    rank, n_ranks, capacity, timeout_ms, opening, channel, n,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, ON_GPU: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
@@ -294,7 +305,7 @@ def _sum_over_ranks_kernel(
     _sum_over_ranks(
         counts_ptr, total_ptr, gathered_ptr,
         addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
-        rank, n_ranks, capacity, timeout_ms, channel, n, tl.full((), 1, tl.int1),
+        rank, n_ranks, capacity, timeout_ms, opening, channel, n, tl.full((), 1, tl.int1),
         CHANNELS, BLOCK, GATHER, ON_GPU, LANES,
     )  # fmt: skip
 

@@ -7,6 +7,10 @@ import triton.language as tl
 
 # Shares are whole units of 2**-24 (equation 11).
 SHARE_ONE = tl.constexpr(1 << 24)
+# They are summed as multiples of 2**-30 before they are rounded: 2**PART_BITS parts are a unit.
+PART_BITS = tl.constexpr(6)
+PARTS_HALF = tl.constexpr(1 << 5)
+PARTS_ONE = tl.constexpr(1 << 30)
 # Taken off the bound for the round-off of its float32 sums (2**-20; equation 3).
 BOUND_ALLOWANCE = tl.constexpr(9.5367431640625e-07)
 
@@ -48,17 +52,34 @@ def _column_sum(tile):
 
 
 @triton.jit
-def _quantize(shares, rank, last):
-    """Shares [G, C] in units, int32, that sum to exactly 1 per column.
+def _parts_of(shares):
+    """Shares as int32 multiples of 2**-30."""
+    return (shares * PARTS_ONE + 0.5).to(tl.int32)
 
-    ``last`` [1, C] is the rank of a column's last copy, which gets what is missing to 1
-    (equation 11); -1 in a column without copies, which gets nothing.
+
+@triton.jit
+def _units_of(upto, total):
+    """Round running sums of a column's parts, ``total`` in all, to units (equation 11).
+
+    What ``total`` lacks of 1, or has too much, is spread over the column in proportion.
     """
-    units = (shares * SHARE_ONE + 0.5).to(tl.int32)
-    upto = tl.cumsum(units, 0)
-    before = tl.minimum(upto - units, SHARE_ONE)
-    upto = tl.where(rank >= last, SHARE_ONE, tl.minimum(upto, SHARE_ONE))
-    before = tl.where(rank > last, SHARE_ONE, before)
+    lack = (total - PARTS_ONE).to(tl.float32) * (-1.0 / PARTS_ONE)
+    upto += (upto.to(tl.float32) * lack).to(tl.int32)
+    return tl.minimum((upto + PARTS_HALF) >> PART_BITS, SHARE_ONE)
+
+
+@triton.jit
+def _quantize(shares, rank, last):
+    """Shares [G, C] in units, int32, that sum to exactly 1 per column (equation 11).
+
+    ``last`` [1, C] is the rank of a column's last copy; -1 in a column without copies, which gets
+    nothing.
+    """
+    parts = _parts_of(shares)
+    upto = tl.cumsum(parts, 0)
+    total = _column_sum(parts)
+    before = tl.where(rank > last, SHARE_ONE, _units_of(upto - parts, total))
+    upto = tl.where(rank >= last, SHARE_ONE, _units_of(upto, total))
     return upto - before
 
 

@@ -18,7 +18,13 @@ SHARE_HALF = tl.constexpr(1 << 23)
 OFFSET_BY_RANK = tl.constexpr(10368889)
 OFFSET_BY_EXPERT = tl.constexpr(12664745)
 
-STATUS_BAD_ID = tl.constexpr(0)
+# What kernels report to the host is two int64 words in memory that it can read. The first one holds
+# two int32: whether an id was bad, and which other input was; the second one holds the bad id.
+REPORT_ID = tl.constexpr(0)
+REPORT_INPUT = tl.constexpr(1)
+BAD_COUNTS = tl.constexpr(1)
+BAD_RUNNING = tl.constexpr(2)
+BAD_CUMULATIVE = tl.constexpr(3)
 
 # Looks at counts that another program has to write, before giving up: seconds.
 MOST_POLLS = tl.constexpr(1 << 22)
@@ -42,20 +48,28 @@ def _await_previous(PDL: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
+@triton.jit
+def _report(report_ptr, at, what, mask):
+    """Write ``what`` to a half of the first word of a report, where ``mask`` says so."""
+    flag_ptr = report_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + at
+    # Usually nothing; otherwise any of those that write will do.
+    tl.store(flag_ptr + mask.to(tl.int32) * 0, what, mask=mask)
+
+
 @triton.jit(
     do_not_specialize=["n_ids", "chunk", "n_logical"],
-    do_not_specialize_on_alignment=["idx_ptr", "status_ptr"],
+    do_not_specialize_on_alignment=["idx_ptr", "report_ptr"],
 )
 def _count_kernel(
-    idx_ptr, by_program_ptr, counts_ptr, status_ptr, n_ids, chunk, n_logical,
+    idx_ptr, by_program_ptr, counts_ptr, report_ptr, n_ids, chunk, n_logical,
     BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Count the ids of one chunk.
 
     idx [n_ids] int32 or int64, by_program [programs, n_logical] int32 (every element is
     written). counts [n_logical] int32 becomes -1, which says that totals are still to come. An
-    id outside [-1, n_logical) counts nowhere and leaves itself in ``status``
-    [0] (flag) and [1] (value), int64 words in pinned host memory. Grid (programs,).
+    id outside [-1, n_logical) counts nowhere and leaves itself in ``report`` [2] int64. Grid
+    (programs,).
     """
     _start_dependents(PDL)
     program = tl.program_id(0).to(tl.int64)
@@ -67,9 +81,8 @@ def _count_kernel(
         ids = tl.load(idx_ptr + at, mask=at < end, other=-1)
         known = (ids >= 0) & (ids < n_logical)
         bad = (ids < -1) | (ids >= n_logical)
-        # Usually nothing; otherwise any of the bad ids will do.
-        tl.store(status_ptr + 1 + at * 0, ids.to(tl.int64), mask=bad)
-        tl.store(status_ptr + STATUS_BAD_ID + at * 0, tl.full((BLOCK,), 1, tl.int64), mask=bad)
+        tl.store(report_ptr + 1 + at * 0, ids.to(tl.int64), mask=bad)
+        _report(report_ptr, REPORT_ID, 1, bad)
         bins += tl.histogram(tl.where(known, ids, 0).to(tl.int32), BINS, mask=known)
     expert = tl.arange(0, BINS)
     tl.store(by_program_ptr + program * n_logical + expert, bins, mask=expert < n_logical)
@@ -183,19 +196,26 @@ def _find_copy(cumulative_ptr, low, high, position, count, offset, steps, INTEGE
 
 @triton.jit(
     do_not_specialize=["n_ids", "chunk", "n_logical", "n_rows", "rank"],
-    do_not_specialize_on_alignment=["idx_ptr", "out_ptr", "running_ptr", "cumulative_ptr"],
+    do_not_specialize_on_alignment=[
+        "idx_ptr",
+        "out_ptr",
+        "running_ptr",
+        "cumulative_ptr",
+        "report_ptr",
+    ],
 )
 def _select_kernel(
     idx_ptr, out_ptr, running_ptr,
-    cumulative_ptr, copy_start_ptr, copy_slot_ptr, search_steps_ptr,
+    cumulative_ptr, copy_start_ptr, copy_slot_ptr, search_steps_ptr, report_ptr,
     n_ids, chunk, n_logical, n_rows, rank,
-    BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """Physical ids for one chunk of logical ids (equations 12 to 14).
 
     idx and out [n_ids]; running [n_rows, n_logical] int32 as `_sum_rows` leaves it (one row per
     program); cumulative and copy_slot [n_copies], copy_start [n_logical + 1], search_steps [1]
-    int32. Grid (n_rows,).
+    int32. With CHECK, ``running`` and ``cumulative`` may be anybody's: if they don't fit the ids,
+    or are no shares, ``report`` [2] int64 says so. Grid (n_rows,).
     """
     program = tl.program_id(0).to(tl.int64)
     begin = program * chunk
@@ -230,6 +250,12 @@ def _select_kernel(
             seen += tl.histogram(e, BINS, mask=known)
 
         offset = _rounding_offset(rank.to(tl.int64), e.to(tl.int64))
+        if CHECK:
+            _report(report_ptr, REPORT_INPUT, BAD_RUNNING, known & (position >= count))
+            first_end = tl.load(cumulative_ptr + low)
+            bad = (first_end < 0) | (first_end > SHARE_MASK + 1)
+            bad |= _quota_end(cumulative_ptr, high, count.to(tl.int64), offset) != count
+            _report(report_ptr, REPORT_INPUT, BAD_CUMULATIVE, known & bad)
         most = n_ids
         if n_ids >= 65536:
             most = tl.max(count)

@@ -300,6 +300,7 @@ class CutSearch:
         if raised.size and self.separate(by_raised[:SEPARATION_BATCHES], raised):
             if self.score(self.value) > target:
                 return False
+        # Every round adds a cut that the pool lacks, and there are finitely many.
         while self.separate(by_relief[:SEPARATION_BATCHES]):
             if self.score(self.value) > target:
                 return False

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
+from lplb_triton._torch_op import opaque
 from lplb_triton.placement import Placement
 from lplb_triton.problem import Problem
 from lplb_triton.solution import Solution
@@ -50,8 +51,12 @@ def _optima(max_loads: list[torch.Tensor], n_placements: int) -> torch.Tensor:
 
 
 class ExactSearch:
-    """A placement under change. E experts, G ranks, S slots, B batches, K candidates."""
+    """A placement under change. E experts, G ranks, S slots, B batches, K candidates.
 
+    What the caller has set for torch, such as autocast, makes no difference.
+    """
+
+    @opaque
     def __init__(
         self,
         start: Placement,
@@ -69,7 +74,7 @@ class ExactSearch:
             start.phy2log.long().to(device),
             start.rank_of_slot.long().to(device),
         )
-        self.copies = torch.zeros(start.n_logical, self.ranks, device=device)
+        self.copies = torch.zeros(start.n_logical, self.ranks, dtype=torch.float32, device=device)
         self.copies.index_put_(
             (self.expert, self.rank),
             torch.ones_like(self.rank, dtype=torch.float32),
@@ -81,6 +86,7 @@ class ExactSearch:
         # Changes that were good but not the best: tried again in the next step.
         self.second = torch.empty(0, dtype=torch.int64, device=device)
 
+    @opaque
     def run(self, steps: int) -> tuple[Placement, float]:
         """Make changes; return the placement and its mean excess over a perfect balance."""
         for _ in range(steps):

@@ -8,6 +8,11 @@ __all__ = ["reserve", "scratch", "workspace_bytes"]
 
 _required: dict[torch.device, int] = {}
 _blocks: dict[tuple[torch.device, int], torch.Tensor] = {}
+# Blocks for the next streams of a GPU. A stream's first call may come where memory is taken from a
+# pool that belongs to somebody else, who doesn't expect any of it to stay: `torch.compile` warms up
+# its CUDA graphs like that, on a stream of its own, besides the one that the program runs on.
+_spares: dict[torch.device, list[torch.Tensor]] = {}
+N_SPARES = 2
 
 
 def _stream_key(device: torch.device) -> tuple[torch.device, int]:
@@ -21,6 +26,26 @@ def _stream_key(device: torch.device) -> tuple[torch.device, int]:
 def reserve(device: torch.device, n_bytes: int) -> None:
     """Make every block of ``device`` at least ``n_bytes`` large from its next use on."""
     _required[device] = max(n_bytes, _required.get(device, 0))
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        spares = [b for b in _spares.get(device, ()) if b.numel() >= _required[device]]
+        spares += [_new_block(device) for _ in range(N_SPARES - len(spares))]
+        _spares[device] = spares
+
+
+def _new_block(device: torch.device) -> torch.Tensor:
+    # It outlives an inference mode that happens to be on.
+    with torch.inference_mode(False):
+        return torch.empty(_required[device], dtype=torch.uint8, device=device)
+
+
+def _take_block(device: torch.device) -> torch.Tensor:
+    """Return a block for the current stream, new or kept for it."""
+    spares = _spares.get(device, [])
+    if not spares or spares[-1].numel() < _required[device]:
+        return _new_block(device)
+    block = spares.pop()
+    block.record_stream(torch.cuda.current_stream(device))
+    return block
 
 
 def scratch(device: torch.device) -> tuple[torch.Tensor, int | None]:
@@ -39,12 +64,14 @@ def scratch(device: torch.device) -> tuple[torch.Tensor, int | None]:
     key = _stream_key(device)
     block = _blocks.get(key)
     if block is None or block.numel() < n_bytes:
-        block = _blocks[key] = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+        block = _blocks[key] = _take_block(device)
     return block, key[1]
 
 
 def workspace_bytes(device: torch.device | str | None = None) -> int:
     """Scratch held for all streams of a device, in bytes (CUDA graphs hold their own).
+
+    A GPU's includes blocks that the next streams will take.
 
     Parameters
     ----------
@@ -56,8 +83,10 @@ def workspace_bytes(device: torch.device | str | None = None) -> int:
     int
     """
     wanted = None if device is None else torch.device(device)
+    held = [(owner, block) for (owner, _), block in _blocks.items()]
+    held += [(owner, block) for owner, blocks in _spares.items() for block in blocks]
     return sum(
         block.numel()
-        for (owner, _), block in _blocks.items()
+        for owner, block in held
         if wanted is None or owner == wanted or (wanted.index is None and owner.type == wanted.type)
     )

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from lplb_triton import _workspace, reference
+from lplb_triton._counts import check_counts, counts_to_int32
+from lplb_triton._limits import check_placement_size
+from lplb_triton._membership import (
+    Agreed,
+    agree,
+    bound_of,
+    let_go,
+    share,
+    take_communicator,
+    warn_if_alone,
+)
 from lplb_triton._tables import DeviceTables
+from lplb_triton._torch_op import is_plain, opaque, outside_modes, register
+from lplb_triton._updates import update_placements
 from lplb_triton.placement import Placement
 from lplb_triton.solution import Solution
 from lplb_triton.solver import (
@@ -24,8 +34,8 @@ from lplb_triton.solver import (
     check_tolerance,
     resolve_backend,
 )
-from lplb_triton.sync._base import Communicator, gather_objects, message_version
-from lplb_triton.sync._connect import acquire, release
+from lplb_triton.sync._base import Communicator, check_timeout
+from lplb_triton.sync._meeting import meet
 from lplb_triton.sync._peer import Endpoint, PeerCommunicator
 
 if TYPE_CHECKING:
@@ -36,6 +46,12 @@ __all__ = ["Balancer"]
 # Chunks of the batch start on whole multiples of this many ids.
 CHUNK_ALIGNMENT = 128
 CPU_PROGRAMS = 4
+QUOTAS = ("local", "global", "replicated")
+# Attributes that copies and files keep.
+SETTINGS = (
+    "tolerance", "max_iterations", "quotas", "_given_backend", "_own_rank", "_timeout",
+)  # fmt: skip
+COUNTERS = ("certified", "solves", "traffic")
 
 
 class _Scratch(NamedTuple):
@@ -66,10 +82,16 @@ def check_counter(name: str, counter: torch.Tensor, device: torch.device) -> tor
     return counter
 
 
-def _default_device() -> torch.device:
-    if torch.cuda.is_available():
+def _resolve_device(device: torch.device | str | None) -> torch.device:
+    """Return a GPU with its index, or the CPU; by default the current GPU, if there is one."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"device must be a CUDA/ROCm GPU or the CPU, got {device}")
+    if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    return device
 
 
 class Balancer:
@@ -94,7 +116,8 @@ class Balancer:
         Where ids live; by default the current GPU, or the CPU if there is none.
     backend : {"triton", "torch"} or None
         ``None`` takes the Triton kernels on a GPU and the torch twin on a CPU. An explicit
-        backend is used or refused, never replaced.
+        backend is used or refused, never replaced. The kernels take up to 512 ranks and 2,048
+        redundant slots in a group, and 16,384 logical experts; the twin takes any.
     tolerance : float
         Certified relative gap of the plans, at least 1e-5.
     max_iterations : int
@@ -103,12 +126,17 @@ class Balancer:
         How counts are summed over the group: a name of `lplb_triton.sync.connect`, or a
         communicator made by it. Balancers that give a name share one communicator.
     timeout : float or None
-        Bound on each wait for other ranks, in seconds; see `lplb_triton.sync.connect`.
-    quotas : {"local", "global"}
+        Bound on each wait for other ranks, in seconds, by default the group's own; also on the
+        collective calls: making a balancer, `update_placement`, `set_group` and `close`. See
+        `lplb_triton.sync.connect`.
+    quotas : {"local", "global", "replicated"}
         ``"local"``: each rank rounds its own quotas, so a copy's load over all ranks differs
         from its share by up to one token per rank. ``"global"``: quotas of all ranks together
         are exact, to less than one token per copy, and each rank serves its own rank and then
-        its own node first. Needs a group, and fewer than 2**24 ids in a batch.
+        its own node first. Needs a group, and fewer than 2**24 ids in a batch. ``"replicated"``:
+        every rank holds all tokens of the group, as where there is no all-to-all. Counts are not
+        summed, and every rank picks the same copies; a group, if given, only settles on rank 0's
+        placement.
 
     Attributes
     ----------
@@ -125,6 +153,22 @@ class Balancer:
     ------
     TypeError, ValueError
         Naming the argument that doesn't fit.
+    SyncError
+        If a rank of the group doesn't come within the time-out; it is named.
+
+    Warns
+    -----
+    RuntimeWarning
+        If torch.distributed is up with ``ep_size`` ranks and neither ``group`` nor ``rank`` is
+        given.
+
+    Notes
+    -----
+    A copy (`copy.deepcopy`) is a balancer of its own in the same group, with the communicator
+    shared: copies are made in the same order on every rank. Pickling, and `torch.save` of a model,
+    keep the placement, the settings and the counters, not the group: a balancer that had one
+    raises when it is used after loading, until `set_group` has been called. It is loaded onto the
+    current GPU, or onto the CPU if it was there.
 
     Examples
     --------
@@ -134,6 +178,10 @@ class Balancer:
     torch.Size([3, 2])
     """
 
+    # Whether a group may come before the first batch: then there is nothing to warn of yet.
+    _group_may_come = False
+
+    @opaque
     def __init__(
         self,
         placement: Placement,
@@ -151,52 +199,60 @@ class Balancer:
         if not isinstance(placement, Placement):
             raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
         check_max_iterations(max_iterations)
-        device = _default_device() if device is None else torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        if device.type not in ("cuda", "cpu"):
-            raise ValueError(f"device must be a CUDA/ROCm GPU or the CPU, got {device}")
-        self.device = device
-        self.backend = resolve_backend(backend, device)
+        self.device = _resolve_device(device)
+        self._given_backend = backend
+        self.backend = resolve_backend(backend, self.device)
+        if self.backend == "triton":
+            check_placement_size(placement)
         self.tolerance = check_tolerance(tolerance, MIN_TOLERANCE_FLOAT32)
         self.max_iterations = max_iterations
-        self.group: dist.ProcessGroup | None = None
-        self.rank = 0 if rank is None else rank
-        self._own_rank = rank
-        self._placement = placement
-        self._scratches: dict[tuple[int, int], _Scratch] = {}
-        if quotas not in ("local", "global"):
-            raise ValueError(f"quotas must be 'local' or 'global', got {quotas!r}")
+        if quotas not in QUOTAS:
+            raise ValueError(f"quotas must be one of {', '.join(QUOTAS)}, got {quotas!r}")
         self.quotas = quotas
-        self._handle = next(_handles)
-        self._sync, self._timeout = sync, timeout
-        self._closed = False
-        self.communicator: Communicator | None = None
-        # The same, if the solving kernel does the exchange.
-        self._peers: PeerCommunicator | None = None
-        self._version = torch.zeros(1, dtype=torch.int32, device=device)
-        self.traffic = torch.zeros(3, dtype=torch.int64, device=device)
+        if rank is not None and not 0 <= rank < placement.ep_size:
+            raise ValueError(f"rank must be in [0, {placement.ep_size}), got {rank}")
+        self._own_rank = rank
+        # Ranks of the group that it had when it was saved.
+        self._left: tuple[int, ...] | None = None
+        self._sync, self._timeout = sync, None if timeout is None else check_timeout(timeout)
         if isinstance(sync, Communicator) and group is None:
             group = sync.group
         if quotas == "global" and (group is None or rank is not None):
             raise ValueError("quotas='global' needs a group, and no other rank than the group's")
-        self._join(group, sync)
-        if not 0 <= self.rank < placement.ep_size:
-            raise ValueError(f"rank must be in [0, {placement.ep_size}), got {rank}")
+        if quotas == "replicated" and rank is not None:
+            raise ValueError("rank must not be given with quotas='replicated'")
+        if group is None and rank is None and quotas == "local" and not self._group_may_come:
+            warn_if_alone(placement, stacklevel=3)
+        self._prepare(placement)
+        self._enter("making a Balancer", group, sync)
 
-        self._placement = self._agree(placement)
-        self._tables = DeviceTables(self._placement, device)
-        self._version.fill_(self._next_version)
-        self.certified = torch.zeros(1, dtype=torch.int64, device=device)
-        self.solves = torch.zeros(1, dtype=torch.int64, device=device)
+    def _prepare(self, placement: Placement) -> None:
+        """Set up what belongs to this balancer alone."""
+        self.group: dist.ProcessGroup | None = None
+        self.communicator: Communicator | None = None
+        # The same, if the solving kernel does the exchange.
+        self._peers: PeerCommunicator | None = None
+        self.rank = 0 if self._own_rank is None else self._own_rank
+        self._blocked: str | None = None  # why it can't be used
+        self._handle = register(self)
+        self._number: tuple[int, ...] = (self._handle,)
+        self._n_copies = 0
+        self._placement = placement
+        self._scratches: dict[tuple[int, int], _Scratch] = {}
+        on = self.device
+        self._tables = DeviceTables(placement, on, kernels=self.backend == "triton")
+        self._version = torch.zeros(1, dtype=torch.int32, device=on)
+        self.traffic = torch.zeros(3, dtype=torch.int64, device=on)
+        self.certified = torch.zeros(1, dtype=torch.int64, device=on)
+        self.solves = torch.zeros(1, dtype=torch.int64, device=on)
         # Kernels write here, so the host can look without waiting for the device.
-        self._status = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._status = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=on.type == "cuda")
         self._status_view = self._status.numpy()
         self._offsets: dict[int, list[tuple[int, int, tuple[int, ...], torch.dtype]]] = {}
         self.default_n_sms = CPU_PROGRAMS
-        if device.type == "cuda":
+        if on.type == "cuda":
             # Two on each multiprocessor hide each other's waiting; 256 rows are summed at once.
-            sms = torch.cuda.get_device_properties(device).multi_processor_count
+            sms = torch.cuda.get_device_properties(on).multi_processor_count
             self.default_n_sms = min(2 * sms, 256)
         if self.backend == "triton":
             from lplb_triton import kernels
@@ -214,8 +270,6 @@ class Balancer:
                 *(views[name] for name in kernels.SpreadTables._fields)
             )
             self._layout(self.default_n_sms)
-        _balancers[self._handle] = self
-        self._meet()
 
     @property
     def placement(self) -> Placement:
@@ -230,6 +284,7 @@ class Balancer:
             f"sync={sync}, quotas={self.quotas}, rank={self.rank}, tolerance={self.tolerance:g})"
         )
 
+    @opaque
     def set_group(
         self,
         group: dist.ProcessGroup | None,
@@ -250,106 +305,136 @@ class Balancer:
         ------
         ValueError
             If the size doesn't fit, or ``quotas="global"`` would be left without a group.
+        SyncError
+            If a rank doesn't come within the time-out; it is named.
         """
+        if self._left is None:
+            self._check_open()
         if group is None and self.quotas == "global":
             raise ValueError("group must not be None with quotas='global'")
-        self._join(group, self._sync if sync is None else sync, domain_size)
-        self._write(self._agree(self._placement))
-        self._meet()
+        self._enter("Balancer.set_group", group, self._sync if sync is None else sync, domain_size)
 
-    def _join(
+    def _enter(
         self,
+        purpose: str,
         group: dist.ProcessGroup | None,
         sync: str | Communicator,
         domain_size: int | None = None,
     ) -> None:
-        """Take the group, this rank's number in it, and a communicator over it."""
-        p = self._placement
-        communicator = None
-        if group is not None:
-            if group.size() != p.ep_size:
-                raise ValueError(f"group must have {p.ep_size} ranks, got {group.size()}")
-            sizes = (p.n_logical, p.n_physical, p.n_group, p.max_columns, self.quotas)
-            with self._on_device():
-                everyone = gather_objects(sizes, group)
-            if len(set(everyone)) > 1:
-                raise ValueError(
-                    "placement and quotas must be of the same sizes and kind on every rank, got "
-                    f"{everyone} (logical experts, slots, groups, columns, quotas)"
-                )
-            if isinstance(sync, Communicator):
-                if sync.group is not group or sync.device != self.device:
-                    raise ValueError(f"sync must be over the group and on {self.device}")
-                communicator = sync
-            else:
-                communicator = acquire(
-                    group, sync, self.device, self._timeout, p.n_logical, domain_size
-                )
-            self.rank = dist.get_rank(group) if self._own_rank is None else self._own_rank
-        self._scratches.clear()
+        """Take a group: rank 0's placement, this rank's number, and a communicator; collective."""
+        p, communicator = self._placement, None
+        if group is not None and group.size() != p.ep_size:
+            raise ValueError(f"group must have {p.ep_size} ranks, got {group.size()}")
+        bound = bound_of(group, self.device, self._timeout)
+        agreed = agree(group, purpose, bound, Agreed(p, self._number), self.quotas)
+        replicated = self.quotas == "replicated"
+        if group is not None and not replicated:
+            communicator = take_communicator(
+                group, sync, self.device, self._timeout, p.n_logical, domain_size
+            )
         self._leave()
         self.group, self.communicator, self._sync = group, communicator, sync
-        self._peers = None
+        self._left = self._blocked = self._peers = None
         if isinstance(communicator, PeerCommunicator) and p.n_group == 1:
             self._peers = communicator
+        if group is not None and self._own_rank is None and not replicated:
+            self.rank = dist.get_rank(group)
+        self._scratches.clear()
+        self._write(agreed)
+        if communicator is not None and communicator.waits_on_device:
+            # All kernels are loaded on all ranks before any of them waits for another.
+            try:
+                self.warmup()
+                meet(communicator.group, f"{purpose}, kernels loaded", bound)
+            except BaseException:
+                self._leave(alone=True)
+                self.communicator = self._peers = None
+                raise
 
-    def _leave(self) -> None:
+    def _leave(self, alone: bool = False) -> None:
         """Let go of a communicator that this balancer came to by itself."""
-        if self.communicator is not None and not isinstance(self._sync, Communicator):
-            release(self.communicator)
-
-    def _meet(self) -> None:
-        """Load all kernels on all ranks before any of them waits for another; collective."""
-        if self.communicator is not None and self.communicator.waits_on_device:
-            self.warmup()
-            with self._on_device():
-                dist.barrier(self.group)
-
-    def _on_device(self) -> AbstractContextManager[object]:
-        """Make this GPU the current one: collectives of objects go through it."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        let_go(self.communicator, self._sync, alone)
 
     def close(self) -> None:
         """Let go of the communicator; the last balancer that shares it closes it.
 
         Collective over the group, unless a call failed. A communicator that was given as
         ``sync`` stays open. Later calls raise.
+
+        Raises
+        ------
+        SyncError
+            If a rank doesn't come within the time-out; it is named.
         """
-        if not self._closed:
-            self._closed = True
-            self._leave()
+        self._close(alone=False)
+
+    def _close(self, alone: bool) -> None:
+        if self._blocked is None:
+            self._blocked = "this Balancer is closed"
+            self._leave(alone)
 
     def __enter__(self) -> Balancer:
         """Return the balancer."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Close it."""
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close it; after an exception without the other ranks, which may have had none."""
+        self._close(alone=kind is not None)
 
-    def _agree(self, placement: Placement) -> Placement:
-        """Rank 0's placement, on every rank of the group."""
-        number = self._handle
-        if self.group is not None:
-            on_gpu = dist.get_backend(self.group) == "nccl"
-            mine = placement.phy2log.long()
-            wire = torch.cat([mine, torch.tensor([number])])
-            wire = wire.to(self.device) if on_gpu else wire
-            dist.broadcast(wire, src=dist.get_global_rank(self.group, 0), group=self.group)
-            theirs, number = wire[:-1].cpu(), int(wire[-1])
-            if not torch.equal(theirs, mine):
-                placement = Placement(
-                    theirs,
-                    placement.ep_size,
-                    n_logical=placement.n_logical,
-                    n_group=placement.n_group,
-                    max_columns=placement.max_columns,
-                )
-        # What tells this layer with this placement from others, the same on all ranks.
-        table = placement.phy2log.numpy().tobytes()
-        self._next_version = message_version(table, str((number, placement.n_group)).encode())
-        return placement
+    def __copy__(self) -> Balancer:
+        """Make a balancer of its own, in the same group; see the class's notes."""
+        return self._copy()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Balancer:
+        """Make a balancer of its own, in the same group; see the class's notes."""
+        return self._copy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep what `_state` says."""
+        return _load, (type(self), self._state())
+
+    @opaque
+    def _copy(self) -> Balancer:
+        copied = type(self).__new__(type(self))
+        copied._restore(self._state(), self.device)
+        self._n_copies += 1
+        copied._number = (*self._number, self._n_copies)
+        copied.group, copied.rank, copied._blocked = self.group, self.rank, self._blocked
+        copied._sync, copied._peers = self._sync, self._peers
+        copied.communicator = self.communicator
+        if self._blocked is None:
+            share(self.communicator, self._sync)
+        copied._write(Agreed(self._placement, copied._number))
+        return copied
+
+    def _state(self) -> dict[str, Any]:
+        """Everything that can be kept in a file."""
+        ranks = None if self.group is None else tuple(dist.get_process_group_ranks(self.group))
+        return {
+            "placement": self._placement,
+            "settings": {name: getattr(self, name) for name in SETTINGS},
+            "sync": self._sync if isinstance(self._sync, str) else "auto",
+            "counters": {name: getattr(self, name).cpu() for name in COUNTERS},
+            "device": self.device.type,
+            "ranks": self._left if ranks is None else ranks,
+        }
+
+    def _restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """Become what `_state` says, without a group."""
+        for name, value in state["settings"].items():
+            setattr(self, name, value)
+        self.device, self._sync, self._left = device, state["sync"], state["ranks"]
+        self.backend = resolve_backend(self._given_backend, device)
+        self._prepare(state["placement"])
+        for name, values in state["counters"].items():
+            getattr(self, name).copy_(values)
+        if self._left is not None:
+            self._blocked = (
+                f"this Balancer was saved with a group, of ranks {list(self._left)}, and has none "
+                "here: call set_group(group) on every rank"
+            )
+
+    @opaque
     def update_placement(self, placement: Placement) -> Placement:
         """Write another placement of the same sizes into the device tables.
 
@@ -369,30 +454,25 @@ class Balancer:
         Raises
         ------
         TypeError, ValueError
-            If it is no placement, or its sizes differ (nothing is changed then).
+            If it is no placement, or its sizes differ, on any rank (nothing is changed then).
+        SyncError
+            If a rank doesn't come within the time-out; it is named, and nothing is changed.
         """
-        if not isinstance(placement, Placement):
-            raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
-        old = self._placement
-        for name in ("n_logical", "n_physical", "ep_size", "n_group", "max_columns"):
-            if getattr(placement, name) != getattr(old, name):
-                raise ValueError(
-                    f"placement must have {name} {getattr(old, name)}, "
-                    f"got {getattr(placement, name)}"
-                )
-        agreed = self._agree(placement)
-        self._write(agreed)
-        return agreed
+        return update_placements([self], [placement], "Balancer.update_placement")[0]
 
-    def _write(self, placement: Placement) -> None:
-        """Use ``placement`` from the next batch on, with the device idle in between."""
+    def _write(self, agreed: Agreed) -> None:
+        """Use a placement from the next batch on, with the device idle in between."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self._tables.write(placement)
-        self._version.fill_(self._next_version)
+        self._put(agreed)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self._placement = placement
+
+    def _put(self, agreed: Agreed) -> None:
+        """Write a placement into the tables; the caller waits for the device."""
+        self._tables.write(agreed.placement)
+        self._version.fill_(agreed.version)
+        self._placement, self._number = agreed
 
     def run(
         self,
@@ -431,16 +511,18 @@ class Balancer:
         self._check_ids_tensor(idx)
         if certified is not None:
             check_counter("certified", certified, self.device)
-        certified = self.certified if certified is None else certified
         n_sms = self._check_n_sms(n_sms)
-        if type(idx) is torch.Tensor and not torch.compiler.is_compiling():
-            # What the operator does, without the dispatcher's part of the host time.
-            return self._run(idx, certified, self.solves, n_sms)
-        result: torch.Tensor = torch.ops.lplb_triton.balance(
-            idx, certified, self.solves, self._handle, n_sms
-        )
+        if is_plain(idx):
+            # What the operators do, without the dispatcher's part of the host time.
+            return self._run(idx, certified, n_sms)
+        result: torch.Tensor
+        if certified is None:
+            result = torch.ops.lplb_triton.balance(idx, self._handle, n_sms)
+        else:
+            result = torch.ops.lplb_triton.balance_counted(idx, certified, self._handle, n_sms)
         return result
 
+    @opaque
     def count(
         self, idx: torch.Tensor, *, n_sms: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -476,30 +558,39 @@ class Balancer:
         kernels.sum_by_program(running, counts)
         return counts, running
 
+    @opaque
     def sync(self, counts: torch.Tensor) -> torch.Tensor:
         """Sum counts over the EP group; without a group they come back as they are.
 
         Parameters
         ----------
         counts : torch.Tensor
-            ``[n_logical]`` int32.
+            ``[n_logical]`` int32 or int64 in [0, 2**31).
 
         Returns
         -------
         torch.Tensor
-            ``[n_logical]`` int32; fresh if there is a group.
+            ``[n_logical]`` int32; fresh if there is a group. On a GPU, counts or sums out of range
+            come out negative, and `solve` takes them for none.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For counts of the wrong dtype, shape or device; on a CPU also for counts out of range.
         """
+        self._check_open()
+        counts = check_counts("counts", counts, (self._placement.n_logical,), self.device)
+        counts = counts_to_int32("counts", counts, self._checks_at_once)
         if self.communicator is None:
             return counts
-        self._check_open()
         counts = counts.contiguous()
         total = torch.empty_like(counts)
         self.communicator.exchange(counts, self._version, total)
         return total
 
     def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("this Balancer is closed")
+        if self._blocked is not None:
+            raise RuntimeError(self._blocked)
 
     def bind(self, channel: int) -> None:
         """Give the current stream a channel of its own for `run`; see `Communicator.bind`.
@@ -512,6 +603,7 @@ class Balancer:
         if self.communicator is not None:
             self.communicator.bind(channel)
 
+    @opaque
     def solve(self, counts: torch.Tensor, *, certified: torch.Tensor | None = None) -> Solution:
         """Solve the LP of every group for counts summed over all ranks.
 
@@ -520,7 +612,8 @@ class Balancer:
         Parameters
         ----------
         counts : torch.Tensor
-            ``[n_logical]`` int32, tokens per logical expert over the EP group.
+            ``[n_logical]`` int32 or int64 in [0, 2**31), tokens per logical expert over the EP
+            group.
         certified : torch.Tensor or None
             One int32 or int64 element that rises by each group certified; by default the
             balancer's own.
@@ -529,16 +622,22 @@ class Balancer:
         -------
         Solution
             ``shares`` is ``[n_group, group_size, max_columns]``; fresh tensors.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For counts of the wrong dtype, shape or device; on a CPU, and by the torch backend,
+            also for counts out of range. On a GPU these make the status `Status.INVALID`.
+        RuntimeError
+            On a GPU, if an earlier call met counts or an id out of range; see `check`.
         """
         certified = self.certified if certified is None else certified
         check_counter("certified", certified, self.device)
-        if counts.shape != (self._placement.n_logical,) or counts.device != self.device:
-            raise ValueError(
-                f"counts must have shape [{self._placement.n_logical}] on {self.device}, "
-                f"got {tuple(counts.shape)} on {counts.device}"
-            )
+        counts = check_counts("counts", counts, (self._placement.n_logical,), self.device)
+        counts = counts_to_int32("counts", counts, self._checks_at_once)
         if self.backend == "torch":
             return self._solve_torch(counts, certified, self.solves)
+        self._raise_on_status()
         p = self._placement
         size = p.n_group, p.group_size, p.max_columns
         shares = torch.empty(size, dtype=torch.float32, device=self.device)
@@ -552,13 +651,14 @@ class Balancer:
         # Without the running sums and the counts, which are there.
         fresh = self._shapes(1)[2:]
         buffers: kernels.SolveBuffers = self._kernels.SolveBuffers(
-            counts.to(torch.int32).contiguous(),
+            counts.contiguous(),
             *(torch.empty(s, dtype=d, device=self.device) for s, d in fresh),
         )
         settings = self._settings(certified, self.solves)
-        self._kernels.solve_counts(None, buffers, self._solve_tables, settings)
+        self._kernels.solve_counts(None, buffers, self._solve_tables, settings, self._status)
         return buffers
 
+    @opaque
     def cumulative_shares(self, shares: torch.Tensor) -> torch.Tensor:
         """Cumulative shares by copy, as `select` wants them (method.md, equation 12).
 
@@ -571,12 +671,27 @@ class Balancer:
         -------
         torch.Tensor
             ``[n_physical]`` int32 in units of 2**-24, by copy.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For shares of the wrong dtype, shape or device.
         """
-        v = self._tables.views
+        if not isinstance(shares, torch.Tensor):
+            raise TypeError(f"shares must be a torch.Tensor, got {type(shares).__name__}")
+        if not shares.is_floating_point():
+            raise TypeError(f"shares must be floating-point, got {shares.dtype}")
+        p, v = self._placement, self._tables.views
+        if shares.shape != (p.n_group, p.group_size, p.max_columns) or shares.device != self.device:
+            raise ValueError(
+                f"shares must have shape [{p.n_group}, {p.group_size}, {p.max_columns}] on "
+                f"{self.device}, got {list(shares.shape)} on {shares.device}"
+            )
         return reference.cumulative_shares(
             shares, v["copy_cell"], v["copy_index"], v["copy_multiplicity"], v["copy_start"]
         )
 
+    @opaque
     def select(
         self, idx: torch.Tensor, cumulative: torch.Tensor, running: torch.Tensor
     ) -> torch.Tensor:
@@ -595,6 +710,12 @@ class Balancer:
         -------
         torch.Tensor
             Like `run`.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As `run` does, also for counts that aren't those of ``idx`` and for what is no
+            cumulative share.
         """
         self._check_ids_tensor(idx)
         if running.ndim != 2 or running.shape[1] != self._placement.n_logical or not len(running):
@@ -613,8 +734,12 @@ class Balancer:
             )
         idx, cumulative = idx.contiguous(), cumulative.contiguous()
         views = self._tables.views
+        self._check_values(idx)
+        if self._checks_at_once:
+            counts, start = running[-1], views["copy_start"]
+            reference.check_counts_of("running", idx, counts)
+            reference.check_cumulative(counts, cumulative, start, self.rank)
         if self.backend == "torch":
-            self._check_values(idx)
             return reference.assign_copies(
                 idx, running[-1], cumulative, views["copy_start"], views["copy_slot"], self.rank
             )
@@ -623,11 +748,12 @@ class Balancer:
         running = running.contiguous()
         out = torch.empty_like(idx)
         kernels.select(
-            idx, out, running, cumulative, self._select_tables,
+            idx, out, running, cumulative, self._select_tables, self._status,
             _chunk(idx.numel(), len(running)), self.rank,
         )  # fmt: skip
         return out
 
+    @opaque
     def warmup(self) -> None:
         """Compile every kernel that `run` uses, for int32 and int64 ids; local to this rank."""
         if self.backend != "triton":
@@ -645,19 +771,20 @@ class Balancer:
             for certified in (counters[0], narrow):
                 settings = self._settings(certified, counters[1])
                 for between in (None, lambda: None):
-                    pipeline.run(idx, out, chunk, settings, 0, between)
+                    pipeline.run(idx, out, chunk, settings, between=between)
         if self.communicator is not None:
             self.communicator.prepare(self._placement.n_logical)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    @opaque
     def check(self) -> None:
-        """Wait for the device and raise if a call, or a graph replay, met a bad id.
+        """Wait for the device and raise if a call, or a graph replay, met bad ids or counts.
 
         Raises
         ------
         RuntimeError
-            Naming the id. The flag is cleared, so the next call starts afresh.
+            Naming what was bad. The report is cleared, so the next call starts afresh.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -666,13 +793,30 @@ class Balancer:
             self.communicator.check()
 
     def _raise_on_status(self) -> None:
-        if self._status_view[0]:
-            bad = int(self._status_view[1])
-            self._status_view[:] = 0
+        if not self._status_view[0]:
+            return
+        what = self._kernels.read_report(self._status_view)
+        if what == "idx":
             raise RuntimeError(
-                f"idx held {bad}, outside [-1, {self._placement.n_logical}), in an earlier call; "
-                "such ids became -1"
+                f"idx held {int(self._status_view[1])}, outside [-1, {self._placement.n_logical}), "
+                "in an earlier call; such ids became -1"
             )
+        if what == "counts":
+            if self.communicator is not None:
+                # Counts of a failed exchange are none: its own error says more.
+                self.communicator.check()
+            raise RuntimeError(
+                "counts, or their sums over the ranks, were outside [0, 2**31) in an earlier call; "
+                "its plan was the even split, with status INVALID"
+            )
+        if what == "running":
+            raise RuntimeError(
+                "running (of a Planner: local_workload_by_sm) didn't end with the counts of idx in "
+                "an earlier call of select"
+            )
+        raise RuntimeError(
+            "cumulative (of a Planner: o_weight) held no shares in an earlier call of select"
+        )
 
     def _check_ids_tensor(self, idx: torch.Tensor) -> None:
         if not isinstance(idx, torch.Tensor):
@@ -693,26 +837,39 @@ class Balancer:
             raise ValueError(f"n_sms must be at least 1, got {n_sms}")
         return n_sms
 
+    @property
+    def _checks_at_once(self) -> bool:
+        """Whether the host looks at values, and not the kernels without a wait for the GPU."""
+        return self.backend == "torch" or self.device.type == "cpu"
+
     def _check_values(self, idx: torch.Tensor) -> None:
-        """Raise at once, unless the kernels do the looking without a wait for the GPU."""
-        if (self.backend == "torch" or idx.device.type == "cpu") and idx.numel():
+        """Raise at once, unless the kernels do the looking."""
+        if self._checks_at_once and idx.numel():
             low, high = int(idx.min()), int(idx.max())
             if low < -1 or high >= self._placement.n_logical:
                 raise ValueError(
                     f"idx must hold ids in [-1, {self._placement.n_logical}), got {low}..{high}"
                 )
 
-    def _run(
-        self, idx: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor, n_sms: int
-    ) -> torch.Tensor:
+    def _run(self, idx: torch.Tensor, certified: torch.Tensor | None, n_sms: int) -> torch.Tensor:
+        """Do what `run` says, with checked arguments; ``certified`` is the balancer's by default.
+
+        Called in place of, or by, the operators of `_torch_op`.
+        """
+        certified, solves = self.certified if certified is None else certified, self.solves
+        self._check_open()
+        if self.communicator is not None and idx.numel() * self._placement.ep_size >= 1 << 31:
+            # Whatever the other ranks have, no sum wraps around.
+            ranks = self._placement.ep_size
+            raise ValueError(
+                f"idx must have fewer than 2**31 elements over the {ranks} ranks of the group, "
+                f"{(1 << 31) // ranks} on each, got {idx.numel()}"
+            )
+        if self.quotas == "global" and idx.numel() >= 1 << 24:
+            raise ValueError(
+                f"idx must have fewer than 2**24 elements with quotas='global', got {idx.numel()}"
+            )
         idx = idx.contiguous()
-        if self.communicator is not None:
-            self._check_open()
-            if self.quotas == "global" and idx.numel() >= 1 << 24:
-                raise ValueError(
-                    f"idx must have fewer than 2**24 elements with quotas='global', "
-                    f"got {idx.numel()}"
-                )
         if self.backend == "triton":
             self._raise_on_status()
             self._check_values(idx)
@@ -752,7 +909,9 @@ class Balancer:
     def _run_triton(
         self, idx: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor, n_sms: int
     ) -> torch.Tensor:
-        channel = 0 if self._peers is None else self._peers.begin(self._placement.n_logical)
+        channel = self._kernels.FIRST_CHANNEL
+        if self._peers is not None:
+            channel = self._peers.begin(self._placement.n_logical)
         scratch = self._scratch(n_sms)
         settings = self._settings(certified, solves)
         out = torch.empty_like(idx)
@@ -843,31 +1002,11 @@ class Balancer:
         return _Scratch(block, pipeline, between)
 
 
-_handles = itertools.count()
-_balancers: weakref.WeakValueDictionary[int, Balancer] = weakref.WeakValueDictionary()
-
-# The op takes an integer for the balancer, so that torch.compile sees one opaque call whose
-# only side effect is on the two counters.
-torch.library.define(
-    "lplb_triton::balance",
-    "(Tensor idx, Tensor(a!) certified, Tensor(b!) solves, int handle, int n_sms) -> Tensor",
-)
-
-
-def _balance(
-    idx: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor, handle: int, n_sms: int
-) -> torch.Tensor:
-    balancer = _balancers.get(handle)
-    if balancer is None:
-        raise RuntimeError("the Balancer of this call no longer exists; keep a reference to it")
-    return balancer._run(idx, certified, solves, n_sms)
-
-
-def _balance_fake(
-    idx: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor, handle: int, n_sms: int
-) -> torch.Tensor:
-    return torch.empty_like(idx, memory_format=torch.contiguous_format)
-
-
-torch.library.impl("lplb_triton::balance", "CompositeExplicitAutograd", _balance)
-torch.library.register_fake("lplb_triton::balance", _balance_fake)
+def _load(kind: type[Balancer], state: dict[str, Any]) -> Balancer:
+    """Make a balancer from what was kept of one."""
+    if state["device"] == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("this Balancer was saved on a GPU, and torch finds none here")
+    balancer = kind.__new__(kind)
+    with outside_modes():
+        balancer._restore(state, _resolve_device(state["device"]))
+    return balancer

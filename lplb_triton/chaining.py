@@ -6,6 +6,10 @@ closed walk over all ranks: an expert's copies are on consecutive ranks of the w
 expert starts where it ends. With one spare slot a rank the walk is a ring; with more it goes
 around again with another step, which makes a graph of short distances. The experts with one copy
 then fill the ranks, heaviest first, each to the least loaded one with room.
+
+A placement without a repeat on any rank exists whenever no expert has more copies than there are
+ranks and no rank more slots than there are experts. The walk finds it as long as a rank with room
+lacks the expert at hand; where none does, one exchange makes room on another rank.
 """
 
 from __future__ import annotations
@@ -17,8 +21,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lplb_triton._checks import check_integer, nearest_divisors, on_host, would_do
 from lplb_triton.moves import domains_of
-from lplb_triton.placement import Placement, check_integer
+from lplb_triton.placement import Placement
 
 __all__ = ["chain"]
 
@@ -35,8 +40,9 @@ def chain(
 ) -> Placement:
     """Place and replicate experts along a closed walk over the ranks, by their mean loads.
 
-    Every further copy goes to the expert with the largest load per copy, as in EPLB, but never
-    twice to one rank. Costs about what EPLB costs; `lplb_triton.place` goes on from here.
+    Every further copy goes to the expert with the largest load per copy, as in EPLB, but not to
+    a rank that has one already: an expert is repeated on a rank only if the rank has all others
+    too. Costs about what EPLB costs; `lplb_triton.place` goes on from here.
 
     Parameters
     ----------
@@ -66,18 +72,12 @@ def chain(
     >>> chain(torch.tensor([8.0, 1.0, 1.0, 2.0]), 2)
     Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
     """
-    weight = checked_load("load", load, (1,))[0]
+    weight = scaled_rows(checked_load("load", load, (1,)))[0]
     n_logical = len(weight)
-    ranks = check_integer("ep_size", ep_size)
+    ranks = check_ranks(ep_size, ranks_per_domain, n_logical)
     spare = check_integer("redundant_per_rank", redundant_per_rank, 0)
-    if n_logical % ranks:
-        raise ValueError(f"ep_size must divide the number of experts {n_logical}, got {ranks}")
     n_domains = int(domains_of(ranks, ranks_per_domain)[-1]) + 1
     size = ranks // n_domains
-    if spare * ranks > n_logical * (size - 1):
-        raise ValueError(
-            f"redundant_per_rank must leave at most one copy of an expert on a rank, got {spare}"
-        )
     domains = np.arange(n_logical).reshape(1, -1)
     if n_domains > 1:
         even = Placement.from_history(torch.from_numpy(weight), n_domains, redundant_per_rank=0)
@@ -87,6 +87,18 @@ def chain(
         for experts in domains
     ]
     return Placement(np.concatenate(slots), ranks, n_logical=n_logical, n_group=n_domains)
+
+
+def check_ranks(ep_size: object, ranks_per_domain: int | None, n_logical: int) -> int:
+    """Return the number of ranks, or raise naming ``ep_size`` unless they divide the experts."""
+    ranks = check_integer("ep_size", ep_size)
+    if n_logical % ranks:
+        sizes = nearest_divisors(n_logical, ranks) if ranks_per_domain is None else []
+        raise ValueError(
+            f"ep_size must divide the number of logical experts, {n_logical}, got {ranks}"
+            f"{would_do(sizes)}"
+        )
+    return ranks
 
 
 def checked_load(name: str, load: object, dimensions: tuple[int, ...]) -> NDArray[np.float64]:
@@ -100,45 +112,82 @@ def checked_load(name: str, load: object, dimensions: tuple[int, ...]) -> NDArra
         raise ValueError(
             f"{name} must have shape {shapes}, without an axis of length 0, got {list(load.shape)}"
         )
-    array: NDArray[np.float64] = load.detach().double().cpu().numpy().reshape(-1, load.shape[-1])
+    array: NDArray[np.float64] = on_host(name, load).double().numpy().reshape(-1, load.shape[-1])
     if not np.isfinite(array).all() or (array < 0).any():
         raise ValueError(f"{name} must be finite and not negative")
     return array
 
 
+def scaled_rows(load: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Divide each row by a power of two, exactly, so that sums neither overflow nor vanish."""
+    _, exponent = np.frexp(load.max(1, keepdims=True))
+    scaled: NDArray[np.float64] = np.ldexp(load, -exponent)
+    return scaled
+
+
 def _chain(load: NDArray[np.float64], ranks: int, spare: int) -> list[list[int]]:
     """Experts of each rank of one domain."""
-    count = _copies(load, ranks, spare * ranks)
+    # With as many slots a rank has every expert, and more of them can only repeat one.
+    useful = min(spare, len(load) - len(load) // ranks)
+    count = _copies(load, ranks, useful * ranks)
     order = np.argsort(-load, kind="stable")
     shared = [int(expert) for expert in order if count[expert] > 1]
     # Heavy and light ones take turns, so that what is shared is even along the walk.
     shared = shared[0::2] + shared[1::2][::-1]
-    held: list[list[int]] = [[] for _ in range(ranks)]
+    room = len(load) // ranks + useful
+    held = _walk(shared, count, ranks, room)
     even = np.zeros(ranks)
-    room = len(load) // ranks + spare
-    steps = _steps(ranks)
-    at, walked = 0, 0
-    for expert in shared:
-        left, last = count[expert], at
-        while left:
-            if len(held[at]) < room and expert not in held[at]:
-                held[at].append(expert)
-                even[at] += load[expert] / count[expert]
-                left, last = left - 1, at
-            if left:
-                at = (at + steps[walked // ranks % len(steps)]) % ranks
-                walked += 1
-        at = last
+    for rank, experts in enumerate(held):
+        for expert in experts:
+            even[rank] += load[expert] / count[expert]
     for single in order:
         if count[single] == 1:
             rank = min((r for r in range(ranks) if len(held[r]) < room), key=even.__getitem__)
             held[rank].append(int(single))
             even[rank] += load[single]
+    repeats = np.resize(order, spare - useful).tolist()
+    return [experts + repeats for experts in held]
+
+
+def _walk(shared: list[int], count: NDArray[np.int64], ranks: int, room: int) -> list[list[int]]:
+    """Experts of each rank when the copies of the shared ones lie along the walk."""
+    steps = _steps(ranks)
+
+    def rank_at(place: int) -> int:
+        """Rank at a place of the walk; every round begins at rank 0 and visits each rank once."""
+        turn, at = divmod(place, ranks)
+        return at * steps[turn % len(steps)] % ranks
+
+    held: list[list[int]] = [[] for _ in range(ranks)]
+    place = 0
+    for expert in shared:
+        for _ in range(count[expert]):
+            # Wherever it starts, a stretch of two rounds has a whole one in it.
+            ahead = range(place, place + 2 * ranks)
+            lacking = (p for p in ahead if expert not in held[rank_at(p)])
+            free = next((p for p in lacking if len(held[rank_at(p)]) < room), None)
+            if free is None:
+                # Fewer ranks have the expert than it has copies, so some full rank lacks it.
+                free = next(p for p in ahead if expert not in held[rank_at(p)])
+                _make_room(held[rank_at(free)], held, room)
+            place = free
+            held[rank_at(place)].append(expert)
     return held
 
 
+def _make_room(full: list[int], held: list[list[int]], room: int) -> None:
+    """Move an expert from a full rank to one with room.
+
+    That rank holds fewer experts, so it lacks one of them.
+    """
+    free = next(experts for experts in held if len(experts) < room)
+    moved = next(expert for expert in full if expert not in free)
+    full.remove(moved)
+    free.append(moved)
+
+
 def _copies(load: NDArray[np.float64], most: int, spare: int) -> NDArray[np.int64]:
-    """Give each further copy to the expert with the largest load per copy."""
+    """Give each further copy to the expert with the largest load per copy, up to ``most``."""
     count = np.ones(len(load), dtype=np.int64)
     heap = [(-value, expert) for expert, value in enumerate(load)] if most > 1 else []
     heapq.heapify(heap)

@@ -24,10 +24,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["rebalance_experts"]
+from lplb_triton._checks import nearest_divisors, nearest_multiples, on_host, would_do
+
+__all__ = ["checked_weight", "rebalance", "rebalance_experts"]
 
 _IntArray = npt.NDArray[np.int64]
 
+_CPU = torch.device("cpu")
 # Pack loads stay finite below this, so that infinity can mark a full pack.
 _LARGEST_TOTAL = torch.finfo(torch.float32).max / 2
 
@@ -89,8 +92,8 @@ def rebalance_experts(
     ``torch.sort``, which may differ between processors and versions of torch: where several
     processes need the same placement, compute it in one and broadcast it.
     """
-    load = _checked_load(weight)
-    n_layers, n_logical = load.shape
+    load = checked_weight("weight", weight, "[num_layers, num_experts]")
+    n_logical = load.shape[1]
     n_physical = _positive_int("num_replicas", num_replicas)
     n_groups = _positive_int("num_groups", num_groups)
     n_nodes = _positive_int("num_nodes", num_nodes)
@@ -103,17 +106,31 @@ def rebalance_experts(
     if n_physical % n_gpus:
         raise ValueError(
             f"num_replicas must be a multiple of num_gpus ({n_gpus}), got {n_physical}"
+            f"{would_do(nearest_multiples(n_gpus, n_physical, n_logical))}"
         )
+    if n_groups % n_nodes == 0:
+        if n_logical % n_groups:
+            raise ValueError(
+                f"num_groups must divide the number of logical experts, {n_logical} "
+                f"(weight.shape[1]), got {n_groups}"
+                f"{would_do(nearest_divisors(n_logical, n_groups))}"
+            )
+        if n_gpus % n_nodes:
+            sizes = [n for n in nearest_multiples(n_nodes, n_gpus) if n_physical % n == 0]
+            raise ValueError(
+                f"num_gpus must be a multiple of num_nodes ({n_nodes}), got {n_gpus}"
+                f"{would_do(sizes)}"
+            )
+    return rebalance(load, n_physical, n_groups, n_nodes, n_gpus)
+
+
+def rebalance(
+    load: torch.Tensor, n_physical: int, n_groups: int, n_nodes: int, n_gpus: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Do what `rebalance_experts` does, with arguments that were checked."""
     if n_groups % n_nodes:
         n_groups = n_nodes = 1
-    elif n_logical % n_groups:
-        raise ValueError(
-            f"num_groups must divide the number of logical experts, {n_logical} "
-            f"(weight.shape[1]), got {n_groups}"
-        )
-    elif n_gpus % n_nodes:
-        raise ValueError(f"num_gpus must be a multiple of num_nodes ({n_nodes}), got {n_gpus}")
-
+    n_layers, n_logical = load.shape
     # A node numbers its own experts 0, 1, ...: these are "local" experts. Rows of local arrays
     # are (layer, node) pairs.
     local2log = _experts_by_node(load, n_groups, n_nodes)
@@ -123,38 +140,44 @@ def rebalance_experts(
     load_of_copy = (local_load / local_count).gather(1, local_of_copy)
     copy_in_slot = _pack(load_of_copy, n_gpus // n_nodes)
     local_in_slot = local_of_copy.gather(1, copy_in_slot).view(n_layers, n_nodes, -1)
-    first_of_node = torch.arange(n_nodes).mul_(n_logical // n_nodes).view(1, -1, 1)
+    first_of_node = torch.arange(n_nodes, device=_CPU).mul_(n_logical // n_nodes).view(1, -1, 1)
     phy2log = local2log.gather(1, (local_in_slot + first_of_node).view(n_layers, -1))
 
     logcnt = torch.empty_like(local2log)
     logcnt.scatter_(1, local2log, local_count.view(n_layers, -1))
-    log2phy = torch.full((n_layers, n_logical, int(logcnt.max())), -1, dtype=torch.int64)
+    log2phy = torch.full(
+        (n_layers, n_logical, int(logcnt.max())), -1, dtype=torch.int64, device=_CPU
+    )
     index_in_slot = copy_index.gather(1, copy_in_slot).view(n_layers, -1)
-    layer = torch.arange(n_layers).unsqueeze(1)
-    log2phy[layer, phy2log, index_in_slot] = torch.arange(n_physical).expand(n_layers, -1)
+    layer = torch.arange(n_layers, device=_CPU).unsqueeze(1)
+    log2phy[layer, phy2log, index_in_slot] = torch.arange(n_physical, device=_CPU).expand(
+        n_layers, -1
+    )
     return phy2log, log2phy, logcnt
 
 
-def _checked_load(weight: object) -> torch.Tensor:
-    """Return `weight` as float32 on the CPU, strides kept: ``torch.sum`` rounds by layout."""
+def checked_weight(name: str, weight: object, shape: str) -> torch.Tensor:
+    """Return loads of a stated shape as float32 on the CPU, or raise naming ``name``.
+
+    Strides are kept: ``torch.sum`` rounds by layout.
+    """
     if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
     if weight.is_complex():
-        raise TypeError(f"weight must have a real dtype, got {weight.dtype}")
-    if weight.ndim != 2 or weight.numel() == 0:
+        raise TypeError(f"{name} must have a real dtype, got {weight.dtype}")
+    if weight.ndim != shape.count(",") + 1 or weight.numel() == 0:
         raise ValueError(
-            "weight must have shape [num_layers, num_experts], neither of them 0, "
-            f"got {list(weight.shape)}"
+            f"{name} must have shape {shape}, without an axis of length 0, got {list(weight.shape)}"
         )
-    load = weight.detach().float().cpu()
+    load = on_host(name, weight).float()
     if not bool(load.isfinite().all()):
-        raise ValueError("weight must be finite in float32, got NaN or an infinite value")
+        raise ValueError(f"{name} must be finite in float32, got NaN or an infinite value")
     if bool((load < 0).any()):
-        raise ValueError(f"weight must be non-negative, got {float(load.min()):g}")
-    largest = float(load.sum(1, dtype=torch.float64).max())
+        raise ValueError(f"{name} must be non-negative, got {float(load.min()):g}")
+    largest = float(load.sum(-1, dtype=torch.float64).max())
     if largest > _LARGEST_TOTAL:
         raise ValueError(
-            f"weight must add up to at most {_LARGEST_TOTAL:g} in each layer, got {largest:g}"
+            f"{name} must add up to at most {_LARGEST_TOTAL:g} in a layer, got {largest:g}"
         )
     return load
 
@@ -175,7 +198,9 @@ def _experts_by_node(load: torch.Tensor, n_groups: int, n_nodes: int) -> torch.T
     group_size = n_experts // n_groups
     group_load = load.view(n_layers, n_groups, group_size).sum(-1)
     group_in_slot = _pack(group_load, n_nodes)
-    return (group_in_slot.unsqueeze(-1) * group_size + torch.arange(group_size)).flatten(1)
+    return (
+        group_in_slot.unsqueeze(-1) * group_size + torch.arange(group_size, device=_CPU)
+    ).flatten(1)
 
 
 def _pack(load: torch.Tensor, n_packs: int) -> torch.Tensor:
@@ -187,7 +212,7 @@ def _pack(load: torch.Tensor, n_packs: int) -> torch.Tensor:
     n_rows, n_items = load.shape
     capacity = n_items // n_packs
     if capacity == 1:
-        return torch.arange(n_items).repeat(n_rows, 1)
+        return torch.arange(n_items, device=_CPU).repeat(n_rows, 1)
 
     order = load.sort(-1, descending=True).indices
     # One contiguous line per step of the loop; numpy because its calls on arrays this small cost
@@ -223,9 +248,9 @@ def _replicate(
     which of the expert's copies it is, and int64 ``[X, n]``, the copies of each expert.
     """
     n_rows, n_experts = load.shape
-    expert_of_copy = torch.arange(n_copies).repeat(n_rows, 1)
+    expert_of_copy = torch.arange(n_copies, device=_CPU).repeat(n_rows, 1)
     copy_index = torch.zeros_like(expert_of_copy)
-    count = torch.ones((n_rows, n_experts), dtype=torch.int64)
+    count = torch.ones((n_rows, n_experts), dtype=torch.int64, device=_CPU)
 
     total = load.numpy().reshape(-1)
     per_copy = load.numpy().copy()

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lplb_triton.placement import Placement, check_integer
+from lplb_triton._checks import check_integer, nearest_divisors, would_do
+from lplb_triton.placement import Placement
 
 __all__ = ["MovePlan", "keep_slots", "plan_moves"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class MovePlan:
     """Expert weights to copy, one entry for each slot whose expert changes.
 
@@ -51,6 +52,11 @@ class MovePlan:
         """Slots to write."""
         return len(self.expert)
 
+    def __repr__(self) -> str:
+        """Count the slots to write, the weights that change rank, and those that change domain."""
+        crossing = int(self.crossing.sum())
+        return f"MovePlan({len(self)} slots to write, {self.moved} moved, {crossing} crossing)"
+
 
 def plan_moves(
     previous: Placement, placement: Placement, *, ranks_per_domain: int | None = None
@@ -75,6 +81,8 @@ def plan_moves(
     TypeError, ValueError
         Naming the argument.
     """
+    if not isinstance(placement, Placement):
+        raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
     sizes = (placement.n_logical, placement.n_physical, placement.ep_size)
     check_same_sizes("previous", previous, sizes)
     domain = domains_of(placement.ep_size, ranks_per_domain)
@@ -111,7 +119,10 @@ def domains_of(ep_size: int, ranks_per_domain: int | None) -> np.ndarray:
         return np.zeros(ep_size, dtype=np.int64)
     size = check_integer("ranks_per_domain", ranks_per_domain)
     if ep_size % size:
-        raise ValueError(f"ranks_per_domain must divide the {ep_size} ranks, got {size}")
+        raise ValueError(
+            f"ranks_per_domain must divide the {ep_size} ranks, got {size}"
+            f"{would_do(nearest_divisors(ep_size, size))}"
+        )
     return np.arange(ep_size, dtype=np.int64) // size
 
 
@@ -128,7 +139,7 @@ def keep_slots(new: torch.Tensor, old: torch.Tensor, n_ranks: int) -> torch.Tens
     target = same.int().argmax(2)
     stays, taken = same.any(2), same.any(1)
     # As many newcomers as free slots in every row, and masks read both row by row.
-    target[~stays] = torch.arange(n_slots).expand_as(target)[~taken]
+    target[~stays] = torch.arange(n_slots, device=target.device).expand_as(target)[~taken]
     return torch.empty_like(arriving).scatter_(1, target, arriving).reshape(new.shape)
 
 

@@ -3,81 +3,59 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lplb_triton import topologies
-from lplb_triton.eplb import rebalance_experts
-from lplb_triton.problem import Problem
 
-if TYPE_CHECKING:
-    from lplb_triton.solution import Solution
+# Other modules take `check_integer` from here.
+from lplb_triton._checks import check_integer as check_integer
+from lplb_triton._checks import nearest_divisors, nearest_multiples, on_host, would_do
+from lplb_triton._counts import check_load_dtype, check_load_values
+from lplb_triton._structure import Structure, build_structure
+from lplb_triton.eplb import checked_weight, rebalance
+from lplb_triton.problem import Problem
+from lplb_triton.solution import Solution
 
 __all__ = ["Placement"]
-
-Int32Array = NDArray[np.int32]
-BoolArray = NDArray[np.bool_]
-
-
-class Structure(NamedTuple):
-    """The placement as the LP and the token kernels read it.
-
-    Copies are numbered 0 .. n_physical - 1, sorted by logical expert, then by slot; so the
-    copies of one expert are contiguous and ascend by rank. Columns and ranks are numbered
-    within their group.
-    """
-
-    column_of: Int32Array
-    """[n_logical] column of each expert, -1 if all its copies are on one rank."""
-    cell_group: Int32Array
-    """[n_logical] group of each expert."""
-    mask: BoolArray
-    """[n_group, group_size, max_columns] whether a rank holds a copy of a column."""
-    fixed_experts: Int32Array
-    """[n_group, group_size, slots_per_rank] experts that only this rank holds, padded with -1."""
-    column_start: Int32Array
-    """[n_group, max_columns + 1] start of each column's run in ``column_members``."""
-    column_members: Int32Array
-    """[n_logical] replicated experts, sorted by group and column (padded with -1)."""
-    copy_start: Int32Array
-    """[n_logical + 1] first copy of each expert."""
-    copy_slot: Int32Array
-    """[n_physical] slot of each copy."""
-    copy_cell: Int32Array
-    """[n_physical] flat index of the copy's share in [n_group, group_size, max_columns], or -1."""
-    copy_index: Int32Array
-    """[n_physical] index among the copies of one expert on one rank."""
-    copy_multiplicity: Int32Array
-    """[n_physical] number of copies of that expert on that rank."""
 
 
 def _as_int_array(name: str, value: object) -> NDArray[np.int64]:
     """Copy an integer tensor or array to the CPU, or raise naming ``name``."""
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().numpy()
-    array = np.asarray(value)
+        if value.is_floating_point() or value.is_complex():
+            raise TypeError(f"{name} must hold integers, got dtype {value.dtype}")
+        value = on_host(name, value).numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} must be an array of integers: {error}") from None
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must hold integers, got dtype {array.dtype}")
     return array.astype(np.int64)
 
 
-def check_integer(name: str, value: object, minimum: int = 1) -> int:
-    """Return an int of at least ``minimum``, or raise naming ``name``."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return int(value)
+def _as_loads(name: str, value: object) -> torch.Tensor:
+    """Return loads as a tensor on the CPU: a tensor as it is, anything else as float64."""
+    if isinstance(value, torch.Tensor):
+        return on_host(name, value)
+    try:
+        return torch.from_numpy(np.array(value, dtype=np.float64))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} must be a torch.Tensor or array of numbers, got {type(value).__name__}"
+        ) from None
 
 
 class Placement:
     """Which logical expert each physical slot holds, and what follows from it.
 
-    Immutable and on the CPU; every tensor it returns is a fresh copy. Slots of one rank are
-    contiguous: slot p is on rank ``p // slots_per_rank``. Make one with `from_topology`,
+    Immutable and on the CPU; every tensor it returns is a fresh copy. Two placements are equal
+    (and one key of a dict) if their sizes are and every slot holds the same expert. Slots of one
+    rank are contiguous: slot p is on rank ``p // slots_per_rank``. Make one with `from_topology`,
     `from_phy2log` or `from_history`.
 
     Parameters
@@ -102,6 +80,27 @@ class Placement:
         divide, an expert whose copies span groups, too many columns.
     """
 
+    n_logical: int
+    """Number of logical experts."""
+    n_physical: int
+    """Number of slots over all ranks."""
+    ep_size: int
+    """Number of ranks."""
+    n_group: int
+    """Number of groups of consecutive ranks."""
+    group_size: int
+    """Ranks of a group."""
+    slots_per_rank: int
+    """Slots of a rank."""
+    redundant_per_group: int
+    """Slots of a group beyond one for each of its experts."""
+    max_columns: int
+    """Columns per group that device buffers are sized for."""
+    structure: Structure
+    """Index tables that the kernels read; read-only arrays."""
+    _phy2log: NDArray[np.int64]
+    _counts: NDArray[np.int64]
+
     def __init__(
         self,
         phy2log: torch.Tensor | NDArray[np.integer],
@@ -114,36 +113,80 @@ class Placement:
         flat = _as_int_array("phy2log", phy2log)
         if flat.ndim != 1 or flat.size == 0:
             raise ValueError(f"phy2log must be one-dimensional and not empty, got {flat.shape}")
-        self.ep_size = check_integer("ep_size", ep_size)
-        self.n_group = check_integer("n_group", n_group)
-        self.n_physical = int(flat.size)
-        self.n_logical = (
-            int(flat.max()) + 1 if n_logical is None else check_integer("n_logical", n_logical)
+        n_physical = int(flat.size)
+        ep_size = check_integer("ep_size", ep_size)
+        n_group = check_integer("n_group", n_group)
+        if n_physical % ep_size:
+            sizes = [n for n in nearest_divisors(n_physical, ep_size) if n % n_group == 0]
+            raise ValueError(
+                f"ep_size must divide the number of slots {n_physical}, got {ep_size}"
+                f"{would_do(sizes)}"
+            )
+        if ep_size % n_group:
+            raise ValueError(f"n_group must divide ep_size {ep_size}, got {n_group}")
+        counts = _count_copies(flat, n_logical)
+        flat.setflags(write=False)
+        redundant = (n_physical - len(counts)) // n_group
+        if max_columns is None:
+            max_columns = redundant
+        max_columns = check_integer("max_columns", max_columns, 0)
+        # Attributes can't be set one by one, see `__setattr__`.
+        vars(self).update(
+            n_logical=len(counts),
+            n_physical=n_physical,
+            ep_size=ep_size,
+            n_group=n_group,
+            group_size=ep_size // n_group,
+            slots_per_rank=n_physical // ep_size,
+            redundant_per_group=redundant,
+            max_columns=max_columns,
+            structure=build_structure(flat, counts, n_group, ep_size // n_group, max_columns),
+            _phy2log=flat,
+            _counts=counts,
         )
-        if self.n_physical % self.ep_size:
-            raise ValueError(
-                f"ep_size must divide the number of slots {self.n_physical}, got {self.ep_size}"
-            )
-        if self.ep_size % self.n_group:
-            raise ValueError(f"n_group must divide ep_size {self.ep_size}, got {self.n_group}")
-        if flat.min() < 0 or flat.max() >= self.n_logical:
-            raise ValueError(
-                f"phy2log must hold ids in [0, {self.n_logical}), got {flat.min()}..{flat.max()}"
-            )
-        counts = np.bincount(flat, minlength=self.n_logical)
-        if (counts == 0).any():
-            raise ValueError(
-                f"phy2log gives no slot to {int((counts == 0).sum())} logical experts, "
-                f"first {int(np.flatnonzero(counts == 0)[0])}"
-            )
-        self.slots_per_rank = self.n_physical // self.ep_size
-        self.group_size = self.ep_size // self.n_group
-        self._phy2log = flat
-        self._phy2log.setflags(write=False)
-        self._counts = counts
-        self.redundant_per_group = (self.n_physical - self.n_logical) // self.n_group
-        self.max_columns = self.redundant_per_group if max_columns is None else max_columns
-        self.structure = self._build_structure()
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        """Refuse: a placement is immutable."""
+        raise AttributeError(f"{name} can't be set: a Placement is immutable, make another one")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        """Refuse: a placement is immutable."""
+        raise AttributeError(f"{name} can't be deleted: a Placement is immutable")
+
+    @cached_property
+    def _content(self) -> tuple[int, int, int, int, bytes]:
+        """All that one placement can differ in from another."""
+        sizes = (self.n_logical, self.ep_size, self.n_group, self.max_columns)
+        return *sizes, self._phy2log.tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other is a placement of equal sizes with the same expert in each slot."""
+        if not isinstance(other, Placement):
+            return NotImplemented
+        return self._content == other._content
+
+    def __hash__(self) -> int:
+        """Hash of the content, so that equal placements are one key."""
+        return hash(self._content)
+
+    def __copy__(self) -> Placement:
+        """Return the placement itself, which can't change."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
+        """Return the placement itself, which can't change."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Arguments that make an equal placement, in Python's own types."""
+        names = ("ep_size", "n_logical", "n_group", "max_columns")
+        return {"phy2log": self._phy2log.tolist(), **{name: getattr(self, name) for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fill a new object from the state of another one."""
+        if vars(self):
+            raise AttributeError("a Placement is immutable, make another one")
+        self.__init__(**state)  # type: ignore[misc]
 
     @classmethod
     def from_phy2log(
@@ -222,26 +265,10 @@ class Placement:
         n_physical = check_integer("n_routed_experts", n_routed_experts)
         n_logical = check_integer("n_logical_routed_experts", n_logical_routed_experts)
         ep_size = check_integer("ep_size", ep_size)
-        if ep_size % group_size:
-            raise ValueError(f"ep_size must be a multiple of {group_size} (r2o), got {ep_size}")
-        for name, value in (
-            ("n_routed_experts", n_physical),
-            ("n_logical_routed_experts", n_logical),
-        ):
-            if value % ep_size:
-                raise ValueError(f"{name} must be a multiple of ep_size {ep_size}, got {value}")
+        num_nodes = check_integer("num_nodes", num_nodes)
+        _check_topology(n_physical, n_logical, ep_size, group_size, num_redundants)
         n_local = n_logical // ep_size
         redundant = n_physical // ep_size - n_local
-        if redundant < num_redundants or redundant % num_redundants:
-            raise ValueError(
-                f"n_routed_experts gives {redundant} redundant slots per rank, expected a "
-                f"positive multiple of the {num_redundants} columns of r2o"
-            )
-        if redundant > n_local:
-            raise ValueError(
-                f"n_routed_experts gives {redundant} redundant slots per rank, more than the "
-                f"{n_local} logical experts a rank has"
-            )
         n_group, combined = ep_size // group_size, redundant // num_redundants
         order = _spread(workload, n_logical, n_group, num_nodes, ep_size)
         order = order.reshape(n_group, group_size, n_local)
@@ -260,10 +287,10 @@ class Placement:
     @classmethod
     def from_history(
         cls,
-        load: torch.Tensor,
+        load: torch.Tensor | NDArray[np.floating],
         ep_size: int,
         *,
-        redundant_per_rank: int,
+        redundant_per_rank: int = 1,
         num_groups: int = 1,
         num_nodes: int = 1,
     ) -> Placement:
@@ -271,30 +298,56 @@ class Placement:
 
         Parameters
         ----------
-        load : torch.Tensor
-            ``[n_logical]``, load of each logical expert, non-negative.
+        load : torch.Tensor or array
+            ``[n_logical]``, load of each logical expert, finite and non-negative.
         ep_size : int
-            Number of ranks.
+            Number of ranks; divides ``n_logical``.
         redundant_per_rank : int
-            Redundant slots per rank (0: reorder only).
+            Redundant slots per rank (0: reorder only). EPLB may put several copies of an expert on
+            one rank; `lplb_triton.chain` doesn't.
         num_groups, num_nodes : int
-            EPLB's expert groups and nodes.
+            EPLB's expert groups and nodes. If nodes divide groups, groups are packed onto nodes:
+            `num_groups` must divide ``n_logical`` then, and `num_nodes` must divide `ep_size`.
 
         Returns
         -------
         Placement
             One LP group over all ranks.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument.
         """
-        load = torch.as_tensor(load)
-        if load.ndim != 1:
-            raise ValueError(f"load must be one-dimensional, got shape {tuple(load.shape)}")
-        if redundant_per_rank < 0:
-            raise ValueError(f"redundant_per_rank must not be negative, got {redundant_per_rank}")
-        n_physical = load.numel() + redundant_per_rank * ep_size
-        phy2log, _, _ = rebalance_experts(
-            load.unsqueeze(0), n_physical, num_groups, num_nodes, ep_size
+        weight = checked_weight("load", _as_loads("load", load), "[n_logical]")
+        n_logical = len(weight)
+        ep_size = check_integer("ep_size", ep_size)
+        redundant = check_integer("redundant_per_rank", redundant_per_rank, 0)
+        num_groups = check_integer("num_groups", num_groups)
+        num_nodes = check_integer("num_nodes", num_nodes)
+        in_nodes = num_groups % num_nodes == 0
+        if n_logical % ep_size:
+            near = nearest_divisors(n_logical, ep_size)
+            raise ValueError(
+                f"ep_size must divide the number of logical experts, {n_logical}, got {ep_size}"
+                f"{would_do([n for n in near if not in_nodes or n % num_nodes == 0])}"
+            )
+        if in_nodes and n_logical % num_groups:
+            near = nearest_divisors(n_logical, num_groups)
+            raise ValueError(
+                f"num_groups must divide the number of logical experts, {n_logical}, got "
+                f"{num_groups}"
+                f"{would_do([n for n in near if n % num_nodes or ep_size % num_nodes == 0])}"
+            )
+        if in_nodes and ep_size % num_nodes:
+            raise ValueError(
+                f"num_nodes must divide ep_size, {ep_size}, got {num_nodes}"
+                f"{would_do(nearest_divisors(ep_size, num_nodes))}"
+            )
+        phy2log, _, _ = rebalance(
+            weight.unsqueeze(0), n_logical + redundant * ep_size, num_groups, num_nodes, ep_size
         )
-        return cls(phy2log[0], ep_size, n_logical=load.numel())
+        return cls(phy2log[0], ep_size, n_logical=n_logical)
 
     @property
     def phy2log(self) -> torch.Tensor:
@@ -334,99 +387,15 @@ class Placement:
             f"{self.n_group} group(s), up to {int(self._counts.max())} copies)"
         )
 
-    def _build_structure(self) -> Structure:
-        """Derive every index table from ``phy2log``."""
-        n_logical, n_physical, ep_size = self.n_logical, self.n_physical, self.ep_size
-        order = np.argsort(self._phy2log, kind="stable")
-        expert, rank = self._phy2log[order], order // self.slots_per_rank
-        copies = np.zeros((n_logical, ep_size), dtype=np.int64)
-        np.add.at(copies, (expert, rank), 1)
-        held = copies > 0
-        group = held.argmax(1) // self.group_size
-        by_group = held.reshape(n_logical, self.n_group, self.group_size)
-        spanning = by_group.any(2).sum(1) > 1
-        if spanning.any():
-            raise ValueError(
-                f"phy2log spreads expert {int(np.flatnonzero(spanning)[0])} over several of the "
-                f"{self.n_group} groups"
-            )
-        sizes = np.bincount(group, minlength=self.n_group)
-        if (sizes != n_logical // self.n_group).any() or n_logical % self.n_group:
-            raise ValueError(
-                f"phy2log must give each of {self.n_group} groups equally many experts, got {sizes}"
-            )
-
-        # Experts with the same set of ranks become one column: the optimum is the same.
-        column_of = np.full(n_logical, -1, dtype=np.int32)
-        replicated = np.flatnonzero(held.sum(1) > 1)
-        n_columns = np.zeros(self.n_group, dtype=np.int64)
-        mask = np.zeros((self.n_group, self.group_size, self.max_columns), dtype=np.bool_)
-        if replicated.size:
-            sets, inverse = np.unique(held[replicated], axis=0, return_inverse=True)
-            set_group = sets.argmax(1) // self.group_size
-            n_columns = np.bincount(set_group, minlength=self.n_group)
-            if n_columns.max() > self.max_columns:
-                raise ValueError(
-                    f"max_columns is {self.max_columns}, but phy2log needs {n_columns.max()}"
-                )
-            # np.unique sorts sets, not groups: number the sets within their group in order.
-            by = np.argsort(set_group, kind="stable")
-            within = np.empty(len(sets), dtype=np.int64)
-            before = np.cumsum(n_columns) - n_columns
-            within[by] = np.arange(len(sets)) - np.repeat(before, n_columns)
-            column_of[replicated] = within[inverse.reshape(-1)]
-            which, where = np.nonzero(sets)
-            mask[set_group[which], where % self.group_size, within[which]] = True
-
-        members = np.full(n_logical, -1, dtype=np.int32)
-        sorted_members = replicated[np.lexsort((column_of[replicated], group[replicated]))]
-        members[: replicated.size] = sorted_members
-        per_column = np.zeros((self.n_group, self.max_columns), dtype=np.int64)
-        np.add.at(per_column, (group[replicated], column_of[replicated]), 1)
-        ends = np.cumsum(per_column.reshape(-1)).reshape(per_column.shape)
-        column_start = np.zeros((self.n_group, self.max_columns + 1), dtype=np.int32)
-        if self.max_columns:
-            column_start[:, 1:] = ends
-            column_start[:, 0] = ends[:, 0] - per_column[:, 0]
-
-        fixed = np.full((ep_size, self.slots_per_rank), -1, dtype=np.int32)
-        single = np.flatnonzero(column_of < 0)
-        single_rank = held[single].argmax(1)
-        by_rank = np.argsort(single_rank, kind="stable")
-        per_rank = np.bincount(single_rank, minlength=ep_size)
-        place = np.arange(single.size) - np.repeat(np.cumsum(per_rank) - per_rank, per_rank)
-        fixed[single_rank[by_rank], place] = single[by_rank]
-
-        start = np.zeros(n_logical + 1, dtype=np.int32)
-        start[1:] = np.cumsum(self._counts)
-        # Copies of one expert on one rank are neighbours in this order.
-        fresh = np.ones(n_physical, dtype=np.bool_)
-        fresh[1:] = (expert[1:] != expert[:-1]) | (rank[1:] != rank[:-1])
-        run_start = np.maximum.accumulate(np.where(fresh, np.arange(n_physical), 0))
-        cell = (rank * self.max_columns) + column_of[expert]
-        return Structure(
-            column_of=column_of,
-            cell_group=group.astype(np.int32),
-            mask=mask,
-            fixed_experts=fixed.reshape(self.n_group, self.group_size, self.slots_per_rank),
-            column_start=column_start,
-            column_members=members,
-            copy_start=start,
-            copy_slot=order.astype(np.int32),
-            copy_cell=np.where(column_of[expert] < 0, -1, cell).astype(np.int32),
-            copy_index=(np.arange(n_physical) - run_start).astype(np.int32),
-            copy_multiplicity=copies[expert, rank].astype(np.int32),
-        )
-
     @cached_property
-    def _fold(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fold(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Columns of a [n_logical] -> [n_group * (G + C)] scatter: target per expert."""
         s = self.structure
         fixed_rank = np.full(self.n_logical, -1, dtype=np.int64)
         g, r, k = np.nonzero(s.fixed_experts >= 0)
         fixed_rank[s.fixed_experts[g, r, k]] = g * self.group_size + r
         column = s.cell_group.astype(np.int64) * self.max_columns + s.column_of
-        return torch.from_numpy(fixed_rank), torch.from_numpy(column)
+        return fixed_rank, column
 
     def _batched(self, counts: torch.Tensor) -> torch.Tensor:
         """Check counts and return them as ``[B, n_logical]`` float64."""
@@ -437,6 +406,10 @@ class Placement:
                 f"counts must be [{self.n_logical}] or [B, {self.n_logical}], "
                 f"got {tuple(counts.shape)}"
             )
+        check_load_dtype("counts", counts)
+        # Elsewhere the look would be a wait; the solver reports such loads there.
+        if counts.device.type == "cpu":
+            check_load_values("counts", counts)
         return counts.reshape(-1, self.n_logical).double()
 
     def problem(self, counts: torch.Tensor) -> Problem:
@@ -445,16 +418,22 @@ class Placement:
         Parameters
         ----------
         counts : torch.Tensor
-            ``[n_logical]`` or ``[B, n_logical]``, load of each logical expert over all ranks.
+            ``[n_logical]`` or ``[B, n_logical]``, load of each logical expert over all ranks:
+            integers or real numbers, finite and non-negative.
 
         Returns
         -------
         Problem
             ``B * n_group`` instances, batch-major, float64, on the device of ``counts``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For counts of the wrong dtype or shape; on a CPU also for negative or non-finite ones.
         """
         counts = self._batched(counts)
         batch, device = len(counts), counts.device
-        fixed_rank, column = (index.to(device) for index in self._fold)
+        fixed_rank, column = (torch.from_numpy(index).to(device) for index in self._fold)
         single = fixed_rank >= 0
         fixed = torch.zeros(batch, self.ep_size, dtype=torch.float64, device=device)
         fixed.index_add_(1, fixed_rank[single], counts[:, single])
@@ -462,7 +441,7 @@ class Placement:
             batch, self.n_group * self.max_columns, dtype=torch.float64, device=device
         )
         weights.index_add_(1, column[~single], counts[:, ~single])
-        mask = torch.from_numpy(self.structure.mask).to(device)
+        mask = torch.from_numpy(self.structure.mask.copy()).to(device)
         if self.n_group > 1:
             mask = mask.repeat(batch, 1, 1)
         instances = batch * self.n_group
@@ -470,7 +449,32 @@ class Placement:
             weights.reshape(instances, self.max_columns),
             fixed.reshape(instances, self.group_size),
             mask,
+            self._split_over_copies(counts) if self._splits_differ else None,
         )
+
+    @cached_property
+    def _splits_differ(self) -> bool:
+        """Whether splits that are even over ranks and over copies differ."""
+        s = self.structure
+        return bool((s.copy_multiplicity[s.copy_cell >= 0] > 1).any())
+
+    def _split_over_copies(self, counts: torch.Tensor) -> torch.Tensor:
+        """Shares of columns if every expert is split evenly over its copies.
+
+        ``counts`` are ``[B, n_logical]`` float64; the result is
+        ``[B * n_group, group_size, max_columns]``. A column without tokens gets 0.
+        """
+        s, device = self.structure, counts.device
+        shared = np.flatnonzero(s.copy_cell >= 0)
+        expert = self._phy2log[s.copy_slot[shared]]
+        cell = torch.from_numpy(s.copy_cell[shared].astype(np.int64)).to(device)
+        per_copy = (counts / self.logcnt.to(device))[:, torch.from_numpy(expert).to(device)]
+        size = self.ep_size * self.max_columns
+        tokens = torch.zeros(len(counts), size, dtype=torch.float64, device=device)
+        tokens.index_add_(1, cell, per_copy)
+        tokens = tokens.reshape(-1, self.group_size, self.max_columns)
+        total = tokens.sum(1, keepdim=True)
+        return torch.where(total > 0, tokens / total, 0.0)
 
     def even_loads(self, counts: torch.Tensor) -> torch.Tensor:
         """Rank loads when each expert's load is split evenly over its copies (EPLB's way).
@@ -478,12 +482,17 @@ class Placement:
         Parameters
         ----------
         counts : torch.Tensor
-            ``[n_logical]`` or ``[B, n_logical]``.
+            ``[n_logical]`` or ``[B, n_logical]``, as for `problem`.
 
         Returns
         -------
         torch.Tensor
             ``[B, ep_size]`` float64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `problem` does.
         """
         counts = self._batched(counts)
         per_slot = (counts / self.logcnt.to(counts.device))[:, self.phy2log.long()]
@@ -503,10 +512,86 @@ class Placement:
         -------
         torch.Tensor
             ``[B, ep_size]`` float64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `problem` does, and for a solution of other programs.
         """
+        if not isinstance(solution, Solution):
+            raise TypeError(f"solution must be a Solution, got {type(solution).__name__}")
         p = self.problem(counts)
+        if solution.shares.shape != (p.n_instances, p.group_size, p.n_columns):
+            raise ValueError(
+                f"solution must have shares [{p.n_instances}, {p.group_size}, {p.n_columns}] like "
+                f"the programs of counts, got {list(solution.shares.shape)}"
+            )
+        if solution.shares.device != p.device:
+            raise ValueError(f"solution is on {solution.shares.device}, expected {p.device}")
         loads = p.fixed + (p.weights.unsqueeze(1) * solution.shares.double()).sum(2)
         return loads.reshape(-1, self.ep_size)
+
+
+def _count_copies(phy2log: NDArray[np.int64], n_logical: int | None) -> NDArray[np.int64]:
+    """Count the copies of each expert, ``[n_logical]``, or raise naming what doesn't fit."""
+    low, high, n_slots = int(phy2log.min()), int(phy2log.max()), len(phy2log)
+    n_logical = high + 1 if n_logical is None else check_integer("n_logical", n_logical)
+    if low < 0 or high >= n_logical:
+        raise ValueError(f"phy2log must hold ids in [0, {n_logical}), got {low}..{high}")
+    if n_logical > n_slots:
+        raise ValueError(
+            f"phy2log has {n_slots} slots, too few for one of each of {n_logical} logical experts"
+        )
+    counts = np.bincount(phy2log, minlength=n_logical)
+    missing = np.flatnonzero(counts == 0)
+    if missing.size:
+        raise ValueError(
+            f"phy2log gives no slot to {missing.size} logical experts, first {int(missing[0])}"
+        )
+    return counts
+
+
+def _check_topology(
+    n_physical: int, n_logical: int, ep_size: int, group_size: int, num_redundants: int
+) -> None:
+    """Raise, naming the argument of `Placement.from_topology`, unless the sizes fit each other."""
+
+    def fits(n_physical: int, n_logical: int, ep_size: int) -> bool:
+        redundant = n_physical - n_logical
+        return (
+            ep_size % group_size == 0
+            and n_logical % ep_size == 0
+            and redundant % (ep_size * num_redundants) == 0
+            and 0 < redundant <= n_logical
+        )
+
+    if fits(n_physical, n_logical, ep_size):
+        return
+    if ep_size % group_size:
+        near = nearest_multiples(group_size, ep_size)
+        raise ValueError(
+            f"ep_size must be a multiple of the topology's {group_size} ranks, got {ep_size}"
+            f"{would_do([n for n in near if fits(n_physical, n_logical, n)])}"
+        )
+    n_local, rest = divmod(n_logical, ep_size)
+    if rest:
+        near = nearest_multiples(ep_size, n_logical)
+        raise ValueError(
+            f"n_logical_routed_experts must be a multiple of ep_size {ep_size}, got {n_logical}"
+            f"{would_do([n for n in near if fits(n_physical, n, ep_size)])}"
+        )
+    if num_redundants > n_local:
+        raise ValueError(
+            f"n_logical_routed_experts gives each rank {n_local} experts, fewer than the "
+            f"topology's {num_redundants} columns"
+        )
+    near = nearest_multiples(ep_size * num_redundants, n_physical - n_logical)
+    most = n_local // num_redundants * num_redundants * ep_size
+    raise ValueError(
+        f"n_routed_experts must give each of {ep_size} ranks a positive multiple of the "
+        f"topology's {num_redundants} columns, at most its {n_local} logical experts, as "
+        f"redundant slots, got {n_physical}{would_do([n_logical + min(n, most) for n in near])}"
+    )
 
 
 def _spread(
@@ -515,11 +600,13 @@ def _spread(
     """Order the logical experts rank by rank, heaviest first where a history is given."""
     if workload is None:
         return np.arange(n_logical)
-    load = torch.as_tensor(workload).detach().cpu()
+    load = _as_loads("workload", workload)
     if load.shape != (n_logical,):
-        raise ValueError(f"workload must have shape [{n_logical}], got {tuple(load.shape)}")
-    num_nodes = check_integer("num_nodes", num_nodes)
-    phy2log, _, _ = rebalance_experts(load.unsqueeze(0), n_logical, n_group, num_nodes, ep_size)
+        raise ValueError(f"workload must have shape [{n_logical}], got {list(load.shape)}")
+    weight = checked_weight("workload", load, "[n_logical]")
+    # The ranks' groups are consecutive experts here: a policy of nodes that don't divide them is
+    # none, and those that do divide the ranks too.
+    phy2log, _, _ = rebalance(weight.unsqueeze(0), n_logical, n_group, num_nodes, ep_size)
     by_rank = phy2log[0].reshape(ep_size, -1)
     heaviest = load[by_rank].argsort(dim=1, descending=True, stable=True)
     return by_rank.gather(1, heaviest).reshape(-1).numpy()

@@ -9,19 +9,19 @@ whose optima over recorded and synthetic batches are low, on a CPU by the cuts t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lplb_triton._checks import check_integer
 from lplb_triton._cut_search import CutSearch
 from lplb_triton._exact_search import CANDIDATES, ExactSearch
-from lplb_triton.chaining import chain, checked_load
+from lplb_triton._threads import one_thread
+from lplb_triton.chaining import chain, check_ranks, checked_load, scaled_rows
 from lplb_triton.moves import check_same_sizes, domains_of, keep_slots
-from lplb_triton.placement import Placement, check_integer
+from lplb_triton.placement import Placement
 from lplb_triton.solver import solve
 
 __all__ = ["place"]
@@ -41,6 +41,9 @@ ENOUGH = 3e-3
 MARGIN_TRIALS = 300
 # What a margin for stress may cost over recorded batches, in mean rank loads.
 MARGIN_COST = 5e-4
+# With more, an expert's load would vary by more than 20,000 times from batch to batch, and its
+# power would overflow.
+MOST_DISPERSION = 10.0
 
 
 def place(
@@ -66,7 +69,8 @@ def place(
     recorded ones, at most half, and synthetic ones, in which every expert's deviation from its mean
     is taken from one of two recorded batches. Synthetic batches keep the search from fitting the
     accidents of a short history. Where a placement does well on them, the search goes on with
-    larger deviations, as a margin for loads that drift.
+    larger deviations, as a margin for loads that drift. An expert is repeated on a rank only if the
+    rank has all others (of its domain) too.
 
     Parameters
     ----------
@@ -81,7 +85,8 @@ def place(
         Redundant slots per rank (0: the experts are only distributed).
     previous : Placement or None
         Placement to start from, of the same sizes; experts that stay on a rank keep their slots.
-        See `lplb_triton.plan_moves` for what has to be copied.
+        See `lplb_triton.plan_moves` for what has to be copied. Slots of it that repeat an expert
+        on its rank are given to others, unless moves have a price.
     move_penalty : float
         What an expert weight that a rank does not have in `previous` costs, in mean rank loads
         of the mean optimum: 1e-3 asks for 0.1% less imbalance per weight moved. Needs `previous`.
@@ -97,10 +102,10 @@ def place(
         default 2,000 on a CPU and 16,384 on a GPU, where changes are tried 64 at a time.
     dispersion : float
         Assumed standard deviation of the logarithm of each expert's load from batch to batch,
-        used with fewer than 8 batches.
+        at most 10, used with fewer than 8 batches.
     device : torch.device, str or None
-        Where to search; by default where `history` is. On a CPU torch's number of threads in this
-        process is 1 during the search.
+        Where to search; by default where `history` is. On a CPU torch and numpy's OpenBLAS use one
+        thread in this process during the search.
     seed : int
         Seed of the random choices. The placement depends on nothing else but the arguments (and
         on the rounding of the processor at hand: where several processes need it, compute it in
@@ -126,23 +131,21 @@ def place(
     >>> place(history, 2, redundant_per_rank=1)
     Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
     """
-    load = checked_load("history", history, (1, 2))
-    where = history.device if device is None else torch.device(device)
-    n_ranks = check_integer("ep_size", ep_size, 1)
+    load = scaled_rows(checked_load("history", history, (1, 2)))
+    where = history.device if device is None else _checked_device(device)
+    n_logical = load.shape[1]
+    n_ranks = check_ranks(ep_size, ranks_per_domain, n_logical)
     redundant = check_integer("redundant_per_rank", redundant_per_rank, 0)
     effort = CPU_EFFORT if where.type == "cpu" else GPU_EFFORT
     n_samples = effort[0] if samples is None else check_integer("samples", samples, 1)
     n_trials = effort[1] if trials is None else check_integer("trials", trials, 0)
-    dispersion = _checked_number("dispersion", dispersion)
+    dispersion = _checked_number("dispersion", dispersion, MOST_DISPERSION)
     penalty = _checked_number("move_penalty", move_penalty)
     rng = np.random.default_rng(check_integer("seed", seed, 0))
-    n_logical = load.shape[1]
-    if n_logical % n_ranks:
-        raise ValueError(f"ep_size must divide the number of experts {n_logical}, got {n_ranks}")
     domain = domains_of(n_ranks, ranks_per_domain)
     n_domains = int(domain[-1]) + 1
     load = load[load.sum(1) > 0]
-    load = load / np.maximum(load.sum(1, keepdims=True), 1e-300) * n_ranks
+    load = load / load.sum(1, keepdims=True) * n_ranks
     mean = load.mean(0) if len(load) else np.ones(n_logical)
     counts = torch.from_numpy(load).to(where)
     price = np.zeros((n_logical, n_ranks), dtype=np.float32)
@@ -153,7 +156,11 @@ def place(
         try:
             start = Placement(previous.phy2log, n_ranks, n_logical=n_logical, n_group=n_domains)
         except ValueError as error:
-            raise ValueError(f"previous does not fit ranks_per_domain: {error}") from error
+            raise ValueError(
+                f"ranks_per_domain is {ranks_per_domain}, but previous.{error}"
+            ) from error
+        if not penalty:
+            start = _without_repeats(start, mean)
     elif penalty:
         raise ValueError("move_penalty needs previous, the placement that moves start from")
     else:
@@ -161,14 +168,15 @@ def place(
     if n_ranks == 1 or not len(load) or not n_trials:
         return start
     if penalty:
-        price += np.float32(penalty)
+        # An optimum is at most as many mean rank loads as there are ranks: no move pays for more.
+        price += np.float32(min(penalty, 2.0 * n_ranks))
         price[start.phy2log.numpy(), start.rank_of_slot.numpy()] = 0.0
     best, limit = start, _cost(start, counts, price)
     for stress in STRESSES:
         batches = _scenarios(load, n_samples, dispersion, stress, rng)
         if where.type == "cpu":
             search = CutSearch(best, batches, price, domain, rng)
-            with _one_thread():
+            with one_thread():
                 found, excess = search.run(n_trials)
             n_trials -= search.trial
         else:
@@ -202,6 +210,8 @@ def _start(
         mean, ranks, redundant_per_rank=redundant, num_groups=groups, num_nodes=n_domains
     )
     eplb = Placement(eplb.phy2log, ranks, n_logical=n_logical, n_group=n_domains)
+    eplb = _without_repeats(eplb, mean.numpy())
+    # Every rank has every expert of its domain.
     if redundant * ranks > n_logical * (ranks // n_domains - 1):
         return eplb
     chained = chain(mean, ranks, redundant_per_rank=redundant, ranks_per_domain=ranks_per_domain)
@@ -209,24 +219,49 @@ def _start(
     return min((chained, eplb), key=lambda one: _cost(one, counts, free))
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread: the search's operations are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _without_repeats(placement: Placement, mean: _Double) -> Placement:
+    """Give slots that repeat an expert on their rank to the heaviest ones that the rank lacks.
+
+    Repeats are left where a rank has every expert of its group. The optimum can only fall.
+    """
+    structure = placement.structure
+    repeats = np.sort(structure.copy_slot[structure.copy_index > 0])
+    if not repeats.size:
+        return placement
+    phy2log, copies = placement.phy2log.long().numpy(), placement.logcnt.long().numpy()
+    for slot in repeats:
+        first = slot - slot % placement.slots_per_rank
+        row = phy2log[first : first + placement.slots_per_rank]
+        group = structure.cell_group == structure.cell_group[phy2log[slot]]
+        lacking = np.setdiff1d(np.flatnonzero(group), row)
+        if lacking.size:
+            heaviest = np.lexsort((copies[lacking], -mean[lacking] / copies[lacking]))[0]
+            copies[phy2log[slot]] -= 1
+            phy2log[slot] = lacking[heaviest]
+            copies[phy2log[slot]] += 1
+    return Placement(
+        phy2log, placement.ep_size, n_logical=placement.n_logical, n_group=placement.n_group
+    )
 
 
-def _checked_number(name: str, value: object) -> float:
-    """Return a finite float from 0 on, or raise naming it."""
+def _checked_number(name: str, value: object, most: float = sys.float_info.max) -> float:
+    """Return a float from 0 to a limit, or raise naming it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    if not 0 <= value <= most:
+        raise ValueError(f"{name} must be in [0, {most:g}], got {value}")
     return float(value)
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    """Return a device that can compute, or raise naming it."""
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a CPU or GPU: {error}") from None
+    if where.type == "meta":
+        raise ValueError("device must be a CPU or GPU, got meta")
+    return where
 
 
 def _scenarios(

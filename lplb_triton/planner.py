@@ -8,15 +8,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lplb_triton import topologies
+from lplb_triton import reference, topologies
+from lplb_triton._counts import check_counts, counts_to_int32
+from lplb_triton._membership import warn_if_alone
 from lplb_triton.balancer import Balancer, check_counter
 from lplb_triton.placement import Placement
 from lplb_triton.solution import SHARE_BITS
 from lplb_triton.solver import DEFAULT_TOLERANCE
 from lplb_triton.sync._base import Communicator
 from lplb_triton.sync._connect import deep_ep_domain
+from lplb_triton.topologies._validate import checked_topology
 
 __all__ = ["Planner"]
+
+
+class _PlannersBalancer(Balancer):
+    """A balancer whose group may come with a DeepEP buffer."""
+
+    _group_may_come = True
 
 
 class Planner:
@@ -89,12 +98,12 @@ class Planner:
             if group is None:
                 raise ValueError("ep_size must be given when group is None")
             ep_size = group.size()
-        r2o = topologies.validate(redundant_to_original)
+        r2o = checked_topology("redundant_to_original", redundant_to_original)
         self._topology = r2o
         placement = Placement.from_topology(
             r2o, n_routed_experts, n_logical_routed_experts, ep_size
         )
-        self.balancer = Balancer(
+        self.balancer: Balancer = _PlannersBalancer(
             placement, group=group, device=device, backend=backend, tolerance=tolerance,
             sync=sync, timeout=timeout, quotas=quotas,
         )  # fmt: skip
@@ -111,7 +120,7 @@ class Planner:
         self.combined_redundant_experts = (
             self.n_local_routed_experts - self.n_local_logical_routed_experts
         ) // self.num_redundants
-        self.deep_ep_initialized = False
+        self._has_run = self.deep_ep_initialized = False
 
         cells = (self.n_group, self.group_size, self.num_redundants)
         self._column = torch.zeros(cells, dtype=torch.int64, device=on)
@@ -133,7 +142,8 @@ class Planner:
     def init_from_deep_ep(self, buffer: Any) -> None:
         """Sum workloads over the process group of a DeepEP buffer.
 
-        Collective over the group; a second call does nothing. The buffer says which ranks NVLink
+        Collective over the group; a second call does nothing, unless the planner was loaded from a
+        file in between. The buffer says which ranks NVLink
         joins; with ``sync="auto"`` on GPUs these exchange counts through each other's memory, and
         torch.distributed joins them to the others. The buffer's own memory isn't used.
 
@@ -150,12 +160,19 @@ class Planner:
         ValueError
             If the group's size isn't ``ep_size``.
         """
-        if self.deep_ep_initialized:
+        if self.deep_ep_initialized and self.ep_group is not None:
             return
         group, domain_size = deep_ep_domain(buffer)
         self.balancer.set_group(group, domain_size=domain_size)
         self._index_edges()
         self.deep_ep_initialized = True
+
+    def _warn_if_alone(self) -> None:
+        """Warn in the first batch, since a DeepEP buffer may bring a group until then."""
+        if not self._has_run:
+            self._has_run = True
+            if self.balancer.group is None and self.balancer.quotas == "local":
+                warn_if_alone(self.balancer.placement, stacklevel=3)
 
     def close(self) -> None:
         """Let go of the communicator; see `Balancer.close`."""
@@ -227,8 +244,9 @@ class Planner:
         Parameters
         ----------
         workload : torch.Tensor
-            ``n_logical_routed_experts`` integers, any shape: tokens of each logical expert on
-            this rank (summed over the group here), or global if there is no group.
+            ``n_logical_routed_experts`` elements of any shape, int32 or int64 in [0, 2**31):
+            tokens of each logical expert on this rank (summed over the group here), or global if
+            there is no group.
         avail_counter : torch.Tensor
             One int32 or int64 element of any shape on the device; rises by the number of
             groups certified within the tolerance.
@@ -241,19 +259,27 @@ class Planner:
             ``[n_group, group_size, n_local_logical_routed_experts]`` float32, the summed
             workload divided by its largest entry (zeros if there are no tokens). Viewed flat
             it is indexed by logical id, whatever the placement.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As for `Balancer.solve`, naming ``workload``.
         """
-        if not isinstance(workload, torch.Tensor) or workload.is_floating_point():
-            raise TypeError(f"workload must be an integer tensor, got {workload!r}")
+        device = self.balancer.device
+        workload = check_counts("workload", workload, None, device)
         if workload.numel() != self.n_logical_routed_experts:
             raise ValueError(
                 f"workload must have {self.n_logical_routed_experts} elements, "
                 f"got shape {tuple(workload.shape)}"
             )
-        counter = check_counter("avail_counter", avail_counter, self.balancer.device)
-        counts = self.balancer.sync(workload.reshape(-1).to(torch.int32))
+        counter = check_counter("avail_counter", avail_counter, device)
+        counts = counts_to_int32("workload", workload.reshape(-1), self.balancer._checks_at_once)
+        self._warn_if_alone()
+        counts = self.balancer.sync(counts)
         solution = self.balancer.solve(counts, certified=counter)
         o_weight = solution.shares.gather(2, self._column)
-        scaled = counts.float() / counts.max().clamp(min=1)
+        known = counts.clamp(min=0)
+        scaled = known.float() / known.max().clamp(min=1)
         return o_weight, scaled.reshape(self.n_group, self.group_size, -1)
 
     def weighted_select_target(
@@ -281,22 +307,47 @@ class Planner:
         -------
         torch.Tensor
             Physical ids, of the shape and dtype of ``idx``; -1 stays -1.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As for `Balancer.select`, naming the argument.
         """
+        if not isinstance(o_weight, torch.Tensor):
+            raise TypeError(f"o_weight must be a torch.Tensor, got {type(o_weight).__name__}")
+        if not o_weight.is_floating_point():
+            raise TypeError(f"o_weight must be floating-point, got {o_weight.dtype}")
         if tuple(o_weight.shape) != tuple(self._column.shape):
             raise ValueError(
                 f"o_weight must have shape {tuple(self._column.shape)}, got {tuple(o_weight.shape)}"
             )
-        if o_weight.device != self.balancer.device:
-            raise ValueError(f"o_weight is on {o_weight.device}, expected {self.balancer.device}")
-        if len(local_workload_by_sm) != n_sms:
+        device = self.balancer.device
+        if o_weight.device != device:
+            raise ValueError(f"o_weight is on {o_weight.device}, expected {device}")
+        name = "local_workload_by_sm"
+        running = check_counts(name, local_workload_by_sm, None, device)
+        if running.ndim != 2 or running.shape[1] != self.n_logical_routed_experts:
             raise ValueError(
-                f"n_sms is {n_sms}, but local_workload_by_sm has {len(local_workload_by_sm)} rows"
+                f"{name} must have shape [n_sms, {self.n_logical_routed_experts}], "
+                f"got {list(running.shape)}"
             )
+        if len(running) != n_sms:
+            raise ValueError(f"n_sms is {n_sms}, but {name} has {len(running)} rows")
+        at_once = self.balancer._checks_at_once
+        running = counts_to_int32(name, running, at_once)
+        if at_once:
+            self.balancer._check_ids_tensor(idx)
+            self.balancer._check_values(idx)
+            reference.check_counts_of(name, idx, running[-1])
+            if bool(o_weight.isnan().any()):
+                raise ValueError("o_weight must not be NaN")
         one = 1 << SHARE_BITS
-        kept = torch.round(o_weight.reshape(-1).double().clamp(0, 1) * one).int()[self._edge]
+        # NaN becomes what is no share.
+        kept = torch.round(o_weight.reshape(-1).double().clamp(0, 1) * one)
+        kept = kept.nan_to_num(nan=-1.0).int()[self._edge]
         first = torch.where(self._original_first, kept, one - kept)
         cumulative = torch.where(self._last, one, first).int()
-        return self.balancer.select(idx, cumulative, local_workload_by_sm)
+        return self.balancer.select(idx, cumulative, running)
 
     def run(
         self, idx: torch.Tensor, avail_counter: torch.Tensor, n_sms: int | None = None
@@ -318,6 +369,7 @@ class Planner:
             Physical ids, of the shape and dtype of ``idx``.
         """
         counter = check_counter("avail_counter", avail_counter, self.balancer.device)
+        self._warn_if_alone()
         return self.balancer.run(idx, n_sms=n_sms, certified=counter)
 
     def check(self) -> None:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from lplb_triton._counts import check_load_dtype, check_load_values
+
 __all__ = ["Problem"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """A batch of min-max programs (method.md, equation 1).
 
@@ -20,18 +22,22 @@ class Problem:
     Parameters
     ----------
     weights : torch.Tensor
-        ``[B, C]``, load of each column, non-negative. int or float; float32 is used.
+        ``[B, C]``, load of each column, non-negative. Integers or real numbers.
     fixed : torch.Tensor
         ``[B, G]``, load that each rank has whatever the plan, non-negative.
     mask : torch.Tensor
         ``[B, G, C]`` or ``[1, G, C]`` bool, whether a rank holds a copy of a column. A column
         with weight needs at least one copy; a column without copies and without weight is
         padding.
+    start : torch.Tensor or None
+        ``[B, G, C]`` float, shares of a plan that the answer must not be worse than (but for the
+        rounding of shares); the split that is even over ranks is another one. Columns are divided
+        by their sums.
 
     Raises
     ------
     TypeError
-        If an argument is no tensor, or ``mask`` is not bool.
+        If an argument is no tensor, or its dtype doesn't fit.
     ValueError
         If shapes or devices don't match; on a CPU also if a value is negative, not finite, or
         a column has weight but no copy. On a GPU the solver reports such values by
@@ -41,11 +47,14 @@ class Problem:
     weights: torch.Tensor
     fixed: torch.Tensor
     mask: torch.Tensor
+    start: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         """Validate shapes, dtypes, devices and, on a CPU, values."""
-        for name, ndim in (("weights", 2), ("fixed", 2), ("mask", 3)):
+        for name, ndim in (("weights", 2), ("fixed", 2), ("mask", 3), ("start", 3)):
             value = getattr(self, name)
+            if name == "start" and value is None:
+                continue
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
             if value.ndim != ndim:
@@ -57,8 +66,9 @@ class Problem:
         if self.mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, got {self.mask.dtype}")
         for name in ("weights", "fixed"):
-            if getattr(self, name).is_complex():
-                raise TypeError(f"{name} must be real, got {getattr(self, name).dtype}")
+            check_load_dtype(name, getattr(self, name))
+        if self.start is not None and not self.start.is_floating_point():
+            raise TypeError(f"start must be floating-point, got {self.start.dtype}")
         batch, columns = self.weights.shape
         if self.fixed.shape[0] != batch:
             raise ValueError(f"fixed must have {batch} rows like weights, got {len(self.fixed)}")
@@ -70,8 +80,21 @@ class Problem:
                 f"mask must have shape [1 or {batch}, {ranks}, {columns}], "
                 f"got {tuple(self.mask.shape)}"
             )
+        if self.start is not None and self.start.shape != (batch, ranks, columns):
+            raise ValueError(
+                f"start must have shape [{batch}, {ranks}, {columns}], "
+                f"got {tuple(self.start.shape)}"
+            )
         if self.weights.device.type == "cpu":
             self.validate()
+
+    def __repr__(self) -> str:
+        """Sizes, dtypes and device in one line."""
+        return (
+            f"Problem({self.n_instances} instances, {self.group_size} ranks, "
+            f"{self.n_columns} columns, weights {self.weights.dtype}, fixed {self.fixed.dtype}, "
+            f"on {self.device})"
+        )
 
     @property
     def n_instances(self) -> int:
@@ -93,17 +116,38 @@ class Problem:
         """Device that holds the problem."""
         return self.weights.device
 
+    def to(self, device: torch.device | str) -> Problem:
+        """Copy the problem to a device.
+
+        Parameters
+        ----------
+        device : torch.device or str
+            Where to.
+
+        Returns
+        -------
+        Problem
+        """
+        start = None if self.start is None else self.start.to(device)
+        return Problem(self.weights.to(device), self.fixed.to(device), self.mask.to(device), start)
+
     def validate(self) -> None:
         """Check the values; waits for the device.
 
         Raises
         ------
         ValueError
-            If a load is negative or not finite, or a column has weight but no copy.
+            If a load is negative or not finite, or the sum of a program's loads isn't; if a column
+            has weight but no copy, or the start isn't a plan.
         """
         for name in ("weights", "fixed"):
-            value = getattr(self, name)
-            if not bool((torch.isfinite(value) & (value >= 0)).all()):
-                raise ValueError(f"{name} must be finite and non-negative")
+            check_load_values(name, getattr(self, name))
+        total = self.weights.double().sum(1) + self.fixed.double().sum(1)
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError("weights and fixed must have finite sums")
         if bool(((self.weights > 0) & ~self.mask.any(1)).any()):
             raise ValueError("mask leaves a column of positive weight without a copy")
+        if self.start is not None:
+            check_load_values("start", self.start)
+            if bool(((self.start > 0) & ~self.mask).any()):
+                raise ValueError("start gives a share to a rank that mask gives no copy")

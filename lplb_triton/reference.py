@@ -13,11 +13,12 @@ from lplb_triton.solution import SHARE_BITS, Solution, Status
 
 __all__ = [
     "assign_copies",
+    "check_counts_of",
+    "check_cumulative",
     "copy_quotas",
     "count_experts",
     "cumulative_shares",
     "divide_quotas",
-    "last_copies",
     "quantize_shares",
     "rounding_offsets",
     "shares_of_quotas",
@@ -32,14 +33,18 @@ MIN_CENTERING = 0.01
 REGULARIZATION = 0.03
 # Columns whose total load is under this part of the tolerance stay split evenly (equation 10).
 LIGHT_PART = 0.05
-# The loop aims a little lower than the tolerance, so that rounding the shares keeps it.
+# The loop aims a little lower than the tolerance, so that rounding the shares keeps it, but at no
+# less than a part of it.
 TARGET_PART = 0.98
+LEAST_TARGET_PART = 0.75
+# Shares are summed as multiples of 2**-36 before they are rounded to multiples of 2**-24.
+PART_BITS = 36
 
 
 def quantize_shares(shares: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Round shares to multiples of 2**-24 that add up to exactly 1 (equation 11).
 
-    The last copy of a column gets what is missing to 1; what is too much is taken from the end.
+    Running sums over a column are rounded, so each share is off by less than one unit.
 
     Parameters
     ----------
@@ -53,30 +58,12 @@ def quantize_shares(shares: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         ``[..., G, C]`` int64 units of 2**-24; each column with a copy sums to 2**24.
     """
-    one = 1 << SHARE_BITS
-    units = torch.where(mask, torch.round(shares.double() * one), 0.0).long()
-    upto = units.cumsum(-2).clamp(max=one)
-    ranks = torch.arange(mask.shape[-2], device=mask.device).unsqueeze(-1)
-    upto = torch.where(ranks >= last_copies(mask).unsqueeze(-2), one, upto)
-    upto = torch.where(mask.any(-2, keepdim=True), upto, 0)
+    # Integers, whose sums are exact and the same on every device.
+    parts = torch.where(mask, torch.round(shares.double() * (1 << PART_BITS)), 0.0).long()
+    upto = parts.cumsum(-2)
+    total = upto[..., -1:, :].clamp(min=1)
+    upto = ((upto << SHARE_BITS) + total // 2) // total
     return torch.diff(upto, dim=-2, prepend=torch.zeros_like(upto[..., :1, :]))
-
-
-def last_copies(mask: torch.Tensor) -> torch.Tensor:
-    """Rank of the last copy in each column.
-
-    Parameters
-    ----------
-    mask : torch.Tensor
-        ``[..., G, C]`` bool, where a copy is.
-
-    Returns
-    -------
-    torch.Tensor
-        ``[..., C]`` int64; -1 in a column without copies.
-    """
-    ranks = torch.arange(mask.shape[-2], device=mask.device).unsqueeze(-1)
-    return torch.where(mask, ranks, -1).amax(-2)
 
 
 class _Newton:
@@ -98,7 +85,8 @@ class _Newton:
         self.wd = self.w * self.d_copy
         # Equation 5: off-diagonal first, the diagonal from its row sums (no subtraction).
         v = self.wd / self.d_column.sqrt()
-        off = v @ v.mT
+        # In float64, which autocast and the precision set for float32 products don't touch.
+        off = (v.double() @ v.double().mT).to(v.dtype)
         off.diagonal(dim1=-2, dim2=-1).zero_()
         diagonal = off.sum(2) + s / y
         # Equation 7: adding rho * ones changes nothing, since dy sums to 0.
@@ -137,6 +125,8 @@ def _step_length(*pairs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
 def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.dtype) -> Solution:
     """Primal-dual interior-point method on a batch of instances (equations 1 to 11).
 
+    Whatever the caller has set in torch makes no difference, and nothing has a gradient.
+
     Parameters
     ----------
     problem : Problem
@@ -153,6 +143,11 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
     Solution
         ``max_load``, ``lower_bound`` and ``gap`` in float64.
     """
+    with torch.no_grad(), torch.autocast(problem.device.type, enabled=False):
+        return _solve(problem, tolerance, max_iterations, dtype)
+
+
+def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.dtype) -> Solution:
     mask = problem.mask.expand(problem.n_instances, -1, -1)
     weights, fixed = problem.weights.double(), problem.fixed.double()
     ranks, columns = fixed.shape[1], weights.shape[1]
@@ -160,6 +155,7 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
     invalid = (
         ~(torch.isfinite(weights) & (weights >= 0)).all(1)
         | ~(torch.isfinite(fixed) & (fixed >= 0)).all(1)
+        | ~torch.isfinite(weights.sum(1) + fixed.sum(1))
         | ((weights > 0) & (n_copies == 0)).any(1)
     )
     weights = torch.where(invalid[:, None], 0.0, weights)
@@ -177,10 +173,17 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
     base = f + (torch.where(active, 0.0, w.unsqueeze(1)) * even).sum(2)
     load = base + (w_active * even).sum(2)
     best, best_load = even, load.amax(1)
+    if problem.start is not None:
+        start = _as_plan(problem.start, mask, even)
+        start_load = (f + (w.unsqueeze(1) * start).sum(2)).amax(1)
+        better = start_load < best_load
+        best = torch.where(better[:, None, None], start, best)
+        best_load = torch.where(better, start_load, best_load)
     pinned = f + torch.where(mask & (n_copies == 1)[:, None], w[:, None], 0.0).sum(2)
     bound = torch.maximum(load.mean(1), pinned.amax(1))
 
-    t = best_load + START_MARGIN * (best_load - load.mean(1)).clamp(min=1e-6)
+    even_load = load.amax(1)
+    t = even_load + START_MARGIN * (even_load - load.mean(1)).clamp(min=1e-6)
     s = t[:, None] - load
     y = torch.full_like(s, 1.0 / ranks)
     x = torch.where(active, even, 1.0)
@@ -190,8 +193,9 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
     # In float32 the bound itself carries round-off; take off more than that can be.
     allowance = 2.0**-20 if dtype == torch.float32 else 2.0**-46
 
+    aim = _aim(tolerance - allowance, ranks)
     for _ in range(max_iterations):
-        running = best_load - bound > TARGET_PART * (tolerance - allowance) * best_load
+        running = best_load - bound > aim * best_load
         if not bool(running.any()):
             break
         iterations += running.int()
@@ -243,6 +247,19 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
         status=status.masked_fill(invalid, int(Status.INVALID)).int(),
         tolerance=tolerance,
     )
+
+
+def _as_plan(shares: torch.Tensor, mask: torch.Tensor, even: torch.Tensor) -> torch.Tensor:
+    """Make a plan of any numbers ``[B, G, C]``: shares where copies are, 1 in sum."""
+    shares = torch.where(mask & (shares > 0), shares.to(even.dtype), 0.0).clamp(max=1.0)
+    total = shares.sum(1, keepdim=True)
+    return torch.where(total > 0, shares / total.clamp(min=1e-30), even)
+
+
+def _aim(target: float, ranks: int) -> float:
+    """Relative gap at which rounding, which costs at most ``ranks`` units, keeps ``target``."""
+    rounded = target - ranks / (1 << SHARE_BITS)
+    return max(min(TARGET_PART * target, rounded), LEAST_TARGET_PART * target)
 
 
 def _lower_bound(
@@ -300,7 +317,7 @@ def cumulative_shares(
     shares : torch.Tensor
         ``[n_group, G, C]`` float32, multiples of 2**-24.
     copy_cell, copy_index, copy_multiplicity, copy_start : torch.Tensor
-        Of `lplb_triton.placement.Structure`.
+        Of `lplb_triton.Placement.structure`.
 
     Returns
     -------
@@ -345,9 +362,9 @@ def rounding_offsets(rank: int, n_logical: int) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        ``[n_logical]`` int64 in [0, 2**24).
+        ``[n_logical]`` int64 in [0, 2**24), on the CPU.
     """
-    expert = torch.arange(n_logical, dtype=torch.int64)
+    expert = torch.arange(n_logical, dtype=torch.int64, device="cpu")
     return (rank * 10368889 + expert * 12664745 + (1 << 23)) % (1 << SHARE_BITS)
 
 
@@ -438,6 +455,33 @@ def assign_copies(
         low = torch.where(right, middle + 1, low)
     out[where] = copy_slot.long()[low]
     return out.reshape(idx.shape).to(idx.dtype)
+
+
+def check_counts_of(name: str, idx: torch.Tensor, counts: torch.Tensor) -> None:
+    """Raise a ValueError that names ``counts`` unless they are those of ``idx``; waits for them."""
+    found = torch.bincount(idx[idx >= 0].long(), minlength=counts.numel())
+    if not torch.equal(found, counts.long()):
+        raise ValueError(f"{name} must end with the counts of idx")
+
+
+def check_cumulative(
+    counts: torch.Tensor, cumulative: torch.Tensor, copy_start: torch.Tensor, rank: int
+) -> None:
+    """Raise a ValueError unless these shares give out all tokens; waits for the device.
+
+    Arguments as for `copy_quotas`. Shares of a rank's exact quotas (equation 17) may end below
+    2**24.
+    """
+    first = copy_start[:-1].long()
+    parts = cumulative.diff(prepend=cumulative.new_zeros(1))
+    parts[first] = cumulative[first]
+    bad = (parts < 0).any() | (cumulative > 1 << SHARE_BITS).any()
+    quotas = copy_quotas(counts, cumulative, copy_start, rank)
+    given = _cumsum_by_expert(quotas, copy_start)[copy_start[1:].long() - 1]
+    if bool(bad | (given != counts).any()):
+        raise ValueError(
+            "cumulative must rise from 0 or more to 2**24 over the copies of each expert"
+        )
 
 
 def divide_quotas(

@@ -13,62 +13,39 @@ wherever that can be; then only the other copies' weights and gradients travel.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import NamedTuple, TypeAlias
+from typing import NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
 from lplb_triton.placement import Placement
+from lplb_triton.training.checks import (
+    TRAINABLE,
+    Spec,
+    check_backend,
+    check_group,
+    check_on_all_ranks,
+    check_params,
+    check_placement,
+    describe_placement,
+    is_trained,
+    is_usable,
+)
+from lplb_triton.training.handle import Handle
+from lplb_triton.training.originals import Originals
+from lplb_triton.training.owners import Claim, check_unclaimed
+from lplb_triton.training.routes import Ints, assign_seats, plan_routes, plan_traffic
+from lplb_triton.training.rows import Rows, ordinary_tensors, parts_of
+from lplb_triton.training.slots import Slots
+from lplb_triton.training.state import Optimizers, find_movable, list_optimizers
+from lplb_triton.training.transfer import move_rows, start_gradients, start_weights
 
 __all__ = ["Handle", "Replicas"]
-
-Ints = NDArray[np.int64]
-Rows: TypeAlias = torch.Tensor | list[torch.Tensor]
-"""One row per expert: a stacked tensor ``[n, ...]``, or n tensors ``[...]``."""
-
-
-class _Index(NamedTuple):
-    """Row numbers, on the host and on the device."""
-
-    host: list[int]
-    device: torch.Tensor
-
-
-class _Routes(NamedTuple):
-    """Rows that one rank copies, sends and receives; messages are grouped by peer."""
-
-    local_from: _Index
-    local_to: _Index
-    out: _Index
-    out_counts: list[int]
-    into: _Index
-    in_counts: list[int]
-    remote: bool
-    """Whether any rank sends anything: if not, no rank communicates."""
-
-
-class Handle:
-    """Work under way; nothing may be taken from the `Replicas` before `wait`."""
-
-    def __init__(self, finish: Callable[[], None]) -> None:
-        self._finish: Callable[[], None] | None = finish
-
-    def wait(self) -> None:
-        """Finish the work; on a GPU only the current stream waits. A second call does nothing."""
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            with torch.no_grad():
-                finish()
-
-    @property
-    def done(self) -> bool:
-        """Whether `wait` was called."""
-        return self._finish is None
 
 
 class Replicas:
@@ -83,19 +60,27 @@ class Replicas:
         optimizer.step()                    # knows the parameters only
         replicas.sync_weights()
 
-    Construction, `move` and `logical_order` are collective and check first: if the arguments of
-    one rank are wrong or differ from rank 0's, every rank raises and no data has moved.
-    `sync_weights` and `reduce_grads` are collective too, in the same order on all ranks.
+    A call that is forgotten is an error at the next one: reading `weights`, and `reduce_grads`,
+    after a step without `sync_weights`; the step of a `torch.optim.Optimizer`, and `sync_weights`,
+    after a backward pass without `reduce_grads`.
+
+    Construction, `move`, `logical_order` and `close` are collective and check first: if the
+    arguments of one rank are wrong or differ from rank 0's, every rank raises and no data has
+    moved. `sync_weights` and `reduce_grads` are collective too, in the same order on all ranks.
+    All of them do the same under `torch.inference_mode`, `torch.no_grad` and `torch.autocast`.
 
     Parameters
     ----------
     placement : Placement
         The same on all ranks; `Balancer.placement` is. ``ep_size`` must divide ``n_logical``.
     params : mapping of str to torch.Tensor, or to a sequence of torch.Tensor
-        This rank's originals by name: a floating-point tensor ``[n_logical / ep_size, ...]``, or
-        as many tensors ``[...]`` of one shape. Rank r holds the logical experts from
-        ``r * n_logical / ep_size`` on, in order. The constructor moves them to the ranks that
-        `experts` names, so whoever reads them by expert reads `experts` too.
+        This rank's originals by name: a tensor ``[n_logical / ep_size, ...]``, or as many tensors
+        ``[...]`` of one shape. Rank r holds the logical experts from ``r * n_logical / ep_size``
+        on, in order. The constructor moves them to the ranks that `experts` names, so whoever
+        reads them by expert reads `experts` too. Those with ``requires_grad`` are trained: leaves
+        in float16, bfloat16, float32 or float64. All others are frozen and copied as bytes, of
+        any dtype (packed FP4 or FP8 weights beside their scales, for instance). The tensors
+        themselves are kept: a parameter that takes the place of one needs another `Replicas`.
     group : torch.distributed.ProcessGroup or None
         The EP group, NCCL for tensors on a GPU, gloo on a CPU; None if ``ep_size`` is 1.
     data_parallel_group : torch.distributed.ProcessGroup or None
@@ -103,9 +88,10 @@ class Replicas:
         EP groups. It is used to check that they agree on the placement; averaging gradients over
         it stays with the caller, after `reduce_grads`.
     dtype : torch.dtype or None
-        Of the slot weights; by default that of each parameter. Gradients are accumulated, sent
-        and summed in the parameter's dtype (float16 and bfloat16 are summed in float32).
-    optimizer : torch.optim.Optimizer or None
+        Of the slot weights of trained parameters; by default that of each parameter. Gradients are
+        accumulated, sent and summed in the parameter's dtype (float16 and bfloat16 are summed in
+        float32).
+    optimizer : torch.optim.Optimizer, sequence of them, or None
         Needed only if it already has state for ``params``.
 
     Raises
@@ -126,6 +112,7 @@ class Replicas:
     torch.Size([4, 8, 8])
     """
 
+    @ordinary_tensors()
     def __init__(
         self,
         placement: Placement,
@@ -134,49 +121,50 @@ class Replicas:
         group: dist.ProcessGroup | None = None,
         data_parallel_group: dist.ProcessGroup | None = None,
         dtype: torch.dtype | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizers = None,
     ) -> None:
         self.group = group
-        self.rank = 0 if group is None else dist.get_rank(group)
-        self._groups = [g for g in (group, data_parallel_group) if g is not None]
+        given = {"group": group, "data_parallel_group": data_parallel_group}
+        self._groups = {name: one for name, one in given.items() if is_usable(one)}
+        self.rank = dist.get_rank(group) if "group" in self._groups else 0
+        movable: list[Rows] = []
 
-        def check() -> dict[str, object]:
-            _check_placement(placement, group)
+        def check() -> Spec:
+            for name, one in given.items():
+                check_group(name, one)
+            check_placement(placement, group)
             self._n_own = placement.n_logical // placement.ep_size
-            self._params = _check_params(params, self._n_own)
-            self.device = next(_parts(rows)[0] for rows in self._params.values()).device
-            _check_backend(group, self.device)
-            if dtype is not None and not dtype.is_floating_point:
-                raise TypeError(f"dtype must be a floating-point type, got {dtype}")
-            return {
-                **_describe_params(self._params),
-                "dtype": str(dtype),
-                "placement": _fingerprint(placement),
-                **_describe_state(self._state(optimizer, None)),
-            }
-
-        _agree(self._groups, check)
-        self._placement = placement
-        self._pending: Handle | None = None
-        self._synced: list[int] | None = None
-        self._sums: dict[str, torch.Tensor] = {}
-        self._weights: dict[str, torch.Tensor] = {}
-        for name, rows in self._params.items():
-            part = _parts(rows)[0]
-            shape = part.shape[1:] if isinstance(rows, torch.Tensor) else part.shape
-            weight = torch.empty(
-                (placement.slots_per_rank, *shape), dtype=dtype or part.dtype, device=self.device
+            self._originals = Originals(check_params(params, self._n_own))
+            check_unclaimed(self._originals)
+            self.device = next(parts_of(rows)[0] for rows in self._originals.values()).device
+            check_backend(group, self.device)
+            if dtype is not None and not isinstance(dtype, torch.dtype):
+                raise TypeError(f"dtype must be a torch.dtype or None, got {type(dtype).__name__}")
+            if dtype is not None and dtype not in TRAINABLE:
+                raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+            rows, spec = find_movable(
+                self._originals, self._n_own, list_optimizers(optimizer), None
             )
-            weight.requires_grad_(part.requires_grad)
-            if part.requires_grad and weight.dtype != part.dtype:
-                weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    self._accumulator(name, part.dtype)
-                )
-            self._weights[name] = weight
+            movable.extend(rows)
+            return {"dtype": str(dtype), "placement": describe_placement(placement), **spec}
+
+        alike: dict[str, Spec] = {"data_parallel_group": {"the rank in group": self.rank}}
+        check_on_all_ranks(self._groups, check, alike)
+        self._placement = placement
+        self._dtype = dtype
+        self._ordered = False
         self._home = np.arange(placement.n_logical)
         self._seats = self._home
-        self._relocate(_assign(placement, self._home), self._state(optimizer, None))
+        self._attach()
+        self._relocate(assign_seats(placement, self._home), movable)
         self.sync_weights()
+
+    def _attach(self) -> None:
+        """Make the slots of this object's parameters, and claim the parameters."""
+        self._pending: Handle | None = None
+        self._synced: list[tuple[int, int]] | None = None
+        self._slots = Slots(self._originals, self._placement.slots_per_rank, self._dtype)
+        self._claim = Claim(self._originals, self._slots.weights, self, self._check_step)
 
     @property
     def placement(self) -> Placement:
@@ -197,7 +185,8 @@ class Replicas:
         """Slot weights by name, ``[slots_per_rank, ...]`` each, to compute with.
 
         Row i is physical slot ``rank * slots_per_rank + i``. They are leaves of the autograd
-        graph, contiguous, and stay the same tensors for good. The optimizer must not get them.
+        graph, contiguous, and stay the same tensors for good. They require gradients while their
+        parameter does. The optimizer must not get them.
 
         Raises
         ------
@@ -206,15 +195,46 @@ class Replicas:
             counts) since the last `sync_weights`.
         """
         self._require_idle()
-        if self._versions() != self._synced:
+        if self._originals.stamp() != self._synced:
+            self._originals.require_same_kinds()
             raise RuntimeError("parameters changed since the last sync_weights: call it first")
-        return MappingProxyType(self._weights)
+        self._slots.follow(self._originals)
+        return MappingProxyType(self._slots.weights)
 
     def __repr__(self) -> str:
         """Placement, names and rank in one line."""
-        return f"Replicas({self._placement!r}, {', '.join(self._params)}, rank={self.rank})"
+        return f"Replicas({self._placement!r}, {', '.join(self._originals)}, rank={self.rank})"
 
-    @torch.no_grad()
+    @ordinary_tensors()
+    def __deepcopy__(self, memo: dict[int, object]) -> Replicas:
+        """Copy the parameters and make slots of their own for them, without gradients.
+
+        In the copy of a module that holds both, the copied `Replicas` has the copied parameters.
+        The group stays the same.
+        """
+        self._require_idle()
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(vars(self))
+        twin._originals = Originals(copy.deepcopy(dict(self._originals), memo))
+        twin._ordered = False
+        twin._attach()
+        for name, weight in self._slots.weights.items():
+            twin._slots.weights[name].copy_(weight)
+        twin._claim.in_order = self._claim.in_order
+        if self._originals.stamp() == self._synced:
+            twin._synced = twin._originals.stamp()
+        return twin
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to be pickled or copied without its parameters."""
+        raise TypeError(
+            "a Replicas can't be pickled or copied by copy.copy: it belongs to its parameters, "
+            "their optimizer and a process group. Save the parameters inside logical_order() and "
+            "make another Replicas when they are loaded; copy.deepcopy copies parameters too"
+        )
+
+    @ordinary_tensors()
     def sync_weights(self, *, async_op: bool = False) -> Handle:
         """Copy the originals' weights to every slot; collective over the group.
 
@@ -227,33 +247,33 @@ class Replicas:
         -------
         Handle
             Finished, unless ``async_op``.
+
+        Raises
+        ------
+        RuntimeError
+            If slots hold gradients that `reduce_grads` has not taken, a handle waits to be
+            finished, or a parameter has another shape, dtype or device than at first.
         """
         self._require_idle()
-        routes = self._routes
-        versions = self._versions()
-        arriving = []
-        for name, rows in self._params.items():
-            weight = self._weights[name].detach()
-            _put(weight, routes.local_to, _take(rows, routes.local_from))
-            if routes.remote:
-                message = _take(rows, routes.out).to(weight.dtype)
-                arriving.append((weight, *self._exchange(message, routes)))
+        self._originals.require_same_kinds()
+        self._require_reduced("sync_weights()")
+        stamp = self._originals.stamp()
+        rest = start_weights(self._originals, self._slots, self._traffic.there, self.group)
 
         def finish() -> None:
-            for weight, message, work in arriving:
-                work.wait()
-                _put(weight, routes.into, message)
-            self._synced = versions
+            rest()
+            self._synced = stamp
 
-        return self._start(finish, async_op)
+        return self._start("sync_weights", finish, async_op)
 
-    @torch.no_grad()
+    @ordinary_tensors()
     def reduce_grads(self, *, async_op: bool = False) -> Handle:
         """Add the gradients of all slots to the originals'; collective over the group.
 
         The slots' gradients are used up. An original's ``.grad`` gets the sum over its expert's
         slots in a fixed order: those of its own rank first, then the others by slot number. It is
-        added to what ``.grad`` holds already; a slot without gradient counts as zeros.
+        added to what ``.grad`` holds already; a slot without gradient counts as zeros. Frozen
+        parameters are left out, on all ranks the same.
 
         Parameters
         ----------
@@ -264,93 +284,82 @@ class Replicas:
         -------
         Handle
             Finished, unless ``async_op``.
+
+        Raises
+        ------
+        RuntimeError
+            If slots hold gradients and a parameter was changed or frozen since the last
+            `sync_weights`, a handle waits to be finished, or a parameter has another shape, dtype
+            or device than at first.
         """
         self._require_idle()
-        back = self._back
-        arriving: list[tuple[Rows, torch.Tensor, tuple[torch.Tensor, dist.Work] | None]] = []
-        for name, rows in self._params.items():
-            weight = self._weights[name]
-            if not weight.requires_grad:
-                continue
-            dtype = _parts(rows)[0].dtype
-            grad = self._sums.pop(name, None)
-            if weight.grad is not None:
-                grad = weight.grad.to(dtype) if grad is None else grad.add_(weight.grad)
-                weight.grad = None
-            if grad is None:
-                grad = torch.zeros_like(weight, dtype=dtype)
-            message = self._exchange(_take(grad, back.out), back) if back.remote else None
-            total = torch.zeros(
-                (self._n_own, *grad.shape[1:]),
-                dtype=torch.promote_types(dtype, torch.float32),
-                device=grad.device,
-            )
-            for slots, to in self._local_rounds:
-                total.index_add_(0, to.device, _take(grad, slots).to(total.dtype))
-            arriving.append((rows, total, message))
+        self._originals.require_same_kinds()
+        self._require_true_gradients()
+        finish = start_gradients(self._originals, self._slots, self._traffic, self.group)
+        return self._start("reduce_grads", finish, async_op)
 
-        def finish() -> None:
-            for rows, total, message in arriving:
-                if message is not None:
-                    received, work = message
-                    work.wait()
-                    for positions, to in self._arriving_rounds:
-                        total.index_add_(0, to.device, _take(received, positions).to(total.dtype))
-                _add_grad(rows, total)
+    def zero_grad(self) -> None:
+        """Drop the gradients that slots hold, where a step is given up; not collective.
 
-        return self._start(finish, async_op)
+        ``optimizer.zero_grad()`` doesn't know them: they would be added to the next step's.
+        """
+        self._require_idle()
+        self._slots.drop_gradients()
 
     def move(
         self,
         placement: Placement,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: Optimizers,
         *,
-        also: Mapping[str, torch.Tensor] | None = None,
+        also: Mapping[str, torch.Tensor | Sequence[torch.Tensor]] | None = None,
     ) -> None:
         """Use another placement from the next forward pass on; collective over the group.
 
         Originals move, with their gradients and optimizer state, to ranks that hold a copy,
         as few of them as can be; then the slots are filled. Parameters stay the same objects.
+        What is the same rows of the same memory, whatever it is called, moves once.
 
         Parameters
         ----------
         placement : Placement
             The same on all ranks, with as many experts, slots and ranks as the first.
-        optimizer : torch.optim.Optimizer or None
-            The one that updates the parameters. None only if it has no state for them.
-        also : mapping of str to torch.Tensor, or None
-            Other tensors ``[n_logical / ep_size, ...]`` whose rows belong to the originals, such
-            as master weights in float32.
+        optimizer : torch.optim.Optimizer, sequence of them, or None
+            Those that update the trained parameters. None only if none has state for them.
+        also : mapping of str to tensor or to a sequence of tensors, or None
+            Others of any dtype whose rows belong to the originals, such as master weights in
+            float32: ``[n_logical / ep_size, ...]``, or as many tensors of one shape.
 
         Raises
         ------
         TypeError, ValueError, RuntimeError
             On every rank, before anything moves: another placement or optimizer state on another
-            rank, other sizes, state that isn't held by expert (a sharded optimizer's), gradients
-            that `reduce_grads` has not taken yet. Another rank's mistake is a ValueError that
-            names the rank.
+            rank, other sizes, state that isn't held by expert (a sharded optimizer's), an
+            optimizer with state that isn't given, tensors that share memory but are not the same
+            rows, gradients that `reduce_grads` has not taken yet. Another rank's mistake is a
+            ValueError that names the rank.
         """
 
-        def check() -> dict[str, object]:
-            _check_placement(placement, self.group)
+        def check() -> Spec:
+            check_placement(placement, self.group)
             for name in ("n_logical", "n_physical"):
                 wanted, got = getattr(self._placement, name), getattr(placement, name)
                 if wanted != got:
                     raise ValueError(f"placement must have {name} {wanted}, got {got}")
-            moving = self._check_move(optimizer, also)
-            return {"placement": _fingerprint(placement), **_describe_state(moving)}
+            if self._ordered:
+                raise RuntimeError("move() can't be called inside logical_order()")
+            return {"placement": describe_placement(placement)}
 
-        _agree(self._groups, check)
+        movable = self._agree_on_moving(optimizer, also, check)
         self._placement = placement
-        self._relocate(_assign(placement, self._seats), self._state(optimizer, also))
+        self._relocate(assign_seats(placement, self._seats), movable)
         self.sync_weights()
 
     @contextmanager
     def logical_order(
         self,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: Optimizers,
         *,
-        also: Mapping[str, torch.Tensor] | None = None,
+        also: Mapping[str, torch.Tensor | Sequence[torch.Tensor]] | None = None,
     ) -> Iterator[None]:
         """Have the originals in logical order inside a ``with`` block, to save or load them.
 
@@ -371,184 +380,86 @@ class Replicas:
         TypeError, ValueError, RuntimeError
             As `move`, also after the block for state that was loaded in it.
         """
-        seats = self._seats
-        self._checked_relocate(self._home, optimizer, also)
-        yield
-        self._checked_relocate(seats, optimizer, also)
+        seats, nested = self._seats, self._ordered
+        self._relocate(self._home, self._agree_on_moving(optimizer, also))
+        self._ordered = True
+        try:
+            yield
+        finally:
+            self._ordered = nested
+        self._relocate(seats, self._agree_on_moving(optimizer, also))
         self.sync_weights()
 
-    def _checked_relocate(
+    def close(
         self,
-        seats: Ints,
-        optimizer: torch.optim.Optimizer | None,
-        also: Mapping[str, torch.Tensor] | None,
+        optimizer: Optimizers,
+        *,
+        also: Mapping[str, torch.Tensor | Sequence[torch.Tensor]] | None = None,
     ) -> None:
-        _agree(self._groups, lambda: _describe_state(self._check_move(optimizer, also)))
-        self._relocate(seats, self._state(optimizer, also))
+        """Put the originals in logical order for good, and give them free; collective.
 
-    def _check_move(
-        self, optimizer: torch.optim.Optimizer | None, also: Mapping[str, torch.Tensor] | None
-    ) -> dict[str, Rows]:
-        self._require_idle()
-        if self._sums or any(weight.grad is not None for weight in self._weights.values()):
-            raise RuntimeError("slots hold gradients: call reduce_grads before moving experts")
-        return self._state(optimizer, also)
+        Nothing can be done with the `Replicas` afterwards. Another one may be made of its
+        parameters, for other numbers of slots, another dtype or what is trained.
 
-    def _state(
-        self, optimizer: torch.optim.Optimizer | None, also: Mapping[str, torch.Tensor] | None
-    ) -> dict[str, Rows]:
-        """Everything beside the parameters that has a row per original, by name."""
-        state: dict[str, Rows] = {}
-        for name, rows in self._params.items():
-            parts = _parts(rows)
-            with_grad = sum(part.grad is not None for part in parts)
-            if with_grad not in (0, len(parts)):
-                raise ValueError(f"params[{name!r}] has gradients for some of its tensors only")
-            if with_grad:
-                grads = [part.grad for part in parts if part.grad is not None]
-                state[f"{name}.grad"] = grads[0] if isinstance(rows, torch.Tensor) else grads
-            if optimizer is None:
-                continue
-            if not isinstance(optimizer, torch.optim.Optimizer):
-                raise TypeError(
-                    f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-                )
-            known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            if any(id(part) not in known for part in parts):
-                raise ValueError(
-                    f"optimizer does not update params[{name!r}]; one that updates copies or "
-                    "shards of it needs its state given as `also`"
-                )
-            held = [optimizer.state.get(part, {}) for part in parts]
-            for key in sorted({key for entry in held for key in entry}):
-                values = [entry.get(key) for entry in held]
-                label = f"{name}.{key}"
-                if not all(isinstance(value, torch.Tensor) for value in values):
-                    plain = isinstance(values[0], (int, float, str, type(None)))
-                    if plain and all(value == values[0] for value in values):
-                        continue  # one number or flag for all experts
-                    raise ValueError(
-                        f"optimizer state {label!r} is neither a tensor nor the same for all "
-                        "experts: it can't follow them"
-                    )
-                tensors: list[torch.Tensor] = values
-                if not isinstance(rows, torch.Tensor):
-                    state[label] = tensors
-                elif tensors[0].ndim > 0:
-                    state[label] = tensors[0]
-        for name, tensor in (also or {}).items():
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"also[{name!r}] must be a tensor, got {type(tensor).__name__}")
-            state[f"also[{name!r}]"] = tensor
-        for label, moved in state.items():
-            for tensor in _parts(moved):
-                if _is_dtensor(tensor):
-                    raise TypeError(f"{label} is a DTensor: sharded state can't follow experts")
-                if isinstance(moved, torch.Tensor) and len(tensor) != self._n_own:
-                    raise ValueError(
-                        f"{label} must have a row for each of this rank's {self._n_own} experts, "
-                        f"got shape {tuple(tensor.shape)}: sharded state can't follow experts"
-                    )
-        return state
+        Parameters
+        ----------
+        optimizer, also
+            As for `move`.
 
-    def _relocate(self, seats: Ints, state: dict[str, Rows]) -> None:
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As `move`.
+        """
+
+        def check() -> Spec:
+            if self._ordered:
+                raise RuntimeError("close() can't be called inside logical_order()")
+            return {}
+
+        self._relocate(self._home, self._agree_on_moving(optimizer, also, check))
+        self._claim.release()
+
+    def _agree_on_moving(
+        self,
+        optimizer: Optimizers,
+        also: Mapping[str, torch.Tensor | Sequence[torch.Tensor]] | None,
+        check_more: Callable[[], Spec] = dict,
+    ) -> list[Rows]:
+        """Return what has to move, or raise on every rank."""
+        movable: list[Rows] = []
+
+        def check() -> Spec:
+            spec = check_more()
+            self._require_idle()
+            self._originals.require_same_kinds()
+            self._require_reduced("moving experts")
+            optimizers = list_optimizers(optimizer)
+            self._claim.check_given(optimizers.values(), self._originals)
+            rows, facts = find_movable(self._originals, self._n_own, optimizers, also)
+            movable.extend(rows)
+            return {**spec, **facts}
+
+        check_on_all_ranks(self._groups, check)
+        return movable
+
+    @ordinary_tensors()
+    def _relocate(self, seats: Ints, movable: list[Rows]) -> None:
         """Move the originals to ``seats``, everything that belongs to them too."""
         moved = np.flatnonzero(seats != self._seats)
         if moved.size:
-            ep_size = self._placement.ep_size
-            routes = self._plan(self._seats[moved], self._n_own, seats[moved], self._n_own, ep_size)
-            with torch.no_grad():
-                for rows in (*self._params.values(), *state.values()):
-                    # All rows are read before the first is written: they may trade places.
-                    local = _take(rows, routes.local_from)
-                    message = None
-                    if routes.remote:
-                        message, work = self._exchange(_take(rows, routes.out), routes)
-                        work.wait()
-                    _put(rows, routes.local_to, local)
-                    if message is not None:
-                        _put(rows, routes.into, message)
+            source, target, n_own = self._seats[moved], seats[moved], self._n_own
+            routes = plan_routes(
+                source, n_own, target, n_own, self._placement.ep_size, self.rank, self.device
+            )
+            move_rows(movable, routes, self.group, self.device)
         self._seats = seats
-        self._index()
-
-    def _index(self) -> None:
-        """Derive the routes of weights and gradients from placement and seats."""
-        p = self._placement
-        slots = np.arange(p.n_physical)
-        seat = self._seats[p.phy2log.numpy()]
-        self._routes = self._plan(seat, self._n_own, slots, p.slots_per_rank, p.ep_size)
-        r = self._routes
-        self._back = r._replace(
-            local_from=r.local_to, local_to=r.local_from, out=r.into, out_counts=r.in_counts,
-            into=r.out, in_counts=r.out_counts,
-        )  # fmt: skip
-        # Equal targets go to different rounds, which gives sums a fixed order.
-        seen = [0] * self._n_own
-        self._local_rounds = self._rounds(self._back.local_from.host, self._back.local_to, seen)
-        arrived = list(range(len(self._back.into.host)))
-        seen = [0] * self._n_own
-        self._arriving_rounds = self._rounds(arrived, self._back.into, seen)
+        self._claim.in_order = bool((seats == self._home).all())
+        self._traffic = plan_traffic(self._placement, seats, self._n_own, self.rank, self.device)
         self._synced = None
 
-    def _rounds(
-        self, source: list[int], target: _Index, seen: list[int]
-    ) -> list[tuple[_Index, _Index]]:
-        rounds: list[tuple[list[int], list[int]]] = []
-        for origin, row in zip(source, target.host, strict=True):
-            if seen[row] == len(rounds):
-                rounds.append(([], []))
-            rounds[seen[row]][0].append(origin)
-            rounds[seen[row]][1].append(row)
-            seen[row] += 1
-        return [(self._to_index(a), self._to_index(b)) for a, b in rounds]
-
-    def _to_index(self, rows: list[int]) -> _Index:
-        return _Index(rows, torch.tensor(rows, dtype=torch.int64, device=self.device))
-
-    def _plan(
-        self, source: Ints, per_source: int, target: Ints, per_target: int, n: int
-    ) -> _Routes:
-        """Routes of items from global rows ``source`` to global rows ``target``."""
-        src, dst = source // per_source, target // per_target
-        mine = self.rank
-        local = np.flatnonzero((src == mine) & (dst == mine))
-        out = np.flatnonzero((src == mine) & (dst != mine))
-        into = np.flatnonzero((src != mine) & (dst == mine))
-        # Both ends list the items of a pair of ranks in the same order.
-        out = out[np.argsort(dst[out], kind="stable")]
-        into = into[np.argsort(src[into], kind="stable")]
-
-        def rows(values: Ints, per_rank: int) -> _Index:
-            return self._to_index((values % per_rank).tolist())
-
-        return _Routes(
-            rows(source[local], per_source),
-            rows(target[local], per_target),
-            rows(source[out], per_source),
-            np.bincount(dst[out], minlength=n).tolist(),
-            rows(target[into], per_target),
-            np.bincount(src[into], minlength=n).tolist(),
-            bool((src != dst).any()),
-        )
-
-    def _exchange(self, rows: torch.Tensor, routes: _Routes) -> tuple[torch.Tensor, dist.Work]:
-        """Start sending rows to their ranks; returns the rows that will have come, and the work."""
-        rows = rows.contiguous()
-        received = rows.new_empty((sum(routes.in_counts), *rows.shape[1:]))
-        size = rows.shape[1:].numel() * rows.element_size()
-        # As bytes, so that every dtype can be sent by every back end.
-        work = dist.all_to_all_single(
-            received.view(-1).view(torch.uint8),
-            rows.view(-1).view(torch.uint8),
-            [count * size for count in routes.in_counts],
-            [count * size for count in routes.out_counts],
-            group=self.group,
-            async_op=True,
-        )
-        return received, work
-
-    def _start(self, finish: Callable[[], None], async_op: bool) -> Handle:
-        handle = Handle(finish)
+    def _start(self, call: str, finish: Callable[[], None], async_op: bool) -> Handle:
+        handle = Handle(call, finish)
         if async_op:
             self._pending = handle
         else:
@@ -556,209 +467,42 @@ class Replicas:
         return handle
 
     def _require_idle(self) -> None:
+        if not self._claim.alive:
+            raise RuntimeError("this Replicas was closed")
         if self._pending is not None and not self._pending.done:
-            raise RuntimeError("an asynchronous call is under way: wait() for its handle first")
+            raise RuntimeError(
+                f"{self._pending.call}(async_op=True) is under way: wait() for its handle first"
+            )
         self._pending = None
 
-    def _versions(self) -> list[int]:
-        return [part._version for rows in self._params.values() for part in _parts(rows)]
-
-    def _accumulator(self, name: str, dtype: torch.dtype) -> Callable[[torch.Tensor], None]:
-        """Make the hook that sums a slot tensor's gradients in the parameter's dtype."""
-        sums = self._sums
-
-        def accumulate(weight: torch.Tensor) -> None:
-            if weight.grad is None:
-                return
-            if name in sums:
-                sums[name].add_(weight.grad)
-            else:
-                sums[name] = weight.grad.to(dtype)
-            weight.grad = None
-
-        return accumulate
-
-
-def _parts(rows: Rows) -> list[torch.Tensor]:
-    return [rows] if isinstance(rows, torch.Tensor) else rows
-
-
-def _is_dtensor(tensor: torch.Tensor) -> bool:
-    # By duck type, since importing the class takes a while.
-    return hasattr(tensor, "to_local")
-
-
-def _take(rows: Rows, index: _Index) -> torch.Tensor:
-    """Return a fresh tensor of the given rows."""
-    if isinstance(rows, torch.Tensor):
-        return rows.detach().index_select(0, index.device)
-    if not index.host:
-        return rows[0].new_empty((0, *rows[0].shape))
-    return torch.stack([rows[i].detach() for i in index.host])
-
-
-def _put(rows: Rows, index: _Index, values: torch.Tensor) -> None:
-    """Write the given rows."""
-    if isinstance(rows, torch.Tensor):
-        rows.detach().index_copy_(0, index.device, values.to(rows.dtype))
-        return
-    for i, value in zip(index.host, values, strict=True):
-        rows[i].detach().copy_(value)
-
-
-def _add_grad(rows: Rows, total: torch.Tensor) -> None:
-    parts = (
-        [(rows, total)] if isinstance(rows, torch.Tensor) else list(zip(rows, total, strict=True))
-    )
-    for param, value in parts:
-        if param.grad is None:
-            param.grad = value.to(param.dtype)
-        else:
-            param.grad += value.to(param.grad.dtype)
-
-
-def _assign(placement: Placement, current: Ints) -> Ints:
-    """Seat of each expert's original: rank * n_own + row, every seat taken once.
-
-    A rank that holds a copy, if that is possible for all; among those the seat it has, then its
-    rank, then the rank of the earliest copy by `Placement.log2phy`.
-    """
-    from scipy.optimize import linear_sum_assignment  # slow to import, needed here only
-
-    n, ep_size = placement.n_logical, placement.ep_size
-    n_own = n // ep_size
-    slots = placement.log2phy.numpy()
-    # The worst case of everything else adds up to less than one original without a copy.
-    absent = 4.0 * n
-    by_rank = np.full((n, ep_size), absent)
-    for j in reversed(range(slots.shape[1])):
-        have = np.flatnonzero(slots[:, j] >= 0)
-        by_rank[have, slots[have, j] // placement.slots_per_rank] = 1 + j / slots.shape[1]
-    experts = np.arange(n)
-    by_rank[experts, current // n_own] -= 0.75
-    cost = np.repeat(by_rank, n_own, axis=1)
-    cost[experts, current] -= 0.25
-    _, seats = linear_sum_assignment(cost)
-    return np.asarray(seats, dtype=np.int64)
-
-
-def _agree(groups: list[dist.ProcessGroup], check: Callable[[], dict[str, object]]) -> None:
-    """Raise on every rank if ``check`` does on one of them, or returns another dict than rank 0's.
-
-    Nothing but the outcome of the check is sent.
-    """
-    error: Exception | None = None
-    spec: dict[str, object] = {}
-    try:
-        spec = check()
-    except (TypeError, ValueError, RuntimeError) as caught:
-        error = caught
-    for group in groups:
-        reports: list[tuple[str | None, dict[str, object]]] = [(None, {})] * group.size()
-        dist.all_gather_object(reports, (None if error is None else str(error), spec), group=group)
-        if error is None:
-            error = _disagreement(reports)
-    if error is not None:
-        raise error
-
-
-def _disagreement(reports: list[tuple[str | None, dict[str, object]]]) -> ValueError | None:
-    for rank, (message, _) in enumerate(reports):
-        if message is not None:
-            return ValueError(f"on rank {rank} of the group: {message}")
-    first = reports[0][1]
-    for rank, (_, theirs) in enumerate(reports):
-        for key in {**first, **theirs}:
-            if first.get(key) == theirs.get(key):
-                continue
-            if key == "placement":
-                return ValueError(
-                    f"placement must be the same on all ranks, ranks 0 and {rank} of the group "
-                    "differ; Balancer.placement is rank 0's everywhere"
-                )
-            return ValueError(
-                f"{key} must be the same on all ranks, got {first.get(key, 'nothing')} on rank 0 "
-                f"of the group and {theirs.get(key, 'nothing')} on rank {rank}"
+    def _require_reduced(self, before: str) -> None:
+        names = self._slots.names_with_gradients()
+        if names:
+            raise RuntimeError(
+                f"slots of {', '.join(names)} hold gradients that reduce_grads has not taken: "
+                f"call reduce_grads before {before}, or zero_grad to drop them"
             )
-    return None
 
+    def _require_true_gradients(self) -> None:
+        """Raise if slots hold gradients that don't belong to the parameters as they are."""
+        names = self._slots.names_with_gradients()
+        frozen = [name for name in names if not is_trained(self._originals[name])]
+        if frozen:
+            raise RuntimeError(
+                f"{', '.join(frozen)} got frozen while slots hold gradients: call reduce_grads "
+                "before that, or zero_grad to drop them"
+            )
+        if names and self._originals.stamp() != self._synced:
+            raise RuntimeError(
+                f"parameters changed since the last sync_weights, but slots of {', '.join(names)} "
+                "hold gradients: call sync_weights after a change, before the next forward pass "
+                "(zero_grad drops these gradients)"
+            )
 
-def _fingerprint(placement: Placement) -> tuple[object, ...]:
-    return placement.ep_size, placement.n_logical, placement.phy2log.numpy().tobytes()
-
-
-def _check_placement(placement: Placement, group: dist.ProcessGroup | None) -> None:
-    if not isinstance(placement, Placement):
-        raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
-    size = 1 if group is None else group.size()
-    if placement.ep_size != size:
-        raise ValueError(
-            f"placement must have the group's number of ranks as ep_size, {size}, "
-            f"got {placement.ep_size}"
-        )
-    if placement.n_logical % size:
-        raise ValueError(
-            f"placement must have a multiple of {size} (ep_size) logical experts, "
-            f"got {placement.n_logical}"
-        )
-
-
-def _check_params(
-    params: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], n_own: int
-) -> dict[str, Rows]:
-    if not isinstance(params, Mapping):
-        raise TypeError(f"params must be a mapping, got {type(params).__name__}")
-    if not params:
-        raise ValueError("params must name at least one tensor, got none")
-    checked: dict[str, Rows] = {}
-    for name, value in params.items():
-        rows: Rows = value if isinstance(value, torch.Tensor) else list(value)
-        parts = _parts(rows)
-        for part in parts:
-            if not isinstance(part, torch.Tensor) or not part.dtype.is_floating_point:
-                raise TypeError(f"params[{name!r}] must hold floating-point tensors, got {part!r}")
-            if _is_dtensor(part):
-                raise TypeError(
-                    f"params[{name!r}] is a DTensor; give this rank's whole experts as a plain "
-                    "tensor (fully sharded parameters are not supported)"
-                )
-            if part.requires_grad and not part.is_leaf:
-                raise ValueError(f"params[{name!r}] must hold leaves of the autograd graph")
-        n = len(rows) if not isinstance(rows, torch.Tensor) or rows.ndim else 0
-        if n != n_own:
-            raise ValueError(f"params[{name!r}] must hold {n_own} experts on each rank, got {n}")
-        if any(part.shape != parts[0].shape or part.dtype != parts[0].dtype for part in parts):
-            raise ValueError(f"params[{name!r}] must hold tensors of one shape and dtype")
-        checked[name] = rows
-    devices = {part.device for rows in checked.values() for part in _parts(rows)}
-    if len(devices) > 1:
-        raise ValueError(f"params must be on one device, got {sorted(map(str, devices))}")
-    return checked
-
-
-def _check_backend(group: dist.ProcessGroup | None, device: torch.device) -> None:
-    backend = None if group is None else dist.get_backend(group)
-    if backend == ("gloo" if device.type == "cuda" else "nccl"):
-        raise ValueError(
-            f"group must be an NCCL group for parameters on a GPU and a gloo group on a CPU, "
-            f"got {backend} for {device}"
-        )
-
-
-def _describe_params(params: dict[str, Rows]) -> dict[str, object]:
-    return {
-        f"params[{name!r}]": (
-            "stacked" if isinstance(rows, torch.Tensor) else "separate",
-            *tuple(_parts(rows)[0].shape),
-            str(_parts(rows)[0].dtype),
-            "trained" if _parts(rows)[0].requires_grad else "frozen",
-        )
-        for name, rows in params.items()
-    }
-
-
-def _describe_state(state: dict[str, Rows]) -> dict[str, object]:
-    return {
-        label: (tuple(_parts(rows)[0].shape), str(_parts(rows)[0].dtype))
-        for label, rows in state.items()
-    }
+    def _check_step(self, names: set[str]) -> None:
+        """Raise if an optimizer must not update the originals of these names."""
+        # Weights on their way were read already; gradients on their way are missing.
+        if self._pending is not None and self._pending.call == "reduce_grads":
+            self._require_idle()
+        if names.intersection(self._slots.names_with_gradients()):
+            self._require_reduced("the optimizer's step")

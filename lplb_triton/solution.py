@@ -22,19 +22,20 @@ class Status(enum.IntEnum):
     GAP = 1
     """The plan is feasible and its gap true, but wider than the tolerance."""
     INVALID = 2
-    """The input held a negative or non-finite load, or weight without a copy."""
+    """A load was negative or not finite, a count out of range, or a weight had no copy."""
 
 
 class SolveError(RuntimeError):
     """An instance was not certified within its tolerance."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """Plans and certificates of a batch of programs; everything stays on the device.
 
     Whatever the status short of `Status.INVALID`, the plan is feasible and never worse than
-    the even split, and ``lower_bound <= optimum <= max_load`` holds.
+    the even split but for the rounding of shares (at most ``G * 2**-24`` of the largest load), and
+    ``lower_bound <= optimum <= max_load`` holds.
 
     Attributes
     ----------
@@ -63,6 +64,14 @@ class Solution:
     iterations: torch.Tensor
     status: torch.Tensor
     tolerance: float
+
+    def __repr__(self) -> str:
+        """Sizes and device in one line, without a wait for the device."""
+        instances, ranks, columns = self.shares.shape
+        return (
+            f"Solution({instances} instances, {ranks} ranks, {columns} columns, "
+            f"tolerance {self.tolerance:g}, on {self.shares.device})"
+        )
 
     def check(self) -> None:
         """Raise unless every instance is certified; waits for the device.

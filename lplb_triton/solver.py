@@ -7,6 +7,7 @@ import math
 import torch
 
 from lplb_triton import reference
+from lplb_triton._limits import check_problem_size
 from lplb_triton.problem import Problem
 from lplb_triton.solution import Solution
 
@@ -90,7 +91,9 @@ def solve(
     max_iterations : int
         Bound on interior-point iterations; 3 to 8 are usual.
     backend : {"triton", "torch"} or None
-        ``None`` takes the Triton kernel on a GPU and the torch twin on a CPU.
+        ``None`` takes the Triton kernel on a GPU and the torch twin on a CPU. The kernel takes up
+        to 128 ranks, and up to 32,768 pairs of a rank and a column (each number padded to a power
+        of two, columns to at least 32); the twin takes any.
     dtype : torch.dtype or None
         Arithmetic of the torch twin, float64 (default) or float32. The kernel computes in
         float32.
@@ -98,12 +101,13 @@ def solve(
     Returns
     -------
     Solution
-        On the problem's device. The call doesn't wait for a GPU; see `Solution.check`.
+        On the problem's device. The call doesn't wait for a GPU; see `Solution.check`. Its loads
+        are float64 from the torch twin and for problems in float64, otherwise float32.
 
     Raises
     ------
     TypeError, ValueError
-        For a bad argument, by its name.
+        For a bad argument, by its name, and for a problem that is too large for the kernel.
 
     Examples
     --------
@@ -125,7 +129,36 @@ def solve(
     if dtype not in (None, torch.float32):
         raise ValueError(f"dtype must be None or torch.float32 for backend 'triton', got {dtype}")
     tolerance = check_tolerance(tolerance, MIN_TOLERANCE_FLOAT32)
+    check_problem_size(problem)
+    with torch.no_grad():
+        return _solve_by_kernel(problem, tolerance, max_iterations)
+
+
+def _solve_by_kernel(problem: Problem, tolerance: float, max_iterations: int) -> Solution:
     from lplb_triton import kernels
 
-    out = kernels.solve(problem.weights, problem.fixed, problem.mask, tolerance, max_iterations)
-    return Solution(*out, tolerance=tolerance)
+    weights, fixed, unit = _in_range_of_float32(problem.weights, problem.fixed)
+    shares, max_load, lower_bound, gap, iterations, status = kernels.solve(
+        weights, fixed, problem.mask, problem.start, tolerance, max_iterations
+    )
+    if unit is not None:
+        max_load, lower_bound = max_load * unit, lower_bound * unit
+    return Solution(shares, max_load, lower_bound, gap, iterations, status, tolerance)
+
+
+def _in_range_of_float32(
+    weights: torch.Tensor, fixed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Divide float64 loads by a power of two by instance, near their sum, so that float32 has them.
+
+    Returns weights, fixed and the divisors ``[B]`` float64, None if nothing is float64. Sums that
+    are no numbers make loads infinite, which the kernel reports.
+    """
+    if torch.float64 not in (weights.dtype, fixed.dtype):
+        return weights, fixed, None
+    total = weights.double().sum(1) + fixed.double().sum(1)
+    known = torch.isfinite(total)
+    exponent = torch.frexp(torch.where(known, total, 1.0)).exponent.clamp(-1000, 1000)
+    unit = torch.ldexp(torch.ones_like(total), exponent)
+    scale = torch.where(known, 1.0 / unit, torch.inf)[:, None]
+    return (weights * scale).float(), (fixed * scale).float(), unit

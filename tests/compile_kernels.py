@@ -22,7 +22,7 @@ from lplb_triton.kernels import driver, launch, quotas, solvers, sync, tokens
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64"}
 POINTERS |= {"addresses_ptr": "*i64", "traffic_ptr": "*i64", "edges_ptr": "*i64"}
-POINTERS |= {"pairs_ptr": "*i64"}
+POINTERS |= {"pairs_ptr": "*i64", "report_ptr": "*i64"}
 FLOATS = (
     "scratch_ptr",
     "weights_ptr",
@@ -30,6 +30,8 @@ FLOATS = (
     "shares_ptr",
     "stats_ptr",
     "rank_parts_ptr",
+    "copy_parts_ptr",
+    "start_ptr",
 )
 
 
@@ -46,7 +48,7 @@ def signature(kernel, constants):
 
 
 def exchange(gather):
-    return {"CHANNELS": 8, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": gather, "ON_GPU": 1}
+    return {"CHANNELS": 64, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": gather, "ON_GPU": 1}
 
 
 def jobs(capability):
@@ -56,7 +58,8 @@ def jobs(capability):
     for ranks, columns, classes in sizes + large:
         if classes == 0 and ranks <= 64:
             options = launch._solve_options(launch._newton_warps(ranks, columns))
-            yield solvers._solve_lp_kernel, {"G": ranks, "C": columns}, options
+            tile = {"G": ranks, "C": columns, "HAS_START": ranks == 8}
+            yield solvers._solve_lp_kernel, tile, options
         options = launch._solve_options(launch._solve_warps(ranks))
         constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64, "MEMBERS": 4}
         constants |= {
@@ -76,7 +79,9 @@ def jobs(capability):
     yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 2}
     rows = {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS}
     yield tokens._running_sum_kernel, rows, {"num_warps": 1}
-    yield tokens._select_kernel, {**bins, "BLOCK": launch.SELECT_BLOCK}, {"num_warps": 8}
+    for check in (False, True):
+        constants = {**bins, "BLOCK": launch.SELECT_BLOCK, "CHECK": check}
+        yield tokens._select_kernel, constants, {"num_warps": 8}
     lanes, warps = {"LANES": 32 * sync.WARPS}, {"num_warps": sync.WARPS}
     for gather in (0, 1):
         yield sync._sum_over_ranks_kernel, {**exchange(gather), **lanes}, warps

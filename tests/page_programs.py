@@ -112,12 +112,36 @@ def stepped(names):
     assert names["replicas"].weights["w_in"].shape == (6, 3, 2)
 
 
+def quantized(names):
+    names["trained"] = names["replicas"]
+    bits = torch.randint(256, (4, 3, 2), dtype=torch.uint8)
+    names.update(
+        placement=names["balancer"].placement, packed=bits, scales=torch.rand(4),
+        block_scales=torch.rand(4, 3).to(torch.float8_e4m3fn),
+        adapter=torch.nn.Parameter(torch.randn(4, 2)),
+    )  # fmt: skip
+
+
+def of_any_dtype(names):
+    weights, replicas = names["weights"], names["replicas"]
+    assert weights["adapter"].dtype == torch.bfloat16
+    for name in ("packed", "block_scales", "scales"):
+        assert weights[names_of_weights[name]].dtype == names[name].dtype
+    replicas.close(None)
+    names["replicas"] = names["trained"]
+
+
+names_of_weights = {"packed": "w_in", "block_scales": "w_in_scale", "scales": "w_in_scale_2"}
+
+
 def new_load(names):
-    names.update(load=torch.rand(8), ep_size=2)
+    other = Placement.from_history(torch.rand(8), 2, redundant_per_rank=3)
+    names.update(load=torch.rand(8), ep_size=2, other_placement=other)
 
 
 def new_placement(names):
-    assert names["replicas"].placement.phy2log.equal(names["balancer"].placement.phy2log)
+    used = names["replicas"].placement
+    assert used in (names["balancer"].placement, names["other_placement"])
 
 
 def savers(names):
@@ -207,6 +231,7 @@ BEFORE = {
     ("docs/sync.md", "With DeepEP"): a_planner,
     ("docs/traces.md", "From your script to a report"): script_with_routers,
     ("docs/training.md", "Training"): layer,
+    ("docs/training.md", "Frozen and quantized weights"): quantized,
     ("docs/training.md", "A new placement"): new_load,
     ("docs/training.md", "Checkpoints"): savers,
     ("docs/training.md", "In a script that uses EPLB"): script_with_eplb,
@@ -221,6 +246,7 @@ AFTER = {
     ("docs/sync.md", "With DeepEP"): initialised,
     ("docs/traces.md", "From your script to a report"): recorded,
     ("docs/training.md", "Training"): stepped,
+    ("docs/training.md", "Frozen and quantized weights"): of_any_dtype,
     ("docs/training.md", "A new placement"): new_placement,
     ("docs/training.md", "Checkpoints"): saved,
     ("docs/training.md", "In a script that uses EPLB"): ids_of_layers,

@@ -11,7 +11,8 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-LANGUAGES = ("bash", "python", "text")
+# A diff is against a file of somebody else's, and isn't run.
+LANGUAGES = ("bash", "diff", "python", "text")
 COMMANDS = ("compute-sanitizer", "lplb-bench", "make", "pip", "python", "torchrun")
 # Stands ahead of a block that can't run in a test, with the reason.
 MARKER = re.compile(r"<!-- not run: (.*\S) -->")

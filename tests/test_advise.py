@@ -9,9 +9,11 @@ import torch
 from test_bench_balance import make_trace
 from test_timing import FakeTimer
 
-from lplb_triton.bench import advise, cli, placement
+from lplb_triton.bench import advise, cli, machine, placement
 from lplb_triton.bench import trace as traces
 from lplb_triton.bench.advise import GemmModel, Model, Point
+from lplb_triton.bench.commands import advise as command
+from lplb_triton.bench.commands import timed
 from lplb_triton.bench.simulate import draw_experts
 
 SMALL = Model(hidden=64, inner=32, experts=32, top_k=2)
@@ -141,6 +143,7 @@ def test_advice():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [({"ep": 5}, "ep must divide"), ({"slots": (40,)}, "slots must be in"),
+     ({"slots": (1, 40)}, "slots must be in"), ({"slots": ()}, "slots must be in"),
      ({"model": SMALL._replace(experts=64)}, "cases must have")],
 )  # fmt: skip
 def test_wrong_sizes(changes, match):
@@ -191,23 +194,104 @@ def test_command(tmp_path, capsys):
         assert text in shown
     traces.save(tmp_path / "t.npz", make_trace())
     from_trace = ["advise", "--gemm", "table", "--trace", str(tmp_path / "t.npz"), "--top-k", "2"]
+    from_trace += ["--hidden", "4096", "--inner", "1536", "--ep", "8"]
     assert cli.main([*from_trace, "--json", "-"]) == cli.OK
     report = json.loads(capsys.readouterr().out)
     assert report["options"]["model"]["experts"] == 32 and report["options"]["loads"] == "t.npz"
     assert cli.main([*from_trace, "--experts", "64"]) == cli.USAGE
     assert cli.main([*common, "--ep", "7"]) == cli.USAGE
-    assert "ep must divide" in capsys.readouterr().err
+    assert "argument --ep: 7 does not divide" in capsys.readouterr().err
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """Traces of 32 and 256 experts, the latter with top_k in its meta."""
+    traces.save(tmp_path / "t.npz", make_trace(batches=6, layers=1))
+    wide = make_trace(batches=6, layers=1, experts=256)
+    traces.save(tmp_path / "k.npz", traces.Trace(wide.counts, wide.steps, {"top_k": 4}))
+    return {name: str(tmp_path / name) for name in ("t.npz", "k.npz")}
+
+
+SIZES = ["--hidden", "64", "--inner", "32"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("t.npz", [], "argument --trace: t.npz doesn't say all sizes of its layers; give --hidden, "
+         "--inner, --top-k, or --model"),
+        ("t.npz", ["--top-k", "2"], "give --hidden, --inner, or --model"),
+        ("k.npz", ["--hidden", "64"], "give --inner, or --model"),
+        ("t.npz", ["--model", "deepseek-v3"], "argument --model: deepseek-v3 has experts 256, the "
+         "trace t.npz 32; give --experts 32 to take the rest"),
+        ("k.npz", ["--model", "deepseek-v3"], "argument --model: deepseek-v3 has top_k 8, the "
+         "trace k.npz 4; give --top-k 4"),
+        ("t.npz", [*SIZES, "--top-k", "2", "--experts", "64"],
+         "argument --experts: the trace t.npz has experts 32"),
+        ("k.npz", [*SIZES, "--top-k", "8"], "argument --top-k: the trace k.npz has top_k 4"),
+        ("t.npz", [*SIZES, "--top-k", "500"], "a token can't have 500 of 32 experts"),
+    ],
+)  # fmt: skip
+def test_sizes_are_never_mixed_silently(recorded, capsys, name, options, message):
+    base = ["advise", "--gemm", "table", "--ep", "8", "--slots", "1"]
+    assert cli.main([*base, "--trace", recorded[name], *options]) == cli.USAGE
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sources", "model"),
+    [
+        (None, [], ["deepseek-v3"] * 4, (7168, 2048, 256, 8)),
+        (None, ["--top-k", "4"], ["deepseek-v3"] * 3 + ["--top-k"], (7168, 2048, 256, 4)),
+        ("t.npz", [*SIZES, "--top-k", "2"], ["--hidden", "--inner", "t.npz", "--top-k"],
+         (64, 32, 32, 2)),
+        ("k.npz", SIZES, ["--hidden", "--inner", "k.npz", "k.npz"], (64, 32, 256, 4)),
+        ("t.npz", ["--model", "mixtral-8x7b", "--experts", "32"],
+         ["mixtral-8x7b", "mixtral-8x7b", "--experts", "mixtral-8x7b"], (4096, 14336, 32, 2)),
+        ("k.npz", ["--model", "deepseek-v3", "--top-k", "4"],
+         ["deepseek-v3", "deepseek-v3", "k.npz", "--top-k"], (7168, 2048, 256, 4)),
+    ],
+)  # fmt: skip
+def test_it_says_where_sizes_come_from(recorded, capsys, name, options, sources, model):
+    base = ["advise", "--gemm", "table", "--ep", "8", "--slots", "1", "--json", "-"]
+    trace = [] if name is None else ["--trace", recorded[name]]
+    assert cli.main([*base, *trace, *options]) == cli.OK
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)["options"]
+    assert tuple(found["model"].values()) == model
+    assert list(found["sizes_from"].values()) == sources
+    for field, source in zip(command.FIELDS, sources, strict=True):
+        assert f"{field} from {source}" in printed.err
+
+
+def test_nothing_is_recommended_where_it_does_not_pay(capsys):
+    small = "advise --gemm table --ep 8 --experts 64 --slots 1 --markdown - --tokens"
+    assert cli.main([*small.split(), "16"]) == cli.OK
+    shown = capsys.readouterr().out
+    assert "It does not pay here: nothing is recommended" in shown
+    assert "Recommended" not in shown and "Least is lost by " in shown
+    assert cli.main([*small.split(), "16384"]) == cli.OK
+    assert "It pays here. Recommended: " in capsys.readouterr().out
+
+
+def test_what_is_recommended():
+    low = {"mean": -3.0, "low": -4.0, "high": -1.0}
+    row = {"placement": "eplb", "slots": 1, "layer_us": {"lp": 9.0}, "net_us": low}
+    best = {"placement": "eplb", "slots": 1}
+    assert advise._recommend([row]) == {"best": best, "recommended": None, "pays": "no"}
+    row["net_us"] = {"mean": -1.0, "low": -4.0, "high": 1.0}
+    assert advise._recommend([row]) == {"best": best, "recommended": best, "pays": "uncertain"}
 
 
 def test_command_check(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_start_timed", lambda args: (torch.device("cpu"), FakeTimer()))
+    monkeypatch.setattr(timed, "start", lambda args: (torch.device("cpu"), FakeTimer()))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
-    machine = {"gpu": None, "cpu": "c", "torch_threads": 1, "torch": "t"}
-    monkeypatch.setattr(cli, "_environment", lambda device: machine)
-    monkeypatch.setattr(cli, "_pairs", lambda: 4)
+    found = {"gpu": None, "cpu": "c", "torch_threads": 1, "torch": "t"}
+    monkeypatch.setattr(machine, "environment", lambda device: found)
+    monkeypatch.setattr(machine, "pairs", lambda: 4)
     monkeypatch.setattr(advise, "MODELS", {"small": SMALL})
     monkeypatch.setattr(advise, "CALIBRATION_ROWS", (16, 64))
-    monkeypatch.setattr(cli, "CHECK_TOKENS", (16, 32))
+    monkeypatch.setattr(command, "CHECK_TOKENS", (16, 32))
     assert cli.main(["advise", "--check", "--json", "-"]) == cli.FAILED
     out = capsys.readouterr()
     report = json.loads(out.out)
@@ -215,7 +299,7 @@ def test_command_check(monkeypatch, capsys):
     points = [Point(**point) for point in report["fits"]["small"]["points"]]
     again = advise.fit(points, "measured on this none", 4)
     assert dataclasses.asdict(again) == report["fits"]["small"]["gemm"]
-    monkeypatch.setattr(cli, "CHECK_ERROR", 1e9)
+    monkeypatch.setattr(command, "CHECK_ERROR", 1e9)
     assert cli.main(["advise", "--check"]) == cli.OK
 
 

@@ -135,21 +135,20 @@ def test_compiled_by_dynamo_as_one_graph():
 
 def test_op_declares_its_effects():
     balancer = Balancer(placement_of(), device=DEVICE)
-    args = (random_ids(0, 64), balancer.certified, balancer.solves, balancer._handle, 4)
-    torch.library.opcheck(
-        torch.ops.lplb_triton.balance.default,
-        args,
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    idx, counter = random_ids(0, 64), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    ops, checks = torch.ops.lplb_triton, ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.balance.default, (idx, balancer._handle, 4), test_utils=checks)
+    counted = (idx, counter, balancer._handle, 4)
+    torch.library.opcheck(ops.balance_counted.default, counted, test_utils=checks)
 
 
 def test_a_dropped_balancer_is_named():
     balancer = Balancer(placement_of(), device=DEVICE)
-    handle, counters = balancer._handle, (balancer.certified, balancer.solves)
+    handle = balancer._handle
     del balancer
     gc.collect()
     with pytest.raises(RuntimeError, match="Balancer of this call no longer exists"):
-        torch.ops.lplb_triton.balance(random_ids(0, 64), *counters, handle, 4)
+        torch.ops.lplb_triton.balance(random_ids(0, 64), handle, 4)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from scipy.optimize import linprog
 
-from lplb_triton import Placement, Status, solve, topologies
-from lplb_triton.bench import balance, cli, plots, tables
+from lplb_triton import Placement, Status, place, placing, solve, topologies
+from lplb_triton.bench import balance, cli, output, plots, simulate, tables
 from lplb_triton.bench import trace as traces
+from lplb_triton.bench.commands import balance as command_balance
 
 TOLERANCE = 1e-3
 VARIANTS = ("none", "reordered", "even", "lp", "integer")
@@ -65,13 +66,13 @@ def test_writing_to_what_is_no_file(tmp_path):
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
     try:
-        cli._write(pipe, b"one")
+        output.write(pipe, b"one")
         assert os.read(reader, 10) == b"one" and pipe.is_fifo()
     finally:
         os.close(reader)
     link.symlink_to(file)
-    cli._write(link, b"two")
-    cli._write(link, b"three")
+    output.write(link, b"two")
+    output.write(link, b"three")
     assert link.is_symlink() and file.read_bytes() == b"three"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]
 
@@ -129,7 +130,14 @@ def test_report(trace_path, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("name", "ep", "slots"),
-    [("eplb", 8, 1), ("eplb", 4, 2), ("cube", 8, 2), ("ring:4", 8, 1), ("torus:2x4", 8, 2)],
+    [
+        ("eplb", 8, 1),
+        ("chain", 8, 1),
+        ("eplb", 4, 2),
+        ("cube", 8, 2),
+        ("ring:4", 8, 1),
+        ("torus:2x4", 8, 2),
+    ],
 )
 def test_cell_against_exact_optimum(name, ep, slots):
     trace = make_trace(batches=8)
@@ -153,6 +161,70 @@ def test_cell_against_exact_optimum(name, ep, slots):
                 assert result.loads[variant][at].sum() == pytest.approx(counts.sum(), rel=1e-6)
     assert (cell.bound() <= cell.imbalance("lp") * (1 + 1e-6)).all()
     assert (cell.bound() >= 1 - 1e-6).all()
+
+
+def test_place_sees_every_batch_of_the_history(monkeypatch):
+    monkeypatch.setattr(placing, "CPU_EFFORT", (32, 100))
+    trace = make_trace(batches=40, layers=1, experts=64)
+    (cell,) = balance.run(trace, balance.Options((8,), (1,), ("place",)))
+    history = torch.from_numpy(trace.totals()[:20, 0])
+    expected, by_mean = (place(load, 8) for load in (history, history.double().mean(0)))
+    assert cell.all_certified
+    assert torch.equal(cell.results[0].placement.phy2log, expected.phy2log)
+    assert not torch.equal(expected.phy2log, by_mean.phy2log)
+    (cell,) = balance.run(trace, balance.Options((5,), (1,), ("place",)))
+    assert "EP size 5 does not divide" in cell.reason
+
+
+@pytest.mark.parametrize("name", ["eplb", "chain", "place"])
+def test_too_many_slots_are_impossible(name):
+    (cell,) = balance.run(make_trace(batches=4, layers=1), balance.Options((4,), (25,), (name,)))
+    assert cell.reason == "25 redundant slots on 4 ranks are more than copies can fill"
+
+
+@pytest.mark.parametrize(
+    ("counts", "error", "message"),
+    [
+        (torch.full((1, 1, 4), 2.0), TypeError, "counts must hold integers, got torch.float32"),
+        (
+            torch.full((1, 1, 4), 2**31),
+            ValueError,
+            r"counts must be in \[0, 2147483647\].*2147483648",
+        ),
+        (torch.full((1, 1, 4), 2**62), ValueError, "counts must be in"),
+        (torch.full((1, 1, 4), -1), ValueError, "counts must be in .* got -1"),
+        (np.ones((1, 1, 4), int), TypeError, "counts must be a torch.Tensor, got ndarray"),
+    ],
+)
+def test_counts_that_shares_cannot_carry_are_refused(counts, error, message):
+    placement = Placement.from_phy2log(torch.tensor([0, 1, 2, 3, 0, 0]), 2)
+    solution = solve(placement.problem(torch.ones(1, 4)))
+    with pytest.raises(error, match=message):
+        balance.integer_loads(placement, counts, solution)
+    for split in ("lplb", "even"):
+        with pytest.raises(error, match=message):
+            simulate.slot_tokens(placement, counts[0, 0], split, 1e-3)
+
+
+def test_the_largest_counts_are_whole_tokens():
+    """What int32 holds is exact: int64 has room for it in units of 2**-24."""
+    counts = torch.tensor([[[2**31 - 1, 5, 0, 2**31 - 1]]])
+    placement = Placement.from_phy2log(torch.tensor([0, 1, 3, 2, 3, 0]), 2)
+    solution = solve(placement.problem(counts[0]), tolerance=1e-6)
+    whole = balance.integer_loads(placement, counts, solution)
+    assert whole.sum() == 2 * (2**31 - 1) + 5
+    assert (whole - placement.rank_loads(counts[0], solution)).abs().max() <= 2
+
+
+def test_refused_in_the_command(tmp_path, capsys):
+    """Counts of 1e10 wrapped around silently, and 2**62 was a traceback."""
+    for largest in (10**10, 2**62):
+        np.savez(tmp_path / "own.npz", counts=np.full((4, 8), largest))
+        for name in ("balance", "placement", "advise"):
+            command = [name, "--trace", str(tmp_path / "own.npz"), "--ep", "4"]
+            command += ["--model", "mixtral-8x7b"] if name == "advise" else ["--device", "cpu"]
+            assert cli.main(command) == cli.USAGE
+            assert f"got {largest} or more for expert 0 of layer 0" in capsys.readouterr().err
 
 
 def test_integer_loads_are_near_the_plan():
@@ -286,7 +358,7 @@ def test_json_elsewhere(trace_path, tmp_path):
 
 
 def test_failed_certificate_is_exit_code_1(trace_path, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "DEFAULT_MAX_ITERATIONS", 1)
+    monkeypatch.setattr(command_balance, "DEFAULT_MAX_ITERATIONS", 1)
     out = tmp_path / "out"
     args = ("--ep", "8", "--slots", "2", "--tolerance", "1e-5")
     assert cli.main(command(trace_path, out, *args)) == 1
@@ -374,7 +446,7 @@ def test_interrupt_leaves_no_file(trace_path, tmp_path, capsys, monkeypatch):
     def interrupted(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.os, "replace", interrupted)
+    monkeypatch.setattr(output.os, "replace", interrupted)
     assert cli.main(command(trace_path, out, "--ep", "8")) == 130
     assert "interrupted" in capsys.readouterr().err
     assert list(out.iterdir()) == []
@@ -395,7 +467,7 @@ def test_picture_is_repeatable():
 
 def test_tables_show_every_figure(capsys):
     cells = balance.run(make_trace(batches=6), balance.Options((4,), (1, 2)))
-    target = tables.console(stderr=False)
+    target = tables.console()
     tables.show_balance(target, cells, title="a [title]", time_label="of something")
     shown = capsys.readouterr().out
     assert "a [title]" in shown

@@ -1,6 +1,7 @@
 """Launches through the CUDA driver: what it is handed, and when Triton's launcher takes over."""
 
 import ctypes
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -110,6 +111,19 @@ def test_what_the_driver_is_handed(monkeypatch, early):
     fake.status = 700
     with pytest.raises(RuntimeError, match=r"launching a kernel failed: no such luck.*700"):
         launch.launch(0)
+
+
+def test_no_tensor_is_held(monkeypatch):
+    """Not the batch that came first either."""
+    fake = FakeDriver([8, 4])
+    monkeypatch.setattr(driver, "_driver", lambda: fake)
+    x = torch.zeros(3)
+    gone = weakref.ref(x)
+    monkeypatch.setattr("lplb_triton.kernels.launch._has_pdl", lambda device: False)
+    prepared = _Prepared(_Call(None, 5, (x, 4), (64,), {}), compiled([8, 4]), False)
+    assert prepared.args[0] == x.data_ptr()
+    del x
+    assert gone() is None
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from lplb_triton import Placement, chain, plan_moves
+from lplb_triton.moves import keep_slots
 
 
 def random_placement(seed):
@@ -55,7 +56,28 @@ def test_errors_name_the_argument():
     placement = chain(torch.rand(8), 4)
     with pytest.raises(TypeError, match="previous"):
         plan_moves(torch.arange(8), placement)
+    with pytest.raises(TypeError, match="^placement must be a Placement, got Tensor"):
+        plan_moves(placement, torch.arange(8))
     with pytest.raises(ValueError, match="previous"):
         plan_moves(chain(torch.rand(8), 2), placement)
     with pytest.raises(ValueError, match="ranks_per_domain"):
         plan_moves(placement, placement, ranks_per_domain=3)
+
+
+def test_default_device_changes_nothing():
+    for seed in range(20):
+        old, new = random_placement(seed), random_placement(seed + 1)
+        maps = [p.phy2log.long()[None] for p in (new, old)]
+        expected, plan = keep_slots(*maps, 4), plan_moves(old, new)
+        with torch.device("meta"):
+            again, kept = plan_moves(old, new), keep_slots(*maps, 4)
+        assert kept.device.type == "cpu" and torch.equal(kept, expected)
+        assert torch.equal(again.source, plan.source)
+
+
+def test_repr_has_numbers_only():
+    old = Placement(torch.tensor([0, 1, 0, 2, 3, 3, 4, 4]), 4)
+    new = Placement(torch.tensor([0, 1, 0, 2, 3, 0, 4, 0]), 4)
+    plan = plan_moves(old, new, ranks_per_domain=2)
+    assert repr(plan) == "MovePlan(2 slots to write, 2 moved, 2 crossing)"
+    assert plan == plan and plan != plan_moves(old, new) and len({plan}) == 1

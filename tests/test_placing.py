@@ -308,11 +308,13 @@ def test_chain_halves_the_excess_of_eplb():
         assert after < 0.6 * before
 
 
-def test_chain_limits():
-    with pytest.raises(ValueError, match="redundant_per_rank"):
-        chain(torch.ones(8), 2, redundant_per_rank=5)
+def test_chain_with_a_slot_for_every_expert_and_more():
     full = chain(torch.ones(8), 2, redundant_per_rank=4)
     assert full.logcnt.tolist() == [2] * 8
+    # What is left over repeats the heaviest on each rank.
+    more = chain(torch.arange(8.0), 2, redundant_per_rank=5)
+    assert more.logcnt.tolist() == [2] * 7 + [4]
+    assert more.structure.copy_multiplicity.max() == 2
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_init_from_deep_ep_takes_the_group(tmp_path):
         (lambda p: Planner(p.r2o, 72, 64, 8), ValueError, "n_routed_experts"),
         (lambda p: Planner(p.r2o, 64, 64, 8), ValueError, "n_routed_experts"),
         (lambda p: Planner(p.r2o, 80, 63, 8), ValueError, "n_logical_routed_experts"),
-        (lambda p: Planner(p.r2o.float(), 80, 64, 8), TypeError, "r2o"),
+        (lambda p: Planner(p.r2o.float(), 80, 64, 8), TypeError, "redundant_to_original"),
         (lambda p: p.run(torch.zeros(2, device=DEVICE), counter()), TypeError, "idx"),
         (lambda p: p.run(torch.zeros(2).long().to(DEVICE), 3), TypeError, "avail_counter"),
         (

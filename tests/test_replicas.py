@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lplb_triton import Balancer, Placement, Replicas, topologies
-from lplb_triton.replicas import _assign
+from lplb_triton.training.routes import assign_seats
 
 EXPERTS, RANKS, HIDDEN, INNER = 16, 4, 6, 5
 SHAPES = {"w_in": (HIDDEN, INNER), "w_out": (INNER, HIDDEN), "scale": ()}
@@ -219,12 +219,21 @@ def check_errors(rank, group):
     wide = dict(params, w_in=nn.Parameter(torch.zeros(OWN, HIDDEN, INNER + odd).double()))
     fails(ValueError, r"params\['w_in'\].*6, 6.*on rank 2", given=wide)
     short = dict(params, w_in=nn.Parameter(torch.zeros(OWN - odd, HIDDEN, INNER).double()))
-    fails(ValueError, r"params\['w_in'\] must hold 4 experts.*got 3", given=short)
+    fails(
+        ValueError,
+        r"params\['w_in'\] must have a row for each.*4 experts.*\(3, 6, 5\)",
+        given=short,
+    )
     fails(ValueError, "placement must be the same", placement=other if odd else good)
     halved = Placement.from_history(torch.ones(EXPERTS), 2, redundant_per_rank=1)
     fails(ValueError, "ep_size, 4, got 2", placement=halved if odd else good)
     fails(ValueError, "dtype.*rank 2", dtype=torch.bfloat16 if odd else None)
-    fails((ValueError, TypeError), "floating-point", given=dict(params, w_in=torch.ones(4).int()))
+    still = {n: p.detach() if odd and n == "scale" else p for n, p in params.items()}
+    fails(ValueError, r"params\['scale'\] must be the same.*trained on rank 0", given=still)
+    apart = dict(params, scale=[nn.Parameter(p) for p in params["scale"].detach()])
+    fails(ValueError, "a tensor for each expert.*rank 2", given=apart if odd else params)
+    packed = nn.Parameter(torch.ones(OWN, 3).to(torch.float8_e5m2), requires_grad=odd)
+    fails((ValueError, TypeError), "requires_grad=False", given=dict(params, w_in=packed))
     fails(TypeError, "placement must be a Placement", placement=3)
 
     replicas = Replicas(good, params, group=group)
@@ -240,7 +249,7 @@ def check_errors(rank, group):
         optimizer.state[p] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros_like(p)}
     if odd:  # as if this rank's state were sharded once more
         optimizer.state[params["w_in"]]["exp_avg"] = torch.zeros(1, HIDDEN, INNER)
-    with pytest.raises(ValueError, match=r"w_in.exp_avg must have a row.*sharded"):
+    with pytest.raises(ValueError, match=r"w_in'\]\]\['exp_avg'\] must have a row.*sharded"):
         replicas.move(other, optimizer)
     stranger = torch.optim.SGD([nn.Parameter(torch.ones(1))])
     with pytest.raises(ValueError, match="optimizer does not update"):
@@ -316,7 +325,7 @@ def test_originals_are_even_and_beside_a_copy(seed):
     rng = np.random.default_rng(seed)
     slots = np.concatenate([np.arange(24), rng.integers(0, 24, 12)])
     placement = Placement(rng.permutation(slots), 6, n_logical=24)
-    seats = _assign(placement, rng.permutation(24))
+    seats = assign_seats(placement, rng.permutation(24))
     assert sorted(seats) == list(range(24))
     at_home = held(placement)[np.arange(24), seats // 4].sum()
     assert at_home == most_at_home(placement)
@@ -324,11 +333,11 @@ def test_originals_are_even_and_beside_a_copy(seed):
 
 def test_originals_stay_or_follow_the_topology():
     placement = dict(placements())["topology"]
-    seats = _assign(placement, np.arange(EXPERTS))
-    again = _assign(placement, seats)
+    seats = assign_seats(placement, np.arange(EXPERTS))
+    again = assign_seats(placement, seats)
     np.testing.assert_array_equal(seats, again)
     in_order = Placement.from_topology(topologies.torus(2, 2), EXPERTS + 8, EXPERTS, RANKS)
-    np.testing.assert_array_equal(_assign(in_order, np.arange(EXPERTS)), np.arange(EXPERTS))
+    np.testing.assert_array_equal(assign_seats(in_order, np.arange(EXPERTS)), np.arange(EXPERTS))
     assert most_at_home(dict(placements())["uneven"]) < EXPERTS
 
 
@@ -355,7 +364,7 @@ def test_one_rank_with_many_copies():
 def test_bad_arguments_without_a_group():
     placement = Placement(np.array([0, 1, 1]), 1)
     w = nn.Parameter(torch.ones(2, 3))
-    with pytest.raises(ValueError, match="ep_size, 1, got 3"):
+    with pytest.raises(ValueError, match="^placement is for 3 ranks.*give group="):
         Replicas(Placement(np.array([0, 1, 1]), 3), {"w": w})
     with pytest.raises(TypeError, match="^params must be a mapping"):
         Replicas(placement, [w])
@@ -376,7 +385,9 @@ def test_bad_arguments_without_a_group():
         replicas.move(placement, None, also={"x": torch.ones(3)})
     stateful = torch.optim.AdamW([w])
     stateful.state[w] = {"blocks": [torch.ones(3)]}
-    with pytest.raises(ValueError, match=r"w.blocks.*neither a tensor"):
+    with pytest.raises(
+        ValueError, match=r"^optimizer.state\[params\['w'\]\]\['blocks'\] is neither a tensor"
+    ):
         replicas.move(placement, stateful)
     lists = {"w": [nn.Parameter(torch.ones(3)) for _ in range(2)]}
     replicas = Replicas(placement, lists)

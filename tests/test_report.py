@@ -169,6 +169,62 @@ def test_from_json(result, tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "none.npz")]) == cli.USAGE
 
 
+def paths_of(value, path=()):
+    """Every place in nested dicts and lists; of a list the first two."""
+    yield path
+    items = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list):
+        items = enumerate(value[:2])
+    for key, inner in items:
+        yield from paths_of(inner, (*path, key))
+
+
+def changed(value, path, new):
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = changed(value[path[0]], path[1:], new)
+    return copy
+
+
+@pytest.mark.parametrize("new", [None, "<b>", -1, 1e300, [], {}, [[1]], [{"a": 1}], True])
+def test_a_changed_report_is_a_page_or_an_error(result, new):
+    figures = json.loads((result / "balance.json").read_text())
+    figures["cells"] = figures["cells"][:1]
+    refused = 0
+    for path in paths_of(figures):
+        if path and path[0] != "command":
+            try:
+                assert report.html(changed(figures, path, new)).startswith("<!DOCTYPE html>")
+            except ValueError as error:
+                assert "report" in str(error)
+                refused += 1
+    assert refused > 20
+
+
+def test_deeply_nested_json_is_refused(tmp_path, capsys):
+    for text in (
+        "[" * 10**5 + "]" * 10**5,
+        '{"command":' + '{"a":' * 10**5 + "1" + "}" * 10**5 + "}",
+    ):
+        path = tmp_path / "deep.json"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"deep\.json: JSON is nested too deeply"):
+            report.read(path)
+        assert cli.main(["report", str(path)]) == cli.USAGE
+        assert "argument FILE" in capsys.readouterr().err
+
+
+def test_what_is_read(tmp_path):
+    (tmp_path / "a.json").write_text('{"command": "verify"}')
+    assert report.read(tmp_path / "a.json") == {"command": "verify"}
+    (tmp_path / "a.json").write_text("[[1]]")
+    assert report.read(tmp_path / "a.json") is None and report.read(tmp_path / "a.npz") is None
+    (tmp_path / "a.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"a\.json: not valid JSON"):
+        report.read(tmp_path / "a.json")
+
+
 def test_no_report(tmp_path, capsys):
     traces.save(tmp_path / "t.npz", make_trace())
     common = ["balance", "--trace", str(tmp_path / "t.npz"), "--device", "cpu", "--ep", "8"]

@@ -2,7 +2,13 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -227,6 +233,43 @@ def test_what_cannot_run_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(run_ep, "EXAMPLES", tmp_path)
     assert "checkout" in skipped("cpu", ("train",), ())["train:even"]
     assert len(lines) == 6 and all(": skipped: " in line for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0.0, 0.5])
+def test_ctrl_c_leaves_one_line_and_no_process(late):
+    """A terminal sends it to every process of the command, also to those that only start."""
+    command = [sys.executable, "-m", "lplb_triton.bench", "ep", "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, "--sections", "time"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    end = time.monotonic() + 60
+    # A helper of multiprocessing and both ranks.
+    while len(started := children.read_text().split()) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(late)
+    # The order in which they get it is anything.
+    for pid in started:
+        os.kill(int(pid), signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (cli.INTERRUPTED, "lplb-bench: interrupted\n")
+    assert len(started) >= 3
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in started) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in started)
+
+
+def test_interrupts_are_blocked_only_meanwhile():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with pytest.raises(KeyboardInterrupt), run_ep._blocked_interrupts():
+        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached and signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from test_timing import FakeTimer
 
 from lplb_triton import Placement
 from lplb_triton.bench import cli, simulate, tables
+from lplb_triton.bench.commands import timed
 from lplb_triton.bench.trace import Trace
 
 
@@ -64,8 +65,8 @@ def test_dry_run(trace):
 
 
 def test_command(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_start_timed", lambda args: (torch.device("cpu"), FakeTimer()))
-    arguments = "simulate --ep 8 --tokens 256 --hidden 16 --inner 8 --json -"
+    monkeypatch.setattr(timed, "start", lambda args: (torch.device("cpu"), FakeTimer()))
+    arguments = "simulate --ep 8 --slots 1 --tokens 256 --hidden 16 --inner 8 --json -"
     assert cli.main(arguments.split()) == 0
     out = capsys.readouterr()
     report = json.loads(out.out)

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from gloo import run_ranks
 
 from lplb_triton import Balancer, Placement, sync
-from lplb_triton.sync import _base, _connect
+from lplb_triton.sync import _connect, _meeting
 from lplb_triton.sync._connect import _shared, deep_ep_domain, split
 from lplb_triton.sync._hierarchical import HierarchicalCommunicator
 
@@ -63,17 +63,17 @@ def check_quotas(group, rank, ranks):
                 kept[name] = kept.get(name, 0) + int((by_rank == rank).sum())
                 dist.all_reduce(loads, group=group)
                 counts = count(torch.cat([ids_of(r, batch) for r in range(ranks)]), EXPERTS)
-                single = Balancer(placement, device="cpu")
+                single = Balancer(placement, device="cpu", rank=0)
                 cumulative = single.cumulative_shares(single.solve(counts.int()).shares).long()
                 first = np.repeat(structure.copy_start[:-1], lengths)
                 before = torch.cat([torch.zeros(1, dtype=torch.long), cumulative[:-1]])
-                before[torch.from_numpy(structure.copy_start[:-1]).long()] = 0
+                before[torch.tensor(structure.copy_start[:-1]).long()] = 0
                 expert = torch.from_numpy(np.repeat(np.arange(EXPERTS), lengths))
                 share = (cumulative - before).double() / (1 << 24) * counts[expert]
-                off = loads[torch.from_numpy(structure.copy_slot).long()] - share
+                off = loads[torch.tensor(structure.copy_slot).long()] - share
                 if name == "global":
                     assert float(off.abs().max()) < 1
-                    holder = placement.rank_of_slot[torch.from_numpy(structure.copy_slot).long()]
+                    holder = placement.rank_of_slot[torch.tensor(structure.copy_slot).long()]
                     for r in range(ranks):
                         replicated = (holder == r).numpy() & (lengths[expert] > 1)
                         n_replicated = len(set(first[replicated]))
@@ -302,6 +302,7 @@ def test_bounds_come_from_the_group(group_of_one):
         (lambda g: sync.connect(g, device="cpu", timeout=0), ValueError, "timeout"),
         (lambda g: sync.connect(g, device="cpu", timeout="1"), TypeError, "timeout"),
         (lambda g: sync.connect(g, device="cpu", capacity=0), ValueError, "capacity"),
+        (lambda g: sync.connect(g, device="cpu", capacity=1 << 16), ValueError, "capacity"),
         (lambda g: sync.connect(g, device="cpu", domain_size=2), ValueError, "domain_size"),
         (lambda g: Balancer(placement_of(2), device="cpu", quotas="all"), ValueError, "quotas"),
         (lambda g: Balancer(placement_of(2), device="cpu", quotas="global"), ValueError, "quotas"),
@@ -325,8 +326,8 @@ def test_a_forgotten_balancer_lets_its_group_go(group_of_one):
     [("aaaa", 4), ("aabb", 2), ("abab", 1), ("aaab", 1), ("abc", 1), ("aabbaa", 1), ("aaabbb", 3)],
 )
 def test_ranks_of_a_host_must_be_neighbours(hosts, size, monkeypatch):
-    monkeypatch.setattr(_base, "gather_objects", lambda mine, group: list(hosts))
-    assert _base.node_sizes(None) == size
+    monkeypatch.setattr(_meeting, "meet", lambda group, purpose, timeout, mine: list(hosts))
+    assert _meeting.node_sizes(None, 1.0) == size
 
 
 @pytest.mark.parametrize(
@@ -352,8 +353,8 @@ def test_the_rule(ranks, domain, told, reached, kind, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     monkeypatch.setattr(_connect, "_reaches_all", lambda *_: reached)
-    monkeypatch.setattr(_connect, "gather_objects", lambda mine, group: [mine] * ranks)
-    assert _connect._choose(Group(), torch.device("cuda", 0), domain, told) == kind
+    monkeypatch.setattr(_connect, "meet", lambda group, purpose, timeout, mine: [mine] * ranks)
+    assert _connect._choose(Group(), torch.device("cuda", 0), domain, told, 1.0) == kind
 
 
 @pytest.mark.parametrize(

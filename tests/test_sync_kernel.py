@@ -11,8 +11,9 @@ import triton.language as tl
 from lplb_triton import Balancer, Placement, kernels, reference, topologies
 from lplb_triton.kernels import launch, tokens
 from lplb_triton.sync import SyncError
+from lplb_triton.sync._channels import CHANNELS, Channels
 from lplb_triton.sync._distributed import device_error
-from lplb_triton.sync._peer import CHANNELS, Endpoint, PeerCommunicator
+from lplb_triton.sync._peer import Endpoint, PeerCommunicator
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 FAILED = -2
@@ -37,21 +38,24 @@ class Ranks:
         area = self.memory[at, channel * words : (channel + 1) * words]
         return area.view(2, self.n_ranks, kernels.HEADER_WORDS + self.capacity)
 
-    def publish(self, rank, counts, epoch, channel=0, version=77, to=None):
+    def publish(self, rank, counts, epoch, channel=0, version=77, to=None, opening=0):
         """What the kernel of ``rank`` does first, by hand."""
         n = len(counts)
-        numbers = torch.cat([torch.tensor([version, n]), counts.long()])
+        call = n | opening << kernels.COUNT_BITS
+        numbers = torch.cat([torch.tensor([version, call]), counts.long()])
         for at in range(self.n_ranks) if to is None else to:
             self.slots(at, channel)[epoch % 2, rank, : 2 + n] = (epoch << 32) + numbers
 
-    def exchange(self, rank, counts, channel=0, gather=True):
+    def exchange(self, rank, counts, channel=0, gather=True, opening=0):
         """Run one rank's kernel; returns the total and everybody's counts."""
         on = self.memory.device
         total = torch.full((len(counts),), -9, dtype=torch.int32, device=on)
         gathered = None
         if gather:
             gathered = torch.full((self.n_ranks, len(counts)), -9, dtype=torch.int32, device=on)
-        self.endpoints[rank].exchange(counts.to(on), self.version, total, gathered, channel)
+        self.endpoints[rank].exchange(
+            counts.to(on), self.version, total, gathered, kernels.Channel(channel, opening)
+        )
         return total, gathered
 
 
@@ -65,8 +69,9 @@ class Sync:
         return "p2p(test)"
 
 
-def error_of(ranks, rank):
-    return device_error(Sync(rank, 0.05), ranks.endpoints[rank].status_view)
+def error_of(ranks, rank, openings=None):
+    status = ranks.endpoints[rank].status_view
+    return device_error(Sync(rank, 0.05), status, openings or {})
 
 
 @pytest.mark.parametrize(("n_ranks", "n"), [(1, 5), (2, 16), (3, 20), (9, 300)])
@@ -195,7 +200,22 @@ def test_two_calls_at_once_on_one_channel_are_found():
     counts = torch.ones(8, dtype=torch.int32)
     ranks.endpoints[0]._gates[3] = 1
     total, _ = ranks.exchange(0, counts, channel=3)
-    assert (total == FAILED).all() and "bind" in str(error_of(ranks, 0))
+    assert (total == FAILED).all() and "on different streams" in str(error_of(ranks, 0))
+
+
+def test_the_first_fault_is_the_one_that_is_told():
+    """Calls of other channels that are under way fail for want of a rank that was sent away."""
+    ranks = Ranks(2, 8, timeout=0.05)
+    counts = torch.ones(8, dtype=torch.int32)
+    ranks.publish(1, counts, 1, version=78)
+    ranks.exchange(0, counts)
+    said = str(error_of(ranks, 0))
+    assert "came with placement version" in said
+    # Another call that had begun before finds its channel otherwise than it left it.
+    ranks.endpoints[0]._gates[5] = 1
+    total, _ = ranks.exchange(0, counts, channel=5)
+    assert (total == FAILED).all() and str(error_of(ranks, 0)) == said
+    assert (ranks.endpoints[0]._gates == 2).all()
 
 
 def test_epochs_may_wrap_around():
@@ -245,10 +265,12 @@ class Member(PeerCommunicator):
         self.rank, self.n_ranks, self.ranks_per_node = rank, ranks.n_ranks, 1
         self.capacity, self.endpoint = ranks.capacity, ranks.endpoints[rank]
         self.closed, self._error = False, None
-        self._channels = {} if DEVICE.type == "cuda" else {0: 0}
+        self._channels = Channels(self.kind, self._stream)
+        # As what tests publish by hand.
+        self.bind(0)
 
-    def _stream(self):
-        return super()._stream() if DEVICE.type == "cuda" else 0
+    def _handle(self):
+        return super()._handle() if DEVICE.type == "cuda" else 0
 
     def check(self):
         if DEVICE.type == "cuda":
@@ -380,9 +402,10 @@ def test_a_failed_exchange_leaves_the_even_split(quotas):
     batches = ids_for(team, 20, seed=1)
     mine, balancer = batches[0], team.balancers[0]
     counts = team.counts(batches)
-    failed = torch.full((team.placement.n_logical,), FAILED, dtype=torch.int32, device=DEVICE)
+    # Nothing is split evenly, as what failed is.
+    nothing = torch.zeros(team.placement.n_logical, dtype=torch.int32, device=DEVICE)
     counts[1] = 0
-    expected = team.answer(0, mine, counts, failed)
+    expected = team.answer(0, mine, counts, nothing)
     out = balancer.run(mine)
     assert torch.equal(out, expected)
     kept = out[mine >= 0].cpu()
@@ -394,7 +417,8 @@ def test_a_failed_exchange_leaves_the_even_split(quotas):
         assert info.value.ranks == (1,)
     # A graph would go on: nothing is sent any more, and the answer stays the same.
     image = team.ranks.memory.clone()
-    balancer._peers.begin = lambda n: 0
+    balancer._peers.begin = lambda n: kernels.FIRST_CHANNEL
+    balancer._raise_on_status = lambda: None
     assert torch.equal(balancer.run(mine), expected)
     assert torch.equal(team.ranks.memory, image)
     assert int(balancer.certified) == 0
@@ -415,7 +439,13 @@ def test_a_rank_whose_own_counts_fail_to_come_is_absent(monkeypatch):
     # Without rows there is nothing to sum.
     running, tables = pipeline._running[:0], pipeline._solve_tables
     call = launch._solve_counts_call(
-        running, pipeline._buffers, tables, settings, pipeline._exchange, 0
+        running,
+        pipeline._buffers,
+        tables,
+        settings,
+        balancer._status,
+        pipeline._exchange,
+        kernels.FIRST_CHANNEL,
     )
     launch._launch(call)
     error = error_of(team.ranks, 0)
@@ -456,7 +486,7 @@ class TestOnOneGpu:
                         torch.cuda._sleep(int(delays[epoch, rank]))
                     ranks.endpoints[rank].exchange(
                         counts[epoch, rank], ranks.version, totals[epoch, rank],
-                        rows[epoch] if gather and rank == 1 else None, 0,
+                        rows[epoch] if gather and rank == 1 else None, kernels.FIRST_CHANNEL,
                     )  # fmt: skip
         torch.cuda.synchronize()
         assert not any(endpoint.failed() for endpoint in ranks.endpoints)
@@ -478,7 +508,11 @@ class TestOnOneGpu:
             with torch.cuda.graph(graph, stream=stream):
                 for epoch in range(per_graph):
                     ranks.endpoints[rank].exchange(
-                        counts[epoch, rank], ranks.version, totals[epoch, rank], None, 0
+                        counts[epoch, rank],
+                        ranks.version,
+                        totals[epoch, rank],
+                        None,
+                        kernels.FIRST_CHANNEL,
                     )
             graphs.append(graph)
         for _ in range(200):
@@ -507,7 +541,7 @@ class TestOnOneGpu:
                     with torch.cuda.stream(streams[rank][channel]):
                         ranks.endpoints[rank].exchange(
                             counts[step, rank, channel], ranks.version,
-                            totals[step, rank, channel], None, channel,
+                            totals[step, rank, channel], None, kernels.Channel(channel),
                         )  # fmt: skip
         torch.cuda.synchronize()
         expected = counts.sum(1, dtype=torch.int32, keepdim=True)

@@ -10,6 +10,7 @@ import torch
 import lplb_triton
 from lplb_triton import Balancer
 from lplb_triton.bench import cli, tables, timing
+from lplb_triton.bench.commands import timed
 
 SMALL = {"per_family": 1, "seed": 0}
 
@@ -48,7 +49,7 @@ def fake_gpu(monkeypatch):
     def start(args):
         return torch.device("cpu"), FakeTimer()
 
-    monkeypatch.setattr(cli, "_start_timed", start)
+    monkeypatch.setattr(timed, "start", start)
     monkeypatch.setattr(timing, "copy_bandwidth", lambda timer, device: 1e12)
     monkeypatch.setattr(
         timing, "first_call_row", lambda shape: {"shape": shape, "cold_s": 2.0, "warm_s": 1.0}

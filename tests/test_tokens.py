@@ -13,7 +13,7 @@ ONE = 1 << 24
 
 def structure_tensors(placement):
     s = placement.structure
-    return {name: torch.from_numpy(getattr(s, name)) for name in s._fields}
+    return {name: torch.tensor(getattr(s, name)) for name in s._fields}
 
 
 def random_cumulative(rng, placement):

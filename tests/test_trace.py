@@ -35,12 +35,35 @@ def test_round_trip(tmp_path, shape, dtype):
     assert (found.batches, found.layers, found.sources, found.experts) == shape
 
 
-def test_round_trip_of_large_counts(tmp_path):
-    trace = make_trace(high=2**40, dtype=np.int64)
-    save(tmp_path / "a.npz", trace)
+def test_the_largest_counts(tmp_path):
+    counts = np.zeros((2, 1, 3, 4), dtype=np.uint64)
+    counts[1, 0, :, 2] = (2**31 - 1) // 3
+    save(tmp_path / "a.npz", Trace(counts, np.arange(2)))
     found = load(tmp_path / "a.npz")
-    assert found.counts.dtype == np.int64
-    np.testing.assert_array_equal(found.counts, trace.counts)
+    assert found.counts.dtype == np.int32
+    np.testing.assert_array_equal(found.counts, counts)
+
+
+@pytest.mark.parametrize("largest", [2**31, 10**10, 2**62, 2**63, 2**64 - 1])
+def test_counts_that_ranks_cannot_exchange_are_refused(tmp_path, largest):
+    counts = np.ones((3, 2, 1, 4), dtype=np.uint64)
+    counts[2, 1, 0, 3] = largest
+    match = f"at most 2147483647 tokens.*int32.*got {largest} or more.*expert 3 of layer 1 in batch"
+    with pytest.raises(ValueError, match="counts must " + "give an expert " + match):
+        Trace(counts, np.arange(3))
+    np.savez(tmp_path / "own.npz", counts=counts)
+    with pytest.raises(ValueError, match=f"own.npz: 'counts' must give an expert {match}"):
+        load(tmp_path / "own.npz")
+    (tmp_path / "own.json").write_text(json.dumps(counts.tolist()))
+    with pytest.raises(ValueError, match=r"own\.json: 'counts' must (give an|hold integers of 64)"):
+        load(tmp_path / "own.json")
+
+
+def test_sums_over_sources_count(tmp_path):
+    counts = np.full((2, 1, 4, 3), 2**29, dtype=np.uint32)
+    with pytest.raises(ValueError, match="got 2147483648 or more for expert 0 of layer 0"):
+        Trace(counts, np.arange(2))
+    assert Trace(counts - np.uint32(1), np.arange(2)).totals().max() == 2**31 - 4
 
 
 def test_totals_do_not_overflow():
@@ -186,11 +209,11 @@ def test_own_steps_and_meta(tmp_path):
         ({"counts": np.ones((2, 3))}, "'counts' must hold integers, got dtype float64"),
         ({"counts": np.array(["a"])}, "'counts' must hold integers"),
         ({"counts": np.full((2, 3), -1)}, "'counts' must not be negative"),
-        ({"counts": np.full((2, 3), 2**63, np.uint64)}, "'counts' must fit in int64"),
+        ({"counts": np.ones((2, 3), int), "steps": np.full(2, 2**63, np.uint64)}, "'steps' must"),
         ({"counts": np.ones((0, 3), int)}, "'counts' must hold at least one batch"),
         ({"counts": np.ones((2, 3), int), "steps": np.ones(2)}, "'steps' must be an int64"),
         ({"counts": np.ones((2, 3), int), "steps": np.arange(3)}, "'steps' must have shape"),
-        ({"counts": np.ones((2, 3), int), "meta": np.array("{")}, "'meta' is not valid JSON"),
+        ({"counts": np.ones((2, 3), int), "meta": np.array("{")}, "'meta': not valid JSON"),
         ({"counts": np.ones((2, 3), int), "meta": np.array("[]")}, "'meta' must be a dict"),
         ({"counts": np.ones((2, 3), int), "meta": np.ones(2)}, "'meta' must be a JSON string"),
         ({"counts": np.ones((2, 3), int), "format_version": np.array(0)}, "positive integer"),
@@ -212,7 +235,8 @@ def test_load_rejects_arrays(tmp_path, arrays, message):
         ("[[1, 2], [3]]", "'counts' must be nested lists of integers, of equal length"),
         ("[[1, 2.5]]", "'counts' must hold integers"),
         ("[]", "'counts' must hold"),
-        ("[[18446744073709551616]]", "'counts' must hold integers"),
+        ("[[1, 18446744073709551616]]", "'counts' must hold integers of 64 bits, got one of 65"),
+        ("[[1, 9223372036854775808]]", "'counts' must hold integers of 64 bits, got one of 64"),
         ('{"counts": [[1]], "steps": 0}', "'steps' must be nested lists"),
         ('{"counts": [[1]], "meta": "x"}', "'meta' must be a dict, got str"),
         ('{"counts": [[1]], "format_version": 99}', "'format_version' is 99"),
@@ -222,6 +246,30 @@ def test_load_rejects_json(tmp_path, text, message):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "a.json")
+
+
+def test_deep_nesting_is_refused(tmp_path):
+    deep, path = "[" * 10**5 + "]" * 10**5, tmp_path / "a.json"
+    for text in (deep, '{"counts": [[1]], "meta": {"a": ' + deep + "}}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"a\.json: JSON is nested too deeply to be read"):
+            load(path)
+    np.savez(tmp_path / "a.npz", counts=np.ones((2, 3), int), meta=np.array('{"a": ' + deep + "}"))
+    with pytest.raises(ValueError, match=r"a\.npz: 'meta': JSON is nested too deeply"):
+        load(tmp_path / "a.npz")
+    meta = {}
+    for _ in range(10**5):
+        meta = {"a": meta}
+    with pytest.raises(ValueError, match="^meta must be something JSON can hold: nested too"):
+        Trace(np.ones((2, 1, 1, 3), int), np.arange(2), meta)
+    trace = make_trace()
+    trace.meta["deep"] = meta
+    with pytest.raises(ValueError, match=r"trace\.meta must be something JSON can hold: nested"):
+        save(tmp_path / "b.npz", trace)
+    del trace.meta["deep"]
+    while meta:
+        # Or Python's own stack ends when it is deleted.
+        meta = meta["a"]
 
 
 def test_newer_format_is_refused_before_its_other_members_are_read(tmp_path):

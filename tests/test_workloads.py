@@ -76,7 +76,7 @@ def test_judging():
 def test_command(tmp_path, capsys, monkeypatch):
     path = tmp_path / "w.json"
     common = "workloads --ep 8 --experts 64 --batches 2 --workload zipf,burst".split()
-    some = [*common, "--placement", "none,eplb,chain,place,cube,torus:4x8"]
+    some = [*common, "--slots", "2", "--placement", "none,eplb,chain,place,cube,torus:4x8"]
     assert cli.main([*some, "--json", str(path), "--markdown", "-"]) == cli.OK
     report = json.loads(path.read_text())
     assert len(report["rows"]) == 12 and list(report["about"]) == ["zipf", "burst"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+# A bound on memory for sizes that are a slip; entries are int32.
+MOST_RANKS = 1 << 20
 
 
 def ring(n: int) -> torch.Tensor:
@@ -16,7 +20,7 @@ def ring(n: int) -> torch.Tensor:
     Parameters
     ----------
     n : int
-        Ranks, at least 2.
+        Ranks, from 2 to 2**20.
 
     Returns
     -------
@@ -26,10 +30,10 @@ def ring(n: int) -> torch.Tensor:
     Raises
     ------
     TypeError, ValueError
-        If `n` is not an integer or less than 2.
+        If `n` is not an integer or out of range.
     """
     n = _size("n", n)
-    return torch.arange(1, n + 1, dtype=torch.int32).remainder_(n).unsqueeze(1)
+    return torch.arange(1, n + 1, dtype=torch.int32, device="cpu").remainder_(n).unsqueeze(1)
 
 
 def cube(n: int = 8) -> torch.Tensor:
@@ -109,7 +113,7 @@ def torus(m: int, n: int) -> torch.Tensor:
     Parameters
     ----------
     m, n : int
-        Rows and columns, each at least 2.
+        Rows and columns, each at least 2; at most 2**20 ranks.
 
     Returns
     -------
@@ -120,10 +124,12 @@ def torus(m: int, n: int) -> torch.Tensor:
     Raises
     ------
     TypeError, ValueError
-        If `m` or `n` is not an integer or less than 2.
+        If `m` or `n` is not an integer or out of range.
     """
     m, n = _size("m", m), _size("n", n)
-    grid = torch.arange(m * n, dtype=torch.int32).view(m, n)
+    if m * n > MOST_RANKS:
+        raise ValueError(f"m and n must give at most {MOST_RANKS} ranks, got {m} x {n}")
+    grid = torch.arange(m * n, dtype=torch.int32, device="cpu").view(m, n)
     return torch.stack((grid.roll(-1, 0).flatten(), grid.roll(-1, 1).flatten()), dim=1)
 
 
@@ -170,10 +176,13 @@ def from_name(name: str) -> torch.Tensor:
             f"name must have the form {entry.form!r}, got {name!r} "
             f"(available: {', '.join(available())})"
         )
-    try:
-        return entry.build(*map(int, parts))
-    except ValueError as error:
-        raise ValueError(f"name {name!r}: {error}") from None
+    numbers = [int(part) for part in parts if len(part) <= len(str(MOST_RANKS))]
+    sound = len(numbers) == len(parts) and all(number >= 2 for number in numbers)
+    if not sound or math.prod(numbers) > MOST_RANKS:
+        raise ValueError(
+            f"name must give sizes of at least 2 and at most {MOST_RANKS} ranks, got {name!r}"
+        )
+    return entry.build(*numbers)
 
 
 def _size(name: str, value: Any) -> int:
@@ -183,11 +192,13 @@ def _size(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
     if number < 2:
         raise ValueError(f"{name} must be at least 2, got {number}")
+    if number > MOST_RANKS:
+        raise ValueError(f"{name} must be at most {MOST_RANKS}, got {number}")
     return number
 
 
 def _from_columns(*columns: list[int]) -> torch.Tensor:
-    return torch.tensor(columns, dtype=torch.int32).T.contiguous()
+    return torch.tensor(columns, dtype=torch.int32, device="cpu").T.contiguous()
 
 
 @dataclass(frozen=True)

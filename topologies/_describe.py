@@ -197,7 +197,7 @@ def _find_grid(
     for n_rows in range(2, size // 2 + 1):
         if size % n_rows:
             continue
-        grid = torch.arange(size, dtype=torch.int32).view(n_rows, -1)
+        grid = torch.arange(size, dtype=torch.int32, device="cpu").view(n_rows, -1)
         for down in (0, 1):
             by_slot = matrix[:, down].view_as(grid), matrix[:, 1 - down].view_as(grid)
             directions = [

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
+
+from lplb_triton._checks import on_host
 
 _INTEGER_DTYPES = frozenset(
     {
@@ -41,31 +45,36 @@ def validate(r2o: object) -> torch.Tensor:
         If `r2o` is not 2-D or empty, or if a column has an entry that is not a rank of the group,
         is not a permutation, or maps a rank to itself. The message names the column.
     """
+    return checked_topology("r2o", r2o)
+
+
+def checked_topology(name: str, r2o: object) -> torch.Tensor:
+    """Do what `validate` does, for an argument of another name."""
     if isinstance(r2o, torch.Tensor):
         matrix = r2o.detach()
     elif hasattr(r2o, "__array__"):
         try:
-            matrix = torch.tensor(r2o)
+            matrix = torch.tensor(r2o, device="cpu")
         except TypeError as error:
-            raise TypeError(f"r2o must have an integer dtype: {error}") from None
+            raise TypeError(f"{name} must have an integer dtype: {error}") from None
     else:
-        raise TypeError(f"r2o must be a tensor or an array, got {type(r2o).__name__}")
+        raise TypeError(f"{name} must be a tensor or an array, got {type(r2o).__name__}")
     if matrix.dtype not in _INTEGER_DTYPES:
-        raise TypeError(f"r2o must have an integer dtype, got {matrix.dtype}")
+        raise TypeError(f"{name} must have an integer dtype, got {matrix.dtype}")
     if matrix.ndim != 2:
         raise ValueError(
-            "r2o must have 2 dimensions [group_size, num_redundants], "
+            f"{name} must have 2 dimensions [group_size, num_redundants], "
             f"got {matrix.ndim}: shape {list(matrix.shape)}"
         )
     if matrix.numel() == 0:
         raise ValueError(
-            "r2o must have at least one rank (row) and one redundant slot (column), "
+            f"{name} must have at least one rank (row) and one redundant slot (column), "
             f"got shape {list(matrix.shape)}"
         )
-    columns = matrix.cpu().T.tolist()
+    columns = on_host(name, matrix).T.tolist()
     for d, column in enumerate(columns):
-        _check_column(d, column)
-    return torch.tensor(columns, dtype=torch.int32).T.contiguous()
+        _check_column(f"{name} column {d}", column)
+    return torch.tensor(columns, dtype=torch.int32, device="cpu").T.contiguous()
 
 
 def inverse(r2o: object) -> torch.Tensor:
@@ -91,24 +100,22 @@ def inverse(r2o: object) -> torch.Tensor:
     return validate(r2o).argsort(dim=0).to(torch.int32).contiguous()
 
 
-def _check_column(d: int, column: list[int]) -> None:
+def _check_column(which: str, column: list[int]) -> None:
     size = len(column)
     for rank, source in enumerate(column):
         if not 0 <= source < size:
-            raise ValueError(
-                f"r2o column {d} must hold ranks 0..{size - 1}, got {source} for rank {rank}"
-            )
+            raise ValueError(f"{which} must hold ranks 0..{size - 1}, got {source} for rank {rank}")
     missing = sorted(set(range(size)).difference(column))
     if missing:
-        repeated = sorted({source for source in column if column.count(source) > 1})
+        repeated = sorted(source for source, times in Counter(column).items() if times > 1)
         raise ValueError(
-            f"r2o column {d} must be a permutation of the ranks 0..{size - 1}: "
+            f"{which} must be a permutation of the ranks 0..{size - 1}: "
             f"{_listed(repeated)} more than once, {_listed(missing)} missing"
         )
     fixed = [rank for rank, source in enumerate(column) if rank == source]
     if fixed:
         raise ValueError(
-            f"r2o column {d} must not map a rank to itself (its copy would be on the rank that "
+            f"{which} must not map a rank to itself (its copy would be on the rank that "
             f"has the original), got {_listed(fixed)} unmoved"
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import socket
 import weakref
 import zlib
 from abc import ABC, abstractmethod
@@ -113,16 +112,18 @@ class Communicator(ABC):
 
     @abstractmethod
     def bind(self, channel: int) -> None:
-        """Give the current stream a channel of its own.
+        """Give the current stream a channel by number, for those who want to say it themselves.
 
-        Needed where calls come from several streams: those of one channel must have the same
-        order on every rank. Back ends of torch.distributed have a single order for all streams
-        and ignore it.
+        Otherwise a stream gets a channel with its first call, which must then be the same call,
+        by number, on every rank. Calls of one channel have the same order on every rank, calls of
+        different channels may interleave. Back ends of torch.distributed have a single order for
+        all streams and ignore it.
 
         Parameters
         ----------
         channel : int
-            From 0; the same on every rank.
+            From 0, below 64; the same on every rank. Streams whose calls never overlap may share
+            one.
         """
 
     @abstractmethod
@@ -138,18 +139,27 @@ class Communicator(ABC):
 
         After a failed call it is local instead, and frees nothing that other ranks may still
         write to. Then only a new process group can be used for another communicator.
+
+        Raises
+        ------
+        SyncError
+            If a rank doesn't come within the time-out. Nothing is freed then.
         """
         if not self.closed:
-            self.closed = True
-            self._release(self.failed())
-            if self.failed():
-                failed_groups.add(self.group)
+            self._end(self.failed())
 
     def abandon(self) -> None:
         """Close after a failure elsewhere: local, and nothing shared is freed."""
         if not self.closed:
-            self.closed = True
-            self._release(True)
+            self._end(True)
+
+    def _end(self, failed: bool) -> None:
+        self.closed = True
+        try:
+            self._release(failed)
+        finally:
+            if self.failed():
+                failed_groups.add(self.group)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -165,8 +175,11 @@ class Communicator(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close it."""
-        self.close()
+        """Close it; after an exception without the other ranks, which may have had none."""
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
 
     def __repr__(self) -> str:
         """Name the back end."""
@@ -189,25 +202,6 @@ def group_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
     if not isinstance(timeout, datetime.timedelta):
         timeout = dist.default_pg_timeout
     return min(timeout.total_seconds(), MAX_TIMEOUT)
-
-
-def gather_objects(mine: object, group: dist.ProcessGroup) -> list[Any]:
-    """Every rank's object, by rank; collective."""
-    everyone: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
-
-
-def node_sizes(group: dist.ProcessGroup) -> int:
-    """Consecutive ranks that share a host, 1 if hosts don't hold equally many; collective."""
-    hosts = gather_objects(socket.gethostname(), group)
-    size = hosts.count(hosts[0])
-    if len(hosts) % size:
-        return 1
-    blocks = [hosts[i : i + size] for i in range(0, len(hosts), size)]
-    even = all(len(set(block)) == 1 for block in blocks)
-    distinct = len({block[0] for block in blocks}) == len(blocks)
-    return size if even and distinct else 1
 
 
 def message_version(*parts: bytes) -> int:

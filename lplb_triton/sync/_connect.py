@@ -16,12 +16,11 @@ from lplb_triton.sync._base import (
     Communicator,
     check_timeout,
     failed_groups,
-    gather_objects,
     group_timeout,
-    node_sizes,
 )
 from lplb_triton.sync._distributed import DistributedCommunicator
 from lplb_triton.sync._hierarchical import HierarchicalCommunicator
+from lplb_triton.sync._meeting import meet, node_sizes
 from lplb_triton.sync._memory import allocate
 from lplb_triton.sync._peer import Endpoint, PeerCommunicator
 
@@ -29,6 +28,8 @@ __all__ = ["KINDS", "acquire", "connect", "deep_ep_domain", "release"]
 
 KINDS = ("auto", "distributed", "symmetric", "nvshmem", "hierarchical")
 DEFAULT_CAPACITY = 1024
+# The number of counts of a call takes 16 bits of a word.
+MAX_CAPACITY = (1 << 16) - 1
 
 # Communicators that balancers share. Weak: a process group that something here kept would not
 # end with `destroy_process_group`, but under the exiting interpreter, with its threads at work.
@@ -66,7 +67,7 @@ def connect(
         Bound on each wait in seconds; by default the group's own time-out. torch.distributed on
         a GPU takes no other.
     capacity : int
-        The most counts in a call.
+        The most counts in a call, below 2**16.
     domain_size : int or None
         Consecutive ranks that reach one another's memory; by default those of a host.
 
@@ -80,6 +81,8 @@ def connect(
         Naming the argument that doesn't fit.
     RuntimeError
         If memory can't be shared, or a communicator over this group has failed before.
+    SyncError
+        If a rank doesn't come within the time-out.
     """
     if sync not in KINDS:
         raise ValueError(f"sync must be one of {', '.join(KINDS)}, got {sync!r}")
@@ -88,6 +91,8 @@ def connect(
     on = _device(device)
     timeout = None if timeout is None else check_timeout(timeout)
     capacity = check_integer("capacity", capacity)
+    if capacity > MAX_CAPACITY:
+        raise ValueError(f"capacity must be at most {MAX_CAPACITY}, got {capacity}")
     if domain_size is not None:
         domain_size = check_integer("domain_size", domain_size)
         if group.size() % domain_size:
@@ -97,18 +102,20 @@ def connect(
             "a communicator over this group has failed: counts can be synchronised again over a "
             "new process group"
         )
+    bound = group_timeout(group, on) if timeout is None else timeout
     if on.type == "cpu":
         if sync not in ("auto", "distributed"):
             raise ValueError(f"sync={sync!r} needs a GPU, got device {on}")
-        return DistributedCommunicator(group, on, timeout, domain_size or node_sizes(group))
+        domain = domain_size or node_sizes(group, bound)
+        return DistributedCommunicator(group, on, timeout, domain)
     with torch.cuda.device(on):
-        domain = domain_size or node_sizes(group)
-        chosen = _choose(group, on, domain, domain_size) if sync == "auto" else sync
+        domain = domain_size or node_sizes(group, bound)
+        chosen = _choose(group, on, domain, domain_size, bound) if sync == "auto" else sync
         if chosen == "distributed":
             return DistributedCommunicator(group, on, timeout, domain)
         if chosen == "hierarchical":
-            return _hierarchical(group, on, timeout, capacity, domain)
-        return _peer(chosen, group, on, timeout, capacity, domain)
+            return _hierarchical(group, on, bound, capacity, domain)
+        return _peer(chosen, group, on, bound, capacity, domain)
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -122,7 +129,7 @@ def _peer(
     provider: str,
     group: dist.ProcessGroup,
     device: torch.device,
-    timeout: float | None,
+    timeout: float,
     capacity: int,
     ranks_per_node: int,
 ) -> PeerCommunicator:
@@ -132,15 +139,14 @@ def _peer(
         raise ValueError(
             f"sync={provider!r} takes at most {kernels.MAX_RANKS} ranks, got {group.size()}"
         )
-    bound = group_timeout(group, device) if timeout is None else timeout
-    memory = allocate(provider, Endpoint.words(group.size(), capacity), group, device)
-    return PeerCommunicator(group, device, bound, ranks_per_node, memory, capacity)
+    memory = allocate(provider, Endpoint.words(group.size(), capacity), group, device, timeout)
+    return PeerCommunicator(group, device, timeout, ranks_per_node, memory, capacity)
 
 
 def _hierarchical(
     group: dist.ProcessGroup,
     device: torch.device,
-    timeout: float | None,
+    timeout: float,
     capacity: int,
     domain: int,
 ) -> HierarchicalCommunicator:
@@ -150,9 +156,9 @@ def _hierarchical(
             f"sync='hierarchical' needs several domains of several ranks, got {size} ranks in "
             f"domains of {domain}"
         )
-    bound = group_timeout(group, device) if timeout is None else timeout
+    meet(group, "making groups of a domain's ranks", timeout)
     inner_group, outer_group = split(group, domain, device)
-    inner = _peer("symmetric", inner_group, device, bound, capacity, domain)
+    inner = _peer("symmetric", inner_group, device, timeout, capacity, domain)
     outer = DistributedCommunicator(outer_group, device, None, 1)
     return HierarchicalCommunicator(group, device, domain, inner, outer)
 
@@ -171,16 +177,20 @@ def split(
     return made[0], made[1]
 
 
-def _choose(group: dist.ProcessGroup, device: torch.device, domain: int, told: int | None) -> str:
+def _choose(
+    group: dist.ProcessGroup, device: torch.device, domain: int, told: int | None, timeout: float
+) -> str:
     """Apply the rule of ``sync="auto"``; all ranks see the same facts."""
     if group.size() == 1:
         return "distributed"
     reached = told is not None
     if not reached:
         uuid = str(torch.cuda.get_device_properties(device).uuid)
-        everyone = gather_objects((socket.gethostname(), uuid), group)
-        here = [name for host, name in everyone if host == socket.gethostname()]
-        reached = all(gather_objects(_reaches_all(device, uuid, here), group))
+        here = socket.gethostname(), uuid
+        everyone = meet(group, "finding the group's GPUs", timeout, here)
+        uuids = [name for host, name in everyone if host == here[0]]
+        mine = _reaches_all(device, uuid, uuids)
+        reached = all(meet(group, "asking which GPUs reach one another", timeout, mine))
     if not reached or domain == 1:
         return "distributed"
     return "symmetric" if domain == group.size() else "hierarchical"
@@ -237,14 +247,17 @@ def acquire(
     return communicator
 
 
-def release(communicator: Communicator) -> None:
-    """Undo one `acquire`; the last one closes the communicator."""
+def release(communicator: Communicator, alone: bool = False) -> None:
+    """Undo one `acquire`; the last one closes the communicator, ``alone`` without other ranks."""
     for key, known in list(_shared.items()):
         if known is communicator:
             communicator.users -= 1
             if not communicator.users or communicator.failed():
                 del _shared[key]
-                communicator.close()
+                if alone:
+                    communicator.abandon()
+                else:
+                    communicator.close()
             return
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton.sync._base import Communicator, SyncError, group_timeout
+from lplb_triton.sync._channels import disorder
 
 # Words of a message before the counts: epoch (unused: the library keeps the order), version,
 # number of counts, unused. As GATHERED_HEADER of kernels/sync.py, which a CPU doesn't import.
@@ -189,8 +190,14 @@ def mismatch_error(
     )
 
 
-def device_error(sync: Communicator, status: Any) -> SyncError:
-    """Error for what a kernel has reported (see kernels/sync.py)."""
+def device_error(
+    sync: Communicator, status: Any, openings: Mapping[int, int] | None = None
+) -> SyncError:
+    """Error for what a kernel has reported (see kernels/sync.py).
+
+    With ``openings``, how this rank opened each channel, the number of counts in a report has the
+    other rank's opening above it.
+    """
     from lplb_triton import kernels
 
     if sync.device.type == "cuda":
@@ -200,13 +207,22 @@ def device_error(sync: Communicator, status: Any) -> SyncError:
     fault = kernels.FAULTS[int(status[0])]
     by_rank = status[kernels.STATUS_FIRST :].reshape(3, -1)
     blamed = [int(rank) for rank in by_rank[0].nonzero()[0]]
+    where = f"epoch {epoch} on channel {channel} of {sync!r} failed on rank {sync.rank}"
     if fault == "mismatch":
         theirs = {rank: (int(by_rank[1, rank]), int(by_rank[2, rank])) for rank in blamed}
-        return mismatch_error(sync, epoch, theirs, None)
-    where = f"epoch {epoch} on channel {channel} of {sync!r} failed on rank {sync.rank}"
+        if openings is None:
+            return mismatch_error(sync, epoch, theirs, None)
+        mine = openings.get(channel, 0)
+        opened = {rank: call >> kernels.COUNT_BITS for rank, (_, call) in theirs.items()}
+        if any(other != mine for other in opened.values()):
+            return SyncError(f"{where}: {disorder(mine, opened)}", tuple(opened), epoch)
+        mask = (1 << kernels.COUNT_BITS) - 1
+        unpacked = {rank: (version, call & mask) for rank, (version, call) in theirs.items()}
+        return mismatch_error(sync, epoch, unpacked, None)
     if fault == "overlap":
         return SyncError(
-            f"{where}: two calls were under way at once; each stream needs its own channel (bind)",
+            f"{where}: two calls were under way at once. Graphs that may be replayed at once are "
+            "captured on different streams; streams that share a channel (bind) take turns",
             (sync.rank,),
             epoch,
         )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 
-from lplb_triton.sync._base import gather_objects
+from lplb_triton.sync._meeting import meet
 
 __all__ = ["SharedMemory", "allocate"]
 
@@ -25,38 +25,70 @@ class SharedMemory(NamedTuple):
 
 
 def allocate(
-    provider: str, words: int, group: dist.ProcessGroup, device: torch.device
+    provider: str, words: int, group: dist.ProcessGroup, device: torch.device, timeout: float
 ) -> SharedMemory:
     """Allocate ``words`` int64 on every rank, at first zero; collective.
 
-    Raises ``RuntimeError`` on every rank if it failed on any.
+    Raises ``RuntimeError`` on every rank if it failed on any, and `SyncError` if one doesn't come
+    within ``timeout`` seconds.
     """
     make = {"symmetric": _symmetric, "nvshmem": _nvshmem}[provider]
-    problem = None
+    problem: str | None = None
     memory: SharedMemory | None = None
+    # The libraries wait for every rank as long as they like: all must have come, and have them.
+    try:
+        _import(provider)
+    except Exception as error:
+        problem = _text(error)
+    _raise_if_any(meet(group, f"loading sync={provider!r}", timeout, problem), provider)
     with torch.cuda.device(device):
         try:
-            memory = make(words, group, device)
+            memory = make(words, group, device, timeout)
             memory.buffer.zero_()
             torch.cuda.synchronize(device)
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        # Everybody's buffer is zero before anybody writes to it.
-        problems = gather_objects(problem, group)
-    failed = {rank: text for rank, text in enumerate(problems) if text is not None}
-    if failed or memory is None:
-        rank, text = next(iter(failed.items()))
-        raise RuntimeError(
-            f"memory for sync={provider!r} could not be shared by all ranks; rank {rank}: {text}. "
-            "sync='distributed' needs none"
-        )
-    return memory
+            problem = _text(error)
+    # Everybody's buffer is zero before anybody writes to it.
+    problems = meet(group, f"sharing memory for sync={provider!r}", timeout, problem)
+    _raise_if_any(problems, provider)
+    return cast(SharedMemory, memory)
 
 
-def _symmetric(words: int, group: dist.ProcessGroup, device: torch.device) -> SharedMemory:
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _raise_if_any(problems: list[str | None], provider: str) -> None:
+    """Raise, on every rank alike, for the first rank that had a problem."""
+    for rank, text in enumerate(problems):
+        if text is not None:
+            raise RuntimeError(
+                f"memory for sync={provider!r} could not be shared by all ranks; rank {rank}: "
+                f"{text}. sync='distributed' needs none"
+            )
+
+
+def _import(provider: str) -> Any:
+    """Import the library that a provider of memory needs."""
+    if provider == "symmetric":
+        import torch.distributed._symmetric_memory as symmetric
+
+        return symmetric
+    try:
+        import nvshmem.core as nvshmem
+    except ImportError as error:
+        raise ImportError(
+            "nvshmem4py is not installed: pip install 'lplb_triton[nvshmem]'"
+        ) from error
+    nvshmem.get_version()  # loads the library itself
+    return nvshmem
+
+
+def _symmetric(
+    words: int, group: dist.ProcessGroup, device: torch.device, timeout: float
+) -> SharedMemory:
     """Symmetric memory of torch (its CUDA back end)."""
-    import torch.distributed._symmetric_memory as symmetric
-
+    symmetric = _import("symmetric")
     buffer = symmetric.empty(words, dtype=torch.int64, device=device)
     handle: Any = symmetric.rendezvous(buffer, group.group_name)
     rank = dist.get_rank(group)
@@ -69,22 +101,19 @@ def _symmetric(words: int, group: dist.ProcessGroup, device: torch.device) -> Sh
     return SharedMemory("symmetric", buffer, [at + offset for at in addresses], held.clear)
 
 
-def _nvshmem(words: int, group: dist.ProcessGroup, device: torch.device) -> SharedMemory:
+def _nvshmem(
+    words: int, group: dist.ProcessGroup, device: torch.device, timeout: float
+) -> SharedMemory:
     """NVSHMEM's symmetric heap, through nvshmem4py."""
-    try:
-        import nvshmem.core as nvshmem
-    except ImportError as error:
-        raise ImportError(
-            "nvshmem4py is not installed: pip install 'lplb_triton[nvshmem]'"
-        ) from error
-    _init_nvshmem(nvshmem, group, device)
+    nvshmem = _import("nvshmem")
+    _init_nvshmem(nvshmem, group, device, timeout)
     if nvshmem.n_pes() != group.size():
         raise RuntimeError(
             f"NVSHMEM is initialised over {nvshmem.n_pes()} processes, all of which would have to "
             f"allocate; the group has {group.size()}"
         )
     # The numbers of NVSHMEM's processes are those of the group it was initialised over.
-    pes = gather_objects(nvshmem.my_pe(), group)
+    pes = meet(group, "finding NVSHMEM's processes", timeout, nvshmem.my_pe())
     buffer = nvshmem.tensor((words,), dtype=torch.int64)
     addresses = []
     for peer, pe in enumerate(pes):
@@ -93,10 +122,12 @@ def _nvshmem(words: int, group: dist.ProcessGroup, device: torch.device) -> Shar
     return SharedMemory("nvshmem", buffer, addresses, lambda: nvshmem.free_tensor(buffer))
 
 
-def _init_nvshmem(nvshmem: Any, group: dist.ProcessGroup, device: torch.device) -> None:
+def _init_nvshmem(
+    nvshmem: Any, group: dist.ProcessGroup, device: torch.device, timeout: float
+) -> None:
     """Initialise NVSHMEM over the group, unless somebody has; collective."""
-    nvshmem.get_version()  # loads the library, which the next call needs
-    ready = gather_objects(nvshmem.init_status() in _usable(nvshmem), group)
+    mine = nvshmem.init_status() in _usable(nvshmem)
+    ready = meet(group, "asking for NVSHMEM's state", timeout, mine)
     if all(ready):
         return
     if any(ready):
@@ -107,11 +138,11 @@ def _init_nvshmem(nvshmem: Any, group: dist.ProcessGroup, device: torch.device) 
     # Without NVLink multicast, which not every host allows and nothing here needs.
     os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
     rank = dist.get_rank(group)
-    wire: list[Any] = [nvshmem.get_unique_id(empty=rank != 0)]
-    dist.broadcast_object_list(wire, src=dist.get_global_rank(group, 0), group=group)
+    uid = nvshmem.get_unique_id(empty=rank != 0)
+    uid = meet(group, "initialising NVSHMEM", timeout, uid if rank == 0 else None)[0]
     gpu = Device(device.index)
     gpu.set_current()
-    nvshmem.init(device=gpu, uid=wire[0], rank=rank, nranks=group.size(), initializer_method="uid")
+    nvshmem.init(device=gpu, uid=uid, rank=rank, nranks=group.size(), initializer_method="uid")
 
 
 def _usable(nvshmem: Any) -> tuple[Any, ...]:

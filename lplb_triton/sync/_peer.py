@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton.sync._base import Communicator, SyncError
+from lplb_triton.sync._channels import CHANNELS, Channels, Stream
 from lplb_triton.sync._distributed import device_error
+from lplb_triton.sync._meeting import meet
 
 if TYPE_CHECKING:
     from lplb_triton import kernels
     from lplb_triton.sync._memory import SharedMemory
-
-CHANNELS = 8
 
 
 class PeerCommunicator(Communicator):
@@ -42,7 +42,7 @@ class PeerCommunicator(Communicator):
         _held[id(memory)] = memory
         self.endpoint = Endpoint(memory.addresses, self.rank, device, capacity, self.timeout)
         self._error: SyncError | None = None
-        self._channels: dict[int, int] = {}
+        self._channels = Channels(self.kind, self._stream)
 
     def exchange(
         self,
@@ -55,7 +55,7 @@ class PeerCommunicator(Communicator):
         channel = self.begin(counts.numel())
         self.endpoint.exchange(counts, version, total, gathered, channel)
 
-    def begin(self, n: int) -> int:
+    def begin(self, n: int) -> kernels.Channel:
         """Make sure that a call with ``n`` counts may begin; returns the stream's channel.
 
         For kernels that do the exchange themselves, with `Endpoint.side`.
@@ -64,36 +64,18 @@ class PeerCommunicator(Communicator):
         self._raise_on_failure()
         if n > self.capacity:
             raise ValueError(f"counts must have at most {self.capacity} elements, got {n}")
-        return self._channel()
-
-    def _channel(self) -> int:
-        """Channel of the current stream."""
-        stream = self._stream()
-        channel = self._channels.get(stream)
-        if channel is None:
-            # A graph is captured on a stream of its own and replayed on any.
-            if torch.cuda.is_current_stream_capturing():
-                return 0
-            if self._channels:
-                raise RuntimeError(
-                    "calls come from a stream without a channel, after others: call "
-                    "bind(channel) on it, with the same channel on every rank (0 if its calls "
-                    "never overlap with the first stream's)"
-                )
-            channel = self._channels[stream] = 0
-        return channel
+        return self._channels.of(self._handle())
 
     def bind(self, channel: int) -> None:
         """See `Communicator.bind`."""
-        if isinstance(channel, bool) or not isinstance(channel, int):
-            raise TypeError(f"channel must be an int, got {type(channel).__name__}")
-        if not 0 <= channel < CHANNELS:
-            raise ValueError(f"channel must be in [0, {CHANNELS}), got {channel}")
-        self._channels[self._stream()] = channel
+        self._channels.bind(self._handle(), channel)
 
-    def _stream(self) -> int:
+    def _handle(self) -> int:
         # Without a Stream object on the way, which costs as much as a launch.
         return torch._C._cuda_getCurrentRawStream(self.device.index)
+
+    def _stream(self) -> Stream:
+        return Stream(self._handle(), torch.cuda.current_stream(self.device).stream_id)
 
     def prepare(self, n: int) -> None:
         """See `Communicator.prepare`."""
@@ -105,7 +87,8 @@ class PeerCommunicator(Communicator):
 
     def _raise_on_failure(self) -> None:
         if self._error is None and self.endpoint.failed():
-            self._error = device_error(self, self.endpoint.status_view)
+            openings = self._channels.openings
+            self._error = device_error(self, self.endpoint.status_view, openings)
         if self._error is not None:
             raise self._error
 
@@ -124,10 +107,10 @@ class PeerCommunicator(Communicator):
         if failed:
             # Late ranks may still write here: it stays held.
             return
+        # Nobody frees what somebody still reads.
+        meet(self.group, f"closing {self.kind}", self.timeout)
         self._memory = None
         with torch.cuda.device(self.device):
-            # Nobody frees what somebody still reads.
-            dist.barrier(self.group)
             memory.free()
         del _held[id(memory)]
 
@@ -184,7 +167,7 @@ class Endpoint:
         version: torch.Tensor,
         total: torch.Tensor,
         gathered: torch.Tensor | None,
-        channel: int,
+        channel: kernels.Channel,
     ) -> None:
         """Launch the exchange on the current stream."""
         side = self.side(version, total, gathered)
@@ -213,7 +196,8 @@ class Endpoint:
         alone = self.alone()
         counts = torch.zeros(n, dtype=torch.int32, device=on)
         version = torch.zeros(1, dtype=torch.int32, device=on)
+        first = self._kernels.FIRST_CHANNEL
         for gathered in (None, torch.empty(1, n, dtype=torch.int32, device=on)):
-            alone.exchange(counts, version, torch.empty_like(counts), gathered, 0)
+            alone.exchange(counts, version, torch.empty_like(counts), gathered, first)
         if on.type == "cuda":
             torch.cuda.synchronize(on)

@@ -1,0 +1,286 @@
+"""``lplb-bench advise``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lplb_triton.bench import advise, machine, options, output, placement, tables
+from lplb_triton.bench import trace as traces
+from lplb_triton.bench.commands import timed
+from lplb_triton.bench.options import UsageError
+from lplb_triton.bench.output import FAILED, OK, Output, say
+from lplb_triton.bench.progress import progress
+from lplb_triton.bench.simulate import draw_experts
+
+__all__ = ["add", "run", "sizes"]
+
+CHECK_TOKENS, CHECK_ERROR = (256, 1024, 4096, 8192), 0.15
+# The smallest of the models that --check measures has eight experts.
+CHECK_EP = 8
+DEFAULT_MODEL = "deepseek-v3"
+TOKENS = 4096
+MOST_EXPERTS = 2**14
+MOST_WIDTH = 2**17
+FIELDS = ("hidden", "inner", "experts", "top_k")
+
+
+class Sizes(NamedTuple):
+    """Sizes of a layer, and where each comes from."""
+
+    model: advise.Model
+    source: dict[str, str]
+
+
+def add(commands: Any) -> None:
+    """Add the parser."""
+    sub = options.add_command(
+        commands,
+        "advise",
+        run,
+        parents=(options.output_files(), options.progress_option()),
+        help="whether balancing pays for a model and a batch: a prediction",
+        description=(
+            "PREDICT the time of a layer's expert products on its slowest rank, what balancing\n"
+            "each batch saves over EPLB's even split, what it costs, and from how many tokens per\n"
+            "rank on it pays. Times of a rank's products are measured on this machine's GPU, or\n"
+            "come from a packaged table of one H100. Communication is left out.\n"
+            "With --trace the number of experts, and top_k where the trace's meta has it, are the\n"
+            "trace's; the other sizes come from --model, or from --hidden, --inner and --top-k."
+        ),
+        examples=(
+            "  lplb-bench advise --model deepseek-v3 --ep 32 --tokens 4096\n"
+            "  lplb-bench advise --model qwen3-235b-a22b --ep 16 --tokens 2048\n"
+            "  lplb-bench advise --trace trace.npz --hidden 4096 --inner 1536 --top-k 8 --ep 16\n"
+            "  lplb-bench advise --check       on a GPU: hold predictions against measured times"
+        ),
+    )
+    sub.add_argument(
+        "--model", choices=tuple(advise.MODELS),
+        help=f"sizes of a published model (default {DEFAULT_MODEL}, without --trace); the "
+        "following replace some",
+    )  # fmt: skip
+    for name, most, text in (
+        ("hidden", MOST_WIDTH, "width of the model"),
+        ("inner", MOST_WIDTH, "inner width of an expert"),
+        ("experts", MOST_EXPERTS, "logical experts (a trace has its own)"),
+        ("top-k", MOST_EXPERTS, "experts of a token"),
+    ):
+        sub.add_argument(
+            f"--{name}", type=partial(options.count, most=most), metavar="N", help=text
+        )
+    sub.add_argument(
+        "--trace", type=Path, metavar="PATH",
+        help="recorded loads (default: synthetic, lognormal(0, 1) with jitter 0.3: an assumption)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--ep", type=options.count, metavar="N",
+        help=f"ranks (default {options.EP[0]}, or as many as there are experts if they are fewer)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--tokens", type=options.count, metavar="N",
+        help=f"tokens of a rank in a batch (default {TOKENS})",
+    )  # fmt: skip
+    options.add_slots(sub, default=None)
+    sub.add_argument(
+        "--training", action="store_true", default=None,
+        help="count the backward pass too: three times the work",
+    )  # fmt: skip
+    sub.add_argument(
+        "--history", type=options.history, metavar="PART|N",
+        help="batches of the trace to place experts by: a part in (0, 1) or a number (default "
+        f"{options.HISTORY:g})",
+    )  # fmt: skip
+    sub.add_argument(
+        "--gemm", choices=("gpu", "table"), help="where times come from (default: a GPU, if any)"
+    )
+    sub.add_argument(
+        "--check", action="store_true",
+        help=f"on a GPU: measure the slowest rank for the three models, --ep {CHECK_EP} and four "
+        f"batch sizes; fails if a prediction is more than {CHECK_ERROR:.0%}% off",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Predict, or check predictions."""
+    tables.require("rich")
+    if args.check:
+        fixed = ("model", *FIELDS, "trace", "tokens", "slots", "training", "history", "gemm")
+        options.refuse(args, fixed, "--check has models, loads and batch sizes of its own")
+        return _check(args, out)
+    if args.trace is None:
+        options.refuse(args, ("history",), "only with --trace")
+    options.fill(
+        args,
+        {"slots": options.SLOTS, "tokens": TOKENS, "history": options.HISTORY, "training": False},
+    )
+    output.check_files(
+        [("--json", args.json), ("--markdown", args.markdown)], [("--trace", args.trace)]
+    )
+    trace, loads = None, "synthetic loads, lognormal(0, 1), jitter 0.3 (an assumption)"
+    if args.trace is not None:
+        trace, loads = options.load_trace(args.trace)
+    model, source = sizes(args, trace, loads)
+    ep = args.ep or min(options.EP[0], model.experts)
+    options.check_divides((ep,), model.experts)
+    begin = time.perf_counter()
+    try:
+        cases = (
+            placement.synthetic_cases(model.experts, (0, 1))
+            if trace is None
+            else placement.trace_cases(trace, args.history)
+        )
+    except ValueError as error:
+        raise UsageError(f"arguments --trace, --history: {error}") from error
+    possible = advise.possible_slots(model, ep, args.slots)
+    if not possible:
+        most = model.experts - model.experts // ep
+        raise UsageError(f"argument --slots: expected some in [1, {most}] for EP {ep}")
+    gemm, points, device = _gemm(args, model, ep, min(possible))
+    try:
+        advice = advise.advise(
+            model, gemm, cases, ep, args.tokens, possible, training=args.training
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    report = {
+        "command": "advise",
+        "options": {
+            "model": model._asdict(),
+            "sizes_from": source,
+            "loads": loads,
+            "ep": ep,
+            "tokens": args.tokens,
+            "slots": list(args.slots),
+            "training": args.training,
+        },
+        "gemm": dataclasses.asdict(gemm),
+        "points": [p._asdict() for p in points],
+        "environment": machine.environment(device),
+        "seconds": time.perf_counter() - begin,
+        "left_out": sorted(set(args.slots) - set(possible)),
+        **advice,
+    }
+    output.finish(args, out, report, tables.advise_grids(report))
+    return OK
+
+
+def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Sizes:
+    """Put the sizes of the layer together, none of them silently.
+
+    Parameters
+    ----------
+    args
+        With ``model`` and `FIELDS`, None where not given.
+    trace
+        The loads, if they are recorded.
+    name
+        Of the trace.
+
+    Returns
+    -------
+    Sizes
+
+    Raises
+    ------
+    UsageError
+        If sizes contradict each other, or with a trace some are unknown.
+    """
+    model = args.model or (DEFAULT_MODEL if trace is None else None)
+    known: dict[str, int] = {}
+    source: dict[str, str] = {}
+    if model is not None:
+        known.update(advise.MODELS[model]._asdict())
+        source.update(dict.fromkeys(FIELDS, model))
+    options_given = {k: getattr(args, k) for k in FIELDS if getattr(args, k) is not None}
+    for field, value in ({} if trace is None else _recorded(trace)).items():
+        label = field.replace("_", "-")
+        if options_given.get(field, value) != value:
+            raise UsageError(f"argument --{label}: the trace {name} has {field} {value}")
+        if field not in options_given and known.get(field, value) != value:
+            raise UsageError(
+                f"argument --model: {model} has {field} {known[field]}, the trace {name} {value}; "
+                f"give --{label} {value} to take the rest of the model's sizes all the same"
+            )
+        known[field], source[field] = value, name
+    for field, value in options_given.items():
+        known[field], source[field] = value, "--" + field.replace("_", "-")
+    missing = [field for field in FIELDS if field not in known]
+    if missing:
+        wanted = ", ".join("--" + field.replace("_", "-") for field in missing)
+        raise UsageError(
+            f"argument --trace: {name} doesn't say all sizes of its layers; give {wanted}, or "
+            "--model"
+        )
+    found = advise.Model(**known)
+    if found.top_k > found.experts:
+        raise UsageError(
+            f"argument --top-k: a token can't have {found.top_k} of {found.experts} experts"
+        )
+    return Sizes(found, {field: source[field] for field in FIELDS})
+
+
+def _recorded(trace: traces.Trace) -> dict[str, int]:
+    """Sizes that a trace tells itself."""
+    found = {"experts": trace.experts}
+    top_k = trace.meta.get("top_k")
+    if isinstance(top_k, int) and not isinstance(top_k, bool) and top_k > 0:
+        found["top_k"] = top_k
+    return found
+
+
+def _gemm(
+    args: argparse.Namespace, model: advise.Model, ep: int, slots: int
+) -> tuple[advise.GemmModel, list[advise.Point], str]:
+    """Model of a rank's time, what it was fitted to, and where."""
+    gpu = torch.cuda.is_available() if args.gemm is None else args.gemm == "gpu"
+    if not gpu:
+        return advise.packaged(model.hidden, model.inner), [], "cpu"
+    device, timer = timed.start(args)
+    weights = draw_experts(model.hidden, model.inner, model.experts // ep + slots, device)
+    name = torch.cuda.get_device_name()
+    gemm, points = advise.measure(model, weights, timer, device, name, machine.pairs())
+    return gemm, points, "cuda"
+
+
+def _check(args: argparse.Namespace, out: Output) -> int:
+    """Hold predictions against measured times."""
+    device, timer = timed.start(args)
+    name = torch.cuda.get_device_name()
+    ep = args.ep or CHECK_EP
+    for model in advise.MODELS.values():
+        options.check_divides((ep,), model.experts)
+    begin = time.perf_counter()
+    rows, fits = [], {}
+    names = [(key, len(CHECK_TOKENS)) for key in advise.MODELS]
+    with progress(names, args.progress) as advance:
+        for key, model in advise.MODELS.items():
+            (case,) = placement.synthetic_cases(model.experts, (0,))
+            widest = model.experts // ep + 1
+            weights = draw_experts(model.hidden, model.inner, widest, device)
+            gemm, points = advise.measure(model, weights, timer, device, name, machine.pairs())
+            fits[key] = {"gemm": dataclasses.asdict(gemm), "points": [p._asdict() for p in points]}
+            for tokens in CHECK_TOKENS:
+                rows.append(
+                    advise.check_row(key, model, gemm, case, ep, tokens, weights, timer, device)
+                )
+                advance()
+    report = {
+        "command": "advise",
+        "check": True,
+        "environment": machine.environment("cuda"),
+        "seconds": time.perf_counter() - begin,
+        "fits": fits,
+        "rows": rows,
+    }
+    output.finish(args, out, report, tables.advice_check_grids(report))
+    far = [row for row in rows for k in ("even", "lp") if abs(row[k]["error"]) > CHECK_ERROR]
+    if far:
+        say(f"{len(far)} of {2 * len(rows)} predictions are more than {CHECK_ERROR:.0%} off")
+    return FAILED if far else OK

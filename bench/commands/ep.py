@@ -1,0 +1,138 @@
+"""``lplb-bench ep``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from typing import Any
+
+import torch
+
+from lplb_triton.bench import options, output, run_ep, tables
+from lplb_triton.bench.commands.timed import check_gpu
+from lplb_triton.bench.machine import communication, environment
+from lplb_triton.bench.options import UsageError
+from lplb_triton.bench.output import FAILED, OK, Output, say
+
+__all__ = ["add", "run"]
+
+# Processes on a CPU, which test the sections: more of them than cores only wait for each other.
+MOST_ON_CPU = 16
+# Sections that an option says something about.
+_USED_BY = {
+    "epochs": ("verify", "pipeline"),
+    "tokens": ("pipeline",),
+    "replays": ("time", "pipeline"),
+    "kinds": ("verify", "time", "pipeline", "kill"),
+}
+
+
+def add(commands: Any) -> None:
+    """Add the parser."""
+    sub = options.add_command(
+        commands,
+        "ep",
+        run,
+        parents=(options.output_files(),),
+        help="load sync, whole runs and training on the GPUs of this host",
+        description=(
+            "Verify and time load sync against NCCL, whole runs with sync, a killed rank, and\n"
+            "training with and without balancing, one process per GPU. Each section has processes\n"
+            "of its own and a bound; one that fails doesn't keep the others from running. Nothing\n"
+            "is timed before its answers have been held against the LP."
+        ),
+        examples=(
+            "  lplb-bench ep --json ep.json --markdown ep.md\n"
+            "  lplb-bench ep --sections verify,time --kinds symmetric\n"
+            "  lplb-bench ep --device cpu"
+        ),
+    )
+    sub.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda",
+        help="cpu: gloo and small sizes, which tests the sections, not the speed (default cuda)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--ranks", type=options.count, metavar="N", help="GPUs to use (default: all; 2 on a cpu)"
+    )
+    sub.add_argument(
+        "--sections", type=options.names(run_ep.SECTIONS), default=tuple(run_ep.SECTIONS),
+        metavar="NAME[,NAME...]", help=f"default {','.join(run_ep.SECTIONS)}",
+    )  # fmt: skip
+    sub.add_argument(
+        "--kinds", type=options.names(run_ep.KINDS), metavar="NAME[,NAME...]",
+        help=f"back ends (default {','.join(run_ep.KINDS)}; distributed on a cpu)",
+    )  # fmt: skip
+    for name, text in (
+        ("epochs", "sums to verify, eagerly and again under graph replay"),
+        ("tokens", "tokens of a whole run on each rank"),
+        ("replays", "timed replays of each graph"),
+    ):
+        standard = ", ".join(f"{getattr(s, name)} on {on}" for on, s in run_ep.SIZES.items())
+        sub.add_argument(
+            f"--{name}", type=options.count, metavar="N", help=f"{text} (default {standard})"
+        )
+    sub.add_argument(
+        "--seconds", type=options.seconds, default=570.0, metavar="S",
+        help="bound on the whole run (default %(default)g)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Run the sections, and keep the figures of those that are over."""
+    tables.require("rich")
+    for name, users in _USED_BY.items():
+        if not set(users) & set(args.sections):
+            options.refuse(args, (name,), f"only for the sections {', '.join(users)}")
+    output.check_files([("--json", args.json), ("--markdown", args.markdown)])
+    on_gpu = args.device == "cuda"
+    if on_gpu:
+        check_gpu()
+    ranks = _ranks(args.ranks, on_gpu)
+    changed = {n: getattr(args, n) for n in ("epochs", "tokens", "replays") if getattr(args, n)}
+    sizes = dataclasses.replace(run_ep.SIZES[args.device], **changed)
+    kinds = args.kinds or (run_ep.KINDS if on_gpu else ("distributed",))
+    begin = time.perf_counter()
+    report: dict[str, Any] = {
+        "command": "ep",
+        "options": {
+            "ranks": ranks,
+            "device": args.device,
+            "kinds": list(kinds),
+            **{name: getattr(sizes, name) for name in ("epochs", "tokens", "replays")},
+        },
+        "environment": {**environment(args.device), **communication(args.device)},
+        "seconds": 0.0,
+        "sections": {},
+    }
+    sections: dict[str, Any] = report["sections"]
+
+    def after(name: str, figures: dict[str, Any]) -> None:
+        say(f"{name}: {run_ep.outcome(figures)}")
+        sections[name] = figures
+        report["seconds"] = time.perf_counter() - begin
+        # A run that is cut short keeps the figures of the sections before.
+        if args.json not in (None, "-"):
+            output.Files().add("figures", args.json, output.json_text(report))
+
+    run_ep.run(
+        ranks, args.device, sizes, sections=args.sections, kinds=kinds, seconds=args.seconds,
+        after=after,
+    )  # fmt: skip
+    output.finish(args, out, report, tables.ep_grids(report))
+    return FAILED if any("failed" in row for row in sections.values()) else OK
+
+
+def _ranks(asked: int | None, on_gpu: bool) -> int:
+    """Return the number of processes, or raise a message that says what is possible."""
+    found = torch.cuda.device_count() if on_gpu else MOST_ON_CPU
+    ranks = asked or (found if on_gpu else 2)
+    if ranks < 2 or run_ep.N_COUNTS % ranks:
+        raise UsageError(
+            f"argument --ranks: expected at least 2, and a divisor of the {run_ep.N_COUNTS} "
+            f"experts, got {ranks}"
+        )
+    if ranks > found:
+        what = f"torch finds {found} GPUs" if on_gpu else f"on a cpu at most {found}"
+        raise UsageError(f"argument --ranks: {what}, got {ranks}")
+    return ranks

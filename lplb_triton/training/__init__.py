@@ -1,0 +1,1 @@
+"""What `lplb_triton.Replicas` is built from; import that one."""

@@ -1,0 +1,145 @@
+"""Where originals lie, and which rows travel between which ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lplb_triton.placement import Placement
+from lplb_triton.training.rows import Index
+
+__all__ = ["Ints", "Routes", "Traffic", "assign_seats", "plan_routes", "plan_traffic"]
+
+Ints = NDArray[np.int64]
+
+
+class Routes(NamedTuple):
+    """Rows that one rank copies, sends and receives; messages are grouped by peer."""
+
+    local_from: Index
+    local_to: Index
+    out: Index
+    out_counts: list[int]
+    into: Index
+    in_counts: list[int]
+    remote: bool
+    """Whether any rank sends anything: if not, no rank communicates."""
+
+    def reverse(self) -> Routes:
+        """Return the way back."""
+        return self._replace(
+            local_from=self.local_to, local_to=self.local_from,
+            out=self.into, out_counts=self.in_counts, into=self.out, in_counts=self.out_counts,
+        )  # fmt: skip
+
+
+class Traffic(NamedTuple):
+    """How weights come from originals to slots, and gradients back."""
+
+    there: Routes
+    back: Routes
+    local_rounds: list[tuple[Index, Index]]
+    """Rows of this rank's slots to add to its originals, by rounds without a target twice."""
+    arriving_rounds: list[tuple[Index, Index]]
+    """The same for the rows that other ranks send."""
+
+
+def _make_index(rows: list[int], device: torch.device) -> Index:
+    """Hold row numbers on the host and on ``device``."""
+    return Index(rows, torch.tensor(rows, dtype=torch.int64, device=device))
+
+
+def plan_routes(
+    source: Ints, per_source: int, target: Ints, per_target: int, ranks: int, rank: int,
+    device: torch.device,
+) -> Routes:  # fmt: skip
+    """Plan what ``rank`` does to bring items from global rows ``source`` to rows ``target``.
+
+    ``per_source`` and ``per_target`` are the numbers of rows per rank on either side.
+    """
+    src, dst = source // per_source, target // per_target
+    local = np.flatnonzero((src == rank) & (dst == rank))
+    out = np.flatnonzero((src == rank) & (dst != rank))
+    into = np.flatnonzero((src != rank) & (dst == rank))
+    # Both ends list the items of a pair of ranks in the same order.
+    out = out[np.argsort(dst[out], kind="stable")]
+    into = into[np.argsort(src[into], kind="stable")]
+
+    def rows(values: Ints, per_rank: int) -> Index:
+        return _make_index((values % per_rank).tolist(), device)
+
+    return Routes(
+        rows(source[local], per_source),
+        rows(target[local], per_target),
+        rows(source[out], per_source),
+        np.bincount(dst[out], minlength=ranks).tolist(),
+        rows(target[into], per_target),
+        np.bincount(src[into], minlength=ranks).tolist(),
+        bool((src != dst).any()),
+    )
+
+
+def _make_rounds(source: Sequence[int], target: Index, n_own: int) -> list[tuple[Index, Index]]:
+    """Split additions of rows to rows so that no round has a target twice: a fixed order of sums.
+
+    ``source`` and ``target`` are the rows to add and those added to, as many; targets are below
+    ``n_own``.
+    """
+    seen = [0] * n_own
+    rounds: list[tuple[list[int], list[int]]] = []
+    for origin, row in zip(source, target.host, strict=True):
+        if seen[row] == len(rounds):
+            rounds.append(([], []))
+        rounds[seen[row]][0].append(origin)
+        rounds[seen[row]][1].append(row)
+        seen[row] += 1
+    device = target.device.device
+    return [(_make_index(a, device), _make_index(b, device)) for a, b in rounds]
+
+
+def plan_traffic(
+    placement: Placement, seats: Ints, n_own: int, rank: int, device: torch.device
+) -> Traffic:
+    """Plan what ``rank`` sends between originals at ``seats`` and the slots of ``placement``."""
+    seat = seats[placement.phy2log.numpy()]
+    slots = np.arange(placement.n_physical)
+    there = plan_routes(
+        seat, n_own, slots, placement.slots_per_rank, placement.ep_size, rank, device
+    )
+    back = there.reverse()
+    arrived = range(len(back.into.host))
+    return Traffic(
+        there,
+        back,
+        _make_rounds(back.local_from.host, back.local_to, n_own),
+        _make_rounds(arrived, back.into, n_own),
+    )
+
+
+def assign_seats(placement: Placement, current: Ints) -> Ints:
+    """Seat of each expert's original: rank * n_own + row, every seat taken once.
+
+    A rank that holds a copy, if that is possible for all; among those the seat it has, then its
+    rank, then the rank of the earliest copy by `Placement.log2phy`.
+    """
+    from scipy.optimize import linear_sum_assignment  # slow to import, needed here only
+
+    n, ep_size = placement.n_logical, placement.ep_size
+    n_own = n // ep_size
+    slots = placement.log2phy.numpy()
+    # The worst case of everything else adds up to less than one original without a copy.
+    absent = 4.0 * n
+    by_rank = np.full((n, ep_size), absent)
+    for j in reversed(range(slots.shape[1])):
+        have = np.flatnonzero(slots[:, j] >= 0)
+        by_rank[have, slots[have, j] // placement.slots_per_rank] = 1 + j / slots.shape[1]
+    experts = np.arange(n)
+    by_rank[experts, current // n_own] -= 0.75
+    cost = np.repeat(by_rank, n_own, axis=1)
+    cost[experts, current] -= 0.25
+    _, seats = linear_sum_assignment(cost)
+    return np.asarray(seats, dtype=np.int64)

@@ -1,0 +1,120 @@
+"""Weights on their way to slots, gradients on their way back, experts on their way to new ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+
+from lplb_triton.training.checks import is_trained
+from lplb_triton.training.routes import Routes, Traffic
+from lplb_triton.training.rows import Index, Rows, parts_of, put_rows, take_rows
+from lplb_triton.training.slots import Slots
+
+__all__ = ["move_rows", "start_gradients", "start_weights"]
+
+
+def move_rows(
+    movable: Iterable[Rows], routes: Routes, group: dist.ProcessGroup | None, device: torch.device
+) -> None:
+    """Move rows to the places of other rows; messages are sent from ``device``."""
+    for rows in movable:
+        # All rows are read before the first is written: they may trade places.
+        local = take_rows(rows, routes.local_from)
+        message = None
+        if routes.remote:
+            out = take_rows(rows, routes.out).to(device)
+            message, work = _exchange_rows(out, routes, group)
+            work.wait()
+        put_rows(rows, routes.local_to, local)
+        if message is not None:
+            put_rows(rows, routes.into, message)
+
+
+def start_weights(
+    params: Mapping[str, Rows], slots: Slots, routes: Routes, group: dist.ProcessGroup | None
+) -> Callable[[], None]:
+    """Start copying originals to all slots; returns what finishes it."""
+    arriving: list[tuple[torch.Tensor, torch.Tensor, dist.Work]] = []
+    for name, rows in params.items():
+        weight = slots.weights[name]
+        put_rows(weight, routes.local_to, take_rows(rows, routes.local_from).to(weight.dtype))
+        if routes.remote:
+            message = take_rows(rows, routes.out).to(weight.dtype)
+            arriving.append((weight, *_exchange_rows(message, routes, group)))
+
+    def finish() -> None:
+        for weight, message, work in arriving:
+            work.wait()
+            put_rows(weight, routes.into, message)
+
+    return finish
+
+
+def start_gradients(
+    params: Mapping[str, Rows], slots: Slots, traffic: Traffic, group: dist.ProcessGroup | None
+) -> Callable[[], None]:
+    """Start adding up the slots' gradients on the originals; returns what finishes it."""
+    back = traffic.back
+    arriving: list[tuple[Rows, torch.Tensor, tuple[torch.Tensor, dist.Work] | None]] = []
+    for name, rows in params.items():
+        if not is_trained(rows):
+            continue
+        part = parts_of(rows)[0]
+        grad = slots.take_gradient(name, part.dtype)
+        message = _exchange_rows(take_rows(grad, back.out), back, group) if back.remote else None
+        n_own = len(rows)
+        total = torch.zeros(
+            (n_own, *grad.shape[1:]),
+            dtype=torch.promote_types(part.dtype, torch.float32),
+            device=part.device,
+        )
+        _add_rows(total, grad, traffic.local_rounds)
+        arriving.append((rows, total, message))
+
+    def finish() -> None:
+        for rows, total, message in arriving:
+            if message is not None:
+                received, work = message
+                work.wait()
+                _add_rows(total, received, traffic.arriving_rounds)
+            _add_gradient(rows, total)
+
+    return finish
+
+
+def _add_rows(
+    total: torch.Tensor, rows: torch.Tensor, rounds: Iterable[tuple[Index, Index]]
+) -> None:
+    for source, target in rounds:
+        total.index_add_(0, target.device, take_rows(rows, source).to(total.dtype))
+
+
+def _add_gradient(rows: Rows, total: torch.Tensor) -> None:
+    """Add ``total`` ``[n_own, ...]`` to the originals' gradients."""
+    values = [total] if isinstance(rows, torch.Tensor) else total.unbind()
+    for param, value in zip(parts_of(rows), values, strict=True):
+        if param.grad is None:
+            param.grad = value.to(param.dtype)
+        else:
+            param.grad += value.to(param.grad.dtype)
+
+
+def _exchange_rows(
+    rows: torch.Tensor, routes: Routes, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, dist.Work]:
+    """Start sending rows to their ranks; returns the rows that will have come, and the work."""
+    rows = rows.contiguous()
+    received = rows.new_empty((sum(routes.in_counts), *rows.shape[1:]))
+    size = rows.shape[1:].numel() * rows.element_size()
+    # As bytes, so that every dtype can be sent by every back end.
+    work = dist.all_to_all_single(
+        received.view(-1).view(torch.uint8),
+        rows.view(-1).view(torch.uint8),
+        [count * size for count in routes.in_counts],
+        [count * size for count in routes.out_counts],
+        group=group,
+        async_op=True,
+    )
+    return received, work
