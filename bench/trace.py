@@ -54,7 +54,7 @@ _AXES = "[batches, layers, sources, experts]"
 MOST_TOKENS = 2**31 - 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Trace:
     """Routed token counts of a sequence of batches.
 
@@ -91,6 +91,13 @@ class Trace:
         _check_totals(self.counts, "counts")
         _check_steps(self.steps, self.counts.shape[0], "steps")
         _check_meta(self.meta, "meta")
+
+    def __repr__(self) -> str:
+        """Sizes in one line."""
+        return (
+            f"Trace({self.batches} batches, {self.layers} layers, {self.sources} sources, "
+            f"{self.experts} experts)"
+        )
 
     @property
     def batches(self) -> int:

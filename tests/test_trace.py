@@ -344,6 +344,7 @@ def test_packaged_trace_keeps_its_promises():
     assert trace.layers >= 4
     assert trace.batches >= 200
     assert trace.sources == 32
+    assert repr(trace).startswith("Trace(") and len(repr(trace)) < 80 and "[" not in repr(trace)
     assert (np.diff(trace.steps) > 0).all()
 
     # Every source rank sends each of its tokens to eight different experts, in every layer.

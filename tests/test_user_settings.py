@@ -241,8 +241,6 @@ def test_every_tensor_names_its_device():
     files = [f for f in PACKAGE.rglob("*.py") if "bench" not in f.relative_to(PACKAGE).parts]
     files += [f for part in ("kernels", "topologies") for f in (PACKAGE / part).glob("*.py")]
     files += [PACKAGE / "bench" / "record.py"]
-    # Communicators are made with a group, which these tests don't have.
-    files = [f for f in files if "sync" not in f.relative_to(PACKAGE).parts]
     assert len(files) > 50
     found = {str(f.relative_to(PACKAGE)): list(unnamed(f)) for f in files}
     assert {name: lines for name, lines in found.items() if lines} == {}

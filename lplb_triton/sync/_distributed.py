@@ -43,12 +43,12 @@ class DistributedCommunicator(Communicator):
         self._calls = 0
         self._headers: dict[int, torch.Tensor] = {}
         self._error: SyncError | None = None
-        self._status = torch.zeros(1, dtype=torch.int64)
+        self._status = torch.zeros(1, dtype=torch.int64, device="cpu")
         if device.type == "cuda":
             from lplb_triton import kernels
 
             words = kernels.status_words(self.n_ranks)
-            self._status = torch.zeros(words, dtype=torch.int64, pin_memory=True)
+            self._status = torch.zeros(words, dtype=torch.int64, device="cpu", pin_memory=True)
         self._status_view = self._status.numpy()
 
     def exchange(
@@ -65,7 +65,7 @@ class DistributedCommunicator(Communicator):
         n = counts.numel()
         header = self._headers.get(n)
         if header is None:
-            words = torch.tensor([0, 0, n, 0], dtype=torch.int32)
+            words = torch.tensor([0, 0, n, 0], dtype=torch.int32, device="cpu")
             header = self._headers[n] = words.to(self.device)
         message = torch.cat((header[:1], version, header[2:], counts))
         rows = torch.empty(self.n_ranks, HEADER + n, dtype=torch.int32, device=self.device)
@@ -152,7 +152,7 @@ class DistributedCommunicator(Communicator):
             from lplb_triton import kernels
 
             # A header that is made here needs no copy from the host during capture.
-            words = torch.tensor([0, 0, n, 0], dtype=torch.int32)
+            words = torch.tensor([0, 0, n, 0], dtype=torch.int32, device="cpu")
             self._headers[n] = words.to(self.device)
             counts = torch.zeros(n, dtype=torch.int32, device=self.device)
             rows = torch.zeros(1, HEADER + n, dtype=torch.int32, device=self.device)

@@ -145,6 +145,7 @@ class Endpoint:
         self._status = torch.zeros(
             kernels.status_words(len(addresses)),
             dtype=torch.int64,
+            device="cpu",
             pin_memory=device.type == "cuda",
         )
         # Kernels write here, so the host can look without waiting for the device.
