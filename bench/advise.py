@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
 from lplb_triton.bench.placement import Case
 from lplb_triton.bench.placement import make as make_placement
@@ -204,6 +203,8 @@ def fit(points: Sequence[Point], source: str, pairs: int = PAIRS) -> GemmModel:
     -------
     GemmModel
     """
+    from scipy.optimize import minimize  # slow to import, needed here only
+
     each = [_work(p.hidden, p.inner, np.array(p.rows, dtype=np.float64), pairs) for p in points]
     work = _Work(*(np.stack(part) for part in zip(*each, strict=True)))
     measured = np.array([p.us for p in points])

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linprog
-from scipy.sparse import coo_matrix
 
 from lplb_triton.balancer import Balancer
 from lplb_triton.bench.instances import corpus
@@ -74,6 +72,10 @@ def highs_optimum(weights: Floats, fixed: Floats, mask: NDArray[np.bool_]) -> fl
     NoOptimumError
         If HiGHS reports anything but an optimum.
     """
+    # Slow to import, and not needed by every process that imports this.
+    from scipy.optimize import linprog
+    from scipy.sparse import coo_matrix
+
     used = (weights > 0) & mask.any(0)
     weights, mask = weights[used], mask[:, used]
     ranks, columns = mask.shape
