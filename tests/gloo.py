@@ -1,6 +1,7 @@
 """Ranks of a gloo group, each a process of its own."""
 
 import gc
+import os
 import weakref
 
 import torch
@@ -11,12 +12,27 @@ import torch.distributed.nn
 import torch.multiprocessing as mp
 
 
+def context():
+    """How processes of tests start: as copies of one that has imported what takes long to import.
+
+    That one starts no threads, knows no GPU and does nothing else; it ends with the tests.
+    """
+    made = mp.get_context("forkserver")
+    made.set_forkserver_preload(["torch.distributed.nn", "lplb_triton"])
+    return made
+
+
 def run_ranks(check, ranks, folder, *args):
     """Call ``check(rank, group, *args)`` in a process for each rank; raise if one of them fails."""
-    mp.spawn(_be_a_rank, args=(check, ranks, folder / f"store{ranks}", args), nprocs=ranks)
+    context()
+    given = dict(os.environ), check, ranks, folder / f"store{ranks}", args
+    mp.start_processes(_be_a_rank, given, nprocs=ranks, start_method="forkserver")
 
 
-def _be_a_rank(rank, check, ranks, store, args):
+def _be_a_rank(rank, environment, check, ranks, store, args):
+    # The process that this is a copy of has that of when it started.
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     check(rank, dist.group.WORLD, *args)

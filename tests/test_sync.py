@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from gloo import run_ranks
+from gloo import context, run_ranks
 
 from lplb_triton import Balancer, Placement, sync
 from lplb_triton.sync import _connect, _meeting
@@ -173,8 +173,7 @@ def work(rank, ranks, path):
 
 def spawn(target, ranks, path):
     """Exit code of every rank."""
-    context = mp.get_context("spawn")
-    workers = [context.Process(target=target, args=(r, ranks, path)) for r in range(ranks)]
+    workers = [context().Process(target=target, args=(r, ranks, path)) for r in range(ranks)]
     for worker in workers:
         worker.start()
     for worker in workers:
