@@ -22,7 +22,7 @@ class Status(enum.IntEnum):
     GAP = 1
     """The plan is feasible and its gap true, but wider than the tolerance."""
     INVALID = 2
-    """The input held a negative or non-finite load, a count out of range, or weight without a copy."""
+    """A load was negative or not finite, a count out of range, or weight had no copy."""
 
 
 class SolveError(RuntimeError):
