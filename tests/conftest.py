@@ -3,6 +3,11 @@
 import os
 import random
 
+# Tensors here are small. Threads that wait for each other take several times as long for them, and
+# far longer when other programs want the cores. BLAS reads this when it is loaded, so do processes
+# that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import hypothesis
 import numpy as np
 import pytest
@@ -24,10 +29,7 @@ if N_GPUS == 0:
     # Triton yet: torch doesn't, and test modules are collected after this file.
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Tensors here are small. Threads that wait for each other take several times as long for them, and
-# far longer when other programs want the cores. Processes that tests start find the variable.
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 

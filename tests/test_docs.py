@@ -275,7 +275,7 @@ def test_names_and_arguments_in_api_are_right():
         if kind == "heading":
             heading = content
         call = re.fullmatch(r"([\w.]+)(\(.*\))(?: -> \w+)?", content, re.DOTALL)
-        if kind == "code" and call:
+        if kind == "code" and call and not call[1].startswith("torch."):
             shown = arguments("name" + call[2].replace("\n", " "))
             assert shown == parameters(documented(heading, call[1])), content
             checked.add(call[1])
