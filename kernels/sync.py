@@ -38,6 +38,9 @@ NO_COUNT = tl.constexpr(-2)
 # A header's second word: the number of counts, and above it how the channel was opened.
 OPENING_SHIFT = tl.constexpr(16)
 
+# The largest count, and the largest sum of counts.
+MOST_COUNT = tl.constexpr(2**31 - 1)
+
 # int64 words of the status in pinned host memory: fault, epoch and channel, then by rank whether
 # it is to blame, its version and the second word of its header.
 STATUS_RANKS = tl.constexpr(8)
@@ -105,6 +108,18 @@ def _publish(
 
 
 @triton.jit
+def _sum_counts(counts):
+    """Add up rows of counts as int64; a count that is none makes the sum too large for int32."""
+    return tl.sum(tl.where(counts < 0, MOST_COUNT + 1, counts.to(tl.int64)), 0)
+
+
+@triton.jit
+def _total_of(total):
+    """Make int32 of a sum of `_sum_counts`, or what no solver takes for a count."""
+    return tl.where(total > MOST_COUNT, NO_COUNT, total).to(tl.int32)
+
+
+@triton.jit
 def _tile(rows_ptr, row_words, header, first_row, at, n_ranks, n):
     """Rows from ``first_row`` on, where their counts ``at`` are after a header, and which exist."""
     row = first_row + tl.arange(0, ROWS)
@@ -140,7 +155,7 @@ def _await_rows(
     their_call = tl.zeros((LANES,), dtype=tl.int64)
     for first in range(0, n, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK,), dtype=tl.int32)
+        total = tl.zeros((BLOCK,), dtype=tl.int64)
         for first_row in range(0, n_ranks, ROWS):
             row, cell_ptr, mask = _tile(rows_ptr, row_words, HEADER, first_row, at, n_ranks, n)
             words = tl.zeros((ROWS, BLOCK), dtype=tl.int64)
@@ -166,10 +181,10 @@ def _await_rows(
                     else:
                         waited += 1
             counts = words.to(tl.int32)
-            total += tl.sum(counts, 0)
+            total += _sum_counts(counts)
             if GATHER:
                 tl.store(gathered_ptr + row[:, None] * n + at[None, :], counts, mask=mask)
-        tl.store(total_ptr + at, total, mask=at < n)
+        tl.store(total_ptr + at, _total_of(total), mask=at < n)
     return missing, stranger, their_version.to(tl.int32), their_call.to(tl.int32)
 
 
@@ -328,16 +343,16 @@ def _sum_gathered_rows(
     """Add up all ranks' rows, and copy them if GATHER."""
     for first in range(0, n, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK,), dtype=tl.int32)
+        total = tl.zeros((BLOCK,), dtype=tl.int64)
         for first_row in range(0, n_ranks, ROWS):
             row, cell_ptr, mask = _tile(
                 rows_ptr, row_words, GATHERED_HEADER, first_row, at, n_ranks, n
             )
             values = tl.load(cell_ptr, mask=mask, other=0)
-            total += tl.sum(values, 0)
+            total += _sum_counts(values)
             if GATHER:
                 tl.store(gathered_ptr + row[:, None] * n + at[None, :], values, mask=mask)
-        tl.store(total_ptr + at, total, mask=at < n)
+        tl.store(total_ptr + at, _total_of(total), mask=at < n)
 
 
 @triton.jit(

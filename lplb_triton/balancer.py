@@ -899,6 +899,8 @@ class Balancer:
     def _solve_torch(
         self, counts: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor
     ) -> Solution:
+        if counts.device.type == "cpu" and bool((counts < 0).any()):
+            raise ValueError("counts, summed over the ranks, must be below 2**31")
         solution = reference.solve(
             self._placement.problem(counts), self.tolerance, self.max_iterations, torch.float64
         )

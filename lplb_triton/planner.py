@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lplb_triton import reference, topologies
 from lplb_triton._counts import check_counts, counts_to_int32
 from lplb_triton._membership import warn_if_alone
+from lplb_triton._torch_op import opaque
 from lplb_triton.balancer import Balancer, check_counter
 from lplb_triton.placement import Placement
 from lplb_triton.solution import SHARE_BITS
@@ -79,6 +80,7 @@ class Planner:
         Naming the argument that doesn't fit.
     """
 
+    @opaque
     def __init__(
         self,
         redundant_to_original: torch.Tensor,

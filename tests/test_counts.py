@@ -166,6 +166,22 @@ class TestReports:
             planner.check()
 
 
+def test_sums_over_ranks_that_are_too_large():
+    class TooMany:
+        """Sums as an exchange leaves those that int32 doesn't hold."""
+
+        ranks_per_node = 1
+
+        def exchange(self, counts, version, total, gathered=None):
+            total.fill_(-2)
+
+    balancer = balancer_of("torch")
+    balancer.communicator = TooMany()
+    with pytest.raises(ValueError, match=r"^counts, summed over the ranks, must be below 2\*\*31$"):
+        balancer.run(torch.zeros(3, dtype=torch.int64))
+    assert int(balancer.certified) == int(balancer.solves) == 0
+
+
 @pytest.mark.gpu
 def test_looking_at_counts_waits_for_nothing():
     balancer, planner = balancer_of("triton", "cuda"), planner_of("triton", "cuda")

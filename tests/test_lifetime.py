@@ -226,6 +226,23 @@ def test_made_under_inference_mode_and_used_outside(backend):
 
 
 @backends
+def test_planners_and_counters_of_inference_mode(backend):
+    r2o, workload = topologies.ring(2), torch.arange(32, device=DEVICE)
+    with torch.inference_mode():
+        planner = Planner(r2o, 36, 32, 2, device=DEVICE, backend=backend)
+        counter = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        planner.solve_probs(workload.clone(), counter)
+        planner.balancer.solve(workload.clone().int(), certified=counter)
+        planner.run(ids(), counter)
+        assert int(counter) == 3
+    planner.update_redundancy_mapping(torch.rand(32))
+    outside = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    planner.solve_probs(workload, outside)
+    planner.run(ids(), outside)
+    assert int(outside) == 2
+
+
+@backends
 def test_other_devices_and_dtypes_by_default(backend):
     expected = make(backend=backend).run(ids())
     mine = ids()

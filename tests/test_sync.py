@@ -113,6 +113,17 @@ def check_domains(group, rank, ranks):
         assert repr(tree).startswith("hierarchical(torch.distributed(gloo) x 2")
 
 
+def check_large(group, rank, ranks):
+    """No sum wraps around, and what one rank has no count for has no sum."""
+    most = 2**31 - 1
+    mine = [most, most, -1, 5] if rank == 0 else [0, 1, 100, 6]
+    with sync.connect(group, device="cpu", timeout=60) as communicator:
+        total = torch.empty(4, dtype=torch.int32)
+        version = torch.zeros(1, dtype=torch.int32)
+        communicator.exchange(torch.tensor(mine, dtype=torch.int32), version, total)
+    assert total.tolist() == [most, -2, -2, 5 + 6 * (ranks - 1)]
+
+
 def check_confusion(group, rank, ranks):
     """Two layers in another order on one rank: nobody takes the sum for its own."""
     layers = [Balancer(placement_of(ranks, i), group=group, device="cpu") for i in (0, 1)]
@@ -155,6 +166,7 @@ def work(rank, ranks, path):
     world = dist.group.WORLD
     assert sync.connect(world, device="cpu").timeout == 1800
     check_quotas(world, rank, ranks)
+    check_large(world, rank, ranks)
     # Closed without a fault: the same group serves again.
     assert not _shared
     with Balancer(placement_of(ranks), group=world, device="cpu") as balancer:

@@ -42,7 +42,7 @@ class Ranks:
         """What the kernel of ``rank`` does first, by hand."""
         n = len(counts)
         call = n | opening << kernels.COUNT_BITS
-        numbers = torch.cat([torch.tensor([version, call]), counts.long()])
+        numbers = torch.cat([torch.tensor([version, call]), counts.long() & 0xFFFFFFFF])
         for at in range(self.n_ranks) if to is None else to:
             self.slots(at, channel)[epoch % 2, rank, : 2 + n] = (epoch << 32) + numbers
 
@@ -98,6 +98,25 @@ def test_sums_and_what_is_sent(n_ranks, n):
                     assert torch.equal(gathered.cpu(), counts)
                 assert torch.equal(ranks.memory, image)
     assert not any(endpoint.failed() for endpoint in ranks.endpoints)
+
+
+def test_sums_that_int32_does_not_hold():
+    """No sum wraps around, and what one rank has no count for has no sum."""
+    most = 2**31 - 1
+    counts = torch.tensor([[most, most, -1, -1, 5], [0, 1, 100, -1, 6], [0, most, 7, 1, 7]])
+    ranks = Ranks(3, 8, timeout=0.05)
+    for rank in (1, 2):
+        ranks.publish(rank, counts[rank], 1)
+    total, gathered = ranks.exchange(0, counts[0].int())
+    assert total.tolist() == [most, FAILED, FAILED, FAILED, 18]
+    assert torch.equal(gathered.cpu().long(), counts)
+    rows = torch.cat([torch.tensor([[0, 77, 5, 0]]).expand(3, 4), counts], 1).int().to(DEVICE)
+    status = torch.zeros(kernels.status_words(3), dtype=torch.int64)
+    status = status.pin_memory() if DEVICE.type == "cuda" else status
+    total = torch.empty(5, dtype=torch.int32, device=DEVICE)
+    own = counts[0].int().to(DEVICE)
+    kernels.sum_gathered(own, total, None, rows, ranks.version, status, 0)
+    assert total.tolist() == [most, FAILED, FAILED, FAILED, 18] and not status.any()
 
 
 def test_a_rank_may_be_one_epoch_ahead_but_not_two():

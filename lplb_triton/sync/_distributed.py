@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lplb_triton._counts import MAX_COUNT
 from lplb_triton.sync._base import Communicator, SyncError, group_timeout
 from lplb_triton.sync._channels import disorder
 
@@ -18,6 +19,8 @@ from lplb_triton.sync._channels import disorder
 HEADER = 4
 # After a failure on the host, seconds that ranks wait for one another's reports.
 GRACE = 2.0
+# Sum of counts that int32 doesn't hold, or of which one is none: no solver takes it for tokens.
+NO_COUNT = -2
 
 
 class DistributedCommunicator(Communicator):
@@ -85,7 +88,10 @@ class DistributedCommunicator(Communicator):
             theirs = {r: tuple(rows[r, 1:3].tolist()) for r in blamed}
             self._error = mismatch_error(self, self._calls, theirs, (int(version), n))
             raise self._error
-        torch.sum(rows[:, HEADER:], 0, dtype=torch.int32, out=total)
+        everyone = rows[:, HEADER:].long()
+        sums = everyone.sum(0)
+        none = (everyone < 0).any(0) | (sums > MAX_COUNT)
+        total.copy_(torch.where(none, NO_COUNT, sums))
         if gathered is not None:
             gathered.copy_(rows[:, HEADER:])
 
