@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -612,6 +613,8 @@ def _blocked_interrupts() -> Iterator[None]:
     A process inherits the blocked signals of the thread that starts it. One that comes meanwhile
     is delivered at the end.
     """
+    # It unblocks signals if it has to start a process of its own, which `Process.start` asks for.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

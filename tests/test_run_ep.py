@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import gloo
 import pytest
 import torch
 
@@ -21,8 +22,15 @@ from lplb_triton.bench.timing import WrongAnswerError
 CPU = run_ep.SIZES["cpu"]
 
 
+@pytest.fixture
+def quick_start(monkeypatch):
+    """Start processes in less time than the command does; other tests do as it does."""
+    context = gloo.context()
+    monkeypatch.setattr(run_ep.mp, "get_context", lambda kind: context)
+
+
 @pytest.mark.slow
-def test_every_section_on_a_cpu(tmp_path, capsys):
+def test_every_section_on_a_cpu(quick_start, tmp_path, capsys):
     path, text = tmp_path / "ep.json", tmp_path / "ep.md"
     options = ["--device", "cpu", "--epochs", "200", "--replays", "1"]
     code = run_ep.main([*options, "--json", str(path), "--markdown", str(text)])
@@ -68,7 +76,7 @@ def test_every_section_on_a_cpu(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_torus_of_four_ranks(capsys):
+def test_a_torus_of_four_ranks(quick_start, capsys):
     options = "ep --device cpu --ranks 4 --sections pipeline --tokens 32 --replays 1 --json -"
     assert cli.main(options.split()) == cli.OK
     report = json.loads(capsys.readouterr().out)
