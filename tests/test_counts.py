@@ -95,7 +95,7 @@ class TestReports:
         solution = balancer.solve(full(bad).to(device))
         assert solution.status.tolist() == [Status.INVALID]
         assert float(solution.max_load) == float(solution.gap) == float("inf")
-        held = torch.from_numpy(PLACEMENT.structure.mask).any(1)
+        held = torch.tensor(PLACEMENT.structure.mask).any(1)
         assert (solution.shares.double().sum(1).cpu()[held] == 1).all()
         assert int(balancer.certified) == 0 and int(balancer.solves) == 1
         for call in (lambda: balancer.run(ids), lambda: balancer.solve(full(5).to(device))):
