@@ -26,9 +26,10 @@ from lplb_triton.kernels.levelling import (
 from lplb_triton.kernels.tiles import (
     BOUND_ALLOWANCE,
     SHARE_ONE,
-    _add2,
-    _mean_and_bound,
+    _add3,
+    _max_add_max_max,
     _shares,
+    _valid_start,
 )
 from lplb_triton.kernels.tokens import _counts_of
 
@@ -171,17 +172,21 @@ def _load_copy_parts(copy_parts_ptr, n_ranks, n_slots, G: tl.constexpr, S: tl.co
 
 
 @triton.jit
-def _fold(on_rank, part, complete, n_ranks, G: tl.constexpr, S: tl.constexpr):
-    """Sum counts [G S] over the slots of ranks: fixed loads, and loads of the even split.
+def _fold(on_rank, part, copy_part, complete, n_ranks, G: tl.constexpr, S: tl.constexpr):
+    """Sum counts [G S] over the slots of ranks: fixed loads, and loads of the even splits.
 
-    Also returns the rest of `_mean_and_bound`. Without ``complete`` counts all is infinite.
+    Returns fixed loads and those of the split that is even over ranks, [G], the largest load of the
+    one that is even over copies, and the rest of `_mean_and_bound`. Without ``complete`` counts all
+    is infinite.
     """
     alone = tl.where(part == 1.0, on_rank, 0.0).reshape(G, S)
-    fixed, load = tl.reduce((alone, (on_rank * part).reshape(G, S)), 1, _add2)
+    even = (on_rank * part).reshape(G, S)
+    fixed, load, other = tl.reduce((alone, even, (on_rank * copy_part).reshape(G, S)), 1, _add3)
     fixed = tl.where(complete, fixed, float("inf"))
     load = tl.where(complete, load, float("inf"))
-    peak, total, bound, invalid = _mean_and_bound(load, fixed, n_ranks)
-    return fixed, load, peak, total, bound, invalid
+    peak, total, bound, other_peak = tl.reduce((load, load, fixed, other), 0, _max_add_max_max)
+    peak, total, bound, invalid = _valid_start(peak, total, bound, n_ranks)
+    return fixed, load, other_peak, peak, total, bound, invalid
 
 
 @triton.jit
@@ -205,7 +210,7 @@ def _split_over_copies(
 
 @triton.jit
 def _solve_cells(
-    tables, weights, fixed, load, other_load, in_pairs, peak, total, bound, invalid, tolerance,
+    tables, weights, fixed, load, other_peak, in_pairs, peak, total, bound, invalid, tolerance,
     max_iterations, counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr,
     cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
     copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
@@ -214,9 +219,9 @@ def _solve_cells(
 ):  # fmt: skip
     """Solve a group by cells; returns its largest load, a bound and iterations.
 
-    weights [C]; fixed and load [G], of the split that is even over ranks; ``other_load`` [G], of
-    the one that is even over copies, which takes the plan's place if it is better. With
-    ``in_pairs`` 1 the cumulative shares are those of a level plan.
+    weights [C]; fixed and load [G], of the split that is even over ranks; ``other_peak`` is the
+    largest load of the one that is even over copies, which takes the plan's place if it is better.
+    With ``in_pairs`` 1 the cumulative shares are those of a level plan.
     """
     rank = tl.arange(0, G)
     col = tl.arange(0, C)
@@ -290,7 +295,7 @@ def _solve_cells(
             tl.debug_barrier()
         elif may_split:
             may_split = invalid  # which it is not
-            if tl.max(other_load) < max_load:
+            if other_peak < max_load:
                 going = 1
                 tl.debug_barrier()
                 _split_over_copies(
@@ -352,15 +357,16 @@ def _solve_cells_in_memory(
     expert, part = _load_ranks(rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G, S)
     copy_part = _load_copy_parts(copy_parts_ptr, n_ranks, n_slots, G, S)
     on_rank = _counts_of(counts_ptr, expert)
-    fixed, load, peak, total, bound, invalid = _fold(on_rank, part, complete, n_ranks, G, S)
-    other_load = tl.sum((on_rank * copy_part).reshape(G, S), 1)
+    fixed, load, other_peak, peak, total, bound, invalid = _fold(
+        on_rank, part, copy_part, complete, n_ranks, G, S
+    )
     weights = _column_weights(
         counts_ptr, _counts_of_members(counts_ptr, tables.members, MEMBERS),
         column_start_ptr, column_members_ptr,
         tables.extents.most_members, n_columns, invalid, C, MEMBERS,
     )  # fmt: skip
     max_load, bound, iterations = _solve_cells(
-        tables, weights, fixed, load, other_load, in_pairs, peak, total,
+        tables, weights, fixed, load, other_peak, in_pairs, peak, total,
         tl.maximum(bound, known_bound),
         invalid, tolerance, max_iterations, counts_ptr, rank_experts_ptr, copy_parts_ptr,
         slot_cells_ptr, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,

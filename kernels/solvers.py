@@ -278,14 +278,15 @@ def _solve_counts_kernel(
                 n_ranks * extents.most_cells, cells_ptr, extents.n_cells,
                 scratch_ptr + n_scratch, LANES,
             )  # fmt: skip
-            fixed, load, peak, total, bound, invalid = _fold(on_rank, part, complete, n_ranks, G, S)
+            fixed, load, other_peak, peak, total, bound, invalid = _fold(
+                on_rank, part, copy_part, complete, n_ranks, G, S
+            )  # fmt: skip
             weights = _column_weights(
                 counts_ptr, of_members, column_start_ptr, column_members_ptr,
                 extents.most_members, n_columns, invalid, C, MEMBERS,
             )  # fmt: skip
-            other_load = tl.sum((on_rank * copy_part).reshape(G, S), 1)
             max_load, bound, iterations = _solve_cells(
-                tables, weights, fixed, load, other_load, 0, peak, total, bound, invalid, tolerance,
+                tables, weights, fixed, load, other_peak, 0, peak, total, bound, invalid, tolerance,
                 max_iterations, counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr,
                 cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
                 copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,

@@ -28,6 +28,11 @@ def _add2(a0, a1, b0, b1):
 
 
 @triton.jit
+def _add3(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
 def _max_and_add(a0, a1, b0, b1):
     return tl.maximum(a0, b0), a1 + b1
 
@@ -35,6 +40,11 @@ def _max_and_add(a0, a1, b0, b1):
 @triton.jit
 def _max_add_max(a0, a1, a2, b0, b1, b2):
     return tl.maximum(a0, b0), a1 + b1, tl.maximum(a2, b2)
+
+
+@triton.jit
+def _max_add_max_max(a0, a1, a2, a3, b0, b1, b2, b3):
+    return tl.maximum(a0, b0), a1 + b1, tl.maximum(a2, b2), tl.maximum(a3, b3)
 
 
 @triton.jit
@@ -93,6 +103,12 @@ def _shares(units):
 def _mean_and_bound(load, fixed, n_ranks):
     """Largest of the first plan's loads, their sum, a bound, and whether they are no numbers."""
     max_load, total, bound = tl.reduce((load, load, fixed), 0, _max_add_max)
+    return _valid_start(max_load, total, bound, n_ranks)
+
+
+@triton.jit
+def _valid_start(max_load, total, bound, n_ranks):
+    """Finish `_mean_and_bound`, given the largest load, the sum, and the largest fixed load."""
     invalid = (total < float("inf")) == 0
     bound = tl.maximum(bound, total / n_ranks.to(tl.float32))
     return tl.where(invalid, 0.0, max_load), total, tl.where(invalid, 0.0, bound), invalid

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -289,7 +290,9 @@ def test_two_gpus(dtype, tolerance, tmp_path):
         *f"--replace-every 4 --redundant 2 --router-bias 0.3 --dtype {dtype}".split(),
         *("--transport", "torch", "--text", str(tmp_path), "--out", str(tmp_path / "out")),
     ]
-    subprocess.run(command, check=True, timeout=240)
+    # Where the package isn't installed, only this process knows where it is.
+    where = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, check=True, timeout=240, env=where)
     runs = json.loads((tmp_path / "out" / "train.json").read_text())["runs"]
     assert runs[2]["certified"] == 1.0
     for run in runs[1:]:
