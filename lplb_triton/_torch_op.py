@@ -68,10 +68,7 @@ def outside_modes() -> Iterator[None]:
 
 
 def opaque(method: F) -> F:
-    """Make a method work `outside_modes`, unless it is given tensors that belong inside.
-
-    Those are of another class, or made in inference mode, outside of which nothing may change them.
-    """
+    """Make a method work `outside_modes`, unless it is given tensors of another class."""
 
     @functools.wraps(method)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -84,9 +81,7 @@ def opaque(method: F) -> F:
 
 
 def _is_foreign(value: object) -> bool:
-    if not isinstance(value, torch.Tensor):
-        return False
-    return type(value) is not torch.Tensor or value.is_inference()
+    return isinstance(value, torch.Tensor) and type(value) is not torch.Tensor
 
 
 # The operators take an integer for the balancer, so that torch.compile sees one opaque call. A

@@ -904,7 +904,9 @@ class Balancer:
         solution = reference.solve(
             self._placement.problem(counts), self.tolerance, self.max_iterations, torch.float64
         )
-        certified += (solution.status == 0).sum()
+        # A counter of the caller's may have been made in inference mode, and is changed there only.
+        with torch.inference_mode(certified.is_inference()):
+            certified += (solution.status == 0).sum()
         solves += solution.status.numel()
         return solution
 

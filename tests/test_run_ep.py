@@ -251,6 +251,8 @@ def test_ctrl_c_leaves_one_line_and_no_process(late):
     process = subprocess.Popen(
         [*command, "--sections", "time"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True, cwd=Path(__file__).parents[1],
+        # Started in the background, tests ignore it, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     end = time.monotonic() + 60
@@ -273,10 +275,14 @@ def test_ctrl_c_leaves_one_line_and_no_process(late):
 
 def test_interrupts_are_blocked_only_meanwhile():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    with pytest.raises(KeyboardInterrupt), run_ep._blocked_interrupts():
-        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-        signal.raise_signal(signal.SIGINT)
-        reached = True
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), run_ep._blocked_interrupts():
+            assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            signal.raise_signal(signal.SIGINT)
+            reached = True
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert reached and signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
