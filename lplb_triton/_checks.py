@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-__all__ = ["check_integer", "nearest_divisors", "nearest_multiples", "on_host", "would_do"]
+__all__ = [
+    "check_integer",
+    "nearest_divisors",
+    "nearest_multiples",
+    "on_host",
+    "resolve_device",
+    "would_do",
+]
 
 
 def check_integer(name: str, value: object, minimum: int = 1) -> int:
@@ -15,6 +22,18 @@ def check_integer(name: str, value: object, minimum: int = 1) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return int(value)
+
+
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """Return a GPU with its index, or the CPU; by default the current GPU, if there is one."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"device must be a CUDA/ROCm GPU or the CPU, got {device}")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def on_host(name: str, value: torch.Tensor) -> torch.Tensor:

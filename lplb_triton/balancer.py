@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton import _workspace, reference
+from lplb_triton._checks import resolve_device
 from lplb_triton._counts import check_counts, counts_to_int32
 from lplb_triton._limits import check_placement_size
 from lplb_triton._membership import (
@@ -80,18 +81,6 @@ def check_counter(name: str, counter: torch.Tensor, device: torch.device) -> tor
     if counter.device != device:
         raise ValueError(f"{name} is on {counter.device}, expected {device}")
     return counter
-
-
-def _resolve_device(device: torch.device | str | None) -> torch.device:
-    """Return a GPU with its index, or the CPU; by default the current GPU, if there is one."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"device must be a CUDA/ROCm GPU or the CPU, got {device}")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 class Balancer:
@@ -199,7 +188,7 @@ class Balancer:
         if not isinstance(placement, Placement):
             raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
         check_max_iterations(max_iterations)
-        self.device = _resolve_device(device)
+        self.device = resolve_device(device)
         self._given_backend = backend
         self.backend = resolve_backend(backend, self.device)
         if self.backend == "triton":
@@ -348,7 +337,10 @@ class Balancer:
                 meet(communicator.group, f"{purpose}, kernels loaded", bound)
             except BaseException:
                 self._leave(alone=True)
-                self.communicator = self._peers = None
+                # Without a communicator it would take this rank's counts for everybody's.
+                self._left = tuple(dist.get_process_group_ranks(communicator.group))
+                self._blocked = f"{purpose} failed here: call set_group(group) on every rank"
+                self.group = self.communicator = self._peers = None
                 raise
 
     def _leave(self, alone: bool = False) -> None:
@@ -1012,5 +1004,5 @@ def _load(kind: type[Balancer], state: dict[str, Any]) -> Balancer:
         raise RuntimeError("this Balancer was saved on a GPU, and torch finds none here")
     balancer = kind.__new__(kind)
     with outside_modes():
-        balancer._restore(state, _resolve_device(state["device"]))
+        balancer._restore(state, resolve_device(state["device"]))
     return balancer

@@ -127,6 +127,20 @@ def check_group(rank, group):
     with pytest.raises(RuntimeError, match="is closed"):
         copy.copy(loaded).run(ids_of(rank, 1))
 
+    # A group that could not be taken to the end leaves a balancer that says so.
+    torn = Balancer(placement, device="cpu", rank=rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lplb_triton.sync._distributed.DistributedCommunicator.waits_on_device", True)
+        patch.setattr(torn, "warmup", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            torn.set_group(group)
+    with pytest.raises(RuntimeError, match=r"^Balancer.set_group failed here: call set_group"):
+        torn.run(ids_of(rank, 1))
+    assert not _shared and torn.group is None
+    torn.set_group(group)
+    torn.run(ids_of(rank, 1))
+    torn.close()
+
     # Every rank holds all tokens: counts aren't summed, and all pick the same copies.
     same = Balancer(placement_of(2, rank), group=group, device="cpu", quotas="replicated")
     assert same.communicator is None and same.rank == 0

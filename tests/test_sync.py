@@ -310,6 +310,7 @@ def test_bounds_come_from_the_group(group_of_one):
         (lambda g: sync.connect(g, "nccl", device="cpu"), ValueError, "sync must be one of"),
         (lambda g: sync.connect(g, "symmetric", device="cpu"), ValueError, "sync='symmetric'"),
         (lambda g: sync.connect(None, device="cpu"), TypeError, "group"),
+        (lambda g: sync.connect(g, device="meta"), ValueError, "device"),
         (lambda g: sync.connect(g, device="cpu", timeout=0), ValueError, "timeout"),
         (lambda g: sync.connect(g, device="cpu", timeout="1"), TypeError, "timeout"),
         (lambda g: sync.connect(g, device="cpu", capacity=0), ValueError, "capacity"),

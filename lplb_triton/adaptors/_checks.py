@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lplb_triton.placement import check_integer
+from lplb_triton._checks import check_integer
 
 __all__ = ["EplbSizeError", "check_int_map", "check_load", "check_sizes", "load_fault", "usable"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lplb_triton.placement import check_integer
+from lplb_triton._checks import check_integer, resolve_device
 from lplb_triton.sync._base import (
     Communicator,
     check_timeout,
@@ -88,7 +88,7 @@ def connect(
         raise ValueError(f"sync must be one of {', '.join(KINDS)}, got {sync!r}")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a process group, got {type(group).__name__}")
-    on = _device(device)
+    on = resolve_device(device)
     timeout = None if timeout is None else check_timeout(timeout)
     capacity = check_integer("capacity", capacity)
     if capacity > MAX_CAPACITY:
@@ -116,13 +116,6 @@ def connect(
         if chosen == "hierarchical":
             return _hierarchical(group, on, bound, capacity, domain)
         return _peer(chosen, group, on, bound, capacity, domain)
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if on.type == "cuda" and on.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return on
 
 
 def _peer(
