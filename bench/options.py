@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -26,6 +26,7 @@ __all__ = [
     "add_balance",
     "add_command",
     "add_ep",
+    "add_placement",
     "add_slots",
     "check_divides",
     "count",
@@ -62,6 +63,10 @@ BALANCE_DEFAULTS: Mapping[str, Any] = {
 MOST = 2**31 - 1
 # Numbers of layers and of seeds that a range may have.
 MOST_LAYERS = 10**6
+
+
+# A parser, or a group of its options.
+Arguments: TypeAlias = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
 class UsageError(Exception):
@@ -155,7 +160,7 @@ def solver_options() -> argparse.ArgumentParser:
     return parent
 
 
-def add_ep(sub: argparse.ArgumentParser, default: tuple[int, ...] | None = EP) -> None:
+def add_ep(sub: Arguments, default: tuple[int, ...] | None = EP) -> None:
     """Add ``--ep``, the same for every command that takes several sizes."""
     sub.add_argument(
         "--ep", type=integers(1), default=default, metavar="N[,N...]",
@@ -163,13 +168,19 @@ def add_ep(sub: argparse.ArgumentParser, default: tuple[int, ...] | None = EP) -
     )  # fmt: skip
 
 
-def add_slots(
-    sub: argparse.ArgumentParser, least: int = 1, default: tuple[int, ...] | None = SLOTS
-) -> None:
+def add_slots(sub: Arguments, least: int = 1, default: tuple[int, ...] | None = SLOTS) -> None:
     """Add ``--slots``, the same for every command."""
     sub.add_argument(
         "--slots", type=integers(least), default=default, metavar="N[,N...]",
         help=f"redundant slots per rank (default {_listed(SLOTS)})",
+    )  # fmt: skip
+
+
+def add_placement(sub: Arguments) -> None:
+    """Add ``--placement``, None where it isn't given."""
+    sub.add_argument(
+        "--placement", "--placements", type=placements, metavar="NAME[,NAME...]",
+        help=f"none, {', '.join((*BY_HISTORY, *topologies.available()))} (default eplb)",
     )  # fmt: skip
 
 
@@ -185,10 +196,7 @@ def trace_options(sub: argparse.ArgumentParser) -> None:
 def add_balance(sub: argparse.ArgumentParser) -> None:
     """Add what ``balance`` and ``report`` have in common; None means `BALANCE_DEFAULTS`."""
     add_ep(sub, None)
-    sub.add_argument(
-        "--placement", "--placements", type=placements, metavar="NAME[,NAME...]",
-        help=f"none, {', '.join((*BY_HISTORY, *topologies.available()))} (default eplb)",
-    )  # fmt: skip
+    add_placement(sub)
     add_slots(sub, 0, None)
     trace_options(sub)
 

@@ -282,8 +282,91 @@ def solve_grids(report: dict[str, Any]) -> list[Grid]:
     -------
     list of Grid
     """
-    rows = report["rows"]
+    grids = [] if report["traffic"] is None else _traffic_grids(report["traffic"])
+    if report["rows"]:
+        grids += _family_grids(report)
+    groups = report["groups"]
+    if groups is not None:
+        lines = {
+            f"{groups['groups']} groups in one launch": "together_us",
+            "the slowest of them alone": "slowest_alone_us",
+        }
+        ratio = groups["ratio"]
+        grids.append(
+            Grid(
+                "Groups of cube, microseconds",
+                ("", "median", "p99", "max"),
+                [(label, *_times(groups[key])) for label, key in lines.items()]
+                + [("quotient", *(f"{ratio[name]:.2f}" for name in ("median", "p99", "max")))],
+                (f"{groups['batches']} batches.",),
+            )
+        )
+    if report["peers"] is not None:
+        grids.append(_peers_grid(report))
+    return grids
+
+
+def _traffic_grids(traffic: dict[str, Any]) -> list[Grid]:
+    """Lay out recorded traces first, then what was drawn; load sets of a kind together."""
+    from lplb_triton.bench.traffic import DRAWN, STEPS
+
+    times: dict[bool, list[tuple[str, ...]]] = {False: [], True: []}
+    lines = []
+    for row in traffic["pooled"]:
+        sizes = f"{row['experts']}/{row['ep']} {row['placement']}+{row['slots']}"
+        head = (sizes, row["kind"])
+        spread = (_us(row["us"][name]) for name in ("median", "p95", "p99", "max"))
+        times[row["kind"] in DRAWN].append((*head, str(row["batches"]), *spread))
+        steps = (f"{100 * row['steps'][name]:.0f}%" for name in STEPS)
+        lines.append((*head, *steps, f"{row['worst_gap']:.1e}", str(row["uncertified"])))
+    what = (
+        "256/64 chain+1: 256 experts on 64 ranks with 1 redundant slot each, placed by chain. A "
+        "batch's time is the median of at least 20 replays, from counts by expert to a certified "
+        "plan; percentiles run over batches. "
+    )
+    notes = {
+        False: (
+            f"{what}Placed by the first half of a trace, layer by layer; of the second half every "
+            f"batch is timed{_at_most(traffic)}.",
+        ),
+        True: (
+            f"{what}jitter: lognormal popularity (sigma 0.5, 0.8, 1.0), times lognormal jitter in "
+            "every batch (0.2, 0.3, 0.5). rotating: popularity (sigma 1.0) that moves on by three "
+            "experts in every batch. burst: popularity (sigma 0.5), three experts 5 to 30 times "
+            "as popular in every batch. Placed by the popularity; batches are multinomial, 32,768 "
+            "tokens with top-8.",
+        ),
+    }
+    titles = {False: "recorded traces", True: "drawn traffic"}
+    header = ("case", "loads", "batches", "median", "p95", "p99", "max")
     grids = [
+        Grid(f"Solve on {titles[was_drawn]}, microseconds", header, found, notes[was_drawn])
+        for was_drawn, found in times.items()
+        if found
+    ]
+    grids.append(
+        Grid(
+            "Iterations and certificates on real traffic",
+            ("case", "loads", f"{STEPS[0]} iterations", *STEPS[1:], "worst gap", "not certified"),
+            lines,
+            (
+                "The part of the batches that needed so many iterations. Every plan and bound was "
+                "held against HiGHS before it was timed.",
+                *(f"Left out: {row['case']}: {row['reason']}." for row in traffic["left_out"]),
+            ),
+        )
+    )
+    return grids
+
+
+def _at_most(traffic: dict[str, Any]) -> str:
+    most = traffic["most"]
+    return "" if most is None else f", at most {most} of a layer, evenly spread"
+
+
+def _family_grids(report: dict[str, Any]) -> list[Grid]:
+    rows = report["rows"]
+    return [
         Grid(
             "Solve, microseconds",
             ("shape", "ranks", "columns", "median", "p99", "max", "rotated", "as Problem"),
@@ -324,25 +407,6 @@ def solve_grids(report: dict[str, Any]) -> list[Grid]:
             [(row["shape"], *map(_us, row["by_family_us"].values())) for row in rows],
         ),
     ]
-    groups = report["groups"]
-    if groups is not None:
-        lines = {
-            f"{groups['groups']} groups in one launch": "together_us",
-            "the slowest of them alone": "slowest_alone_us",
-        }
-        ratio = groups["ratio"]
-        grids.append(
-            Grid(
-                "Groups of cube, microseconds",
-                ("", "median", "p99", "max"),
-                [(label, *_times(groups[key])) for label, key in lines.items()]
-                + [("quotient", *(f"{ratio[name]:.2f}" for name in ("median", "p99", "max")))],
-                (f"{groups['batches']} batches.",),
-            )
-        )
-    if report["peers"] is not None:
-        grids.append(_peers_grid(report))
-    return grids
 
 
 def _peers_grid(report: dict[str, Any]) -> Grid:

@@ -53,6 +53,7 @@ __all__ = [
     "peer_row",
     "pipeline_row",
     "pipeline_placement",
+    "run_solver",
     "smallest_sweeps",
     "solve_row",
     "statistics",
@@ -102,6 +103,10 @@ class WrongAnswerError(RuntimeError):
 class Timer(Protocol):
     """Measures launches that take microseconds."""
 
+    def by_batch(self, launch: Launch, counts: torch.Tensor, batches: torch.Tensor) -> list[float]:
+        """Median microseconds of a launch for each row, which it finds in ``counts``."""
+        ...
+
     def rotation(self, launches: Sequence[Launch]) -> float:
         """Mean microseconds of one launch, all of them one after the other."""
         ...
@@ -124,6 +129,8 @@ class GraphTimer:
 
     # Launches in a graph that repeats one of them: fewer where one takes long.
     MIN_CALLS, MAX_CALLS, GRAPH_US = 4, 10, 500.0
+    # Timed replays of a graph in each of the rounds through all batches: at least 20 in all.
+    BATCH_REPLAYS = 7
 
     def __init__(self, device: torch.device, replays: int = 6) -> None:
         self._replays = replays
@@ -167,6 +174,60 @@ class GraphTimer:
         calls = min(max(wanted, self.MIN_CALLS), self.MAX_CALLS)
         return self._replay([launch] * calls) / calls
 
+    def by_batch(self, launch: Launch, counts: torch.Tensor, batches: torch.Tensor) -> list[float]:
+        """Microseconds of a launch on each of many batches, without a graph for each.
+
+        A graph reads its counts from where they were at its capture, so each batch is copied there
+        before its replays; the copy and one replay after it are not timed. A launch that is short
+        is repeated within the graph, since a replay of a single one takes some microseconds more.
+
+        Parameters
+        ----------
+        launch : callable
+            Reads ``counts`` and leaves them alone. Has run before.
+        counts : torch.Tensor
+            Overwritten.
+        batches : torch.Tensor
+            ``[B, ...]``, on the device, rows like ``counts``.
+
+        Returns
+        -------
+        list of float
+            Of each batch, the median of 21 replays, seven in each of three rounds through all.
+        """
+        once = self._capture([launch])
+        often = self._capture([launch] * self.MAX_CALLS)
+        about = self._batch_round([once] * len(batches), counts, batches, 1)[:, 0]
+        calls = np.where(about * self.MAX_CALLS > self.GRAPH_US, 1, self.MAX_CALLS)
+        graphs = [once if n == 1 else often for n in calls]
+        rounds = [
+            self._batch_round(graphs, counts, batches, self.BATCH_REPLAYS) for _ in range(ROUNDS)
+        ]
+        times: list[float] = (np.median(np.concatenate(rounds, axis=1), axis=1) / calls).tolist()
+        return times
+
+    def _batch_round(
+        self,
+        graphs: Sequence[torch.cuda.CUDAGraph],
+        counts: torch.Tensor,
+        batches: torch.Tensor,
+        replays: int,
+    ) -> Floats:
+        """Microseconds of each replay ``[B, replays]`` of each batch's graph."""
+        marks = [[_event() for _ in range(replays + 1)] for _ in graphs]
+        with torch.cuda.stream(self._stream):
+            for graph, batch, (first, *others) in zip(graphs, batches, marks, strict=True):
+                counts.copy_(batch)
+                graph.replay()
+                first.record()
+                for mark in others:
+                    graph.replay()
+                    mark.record()
+        torch.cuda.synchronize()
+        return 1e3 * np.array(
+            [[a.elapsed_time(b) for a, b in itertools.pairwise(row)] for row in marks]
+        )
+
     def _replay(self, launches: Sequence[Launch]) -> float:
         graph = self._capture(launches)
         with torch.cuda.stream(self._stream):
@@ -199,7 +260,7 @@ def _event() -> torch.cuda.Event:
 
 
 def statistics(times: Sequence[float]) -> dict[str, float]:
-    """Median, 99th percentile, maximum and mean.
+    """Median, 95th and 99th percentile, maximum and mean.
 
     Parameters
     ----------
@@ -209,11 +270,12 @@ def statistics(times: Sequence[float]) -> dict[str, float]:
     Returns
     -------
     dict
-        ``median``, ``p99``, ``max``, ``mean``.
+        ``median``, ``p95``, ``p99``, ``max``, ``mean``.
     """
     values = np.asarray(times, dtype=np.float64)
     return {
         "median": float(np.median(values)),
+        "p95": float(np.percentile(values, 95)),
         "p99": float(np.percentile(values, 99)),
         "max": float(values.max()),
         "mean": float(values.mean()),
@@ -310,7 +372,9 @@ def draw_workload(shape: str, per_family: int, seed: int = SEED) -> Workload:
     )
 
 
-def check_plan(problem: Problem, solution: Solution, optimum: float, name: str) -> None:
+def check_plan(
+    problem: Problem, solution: Solution, optimum: float, name: str, *, certified: bool = True
+) -> None:
     """Refuse a plan that is infeasible, falsely certified or not certified.
 
     Loads are computed again in float64 from the shares.
@@ -325,6 +389,9 @@ def check_plan(problem: Problem, solution: Solution, optimum: float, name: str) 
         By another solver.
     name : str
         What the message calls the instance.
+    certified : bool
+        Whether a plan is refused too that is feasible, with a true bound, and says that its gap is
+        wider than the tolerance.
 
     Raises
     ------
@@ -336,18 +403,20 @@ def check_plan(problem: Problem, solution: Solution, optimum: float, name: str) 
     load = float((problem.fixed[0] + (shares * problem.weights[0]).sum(1)).max())
     reported, bound = float(solution.max_load[0]), float(solution.lower_bound[0])
     small = SLACK * max(load, 1e-300)
+    status = int(solution.status[0])
+    admitted = not certified and status == Status.GAP
     wrong = None
-    if int(solution.status[0]) != Status.CERTIFIED:
+    if status != Status.CERTIFIED and not admitted:
         wrong = f"not certified, gap {float(solution.gap[0]):.3g}"
     elif not bool(((shares >= 0) & (shares <= 1) & (mask | (shares == 0))).all()):
         wrong = "a share is out of range or where no copy is"
     elif bool(((shares.sum(0) - 1).abs() > SLACK)[mask.any(0)].any()):
         wrong = "shares of a column do not add up to 1"
-    elif abs(reported - load) > small:
+    elif not abs(reported - load) <= small:
         wrong = f"max_load {reported:.8g} is not that of the plan, {load:.8g}"
-    elif bound > optimum + small or optimum > load + small:
+    elif not (bound <= optimum + small and optimum <= load + small):
         wrong = f"optimum {optimum:.8g} is outside [{bound:.8g}, {load:.8g}]"
-    elif load - bound > solution.tolerance * load * (1 + 1e-3):
+    elif not admitted and load - bound > solution.tolerance * load * (1 + 1e-3):
         wrong = f"gap {(load - bound) / load:.3g} is wider than the tolerance"
     if wrong is not None:
         raise WrongAnswerError(f"{name}: {wrong}")
@@ -374,10 +443,20 @@ def _in_rounds(
     return found
 
 
-def _solver(balancer: Balancer) -> Callable[[torch.Tensor], object]:
+def run_solver(balancer: Balancer) -> Callable[[torch.Tensor], object]:
     """Solve as `Balancer.run` does: to shares by copy and a certificate, in one launch.
 
     `Balancer.solve` spreads the shares over ranks and columns in another one.
+
+    Parameters
+    ----------
+    balancer : Balancer
+        Without a group.
+
+    Returns
+    -------
+    callable
+        Takes counts by expert.
     """
     if balancer.backend == "torch":
         return balancer.solve
@@ -440,7 +519,7 @@ def solve_row(
         name = f"{workload.shape}, instance {index} as a Problem"
         check_plan(_instance(workload, index), solve(problem), workload.optima[index], name)
 
-    solver = _solver(balancer)
+    solver = run_solver(balancer)
     launches = [partial(solver, row) for row in counts]
     rotated = timer.rotation(launches)
     times = _in_rounds(timer, launches, rotated, progress)
@@ -507,7 +586,7 @@ def groups_row(
     )
     together = Balancer(many, device=device, tolerance=tolerance)
     alone = Balancer(one, device=device, tolerance=tolerance)
-    solve, solve_alone = _solver(together), _solver(alone)
+    solve, solve_alone = run_solver(together), run_solver(alone)
     both: list[Launch] = []
     singles: list[Launch] = []
     for family in (f for f in PUBLISHED_FAMILIES for _ in range(per_family)):
@@ -911,7 +990,7 @@ def pipeline_row(
     parts: dict[str, list[Launch]] = {
         "run": [partial(balancer.run, idx) for idx in batches],
         "count": [partial(balancer.count, idx) for idx in batches],
-        "solve": [partial(_solver(balancer), counts) for counts, _ in counted],
+        "solve": [partial(run_solver(balancer), counts) for counts, _ in counted],
         "select": [
             partial(balancer.select, idx, shares, running)
             for idx, shares, (_, running) in zip(batches, cumulative, counted, strict=True)

@@ -20,7 +20,8 @@ BASE = {
     "balance": "balance --trace t.npz --device cpu --ep 4 --slots 1 --out o",
     "report": "report t.npz --device cpu --ep 4 --slots 1 --out o",
     "verify": "verify --device cpu --instances 1",
-    "solve": "solve --shapes ring:2 --per-family 1 --no-peers",
+    "solve": "solve --shapes ring:2 --per-family 1 --no-peers --ep 4 --slots 1 --experts 8 "
+    "--batches 1 --processes 1",
     "pipeline": "pipeline --shapes cube --tokens 8 --no-first-call",
     "simulate": "simulate --ep 8 --slots 1 --rows 64 --hidden 8 --inner 8",
     "ep": "ep --device cpu --sections time,pipeline",

@@ -36,6 +36,15 @@ class FakeTimer:
         self.calls += 1
         return float(self.calls)
 
+    def by_batch(self, launch, counts, batches):
+        times = []
+        for batch in batches:
+            counts.copy_(batch)
+            launch()
+            self.calls += 1
+            times.append(float(self.calls))
+        return times
+
 
 @pytest.fixture(scope="module")
 def workload():
@@ -61,6 +70,7 @@ def test_statistics():
     assert found["median"] == 2.5
     assert found["max"] == 100.0
     assert found["mean"] == 26.5
+    assert found["p95"] == pytest.approx(np.percentile([1, 2, 3, 100], 95))
     assert found["p99"] == pytest.approx(np.percentile([1, 2, 3, 100], 99))
 
 
@@ -246,7 +256,7 @@ def test_first_call_in_fresh_processes():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, not interpreted")
 def test_solve_command(fake_gpu, tmp_path, capsys):
-    common = ["solve", "--shapes", "ring:5,random:4:3", "--per-family", "1"]
+    common = ["solve", "--no-traffic", "--shapes", "ring:5,random:4:3", "--per-family", "1"]
     report_path, text_path = tmp_path / "solve.json", tmp_path / "solve.md"
     assert cli.main([*common, "--json", str(report_path), "--markdown", str(text_path)]) == cli.OK
     shown = capsys.readouterr().out
@@ -262,7 +272,7 @@ def test_solve_command(fake_gpu, tmp_path, capsys):
 
 
 def test_solve_command_without_peers(fake_gpu, capsys):
-    arguments = ["solve", "--shapes", "cube", "--per-family", "1", "--no-peers"]
+    arguments = ["solve", "--no-traffic", "--shapes", "cube", "--per-family", "1", "--no-peers"]
     assert cli.main([*arguments, "--json", "-"]) == cli.OK
     captured = capsys.readouterr()
     report = json.loads(captured.out)
@@ -293,7 +303,7 @@ def test_a_wrong_answer_ends_a_command(fake_gpu, monkeypatch, capsys):
     monkeypatch.setattr(timing, "check_plan", refuse)
     monkeypatch.setattr(timing, "check_ids", refuse)
     for command in (
-        ["solve", "--shapes", "ring:5", "--per-family", "1"],
+        ["solve", "--no-traffic", "--shapes", "ring:5", "--per-family", "1"],
         ["pipeline", "--shapes", "cube", "--tokens", "16"],
     ):
         assert cli.main(command) == cli.FAILED
@@ -374,7 +384,16 @@ def _fail(x):
 
 @pytest.mark.gpu
 def test_solve_on_a_gpu(capsys):
-    arguments = ["solve", "--shapes", "ring:8,cube,eplb:32:1", "--per-family", "1", "--json", "-"]
+    arguments = [
+        "solve",
+        "--no-traffic",
+        "--shapes",
+        "ring:8,cube,eplb:32:1",
+        "--per-family",
+        "1",
+        "--json",
+        "-",
+    ]
     assert cli.main(arguments) == cli.OK
     report = json.loads(capsys.readouterr().out)
     for row in report["rows"]:

@@ -1,0 +1,313 @@
+"""Real traffic: what is drawn and cut, cases, gates, and the times of batches."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_bench_balance import make_trace
+from test_timing import FakeTimer
+
+from lplb_triton import Balancer, Status
+from lplb_triton.bench import cli, timing, traffic
+from lplb_triton.bench import trace as traces
+from lplb_triton.bench.commands import timed
+
+SMALL = ["solve", "--no-families", "--ep", "4", "--experts", "16", "--slots", "1"]
+SMALL += ["--batches", "2", "--processes", "1"]
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """Let the command run on the CPU with a fake timer."""
+    monkeypatch.setattr(timed, "start", lambda args: (torch.device("cpu"), FakeTimer()))
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    return traffic.prepare(traffic.Case(16, 4, "eplb", 1), traffic.drawn(16, 3, 0)[0])
+
+
+def expected(loads):
+    return loads.history[0] / loads.history[0].sum() * loads.batches[0].sum()
+
+
+def test_drawn_loads():
+    found = traffic.drawn(256, 5, 7)
+    assert [each.kind for each in found] == ["jitter"] * 9 + ["rotating", "burst"]
+    assert len({each.name for each in found}) == 11
+    for each, again in zip(found, traffic.drawn(256, 5, 7), strict=True):
+        assert each.batches.dtype == torch.int32 and each.batches.shape == (5, 256)
+        assert (each.batches.sum(1) == 32768 * 8).all()
+        assert torch.equal(each.batches, again.batches)
+    assert not torch.equal(found[0].batches, traffic.drawn(256, 5, 8)[0].batches)
+
+
+def test_spread_of_the_jitter_families():
+    for each in traffic.drawn(512, 4, 0)[:9]:
+        sigma, spread = (float(part.split()[-1]) for part in each.name.split(","))
+        popularity = each.history[0].log()
+        assert float(popularity.std()) == pytest.approx(sigma, rel=0.15)
+        # Of experts with few tokens the logarithm is the multinomial draw's as well.
+        common = each.history[0] > 300
+        ratio = (each.batches[:, common].double() / each.history[0, common]).log()
+        assert float(ratio.std(1).mean()) == pytest.approx(spread, rel=0.2)
+
+
+def test_rotating_and_burst():
+    rotating, burst = traffic.drawn(64, 4, 0)[-2:]
+    for at, batch in enumerate(rotating.batches):
+        wanted = torch.roll(expected(rotating), 3 * at)
+        assert float((batch - wanted).abs().max()) < 6 * float(wanted.max()) ** 0.5
+    for batch in burst.batches:
+        ratio = batch / expected(burst)
+        assert int((ratio > 2.5 * ratio.median()).sum()) == 3
+
+
+def test_recorded_loads():
+    trace = make_trace(batches=9, layers=2)
+    totals = trace.totals()
+    for layer, loads in enumerate(traffic.recorded(trace, "it")):
+        assert (loads.kind, loads.name) == ("it", f"layer {layer}")
+        np.testing.assert_array_equal(loads.history, totals[:4, layer])
+        np.testing.assert_array_equal(loads.batches, totals[4:, layer])
+    few = traffic.recorded(trace, "it", 2)[1]
+    np.testing.assert_array_equal(few.batches, totals[[4, 8], 1])
+    assert len(traffic.recorded(trace, "it", 99)[0].batches) == 5
+    with pytest.raises(ValueError, match="one batch"):
+        traffic.recorded(make_trace(batches=1, layers=1), "it")
+
+
+def test_default_cases():
+    assert len(set(traffic.CASES)) == len(traffic.CASES) <= 24
+    assert [str(case) for case in traffic.CASES if case.refusal()] == []
+    assert {case.slots for case in traffic.CASES} == {1, 2, 4}
+    assert {case.experts for case in traffic.CASES} == {128, 256, 288, 384, 512}
+
+
+def test_product():
+    cases, left_out = traffic.product(None, (64, 72), ("eplb", "cube"), (1, 2))
+    assert [(c.experts, c.ep, c.placement, c.slots) for c in cases] == [
+        (256, 64, "eplb", 1),
+        (256, 64, "eplb", 2),
+        (256, 64, "cube", 2),
+        (288, 72, "eplb", 1),
+        (288, 72, "eplb", 2),
+        (288, 72, "cube", 2),
+    ]
+    assert [case.slots for case, _ in left_out] == [1, 1]
+    assert "multiple of 2 redundant slots" in left_out[0][1]
+    assert "does not divide" in traffic.Case(100, 64, "place", 1).refusal()
+
+
+def test_prepared_optima(prepared):
+    checked = traffic.check(prepared, "cpu", 1e-3)
+    assert prepared.optima.shape == (3, 1)
+    mean = 32768 * 8 / 4
+    assert (prepared.optima >= mean * (1 - 1e-9)).all() and (prepared.optima < 2 * mean).all()
+    assert checked.uncertified == 0 and 0 <= checked.worst_gap <= 1e-3
+    assert len(checked.iterations) == 3
+
+
+def test_every_group_is_checked():
+    case = traffic.Case(64, 16, "cube", 2)
+    one = traffic.prepare(case, traffic.drawn(64, 2, 0)[0])
+    assert one.optima.shape == (2, 2)
+    assert traffic.check(one, "cpu", 1e-3).uncertified == 0
+    one.optima[1, 1] *= 1.01
+    with pytest.raises(timing.WrongAnswerError, match="EP 16, cube, 2 slots.*batch 1, group 1: op"):
+        traffic.check(one, "cpu", 1e-3)
+
+
+def altered(monkeypatch, change):
+    solve = Balancer.solve
+
+    def changed(self, counts, **kwargs):
+        return change(solve(self, counts, **kwargs))
+
+    monkeypatch.setattr(Balancer, "solve", changed)
+
+
+def admit(solution):
+    """A plan that says its gap is wide."""
+    return replace(solution, status=torch.full_like(solution.status, Status.GAP))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: replace(s, lower_bound=s.lower_bound * 0.9),
+        lambda s: admit(replace(s, max_load=s.max_load * 0.99)),
+        lambda s: admit(replace(s, lower_bound=s.lower_bound * 1.01)),
+        lambda s: admit(replace(s, lower_bound=s.lower_bound * torch.nan)),
+        lambda s: replace(s, status=torch.full_like(s.status, Status.INVALID)),
+    ],
+)
+def test_wrong_answers(prepared, monkeypatch, change):
+    altered(monkeypatch, change)
+    with pytest.raises(timing.WrongAnswerError, match="sigma 0.5, jitter 0.2, batch 0, group 0"):
+        traffic.check(prepared, "cpu", 1e-3)
+
+
+def test_admitted_gaps_are_counted(prepared, monkeypatch):
+    altered(monkeypatch, lambda s: admit(replace(s, lower_bound=s.lower_bound * 0.9)))
+    assert traffic.check(prepared, "cpu", 1e-3).uncertified == 3
+
+
+def test_a_batch_is_timed_with_its_own_counts(prepared, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        traffic, "run_solver", lambda balancer: lambda counts: seen.append(counts.clone())
+    )
+    row = traffic.row(traffic.check(prepared, "cpu", 1e-3), FakeTimer())
+    assert torch.equal(torch.stack(seen), prepared.loads.batches)
+    assert row["times_us"] == [1, 2, 3]
+    assert (row["us"]["median"], row["us"]["max"], row["batches"]) == (2, 3, 3)
+
+
+def test_pooled():
+    sizes = {"experts": 8, "ep": 2, "placement": "eplb", "slots": 1, "worst_gap": 0.1}
+    common = {**sizes, "uncertified": 1}
+    rows = [
+        {**common, "kind": "a", "times_us": [1.0, 2.0], "iterations": [0, 1]},
+        {**common, "kind": "b", "times_us": [9.0], "iterations": [2]},
+        {**common, "kind": "a", "times_us": [3.0, 4.0], "iterations": [3, 7], "worst_gap": 0.2},
+    ]
+    first, second = traffic.pooled(rows)
+    assert (first["kind"], first["load_sets"], first["batches"]) == ("a", 2, 4)
+    assert first["us"] == timing.statistics([1, 2, 3, 4])
+    assert first["steps"] == {"0": 0.25, "1": 0.25, "2": 0, "3+": 0.5}
+    assert (first["worst_gap"], first["uncertified"]) == (0.2, 2)
+    assert second["steps"] == {"0": 0, "1": 0, "2": 1, "3+": 0}
+
+
+@pytest.mark.slow
+def test_processes_prepare_the_same():
+    case = traffic.Case(16, 4, "place", 1)
+    jobs = [(case, loads) for loads in traffic.drawn(16, 2, 0)[:3]]
+    with traffic.preparations(jobs, 5, 2) as several, traffic.preparations(jobs, 5, 1) as one:
+        for here, there in zip(one, several, strict=True):
+            assert here.placement == there.placement
+            np.testing.assert_array_equal(here.optima, there.optima)
+            assert torch.equal(here.loads.batches, there.loads.batches)
+
+
+def test_command(fake_gpu, tmp_path, capsys):
+    traces.save(tmp_path / "mine.npz", make_trace(batches=6, layers=2))
+    report_path, text_path = tmp_path / "o.json", tmp_path / "o.md"
+    arguments = [*SMALL, "--placement", "eplb,chain,cube", "--trace", str(tmp_path / "mine.npz")]
+    arguments[arguments.index("16")] = "16,32"
+    files = ["--json", str(report_path), "--markdown", str(text_path)]
+    assert cli.main([*arguments, *files]) == cli.OK
+    assert "recorded traces" in capsys.readouterr().out
+    report = json.loads(report_path.read_text())
+    found = report["traffic"]
+    assert report["rows"] == [] and report["peers"] is None
+    assert {row["case"] for row in found["left_out"]} == {
+        f"{n} experts, EP 4, cube, 1 slot" for n in (16, 32)
+    }
+    own = [row for row in found["rows"] if row["kind"] == "mine.npz"]
+    assert [(row["experts"], row["placement"], row["loads"]) for row in own] == [
+        (32, placement, f"layer {layer}") for placement in ("eplb", "chain") for layer in (0, 1)
+    ]
+    kinds = ["mine.npz", "jitter", "rotating", "burst"]
+    assert [row["kind"] for row in found["pooled"]] == 2 * kinds[1:] + 2 * kinds
+    text = text_path.read_text()
+    assert text.index("recorded traces") < text.index("drawn traffic")
+    assert "| 16/4 eplb+1 | jitter | 18 |" in text
+    assert "Left out: 16 experts, EP 4, cube, 1 slot" in text
+
+
+def test_real_traffic_comes_first(fake_gpu, capsys):
+    arguments = [each for each in SMALL if each != "--no-families"]
+    arguments += ["--shapes", "ring:5", "--per-family", "1", "--no-peers", "--markdown", "-"]
+    assert cli.main(arguments) == cli.OK
+    titles = [line for line in capsys.readouterr().out.splitlines() if line.startswith("###")]
+    assert titles == [
+        "### Solve on drawn traffic, microseconds",
+        "### Iterations and certificates on real traffic",
+        "### Solve, microseconds",
+        "### Certificates, and HiGHS on the CPU",
+        "### Solve by load family, median microseconds",
+    ]
+
+
+def test_uncertified_batches_fail_the_command(fake_gpu, monkeypatch, capsys):
+    altered(monkeypatch, admit)
+    assert cli.main(SMALL) == cli.FAILED
+    assert "22 batches were not certified within 0.001" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--no-traffic", "--no-families"], "nothing is left"),
+        (["--no-traffic", "--ep", "8", "--trials", "3"], "arguments --ep, --trials: not with"),
+        (["--no-families", "--peers"], "argument --peers: not with --no-families"),
+        (["--ep", "7", "--experts", "16"], "EP size 7 does not divide the 16 experts"),
+        (["--placement", "none"], "argument --placement: none has no copies"),
+        (["--experts", "16", "--ep", "4", "--no-drawn"], "argument --no-drawn: none of the cases"),
+        (["--trace", "t.npz", "--experts", "512"], "argument --trace: none of the cases has the"),
+        (["--trace", "t.npz", "--trace", "./t.npz"], "argument --trace: two files are named t.npz"),
+        (["--trace", "one.npz"], "argument --trace: one.npz has one batch"),
+        (["--trace", "t.npz", "--json", "./t.npz"], "argument --json would replace"),
+        (["--trace", "missing.npz"], "argument --trace"),
+        (["--slots", "0"], "argument --slots"),
+    ],
+)
+def test_refused_before_any_work(fake_gpu, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    traces.save(tmp_path / "t.npz", make_trace(batches=4, layers=1))
+    traces.save(tmp_path / "one.npz", make_trace(batches=1, layers=1))
+    monkeypatch.setattr(traffic, "prepare", None)
+    try:
+        code = cli.main(["solve", *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == cli.USAGE
+    assert message in capsys.readouterr().err
+
+
+def test_default_subset(fake_gpu, monkeypatch):
+    chosen = []
+
+    def time_traffic(args, plan, device, timer):
+        chosen.append(plan)
+        raise timing.WrongAnswerError("on purpose")
+
+    monkeypatch.setattr(timed, "_time_traffic", time_traffic)
+    assert cli.main(["solve"]) == cli.FAILED
+    (plan,) = chosen
+    assert list(dict.fromkeys(case for case, _ in plan.jobs)) == list(traffic.CASES)
+    assert plan.left_out == []
+    for case in traffic.CASES:
+        loads = [each for other, each in plan.jobs if other == case]
+        assert len(loads) == 11 + 4 * (case.experts == 256)
+        assert {len(each.batches) for each in loads} <= {12, 100}
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu():
+    timer = timing.GraphTimer(torch.device("cuda"))
+    counts = torch.zeros(1, dtype=torch.int32, device="cuda")
+    seen = torch.zeros(3, dtype=torch.int32, device="cuda")
+    batches = torch.arange(3, dtype=torch.int32, device="cuda").unsqueeze(1)
+
+    def launch():
+        seen.index_fill_(0, counts.long(), 1)
+
+    launch()
+    seen.zero_()
+    times = timer.by_batch(launch, counts, batches)
+    assert len(times) == 3 and all(0.2 < us < 1000 for us in times)
+    assert seen.tolist() == [1, 1, 1]
+
+
+@pytest.mark.gpu
+def test_command_on_a_gpu(capsys):
+    arguments = ["solve", "--no-families", "--ep", "8", "--slots", "1", "--batches", "2"]
+    assert cli.main([*arguments, "--json", "-"]) == cli.OK
+    rows = json.loads(capsys.readouterr().out)["traffic"]["rows"]
+    assert len(rows) == 15
+    assert all(0.5 < us < 1e5 for row in rows for us in row["times_us"])
