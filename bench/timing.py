@@ -50,6 +50,7 @@ __all__ = [
     "first_call_row",
     "groups_row",
     "host_seconds",
+    "on_cpu",
     "peer_row",
     "pipeline_row",
     "pipeline_placement",
@@ -913,12 +914,13 @@ def check_ids(
     counts = torch.bincount(logical, minlength=placement.n_logical)
     ranks = placement.rank_of_slot[physical].long()
     loads = torch.bincount(ranks, minlength=placement.ep_size)
-    plan = placement.rank_loads(counts, _on_cpu(solution))[0]
+    plan = placement.rank_loads(counts, on_cpu(solution))[0]
     if bool(((loads - plan).abs() >= placement.slots_per_rank).any()):
         raise WrongAnswerError(f"{placement!r}: rank loads miss the plan by more than rounding")
 
 
-def _on_cpu(solution: Solution) -> Solution:
+def on_cpu(solution: Solution) -> Solution:
+    """Copy all of a solution to the CPU at once, rather than number by number."""
     return Solution(
         solution.shares.cpu(),
         solution.max_load.cpu(),

@@ -34,7 +34,7 @@ from lplb_triton import Balancer, Placement, Problem, Solution, Status, place
 from lplb_triton._threads import one_thread
 from lplb_triton.bench.balance import make_placement
 from lplb_triton.bench.placement import impossible
-from lplb_triton.bench.timing import Timer, check_plan, run_solver, statistics
+from lplb_triton.bench.timing import Timer, check_plan, on_cpu, run_solver, statistics
 from lplb_triton.bench.trace import Trace
 from lplb_triton.bench.verify import highs_optimum
 
@@ -456,7 +456,7 @@ def check(prepared: Prepared, device: torch.device | str, tolerance: float) -> C
     balancer = Balancer(placement, device=device, tolerance=tolerance)
     iterations, worst_gap, uncertified = [], 0.0, 0
     for index, counts in enumerate(loads.batches):
-        solution = _on_cpu(balancer.solve(counts.to(device)))
+        solution = on_cpu(balancer.solve(counts.to(device)))
         problem = placement.problem(counts)
         for group, optimum in enumerate(prepared.optima[index]):
             name = f"{prepared.case}, {loads.kind}, {loads.name}, batch {index}, group {group}"
@@ -479,19 +479,6 @@ def _part(solution: Solution, at: slice) -> Solution:
         solution.gap[at],
         solution.iterations[at],
         solution.status[at],
-        solution.tolerance,
-    )
-
-
-def _on_cpu(solution: Solution) -> Solution:
-    """Copy all of it once, rather than number by number."""
-    return Solution(
-        solution.shares.cpu(),
-        solution.max_load.cpu(),
-        solution.lower_bound.cpu(),
-        solution.gap.cpu(),
-        solution.iterations.cpu(),
-        solution.status.cpu(),
         solution.tolerance,
     )
 
