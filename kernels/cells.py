@@ -65,7 +65,7 @@ def _store_cumulative(
 
 
 class Extents(NamedTuple):
-    """Numbers of a group, as in `SolveTables` but for the last two."""
+    """Numbers of a group, as in `SolveTables` but for the last."""
 
     n_cells: Any
     most_members: Any
@@ -73,6 +73,7 @@ class Extents(NamedTuple):
     most_cells: Any
     multiplicity: Any
     n_classes: Any
+    most_sweeps: Any
 
 
 class GroupTables(NamedTuple):
@@ -130,6 +131,7 @@ def _load_cells(
         Extents(
             tl.load(extents_ptr), tl.load(extents_ptr + 1), tl.load(extents_ptr + 2),
             tl.load(extents_ptr + 3), tl.load(extents_ptr + 4), tl.load(extents_ptr + 5),
+            tl.load(extents_ptr + 6),
         ),
     )  # fmt: skip
 
@@ -248,8 +250,8 @@ def _solve_cells(
         tl.debug_barrier()
         bound = _balance(
             peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, scratch_ptr,
-            edges_ptr, extents.n_classes, FIRST_SWEEPS, width, tables.first_ranks, cells_ptr,
-            tables.start, tables.n_copies, extents.most_copies, G, LANES,
+            edges_ptr, extents.n_classes, tl.minimum(extents.most_sweeps, FIRST_SWEEPS), width,
+            tables.first_ranks, cells_ptr, tables.start, tables.n_copies, extents.most_copies, G, LANES,
         )  # fmt: skip
     else:
         there = shared >= 0

@@ -259,9 +259,10 @@ def _newton_warps(ranks: int, columns: int) -> int:
 
 
 def _solve_warps(ranks: int) -> int:
-    """Warps for `solve_counts`: what was best on an H100, see docs/benchmarks.md."""
-    # Of Newton's matrix for more ranks four warps can't hold much in registers.
-    return 4 if ranks <= 64 else 16
+    """Warps for `solve_counts`: what was best on an H200."""
+    if ranks <= 64:
+        return 4
+    return 8 if ranks <= 256 else 16
 
 
 def _solve_options(warps: int) -> dict[str, Any]:

@@ -53,8 +53,8 @@ SOME = tl.constexpr(1e-6)
 WHOLE_STEPS = tl.constexpr(3)
 # Rounds of the projection on a column's plans, at most.
 ROUNDS = tl.constexpr(5)
-# What is below it counts as nothing in a quotient.
-TINY = tl.constexpr(1e-30)
+# A square that is left of a difference of squares counts as nothing below this part of them.
+ROUND_OFF = tl.constexpr(1e-6)
 
 
 @triton.jit
@@ -75,6 +75,13 @@ def _add_scaled(a, scale, b, G: tl.constexpr):
     for h in tl.static_range(G // min(G, 32)):
         result += (a[h] + b[h] * scale,)
     return result
+
+
+@triton.jit
+def _ratio(a, b, least):
+    """Divide scalars; 0 where the divisor isn't above ``least``."""
+    known = b > least
+    return tl.where(known, a / tl.where(known, b, 1.0), 0.0)
 
 
 @triton.jit
@@ -119,11 +126,11 @@ def _find_potentials(
         tl.debug_barrier()
         product = _load_vector(product_ptr, n_ranks, G)
         new_size, product_size = _scalar_products(residual, product, product, product, G)
-        again = tl.where(size > TINY, new_size / tl.maximum(size, TINY), 0.0)
+        again = _ratio(new_size, size, 0.0)
         # Images of directions are at right angles to each other.
-        image_size = tl.maximum(product_size - again * again * image_size, 0.0)
+        image_size = product_size - again * again * image_size
         size = new_size
-        length = tl.where(image_size > TINY, size / tl.maximum(image_size, TINY), 0.0)
+        length = _ratio(size, image_size, product_size * ROUND_OFF)
         direction = _add_scaled(residual, again, direction, G)
         image = _add_scaled(product, again, image, G)
         potential = _add_scaled(potential, length, direction, G)
@@ -184,7 +191,7 @@ def _step(
         # Where the sum of squares is least on the way.
         change = _add_scaled(new, -1.0, loads, G)
         slope, curvature = _scalar_products(loads, change, change, change, G)
-        length = tl.maximum(tl.minimum(-slope / tl.maximum(curvature, TINY), 1.0), 0.0)
+        length = tl.maximum(tl.minimum(_ratio(-slope, curvature, 0.0), 1.0), 0.0)
         y = x + (y - x) * length
         new = _add_scaled(loads, length, change, G)
     _store_by_cell(x_ptr, y, rows)

@@ -35,7 +35,7 @@ def main() -> None:
             assert torch.equal(out < 0, idx < 0)
         counts = draw_loads("lognormal", rng, placement.n_logical)
         balancer.solve(counts.cuda()).check()
-        # Without sweeps a plan comes to Newton's method.
+        # Without sweeps a plan comes to steps by potentials.
         balancer._tables.views["extents"][:, 6] = 0
         balancer.solve(counts.cuda()).check()
         solve(placement.problem(counts.cuda())).check()

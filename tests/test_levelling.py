@@ -269,18 +269,18 @@ def test_most_plans_need_no_iteration(shape):
         pytest.param("cuda", "eplb:64:2", marks=pytest.mark.gpu),
     ],
 )
-def test_newton_goes_on_where_levelling_ends(device, shape):
+def test_steps_go_on_where_levelling_ends(device, shape):
     rng = np.random.default_rng(2)
     placement = shape_placement(shape, rng)
     counts = draw_loads("normal", rng, placement.n_logical).to(device)
     balancer = Balancer(placement, device=device, backend="triton", tolerance=1e-4)
     level = balancer.solve(counts)
     balancer._tables.views["extents"][:, 6] = 0
-    newton = balancer.solve(counts)
-    for solution in (level, newton):
+    stepped = balancer.solve(counts)
+    for solution in (level, stepped):
         solution.check()
-    assert int(level.iterations[0]) == 0 < int(newton.iterations[0])
-    assert float(level.max_load[0]) == pytest.approx(float(newton.max_load[0]), rel=2e-4)
+    assert int(level.iterations[0]) == 0 < int(stepped.iterations[0])
+    assert float(level.max_load[0]) == pytest.approx(float(stepped.max_load[0]), rel=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -298,9 +298,9 @@ def test_newton_goes_on_where_levelling_ends(device, shape):
 def test_bounds_where_there_is_much_of_everything(device, shape):
     rng = np.random.default_rng(7)
     placement = shape_placement(shape, rng)
-    for newton in (False, True):
+    for steps in (False, True):
         balancer = Balancer(placement, device=device, backend="triton")
-        if newton:
+        if steps:
             balancer._tables.views["extents"][:, 6] = 0
         for family in ("normal", "lognormal", "sparse"):
             counts = draw_loads(family, rng, placement.n_logical)
