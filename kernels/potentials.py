@@ -53,8 +53,10 @@ SOME = tl.constexpr(1e-6)
 WHOLE_STEPS = tl.constexpr(3)
 # Rounds of the projection on a column's plans, at most.
 ROUNDS = tl.constexpr(5)
-# A square that is left of a difference of squares counts as nothing below this part of them.
-ROUND_OFF = tl.constexpr(1e-6)
+# Of a difference of two squares, what is below this part of the first counts as nothing; so does a
+# residual whose square is below that part of the first one.
+LEAST_LEFT = tl.constexpr(1e-5)
+SMALL_RESIDUAL = tl.constexpr(1e-8)
 
 
 @triton.jit
@@ -113,6 +115,7 @@ def _find_potentials(
     image = potential
     size = mean * 0.0
     image_size = size
+    first_size = size
     for _ in range(RESIDUAL_STEPS):
         _store_vector(vector_ptr, residual, n_ranks, G)
         tl.debug_barrier()
@@ -127,10 +130,13 @@ def _find_potentials(
         product = _load_vector(product_ptr, n_ranks, G)
         new_size, product_size = _scalar_products(residual, product, product, product, G)
         again = _ratio(new_size, size, 0.0)
-        # Images of directions are at right angles to each other.
+        first_size = tl.maximum(first_size, product_size)
+        # Images of directions are at right angles to each other. What is left of the difference is
+        # no more than round-off where the residual has become small.
         image_size = product_size - again * again * image_size
         size = new_size
-        length = _ratio(size, image_size, product_size * ROUND_OFF)
+        least = tl.maximum(product_size * LEAST_LEFT, first_size * SMALL_RESIDUAL)
+        length = _ratio(size, image_size, least)
         direction = _add_scaled(residual, again, direction, G)
         image = _add_scaled(product, again, image, G)
         potential = _add_scaled(potential, length, direction, G)
