@@ -344,10 +344,11 @@ def _padded_rows(n_shared: int) -> int:
 
 
 class Settings(NamedTuple):
-    """Numbers that a solve from counts takes; ``solves`` and ``certified`` are added to."""
+    """Numbers that a solve from counts takes; those in tensors are added to."""
 
     certified: torch.Tensor
     solves: torch.Tensor
+    uncertified: torch.Tensor
     tolerance: float
     max_iterations: int
 

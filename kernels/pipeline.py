@@ -90,7 +90,7 @@ class Pipeline:
         ``buffers.counts``; both on the current stream.
         """
         n_first = 1 if between is None else 2
-        key = idx.dtype, settings.certified.dtype, *settings[2:], n_first
+        key = idx.dtype, settings.certified.dtype, *settings[3:], n_first
         prepared = self._prepared.get(key)
         if prepared is None:
             calls = self._calls(idx, out, chunk, settings, channel, between is not None)
@@ -110,6 +110,7 @@ class Pipeline:
         count.args[0], count.args[4], count.args[5] = ids, n_ids, chunk
         solve.args[SETTINGS_AT] = settings.certified.data_ptr()
         solve.args[SETTINGS_AT + 1] = settings.solves.data_ptr()
+        solve.args[SETTINGS_AT + 2] = settings.uncertified.data_ptr()
         solve.args[solve.n_args - 2] = channel.opening
         solve.args[solve.n_args - 1] = channel.number
         choose.args[0], choose.args[1] = ids, out.data_ptr()

@@ -149,11 +149,12 @@ def _solve_lp_kernel(
         "n_counts", "n_sums", "most_classes", "width",
         "own_rank", "n_peers", "capacity", "timeout_ms", "opening", "channel",
     ],
-    do_not_specialize_on_alignment=["counts_ptr", "certified_ptr", "solves_ptr"],
+    do_not_specialize_on_alignment=["counts_ptr", "certified_ptr", "solves_ptr", "uncertified_ptr"],
 )  # fmt: skip
 def _solve_counts_kernel(
     running_ptr, counts_ptr, rank_experts_ptr, rank_parts_ptr, extents_ptr, pairs_ptr,
     cumulative_ptr, stats_ptr, ints_ptr, scratch_ptr, certified_ptr, solves_ptr,
+    uncertified_ptr,
     tolerance, max_iterations, n_ranks, n_columns, n_slots, n_shared, n_logical, n_counts, n_sums,
     most_classes, width,
     cells_ptr, cell_start_ptr, rows_ptr, rank_cells_ptr, first_members_ptr,
@@ -183,7 +184,8 @@ def _solve_counts_kernel(
     ``n_shared`` cells: every redundant slot makes at most two shared copies, and two cells.
     With PAIRS classes of edges above 0, groups of pairs are solved as pairs.py says.
     ``certified`` [1] rises by one if the group is certified, ``solves`` [1] always (int32 or
-    int64). Counts that are none are said in ``report`` [2] int64. Grid (n_sums + n_group,).
+    int64), ``uncertified`` [1] if its gap is too wide. Counts that are none are said in ``report``
+    [2] int64. Grid (n_sums + n_group,).
     """
     if CHANNELS == 0:
         _start_dependents(PDL)
@@ -303,6 +305,8 @@ def _solve_counts_kernel(
         # Relaxed: who reads them comes after this launch anyway, and a fence takes its time.
         tl.atomic_add(certified_ptr, certified.to(certified_ptr.dtype.element_ty), sem="relaxed")
         tl.atomic_add(solves_ptr, one, sem="relaxed")
+        uncertified = (status == STATUS_GAP).to(uncertified_ptr.dtype.element_ty)
+        tl.atomic_add(uncertified_ptr, uncertified, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["n_ranks", "n_columns", "n_shared"])

@@ -47,10 +47,10 @@ def agree(
     purpose: str,
     timeout: float,
     mine: Agreed,
-    quotas: str,
+    kinds: tuple[str, str],
 ) -> Agreed:
     """Rank 0's placement and number, on every rank of the group; collective."""
-    return agree_all(group, purpose, timeout, [mine], quotas)[0]
+    return agree_all(group, purpose, timeout, [mine], kinds)[0]
 
 
 def agree_all(
@@ -58,19 +58,19 @@ def agree_all(
     purpose: str,
     timeout: float,
     mine: list[Agreed],
-    quotas: str,
+    kinds: tuple[str, str],
     problem: Exception | None = None,
 ) -> list[Agreed]:
     """Agree on the placements and numbers of many layers, rank 0's, in one meeting; collective.
 
-    ``problem`` is what is wrong with this rank's arguments: it is raised here once the others
-    know, and they raise too.
+    ``kinds`` are quotas and solver. ``problem`` is what is wrong with this rank's arguments: it is
+    raised here once the others know, and they raise too.
     """
     if group is not None and group.size() > 1:
         text = None if problem is None else f"{type(problem).__name__}: {problem}"
         placements = [each.placement for each in mine]
         facts: list[tuple[object, ...]] = [
-            (p.n_logical, p.n_physical, p.n_group, p.max_columns, quotas) for p in placements
+            (p.n_logical, p.n_physical, p.n_group, p.max_columns, *kinds) for p in placements
         ]
         tables = [p.phy2log for p in placements] if dist.get_rank(group) == 0 else None
         brought = _Brought(text, facts, tables, [each.number for each in mine])
@@ -98,8 +98,8 @@ def _raise_for_others(everyone: list[_Brought], problem: Exception | None) -> No
     for facts in zip(*(brought.facts for brought in everyone), strict=True):
         if len(set(facts)) > 1:
             raise ValueError(
-                "placement and quotas must be of the same sizes and kind on every rank, got "
-                f"{list(facts)} (logical experts, slots, groups, columns, quotas)"
+                "placement, quotas and solver must be of the same sizes and kinds on every rank, "
+                f"got {list(facts)} (logical experts, slots, groups, columns, quotas, solver)"
             )
 
 

@@ -409,18 +409,44 @@ def _arrays(placement: Placement, pair_classes: int | None = None) -> dict[str, 
     }
 
 
+def _fold_arrays(placement: Placement) -> dict[str, NDArray[Any]]:
+    """List what `lplb_triton._interior_point.solve_counts` reads besides."""
+    s = placement.structure
+    fixed_rank, column = placement._fold
+    n_copies = _lengths(s.copy_start).astype(np.int64)
+    nowhere = placement.ep_size * placement.max_columns
+    return {
+        # Fixed loads by rank, then weights by group and column.
+        "fold_target": np.where(fixed_rank >= 0, fixed_rank, placement.ep_size + column),
+        "mask": s.mask,
+        "n_copies": n_copies,
+        "copy_expert": np.arange(placement.n_logical).repeat(n_copies),
+        "copy_target": np.where(s.copy_cell >= 0, s.copy_cell, nowhere).astype(np.int64),
+    }
+
+
 class DeviceTables:
     """One block of device memory with a typed view for every table.
 
     Captured CUDA graphs and launches hold the views' addresses, so the block lives as long as
     its owner and `write` only changes what is in it. ``kernels`` is whether Triton's kernels read
-    the tables; the torch twin needs few of them.
+    the tables; the torch twin needs few of them. ``dense`` adds those of the interior-point kernel.
     """
 
-    def __init__(self, placement: Placement, device: torch.device, *, kernels: bool = True) -> None:
-        arrays = _arrays(placement) if kernels else _copy_arrays(placement)
-        # Kernels are compiled for these.
-        self._pair_classes = arrays["pairs"].shape[1] if kernels else None
+    def __init__(
+        self,
+        placement: Placement,
+        device: torch.device,
+        *,
+        kernels: bool = True,
+        dense: bool = False,
+    ) -> None:
+        self._kernels, self._dense = kernels, dense
+        # Kernels are compiled for as many classes of pairs as the first placement has.
+        self._pair_classes: int | None = None
+        arrays = self._arrays(placement)
+        if kernels:
+            self._pair_classes = arrays["pairs"].shape[1]
         self._offsets: dict[str, int] = {}
         size = 0
         for name, array in arrays.items():
@@ -451,6 +477,13 @@ class DeviceTables:
             views[name] = block[offset : offset + array.nbytes].view(dtype).view(array.shape)
         return views
 
+    def _arrays(self, placement: Placement) -> dict[str, NDArray[Any]]:
+        """Make all tables of a placement."""
+        if not self._kernels:
+            return _copy_arrays(placement)
+        arrays = _arrays(placement, self._pair_classes)
+        return {**arrays, **_fold_arrays(placement)} if self._dense else arrays
+
     def write(self, placement: Placement) -> None:
         """Copy another placement of the same sizes into the block, on the current stream.
 
@@ -458,10 +491,7 @@ class DeviceTables:
         """
         if placement == self._holds:
             return
-        if self._pair_classes is None:
-            arrays = _copy_arrays(placement)
-        else:
-            arrays = _arrays(placement, self._pair_classes)
+        arrays = self._arrays(placement)
         shapes = {name: array.shape for name, array in arrays.items()}
         if shapes != self._sizes:
             raise ValueError(f"placement must have the sizes of the first one, got {placement}")

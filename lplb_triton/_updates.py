@@ -56,7 +56,7 @@ def update_placements(
     wanted = [b.placement for b in balancers] if problem else placements
     mine = [Agreed(p, b._number) for b, p in zip(balancers, wanted, strict=True)]
     bound = bound_of(first.group, first.device, first._timeout)
-    agreed = agree_all(first.group, purpose, bound, mine, first.quotas, problem)
+    agreed = agree_all(first.group, purpose, bound, mine, first._kinds, problem)
     used = [each.placement for each in agreed]
     _wait(first.device)
     for balancer, each in zip(balancers, agreed, strict=True):

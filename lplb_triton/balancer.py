@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lplb_triton import _workspace, reference
+from lplb_triton import _interior_point, _workspace, reference
 from lplb_triton._checks import resolve_device
 from lplb_triton._counts import check_counts, counts_to_int32
-from lplb_triton._limits import check_placement_size
+from lplb_triton._limits import check_dense_size, check_placement_size
 from lplb_triton._membership import (
     Agreed,
     agree,
@@ -26,7 +26,7 @@ from lplb_triton._tables import DeviceTables
 from lplb_triton._torch_op import is_plain, opaque, outside_modes, register
 from lplb_triton._updates import update_placements
 from lplb_triton.placement import Placement
-from lplb_triton.solution import Solution
+from lplb_triton.solution import Solution, SolveError, Status
 from lplb_triton.solver import (
     DEFAULT_MAX_ITERATIONS,
     DEFAULT_TOLERANCE,
@@ -48,11 +48,15 @@ __all__ = ["Balancer"]
 CHUNK_ALIGNMENT = 128
 CPU_PROGRAMS = 4
 QUOTAS = ("local", "global", "replicated")
+# What the torch backend solves with, by solver.
+TWINS = {"levelling": reference.solve, "interior_point": reference.solve}
+SOLVERS = tuple(TWINS)
 # Attributes that copies and files keep.
 SETTINGS = (
-    "tolerance", "max_iterations", "quotas", "_given_backend", "_own_rank", "_timeout",
+    "tolerance", "max_iterations", "quotas", "solver", "_given_backend", "_own_rank", "_timeout",
+    "_checked",
 )  # fmt: skip
-COUNTERS = ("certified", "solves", "traffic")
+COUNTERS = ("certified", "solves", "uncertified", "traffic")
 
 
 class _Scratch(NamedTuple):
@@ -68,6 +72,23 @@ def _chunk(n_ids: int, n_sms: int) -> int:
     """Ids per program: an even part, rounded up to whole multiples of CHUNK_ALIGNMENT."""
     part = -(-n_ids // n_sms)
     return max(1, -(-part // CHUNK_ALIGNMENT)) * CHUNK_ALIGNMENT
+
+
+def _count_statuses(
+    status: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor, uncertified: torch.Tensor
+) -> None:
+    """Add groups to the counters; no host sync."""
+    # A counter of the caller's may have been made in inference mode, and is changed there only.
+    with torch.inference_mode(certified.is_inference()):
+        _add(certified, status == Status.CERTIFIED)
+    _add(solves, torch.ones_like(status))
+    _add(uncertified, status == Status.GAP)
+
+
+def _add(counter: torch.Tensor, amounts: torch.Tensor) -> None:
+    """Add a sum to a counter of one element, at once: other streams may add to it, too."""
+    first = torch.zeros(1, dtype=torch.int64, device=counter.device)
+    counter.view(-1).index_add_(0, first, amounts.sum().reshape(1).to(counter.dtype))
 
 
 def check_counter(name: str, counter: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -110,7 +131,10 @@ class Balancer:
     tolerance : float
         Certified relative gap of the plans, at least 1e-5.
     max_iterations : int
-        Bound on interior-point iterations.
+        Bound on the steps by potentials of a solve with ``solver="levelling"``, on interior-point
+        iterations with ``solver="interior_point"``. A batch that needs more returns its plan with
+        its true gap and is counted in ``uncertified``; only ``check(certified=True)`` raises for
+        it.
     sync : str or Communicator
         How counts are summed over the group: a name of `lplb_triton.sync.connect`, or a
         communicator made by it. Balancers that give a name share one communicator.
@@ -126,12 +150,17 @@ class Balancer:
         every rank holds all tokens of the group, as where there is no all-to-all. Counts are not
         summed, and every rank picks the same copies; a group, if given, only settles on rank 0's
         placement.
+    solver : {"levelling", "interior_point"}
+        ``"levelling"``: plans are made in the kernel that sums the counts. ``"interior_point"``:
+        by the kernel of `lplb_triton.solve`, in a launch of its own between others of torch, which
+        takes longer; for up to 128 ranks in a group, see there. The same on every rank. Both keep
+        the same tolerance, by plans that differ.
 
     Attributes
     ----------
-    certified, solves : torch.Tensor
-        One int64 element on the device: groups certified within the tolerance, and groups
-        solved, since the start.
+    certified, solves, uncertified : torch.Tensor
+        One int64 element each on the device: groups certified within the tolerance, groups solved,
+        and groups whose plan has a gap above the tolerance (`Status.GAP`), since the start.
     traffic : torch.Tensor
         ``[3]`` int64 on the device, with ``quotas="global"``: this rank's tokens that stayed on
         the rank, that stayed on its node, and all of them, since the start.
@@ -184,6 +213,7 @@ class Balancer:
         sync: str | Communicator = "auto",
         timeout: float | None = None,
         quotas: str = "local",
+        solver: str = "levelling",
     ) -> None:
         if not isinstance(placement, Placement):
             raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
@@ -191,8 +221,13 @@ class Balancer:
         self.device = resolve_device(device)
         self._given_backend = backend
         self.backend = resolve_backend(backend, self.device)
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+        self.solver = solver
         if self.backend == "triton":
             check_placement_size(placement)
+            if solver == "interior_point":
+                check_dense_size(placement, self.device)
         self.tolerance = check_tolerance(tolerance, MIN_TOLERANCE_FLOAT32)
         self.max_iterations = max_iterations
         if quotas not in QUOTAS:
@@ -201,6 +236,8 @@ class Balancer:
         if rank is not None and not 0 <= rank < placement.ep_size:
             raise ValueError(f"rank must be in [0, {placement.ep_size}), got {rank}")
         self._own_rank = rank
+        # Groups above the tolerance, and groups solved, at the last look for the former.
+        self._checked = (0, 0)
         # Ranks of the group that it had when it was saved.
         self._left: tuple[int, ...] | None = None
         self._sync, self._timeout = sync, None if timeout is None else check_timeout(timeout)
@@ -229,14 +266,23 @@ class Balancer:
         self._placement = placement
         self._scratches: dict[tuple[int, int], _Scratch] = {}
         on = self.device
-        self._tables = DeviceTables(placement, on, kernels=self.backend == "triton")
+        self._dense = self.backend == "triton" and self.solver == "interior_point"
+        self._tables = DeviceTables(
+            placement, on, kernels=self.backend == "triton", dense=self._dense
+        )
         self._version = torch.zeros(1, dtype=torch.int32, device=on)
         self.traffic = torch.zeros(3, dtype=torch.int64, device=on)
         self.certified = torch.zeros(1, dtype=torch.int64, device=on)
         self.solves = torch.zeros(1, dtype=torch.int64, device=on)
+        self.uncertified = torch.zeros(1, dtype=torch.int64, device=on)
         # Kernels write here, so the host can look without waiting for the device.
         self._status = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=on.type == "cuda")
         self._status_view = self._status.numpy()
+        # Groups without a plan for want of counts, of the interior-point kernel, which reports
+        # nothing: on the device, as the host sees it, and as it has been told.
+        self._invalid = torch.zeros(1, dtype=torch.int64, device=on)
+        self._invalid_seen = torch.zeros_like(self._status[:1], pin_memory=on.type == "cuda")
+        self._invalid_view, self._invalid_told = self._invalid_seen.numpy(), 0
         self._offsets: dict[int, list[tuple[int, int, tuple[int, ...], torch.dtype]]] = {}
         self.default_n_sms = CPU_PROGRAMS
         if on.type == "cuda":
@@ -258,19 +304,26 @@ class Balancer:
             self._spread_tables = kernels.SpreadTables(
                 *(views[name] for name in kernels.SpreadTables._fields)
             )
-            self._layout(self.default_n_sms)
+            if not self._dense:
+                self._layout(self.default_n_sms)
 
     @property
     def placement(self) -> Placement:
         """The placement in use (immutable)."""
         return self._placement
 
+    @property
+    def _kinds(self) -> tuple[str, str]:
+        """What must be the same on all ranks besides the sizes of the placement."""
+        return self.quotas, self.solver
+
     def __repr__(self) -> str:
-        """Placement, device, backend, group and tolerance in one line."""
+        """Placement, device, backend, group, solver and tolerance in one line."""
         sync = "none" if self.communicator is None else repr(self.communicator)
         return (
             f"Balancer({self._placement!r}, device={self.device}, backend={self.backend}, "
-            f"sync={sync}, quotas={self.quotas}, rank={self.rank}, tolerance={self.tolerance:g})"
+            f"sync={sync}, quotas={self.quotas}, rank={self.rank}, solver={self.solver}, "
+            f"tolerance={self.tolerance:g})"
         )
 
     @opaque
@@ -315,7 +368,7 @@ class Balancer:
         if group is not None and group.size() != p.ep_size:
             raise ValueError(f"group must have {p.ep_size} ranks, got {group.size()}")
         bound = bound_of(group, self.device, self._timeout)
-        agreed = agree(group, purpose, bound, Agreed(p, self._number), self.quotas)
+        agreed = agree(group, purpose, bound, Agreed(p, self._number), self._kinds)
         replicated = self.quotas == "replicated"
         if group is not None and not replicated:
             communicator = take_communicator(
@@ -324,7 +377,7 @@ class Balancer:
         self._leave()
         self.group, self.communicator, self._sync = group, communicator, sync
         self._left = self._blocked = self._peers = None
-        if isinstance(communicator, PeerCommunicator) and p.n_group == 1:
+        if isinstance(communicator, PeerCommunicator) and p.n_group == 1 and not self._dense:
             self._peers = communicator
         if group is not None and self._own_rank is None and not replicated:
             self.rank = dist.get_rank(group)
@@ -599,7 +652,8 @@ class Balancer:
     def solve(self, counts: torch.Tensor, *, certified: torch.Tensor | None = None) -> Solution:
         """Solve the LP of every group for counts summed over all ranks.
 
-        What `run` needs comes from the first of two launches, the shares from the second.
+        With ``solver="levelling"`` what `run` needs comes from the first of two launches, the
+        shares from the second.
 
         Parameters
         ----------
@@ -628,8 +682,10 @@ class Balancer:
         counts = check_counts("counts", counts, (self._placement.n_logical,), self.device)
         counts = counts_to_int32("counts", counts, self._checks_at_once)
         if self.backend == "torch":
-            return self._solve_torch(counts, certified, self.solves)
+            return self._solve_torch(counts, certified)
         self._raise_on_status()
+        if self._dense:
+            return self._solve_dense(counts, certified, self.solves, self.uncertified)
         p = self._placement
         size = p.n_group, p.group_size, p.max_columns
         shares = torch.empty(size, dtype=torch.float32, device=self.device)
@@ -646,7 +702,7 @@ class Balancer:
             counts.contiguous(),
             *(torch.empty(s, dtype=d, device=self.device) for s, d in fresh),
         )
-        settings = self._settings(certified, self.solves)
+        settings = self._settings(certified, self.solves, self.uncertified)
         self._kernels.solve_counts(None, buffers, self._solve_tables, settings, self._status)
         return buffers
 
@@ -750,8 +806,41 @@ class Balancer:
         """Compile every kernel that `run` uses, for int32 and int64 ids; local to this rank."""
         if self.backend != "triton":
             return
-        counters = torch.zeros(2, 1, dtype=torch.int64, device=self.device)
+        counters = torch.zeros(3, 1, dtype=torch.int64, device=self.device)
         narrow = torch.zeros(1, dtype=torch.int32, device=self.device)
+        if self._dense:
+            self._warmup_dense(counters, narrow)
+        else:
+            self._warmup_levelling(counters, narrow)
+        if self.communicator is not None:
+            self.communicator.prepare(self._placement.n_logical)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _warmup_dense(self, counters: torch.Tensor, narrow: torch.Tensor) -> None:
+        traffic = torch.zeros_like(self.traffic)
+        for dtype in (torch.int64, torch.int32):
+            idx = torch.arange(2, device=self.device).to(dtype) % self._placement.n_logical
+            for certified in (counters[0], narrow):
+                self._run_dense(
+                    idx, (certified, counters[1], counters[2]), self.default_n_sms, traffic,
+                    self._exchange_with_nobody,
+                )  # fmt: skip
+
+    def _exchange_with_nobody(
+        self,
+        counts: torch.Tensor,
+        version: torch.Tensor,
+        total: torch.Tensor,
+        gathered: torch.Tensor | None = None,
+    ) -> None:
+        """Leave what an exchange would if no other rank had tokens."""
+        total.copy_(counts)
+        if gathered is not None:
+            gathered.zero_()
+            gathered[self.rank].copy_(counts)
+
+    def _warmup_levelling(self, counters: torch.Tensor, narrow: torch.Tensor) -> None:
         block, _ = self._block(self.default_n_sms)
         # Nobody else takes part.
         endpoint = None if self._peers is None else self._peers.endpoint.alone()
@@ -761,33 +850,56 @@ class Balancer:
             idx = torch.arange(2, device=self.device).to(dtype) % self._placement.n_logical
             out, chunk = torch.empty_like(idx), _chunk(2, self.default_n_sms)
             for certified in (counters[0], narrow):
-                settings = self._settings(certified, counters[1])
+                settings = self._settings(certified, counters[1], counters[2])
                 for between in (None, lambda: None):
                     pipeline.run(idx, out, chunk, settings, between=between)
-        if self.communicator is not None:
-            self.communicator.prepare(self._placement.n_logical)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     @opaque
-    def check(self) -> None:
+    def check(self, *, certified: bool = False) -> None:
         """Wait for the device and raise if a call, or a graph replay, met bad ids or counts.
+
+        Parameters
+        ----------
+        certified : bool
+            Whether to raise, too, if a plan's gap was above the tolerance since the last call that
+            asked for this, or the start. Such plans are feasible, and no worse than the even split.
 
         Raises
         ------
         RuntimeError
             Naming what was bad. The report is cleared, so the next call starts afresh.
+        SolveError
+            With ``certified``: how many of how many groups ended above the tolerance.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._raise_on_status()
         if self.communicator is not None:
             self.communicator.check()
+        if certified:
+            self._raise_on_uncertified()
+
+    def _raise_on_uncertified(self) -> None:
+        """Raise if groups ended above the tolerance since the last look."""
+        now = int(self.uncertified), int(self.solves)
+        before, self._checked = self._checked, now
+        if now[0] < before[0] or now[1] < before[1]:
+            # The caller has set the counters back.
+            before = 0, 0
+        above, solved = now[0] - before[0], now[1] - before[1]
+        if above:
+            raise SolveError(
+                f"{above} of {solved} groups ended with a gap above the tolerance "
+                f"{self.tolerance:g} since the last such check, or the start"
+            )
 
     def _raise_on_status(self) -> None:
-        if not self._status_view[0]:
+        if self._status_view[0]:
+            what = self._kernels.read_report(self._status_view)
+        elif self._invalid_view[0] != self._invalid_told:
+            what, self._invalid_told = "counts", int(self._invalid_view[0])
+        else:
             return
-        what = self._kernels.read_report(self._status_view)
         if what == "idx":
             raise RuntimeError(
                 f"idx held {int(self._status_view[1])}, outside [-1, {self._placement.n_logical}), "
@@ -848,7 +960,7 @@ class Balancer:
 
         Called in place of, or by, the operators of `_torch_op`.
         """
-        certified, solves = self.certified if certified is None else certified, self.solves
+        certified = self.certified if certified is None else certified
         self._check_open()
         if self.communicator is not None and idx.numel() * self._placement.ep_size >= 1 << 31:
             # Whatever the other ranks have, no sum wraps around.
@@ -865,7 +977,10 @@ class Balancer:
         if self.backend == "triton":
             self._raise_on_status()
             self._check_values(idx)
-            return self._run_triton(idx, certified, solves, n_sms)
+            if self._dense:
+                counters = certified, self.solves, self.uncertified
+                return self._run_dense(idx, counters, n_sms, self.traffic)
+            return self._run_triton(idx, certified, n_sms)
         self._check_values(idx)
         n_logical, ep_size = self._placement.n_logical, self._placement.ep_size
         counts, _ = reference.count_experts(idx, n_logical, max(1, idx.numel()), 1)
@@ -875,7 +990,7 @@ class Balancer:
             if self.quotas == "global":
                 gathered = counts.new_empty(ep_size, n_logical)
             self.communicator.exchange(counts, self._version, total, gathered)
-        solution = self._solve_torch(total, certified, solves)
+        solution = self._solve_torch(total, certified)
         cumulative = self.cumulative_shares(solution.shares)
         views = self._tables.views
         start, slot = views["copy_start"], views["copy_slot"]
@@ -888,35 +1003,98 @@ class Balancer:
             self.traffic += kept[self.rank]
         return reference.assign_copies(idx, counts, cumulative, start, slot, self.rank)
 
-    def _solve_torch(
-        self, counts: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor
-    ) -> Solution:
+    def _solve_torch(self, counts: torch.Tensor, certified: torch.Tensor) -> Solution:
         if counts.device.type == "cpu" and bool((counts < 0).any()):
             raise ValueError("counts, summed over the ranks, must be below 2**31")
-        solution = reference.solve(
+        solution = TWINS[self.solver](
             self._placement.problem(counts), self.tolerance, self.max_iterations, torch.float64
         )
-        # A counter of the caller's may have been made in inference mode, and is changed there only.
-        with torch.inference_mode(certified.is_inference()):
-            certified += (solution.status == 0).sum()
-        solves += solution.status.numel()
+        _count_statuses(solution.status, certified, self.solves, self.uncertified)
         return solution
 
-    def _run_triton(
-        self, idx: torch.Tensor, certified: torch.Tensor, solves: torch.Tensor, n_sms: int
+    def _solve_dense(
+        self,
+        counts: torch.Tensor,
+        certified: torch.Tensor,
+        solves: torch.Tensor,
+        uncertified: torch.Tensor,
+    ) -> Solution:
+        """Solve by the interior-point kernel; no host sync."""
+        solution = _interior_point.solve_counts(
+            counts, self._placement, self._tables.views, self.tolerance, self.max_iterations
+        )
+        _count_statuses(solution.status, certified, solves, uncertified)
+        _add(self._invalid, solution.status == Status.INVALID)
+        self._invalid_seen.copy_(self._invalid, non_blocking=True)
+        return solution
+
+    def _run_dense(
+        self,
+        idx: torch.Tensor,
+        counters: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        n_sms: int,
+        traffic: torch.Tensor,
+        exchange: Callable[..., None] | None = None,
     ) -> torch.Tensor:
+        """Do what `run` says with the interior-point kernel between launches of torch.
+
+        ``counters`` are certified, solves and uncertified; ``exchange`` is by default the
+        communicator's.
+        """
+        kernels, p = self._kernels, self._placement
+        chunk = _chunk(idx.numel(), n_sms)
+        running = torch.empty(n_sms, p.n_logical, dtype=torch.int32, device=self.device)
+        counts = torch.empty(p.n_logical, dtype=torch.int32, device=self.device)
+        kernels.count_by_program(idx, running, counts, self._status, chunk)
+        kernels.sum_by_program(running, counts)
+        total, gathered = counts, None
+        if self.communicator is not None:
+            total = torch.empty_like(counts)
+            if self.quotas == "global":
+                gathered = counts.new_empty(p.ep_size, p.n_logical)
+            exchange = self.communicator.exchange if exchange is None else exchange
+            exchange(counts, self._version, total, gathered)
+        cumulative = self.cumulative_shares(self._solve_dense(total, *counters).shares)
+        if gathered is not None:
+            mine = torch.empty_like(cumulative)
+            kernels.divide_quotas(cumulative, self._quotas_of(gathered, mine, traffic))
+            cumulative = mine
+        out = torch.empty_like(idx)
+        kernels.select(
+            idx, out, running, cumulative, self._select_tables, self._status, chunk, self.rank
+        )
+        return out
+
+    def _run_triton(self, idx: torch.Tensor, certified: torch.Tensor, n_sms: int) -> torch.Tensor:
         channel = self._kernels.FIRST_CHANNEL
         if self._peers is not None:
             channel = self._peers.begin(self._placement.n_logical)
         scratch = self._scratch(n_sms)
-        settings = self._settings(certified, solves)
+        settings = self._settings(certified, self.solves, self.uncertified)
         out = torch.empty_like(idx)
         chunk = _chunk(idx.numel(), n_sms)
         scratch.pipeline.run(idx, out, chunk, settings, channel, scratch.exchange)
         return out
 
-    def _settings(self, certified: torch.Tensor, solves: torch.Tensor) -> kernels.Settings:
-        return self._kernels.Settings(certified, solves, self.tolerance, self.max_iterations)
+    def _settings(
+        self, certified: torch.Tensor, solves: torch.Tensor, uncertified: torch.Tensor
+    ) -> kernels.Settings:
+        return self._kernels.Settings(
+            certified, solves, uncertified, self.tolerance, self.max_iterations
+        )
+
+    def _quotas_of(
+        self, gathered: torch.Tensor, mine: torch.Tensor, traffic: torch.Tensor
+    ) -> kernels.Quotas:
+        """Collect what divides quotas among the ranks of the communicator."""
+        if self.communicator is None:
+            raise RuntimeError("quotas of all ranks need a communicator")
+        p, views = self._placement, self._tables.views
+        return self._kernels.Quotas(
+            gathered, views["copy_start"], views["copy_slot"], views["copy_index"], mine,
+            traffic, self.rank, p.slots_per_rank, self.communicator.ranks_per_node,
+            p.redundant_per_group + 1,
+        )  # fmt: skip
 
     def _shapes(self, n_sms: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of the running sums and of `kernels.SolveBuffers`."""
@@ -972,18 +1150,14 @@ class Balancer:
         self, block: torch.Tensor, n_sms: int, endpoint: Endpoint | None, traffic: torch.Tensor
     ) -> _Scratch:
         """Make views of a block, and the pipeline on them."""
-        kernels, p, views = self._kernels, self._placement, self._tables.views
+        kernels = self._kernels
         running, *rest = (block[a:b].view(d).view(s) for a, b, s, d in self._layout(n_sms))
         n_buffers = len(kernels.SolveBuffers._fields)
         buffers, total = kernels.SolveBuffers(*rest[:n_buffers]), rest[n_buffers]
         side = quotas = between = gathered = None
         if self.quotas == "global" and self.communicator is not None:
             gathered, mine = rest[n_buffers + 1 :]
-            quotas = kernels.Quotas(
-                gathered, views["copy_start"], views["copy_slot"], views["copy_index"], mine,
-                traffic, self.rank, p.slots_per_rank, self.communicator.ranks_per_node,
-                p.redundant_per_group + 1,
-            )  # fmt: skip
+            quotas = self._quotas_of(gathered, mine, traffic)
         if endpoint is not None:
             side = endpoint.side(self._version, total, gathered)
         elif self.communicator is not None:

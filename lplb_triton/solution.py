@@ -50,7 +50,9 @@ class Solution:
     gap : torch.Tensor
         ``[B]``, ``(max_load - lower_bound) / max_load``; 0 where there is no load at all.
     iterations : torch.Tensor
-        ``[B]`` int32, interior-point iterations used (0 where levelling along edges was enough).
+        ``[B]`` int32. For `Balancer`'s default solver, steps by potentials (0 where levelling along
+        edges was enough); for `lplb_triton.solve` and ``Balancer(solver="interior_point")``,
+        interior-point iterations.
     status : torch.Tensor
         ``[B]`` int32, values of `Status`.
     tolerance : float

@@ -20,7 +20,7 @@ from lplb_triton.bench import peers
 from lplb_triton.kernels import driver, launch, quotas, solvers, sync, tokens
 
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
-POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64"}
+POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64", "uncertified_ptr": "*i64"}
 POINTERS |= {"addresses_ptr": "*i64", "traffic_ptr": "*i64", "edges_ptr": "*i64"}
 POINTERS |= {"pairs_ptr": "*i64", "report_ptr": "*i64"}
 FLOATS = (

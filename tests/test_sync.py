@@ -175,7 +175,7 @@ def work(rank, ranks, path):
     if ranks > 2:
         check_domains(world, rank, ranks)
     check_confusion(dist.new_group(list(range(ranks))), rank, ranks)
-    with pytest.raises(ValueError, match="^placement and quotas"):
+    with pytest.raises(ValueError, match="^placement, quotas and solver"):
         Balancer(
             placement_of(ranks, 0), group=world, device="cpu", quotas=("local", "global")[rank == 1]
         )

@@ -454,7 +454,7 @@ def test_a_rank_whose_own_counts_fail_to_come_is_absent(monkeypatch):
     balancer = team.balancers[0]
     pipeline = balancer._scratch(balancer.default_n_sms).pipeline
     pipeline._buffers.counts.fill_(-1)
-    settings = balancer._settings(balancer.certified, balancer.solves)
+    settings = balancer._settings(balancer.certified, balancer.solves, balancer.uncertified)
     # Without rows there is nothing to sum.
     running, tables = pipeline._running[:0], pipeline._solve_tables
     call = launch._solve_counts_call(
