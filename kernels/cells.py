@@ -251,7 +251,8 @@ def _solve_cells(
         bound = _balance(
             peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, scratch_ptr,
             edges_ptr, extents.n_classes, tl.minimum(extents.most_sweeps, FIRST_SWEEPS), width,
-            tables.first_ranks, cells_ptr, tables.start, tables.n_copies, extents.most_copies, G, LANES,
+            tables.first_ranks, cells_ptr, tables.start, tables.n_copies, extents.most_copies,
+            G, LANES,
         )  # fmt: skip
     else:
         there = shared >= 0

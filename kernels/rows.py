@@ -53,7 +53,7 @@ class RankCells(NamedTuple):
 
 @triton.jit
 def _row_numbers(R: tl.constexpr):
-    """The number of each cell's row, [R, 8].
+    """Give each cell the number of its row, [R, 8].
 
     By a division, or Triton sees that numbers follow each other along rows, gives what is loaded
     from there a layout to suit, and converts it to the one of all other tiles.
@@ -64,7 +64,7 @@ def _row_numbers(R: tl.constexpr):
 
 @triton.jit
 def _cell_numbers(R: tl.constexpr):
-    """Which cell of its row each cell is, [R, 8]."""
+    """Give each cell its number within its row, [R, 8]."""
     return tl.broadcast_to(tl.arange(0, ROW_CELLS)[None, :], (R, ROW_CELLS))
 
 
@@ -157,7 +157,7 @@ def _sum_lines(values):
 
 @triton.jit
 def _rank_numbers(G: tl.constexpr):
-    """The rank of each cell of a tile of ranks' cells, [G, 8]; by a division, as `_row_numbers`."""
+    """Give each cell of ranks the number of its rank, [G, 8]; by a division, as `_row_numbers`."""
     at = tl.arange(0, G)[:, None] * RANK_CELLS + tl.arange(0, RANK_CELLS)[None, :]
     return at // RANK_CELLS
 
@@ -201,7 +201,7 @@ def _sum_of_ranks(values_ptr, rank_cells, n_ranks, G: tl.constexpr):
 
 @triton.jit
 def _load_vector(vector_ptr, n_ranks, G: tl.constexpr):
-    """Load a vector by rank as a tuple of [32], 0 beyond the last rank: every warp has all of it."""
+    """Load a vector by rank as a tuple of [32]: every warp has all of it; 0 after the last rank."""
     LANES: tl.constexpr = min(G, 32)
     parts = ()
     for h in tl.static_range(G // LANES):
