@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.interior_point import _newton_by_cells
 from lplb_triton.kernels.levelling import (
     COPIES_AT_ONCE,
+    FIRST_SWEEPS,
     ROUNDED_PART,
     _aim,
     _balance,
@@ -23,6 +23,7 @@ from lplb_triton.kernels.levelling import (
     _rank_loads,
     _round,
 )
+from lplb_triton.kernels.potentials import _level_by_steps
 from lplb_triton.kernels.tiles import (
     BOUND_ALLOWANCE,
     SHARE_ONE,
@@ -64,7 +65,7 @@ def _store_cumulative(
 
 
 class Extents(NamedTuple):
-    """Numbers of a group, as in `SolveTables` but for the last."""
+    """Numbers of a group, as in `SolveTables` but for the last two."""
 
     n_cells: Any
     most_members: Any
@@ -72,7 +73,6 @@ class Extents(NamedTuple):
     most_cells: Any
     multiplicity: Any
     n_classes: Any
-    most_sweeps: Any
 
 
 class GroupTables(NamedTuple):
@@ -130,7 +130,6 @@ def _load_cells(
         Extents(
             tl.load(extents_ptr), tl.load(extents_ptr + 1), tl.load(extents_ptr + 2),
             tl.load(extents_ptr + 3), tl.load(extents_ptr + 4), tl.load(extents_ptr + 5),
-            tl.load(extents_ptr + 6),
         ),
     )  # fmt: skip
 
@@ -211,13 +210,13 @@ def _split_over_copies(
 @triton.jit
 def _solve_cells(
     tables, weights, fixed, load, other_peak, in_pairs, peak, total, bound, invalid, tolerance,
-    max_iterations, counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr,
-    cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
+    max_steps, counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr,
+    cells_ptr, rows_ptr, rank_cells_ptr, edges_ptr,
     copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
     n_ranks, n_columns, n_slots, n_shared, width,
-    G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, LANES: tl.constexpr,
+    G: tl.constexpr, C: tl.constexpr, R: tl.constexpr, COPIES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Solve a group by cells; returns its largest load, a bound and iterations.
+    """Solve a group by cells; returns its largest load, a bound and steps by potentials.
 
     weights [C]; fixed and load [G], of the split that is even over ranks; ``other_peak`` is the
     largest load of the one that is even over copies, which takes the plan's place if it is better.
@@ -231,12 +230,14 @@ def _solve_cells(
     is_cell = cell < extents.n_cells
     shared = tables.shared
     # `solve_scratch`: loads and fixed loads by rank, weights by column, and by cell tokens, what
-    # they are once rounded, and in units running sums and shares.
+    # they are once rounded, and in units running sums and shares; for steps by potentials two
+    # vectors by rank and two numbers by row.
     weights_ptr = scratch_ptr + 2 * n_ranks
     x_ptr = weights_ptr + n_columns
     tokens_ptr = x_ptr + n_shared
     upto_ptr = (tokens_ptr + n_shared).to(tl.pointer_type(tl.int32), bitcast=True)
     units_ptr = upto_ptr + n_shared
+    vectors_ptr = tokens_ptr + 3 * n_shared
     target = tolerance - BOUND_ALLOWANCE
     aim = _aim(target, n_ranks)
     tl.store(weights_ptr + col, weights, mask=col < n_columns)
@@ -247,7 +248,7 @@ def _solve_cells(
         tl.debug_barrier()
         bound = _balance(
             peak, bound, load, weights, fixed, rank_on, n_ranks, aim, x_ptr, scratch_ptr,
-            edges_ptr, extents.n_classes, extents.most_sweeps, width, tables.first_ranks, cells_ptr,
+            edges_ptr, extents.n_classes, FIRST_SWEEPS, width, tables.first_ranks, cells_ptr,
             tables.start, tables.n_copies, extents.most_copies, G, LANES,
         )  # fmt: skip
     else:
@@ -259,7 +260,7 @@ def _solve_cells(
         tl.store(x_ptr + tables.shared_cell, _shares(upto) * shared_weights, mask=there)
         tl.debug_barrier()
     # A level plan is rounded and judged; only one that is not good enough goes on.
-    iterations = max_iterations * 0
+    steps = max_steps * 0
     # Of the type that it will have.
     max_load = bound
     may_solve = invalid == 0
@@ -286,11 +287,12 @@ def _solve_cells(
             going = 1
             tl.store(scratch_ptr + n_ranks + rank, fixed, mask=rank_on)
             tl.debug_barrier()
-            bound, iterations = _newton_by_cells(
-                units_ptr, x_ptr, scratch_ptr, cells_ptr, cell_start_ptr, rank_cells_ptr,
-                cell_number_ptr, extents.n_cells, extents.most_copies, extents.most_cells,
-                n_ranks, n_columns, n_shared, max_load, bound, total, tolerance, aim,
-                max_iterations, G, C, COPIES,
+            bound, steps = _level_by_steps(
+                x_ptr, units_ptr, scratch_ptr, scratch_ptr + n_ranks, weights_ptr, tokens_ptr,
+                vectors_ptr, vectors_ptr + 2 * n_ranks, edges_ptr, rows_ptr, rank_cells_ptr,
+                max_load, bound, total / n_ranks.to(tl.float32), aim, max_steps,
+                extents.n_classes, extents.most_copies, extents.most_cells,
+                tl.maximum(n_shared // 2, 1), n_ranks, width, G, R, LANES,
             )  # fmt: skip
             tl.debug_barrier()
         elif may_split:
@@ -303,7 +305,7 @@ def _solve_cells(
                     extents.n_cells, n_slots, x_ptr, COPIES,
                 )  # fmt: skip
                 tl.debug_barrier()
-    return max_load, bound, iterations
+    return max_load, bound, steps
 
 
 @triton.jit
@@ -336,13 +338,13 @@ def _column_weights(
 
 @triton.jit(noinline=True)
 def _solve_cells_in_memory(
-    counts_ptr, complete, in_pairs, known_bound, tolerance, max_iterations,
+    counts_ptr, complete, in_pairs, known_bound, tolerance, max_steps,
     rank_experts_ptr, rank_parts_ptr, copy_parts_ptr, slot_cells_ptr,
-    cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, first_members_ptr,
+    cells_ptr, cell_start_ptr, rows_ptr, rank_cells_ptr, first_members_ptr,
     first_ranks_ptr, column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
     edges_ptr, extents_ptr, copy_index_ptr, copy_multiplicity_ptr,
     cumulative_ptr, scratch_ptr, n_ranks, n_columns, n_slots, n_shared, width,
-    G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
+    G: tl.constexpr, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
     MEMBERS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """`_solve_cells` as a function of its own, where it is rare: for that it compiles sooner.
@@ -365,12 +367,12 @@ def _solve_cells_in_memory(
         column_start_ptr, column_members_ptr,
         tables.extents.most_members, n_columns, invalid, C, MEMBERS,
     )  # fmt: skip
-    max_load, bound, iterations = _solve_cells(
+    max_load, bound, steps = _solve_cells(
         tables, weights, fixed, load, other_peak, in_pairs, peak, total,
         tl.maximum(bound, known_bound),
-        invalid, tolerance, max_iterations, counts_ptr, rank_experts_ptr, copy_parts_ptr,
-        slot_cells_ptr, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
+        invalid, tolerance, max_steps, counts_ptr, rank_experts_ptr, copy_parts_ptr,
+        slot_cells_ptr, cells_ptr, rows_ptr, rank_cells_ptr, edges_ptr,
         copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
-        n_ranks, n_columns, n_slots, n_shared, width, G, C, COPIES, LANES,
+        n_ranks, n_columns, n_slots, n_shared, width, G, C, R, COPIES, LANES,
     )  # fmt: skip
-    return max_load, bound, iterations, invalid
+    return max_load, bound, steps, invalid

@@ -1,8 +1,8 @@
 """Mehrotra's primal-dual method for the min-max LP of one group.
 
-Equation numbers refer to docs/method.md. Numbers by copy have one of the two forms of copies.py;
-ranks and columns are padded to powers of two, G and C. Everything is float32 in units of the mean
-rank load.
+Equation numbers refer to docs/method.md. Numbers by copy are dense tiles [G, C], those by column
+[1, C] and those by rank [G]; ranks and columns are padded to powers of two, G and C. Everything is
+float32 in units of the mean rank load.
 """
 
 from __future__ import annotations
@@ -10,18 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.copies import (
-    Cells,
-    _as_row,
-    _largest,
-    _least_of_columns,
-    _of_columns,
-    _of_ranks,
-    _sum_columns,
-    _sum_ranks,
-)
 from lplb_triton.kernels.levelling import _cut_bound
-from lplb_triton.kernels.tiles import _add2, _inverse, _max_and_add, _shares
+from lplb_triton.kernels.tiles import _add2, _column_sum, _inverse, _max_and_add
 
 # Start, step and centering of the method (equations 4, 8 and 9), light columns (10).
 START_MARGIN = tl.constexpr(0.1)
@@ -206,92 +196,21 @@ def _normal_matrix(product, slack, on, G: tl.constexpr):
     return tl.where(off_diagonal, -product, diagonal[:, None]) + tl.where(both_on, rho, 0.0)
 
 
-@triton.jit(noinline=True)
-def _factor_in_memory(
-    values_ptr, vectors_ptr, factor_ptr, cell_number_ptr, n_ranks, n_columns, G: tl.constexpr
-):
-    """Write S of `_inverse_factor` to ``factor`` [G, G], from V by cell: a function of its own.
-
-    ``vectors`` [2, G] is scratch and holds the slack to begin with. One row is eliminated after
-    the other, which all threads get through memory, as they get V: short code, compiled sooner.
-    """
-    rank = tl.arange(0, G)
-    on = rank < n_ranks
-    product = tl.zeros((G, G), tl.float32)
-    number_ptrs = cell_number_ptr + rank
-    for _ in range(n_columns):
-        cell = tl.load(number_ptrs, mask=on, other=-1)
-        value = tl.load(values_ptr + cell, mask=cell >= 0, other=0.0)
-        product += value[:, None] * value[None, :]
-        number_ptrs += n_ranks
-    t = _normal_matrix(product, tl.load(vectors_ptr + rank, mask=on, other=0.0), on, G)
-    row = rank[:, None]
-    column = rank[None, :]
-    tl.debug_barrier()
-    for k in range(G):
-        # The other one may still be read.
-        vector_ptr = vectors_ptr + k % 2 * G
-        tl.store(tl.broadcast_to(vector_ptr + column, (G, G)), t, mask=row == k)
-        tl.debug_barrier()
-        root = tl.rsqrt(tl.load(vector_ptr + k))
-        y = tl.where(rank == k, root, tl.load(vector_ptr + rank) * root)
-        tl.store(factor_ptr + k * G + rank, tl.where(rank <= k, y, 0.0))
-        # By symmetry y, transposed, is also what the rows below are to be reduced with.
-        t = tl.where(column == k, 0.0, t)
-        t = _minus_product(tl.broadcast_to(y[:, None], (G, G)), y[None, :], t)
-    tl.debug_barrier()
-
-
-@triton.jit(noinline=True)
-def _apply_in_memory(factor_ptr, vector_ptr, n_ranks, G: tl.constexpr):
-    """Multiply a vector [n_ranks], in its place, by ``S.T @ S``."""
-    rank = tl.arange(0, G)
-    factor = tl.load(factor_ptr + rank[:, None] * G + rank[None, :])
-    vector = tl.load(vector_ptr + rank, mask=rank < n_ranks, other=0.0)
-    half = tl.sum(factor * vector[None, :], 1)
-    tl.debug_barrier()
-    tl.store(vector_ptr + rank, tl.sum(factor * half[:, None], 0), mask=rank < n_ranks)
-
-
 @triton.jit
-def _factor(v, slack, form, G: tl.constexpr, BY_CELL: tl.constexpr):
+def _factor(v, slack, rank_on, G: tl.constexpr):
     """S, lower triangular, with ``S.T @ S`` the inverse of the matrix of equations 5 and 7.
 
-    ``v`` by copy. As [G / 4, 4, G], or where it is in memory.
+    ``v`` [G, C]; as [G / 4, 4, G].
     """
-    if BY_CELL:
-        cell = tl.arange(0, v.shape[0])
-        # Others may still use the last factor.
-        tl.debug_barrier()
-        tl.store(form.values_ptr + cell, v, mask=form.there)
-        tl.store(form.vectors_ptr + tl.arange(0, G), slack, mask=form.rank_on)
-        tl.debug_barrier()
-        _factor_in_memory(
-            form.values_ptr, form.vectors_ptr, form.factor_ptr, form.cell_number_ptr,
-            form.n_ranks, form.n_columns, G,
-        )  # fmt: skip
-        factor = form.factor_ptr
-    else:
-        product = tl.dot(v, tl.trans(v), input_precision="ieee")
-        factor = _inverse_factor(_normal_matrix(product, slack, form.rank_on, G), G)
-    return factor
+    product = tl.dot(v, tl.trans(v), input_precision="ieee")
+    return _inverse_factor(_normal_matrix(product, slack, rank_on, G), G)
 
 
 @triton.jit
-def _apply(factor, rhs, form, G: tl.constexpr, BY_CELL: tl.constexpr):
+def _apply(factor, rhs, G: tl.constexpr):
     """``S.T @ (S @ rhs)``, [G]; rhs is 0 where there is no rank."""
-    if BY_CELL:
-        rank = tl.arange(0, G)
-        tl.debug_barrier()
-        tl.store(form.vectors_ptr + rank, rhs, mask=form.rank_on)
-        tl.debug_barrier()
-        _apply_in_memory(factor, form.vectors_ptr, form.n_ranks, G)
-        tl.debug_barrier()
-        result = tl.load(form.vectors_ptr + rank, mask=form.rank_on, other=0.0)
-    else:
-        half = tl.sum(factor * rhs[None, None, :], 2)
-        result = tl.sum(tl.reshape(factor * half[:, :, None], (G, G)), 0)
-    return result
+    half = tl.sum(factor * rhs[None, None, :], 2)
+    return tl.sum(tl.reshape(factor * half[:, :, None], (G, G)), 0)
 
 
 @triton.jit
@@ -301,29 +220,34 @@ def _step(rate):
 
 
 @triton.jit
-def _lower_bound(y, fixed, w, form, BY_CELL: tl.constexpr):
+def _largest(by_copy, by_rank):
+    """Largest of numbers by copy [G, C] and by rank [G]."""
+    return tl.max(tl.maximum(by_copy, by_rank[:, None]))
+
+
+@triton.jit
+def _lower_bound(y, fixed, w, copy):
     """Load that no plan can beat, from any multipliers ``y`` >= 0 (equation 3)."""
     # No y is larger than their sum, so it stands for "no copy here" (a column without any copy
     # has no weight).
     total, fixed_part = tl.reduce((y, y * fixed), 0, _add2)
-    cheapest = _least_of_columns(_of_ranks(y, form, BY_CELL), total, form, BY_CELL)
+    cheapest = tl.min(tl.where(copy, y[:, None], total), 0, keep_dims=True)
     return (fixed_part + tl.sum(w * cheapest)) / total
 
 
 @triton.jit
 def _newton(
-    best, best_load, bound, weights, fixed, form, total, tolerance, aim, max_iterations,
-    G: tl.constexpr, C: tl.constexpr, BY_CELL: tl.constexpr,
+    best, best_load, bound, weights, fixed, copy, rank_on, n_ranks, total, tolerance, aim,
+    max_iterations, G: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Improve the plan ``best``, shares by copy, and its bound until the gap is at most ``aim``.
+    """Improve the plan ``best``, shares [G, C], and its bound until the gap is at most ``aim``.
 
-    weights by column, fixed [G], loads and bound in the caller's unit, ``total`` the sum of all; no
-    weight is on a column with fewer than two copies. Returns plan, bound, iterations.
+    weights [1, C], fixed [G], loads and bound in the caller's unit, ``total`` the sum of all; no
+    weight is on a column with fewer than two copies. ``copy`` [G, C] says where copies are,
+    ``rank_on`` [G] where ranks are. Returns plan, bound, iterations.
     """
-    copy = form.there
-    rank_on = form.rank_on
-    n_copies = _sum_columns(copy.to(tl.float32), form, BY_CELL)
-    n_ranks = form.n_ranks.to(tl.float32)
+    n_copies = _column_sum(copy.to(tl.float32))
+    n_ranks = n_ranks.to(tl.float32)
     unit = total / n_ranks
     w_all = weights / unit
     f = fixed / unit
@@ -332,14 +256,13 @@ def _newton(
 
     # Equation 4: the even split, y uniform, every product x z a part of the mean of s y.
     copies = tl.maximum(n_copies, 1.0)
-    even = tl.where(copy, _of_columns(1.0 / copies, form, BY_CELL), 0.0)
+    even = tl.where(copy, 1.0 / copies, 0.0)
     heavy = w_all > tolerance * LIGHT_PART / C
-    w_columns = tl.where(heavy, w_all, 0.0)
-    w = _of_columns(w_columns, form, BY_CELL)
+    w = tl.where(heavy, w_all, 0.0)
     active = copy & (w > 0)
-    light = _of_columns(w_all - w_columns, form, BY_CELL)
-    base = f + _sum_ranks(light * even, form, BY_CELL)
-    load = base + _sum_ranks(w * even, form, BY_CELL)
+    light = w_all - w
+    base = f + tl.sum(light * even, 1)
+    load = base + tl.sum(w * even, 1)
     even_load = tl.max(load)
     t = even_load + tl.maximum(even_load - 1.0, 1e-6) * START_MARGIN
     s = tl.where(rank_on, t - load, 1.0)
@@ -347,7 +270,7 @@ def _newton(
     sy = tl.sum(tl.where(rank_on, s * y, 0.0))
     mu = sy / n_ranks * START_CENTERING
     x = tl.where(active, even, NEAR)
-    z = tl.where(active, mu * _of_columns(copies, form, BY_CELL), FAR)
+    z = tl.where(active, mu * copies, FAR)
     n_active = tl.sum(tl.where(heavy, n_copies, 0.0))
     n_products = n_active + n_ranks
     products = sy + mu * n_active
@@ -358,31 +281,30 @@ def _newton(
         iterations += 1
         inverse_z = _inverse(z)
         d = x * inverse_z
-        d_columns = tl.where(heavy, _sum_columns(d, form, BY_CELL), 1.0)
+        d_columns = tl.where(heavy, _column_sum(d), 1.0)
         root = tl.rsqrt(d_columns)
         inverse_d = root * root
         inverse_y = _inverse(y)
         slack = s * inverse_y
-        v = d * _of_columns(w_columns * root, form, BY_CELL)
-        factor = _factor(v, slack, form, G, BY_CELL)
-        ones = _apply(factor, one, form, G, BY_CELL)
+        v = d * (w * root)
+        factor = _factor(v, slack, rank_on, G)
+        ones = _apply(factor, one, G)
 
         # Equation 8, predictor. h = dz / z, e = dy / y; then dx / x = -1 - h, ds / s = -1 - e.
-        w_mean = w_columns * inverse_d
-        affine_load = _sum_ranks(d * _of_columns(w_mean, form, BY_CELL), form, BY_CELL)
+        w_mean = w * inverse_d
+        affine_load = tl.sum(d * w_mean, 1)
         rhs_affine = tl.where(rank_on, base + affine_load, 0.0)
-        u = _apply(factor, rhs_affine, form, G, BY_CELL)
+        u = _apply(factor, rhs_affine, G)
         t_new, ones_sum = tl.reduce((u, ones), 0, _add2)
         inverse_ones = 1.0 / ones_sum
         t_new *= inverse_ones
         dy = _minus_product(t_new, ones, u)
-        dy_copies = _of_ranks(dy, form, BY_CELL)
-        shift = inverse_d + w_mean * _sum_columns(d * dy_copies, form, BY_CELL)
-        shift = _of_columns(shift, form, BY_CELL)
+        dy_copies = dy[:, None]
+        shift = inverse_d + w_mean * _column_sum(d * dy_copies)
         h = inverse_z * _minus_product(1.0, shift, w * dy_copies)
         e = dy * inverse_y
-        primal = _step(1.0 + _largest(h, e, BY_CELL))
-        dual = _step(_largest(-h, -e, BY_CELL))
+        primal = _step(1.0 + _largest(h, e))
+        dual = _step(_largest(-h, -e))
         affine = products * (1.0 - dual) + (primal - dual) * (t_new - t)
         ratio = tl.maximum(affine, 0.0) / products
         ratio *= ratio
@@ -390,16 +312,16 @@ def _newton(
 
         # Corrector. moved = D q' = x + x (target - dx dz) / (x z) - x.
         moved = tl.fma(x, tl.fma(h, h, h), inverse_z * target)
-        moved_columns = _sum_columns(moved, form, BY_CELL)
+        moved_columns = _column_sum(moved)
         slack_moved = target * inverse_y + s * (e + e * e)
-        rhs = _minus_product(d, _of_columns(w_mean * moved_columns, form, BY_CELL), w * moved)
-        rhs = _sum_ranks(rhs, form, BY_CELL) + slack_moved
-        u = _apply(factor, rhs_affine + tl.where(rank_on, rhs, 0.0), form, G, BY_CELL)
+        rhs = _minus_product(d, w_mean * moved_columns, w * moved)
+        rhs = tl.sum(rhs, 1) + slack_moved
+        u = _apply(factor, rhs_affine + tl.where(rank_on, rhs, 0.0), G)
         t_new = tl.sum(u) * inverse_ones
         dy = _minus_product(t_new, ones, u)
-        dy_copies = _of_ranks(dy, form, BY_CELL)
-        shift = w_mean * _sum_columns(d * dy_copies, form, BY_CELL)
-        shift = _of_columns(inverse_d * (1.0 - moved_columns) + shift, form, BY_CELL)
+        dy_copies = dy[:, None]
+        shift = w_mean * _column_sum(d * dy_copies)
+        shift = inverse_d * (1.0 - moved_columns) + shift
         h = inverse_z * _minus_product(1.0, shift, w * dy_copies)
         e = dy * inverse_y
         x_full = _minus_product(x, h, moved)
@@ -407,31 +329,26 @@ def _newton(
         # Equation 9: the full step, with what is negative cut off, gives a plan and a bound,
         # and the plan's loads another (equation 19).
         plan = tl.maximum(x_full, 0.0)
-        inverse_sum = _inverse(tl.where(heavy, _sum_columns(plan, form, BY_CELL), 1.0))
-        plan *= _of_columns(inverse_sum, form, BY_CELL)
-        loads = base + _sum_ranks(w * plan, form, BY_CELL)
+        plan *= _inverse(tl.where(heavy, _column_sum(plan), 1.0))
+        loads = base + tl.sum(w * plan, 1)
         # Triton's maximum passes over NaN, a sum doesn't: a broken iterate is never kept.
         new_load, load_sum = tl.reduce((loads, loads), 0, _max_and_add)
         new_y = tl.where(rank_on, tl.maximum(y + dy, 0.0), 0.0)
-        new_bound = _lower_bound(new_y, f, w_all, form, BY_CELL)
+        new_bound = _lower_bound(new_y, f, w_all, copy)
         better = (new_load < best_load) & (load_sum == load_sum)
         best = tl.where(better, tl.where(active, plan, even), best)
         best_load = tl.where(better, new_load, best_load)
-        lowest = _of_ranks(loads, form, BY_CELL)
-        lowest = _least_of_columns(lowest, float("inf"), form, BY_CELL)
-        cut = _cut_bound(
-            loads, f, _as_row(w_all, BY_CELL), _as_row(lowest, BY_CELL), rank_on,
-            new_load, aim,
-        )  # fmt: skip
+        lowest = tl.min(tl.where(copy, loads[:, None], float("inf")), 0, keep_dims=True)
+        cut = _cut_bound(loads, f, w_all, lowest, rank_on, new_load, aim)
         new_bound = tl.where(load_sum == load_sum, tl.maximum(new_bound, cut), new_bound)
         bound = tl.where(new_bound > bound, new_bound, bound)
 
         # Equation 9: how far the iterate itself may go.
         dx = tl.where(active, x_full - x, 0.0)
         ds = tl.where(rank_on, slack_moved - s - slack * dy, 0.0)
-        primal = _largest(-dx * _inverse(x), -ds * _inverse(s), BY_CELL)
+        primal = _largest(-dx * _inverse(x), -ds * _inverse(s))
         primal = _step(primal * (1.0 / STEP_FACTOR))
-        dual = _step(_largest(-h, -e, BY_CELL) * (1.0 / STEP_FACTOR))
+        dual = _step(_largest(-h, -e) * (1.0 / STEP_FACTOR))
         dt = t_new - t
         products += primal * dt + dual * (n_products * target - products - dt)
         products = tl.maximum(products, 1e-12)
@@ -441,44 +358,3 @@ def _newton(
         y += tl.where(rank_on, dual * dy, 0.0)
         t += primal * dt
     return best, bound * unit, iterations
-
-
-@triton.jit(noinline=True)
-def _newton_by_cells(
-    units_ptr, x_ptr, scratch_ptr, cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr,
-    n_cells, most_copies, most_cells, n_ranks, n_columns, n_shared, best_load, bound,
-    total, tolerance, aim, max_iterations, G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr,
-):  # fmt: skip
-    """`_newton` on what lies in memory: a function of its own, with registers of its own.
-
-    units [n_cells] int32 is the plan by cell, in units of 2**-24. scratch holds fixed loads
-    [n_ranks] and weights [n_columns] after n_ranks other words. x [n_cells] gets the better
-    plan, in tokens. Both are in scratch, of which nothing else is left. Tables as in `SolveTables`.
-    Returns bound and iterations.
-    """
-    rank = tl.arange(0, G)
-    col = tl.arange(0, C)
-    cell = tl.arange(0, COPIES)
-    rank_on = rank < n_ranks
-    col_on = col < n_columns
-    there = cell < n_cells
-    fixed = tl.load(scratch_ptr + n_ranks + rank, mask=rank_on, other=0.0)
-    weights = tl.load(scratch_ptr + 2 * n_ranks + col, mask=col_on, other=0.0)
-    column = tl.load(cells_ptr + n_shared + cell, mask=there, other=0)
-    start = tl.load(cell_start_ptr + col, mask=col_on, other=0)
-    end = tl.load(cell_start_ptr + col + 1, mask=col_on, other=0)
-    # What is there now is not needed once it is loaded.
-    vectors_ptr = scratch_ptr + G * G
-    form = Cells(
-        there, rank_on, n_ranks, tl.load(cells_ptr + cell, mask=there, other=0), column,
-        start, end - start, most_copies, rank_cells_ptr + rank, most_cells,
-        cell_number_ptr, n_columns, scratch_ptr, vectors_ptr, vectors_ptr + 2 * G,
-    )  # fmt: skip
-    plan = _shares(tl.load(units_ptr + cell, mask=there, other=0))
-    plan, bound, iterations = _newton(
-        plan, best_load, bound, weights, fixed, form, total, tolerance, aim, max_iterations,
-        G, C, True,
-    )  # fmt: skip
-    tl.debug_barrier()
-    tl.store(x_ptr + cell, plan * tl.gather(weights, column, 0), mask=there)
-    return bound, iterations

@@ -189,8 +189,11 @@ class SolveTables(NamedTuple):
     cells."""
     cell_start: torch.Tensor
     """[n_group, max_columns + 1] first cell of each column."""
-    cell_number: torch.Tensor
-    """[n_group, max_columns, group_size] which cell is where, -1 where none is."""
+    rows: torch.Tensor
+    """[n_group, 12 n_rows], one after the other: [n_rows, 8] ranks of each row's cells, -1 for
+    none, and by row, [n_rows] each, its first cell, the first row of the column, how many cells
+    that has (0 where there is no row), and the column. There are as many rows as redundant slots,
+    at least one."""
     rank_cells: torch.Tensor
     """[n_group, n, group_size] each rank's cells, -1 after the last; n is a multiple of eight."""
     first_members: torch.Tensor
@@ -222,7 +225,7 @@ class SpreadTables(NamedTuple):
     """Device tables that tell where a dense plan's shares are among those by copy, int32."""
 
     cell_number: torch.Tensor
-    """As in `SolveTables`."""
+    """[n_group, max_columns, group_size] which cell is where, -1 where none is."""
     cell_ends: torch.Tensor
     """[n_group, 2, n_shared] the last copy in each cell of its column's first expert, and the copy
     before the first, -1 if there is none."""
@@ -324,16 +327,19 @@ class SolveBuffers(NamedTuple):
 
 
 def solve_scratch(tables: SolveTables) -> int:
-    """Words of scratch that a group takes: by rank, by column, by cell, and one per thread.
+    """Words of scratch that a group takes: by rank, by column, by cell, by row, one per thread.
 
-    Newton's method takes the same place for a matrix, two numbers by rank and one by cell. The
-    solving kernel computes this too.
+    The solving kernel computes this too.
     """
-    n_columns, n_ranks = tables.cell_number.shape[1:]
-    n_shared = tables.cells.shape[2]
-    ranks, _ = _tile(n_ranks, n_columns)
-    levelling = 2 * n_ranks + n_columns + 4 * n_shared + 32 * _solve_warps(ranks)
-    return max(levelling, ranks * (ranks + 2) + n_shared)
+    n_ranks, n_shared = tables.rank_experts.shape[1], tables.shared_copies.shape[1]
+    n_columns = tables.first_members.shape[2]
+    threads = 32 * _solve_warps(_tile(n_ranks, n_columns)[0])
+    return 4 * n_ranks + n_columns + 4 * n_shared + 2 * _padded_rows(n_shared) + threads
+
+
+def _padded_rows(n_shared: int) -> int:
+    """Rows of a group that may have so many shared copies, padded to whole warps."""
+    return max(32, int(triton.next_power_of_2(max(1, n_shared // 2))))
 
 
 class Settings(NamedTuple):
@@ -419,7 +425,7 @@ def _solve_counts_call(
         *(exchange.args(channel) if exchange else (*[buffers.counts] * 7, 0, 0, 0, 0, 0, 0)),
     )  # fmt: skip
     constants = (
-        ranks, columns, max(2, slots), max(32, copies), n_members, SUM_ROWS, SUM_EXPERTS,
+        ranks, columns, _padded_rows(n_shared), max(2, slots), max(32, copies), n_members, SUM_ROWS, SUM_EXPERTS,
         tables.pairs.shape[1], 32 * _solve_warps(ranks), _has_pdl(buffers.counts.device),
         *(exchange.constants() if exchange else (0, _exchange_block(n_logical), 0, 0)),
     )  # fmt: skip

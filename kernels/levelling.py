@@ -32,8 +32,10 @@ COPIES_AT_ONCE = tl.constexpr(4)
 # cost much.
 TARGET_PART = tl.constexpr(0.98)
 LEAST_TARGET_PART = tl.constexpr(0.75)
-# That and what rounding may take of it: a level plan that gets here needs no Newton's method.
+# That and what rounding may take of it: a level plan that gets here needs no more.
 ROUNDED_PART = tl.constexpr(0.99)
+# Sweeps before steps by potentials take over.
+FIRST_SWEEPS = tl.constexpr(16)
 # How far an edge goes beyond level once the first sweeps were not enough.
 EXACT_SWEEPS = tl.constexpr(2)
 RELAXATION = tl.constexpr(1.5)

@@ -19,10 +19,10 @@ from lplb_triton.kernels.cells import (
     _solve_cells_in_memory,
     _touch_tables,
 )
-from lplb_triton.kernels.copies import Tile
 from lplb_triton.kernels.interior_point import _newton
 from lplb_triton.kernels.levelling import COPIES_AT_ONCE, RANK_CELLS, ROUNDED_PART, _aim
 from lplb_triton.kernels.pairs import _load_pairs, _solve_pairs, _weights_of_pairs
+from lplb_triton.kernels.rows import ROW_WORDS
 from lplb_triton.kernels.sync import _sum_over_ranks
 from lplb_triton.kernels.tiles import (
     BOUND_ALLOWANCE,
@@ -130,8 +130,8 @@ def _solve_lp_kernel(
     target = tolerance - BOUND_ALLOWANCE
     if max_load - bound > max_load * (target * ROUNDED_PART):
         plan, bound, iterations = _newton(
-            _shares(units), max_load, bound, weights, fixed, Tile(copy, rank_on, n_ranks), total,
-            tolerance, _aim(target, n_ranks), max_iterations, G, C, False,
+            _shares(units), max_load, bound, weights, fixed, copy, rank_on, n_ranks, total,
+            tolerance, _aim(target, n_ranks), max_iterations, G, C,
         )  # fmt: skip
         units = _quantize(plan, rank[:, None], last)
         max_load = tl.max(fixed + tl.sum(_shares(units) * weights, 1))
@@ -146,7 +146,7 @@ def _solve_lp_kernel(
 @triton.jit(
     do_not_specialize=[
         "max_iterations", "n_ranks", "n_columns", "n_slots", "n_shared", "n_logical",
-        "n_rows", "n_sums", "most_classes", "width",
+        "n_counts", "n_sums", "most_classes", "width",
         "own_rank", "n_peers", "capacity", "timeout_ms", "opening", "channel",
     ],
     do_not_specialize_on_alignment=["counts_ptr", "certified_ptr", "solves_ptr"],
@@ -154,14 +154,14 @@ def _solve_lp_kernel(
 def _solve_counts_kernel(
     running_ptr, counts_ptr, rank_experts_ptr, rank_parts_ptr, extents_ptr, pairs_ptr,
     cumulative_ptr, stats_ptr, ints_ptr, scratch_ptr, certified_ptr, solves_ptr,
-    tolerance, max_iterations, n_ranks, n_columns, n_slots, n_shared, n_logical, n_rows, n_sums,
+    tolerance, max_iterations, n_ranks, n_columns, n_slots, n_shared, n_logical, n_counts, n_sums,
     most_classes, width,
-    cells_ptr, cell_start_ptr, cell_number_ptr, rank_cells_ptr, first_members_ptr,
+    cells_ptr, cell_start_ptr, rows_ptr, rank_cells_ptr, first_members_ptr,
     first_ranks_ptr, column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr,
     copy_index_ptr, copy_multiplicity_ptr, edges_ptr, copy_parts_ptr, slot_cells_ptr, report_ptr,
     total_ptr, gathered_ptr, addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
     own_rank, n_peers, capacity, timeout_ms, opening, channel,
-    G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
+    G: tl.constexpr, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, COPIES: tl.constexpr,
     MEMBERS: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, PAIRS: tl.constexpr,
     LANES: tl.constexpr, PDL: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
     GATHER: tl.constexpr, ON_GPU: tl.constexpr,
@@ -177,7 +177,7 @@ def _solve_counts_kernel(
     first: arguments from total_ptr on are as for `_sum_over_ranks`.
     Otherwise they aren't looked at.
 
-    Tables as in `SolveTables`; running [n_rows, n_logical] and counts [n_logical] int32;
+    Tables as in `SolveTables`; running [n_counts, n_logical] and counts [n_logical] int32;
     cumulative [n_physical] int32, of which it writes the copies of replicated experts;
     scratch [n_group, `solve_scratch`] float32; LANES is the number of threads. There are at most
     ``n_shared`` cells: every redundant slot makes at most two shared copies, and two cells.
@@ -190,14 +190,14 @@ def _solve_counts_kernel(
     program = tl.program_id(0)
     if program < n_sums:
         _await_previous(PDL)
-        _sum_rows(running_ptr, counts_ptr, program, n_rows, n_logical, ROWS, EXPERTS)
+        _sum_rows(running_ptr, counts_ptr, program, n_counts, n_logical, ROWS, EXPERTS)
     else:
         group = (program - n_sums).to(tl.int64)
         rank_experts_ptr += group * n_ranks * n_slots
         rank_parts_ptr += group * n_ranks * n_slots
         cells_ptr += group * 4 * n_shared
         cell_start_ptr += group * (n_columns + 1)
-        cell_number_ptr += group * n_ranks * n_columns
+        rows_ptr += group * tl.maximum(n_shared // 2, 1) * ROW_WORDS
         # As in lplb_triton/_tables.py.
         most_on_a_rank = tl.maximum(tl.minimum(n_slots, n_columns), 1)
         rank_cells_ptr += group * n_ranks * tl.cdiv(most_on_a_rank, RANK_CELLS) * RANK_CELLS
@@ -210,9 +210,9 @@ def _solve_counts_kernel(
         extents_ptr += group * 8
         copy_parts_ptr += group * n_ranks * n_slots
         slot_cells_ptr += group * n_ranks * n_slots
-        n_scratch = 2 * n_ranks + n_columns + 4 * n_shared
+        n_scratch = 4 * n_ranks + n_columns + 4 * n_shared + 2 * R
         # `solve_scratch`.
-        scratch_ptr += group * tl.maximum(n_scratch + LANES, G * (G + 2) + n_shared)
+        scratch_ptr += group * (n_scratch + LANES)
         expert, part = _load_ranks(rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G, S)
         if PAIRS > 0:
             in_pairs = tl.load(extents_ptr + 7)
@@ -250,7 +250,7 @@ def _solve_counts_kernel(
             bound = max_load
             invalid = tl.full((), 0, tl.int1)
             solved = invalid
-            iterations = max_iterations * 0
+            steps = max_iterations * 0
             if in_pairs > 0:
                 fixed = tl.sum(tl.where(part == 1.0, on_rank, 0.0).reshape(G, S), 1)
                 fixed = tl.where(complete, fixed, float("inf"))
@@ -260,15 +260,15 @@ def _solve_counts_kernel(
                 )  # fmt: skip
             if solved == 0:
                 tl.debug_barrier()
-                max_load, bound, iterations, invalid = _solve_cells_in_memory(
+                max_load, bound, steps, invalid = _solve_cells_in_memory(
                     counts_ptr, complete, in_pairs, bound, tolerance, max_iterations,
                     rank_experts_ptr, rank_parts_ptr, copy_parts_ptr, slot_cells_ptr,
-                    cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, first_members_ptr,
+                    cells_ptr, cell_start_ptr, rows_ptr, rank_cells_ptr, first_members_ptr,
                     first_ranks_ptr, column_start_ptr, column_members_ptr,
                     shared_copies_ptr, shared_cells_ptr, edges_ptr, extents_ptr,
                     copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
                     n_ranks, n_columns, n_slots, n_shared, width,
-                    G, C, S, COPIES, MEMBERS, LANES,
+                    G, C, R, S, COPIES, MEMBERS, LANES,
                 )  # fmt: skip
         else:
             of_members = _counts_of_members(counts_ptr, tables.members, MEMBERS)
@@ -285,17 +285,17 @@ def _solve_counts_kernel(
                 counts_ptr, of_members, column_start_ptr, column_members_ptr,
                 extents.most_members, n_columns, invalid, C, MEMBERS,
             )  # fmt: skip
-            max_load, bound, iterations = _solve_cells(
+            max_load, bound, steps = _solve_cells(
                 tables, weights, fixed, load, other_peak, 0, peak, total, bound, invalid, tolerance,
                 max_iterations, counts_ptr, rank_experts_ptr, copy_parts_ptr, slot_cells_ptr,
-                cells_ptr, cell_start_ptr, rank_cells_ptr, cell_number_ptr, edges_ptr,
+                cells_ptr, rows_ptr, rank_cells_ptr, edges_ptr,
                 copy_index_ptr, copy_multiplicity_ptr, cumulative_ptr, scratch_ptr,
-                n_ranks, n_columns, n_slots, n_shared, width, G, C, COPIES, LANES,
+                n_ranks, n_columns, n_slots, n_shared, width, G, C, R, COPIES, LANES,
             )  # fmt: skip
         max_load, lower_bound, gap, status = _certify(max_load, bound, tolerance, invalid)
         _store_certificate(
             stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
-            max_load, lower_bound, gap, iterations, status,
+            max_load, lower_bound, gap, steps, status,
         )  # fmt: skip
         _report(report_ptr, REPORT_INPUT, BAD_COUNTS, invalid)
         certified = (status == STATUS_CERTIFIED).to(tl.int32)

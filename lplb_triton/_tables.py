@@ -20,7 +20,7 @@ __all__ = ["DeviceTables"]
 ALIGNMENT = 256
 # Copies of a column of which each is joined with each.
 FEW = 4
-# Classes of edges that levelling goes through before the interior-point method takes over.
+# Classes of edges that levelling in registers goes through before steps by potentials take over.
 MOST_CLASSES = 256
 # Edges hold the numbers of their cells in 16 bits.
 MOST_CELLS = 1 << 16
@@ -33,6 +33,8 @@ PAIR_EDGES = 8
 PAIR_FIELD = 0xFFFF
 # Cells of a rank that the kernels sum at once. This and the next are in kernels/levelling.py too.
 RANK_CELLS = 8
+# Cells of a row; in kernels/rows.py too.
+ROW_CELLS = 8
 # Copies of a column whose ranks have a table of their own.
 COPIES_AT_ONCE = 4
 # Members of a column that the kernels take at once, from a table of their own (a power of two).
@@ -135,6 +137,32 @@ def _cell_tables(placement: Placement, found: _Cells) -> dict[str, NDArray[np.in
         "cell_number": number,
         "first_ranks": first_ranks,
     }
+
+
+def _rows(placement: Placement, found: _Cells) -> NDArray[np.int32]:
+    """Make the table of rows, up to ROW_CELLS cells of a column each; see `SolveTables`.
+
+    A column of k copies takes at least k - 1 redundant slots and has fewer rows than that, or one:
+    there are never more rows than redundant slots.
+    """
+    n_rows = -(-found.copies // ROW_CELLS)
+    first_row = n_rows.cumsum(1) - n_rows
+    most = max(1, placement.redundant_per_group)
+    ranks = np.full((placement.n_group, most, ROW_CELLS), -1, dtype=np.int32)
+    nth = found.number - found.start[found.group, found.column]
+    at = first_row[found.group, found.column] + nth // ROW_CELLS
+    ranks[found.group, at, nth % ROW_CELLS] = found.rank
+    # Once for each row of a column.
+    group, column = n_rows.nonzero()
+    times = n_rows[group, column]
+    group, column = group.repeat(times), column.repeat(times)
+    row, first = _nth(group), first_row[group, column]
+    cell = found.start[group, column] + ROW_CELLS * (row - first)
+    numbers = np.zeros((placement.n_group, 4, most), dtype=np.int32)
+    for field, values in enumerate((cell, first, found.copies[group, column], column)):
+        numbers[group, field, row] = values
+    both = (ranks.reshape(placement.n_group, -1), numbers.reshape(placement.n_group, -1))
+    return np.concatenate(both, axis=1)
 
 
 def _cell_ends(placement: Placement, number: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -363,6 +391,7 @@ def _arrays(placement: Placement, pair_classes: int | None = None) -> dict[str, 
     extents[:, 7] = in_pairs
     return {
         **cells,
+        "rows": _rows(placement, found),
         # Ranks are what threads read side by side.
         "cell_number": np.ascontiguousarray(number.transpose(0, 2, 1)),
         "cell_ends": _cell_ends(placement, number),

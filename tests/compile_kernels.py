@@ -61,7 +61,7 @@ def jobs(capability):
             tile = {"G": ranks, "C": columns, "HAS_START": ranks == 8}
             yield solvers._solve_lp_kernel, tile, options
         options = launch._solve_options(launch._solve_warps(ranks))
-        constants = {"G": ranks, "C": columns, "S": 8, "COPIES": 64, "MEMBERS": 4}
+        constants = {"G": ranks, "C": columns, "R": columns, "S": 8, "COPIES": 64, "MEMBERS": 4}
         constants |= {
             "ROWS": launch.SUM_ROWS,
             "EXPERTS": launch.SUM_EXPERTS,
