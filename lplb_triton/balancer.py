@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lplb_triton import _workspace, reference
+from lplb_triton import _workspace, reference, reference_levelling
 from lplb_triton._checks import resolve_device
 from lplb_triton._counts import check_counts, counts_to_int32
 from lplb_triton._limits import check_placement_size
@@ -893,7 +893,7 @@ class Balancer:
     ) -> Solution:
         if counts.device.type == "cpu" and bool((counts < 0).any()):
             raise ValueError("counts, summed over the ranks, must be below 2**31")
-        solution = reference.solve(
+        solution = reference_levelling.solve(
             self._placement.problem(counts), self.tolerance, self.max_iterations, torch.float64
         )
         # A counter of the caller's may have been made in inference mode, and is changed there only.

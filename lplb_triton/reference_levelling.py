@@ -22,32 +22,38 @@ from lplb_triton.solution import Solution
 __all__ = [
     "Graph",
     "build_graph",
-    "components",
     "cut_bound",
-    "global_step",
+    "free_cells",
     "laplacian",
+    "potentials",
     "project",
-    "restricted_step",
     "solve",
+    "step",
     "sweep",
 ]
 
 # Up to this many copies of a column are joined each with each (equation 18).
 FEW_COPIES = 4
+# Sweeps of a run, at most: of the first one, and of those after steps by potentials.
+FIRST_SWEEPS = 16
+LATER_SWEEPS = 8
+# The part of the difference of two ranks that an edge moves in the first sweeps of a run and in
+# the others, and how many the first ones are.
+LEVEL_PART = 0.5
+RELAXED_PART = 0.75
+LEVEL_SWEEPS = 2
+# A sweep that takes no more than this part of the aimed gap off the largest load is steady.
+STEADY_PART = 0.5
 # How far below the largest load the four cuts are, in parts of the aimed gap (equation 19).
 CUT_DEPTHS = (0.4, 1.6, 6.4, 25.6)
-# Rounds of the projection, if no column has more than FEW_COPIES and otherwise (equation 21).
-FEW_ROUNDS = 3
-MANY_ROUNDS = 6
-# A cell has tokens if it has more than this part of its column's (equation 22).
+# A cell has tokens if it has more than this part of its column's (equation 20).
 EMPTY_PART = 1e-6
-# Steps of conjugate gradients for the potentials of a restricted step (equation 22).
-GRADIENT_STEPS = 4
-# The restricted step, counted from 1, from which on its length is searched for (equation 23).
+# Steps of the method of conjugate residuals for the potentials (equation 21).
+RESIDUAL_STEPS = 8
+# Rounds of the projection, at most (equation 22).
+MOST_ROUNDS = 5
+# The step, counted from 1, from which on its length is searched for (equation 23).
 FIRST_SEARCH = 4
-# Sweeps, each followed by cuts, before the global step and after every step.
-SWEEPS_AT_FIRST = 1
-SWEEPS_AFTER_A_STEP = 2
 # Denominators are at least this. Loads are about 1.
 TINY = 1e-30
 # What is taken off for round-off, in parts of the bound.
@@ -73,10 +79,8 @@ class Graph:
     """``[G, M]`` int64, numbers of the cells on each rank, row by row; ``E * K`` for padding."""
     classes: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], ...]
     """For each class of edges the numbers of their two cells, then these cells' ranks, int64."""
-    inverse: torch.Tensor
-    """``[G, G]`` float64, the matrix P of equation 20."""
     rounds: int
-    """Rounds of the projection (equation 21)."""
+    """Rounds of the projection (equation 22)."""
 
     @property
     def n_ranks(self) -> int:
@@ -136,21 +140,8 @@ def _colour_edges(
     return classes
 
 
-def _invert(mask: torch.Tensor) -> torch.Tensor:
-    """Invert L + J of equation 20, all cells free, ``[G, C]`` bool to ``[G, G]`` float64."""
-    holds = mask[:, mask.sum(0) > 1].double()
-    joined = (holds / holds.sum(0)) @ holds.T
-    reached = (joined > 0) | torch.eye(len(mask), dtype=torch.bool, device=mask.device)
-    # Paths of twice the length each time.
-    for _ in range(len(mask).bit_length()):
-        reached = (reached.double() @ reached.double()) > 0
-    same = reached.double()
-    matrix = torch.diag(holds.sum(1)) - joined + same / same.sum(1)
-    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-
-
 def build_graph(mask: torch.Tensor) -> Graph:
-    """Find the cells, edges and potentials of a mask (equations 18 and 20).
+    """Find the cells and edges of a mask (equation 18).
 
     Parameters
     ----------
@@ -188,8 +179,7 @@ def build_graph(mask: torch.Tensor) -> Graph:
         copies=copies,
         rank_cells=integers(on_rank, most, len(columns) * width),
         classes=tuple((t[:, 0], t[:, 1], t[:, 2], t[:, 3]) for t in tables),
-        inverse=_invert(mask),
-        rounds=FEW_ROUNDS if width <= FEW_COPIES else MANY_ROUNDS,
+        rounds=min(width, MOST_ROUNDS),
     )
 
 
@@ -200,7 +190,9 @@ def _find_graph(cells: bytes, n_ranks: int, n_columns: int, device: torch.device
     return build_graph(mask.reshape(n_ranks, n_columns))
 
 
-def sweep(graph: Graph, x: torch.Tensor, load: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sweep(
+    graph: Graph, x: torch.Tensor, load: torch.Tensor, part: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Level all edges once, class by class (equation 18).
 
     Parameters
@@ -211,17 +203,19 @@ def sweep(graph: Graph, x: torch.Tensor, load: torch.Tensor) -> tuple[torch.Tens
         ``[B, E, K]`` float, tokens of each cell.
     load : torch.Tensor
         ``[B, G]`` float, load of each rank under ``x``.
+    part : float
+        Part of the difference of two ranks that an edge moves; 0.5 levels them.
 
     Returns
     -------
     x, load : torch.Tensor
-        The new ones. No instance's largest load has grown.
+        The new ones. No instance's largest load has grown if ``part`` is at most 1.
     """
     cells, load = x.flatten(1).clone(), load.clone()
     for low, high, first, second in graph.classes:
         here, there = load[:, first], load[:, second]
         x_low, x_high = cells[:, low], cells[:, high]
-        moved = torch.minimum(torch.maximum((there - here) / 2, -x_low), x_high)
+        moved = torch.minimum(torch.maximum((there - here) * part, -x_low), x_high)
         cells[:, low], cells[:, high] = x_low + moved, x_high - moved
         load[:, first], load[:, second] = here + moved, there - moved
     return cells.reshape(x.shape), load
@@ -261,6 +255,32 @@ def cut_bound(
     return (total / inside.sum(2)).amax(1)
 
 
+def free_cells(graph: Graph, x: torch.Tensor, load: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Find the cells that have tokens or are likely to get some (equation 20).
+
+    Tokens are likely to come where a rank's load is below the mean of those ranks that have tokens
+    of the column.
+
+    Parameters
+    ----------
+    graph : Graph
+        The columns.
+    x, load, w : torch.Tensor
+        As for `sweep` and `cut_bound`.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[B, E, K]`` bool; padding isn't free.
+    """
+    w = w.unsqueeze(2)
+    has = graph.real & (x > EMPTY_PART * w)
+    here = graph.at_cells(load)
+    total = torch.where(has, here, 0.0).sum(2, keepdim=True)
+    mean = total / has.sum(2, keepdim=True).clamp(min=1)
+    return graph.real & (w > 0) & (has | (here < mean))
+
+
 def laplacian(graph: Graph, free: torch.Tensor, potential: torch.Tensor) -> torch.Tensor:
     """Multiply the matrix L of the free cells by potentials (equation 20).
 
@@ -283,8 +303,42 @@ def laplacian(graph: Graph, free: torch.Tensor, potential: torch.Tensor) -> torc
     return graph.sum_by_rank(torch.where(free, here - mean, 0.0))
 
 
+def potentials(graph: Graph, free: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
+    """Find potentials that level loads along free cells, as far as they go (equation 21).
+
+    Parameters
+    ----------
+    graph : Graph
+        The columns.
+    free : torch.Tensor
+        ``[B, E, K]`` bool, free cells; padding isn't free.
+    load : torch.Tensor
+        ``[B, G]`` float, load of each rank.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[B, G]``; moves along free cells by them change loads by minus L times them.
+    """
+    left = load - load.mean(1, keepdim=True)
+    potential = torch.zeros_like(left)
+    way, image = torch.zeros_like(left), torch.zeros_like(left)
+    product = torch.zeros_like(left[:, :1])
+    for _ in range(RESIDUAL_STEPS):
+        image_of_left = laplacian(graph, free, left)
+        previous, product = product, (left * image_of_left).sum(1, keepdim=True)
+        turn = torch.where(previous > TINY, product / previous.clamp(min=TINY), 0.0)
+        way = left + turn * way
+        image = image_of_left + turn * image
+        size = (image * image).sum(1, keepdim=True)
+        length = torch.where(size > TINY, product / size.clamp(min=TINY), 0.0)
+        potential = potential + length * way
+        left = left - length * image
+    return potential
+
+
 def project(graph: Graph, y: torch.Tensor, on: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Project each column's cells on what adds up to its tokens, none negative (equation 21).
+    """Project each column's cells on what adds up to its tokens, none negative (equation 22).
 
     Parameters
     ----------
@@ -302,24 +356,26 @@ def project(graph: Graph, y: torch.Tensor, on: torch.Tensor, w: torch.Tensor) ->
     torch.Tensor
         ``[B, E, K]``, non-negative, with columns that add up to ``w`` but for round-off.
     """
-    w = w.unsqueeze(2)
-
-    def excess(on: torch.Tensor) -> torch.Tensor:
-        total = torch.where(on, y, 0.0).sum(2, keepdim=True)
-        return (total - w) / on.sum(2, keepdim=True).clamp(min=1)
-
+    level = w.unsqueeze(2)
     for _ in range(graph.rounds):
-        on = on & (y > excess(on))
-    x = torch.where(on, y - excess(on), 0.0).clamp(min=0.0)
+        total = torch.where(on, y, 0.0).sum(2, keepdim=True)
+        level = (total - w.unsqueeze(2)) / on.sum(2, keepdim=True).clamp(min=1)
+        on = on & (y > level)
+    x = torch.where(on, y - level, 0.0)
     total = x.sum(2, keepdim=True)
-    scaled = x * (w / total.clamp(min=TINY))
-    return torch.where(total > TINY, scaled, graph.split_evenly(w.squeeze(2)))
+    scaled = x * (w.unsqueeze(2) / total.clamp(min=TINY))
+    return torch.where(total > TINY, scaled, graph.split_evenly(w))
 
 
-def global_step(
-    graph: Graph, x: torch.Tensor, load: torch.Tensor, w: torch.Tensor, fixed: torch.Tensor
+def step(
+    graph: Graph,
+    x: torch.Tensor,
+    load: torch.Tensor,
+    w: torch.Tensor,
+    fixed: torch.Tensor,
+    search: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Step by the potentials that level all loads if no cell runs out of tokens (equation 21).
+    """Step by potentials over the free cells (equations 20 to 23).
 
     Parameters
     ----------
@@ -327,78 +383,16 @@ def global_step(
         The columns.
     x, load, w, fixed : torch.Tensor
         As for `sweep` and `cut_bound`.
-
-    Returns
-    -------
-    x, load : torch.Tensor
-        The new ones. The largest load may have grown where a cell has run out of tokens.
-    """
-    uneven = load - load.mean(1, keepdim=True)
-    potential = _multiply(uneven, graph.inverse)
-    free = graph.real.expand_as(x)
-    x = project(graph, x - graph.at_cells(potential), free, w)
-    return x, fixed + graph.sum_by_rank(x)
-
-
-def components(graph: Graph, free: torch.Tensor) -> torch.Tensor:
-    """Find the components of ranks that free cells of a column join (equation 22).
-
-    Parameters
-    ----------
-    graph : Graph
-        The columns.
-    free : torch.Tensor
-        ``[B, E, K]`` bool, free cells; padding isn't free.
-
-    Returns
-    -------
-    torch.Tensor
-        ``[B, G]`` int64, the lowest rank of each rank's component.
-    """
-    n = graph.n_ranks
-    label = torch.arange(n, device=free.device).expand(len(free), n)
-    while True:
-        least = torch.where(free, graph.at_cells(label), n).amin(2, keepdim=True)
-        cells = torch.where(free, least, n).flatten(1)
-        cells = torch.nn.functional.pad(cells, (0, 1), value=n)
-        new = torch.minimum(label, cells[:, graph.rank_cells].amin(2))
-        # A label is a rank itself, whose own label is as low or lower.
-        new = new.gather(1, new)
-        if torch.equal(new, label):
-            return label
-        label = new
-
-
-def restricted_step(
-    graph: Graph,
-    x: torch.Tensor,
-    load: torch.Tensor,
-    w: torch.Tensor,
-    fixed: torch.Tensor,
-    target: torch.Tensor,
-    search: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Step by potentials over the cells that are likely to have tokens (equations 22 and 23).
-
-    Parameters
-    ----------
-    graph : Graph
-        The columns.
-    x, load, w, fixed : torch.Tensor
-        As for `global_step`.
-    target : torch.Tensor
-        ``[B]`` float, the load that no rank shall exceed.
     search : bool
         Whether the step's length is searched for (equation 23).
 
     Returns
     -------
     x, load : torch.Tensor
-        The new ones.
+        The new ones. The largest load may have grown.
     """
-    free = _free_cells(graph, x, load, w)
-    wanted = _wanted_change(components(graph, free), load, target)
-    potential = _potentials(graph, free, wanted)
+    free = free_cells(graph, x, load, w)
+    potential = potentials(graph, free, load)
     new_x = project(graph, x - graph.at_cells(potential), free, w)
     new_load = fixed + graph.sum_by_rank(new_x)
     if not search:
@@ -407,60 +401,6 @@ def restricted_step(
     part = -(load * change).sum(1) / (change * change).sum(1).clamp(min=TINY)
     part = part.clamp(min=0.0, max=1.0)
     return x + part[:, None, None] * (new_x - x), load + part[:, None] * change
-
-
-def _free_cells(graph: Graph, x: torch.Tensor, load: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Find the cells that have tokens or are likely to get some (equation 22), ``[B, E, K]``.
-
-    Tokens are likely to come where a rank's load is below the mean of those ranks that have tokens
-    of the column.
-    """
-    w = w.unsqueeze(2)
-    has = graph.real & (x > EMPTY_PART * w)
-    here = graph.at_cells(load)
-    total = torch.where(has, here, 0.0).sum(2, keepdim=True)
-    mean = total / has.sum(2, keepdim=True).clamp(min=1)
-    return graph.real & (w > 0) & (has | (here < mean))
-
-
-def _wanted_change(label: torch.Tensor, load: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Find what each rank is to give away, 0 in sum over a component (equation 22), ``[B, G]``.
-
-    What is over the target goes where there is room below it; if a component has too little room,
-    its loads are levelled.
-    """
-    over = (load - target.unsqueeze(1)).clamp(min=0.0)
-    room = (target.unsqueeze(1) - load).clamp(min=0.0)
-    same = (label.unsqueeze(2) == label.unsqueeze(1)).double()
-    by_rank = torch.stack((over, room, load, torch.ones_like(load)), 2)
-    sums = (same @ by_rank.double()).to(load.dtype)
-    all_over, all_room, all_load, n = sums.unbind(2)
-    filled = over - room * (all_over / all_room.clamp(min=TINY))
-    return torch.where(all_room >= all_over, filled, load - all_load / n)
-
-
-def _potentials(graph: Graph, free: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Solve for the potentials of a change by conjugate gradients (equation 22), ``[B, G]``."""
-    potential, left = torch.zeros_like(wanted), wanted
-    near = _multiply(left, graph.inverse)
-    way = near
-    product = (left * near).sum(1, keepdim=True)
-    for _ in range(GRADIENT_STEPS):
-        image = laplacian(graph, free, way)
-        curvature = (way * image).sum(1, keepdim=True)
-        length = torch.where(curvature > TINY, product / curvature.clamp(min=TINY), 0.0)
-        potential = potential + length * way
-        left = left - length * image
-        near = _multiply(left, graph.inverse)
-        previous, product = product, (left * near).sum(1, keepdim=True)
-        turn = torch.where(previous > TINY, product / previous.clamp(min=TINY), 0.0)
-        way = near + turn * way
-    return potential
-
-
-def _multiply(by_rank: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Multiply rows by a float64 matrix in float64, where no setting of torch lowers precision."""
-    return (by_rank.double() @ matrix).to(by_rank.dtype)
 
 
 class _Plans:
@@ -481,31 +421,47 @@ class _Plans:
         apart = peak - self.bound[self.open] > self.aim * peak
         self.open = self.open[apart]
 
-    def sweep(self) -> None:
-        """Level all edges once."""
-        at = self.open
-        self.x[at], self.load[at] = sweep(self.graph, self.x[at], self.load[at])
-        self._close()
+    def sweep(self, most: int) -> None:
+        """Sweep up to ``most`` times; look for better bounds when that promises something."""
+        peak = self.load.amax(1)
+        looked = torch.zeros_like(self.steps)
+        for swept in range(1, most + 1):
+            if not len(self.open):
+                return
+            at = self.open
+            part = LEVEL_PART if swept <= LEVEL_SWEEPS else RELAXED_PART
+            self.x[at], self.load[at] = sweep(self.graph, self.x[at], self.load[at], part)
+            self._close()
+            at = self.open
+            now = self.load[at].amax(1)
+            steady = peak[at] - now <= now * (self.aim * STEADY_PART)
+            peak[at] = now
+            due = steady & (2 * swept >= 3 * looked[at])
+            if swept in (1, most):
+                due = torch.ones_like(due)
+            looked[at[due]] = swept
+            self._cut(at[due])
 
-    def cut(self) -> None:
-        """Look for a better bound."""
-        at = self.open
-        found = cut_bound(self.graph, self.load[at], self.w[at], self.fixed[at], self.aim)
-        self.bound[at] = torch.maximum(self.bound[at], found)
-        self._close()
+    def _cut(self, at: torch.Tensor) -> None:
+        """Look for better bounds of these instances."""
+        if len(at):
+            found = cut_bound(self.graph, self.load[at], self.w[at], self.fixed[at], self.aim)
+            self.bound[at] = torch.maximum(self.bound[at], found)
+            self._close()
 
-    def step(self, number: int) -> None:
-        """Make a step by potentials: the global one if its number is 1, otherwise restricted."""
+    def step(self, search: bool) -> None:
+        """Make a step by potentials."""
         at = self.open
         state = self.x[at], self.load[at], self.w[at], self.fixed[at]
-        if number == 1:
-            self.x[at], self.load[at] = global_step(self.graph, *state)
-        else:
-            target = self.bound[at] * (1.0 + self.aim / 2)
-            search = number - 1 >= FIRST_SEARCH
-            self.x[at], self.load[at] = restricted_step(self.graph, *state, target, search)
+        self.x[at], self.load[at] = step(self.graph, *state, search)
         self.steps[at] += 1
         self._close()
+
+    def restore(self, x: torch.Tensor, load: torch.Tensor) -> None:
+        """Take these plans back where the largest load has grown."""
+        worse = self.load.amax(1) > load.amax(1)
+        self.x = torch.where(worse[:, None, None], x, self.x)
+        self.load = torch.where(worse[:, None], load, self.load)
 
 
 def _level(
@@ -513,16 +469,16 @@ def _level(
 ) -> _Plans:
     """Sweep and step until the gaps are within the aim, or after ``max_steps`` steps."""
     plans = _Plans(graph, w, fixed, aim)
-    for number in range(max_steps + 1):
-        if number > 0 and len(plans.open):
-            plans.step(number)
-        for _ in range(SWEEPS_AFTER_A_STEP if number > 0 else SWEEPS_AT_FIRST):
-            if len(plans.open):
-                plans.sweep()
-            if len(plans.open):
-                plans.cut()
+    plans.sweep(FIRST_SWEEPS)
+    if not len(plans.open):
+        return plans
+    before = plans.x.clone(), plans.load.clone()
+    for number in range(1, max_steps + 1):
+        plans.step(number >= FIRST_SEARCH)
+        plans.sweep(LATER_SWEEPS)
         if not len(plans.open):
             break
+    plans.restore(*before)
     return plans
 
 
@@ -546,7 +502,7 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
     -------
     Solution
         ``max_load``, ``lower_bound`` and ``gap`` in float64; ``iterations`` counts the steps by
-        potentials: 0 where sweeps were enough, 1 if the global step was.
+        potentials: 0 where sweeps were enough.
     """
     with torch.no_grad(), torch.autocast(problem.device.type, enabled=False):
         return _solve(problem, tolerance, max_iterations, dtype)
