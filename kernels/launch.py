@@ -428,7 +428,8 @@ def _solve_counts_call(
     )  # fmt: skip
     constants = (
         ranks, columns, _padded_rows(n_shared), max(2, slots), max(32, copies), n_members,
-        SUM_ROWS, SUM_EXPERTS, tables.pairs.shape[1], 32 * _solve_warps(ranks), _has_pdl(buffers.counts.device),
+        SUM_ROWS, SUM_EXPERTS, tables.pairs.shape[1], 32 * _solve_warps(ranks),
+        _has_pdl(buffers.counts.device),
         *(exchange.constants() if exchange else (0, _exchange_block(n_logical), 0, 0)),
     )  # fmt: skip
     options = _solve_options(_solve_warps(ranks))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lplb_triton import _interior_point, _workspace, reference
+from lplb_triton import _interior_point, _workspace, reference, reference_levelling
 from lplb_triton._checks import resolve_device
 from lplb_triton._counts import check_counts, counts_to_int32
 from lplb_triton._limits import check_dense_size, check_placement_size
@@ -49,7 +49,7 @@ CHUNK_ALIGNMENT = 128
 CPU_PROGRAMS = 4
 QUOTAS = ("local", "global", "replicated")
 # What the torch backend solves with, by solver.
-TWINS = {"levelling": reference.solve, "interior_point": reference.solve}
+TWINS = {"levelling": reference_levelling.solve, "interior_point": reference.solve}
 SOLVERS = tuple(TWINS)
 # Attributes that copies and files keep.
 SETTINGS = (

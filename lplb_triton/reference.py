@@ -12,13 +12,17 @@ from lplb_triton.problem import Problem
 from lplb_triton.solution import SHARE_BITS, Solution, Status
 
 __all__ = [
+    "as_plan",
     "assign_copies",
+    "certify",
     "check_counts_of",
     "check_cumulative",
     "copy_quotas",
     "count_experts",
     "cumulative_shares",
     "divide_quotas",
+    "find_invalid",
+    "gap_to_aim_at",
     "quantize_shares",
     "rounding_offsets",
     "shares_of_quotas",
@@ -152,12 +156,7 @@ def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch
     weights, fixed = problem.weights.double(), problem.fixed.double()
     ranks, columns = fixed.shape[1], weights.shape[1]
     n_copies = mask.sum(1)
-    invalid = (
-        ~(torch.isfinite(weights) & (weights >= 0)).all(1)
-        | ~(torch.isfinite(fixed) & (fixed >= 0)).all(1)
-        | ~torch.isfinite(weights.sum(1) + fixed.sum(1))
-        | ((weights > 0) & (n_copies == 0)).any(1)
-    )
+    invalid = find_invalid(weights, fixed, n_copies)
     weights = torch.where(invalid[:, None], 0.0, weights)
     fixed = torch.where(invalid[:, None], 0.0, fixed)
 
@@ -174,7 +173,7 @@ def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch
     load = base + (w_active * even).sum(2)
     best, best_load = even, load.amax(1)
     if problem.start is not None:
-        start = _as_plan(problem.start, mask, even)
+        start = as_plan(problem.start, mask, even)
         start_load = (f + (w.unsqueeze(1) * start).sum(2)).amax(1)
         better = start_load < best_load
         best = torch.where(better[:, None, None], start, best)
@@ -193,7 +192,7 @@ def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch
     # In float32 the bound itself carries round-off; take off more than that can be.
     allowance = 2.0**-20 if dtype == torch.float32 else 2.0**-46
 
-    aim = _aim(tolerance - allowance, ranks)
+    aim = gap_to_aim_at(tolerance - allowance, ranks)
     for _ in range(max_iterations):
         running = best_load - bound > aim * best_load
         if not bool(running.any()):
@@ -232,10 +231,72 @@ def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch
         s = torch.where(running[:, None], s + primal[:, None] * ds, s)
         y = torch.where(running[:, None], y + dual[:, None] * dy, y)
 
-    units = quantize_shares(best, mask)
+    lower = bound.double() * unit[:, 0] * (1.0 - allowance)
+    return certify(best, mask, weights, fixed, lower, iterations, invalid, tolerance)
+
+
+def find_invalid(
+    weights: torch.Tensor, fixed: torch.Tensor, n_copies: torch.Tensor
+) -> torch.Tensor:
+    """Find the instances that have no answer.
+
+    Parameters
+    ----------
+    weights, fixed : torch.Tensor
+        ``[B, C]`` and ``[B, G]`` float64, the loads of a `Problem`.
+    n_copies : torch.Tensor
+        ``[B, C]`` or ``[1, C]`` int, ranks that hold each column.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[B]`` bool: a load is negative or not finite, or a weight has no copy.
+    """
+    return (
+        ~(torch.isfinite(weights) & (weights >= 0)).all(1)
+        | ~(torch.isfinite(fixed) & (fixed >= 0)).all(1)
+        | ~torch.isfinite(weights.sum(1) + fixed.sum(1))
+        | ((weights > 0) & (n_copies == 0)).any(1)
+    )
+
+
+def certify(
+    plan: torch.Tensor,
+    mask: torch.Tensor,
+    weights: torch.Tensor,
+    fixed: torch.Tensor,
+    bound: torch.Tensor,
+    iterations: torch.Tensor,
+    invalid: torch.Tensor,
+    tolerance: float,
+) -> Solution:
+    """Round plans (equation 11) and judge what they have become, in float64.
+
+    Parameters
+    ----------
+    plan : torch.Tensor
+        ``[B, G, C]`` float, shares, about 1 in sum over G where a column has a copy.
+    mask : torch.Tensor
+        ``[B, G, C]`` bool, where a copy is.
+    weights, fixed : torch.Tensor
+        ``[B, C]`` and ``[B, G]`` float64, 0 in invalid instances.
+    bound : torch.Tensor
+        ``[B]`` float64, a load that no plan can beat, in the unit of the weights.
+    iterations : torch.Tensor
+        ``[B]`` int32.
+    invalid : torch.Tensor
+        ``[B]`` bool.
+    tolerance : float
+        Relative gap that was asked for.
+
+    Returns
+    -------
+    Solution
+    """
+    units = quantize_shares(plan, mask)
     shares = units.double() / (1 << SHARE_BITS)
     max_load = (fixed + (weights.unsqueeze(1) * shares).sum(2)).amax(1)
-    lower = torch.minimum(bound.double() * unit[:, 0] * (1.0 - allowance), max_load)
+    lower = torch.minimum(bound, max_load)
     gap = torch.where(max_load > 0, (max_load - lower) / max_load.clamp(min=1e-300), 0.0)
     status = torch.where(gap <= tolerance, int(Status.CERTIFIED), int(Status.GAP))
     return Solution(
@@ -249,14 +310,14 @@ def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch
     )
 
 
-def _as_plan(shares: torch.Tensor, mask: torch.Tensor, even: torch.Tensor) -> torch.Tensor:
+def as_plan(shares: torch.Tensor, mask: torch.Tensor, even: torch.Tensor) -> torch.Tensor:
     """Make a plan of any numbers ``[B, G, C]``: shares where copies are, 1 in sum."""
     shares = torch.where(mask & (shares > 0), shares.to(even.dtype), 0.0).clamp(max=1.0)
     total = shares.sum(1, keepdim=True)
     return torch.where(total > 0, shares / total.clamp(min=1e-30), even)
 
 
-def _aim(target: float, ranks: int) -> float:
+def gap_to_aim_at(target: float, ranks: int) -> float:
     """Relative gap at which rounding, which costs at most ``ranks`` units, keeps ``target``."""
     rounded = target - ranks / (1 << SHARE_BITS)
     return max(min(TARGET_PART * target, rounded), LEAST_TARGET_PART * target)
