@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +45,14 @@ LABELS = {
     "even": "split evenly",
     "lp": "LP",
     "integer": "LP, tokens",
+}
+
+
+# Parts of the corpus that answers are held against HiGHS on.
+PARTS = {
+    "random": "Random programs",
+    "traffic": "Real traffic",
+    "hard": "Hard placements",
 }
 
 
@@ -156,7 +166,7 @@ def _certificate(cell: Cell) -> list[str]:
 
 
 def show_verdicts(target: Console, verdicts: Sequence[Verdict], *, title: str) -> None:
-    """Print what a comparison with HiGHS found.
+    """Print what a comparison with HiGHS found, a table for each part of the corpus.
 
     Parameters
     ----------
@@ -165,30 +175,49 @@ def show_verdicts(target: Console, verdicts: Sequence[Verdict], *, title: str) -
     verdicts
         Results of `lplb_triton.bench.verify.verify`.
     title
-        Line above the table.
+        Line above the tables.
     """
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("tolerance")
-    for v in verdicts:
-        way = ", from counts" if v.from_counts else ""
-        table.add_column(f"{v.tolerance:g}{way}", justify="right")
     rows: dict[str, Callable[[Verdict], str]] = {
         "instances": lambda v: str(v.instances),
         "infeasible plans": lambda v: str(v.infeasible),
         "bounds above the optimum": lambda v: str(v.bound_above_optimum),
         "loads below the optimum": lambda v: str(v.load_below_optimum),
         "not certified": lambda v: str(v.not_certified),
+        "certified": lambda v: _share(v.certified),
         "worst gap": lambda v: f"{v.worst_gap:.2e}",
-        "iterations, mean": lambda v: f"{v.total_iterations / max(v.instances, 1):.1f}",
-        "iterations, max": lambda v: str(v.max_iterations),
     }
-    for label, value in rows.items():
-        table.add_row(label, *(value(v) for v in verdicts))
-    target.print(table)
+    # What the kernel of `Balancer` counts is something else than what `lplb_triton.solve` does.
+    for word, from_counts in (("iterations", False), ("steps", True)):
+        for label, value in (
+            ("mean", lambda v: f"{v.total_iterations / max(v.instances, 1):.1f}"),
+            ("max", lambda v: str(v.max_iterations)),
+        ):
+            rows[f"{word}, {label}"] = partial(_only, value, from_counts)
+    for part in dict.fromkeys(v.part for v in verdicts):
+        here = [v for v in verdicts if v.part == part]
+        table = Table(title=escape(f"{PARTS[part]}, {title}"), box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("tolerance")
+        for v in here:
+            way = ", from counts" if v.from_counts else ""
+            table.add_column(f"{v.tolerance:g}{way}", justify="right")
+        for label, value in rows.items():
+            cells = [value(v) for v in here]
+            if any(cells):
+                table.add_row(label, *cells)
+        target.print(table)
+
+
+def _only(value: Callable[[Verdict], str], from_counts: bool, verdict: Verdict) -> str:
+    return value(verdict) if verdict.from_counts == from_counts else ""
+
+
+def _share(part: float) -> str:
+    """Percents, never rounded up to all."""
+    return f"{math.floor(1e4 * part + 1e-9) / 100:.2f}%"
 
 
 @dataclass(frozen=True)
@@ -311,14 +340,27 @@ def _traffic_grids(traffic: dict[str, Any]) -> list[Grid]:
     from lplb_triton.bench.traffic import DRAWN, STEPS
 
     times: dict[bool, list[tuple[str, ...]]] = {False: [], True: []}
-    lines = []
+    stages: list[tuple[str, ...]] = []
+    lines: list[tuple[str, ...]] = []
     for row in traffic["pooled"]:
-        sizes = f"{row['experts']}/{row['ep']} {row['placement']}+{row['slots']}"
-        head = (sizes, row["kind"])
+        head = (_case_name(row), row["kind"])
         spread = (_us(row["us"][name]) for name in ("median", "p95", "p99", "max"))
         times[row["kind"] in DRAWN].append((*head, str(row["batches"]), *spread))
-        steps = (f"{100 * row['steps'][name]:.0f}%" for name in STEPS)
-        lines.append((*head, *steps, f"{row['worst_gap']:.1e}", str(row["uncertified"])))
+        medians = row["steps_us"]
+        stages.append(
+            (
+                *head,
+                *(
+                    text
+                    for name in STEPS
+                    for text in (
+                        _percent(row["steps"][name]),
+                        "" if medians[name] is None else _us(medians[name]),
+                    )
+                ),
+            )
+        )
+        lines.append((*head, f"{row['worst_gap']:.1e}", str(row["uncertified"])))
     what = (
         "256/64 chain+1: 256 experts on 64 ranks with 1 redundant slot each, placed by chain. A "
         "batch's time is the median of at least 20 replays, from counts by expert to a certified "
@@ -344,19 +386,39 @@ def _traffic_grids(traffic: dict[str, Any]) -> list[Grid]:
         for was_drawn, found in times.items()
         if found
     ]
+    names = (f"{STEPS[0]} steps", "1 step", *(f"{name} steps" for name in STEPS[2:]))
     grids.append(
         Grid(
-            "Iterations and certificates on real traffic",
-            ("case", "loads", f"{STEPS[0]} iterations", *STEPS[1:], "worst gap", "not certified"),
+            "Stages of the solve on real traffic",
+            ("case", "loads", *(text for name in names for text in (name, "us"))),
+            stages,
+            (
+                "The share of the batches that needed so many steps by potentials after levelling "
+                "along edges, and their median time in microseconds. 0 steps: levelling was "
+                "enough.",
+            ),
+        )
+    )
+    grids.append(
+        Grid(
+            "Certificates on real traffic",
+            ("case", "loads", "worst gap", "not certified"),
             lines,
             (
-                "The part of the batches that needed so many iterations. Every plan and bound was "
-                "held against HiGHS before it was timed.",
+                "Every plan and bound was held against HiGHS before it was timed.",
                 *(f"Left out: {row['case']}: {row['reason']}." for row in traffic["left_out"]),
             ),
         )
     )
     return grids
+
+
+def _case_name(row: dict[str, Any]) -> str:
+    return f"{row['experts']}/{row['ep']} {row['placement']}+{row['slots']}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%" if 0 < share < 0.01 else f"{100 * share:.0f}%"
 
 
 def _at_most(traffic: dict[str, Any]) -> str:
@@ -385,7 +447,7 @@ def _family_grids(report: dict[str, Any]) -> list[Grid]:
         ),
         Grid(
             "Certificates, and HiGHS on the CPU",
-            ("shape", "iterations mean", "iterations max", "worst gap", "HiGHS us"),
+            ("shape", "steps mean", "steps max", "worst gap", "HiGHS us"),
             [
                 (
                     row["shape"],
@@ -397,8 +459,9 @@ def _family_grids(report: dict[str, Any]) -> list[Grid]:
                 for row in rows
             ],
             (
-                "Every plan and bound was held against HiGHS before it was timed. HiGHS us: median "
-                "wall time of scipy's linprog.",
+                "steps: by potentials; 0 where levelling along edges was enough. Every plan and "
+                "bound was held against HiGHS before it was timed. HiGHS us: median wall time of "
+                "scipy's linprog.",
             ),
         ),
         Grid(
@@ -465,12 +528,13 @@ def pipeline_grids(report: dict[str, Any]) -> list[Grid]:
     rows = report["rows"]
     parts = ("count", "solve", "select", "floor", "host")
     spread = ("median", "p99", "max")
-    grids = [
+    grids = [] if report["traffic"] is None else [_run_grid(report["traffic"])]
+    grids.append(
         Grid(
             "Whole run without load sync, microseconds",
             (
                 *("shape", "tokens", "run, median", "p99", "max"),
-                *(*parts, "iterations, median / max", "KiB moved", "allocations"),
+                *(*parts, "steps, median / max", "KiB moved", "allocations"),
             ),
             [
                 (
@@ -491,10 +555,10 @@ def pipeline_grids(report: dict[str, Any]) -> list[Grid]:
                 "for every shape; the solve's time is a median too. floor: the ids, read twice and "
                 f"written once, at {report['bandwidth'] / 1e9:.0f} GB/s, the speed of a large copy "
                 "in the same run (small batches stay in the cache). host: wall time of an eager "
-                "call.",
+                "call. steps: by potentials, of the solve.",
             ),
         )
-    ]
+    )
     if report["first_calls"]:
         grids.append(
             Grid(
@@ -508,6 +572,30 @@ def pipeline_grids(report: dict[str, Any]) -> list[Grid]:
             )
         )
     return grids
+
+
+def _run_grid(traffic: dict[str, Any]) -> Grid:
+    return Grid(
+        "Whole run on a recorded trace, without load sync, microseconds",
+        (
+            *("case", "loads", "batches", "median", "p95", "p99", "max"),
+            *("solve, median", "p99"),
+        ),
+        [
+            (
+                *(_case_name(row), row["kind"], str(row["batches"])),
+                *(_us(row["us"][name]) for name in ("median", "p95", "p99", "max")),
+                *(_us(solved["us"][name]) for name in ("median", "p99")),
+            )
+            for row, solved in zip(traffic["pooled"], traffic["solve"], strict=True)
+        ],
+        (
+            f"Batches of {traffic['tokens']} tokens, top-8, their ids in random order: count, "
+            "solve and select; solve: of the same batches, from counts. Placed by the first half "
+            "of the trace, layer by layer; the batches are of the second half, evenly spread. A "
+            "batch's time is the median of at least 20 replays; percentiles run over batches.",
+        ),
+    )
 
 
 def placement_grids(report: dict[str, Any]) -> list[Grid]:

@@ -34,14 +34,23 @@ from lplb_triton import Balancer, Placement, Problem, Solution, Status, place
 from lplb_triton._threads import one_thread
 from lplb_triton.bench.balance import make_placement
 from lplb_triton.bench.placement import impossible
-from lplb_triton.bench.timing import Timer, check_plan, on_cpu, run_solver, statistics
+from lplb_triton.bench.timing import (
+    Timer,
+    check_ids,
+    check_plan,
+    on_cpu,
+    run_solver,
+    statistics,
+)
 from lplb_triton.bench.trace import Trace
-from lplb_triton.bench.verify import highs_optimum
+from lplb_triton.bench.verify import optima_of
 
 __all__ = [
     "BATCHES",
     "CASES",
     "DRAWN",
+    "RUN_BATCHES",
+    "RUN_CASES",
     "TRIALS",
     "Case",
     "Checked",
@@ -57,6 +66,7 @@ __all__ = [
     "product",
     "recorded",
     "row",
+    "run_row",
 ]
 
 Floats = NDArray[np.float64]
@@ -73,7 +83,7 @@ DRAWN = ("jitter", "rotating", "burst")
 BATCHES = 12
 # Effort of `place` where nothing is said: its own takes minutes from 64 ranks on.
 TRIALS = 100
-# Numbers of iterations that are told apart; the last stands for more too.
+# Numbers of steps by potentials that are told apart; the last stands for more too.
 STEPS = ("0", "1", "2", "3+")
 
 
@@ -144,6 +154,15 @@ CASES = tuple(
         (256, 256, "eplb", 1),
     )
 )
+
+# Of the whole run, and how many batches of a layer of a trace.
+RUN_CASES = (
+    Case(256, 8, "eplb", 1),
+    Case(256, 32, "eplb", 2),
+    Case(256, 64, "eplb", 2),
+    Case(256, 64, "chain", 1),
+)
+RUN_BATCHES = 25
 
 
 def experts_for(ep: int) -> int:
@@ -349,10 +368,7 @@ def prepare(case: Case, loads: Loads, trials: int = TRIALS) -> Prepared:
             )
         else:
             placement = make_placement(case.placement, loads.history, case.ep, case.slots)
-        problem = placement.problem(loads.batches)
-        masks = problem.mask.expand(problem.n_instances, -1, -1).numpy()
-        jobs = zip(problem.weights.numpy(), problem.fixed.numpy(), masks, strict=True)
-        optima = np.array([highs_optimum(*job) for job in jobs])
+        optima = optima_of(placement.problem(loads.batches))
     return Prepared(case, loads, placement, optima.reshape(len(loads.batches), -1))
 
 
@@ -415,7 +431,7 @@ class Checked:
     balancer
         With its placement; a kernel for these sizes is compiled.
     iterations
-        Of each batch, the most of its groups.
+        Of each batch, steps by potentials: the most of its groups.
     worst_gap
         Largest certified relative gap.
     uncertified
@@ -498,11 +514,14 @@ def row(checked: Checked, timer: Timer) -> Row:
     dict
         ``times_us`` and ``iterations`` by batch, and what `pooled` makes of them.
     """
-    case, loads = checked.prepared.case, checked.prepared.loads
-    batches = loads.batches.to(checked.balancer.device)
+    batches = checked.prepared.loads.batches.to(checked.balancer.device)
     counts = torch.zeros_like(batches[0])
     launch = partial(run_solver(checked.balancer), counts)
-    times = timer.by_batch(launch, counts, batches)
+    return _row(checked, timer.by_batch(launch, counts, batches))
+
+
+def _row(checked: Checked, times: list[float]) -> Row:
+    case, loads = checked.prepared.case, checked.prepared.loads
     single = {
         "experts": case.experts,
         "ep": case.ep,
@@ -518,6 +537,42 @@ def row(checked: Checked, timer: Timer) -> Row:
     return {**single, **_summary([single])}
 
 
+def run_row(checked: Checked, timer: Timer, seed: int) -> Row:
+    """Time `Balancer.run` on every batch of a checked load set: count, solve and select.
+
+    Parameters
+    ----------
+    checked
+        From `check`; its batches have equally many tokens.
+    timer
+        `lplb_triton.bench.timing.GraphTimer` on a GPU.
+    seed
+        Of the order of the ids.
+
+    Returns
+    -------
+    dict
+        As from `row`.
+
+    Raises
+    ------
+    WrongAnswerError
+        If ids are no copies of their experts or miss the plan; nothing is timed then.
+    """
+    balancer, placement = checked.balancer, checked.prepared.placement
+    rng = np.random.default_rng(seed)
+    ids = [
+        rng.permutation(np.repeat(np.arange(len(counts)), counts)).reshape(-1, TOP_K)
+        for counts in checked.prepared.loads.batches.numpy()
+    ]
+    batches = torch.from_numpy(np.stack(ids)).to(balancer.device)
+    for idx in batches:
+        counts, _ = balancer.count(idx)
+        check_ids(placement, idx, balancer.run(idx), balancer.solve(counts))
+    idx = batches[0].clone()
+    return _row(checked, timer.by_batch(partial(balancer.run, idx), idx, batches))
+
+
 def pooled(rows: Sequence[Row]) -> list[Row]:
     """Put the load sets of each case and kind together.
 
@@ -530,7 +585,8 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
     -------
     list of dict
         In order of first appearance: ``us`` are statistics over all batches, ``steps`` the share
-        of batches that needed 0, 1, 2, 3 or more iterations.
+        of batches that needed 0, 1, 2, 3 or more steps by potentials, and ``steps_us`` the median
+        time of these, or None where there are none.
     """
     sizes = ("experts", "ep", "placement", "slots", "kind")
     together: dict[tuple[Any, ...], list[Row]] = {}
@@ -542,13 +598,18 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
 
 
 def _summary(rows: Sequence[Row]) -> Row:
-    needed = np.concatenate([each["iterations"] for each in rows])
-    found = np.bincount(needed.clip(max=len(STEPS) - 1), minlength=len(STEPS)) / len(needed)
+    needed = np.concatenate([each["iterations"] for each in rows]).clip(max=len(STEPS) - 1)
+    times = np.concatenate([each["times_us"] for each in rows])
+    found = np.bincount(needed, minlength=len(STEPS)) / len(needed)
+    medians = [
+        float(np.median(times[needed == n])) if found[n] else None for n in range(len(STEPS))
+    ]
     return {
         "load_sets": len(rows),
         "batches": len(needed),
-        "us": statistics([us for each in rows for us in each["times_us"]]),
+        "us": statistics(times.tolist()),
         "steps": dict(zip(STEPS, found.tolist(), strict=True)),
+        "steps_us": dict(zip(STEPS, medians, strict=True)),
         "worst_gap": max(each["worst_gap"] for each in rows),
         "uncertified": sum(each["uncertified"] for each in rows),
     }

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lplb_triton.balancer import Balancer
-from lplb_triton.bench.instances import corpus
 from lplb_triton.placement import Placement
 from lplb_triton.problem import Problem
 from lplb_triton.solution import Solution
 from lplb_triton.solver import DEFAULT_TOLERANCE, solve
 
-__all__ = ["NoOptimumError", "Verdict", "highs_optimum", "solve_counts", "verify"]
+if TYPE_CHECKING:
+    from lplb_triton.bench.corpus import Part
+
+__all__ = [
+    "NoOptimumError",
+    "Verdict",
+    "compare",
+    "highs_optimum",
+    "optima_of",
+    "solve_counts",
+    "verify",
+]
 
 Floats = NDArray[np.float64]
 # Relative slack for comparing two floating-point answers.
@@ -30,11 +40,13 @@ class NoOptimumError(RuntimeError):
 
 @dataclass
 class Verdict:
-    """Counts over all instances of one tolerance and one way of solving."""
+    """Counts over all instances of one part, one tolerance and one way of solving."""
 
     tolerance: float
     from_counts: bool = False
     """Whether `Balancer.solve` was asked, which knows the placement, or `lplb_triton.solve`."""
+    part: str = "random"
+    """As in `lplb_triton.bench.corpus`."""
     instances: int = 0
     infeasible: int = 0
     bound_above_optimum: int = 0
@@ -42,12 +54,18 @@ class Verdict:
     not_certified: int = 0
     worst_gap: float = 0.0
     max_iterations: int = 0
+    """Interior-point iterations of `lplb_triton.solve`, steps by potentials of `Balancer.solve`."""
     total_iterations: int = 0
 
     @property
     def sound(self) -> bool:
         """Whether every plan is feasible and every certificate true."""
         return not (self.infeasible or self.bound_above_optimum or self.load_below_optimum)
+
+    @property
+    def certified(self) -> float:
+        """Share of the instances that were certified at the tolerance."""
+        return 1 - self.not_certified / max(self.instances, 1)
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -168,17 +186,77 @@ def solve_counts(
     return Solution(shares, max_load, lower_bound, gap, iterations, status, tolerance)
 
 
-def verify(
-    n_instances: int,
+def optima_of(problem: Problem) -> Floats:
+    """Optima ``[B]`` of all instances by HiGHS."""
+    masks = problem.mask.expand(problem.n_instances, -1, -1).numpy()
+    jobs = zip(problem.weights.numpy(), problem.fixed.numpy(), masks, strict=True)
+    return np.array([highs_optimum(*job) for job in jobs])
+
+
+def compare(
+    parts: Sequence[Part],
     *,
-    seed: int = 0,
     tolerances: tuple[float, ...] = (1e-3, 1e-4),
     backend: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Verdict]:
-    """Solve the random corpus and compare every instance with HiGHS.
+    """Solve all instances of some parts and compare every one with HiGHS.
+
+    Parameters
+    ----------
+    parts : sequence of lplb_triton.bench.corpus.Part
+        What to solve.
+    tolerances, backend, device, dtype, progress
+        As for `verify`.
+
+    Returns
+    -------
+    list of Verdict
+        Of each part in turn, one per tolerance. The Triton kernels have a way of their own from
+        counts by expert: with them as many again for that, and those alone where
+        `lplb_triton.solve` does not take every placement.
+    """
+    found = []
+    for part in parts:
+        ways = (False, True) if part.as_problems else (True,)
+        if backend != "triton":
+            ways = (False,)
+        verdicts = [Verdict(tolerance, way, part.name) for way in ways for tolerance in tolerances]
+        found += verdicts
+        for instance in part.instances:
+            problem = instance.problem
+            optima = optima_of(problem)
+            there = None if ways == (True,) else problem.to(device)
+            for verdict in verdicts:
+                if there is None or verdict.from_counts:
+                    solution = solve_counts(
+                        instance.placement, instance.counts, device, verdict.tolerance
+                    )
+                else:
+                    solution = solve(
+                        there, tolerance=verdict.tolerance, backend=backend, dtype=dtype
+                    )
+                _judge(verdict, problem, solution, optima)
+            if progress is not None:
+                progress(instance.shape, problem.n_instances)
+    return found
+
+
+def verify(
+    n_instances: int,
+    *,
+    seed: int = 0,
+    n_batches: int = 0,
+    most_ranks: int | None = None,
+    tolerances: tuple[float, ...] = (1e-3, 1e-4),
+    backend: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> list[Verdict]:
+    """Solve the corpus and compare every instance with HiGHS.
 
     Parameters
     ----------
@@ -186,6 +264,8 @@ def verify(
         Instances over all shapes and families of `lplb_triton.bench.instances`.
     seed : int
         Seed of the corpus.
+    n_batches, most_ranks
+        As for `lplb_triton.bench.corpus.parts`, by default random programs alone.
     tolerances : tuple of float
         Each gives a row.
     backend, dtype
@@ -193,30 +273,21 @@ def verify(
     device : str
         Where to solve.
     progress : callable or None
-        Called with each shape's name and number of instances when it is done.
+        Called with each placement's name and number of instances when it is done.
 
     Returns
     -------
     list of Verdict
-        One per tolerance; with the Triton kernels, which have a way of their own from counts
-        by expert, as many again for that.
+        As for `compare`.
     """
-    ways = (False, True) if backend == "triton" else (False,)
-    verdicts = [Verdict(tolerance, way) for way in ways for tolerance in tolerances]
-    for instance in corpus(n_instances, seed):
-        problem = instance.problem
-        masks = problem.mask.expand(problem.n_instances, -1, -1).numpy()
-        jobs = zip(problem.weights.numpy(), problem.fixed.numpy(), masks, strict=True)
-        optima = np.array([highs_optimum(*job) for job in jobs])
-        there = problem.to(device)
-        for verdict in verdicts:
-            if verdict.from_counts:
-                solution = solve_counts(
-                    instance.placement, instance.counts, device, verdict.tolerance
-                )
-            else:
-                solution = solve(there, tolerance=verdict.tolerance, backend=backend, dtype=dtype)
-            _judge(verdict, problem, solution, optima)
-        if progress is not None:
-            progress(instance.shape, problem.n_instances)
-    return verdicts
+    # That module needs others which need this one.
+    from lplb_triton.bench.corpus import parts
+
+    return compare(
+        parts(n_instances, seed, n_batches, most_ranks),
+        tolerances=tolerances,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    )

@@ -19,10 +19,10 @@ from lplb_triton.bench.commands import timed
 BASE = {
     "balance": "balance --trace t.npz --device cpu --ep 4 --slots 1 --out o",
     "report": "report t.npz --device cpu --ep 4 --slots 1 --out o",
-    "verify": "verify --device cpu --instances 1",
+    "verify": "verify --device cpu --instances 1 --no-traffic",
     "solve": "solve --shapes ring:2 --per-family 1 --no-peers --ep 4 --slots 1 --experts 8 "
     "--batches 1 --processes 1",
-    "pipeline": "pipeline --shapes cube --tokens 8 --no-first-call",
+    "pipeline": "pipeline --shapes cube --tokens 8 --no-first-call --no-traffic",
     "simulate": "simulate --ep 8 --slots 1 --rows 64 --hidden 8 --inner 8",
     "ep": "ep --device cpu --sections time,pipeline",
     "placement": "placement --synthetic 8 --seeds 0 --ep 4 --slots 1 --device cpu --trials 1",
@@ -129,6 +129,7 @@ def test_wrong_files(folder, capsys, name, value):
         ("solve --shapes ring:100000000", "more than 4096 ranks"),
         ("balance --placement torus:99999x99999", "more than 4096 ranks"),
         ("verify --instances 100000000000", "argument --instances"),
+        ("verify --most-ranks 4", "argument --most-ranks: no placement has fewer than 8 ranks"),
         ("placement --synthetic 1000000000", "argument --synthetic"),
         ("ep --device cpu --ranks 32", "argument --ranks: on a cpu at most 16, got 32"),
         # One file for two things, or over what is read.
@@ -140,6 +141,10 @@ def test_wrong_files(folder, capsys, name, value):
         ("verify --out o --json v.json", "arguments --out and --json"),
         ("report t.npz --json r.json", "argument --json: needs --out"),
         # Options that would have no effect.
+        (
+            "verify --no-traffic --batches 2 --most-ranks 8",
+            "arguments --batches, --most-ranks: not",
+        ),
         ("placement --seeds 0-3", "argument --seeds: only with --synthetic"),
         ("placement --synthetic 8 --history 3 --layers 0", "arguments --history, --layers: not"),
         ("workloads --placement eplb --trials 3", "argument --trials: only for the placement"),

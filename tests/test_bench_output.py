@@ -113,7 +113,7 @@ def test_files_are_written_before_anything_is_printed(folder, monkeypatch):
     assert cli.main(BALANCE) == cli.OK
     common = "--workload uniform --placement eplb --ep 4 --experts 32 --batches 1".split()
     assert cli.main(["workloads", *common, "--json", "w.json", "--markdown", "w.md"]) == cli.OK
-    assert cli.main("verify --device cpu --instances 1 --out v".split()) == cli.OK
+    assert cli.main("verify --device cpu --instances 1 --no-traffic --out v".split()) == cli.OK
     assert there[0] == sorted([*FILES, "o"])
     assert set(there[1]) - set(there[0]) == {"w.json", "w.md"}
     assert set(there[2]) - set(there[1]) == {"v", "verify.json"}

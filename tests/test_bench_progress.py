@@ -68,8 +68,17 @@ def test_commands_name_their_combinations(tmp_path, capsys):
         )
     ]
     verify = ["verify", "--instances", "1", *common]
-    assert cli.main(verify) == cli.OK
+    assert cli.main([*verify, "--no-traffic"]) == cli.OK
     assert "17 of 17: random:32:4" in capsys.readouterr().err
+    assert cli.main([*verify, "--batches", "1", "--most-ranks", "8"]) == cli.OK
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" s, ")[2] for line in lines if "copies" in line or "EP 8" in line] == [
+        "18 of 23: 256 experts, EP 8, eplb, 1 slot",
+        "19 of 23: 256 experts, EP 8, chain, 2 slots",
+        "20 of 23: 256 experts, EP 8, place, 1 slot",
+        "21 of 23: 5 to 8 copies on 8 ranks",
+        "23 of 23: no copies on 8 ranks",
+    ]
     placement = ["placement", *trace, "--ep", "4,5", "--slots", "1,2", "--trials", "1"]
     assert cli.main([*placement, *common]) == cli.OK
     assert "2 of 2: EP 4, 2 slots" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 
 import lplb_triton
 from lplb_triton import Balancer
-from lplb_triton.bench import cli, tables, timing
+from lplb_triton.bench import cli, tables, timing, traffic
 from lplb_triton.bench.commands import timed
 
 SMALL = {"per_family": 1, "seed": 0}
@@ -282,7 +282,8 @@ def test_solve_command_without_peers(fake_gpu, capsys):
 
 
 def test_pipeline_command(fake_gpu, capsys):
-    arguments = ["pipeline", "--shapes", "cube", "--tokens", "16,32", "--markdown", "-"]
+    arguments = ["pipeline", "--shapes", "cube", "--tokens", "16,32", "--no-traffic"]
+    arguments += ["--markdown", "-"]
     assert cli.main(arguments) == cli.OK
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[:2] for line in lines if line.startswith("| cube")] == [
@@ -292,8 +293,45 @@ def test_pipeline_command(fake_gpu, capsys):
     ]
     assert cli.main([*arguments[:-2], "--no-first-call", "--json", "-"]) == cli.OK
     report = json.loads(capsys.readouterr().out)
-    assert report["first_calls"] == []
+    assert report["first_calls"] == [] and report["traffic"] is None
     assert report["bandwidth"] == 1e12
+
+
+def small_runs(monkeypatch):
+    """One case of real traffic, two batches of a layer."""
+    monkeypatch.setattr(traffic, "RUN_CASES", (traffic.Case(256, 8, "eplb", 1),))
+    monkeypatch.setattr(traffic, "RUN_BATCHES", 2)
+    return ["pipeline", "--shapes", "cube", "--tokens", "16", "--no-first-call"]
+
+
+def test_pipeline_on_a_trace(fake_gpu, monkeypatch, capsys):
+    arguments = small_runs(monkeypatch)
+    assert cli.main([*arguments, "--json", "-"]) == cli.OK
+    captured = capsys.readouterr()
+    assert "Whole run on a recorded trace" in captured.err
+    report = json.loads(captured.out)
+    found = report["traffic"]
+    assert found["tokens"] == 1024 and len(found["rows"]) == 4
+    (run,), (solved,) = found["pooled"], found["solve"]
+    assert (run["batches"], solved["batches"]) == (8, 8)
+    # Of each layer the timer's first two calls are runs, the next two solves.
+    assert sorted(us for row in found["rows"] for us in row["times_us"]) == [
+        *(1, 2, 5, 6, 9, 10, 13, 14)
+    ]
+    assert solved["us"]["max"] == 16
+    (grid,) = [g for g in tables.pipeline_grids(report) if "trace" in g.title]
+    assert grid.rows[0][0] == "256/8 eplb+1" and grid.rows[0][2] == "8"
+
+
+def test_uncertified_runs_fail_the_command(fake_gpu, monkeypatch, capsys):
+    check = traffic.check
+
+    def admit(prepared, device, tolerance):
+        return replace(check(prepared, device, tolerance), uncertified=2)
+
+    monkeypatch.setattr(traffic, "check", admit)
+    assert cli.main(small_runs(monkeypatch)) == cli.FAILED
+    assert "8 batches were not certified within 0.001" in capsys.readouterr().err
 
 
 def test_a_wrong_answer_ends_a_command(fake_gpu, monkeypatch, capsys):
@@ -304,7 +342,7 @@ def test_a_wrong_answer_ends_a_command(fake_gpu, monkeypatch, capsys):
     monkeypatch.setattr(timing, "check_ids", refuse)
     for command in (
         ["solve", "--no-traffic", "--shapes", "ring:5", "--per-family", "1"],
-        ["pipeline", "--shapes", "cube", "--tokens", "16"],
+        ["pipeline", "--shapes", "cube", "--tokens", "16", "--no-traffic"],
     ):
         assert cli.main(command) == cli.FAILED
         assert "not timed: so and so" in capsys.readouterr().err
@@ -318,7 +356,8 @@ def test_more_than_one_allocation_is_reported(fake_gpu, monkeypatch, capsys):
         "cube", 16, FakeTimer(), "cpu", tolerance=1e-3, bandwidth=1e9, per_family=1
     )
     monkeypatch.setattr(timing, "pipeline_row", pipeline_row)
-    assert cli.main(["pipeline", "--shapes", "cube", "--tokens", "16"]) == cli.FAILED
+    arguments = ["pipeline", "--shapes", "cube", "--tokens", "16", "--no-traffic"]
+    assert cli.main(arguments) == cli.FAILED
     assert "allocates 2 times per call" in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ from test_bench_balance import make_trace
 from test_timing import FakeTimer
 
 from lplb_triton import Balancer, Status
-from lplb_triton.bench import cli, timing, traffic
+from lplb_triton.bench import cli, tables, timing, traffic
 from lplb_triton.bench import trace as traces
 from lplb_triton.bench.commands import timed
 
@@ -178,8 +178,51 @@ def test_pooled():
     assert (first["kind"], first["load_sets"], first["batches"]) == ("a", 2, 4)
     assert first["us"] == timing.statistics([1, 2, 3, 4])
     assert first["steps"] == {"0": 0.25, "1": 0.25, "2": 0, "3+": 0.5}
+    assert first["steps_us"] == {"0": 1, "1": 2, "2": None, "3+": 3.5}
     assert (first["worst_gap"], first["uncertified"]) == (0.2, 2)
     assert second["steps"] == {"0": 0, "1": 0, "2": 1, "3+": 0}
+
+
+def test_table_of_stages():
+    found = {"experts": 256, "ep": 64, "placement": "eplb", "slots": 2, "kind": "jitter"}
+    us = timing.statistics([5.0])
+    found |= {"batches": 400, "us": us, "worst_gap": 9e-4, "uncertified": 0}
+    found["steps"] = {"0": 0.7, "1": 0.2975, "2": 0.0025, "3+": 0}
+    found["steps_us"] = {"0": 4.04, "1": 9.0, "2": 12.5, "3+": None}
+    _, stages, certificates = tables._traffic_grids(
+        {"pooled": [found], "left_out": [], "most": None}
+    )
+    assert stages.header[2:] == ("0 steps", "us", "1 step", "us", "2 steps", "us", "3+ steps", "us")
+    assert stages.rows == [
+        ("256/64 eplb+2", "jitter", "70%", "4.0", "30%", "9.0", "0.2%", "12.5", "0%", "")
+    ]
+    assert certificates.rows == [("256/64 eplb+2", "jitter", "9.0e-04", "0")]
+
+
+def test_whole_runs(prepared, monkeypatch):
+    checked, seen = traffic.check(prepared, "cpu", 1e-3), []
+    run = Balancer.run
+
+    def watched(self, idx):
+        seen.append(idx.clone())
+        return run(self, idx)
+
+    monkeypatch.setattr(Balancer, "run", watched)
+    row = traffic.run_row(checked, FakeTimer(), 0)
+    assert row["times_us"] == [1, 2, 3] and row["us"]["median"] == 2
+    assert row["iterations"] == checked.iterations
+    # Once to be checked, once to be timed.
+    assert len(seen) == 6
+    for index, counts in enumerate(prepared.loads.batches):
+        assert torch.equal(torch.bincount(seen[index].flatten(), minlength=16).int(), counts)
+        assert torch.equal(seen[index], seen[index + 3])
+
+    def wrong(self, idx):
+        return run(self, idx).roll(1, 0)
+
+    monkeypatch.setattr(Balancer, "run", wrong)
+    with pytest.raises(timing.WrongAnswerError, match="no copy"):
+        traffic.run_row(checked, FakeTimer(), 0)
 
 
 @pytest.mark.slow
@@ -226,7 +269,8 @@ def test_real_traffic_comes_first(fake_gpu, capsys):
     titles = [line for line in capsys.readouterr().out.splitlines() if line.startswith("###")]
     assert titles == [
         "### Solve on drawn traffic, microseconds",
-        "### Iterations and certificates on real traffic",
+        "### Stages of the solve on real traffic",
+        "### Certificates on real traffic",
         "### Solve, microseconds",
         "### Certificates, and HiGHS on the CPU",
         "### Solve by load family, median microseconds",

@@ -6,6 +6,7 @@ import argparse
 import os
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,11 +151,13 @@ def _add_pipeline(commands: Any, parents: tuple[argparse.ArgumentParser, ...]) -
         description=(
             "Time Balancer.run and its parts by CUDA-graph replay, for 256 experts and top-8\n"
             "routing, without load sync; the host's time of an eager call, its allocations, and\n"
-            "the first call of a fresh process."
+            "the first call of a fresh process. The whole run is timed batch by batch on the\n"
+            "packaged trace too, under placements made from its first half."
         ),
         examples=(
             "  lplb-bench pipeline --markdown -\n"
-            "  lplb-bench pipeline --shapes eplb:32:2 --tokens 128,4096 --no-first-call"
+            "  lplb-bench pipeline --shapes eplb:32:2 --tokens 128,4096 --no-first-call\n"
+            "  lplb-bench pipeline --no-traffic --json pipeline.json"
         ),
     )
     sub.add_argument(
@@ -165,6 +168,10 @@ def _add_pipeline(commands: Any, parents: tuple[argparse.ArgumentParser, ...]) -
     sub.add_argument(
         "--tokens", type=options.integers(1), default=timing.PIPELINE_TOKENS, metavar="N[,N...]",
         help=f"tokens of a batch (default {','.join(map(str, timing.PIPELINE_TOKENS))})",
+    )  # fmt: skip
+    sub.add_argument(
+        "--traffic", action=argparse.BooleanOptionalAction, default=True,
+        help="time the packaged trace too (default)",
     )  # fmt: skip
     sub.add_argument(
         "--first-call", action=argparse.BooleanOptionalAction, default=True,
@@ -381,7 +388,11 @@ def pipeline(args: argparse.Namespace, out: Output) -> int:
     rows, first_calls = [], []
     bandwidth = timing.copy_bandwidth(timer, device)
     names = [(shape, len(args.tokens) + args.first_call) for shape in args.shapes]
-    with progress(names, args.progress) as advance:
+    cases = traffic.RUN_CASES if args.traffic else ()
+    measured = None
+    with progress([*((str(case), 1) for case in cases), *names], args.progress) as advance:
+        if cases:
+            measured = _time_runs(args, cases, device, timer, advance)
         for shape in args.shapes:
             for tokens in args.tokens:
                 rows.append(
@@ -408,6 +419,7 @@ def pipeline(args: argparse.Namespace, out: Output) -> int:
         "environment": environment(device.type),
         "seconds": time.perf_counter() - begin,
         "bandwidth": bandwidth,
+        "traffic": measured,
         "rows": rows,
         "first_calls": first_calls,
     }
@@ -418,7 +430,35 @@ def pipeline(args: argparse.Namespace, out: Output) -> int:
             f"{row['shape']}, {row['tokens']} tokens: run allocates "
             f"{row['allocations_per_call']:g} times per call, expected once"
         )
-    return FAILED if wrong else OK
+    bad = 0 if measured is None else sum(row["uncertified"] for row in measured["rows"])
+    if bad:
+        say(f"{bad} batches were not certified within {args.tolerance:g}")
+    return FAILED if wrong or bad else OK
+
+
+def _time_runs(
+    args: argparse.Namespace,
+    cases: Sequence[traffic.Case],
+    device: torch.device,
+    timer: timing.Timer,
+    advance: Callable[[], None],
+) -> dict[str, Any]:
+    """Check the packaged trace's batches, and time the whole run and the solve on each."""
+    trace, source = options.load_trace(None)
+    loads = traffic.recorded(trace, source, traffic.RUN_BATCHES)
+    rows, solved = [], []
+    for case in cases:
+        for each in loads:
+            checked = traffic.check(traffic.prepare(case, each), device, args.tolerance)
+            rows.append(traffic.run_row(checked, timer, timing.SEED))
+            solved.append(traffic.row(checked, timer))
+        advance()
+    return {
+        "tokens": trace.totals()[0, 0].sum().item() // traffic.TOP_K,
+        "pooled": traffic.pooled(rows),
+        "solve": traffic.pooled(solved),
+        "rows": rows,
+    }
 
 
 def simulation(args: argparse.Namespace, out: Output) -> int:
