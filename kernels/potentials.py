@@ -41,7 +41,7 @@ from lplb_triton.kernels.rows import (
     _sum_columns,
     _sum_of_ranks,
 )
-from lplb_triton.kernels.tiles import _add2, _largest_load, _shares
+from lplb_triton.kernels.tiles import _largest_load, _shares
 
 # Sweeps between two steps.
 SWEEPS = tl.constexpr(8)
@@ -53,21 +53,17 @@ SOME = tl.constexpr(1e-6)
 WHOLE_STEPS = tl.constexpr(3)
 # Rounds of the projection on a column's plans, at most.
 ROUNDS = tl.constexpr(5)
-# Of a difference of two squares, what is below this part of the first counts as nothing; so does a
-# residual whose square is below that part of the first one.
-LEAST_LEFT = tl.constexpr(1e-5)
-SMALL_RESIDUAL = tl.constexpr(1e-8)
+# A residual whose product with its image is below this part of the largest such is round-off.
+ROUND_OFF = tl.constexpr(1e-9)
 
 
 @triton.jit
-def _scalar_products(a, b, c, d, G: tl.constexpr):
-    """Scalar products of ``a`` and ``b``, and of ``c`` and ``d``, vectors by rank."""
-    first = a[0] * b[0]
-    second = c[0] * d[0]
+def _scalar_product(a, b, G: tl.constexpr):
+    """Scalar product of two vectors by rank."""
+    total = a[0] * b[0]
     for h in tl.static_range(1, G // min(G, 32)):
-        first += a[h] * b[h]
-        second += c[h] * d[h]
-    return tl.reduce((first, second), 0, _add2)
+        total += a[h] * b[h]
+    return tl.sum(total)
 
 
 @triton.jit
@@ -76,6 +72,15 @@ def _add_scaled(a, scale, b, G: tl.constexpr):
     result = ()
     for h in tl.static_range(G // min(G, 32)):
         result += (a[h] + b[h] * scale,)
+    return result
+
+
+@triton.jit
+def _less(a, b, G: tl.constexpr):
+    """Subtract a scalar from a vector by rank."""
+    result = ()
+    for h in tl.static_range(G // min(G, 32)):
+        result += (a[h] - b,)
     return result
 
 
@@ -108,14 +113,13 @@ def _find_potentials(
     """
     residual, potential = (), ()
     for h in tl.static_range(G // min(G, 32)):
-        there = h * 32 + tl.arange(0, min(G, 32)) < n_ranks
+        there = h * min(G, 32) + tl.arange(0, min(G, 32)) < n_ranks
         residual += (tl.where(there, loads[h] - mean, 0.0),)
         potential += (loads[h] * 0.0,)
     direction = potential
     image = potential
     size = mean * 0.0
-    image_size = size
-    first_size = size
+    largest = size
     for _ in range(RESIDUAL_STEPS):
         _store_vector(vector_ptr, residual, n_ranks, G)
         tl.debug_barrier()
@@ -128,17 +132,15 @@ def _find_potentials(
         _store_by_rank(product_ptr, _sum_of_ranks(cells_ptr, rank_cells, n_ranks, G), n_ranks)
         tl.debug_barrier()
         product = _load_vector(product_ptr, n_ranks, G)
-        new_size, product_size = _scalar_products(residual, product, product, product, G)
-        again = _ratio(new_size, size, 0.0)
-        first_size = tl.maximum(first_size, product_size)
-        # Images of directions are at right angles to each other. What is left of the difference is
-        # no more than round-off where the residual has become small.
-        image_size = product_size - again * again * image_size
+        new_size = _scalar_product(residual, product, G)
+        # Once the residual is round-off there is nothing to gain.
+        largest = tl.maximum(largest, new_size)
+        again = _ratio(new_size, size, largest * ROUND_OFF)
         size = new_size
-        least = tl.maximum(product_size * LEAST_LEFT, first_size * SMALL_RESIDUAL)
-        length = _ratio(size, image_size, least)
         direction = _add_scaled(residual, again, direction, G)
         image = _add_scaled(product, again, image, G)
+        length = _ratio(size, _scalar_product(image, image, G), 0.0)
+        length = tl.where(size > largest * ROUND_OFF, length, 0.0)
         potential = _add_scaled(potential, length, direction, G)
         residual = _add_scaled(residual, -length, image, G)
     return potential
@@ -196,8 +198,10 @@ def _step(
     if steps >= WHOLE_STEPS:
         # Where the sum of squares is least on the way.
         change = _add_scaled(new, -1.0, loads, G)
-        slope, curvature = _scalar_products(loads, change, change, change, G)
-        length = tl.maximum(tl.minimum(_ratio(-slope, curvature, 0.0), 1.0), 0.0)
+        # Changes sum to 0; less their mean, loads don't multiply what round-off left of that sum.
+        slope = -_scalar_product(_less(loads, mean, G), change, G)
+        length = _ratio(slope, _scalar_product(change, change, G), 0.0)
+        length = tl.maximum(tl.minimum(length, 1.0), 0.0)
         y = x + (y - x) * length
         new = _add_scaled(loads, length, change, G)
     _store_by_cell(x_ptr, y, rows)
@@ -282,8 +286,9 @@ def _level_by_steps(
                 swept = steps * 0
                 going = going & (steps < max_steps)
                 tl.debug_barrier()
-    if peak > peak_before:
+    if (peak <= peak_before) == 0:
         # A step may raise the largest load, and be the last.
+        tl.debug_barrier()
         units = tl.load(units_ptr + rows.cells, mask=rows.there, other=0)
         _store_by_cell(x_ptr, _shares(units) * rows.weights, rows)
     tl.debug_barrier()

@@ -172,7 +172,7 @@ def _store_by_rank(values_ptr, values, n_ranks):
 
 
 @triton.jit
-def _load_cells(rank_cells_ptr, first, n_ranks, G: tl.constexpr):
+def _load_cells_at(rank_cells_ptr, first, n_ranks, G: tl.constexpr):
     """Load the numbers of RANK_CELLS cells of each rank from its ``first`` one on, -1 for none."""
     at = tl.arange(0, G)[:, None] * RANK_CELLS + tl.arange(0, RANK_CELLS)[None, :]
     rank = at // RANK_CELLS
@@ -183,7 +183,7 @@ def _load_cells(rank_cells_ptr, first, n_ranks, G: tl.constexpr):
 @triton.jit
 def _load_cells_of_ranks(rank_cells_ptr, most_cells, n_ranks, G: tl.constexpr):
     """Load `RankCells`."""
-    return RankCells(_load_cells(rank_cells_ptr, 0, n_ranks, G), rank_cells_ptr, most_cells)
+    return RankCells(_load_cells_at(rank_cells_ptr, 0, n_ranks, G), rank_cells_ptr, most_cells)
 
 
 @triton.jit
@@ -194,7 +194,7 @@ def _sum_of_ranks(values_ptr, rank_cells, n_ranks, G: tl.constexpr):
     for first in range(RANK_CELLS, rank_cells.most, RANK_CELLS):
         # Rare, and without it unrolled: long code takes its time to fetch.
         tl.debug_barrier()
-        cell = _load_cells(rank_cells.ptr, first, n_ranks, G)
+        cell = _load_cells_at(rank_cells.ptr, first, n_ranks, G)
         values += tl.load(values_ptr + cell, mask=cell >= 0, other=0.0)
     return tl.broadcast_to(tl.sum(values, 1, keep_dims=True), values.shape)
 

@@ -20,7 +20,7 @@ __all__ = ["DeviceTables"]
 ALIGNMENT = 256
 # Copies of a column of which each is joined with each.
 FEW = 4
-# Classes of edges that levelling in registers goes through before steps by potentials take over.
+# Classes of edges that levelling goes through, at most, before steps by potentials take over.
 MOST_CLASSES = 256
 # Edges hold the numbers of their cells in 16 bits.
 MOST_CELLS = 1 << 16

@@ -884,7 +884,7 @@ class Balancer:
         now = int(self.uncertified), int(self.solves)
         before, self._checked = self._checked, now
         if now[0] < before[0] or now[1] < before[1]:
-            # The caller has set the counters back.
+            # The caller has set both counters back.
             before = 0, 0
         above, solved = now[0] - before[0], now[1] - before[1]
         if above:
@@ -896,7 +896,7 @@ class Balancer:
     def _raise_on_status(self) -> None:
         if self._status_view[0]:
             what = self._kernels.read_report(self._status_view)
-        elif self._invalid_view[0] != self._invalid_told:
+        elif self._invalid_view[0] > self._invalid_told:
             what, self._invalid_told = "counts", int(self._invalid_view[0])
         else:
             return

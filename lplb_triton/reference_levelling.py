@@ -37,6 +37,8 @@ FEW_COPIES = 4
 # Sweeps of a run, at most: of the first one, and of those after steps by potentials.
 FIRST_SWEEPS = 16
 LATER_SWEEPS = 8
+# Classes of edges that the first run may level, up to the end of a sweep.
+FIRST_CLASSES = 256
 # The part of the difference of two ranks that an edge moves in the first sweeps of a run and in
 # the others, and how many the first ones are.
 LEVEL_PART = 0.5
@@ -469,7 +471,8 @@ def _level(
 ) -> _Plans:
     """Sweep and step until the gaps are within the aim, or after ``max_steps`` steps."""
     plans = _Plans(graph, w, fixed, aim)
-    plans.sweep(FIRST_SWEEPS)
+    whole = -(-FIRST_CLASSES // max(1, len(graph.classes)))
+    plans.sweep(min(FIRST_SWEEPS, whole))
     if not len(plans.open):
         return plans
     before = plans.x.clone(), plans.load.clone()

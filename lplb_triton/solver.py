@@ -15,6 +15,8 @@ __all__ = ["DEFAULT_MAX_ITERATIONS", "DEFAULT_TOLERANCE", "resolve_backend", "so
 
 DEFAULT_TOLERANCE = 1e-3
 DEFAULT_MAX_ITERATIONS = 40
+# A bound that no kernel can be kept busy with for long.
+MOST_ITERATIONS = 10_000
 # Below this, float32 round-off is as large as the gap that is asked for.
 MIN_TOLERANCE_FLOAT32 = 1e-5
 MIN_TOLERANCE_FLOAT64 = 1e-9
@@ -66,8 +68,10 @@ def check_tolerance(tolerance: float, minimum: float) -> float:
 
 def check_max_iterations(max_iterations: int) -> int:
     """Return ``max_iterations``, or raise a ValueError that names it."""
-    if not isinstance(max_iterations, int) or max_iterations < 1:
-        raise ValueError(f"max_iterations must be a positive int, got {max_iterations!r}")
+    if not isinstance(max_iterations, int) or not 1 <= max_iterations <= MOST_ITERATIONS:
+        raise ValueError(
+            f"max_iterations must be an int in [1, {MOST_ITERATIONS}], got {max_iterations!r}"
+        )
     return max_iterations
 
 

@@ -60,7 +60,7 @@ def jobs(capability):
             options = launch._solve_options(launch._newton_warps(ranks, columns))
             tile = {"G": ranks, "C": columns, "HAS_START": ranks == 8}
             yield solvers._solve_lp_kernel, tile, options
-        options = launch._solve_options(launch._solve_warps(ranks))
+        options = launch._solve_options(launch._solve_warps(ranks, columns))
         constants = {"G": ranks, "C": columns, "R": columns, "S": 8, "COPIES": 64, "MEMBERS": 4}
         constants |= {
             "ROWS": launch.SUM_ROWS,

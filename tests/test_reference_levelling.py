@@ -210,6 +210,14 @@ def test_order_of_sweeps_cuts_and_steps(monkeypatch):
     assert "".join(calls) == later + "SSSSc" * 2 + ("p" + later) * 3 + ("P" + later) * 3
 
 
+def test_the_first_run_ends_after_256_classes(monkeypatch):
+    # Columns on the same two ranks have a class each: 15 sweeps of 18 are the first to be as many.
+    calls = record_stages(monkeypatch, cut_bound=find_no_bound)
+    mask = torch.from_numpy(hold(3, [(0, 1)] * 18))
+    solve(Problem(torch.ones(1, 18), torch.zeros(1, 3), mask), max_iterations=1)
+    assert "".join(calls) == "scscScSScSSScSSSScSSSc" + "pscscScSScSSSc"
+
+
 @pytest.mark.parametrize(("part", "steady"), [(0.49, True), (0.51, False)])
 def test_when_the_largest_load_is_steady(monkeypatch, part, steady):
     aim = 0.98e-3
@@ -512,6 +520,18 @@ def test_a_cut_finds_the_ranks_that_are_too_full():
     w, fixed = torch.tensor([[6.0, 1.0, 1.0]]), torch.tensor([[3.0, 2.0, 1.0, 0.0, 0.0]])
     load = torch.tensor([[4.0, 4.0, 3.99, 1.01, 1.0]])
     assert levelling.cut_bound(graph, load, w, fixed, 1e-2).tolist() == [4.0]
+
+
+@pytest.mark.parametrize("depth", [0.4, 1.6, 6.4, 25.6])
+def test_how_deep_cuts_are(depth):
+    graph = levelling.build_graph(torch.from_numpy(hold(3, [(0, 1)]))[0])
+    w, fixed, aim = torch.tensor([[2.0]]), torch.zeros(1, 3), 1e-3
+    for above, below, expected in ((0.9, 1.1, 1.0), (1.1, 1.3, 2 / 3), (0.7, 0.9, 2 / 3)):
+        # Only a cut between ranks 1 and 2 finds the set of ranks 0 and 1.
+        load = 1 - aim * depth * torch.tensor([[0.0, above, below]], dtype=DOUBLE)
+        bound = levelling.cut_bound(graph, load, w.double(), fixed.double(), aim)
+        none = expected < 1 and depth == 25.6 and above > 1
+        assert float(bound[0]) == pytest.approx(0.0 if none else expected)
 
 
 def nearest_in_simplex(y, total):

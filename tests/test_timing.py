@@ -213,7 +213,7 @@ def test_pipeline_row():
     assert row["bytes"] == 3 * 24 * 8 * 8
     assert row["floor_us"] == pytest.approx(row["bytes"] / 1e3)
     assert row["host_us"] > 0
-    assert 0 < row["iterations"]["max"] < 12
+    assert row["iterations"]["max"] == 0  # Levelling alone is enough on a cube.
     assert row["allocations_per_call"] is None
 
 
