@@ -17,14 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.levelling import (
-    EXACT_SWEEPS,
-    RELAXATION,
-    STEADY,
-    _cut_bound,
-    _level_edges,
-    _peak,
-)
+from lplb_triton.kernels.levelling import _cut_bound, _sweep
 from lplb_triton.kernels.rows import (
     _cell_numbers,
     _least_of_columns,
@@ -229,6 +222,13 @@ def _cut_bound_of_rows(loads_ptr, fixed_ptr, rows, sums_ptr, n_ranks, peak, aim,
     )
 
 
+@triton.jit
+def _store_tokens(x_ptr, units_ptr, rows):
+    """Write the tokens that units [n_cells] of 2**-24 stand for to x [n_cells]."""
+    units = tl.load(units_ptr + rows.cells, mask=rows.there, other=0)
+    _store_by_cell(x_ptr, _shares(units) * rows.weights, rows)
+
+
 @triton.jit(noinline=True)
 def _level_by_steps(
     x_ptr, units_ptr, loads_ptr, fixed_ptr, weights_ptr, cells_ptr, vectors_ptr, sums_ptr,
@@ -245,51 +245,34 @@ def _level_by_steps(
     """
     rows = _load_rows(rows_ptr, weights_ptr, n_rows, most_copies, R)
     rank_cells = _load_cells_of_ranks(rank_cells_ptr, most_cells, n_ranks, G)
-    units = tl.load(units_ptr + rows.cells, mask=rows.there, other=0)
-    _store_by_cell(x_ptr, _shares(units) * rows.weights, rows)
+    _store_tokens(x_ptr, units_ptr, rows)
     rank = _rank_numbers(G)
     fixed = tl.load(fixed_ptr + rank, mask=rank < n_ranks, other=0.0)
     tl.debug_barrier()
     _store_by_rank(loads_ptr, fixed + _sum_of_ranks(x_ptr, rank_cells, n_ranks, G), n_ranks)
     tl.debug_barrier()
     steps = max_steps * 0
-    swept = steps
-    looked = steps
     peak_before = peak
-    going = peak - bound > peak * aim
-    while going:
-        if swept == 0:
-            peak = _step(
-                x_ptr, loads_ptr, fixed_ptr, cells_ptr, vectors_ptr, sums_ptr, rows, rank_cells,
-                mean, steps, n_ranks, G,
+    while (peak - bound > peak * aim) & (steps < max_steps):
+        peak = _step(
+            x_ptr, loads_ptr, fixed_ptr, cells_ptr, vectors_ptr, sums_ptr, rows, rank_cells,
+            mean, steps, n_ranks, G,
+        )  # fmt: skip
+        steps += 1
+        done = steps * 0
+        while (peak - bound > peak * aim) & (done < SWEEPS):
+            done, peak = _sweep(
+                x_ptr, loads_ptr, edges_ptr, done, SWEEPS, n_classes, width, n_ranks, peak, bound,
+                aim, G, LANES,
             )  # fmt: skip
-            steps += 1
-            looked = swept
-            going = peak - bound > peak * aim
-        if going:
-            tl.debug_barrier()
-            part = tl.where(swept >= EXACT_SWEEPS, 0.5 * RELAXATION, 0.5)
-            _level_edges(x_ptr, loads_ptr, edges_ptr, n_classes, width, part, LANES)
-            swept += 1
-            now = _peak(loads_ptr, n_ranks, G)
-            steady = (peak - now <= now * aim * STEADY) & (2 * swept >= 3 * looked)
-            peak = now
-            going = peak - bound > peak * aim
-            if going & ((swept == 1) | steady | (swept >= SWEEPS)):
+            if peak - bound > peak * aim:
                 cut = _cut_bound_of_rows(
                     loads_ptr, fixed_ptr, rows, sums_ptr, n_ranks, peak, aim, G
                 )  # fmt: skip
                 bound = tl.maximum(bound, cut)
-                looked = swept
-                going = peak - bound > peak * aim
-            if swept >= SWEEPS:
-                swept = steps * 0
-                going = going & (steps < max_steps)
-                tl.debug_barrier()
+        tl.debug_barrier()
     if (peak <= peak_before) == 0:
         # A step may raise the largest load, and be the last.
-        tl.debug_barrier()
-        units = tl.load(units_ptr + rows.cells, mask=rows.there, other=0)
-        _store_by_cell(x_ptr, _shares(units) * rows.weights, rows)
+        _store_tokens(x_ptr, units_ptr, rows)
     tl.debug_barrier()
     return bound, steps

@@ -196,7 +196,7 @@ def _sum_of_ranks(values_ptr, rank_cells, n_ranks, G: tl.constexpr):
         tl.debug_barrier()
         cell = _load_cells_at(rank_cells.ptr, first, n_ranks, G)
         values += tl.load(values_ptr + cell, mask=cell >= 0, other=0.0)
-    return tl.broadcast_to(tl.sum(values, 1, keep_dims=True), values.shape)
+    return _sum_lines(values)
 
 
 @triton.jit

@@ -21,12 +21,12 @@ __all__ = [
     "count_experts",
     "cumulative_shares",
     "divide_quotas",
-    "find_invalid",
     "gap_to_aim_at",
     "quantize_shares",
     "rounding_offsets",
     "shares_of_quotas",
     "solve",
+    "valid_loads",
 ]
 
 # Start and step of the interior-point method (equations 4 and 9).
@@ -153,15 +153,9 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
 
 def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.dtype) -> Solution:
     mask = problem.mask.expand(problem.n_instances, -1, -1)
-    weights, fixed = problem.weights.double(), problem.fixed.double()
-    ranks, columns = fixed.shape[1], weights.shape[1]
     n_copies = mask.sum(1)
-    invalid = find_invalid(weights, fixed, n_copies)
-    weights = torch.where(invalid[:, None], 0.0, weights)
-    fixed = torch.where(invalid[:, None], 0.0, fixed)
-
-    total = weights.sum(1) + fixed.sum(1)
-    unit = torch.where(total > 0, total / ranks, 1.0)[:, None]
+    weights, fixed, unit, invalid = valid_loads(problem, n_copies)
+    ranks, columns = fixed.shape[1], weights.shape[1]
     w, f = (weights / unit).to(dtype), (fixed / unit).to(dtype)
 
     # Equation 4: the even split, y uniform, every product x z a part of the mean of s y.
@@ -235,29 +229,41 @@ def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch
     return certify(best, mask, weights, fixed, lower, iterations, invalid, tolerance)
 
 
-def find_invalid(
-    weights: torch.Tensor, fixed: torch.Tensor, n_copies: torch.Tensor
-) -> torch.Tensor:
-    """Find the instances that have no answer.
+def valid_loads(
+    problem: Problem, n_copies: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Read the loads of a problem in float64, 0 in instances that have no answer.
+
+    These are instances with a load that is negative or not finite, or a weight without a copy.
 
     Parameters
     ----------
-    weights, fixed : torch.Tensor
-        ``[B, C]`` and ``[B, G]`` float64, the loads of a `Problem`.
+    problem : Problem
+        The instances.
     n_copies : torch.Tensor
         ``[B, C]`` or ``[1, C]`` int, ranks that hold each column.
 
     Returns
     -------
-    torch.Tensor
-        ``[B]`` bool: a load is negative or not finite, or a weight has no copy.
+    weights, fixed : torch.Tensor
+        ``[B, C]`` and ``[B, G]``.
+    unit : torch.Tensor
+        ``[B, 1]``, mean load of a rank; 1 where there is no load.
+    invalid : torch.Tensor
+        ``[B]`` bool.
     """
-    return (
+    weights, fixed = problem.weights.double(), problem.fixed.double()
+    invalid = (
         ~(torch.isfinite(weights) & (weights >= 0)).all(1)
         | ~(torch.isfinite(fixed) & (fixed >= 0)).all(1)
         | ~torch.isfinite(weights.sum(1) + fixed.sum(1))
         | ((weights > 0) & (n_copies == 0)).any(1)
     )
+    weights = torch.where(invalid[:, None], 0.0, weights)
+    fixed = torch.where(invalid[:, None], 0.0, fixed)
+    total = weights.sum(1) + fixed.sum(1)
+    unit = torch.where(total > 0, total / fixed.shape[1], 1.0)[:, None]
+    return weights, fixed, unit, invalid
 
 
 def certify(

@@ -16,7 +16,7 @@ from itertools import combinations
 import torch
 
 from lplb_triton.problem import Problem
-from lplb_triton.reference import as_plan, certify, find_invalid, gap_to_aim_at
+from lplb_triton.reference import as_plan, certify, gap_to_aim_at, valid_loads
 from lplb_triton.solution import Solution
 
 __all__ = [
@@ -400,7 +400,8 @@ def step(
     if not search:
         return new_x, new_load
     change = new_load - load
-    part = -(load * change).sum(1) / (change * change).sum(1).clamp(min=TINY)
+    above = load - load.mean(1, keepdim=True)
+    part = -(above * change).sum(1) / (change * change).sum(1).clamp(min=TINY)
     part = part.clamp(min=0.0, max=1.0)
     return x + part[:, None, None] * (new_x - x), load + part[:, None] * change
 
@@ -513,13 +514,8 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
 
 def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.dtype) -> Solution:
     mask = problem.mask.expand(problem.n_instances, -1, -1)
-    weights, fixed = problem.weights.double(), problem.fixed.double()
     n_copies = problem.mask.sum(1)
-    invalid = find_invalid(weights, fixed, n_copies)
-    weights = torch.where(invalid[:, None], 0.0, weights)
-    fixed = torch.where(invalid[:, None], 0.0, fixed)
-    total = weights.sum(1) + fixed.sum(1)
-    unit = torch.where(total > 0, total / problem.group_size, 1.0)[:, None]
+    weights, fixed, unit, invalid = valid_loads(problem, n_copies)
     w, f = (weights / unit).to(dtype), (fixed / unit).to(dtype)
     # Columns with one copy count as fixed.
     lone = problem.mask & (n_copies == 1).unsqueeze(1)
