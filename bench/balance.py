@@ -25,9 +25,9 @@ import numpy.typing as npt
 import torch
 
 from lplb_triton import Placement, Solution, Status, chain, place, reference, solve
-from lplb_triton.bench.instances import named_topology
-from lplb_triton.bench.trace import MOST_TOKENS, Trace
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE
+from lplb_triton.testing.instances import named_topology
+from lplb_triton.traces.trace import MOST_TOKENS, Trace
 
 __all__ = [
     "BY_HISTORY",
@@ -434,7 +434,7 @@ def integer_loads(placement: Placement, counts: torch.Tensor, solution: Solution
     Raises
     ------
     TypeError, ValueError
-        If ``counts`` holds anything but integers from 0 to `lplb_triton.bench.trace.MOST_TOKENS`.
+        If ``counts`` holds anything but integers from 0 to `lplb_triton.traces.trace.MOST_TOKENS`.
     """
     check_tokens("counts", counts)
     s = placement.structure

@@ -29,7 +29,7 @@ from lplb_triton.bench.commands import (
 )
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import CLOSED, FAILED, INTERRUPTED, OK, USAGE, Output, say
-from lplb_triton.bench.verify import NoOptimumError
+from lplb_triton.testing.verify import NoOptimumError
 
 __all__ = ["CLOSED", "FAILED", "INTERRUPTED", "OK", "USAGE", "main"]
 

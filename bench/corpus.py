@@ -1,7 +1,7 @@
 """What the solver is held against HiGHS on, in parts.
 
 ===========  =====================================================================================
-``random``   random programs of every shape and load family (`lplb_triton.bench.instances`)
+``random``   random programs of every shape and load family (`lplb_triton.testing.instances`)
 ``traffic``  the packaged trace and drawn traffic, on placements made from their history
 ``hard``     experts with 5 to 60 copies; copies that join no more than a few ranks each; none
 ===========  =====================================================================================
@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from lplb_triton import place
-from lplb_triton.bench import trace as traces
 from lplb_triton.bench import traffic
 from lplb_triton.bench.balance import make_placement
-from lplb_triton.bench.instances import (
+from lplb_triton.bench.traffic import Case, Loads
+from lplb_triton.placement import Placement
+from lplb_triton.testing.instances import (
     FAMILIES,
     SHAPES,
     TOKENS_PER_EXPERT,
@@ -31,8 +32,7 @@ from lplb_triton.bench.instances import (
     corpus,
     draw_loads,
 )
-from lplb_triton.bench.traffic import Case, Loads
-from lplb_triton.placement import Placement
+from lplb_triton.traces import trace as traces
 
 __all__ = [
     "BATCHES",
@@ -104,7 +104,7 @@ class Part(NamedTuple):
 
 
 def random(n_instances: int, seed: int) -> Part:
-    """Return random programs, as `lplb_triton.bench.instances.corpus` draws them."""
+    """Return random programs, as `lplb_triton.testing.instances.corpus` draws them."""
     return Part("random", [(shape, 1) for shape in SHAPES], corpus(n_instances, seed))
 
 
@@ -294,7 +294,7 @@ def _hard(n_batches: int, seed: int, shapes: Mapping[str, Wide | Islands]) -> It
 def parts(
     n_instances: int, seed: int, n_batches: int = 0, most_ranks: int | None = None
 ) -> list[Part]:
-    """Return what `lplb_triton.bench.verify.verify` solves.
+    """Return what `lplb_triton.testing.verify.verify` solves.
 
     Parameters
     ----------

@@ -17,8 +17,8 @@ import torch
 
 from lplb_triton import Placement, chain, place, plan_moves, rebalance_experts, solve
 from lplb_triton.bench.balance import BY_HISTORY, fold_sources, integer_loads, stretches
-from lplb_triton.bench.trace import Trace
-from lplb_triton.bench.verify import solve_counts
+from lplb_triton.testing.verify import solve_counts
+from lplb_triton.traces.trace import Trace
 
 __all__ = [
     "METHODS",

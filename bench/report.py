@@ -23,7 +23,7 @@ from lplb_triton.bench.balance import Cell, Options
 from lplb_triton.bench.plots import COLORS
 from lplb_triton.bench.simulate import slot_tokens
 from lplb_triton.bench.tables import LABELS
-from lplb_triton.bench.trace import Trace, parse_json
+from lplb_triton.traces.trace import Trace, parse_json
 
 __all__ = ["flows", "heat", "html", "read"]
 

@@ -27,8 +27,8 @@ from torch.nn import functional
 from lplb_triton import Placement, reference, solve
 from lplb_triton.bench.balance import check_tokens, make_placement, stretches
 from lplb_triton.bench.timing import Timer
-from lplb_triton.bench.trace import Trace
 from lplb_triton.solution import SHARE_BITS
+from lplb_triton.traces.trace import Trace
 
 __all__ = [
     "BALANCES",
@@ -89,7 +89,7 @@ def slot_tokens(
     Raises
     ------
     TypeError, ValueError
-        If ``counts`` holds anything but integers from 0 to `lplb_triton.bench.trace.MOST_TOKENS`.
+        If ``counts`` holds anything but integers from 0 to `lplb_triton.traces.trace.MOST_TOKENS`.
     SolveError
         If the LP isn't certified.
     """

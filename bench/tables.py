@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lplb_triton.bench.balance import Cell
-    from lplb_triton.bench.verify import Verdict
+    from lplb_triton.testing.verify import Verdict
 
 __all__ = [
     "LABELS",
@@ -173,7 +173,7 @@ def show_verdicts(target: Console, verdicts: Sequence[Verdict], *, title: str) -
     target
         Where to print.
     verdicts
-        Results of `lplb_triton.bench.verify.verify`.
+        Results of `lplb_triton.testing.verify.verify`.
     title
         Line above the tables.
     """

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 import lplb_triton
 from lplb_triton import Balancer, Placement, Problem, Solution, Status, topologies
-from lplb_triton.bench.instances import FAMILIES, draw_loads, shape_placement
-from lplb_triton.bench.verify import SLACK, highs_optimum
+from lplb_triton.testing.instances import FAMILIES, draw_loads, shape_placement
+from lplb_triton.testing.verify import SLACK, highs_optimum
 
 __all__ = [
     "PIPELINE_SHAPES",
@@ -290,7 +290,7 @@ class Workload:
     Attributes
     ----------
     shape : str
-        Name, as `lplb_triton.bench.instances.shape_placement` takes it.
+        Name, as `lplb_triton.testing.instances.shape_placement` takes it.
     placement : Placement
         One LP group.
     families : list of str
@@ -340,7 +340,7 @@ def draw_workload(shape: str, per_family: int, seed: int = SEED) -> Workload:
     Parameters
     ----------
     shape : str
-        As for `lplb_triton.bench.instances.shape_placement`.
+        As for `lplb_triton.testing.instances.shape_placement`.
     per_family : int
         Instances of each family.
     seed : int
@@ -874,7 +874,7 @@ def pipeline_placement(shape: str, rng: np.random.Generator) -> Placement:
     Parameters
     ----------
     shape : str
-        As for `lplb_triton.bench.instances.shape_placement`.
+        As for `lplb_triton.testing.instances.shape_placement`.
     rng : numpy.random.Generator
         Source of the history.
 

@@ -42,8 +42,8 @@ from lplb_triton.bench.timing import (
     run_solver,
     statistics,
 )
-from lplb_triton.bench.trace import Trace
-from lplb_triton.bench.verify import optima_of
+from lplb_triton.testing.verify import optima_of
+from lplb_triton.traces.trace import Trace
 
 __all__ = [
     "BATCHES",

@@ -4,7 +4,7 @@ The batch of every step is divided among simulated source ranks (``--sources``).
 part of the text, file by file, as the ranks of data-parallel training do, so the experts that are
 hot differ from rank to rank and from batch to batch. The routing decisions of the training steps
 themselves are counted per step, layer, source rank and logical expert; stretches of early and of
-late training are saved with `lplb_triton.bench.trace`.
+late training are saved with `lplb_triton.traces.trace`.
 
 The packaged trace, ``bench/data/moe256.npz``, was made on one H100 with::
 
@@ -56,7 +56,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lplb_triton.bench import trace as traces
+from lplb_triton.traces import trace as traces
 
 # Ranks over which the progress lines lay out the experts to show an imbalance.
 SHOWN_RANKS = 32
@@ -731,7 +731,7 @@ class Recorder:
 
         Returns
         -------
-        lplb_triton.bench.trace.Trace
+        lplb_triton.traces.trace.Trace
             Batches in the order of their steps.
 
         Raises

@@ -60,8 +60,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lplb_triton import Placement
 from lplb_triton.bench import tables
-from lplb_triton.bench import trace as traces
-from lplb_triton.bench.record import Recorder
+from lplb_triton.traces import trace as traces
+from lplb_triton.traces.record import Recorder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 

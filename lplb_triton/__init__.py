@@ -4,19 +4,19 @@ The objects most scripts need are here; see `lplb_triton.topologies` for replica
 `lplb_triton.bench` for the command line.
 """
 
+from lplb_triton._backends.workspace import workspace_bytes
 from lplb_triton._version import __version__
-from lplb_triton._workspace import workspace_bytes
 from lplb_triton.balancer import Balancer
-from lplb_triton.chaining import chain
 from lplb_triton.eplb import rebalance_experts
-from lplb_triton.moves import MovePlan, plan_moves
 from lplb_triton.placement import Placement
-from lplb_triton.placing import place
+from lplb_triton.placement.chaining import chain
+from lplb_triton.placement.moves import MovePlan, plan_moves
+from lplb_triton.placement.placing import place
 from lplb_triton.planner import Planner
 from lplb_triton.problem import Problem
-from lplb_triton.replicas import Replicas
 from lplb_triton.solution import Solution, SolveError, Status
 from lplb_triton.solver import solve
+from lplb_triton.training.replicas import Replicas
 
 __all__ = [
     "Balancer",

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lplb_triton import _interior_point, _workspace, reference, reference_levelling
+from lplb_triton import reference
+from lplb_triton._backends import interior_point, workspace
+from lplb_triton._backends.tables import DeviceTables
 from lplb_triton._checks import resolve_device
 from lplb_triton._counts import check_counts, counts_to_int32
 from lplb_triton._limits import check_dense_size, check_placement_size
@@ -22,10 +24,10 @@ from lplb_triton._membership import (
     take_communicator,
     warn_if_alone,
 )
-from lplb_triton._tables import DeviceTables
 from lplb_triton._torch_op import is_plain, opaque, outside_modes, register
 from lplb_triton._updates import update_placements
 from lplb_triton.placement import Placement
+from lplb_triton.reference import levelling as reference_levelling
 from lplb_triton.solution import Solution, SolveError, Status
 from lplb_triton.solver import (
     DEFAULT_MAX_ITERATIONS,
@@ -1020,7 +1022,7 @@ class Balancer:
         uncertified: torch.Tensor,
     ) -> Solution:
         """Solve by the interior-point kernel; no host sync."""
-        solution = _interior_point.solve_counts(
+        solution = interior_point.solve_counts(
             counts, self._placement, self._tables.views, self.tolerance, self.max_iterations
         )
         _count_statuses(solution.status, certified, solves, uncertified)
@@ -1125,14 +1127,14 @@ class Balancer:
                 size = 4 * int(torch.Size(shape).numel())
                 layout.append((offset, offset + size, shape, dtype))
                 offset += -(-max(size, 1) // 256) * 256
-            _workspace.reserve(self.device, offset)
+            workspace.reserve(self.device, offset)
             self._offsets[n_sms] = layout
         return layout
 
     def _block(self, n_sms: int) -> tuple[torch.Tensor, int | None]:
-        """Workspace of the current stream, and the stream (see `_workspace.scratch`)."""
+        """Workspace of the current stream, and the stream (see `workspace.scratch`)."""
         self._layout(n_sms)
-        return _workspace.scratch(self.device)
+        return workspace.scratch(self.device)
 
     def _scratch(self, n_sms: int) -> _Scratch:
         block, stream = self._block(n_sms)

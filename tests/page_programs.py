@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 import lplb_triton
 from lplb_triton import Balancer, Placement, Planner, chain, topologies
-from lplb_triton.adaptors.sglang import LPLBSolver
-from lplb_triton.bench.record import Recorder
-from lplb_triton.bench.trace import load as load_trace
+from lplb_triton.integrations.sglang import LPLBSolver
+from lplb_triton.traces.record import Recorder
+from lplb_triton.traces.trace import load as load_trace
 
 # Run by two processes over gloo. Their modules are their own, so stand-ins do no harm there.
 GROUP_PAGES = ("docs/adaptors.md", "docs/sync.md", "docs/training.md")
@@ -198,7 +198,7 @@ def vllm(names):
 
 
 def registered(names):
-    from lplb_triton.adaptors.vllm import LplbEplbPolicy
+    from lplb_triton.integrations.vllm import LplbEplbPolicy
 
     names["register"]()
     policies = sys.modules["vllm.distributed.eplb.policy"].EPLB_POLICIES

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from lplb_triton import Balancer, solve
-from lplb_triton.bench.instances import draw_loads, shape_placement
+from lplb_triton.testing.instances import draw_loads, shape_placement
 
 
 @triton.jit

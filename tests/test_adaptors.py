@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lplb_triton import adaptors, eplb, moves
-from lplb_triton.adaptors import sglang
-from lplb_triton.adaptors.sglang import EplbAlgorithm, LPLBSolver
-from lplb_triton.adaptors.vllm import LplbEplbPolicy
+from lplb_triton import eplb, integrations
+from lplb_triton.integrations import sglang
+from lplb_triton.integrations.sglang import EplbAlgorithm, LPLBSolver
+from lplb_triton.integrations.vllm import LplbEplbPolicy
+from lplb_triton.placement import moves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -70,7 +71,7 @@ def test_signatures():
 def test_import_is_light():
     code = (
         "import sys, torch\n"
-        "from lplb_triton.adaptors import sglang, vllm\n"
+        "from lplb_triton.integrations import sglang, vllm\n"
         "phy2log, log2phy = torch.tensor([0, 1, 0, 2]), torch.tensor([[0, 2], [1, -1], [3, -1]])\n"
         "s = sglang.LPLBSolver(phy2log, log2phy, 2)\n"
         "s.solve(torch.tensor([[0, 1]])); s.run(torch.tensor([[0, 1]]))\n"
@@ -88,7 +89,7 @@ CREATORS = {
 
 def test_every_new_tensor_names_its_device():
     """`torch.set_default_device` decides nothing: what is made is made where its inputs are."""
-    files = [*Path(adaptors.__file__).parent.glob("*.py"), Path(moves.__file__)]
+    files = [*Path(integrations.__file__).parent.glob("*.py"), Path(moves.__file__)]
     seen = 0
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):

@@ -7,7 +7,7 @@ from gloo import run_ranks
 from sglang_maps import padded, random_ids, random_maps
 
 from lplb_triton import Balancer, Placement, _membership
-from lplb_triton.adaptors.sglang import LPLBSolver, update_solvers
+from lplb_triton.integrations.sglang import LPLBSolver, update_solvers
 from lplb_triton.sync._meeting import meet
 
 

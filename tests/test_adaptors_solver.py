@@ -11,8 +11,8 @@ from scipy.optimize import linprog
 from sglang_maps import DEVICE, padded, random_ids, random_maps
 
 from lplb_triton import Balancer, Placement, SolveError, solve
-from lplb_triton._tables import DeviceTables
-from lplb_triton.adaptors.sglang import LPLBSolver, update_solvers
+from lplb_triton._backends.tables import DeviceTables
+from lplb_triton.integrations.sglang import LPLBSolver, update_solvers
 
 
 def counts_of(ids, experts):

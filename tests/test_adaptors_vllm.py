@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lplb_triton import eplb
-from lplb_triton.adaptors.vllm import LplbEplbPolicy
+from lplb_triton.integrations.vllm import LplbEplbPolicy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 rebalance = LplbEplbPolicy.rebalance_experts

@@ -10,11 +10,11 @@ from test_bench_balance import make_trace
 from test_timing import FakeTimer
 
 from lplb_triton.bench import advise, cli, machine, placement
-from lplb_triton.bench import trace as traces
 from lplb_triton.bench.advise import GemmModel, Model, Point
 from lplb_triton.bench.commands import advise as command
 from lplb_triton.bench.commands import timed
 from lplb_triton.bench.simulate import draw_experts
+from lplb_triton.traces import trace as traces
 
 SMALL = Model(hidden=64, inner=32, experts=32, top_k=2)
 

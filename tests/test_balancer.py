@@ -9,7 +9,7 @@ import torch
 
 import lplb_triton
 from lplb_triton import Balancer, Placement
-from lplb_triton.bench.instances import draw_loads, shape_placement
+from lplb_triton.testing.instances import draw_loads, shape_placement
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from scipy.optimize import linprog
 
-from lplb_triton import Placement, Status, place, placing, solve, topologies
+from lplb_triton import Placement, Status, place, solve, topologies
 from lplb_triton.bench import balance, cli, output, plots, simulate, tables
-from lplb_triton.bench import trace as traces
 from lplb_triton.bench.commands import balance as command_balance
+from lplb_triton.placement import placing
+from lplb_triton.traces import trace as traces
 
 TOLERANCE = 1e-3
 VARIANTS = ("none", "reordered", "even", "lp", "integer")

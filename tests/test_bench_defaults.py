@@ -8,7 +8,8 @@ import torch
 from test_bench_balance import make_trace
 
 from lplb_triton import Placement
-from lplb_triton.bench import advise, balance, placement, report, simulate, verify, workloads
+from lplb_triton.bench import advise, balance, placement, report, simulate, workloads
+from lplb_triton.testing import verify
 
 SETTINGS = workloads.Settings(ranks=4, experts=32, batches=2, tokens=64, seed=1)
 IDS = np.array([0, 1, 2, 3, 4, 5, 6, 7, 0, 1])

@@ -12,8 +12,8 @@ from test_timing import FakeTimer
 
 from lplb_triton import Placement, chain, place
 from lplb_triton.bench import balance, cli, options, output, run_ep, timing, workloads
-from lplb_triton.bench import trace as traces
 from lplb_triton.bench.commands import timed
+from lplb_triton.traces import trace as traces
 
 # Command lines that end well, quickly, each in a folder that has t.npz.
 BASE = {

@@ -14,9 +14,10 @@ import torch
 from test_bench_balance import make_trace
 
 from lplb_triton import SolveError
-from lplb_triton.bench import cli, output, tables, verify, workloads
-from lplb_triton.bench import trace as traces
+from lplb_triton.bench import cli, output, tables, workloads
 from lplb_triton.bench.commands import balance as command_balance
+from lplb_triton.testing import verify
+from lplb_triton.traces import trace as traces
 
 BALANCE = "balance --trace t.npz --device cpu --ep 4 --slots 1 --out o".split()
 FILES = ["balance.json", "balance.png", "report.html"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lplb_triton.bench import cli, placement
-from lplb_triton.bench.trace import Trace, save
+from lplb_triton.traces.trace import Trace, save
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 from test_bench_balance import make_trace
 
 from lplb_triton.bench import cli
-from lplb_triton.bench import trace as traces
 from lplb_triton.bench.progress import progress
+from lplb_triton.traces import trace as traces
 
 PARTS = [("one", 2), ("[two]", 1), ("three", 3)]
 

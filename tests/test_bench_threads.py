@@ -7,9 +7,10 @@ import pytest
 import torch
 from test_bench_balance import make_trace
 
-from lplb_triton import _cut_search, _threads, place
+from lplb_triton import _threads, place
 from lplb_triton.bench import balance, cli
-from lplb_triton.bench import trace as traces
+from lplb_triton.placement import cut_search
+from lplb_triton.traces import trace as traces
 
 
 def threads():
@@ -67,13 +68,13 @@ def test_commands_use_one_thread(tmp_path, monkeypatch, two_threads):
 
 
 def test_a_search_uses_one_thread(monkeypatch, two_threads):
-    seen, before, run = [], threads(), _cut_search.CutSearch.run
+    seen, before, run = [], threads(), cut_search.CutSearch.run
 
     def watched(self, trials):
         seen.append(set(threads()))
         return run(self, trials)
 
-    monkeypatch.setattr(_cut_search.CutSearch, "run", watched)
+    monkeypatch.setattr(cut_search.CutSearch, "run", watched)
     place(torch.tensor([[8.0, 1.0, 1.0, 2.0]]).repeat(9, 1), 2, trials=5)
     assert seen and all(found == {1} for found in seen)
     assert threads() == before

@@ -21,8 +21,9 @@ from torch.distributed.run import get_args_parser
 
 import lplb_triton
 from lplb_triton import sync, topologies
-from lplb_triton.bench import cli, plots, record, trace
-from lplb_triton.bench.record import Recorder
+from lplb_triton.bench import cli, plots
+from lplb_triton.traces import record, trace
+from lplb_triton.traces.record import Recorder
 
 # As when a script is run.
 sys.path.append(str(ROOT / "examples"))

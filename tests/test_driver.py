@@ -11,9 +11,9 @@ import torch
 import triton
 
 from lplb_triton import Balancer
-from lplb_triton.bench.instances import shape_placement
 from lplb_triton.kernels import driver
 from lplb_triton.kernels.launch import _Call, _Prepared
+from lplb_triton.testing.instances import shape_placement
 
 
 class FakeDriver:

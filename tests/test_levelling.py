@@ -8,10 +8,10 @@ import torch
 
 from lplb_triton import Balancer, Placement, solve, topologies
 from lplb_triton import balancer as balancer_module
-from lplb_triton._tables import COPIES_AT_ONCE, FEW, RANK_CELLS, DeviceTables
-from lplb_triton.bench.instances import corpus, draw_loads, shape_placement
-from lplb_triton.bench.verify import highs_optimum, solve_counts
+from lplb_triton._backends.tables import COPIES_AT_ONCE, FEW, RANK_CELLS, DeviceTables
 from lplb_triton.kernels import levelling
+from lplb_triton.testing.instances import corpus, draw_loads, shape_placement
+from lplb_triton.testing.verify import highs_optimum, solve_counts
 
 PLACEMENTS = [instance.placement for instance in corpus(17, seed=3)]
 

@@ -9,8 +9,8 @@ from gloo import run_ranks
 from test_record import counted, draw, feed
 
 from lplb_triton.bench import cli
-from lplb_triton.bench.record import Recorder, merge, rank_path
-from lplb_triton.bench.trace import Trace, load, save
+from lplb_triton.traces.record import Recorder, merge, rank_path
+from lplb_triton.traces.trace import Trace, load, save
 
 
 def write_ranks(path, ids, lengths):

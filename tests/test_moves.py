@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from lplb_triton import Placement, chain, plan_moves
-from lplb_triton.moves import keep_slots
+from lplb_triton.placement.moves import keep_slots
 
 
 def random_placement(seed):

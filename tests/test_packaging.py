@@ -20,7 +20,7 @@ IMPORT_ALL = """
 import sys
 import lplb_triton, lplb_triton.kernels, lplb_triton.topologies, lplb_triton.bench
 import lplb_triton.bench.cli
-from lplb_triton.bench.trace import packaged
+from lplb_triton.traces.trace import packaged
 for module in (lplb_triton, lplb_triton.kernels, lplb_triton.topologies, lplb_triton.bench):
     print(module.__file__)
 assert packaged().experts == 256

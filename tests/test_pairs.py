@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from lplb_triton import Balancer, Placement
-from lplb_triton._tables import PAIR_EDGES, PAIR_FIELD, DeviceTables
-from lplb_triton.bench.instances import draw_loads, shape_placement
-from lplb_triton.bench.verify import highs_optimum
+from lplb_triton._backends.tables import PAIR_EDGES, PAIR_FIELD, DeviceTables
+from lplb_triton.testing.instances import draw_loads, shape_placement
+from lplb_triton.testing.verify import highs_optimum
 
 SHAPES = ["ring:5", "cube", "hypercube", "torus:4x8", "torus:8x8"]
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lplb_triton.bench import peers
-from lplb_triton.bench.instances import draw_loads, shape_placement
-from lplb_triton.bench.verify import highs_optimum
+from lplb_triton.testing.instances import draw_loads, shape_placement
+from lplb_triton.testing.verify import highs_optimum
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

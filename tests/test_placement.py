@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 
 from lplb_triton import Placement, rebalance_experts, solve, topologies
-from lplb_triton.bench.instances import shape_placement
-from lplb_triton.bench.verify import highs_optimum
+from lplb_triton.testing.instances import shape_placement
+from lplb_triton.testing.verify import highs_optimum
 
 SHAPES = ["ring:5", "cube", "torus:2x2", "eplb:2:1", "eplb:16:2", "random:7:3", "random:12:2"]
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from lplb_triton import Placement, _exact_search, chain, place, plan_moves, solve
-from lplb_triton._cut_search import CutSearch, _level_cuts
-from lplb_triton._exact_search import ExactSearch
-from lplb_triton.bench.verify import highs_optimum
-from lplb_triton.placing import _scenarios
+from lplb_triton import Placement, chain, place, plan_moves, solve
+from lplb_triton.placement import exact_search as exact
+from lplb_triton.placement.cut_search import CutSearch, _level_cuts
+from lplb_triton.placement.exact_search import ExactSearch
+from lplb_triton.placement.placing import _scenarios
+from lplb_triton.testing.verify import highs_optimum
 
 
 def fluctuating(batches, experts, seed, spread=0.3):
@@ -185,7 +186,7 @@ def test_errors_name_the_argument(error, name, arguments):
 def few(monkeypatch):
     """Fewer programs a step: the torch twin solves them one by one."""
     for name, value in (("CANDIDATES", 12), ("GLANCE", 12), ("FINALISTS", 2)):
-        monkeypatch.setattr(_exact_search, name, value)
+        monkeypatch.setattr(exact, name, value)
 
 
 def exact_search(history, ep_size, redundant, penalty=0.0, ranks_per_domain=None):

@@ -7,8 +7,8 @@ import torch
 
 import lplb_triton
 from lplb_triton import Planner, topologies
-from lplb_triton.bench.verify import highs_optimum
 from lplb_triton.planner import Planner as DirectPlanner
+from lplb_triton.testing.verify import highs_optimum
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

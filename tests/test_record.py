@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lplb_triton.bench.record import Recorder
-from lplb_triton.bench.trace import load
+from lplb_triton.traces.record import Recorder
+from lplb_triton.traces.trace import load
 
 
 def draw(batches, layers, experts, seed=0):
@@ -304,7 +304,7 @@ def test_what_can_not_be_read_from_the_device_costs_only_itself(tmp_path, caplog
 
 def no_space(monkeypatch, refused):
     """Let files be refused, as by a full disk, in folders for which ``refused`` holds."""
-    from lplb_triton.bench import record
+    from lplb_triton.traces import record
 
     def save(path, trace, save=record.save):
         if refused(Path(path).parent):

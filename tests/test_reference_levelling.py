@@ -11,10 +11,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from lplb_triton import Balancer, Placement, Problem, Status, chain
-from lplb_triton import reference_levelling as levelling
-from lplb_triton.bench.instances import shape_placement
-from lplb_triton.bench.verify import highs_optimum
-from lplb_triton.reference import as_plan
+from lplb_triton.reference import as_plan, levelling
+from lplb_triton.testing.instances import shape_placement
+from lplb_triton.testing.verify import highs_optimum
 
 DOUBLE = torch.float64
 STEPS = 16
@@ -405,7 +404,7 @@ def test_settings_of_torch_make_no_difference():
 
 
 def test_needs_no_triton():
-    code = "import sys, lplb_triton.reference_levelling; assert 'triton' not in sys.modules"
+    code = "import sys, lplb_triton.reference.levelling; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from test_bench_balance import make_trace
 
 from lplb_triton.bench import balance, cli, report
-from lplb_triton.bench import trace as traces
+from lplb_triton.traces import trace as traces
 
 VOID = {"meta", "img"}
 CHROMIUM = next(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 
 from lplb_triton import Balancer, Placement, Problem, Status, reference, solve
-from lplb_triton.bench.verify import highs_optimum
+from lplb_triton.testing.verify import highs_optimum
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "triton"]

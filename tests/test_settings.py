@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_triton import Balancer, Placement, _workspace, reference, solve
-from lplb_triton.bench.instances import draw_loads, shape_placement
+from lplb_triton import Balancer, Placement, reference, solve
+from lplb_triton._backends import workspace
+from lplb_triton.testing.instances import draw_loads, shape_placement
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -114,9 +115,9 @@ def test_what_was_made_under_inference_mode_can_be_used_outside():
     with torch.inference_mode():
         placement = Placement.from_phy2log(flat, 3)
         placement.problem(torch.ones(6))
-        _workspace.reserve(torch.device(DEVICE), 1 << 10)
-        _workspace._blocks.clear()
-        block, _ = _workspace.scratch(torch.device(DEVICE))
+        workspace.reserve(torch.device(DEVICE), 1 << 10)
+        workspace._blocks.clear()
+        block, _ = workspace.scratch(torch.device(DEVICE))
     block.zero_()
     loads = torch.ones(6, dtype=torch.float64, requires_grad=True)
     placement.problem(loads).fixed.sum().backward()

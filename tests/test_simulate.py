@@ -10,7 +10,7 @@ from test_timing import FakeTimer
 from lplb_triton import Placement
 from lplb_triton.bench import cli, simulate, tables
 from lplb_triton.bench.commands import timed
-from lplb_triton.bench.trace import Trace
+from lplb_triton.traces.trace import Trace
 
 
 @pytest.fixture

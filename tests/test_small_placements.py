@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lplb_triton import Placement, chain, place, rebalance_experts, solve
-from lplb_triton.bench.instances import FAMILIES
+from lplb_triton.testing.instances import FAMILIES
 
 # (ranks, experts of a rank, redundant slots of a rank)
 SIZES = list(itertools.product(range(1, 17), range(1, 8), range(0, 13)))

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 
 from lplb_triton import Problem, SolveError, Status, solve
-from lplb_triton.bench.instances import FAMILIES, SHAPES, corpus, draw_loads, shape_placement
-from lplb_triton.bench.verify import highs_optimum, verify
+from lplb_triton.testing.instances import FAMILIES, SHAPES, corpus, draw_loads, shape_placement
+from lplb_triton.testing.verify import highs_optimum, verify
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -11,8 +11,8 @@ from gloo import run_ranks
 from test_balancer import DEVICE, check_answer, placement_of, random_ids
 
 from lplb_triton import Balancer, Placement, SolveError, Status, solve
-from lplb_triton._interior_point import solve_counts
-from lplb_triton.bench.instances import shape_placement
+from lplb_triton._backends.interior_point import solve_counts
+from lplb_triton.testing.instances import shape_placement
 
 SOLVERS = ["levelling", "interior_point"]
 BACKENDS = ["torch", "triton"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lplb_triton import Placement, eplb
-from lplb_triton._tables import COPIES_AT_ONCE, FEW, MEMBERS, DeviceTables
-from lplb_triton.adaptors.sglang import LPLBSolver
+from lplb_triton._backends.tables import COPIES_AT_ONCE, FEW, MEMBERS, DeviceTables
+from lplb_triton.integrations.sglang import LPLBSolver
 
 
 def draw(seed):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lplb_triton import Balancer, Placement, reference
-from lplb_triton.bench.instances import draw_loads, shape_placement
+from lplb_triton.testing.instances import draw_loads, shape_placement
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ONE = 1 << 24

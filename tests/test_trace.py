@@ -8,9 +8,9 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from lplb_triton.bench import trace as traces
 from lplb_triton.bench.balance import stretches
-from lplb_triton.bench.trace import FORMAT_VERSION, Trace, load, packaged, save
+from lplb_triton.traces import trace as traces
+from lplb_triton.traces.trace import FORMAT_VERSION, Trace, load, packaged, save
 
 
 def make_trace(shape=(5, 2, 3, 7), high=9, seed=0, dtype=np.int32, **meta):

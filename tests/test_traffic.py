@@ -11,8 +11,8 @@ from test_timing import FakeTimer
 
 from lplb_triton import Balancer, Status
 from lplb_triton.bench import cli, tables, timing, traffic
-from lplb_triton.bench import trace as traces
 from lplb_triton.bench.commands import timed
+from lplb_triton.traces import trace as traces
 
 SMALL = ["solve", "--no-families", "--ep", "4", "--experts", "16", "--slots", "1"]
 SMALL += ["--batches", "2", "--processes", "1"]

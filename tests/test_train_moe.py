@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_triton.bench import trace as traces
+from lplb_triton.traces import trace as traces
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "train_moe.py"

@@ -16,7 +16,7 @@ from gloo import run_ranks
 from test_train_moe import write_text
 
 from lplb_triton import Placement
-from lplb_triton.bench.trace import load as load_trace
+from lplb_triton.traces.trace import load as load_trace
 
 # As when the script is run; processes that it starts import its neighbours too.
 sys.path.append(str(Path(__file__).parents[1] / "examples"))

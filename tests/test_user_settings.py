@@ -13,7 +13,6 @@ from lplb_triton import (
     Planner,
     Problem,
     Replicas,
-    _exact_search,
     chain,
     place,
     plan_moves,
@@ -21,7 +20,8 @@ from lplb_triton import (
     solve,
     topologies,
 )
-from lplb_triton.adaptors.vllm import LplbEplbPolicy
+from lplb_triton.integrations.vllm import LplbEplbPolicy
+from lplb_triton.placement import exact_search as exact
 from lplb_triton.topologies._validate import checked_topology
 
 PACKAGE = Path(__file__).parents[1] / "lplb_triton"
@@ -98,7 +98,7 @@ def exact_search():
     domain = torch.zeros(4, dtype=torch.int64, device="cpu")
     generator = torch.Generator("cpu").manual_seed(0)
     load = HISTORY / HISTORY.sum(1, keepdim=True) * 4
-    return _exact_search.ExactSearch(PLACEMENT, load, price, domain, generator).run(2)
+    return exact.ExactSearch(PLACEMENT, load, price, domain, generator).run(2)
 
 
 def planner():
@@ -184,7 +184,7 @@ def plain(value):
 def few(monkeypatch):
     """Fewer programs a step: the torch twin solves them one by one."""
     for name, value in (("CANDIDATES", 12), ("GLANCE", 12), ("FINALISTS", 2)):
-        monkeypatch.setattr(_exact_search, name, value)
+        monkeypatch.setattr(exact, name, value)
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_triton.bench import cli, corpus, instances, tables, traffic, verify
+from lplb_triton.bench import cli, corpus, tables, traffic
 from lplb_triton.bench.commands import verify as command
+from lplb_triton.testing import instances, verify
 
 
 def test_command(tmp_path, capsys):

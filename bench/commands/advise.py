@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 
 from lplb_triton.bench import advise, machine, options, output, placement, tables
-from lplb_triton.bench import trace as traces
 from lplb_triton.bench.commands import timed
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import FAILED, OK, Output, say
 from lplb_triton.bench.progress import progress
 from lplb_triton.bench.simulate import draw_experts
+from lplb_triton.traces import trace as traces
 
 __all__ = ["add", "run", "sizes"]
 

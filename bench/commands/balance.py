@@ -14,12 +14,12 @@ import torch
 from lplb_triton import Status
 from lplb_triton.bench import balance, options, output, plots, tables
 from lplb_triton.bench import report as reports
-from lplb_triton.bench import trace as traces
 from lplb_triton.bench.machine import environment
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import FAILED, OK, Output
 from lplb_triton.bench.progress import progress
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, resolve_backend
+from lplb_triton.traces import trace as traces
 
 __all__ = ["DEFAULT_OUT", "add", "choose_device", "run"]
 

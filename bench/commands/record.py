@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lplb_triton.bench import options, output, ranks
-from lplb_triton.bench import trace as traces
+from lplb_triton.bench import options, output
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import OK, Output
+from lplb_triton.traces import ranks
+from lplb_triton.traces import trace as traces
 
 __all__ = ["add", "run"]
 
@@ -22,7 +23,7 @@ def add(commands: Any) -> None:
         run,
         help="check and merge the files of a recorder",
         description=(
-            "Recording itself is done in your script, by lplb_triton.bench.record.Recorder.\n"
+            "Recording itself is done in your script, by lplb_triton.traces.record.Recorder.\n"
             "This command checks the files it wrote, says what is in them, and merges one file\n"
             "per rank into one trace."
         ),

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 
 from lplb_triton.bench import options, output, simulate, tables, timing, traffic
-from lplb_triton.bench import trace as traces
 from lplb_triton.bench.machine import environment
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import FAILED, OK, Output, say
 from lplb_triton.bench.progress import progress
 from lplb_triton.solver import DEFAULT_TOLERANCE
+from lplb_triton.traces import trace as traces
 
 __all__ = ["add", "check_gpu", "pipeline", "simulation", "solve", "start"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lplb_triton.bench import corpus, options, output, tables, verify
+from lplb_triton.bench import corpus, options, output, tables
 from lplb_triton.bench.commands.balance import choose_device
 from lplb_triton.bench.machine import environment
 from lplb_triton.bench.options import UsageError
@@ -18,6 +18,7 @@ from lplb_triton.bench.output import FAILED, OK, Output
 from lplb_triton.bench.progress import progress
 from lplb_triton.solver import DEFAULT_TOLERANCE
 from lplb_triton.solver import MIN_TOLERANCE_FLOAT32 as MIN_TOLERANCE
+from lplb_triton.testing import verify
 
 __all__ = ["add", "run"]
 

@@ -1,7 +1,1 @@
-"""The interfaces of serving engines, with this library behind them.
-
-Import the engine's module: `lplb_triton.adaptors.vllm` or `lplb_triton.adaptors.sglang`. Neither
-imports its engine; see docs/adaptors.md.
-"""
-
-__all__: list[str] = []
+"""The former name of `lplb_triton.integrations`."""

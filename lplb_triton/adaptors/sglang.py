@@ -1,11 +1,12 @@
-"""SGLang's placement entry point and per-batch LP solver, backed by this library."""
+"""The former name of `lplb_triton.integrations.sglang`."""
 
-from lplb_triton.adaptors._sglang_placement import (
+from lplb_triton.integrations.sglang import (
     EplbAlgorithm,
+    LPLBSolver,
     compute_algorithm,
     rebalance_experts,
+    update_solvers,
 )
-from lplb_triton.adaptors._sglang_solver import LPLBSolver, update_solvers
 
 __all__ = [
     "EplbAlgorithm",

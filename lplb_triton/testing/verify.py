@@ -261,7 +261,7 @@ def verify(
     Parameters
     ----------
     n_instances : int
-        Instances over all shapes and families of `lplb_triton.bench.instances`.
+        Instances over all shapes and families of `lplb_triton.testing.instances`.
     seed : int
         Seed of the corpus.
     n_batches, most_ranks

@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from lplb_triton._checks import check_integer, nearest_divisors, on_host, would_do
-from lplb_triton.moves import domains_of
 from lplb_triton.placement import Placement
+from lplb_triton.placement.moves import domains_of
 
 __all__ = ["chain"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lplb_triton.adaptors._checks import check_int_map
+from lplb_triton.integrations._checks import check_int_map
 from lplb_triton.placement import Placement
 
 __all__ = ["MAP_NAMES", "Maps", "Tables", "read_maps"]

@@ -34,7 +34,7 @@ def solve_counts(
     placement : Placement
         Only its sizes matter.
     tables : dict
-        `lplb_triton._tables.DeviceTables.views` with those of the interior-point kernel.
+        `lplb_triton._backends.tables.DeviceTables.views` with those of the interior-point kernel.
     tolerance, max_iterations
         As for `lplb_triton.solve`.
 

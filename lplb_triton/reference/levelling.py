@@ -16,7 +16,7 @@ from itertools import combinations
 import torch
 
 from lplb_triton.problem import Problem
-from lplb_triton.reference import as_plan, certify, gap_to_aim_at, valid_loads
+from lplb_triton.reference.solving import as_plan, certify, gap_to_aim_at, valid_loads
 from lplb_triton.solution import Solution
 
 __all__ = [

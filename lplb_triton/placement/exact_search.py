@@ -3,7 +3,8 @@
 On a GPU one launch solves the programs of many (placement, batch) pairs at once, so that every
 change can be tried exactly. Each step
 
-1. finds a binding cut of every batch (see `lplb_triton._cut_search`) from its optimum's rank loads;
+1. finds a binding cut of every batch (see `lplb_triton.placement.cut_search`) from
+   its optimum's rank loads;
 2. prices every change there is to first order, a few matrix products for all of them: what a
    cut's batch gains when an expert gets a copy outside it, and loses when one is taken away;
 3. draws candidates by price, solves them for some batches, the best of these for all batches,

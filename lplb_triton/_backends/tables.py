@@ -410,7 +410,7 @@ def _arrays(placement: Placement, pair_classes: int | None = None) -> dict[str, 
 
 
 def _fold_arrays(placement: Placement) -> dict[str, NDArray[Any]]:
-    """List what `lplb_triton._interior_point.solve_counts` reads besides."""
+    """List what `lplb_triton._backends.interior_point.solve_counts` reads besides."""
     s = placement.structure
     fixed_rank, column = placement._fold
     n_copies = _lengths(s.copy_start).astype(np.int64)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from lplb_triton import eplb
-from lplb_triton.adaptors._checks import check_int_map, check_load, check_sizes, load_fault
-from lplb_triton.placement import check_integer
+from lplb_triton._checks import check_integer
+from lplb_triton.integrations._checks import check_int_map, check_load, check_sizes, load_fault
 
 __all__ = ["EplbAlgorithm", "compute_algorithm", "rebalance_experts"]
 

@@ -3,8 +3,8 @@
 EPLB's placement is built for even splits. With the program of docs/method.md (equation 1) solved
 exactly for every batch, what is left of the imbalance is the placement's. `place` searches for one
 whose optima over recorded and synthetic batches are low, on a CPU by the cuts that bind it
-(`lplb_triton._cut_search`), on a GPU by solving thousands of programs in a launch
-(`lplb_triton._exact_search`).
+(`lplb_triton.placement.cut_search`), on a GPU by solving thousands of programs in a launch
+(`lplb_triton.placement.exact_search`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from lplb_triton._checks import check_integer
-from lplb_triton._cut_search import CutSearch
-from lplb_triton._exact_search import CANDIDATES, ExactSearch
 from lplb_triton._threads import one_thread
-from lplb_triton.chaining import chain, check_ranks, checked_load, scaled_rows
-from lplb_triton.moves import check_same_sizes, domains_of, keep_slots
 from lplb_triton.placement import Placement
+from lplb_triton.placement.chaining import chain, check_ranks, checked_load, scaled_rows
+from lplb_triton.placement.cut_search import CutSearch
+from lplb_triton.placement.exact_search import CANDIDATES, ExactSearch
+from lplb_triton.placement.moves import check_same_sizes, domains_of, keep_slots
 from lplb_triton.solver import solve
 
 __all__ = ["place"]

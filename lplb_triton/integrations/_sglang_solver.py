@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from lplb_triton._checks import check_integer
 from lplb_triton._membership import warn_if_alone
 from lplb_triton._updates import update_placements
-from lplb_triton.adaptors._checks import check_int_map
-from lplb_triton.adaptors._sglang_maps import MAP_NAMES, Maps, Tables, read_maps
 from lplb_triton.balancer import Balancer
-from lplb_triton.placement import Placement, check_integer
+from lplb_triton.integrations._checks import check_int_map
+from lplb_triton.integrations._sglang_maps import MAP_NAMES, Maps, Tables, read_maps
+from lplb_triton.placement import Placement
 from lplb_triton.solution import SolveError
 from lplb_triton.solver import DEFAULT_TOLERANCE
 

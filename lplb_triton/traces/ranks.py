@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from lplb_triton.bench.trace import Trace, load, save
-from lplb_triton.placement import check_integer
+from lplb_triton._checks import check_integer
+from lplb_triton.traces.trace import Trace, load, save
 
 __all__ = ["group_is_up", "merge", "merge_into", "own_rank", "rank_path", "run_id", "some"]
 

@@ -1,0 +1,1 @@
+"""How a `Balancer` computes: tables, workspace and the two back ends."""

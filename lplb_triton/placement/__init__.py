@@ -1,0 +1,5 @@
+"""Where copies of experts lie: placements, how they are chosen and what moving to one takes."""
+
+from lplb_triton.placement.placement import Placement
+
+__all__ = ["Placement"]

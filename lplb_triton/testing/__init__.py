@@ -1,0 +1,1 @@
+"""Random instances and an outside LP solver, for tests and benchmarks."""

@@ -1,0 +1,1 @@
+"""Recorded expert loads: recording, files and merging."""
