@@ -15,7 +15,7 @@ import triton
 from triton.runtime.interpreter import InterpretedFunction
 
 from lplb_triton.kernels.driver import DriverLaunch, UnsupportedError
-from lplb_triton.kernels.solvers import _solve_counts_kernel, _solve_lp_kernel, _spread_kernel
+from lplb_triton.kernels.solve.solvers import _solve_counts_kernel, _solve_lp_kernel, _spread_kernel
 from lplb_triton.kernels.tokens import (
     BAD_COUNTS,
     BAD_CUMULATIVE,

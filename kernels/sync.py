@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.tiles import _add2
+from lplb_triton.kernels.solve.tiles import _add2
 
 # Words of a row before its counts, of 64 bits (int32 in rows that another library gathers).
 HEADER = tl.constexpr(2)

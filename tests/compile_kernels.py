@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lplb_triton.bench import peers
-from lplb_triton.kernels import driver, launch, quotas, solvers, sync, tokens
+from lplb_triton.kernels import driver, launch, quotas, sync, tokens
+from lplb_triton.kernels.solve import solvers
 
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64", "uncertified_ptr": "*i64"}

@@ -245,7 +245,8 @@ class TestOnAGpu:
         assert after - before == 1 and out.numel() == 4096
 
     def test_nothing_compiles_after_warmup(self):
-        from lplb_triton.kernels import launch, solvers, tokens
+        from lplb_triton.kernels import launch, tokens
+        from lplb_triton.kernels.solve import solvers
 
         def compiled():
             kernels = (

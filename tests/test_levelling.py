@@ -9,7 +9,7 @@ import torch
 from lplb_triton import Balancer, Placement, solve, topologies
 from lplb_triton import balancer as balancer_module
 from lplb_triton._backends.tables import COPIES_AT_ONCE, FEW, RANK_CELLS, DeviceTables
-from lplb_triton.kernels import levelling
+from lplb_triton.kernels.solve import levelling
 from lplb_triton.testing.instances import corpus, draw_loads, shape_placement
 from lplb_triton.testing.verify import highs_optimum, solve_counts
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.levelling import _cut_bound
-from lplb_triton.kernels.tiles import _add2, _column_sum, _inverse, _max_and_add
+from lplb_triton.kernels.solve.levelling import _cut_bound
+from lplb_triton.kernels.solve.tiles import _add2, _column_sum, _inverse, _max_and_add
 
 # Start, step and centering of the method (equations 4, 8 and 9), light columns (10).
 START_MARGIN = tl.constexpr(0.1)

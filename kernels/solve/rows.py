@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.levelling import RANK_CELLS
+from lplb_triton.kernels.solve.levelling import RANK_CELLS
 
 # Cells of a row; in lplb_triton/_tables.py too, which works without Triton.
 ROW_CELLS = tl.constexpr(8)

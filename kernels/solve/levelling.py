@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.tiles import (
+from lplb_triton.kernels.solve.tiles import (
     PARTS_ONE,
     SHARE_ONE,
     _add2,

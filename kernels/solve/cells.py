@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.levelling import (
+from lplb_triton.kernels.solve.levelling import (
     COPIES_AT_ONCE,
     FIRST_SWEEPS,
     ROUNDED_PART,
@@ -23,8 +23,8 @@ from lplb_triton.kernels.levelling import (
     _rank_loads,
     _round,
 )
-from lplb_triton.kernels.potentials import _level_by_steps
-from lplb_triton.kernels.tiles import (
+from lplb_triton.kernels.solve.potentials import _level_by_steps
+from lplb_triton.kernels.solve.tiles import (
     BOUND_ALLOWANCE,
     SHARE_ONE,
     _add3,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.cells import (
+from lplb_triton.kernels.solve.cells import (
     _column_weights,
     _counts_of_members,
     _fold,
@@ -19,18 +19,18 @@ from lplb_triton.kernels.cells import (
     _solve_cells_in_memory,
     _touch_tables,
 )
-from lplb_triton.kernels.interior_point import _newton
-from lplb_triton.kernels.levelling import COPIES_AT_ONCE, RANK_CELLS, ROUNDED_PART, _aim
-from lplb_triton.kernels.pairs import _load_pairs, _solve_pairs, _weights_of_pairs
-from lplb_triton.kernels.rows import ROW_WORDS
-from lplb_triton.kernels.sync import _sum_over_ranks
-from lplb_triton.kernels.tiles import (
+from lplb_triton.kernels.solve.interior_point import _newton
+from lplb_triton.kernels.solve.levelling import COPIES_AT_ONCE, RANK_CELLS, ROUNDED_PART, _aim
+from lplb_triton.kernels.solve.pairs import _load_pairs, _solve_pairs, _weights_of_pairs
+from lplb_triton.kernels.solve.rows import ROW_WORDS
+from lplb_triton.kernels.solve.tiles import (
     BOUND_ALLOWANCE,
     _column_sum,
     _mean_and_bound,
     _quantize,
     _shares,
 )
+from lplb_triton.kernels.sync import _sum_over_ranks
 from lplb_triton.kernels.tokens import (
     BAD_COUNTS,
     REPORT_INPUT,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.levelling import (
+from lplb_triton.kernels.solve.levelling import (
     CUTS,
     EXACT_SWEEPS,
     RELAXATION,
@@ -25,7 +25,7 @@ from lplb_triton.kernels.levelling import (
     _aim,
     _cut_loads,
 )
-from lplb_triton.kernels.tiles import SHARE_ONE, _add2, _inverse, _largest_load, _shares
+from lplb_triton.kernels.solve.tiles import SHARE_ONE, _add2, _inverse, _largest_load, _shares
 from lplb_triton.kernels.tokens import _counts_of
 
 # All bits of one of the four fields of a table's word.

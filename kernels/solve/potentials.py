@@ -17,8 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.levelling import _cut_bound, _sweep
-from lplb_triton.kernels.rows import (
+from lplb_triton.kernels.solve.levelling import _cut_bound, _sweep
+from lplb_triton.kernels.solve.rows import (
     _cell_numbers,
     _least_of_columns,
     _load_by_cell,
@@ -34,7 +34,7 @@ from lplb_triton.kernels.rows import (
     _sum_columns,
     _sum_of_ranks,
 )
-from lplb_triton.kernels.tiles import _largest_load, _shares
+from lplb_triton.kernels.solve.tiles import _largest_load, _shares
 
 # Sweeps between two steps.
 SWEEPS = tl.constexpr(8)
