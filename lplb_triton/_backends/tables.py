@@ -31,7 +31,8 @@ PAIR_LANES = 32
 PAIR_EDGES = 8
 # 16 bits, all of them set: no such edge.
 PAIR_FIELD = 0xFFFF
-# Cells of a rank that the kernels sum at once. This and the next are in kernels/solve/levelling.py too.
+# Cells of a rank that the kernels sum at once. This and the next stand in
+# kernels/solve/levelling.py too.
 RANK_CELLS = 8
 # Cells of a row; in kernels/solve/rows.py too.
 ROW_CELLS = 8
