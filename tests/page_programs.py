@@ -1,7 +1,7 @@
-"""The Python blocks of README.md and docs/*.md as programs, with what they assume of their reader.
+"""The Python blocks of each page as one program, with the names that the page assumes.
 
-Each function takes the names of the page's program: those of `BEFORE` add to them ahead of the
-first block under a heading, those of `AFTER` look at them after each block under it.
+Each function takes the names of the page's program. Those in `BEFORE` add names ahead of the first
+block under a heading; those in `AFTER` check names after each block under it.
 """
 
 import gc
@@ -18,8 +18,8 @@ from lplb_triton.integrations.sglang import LPLBSolver
 from lplb_triton.traces.record import Recorder
 from lplb_triton.traces.trace import load as load_trace
 
-# Run by two processes over gloo. Their modules are their own, so stand-ins do no harm there.
-GROUP_PAGES = ("docs/adaptors.md", "docs/sync.md", "docs/training.md")
+# These pages are run by two processes over gloo. A stand-in for a module stays in its process.
+GROUP_PAGES = ("docs/serving.md", "docs/sync.md", "docs/training.md")
 
 
 def stand_in(name, **content):
@@ -35,16 +35,26 @@ def are_copies(physical_ids, logical_ids, phy2log):
     return torch.equal(phy2log.cpu().long()[physical_ids.cpu().long()], logical_ids.cpu().long())
 
 
-def after_use(names):
-    placement = names["placement"]
-    if "solution" in names:
-        assert names["loads"].shape == (1, 32) and int(names["counts"].sum()) == 4096 * 8
-    elif "planner" in names:
-        assert int(names["counter"]) == 1
-        assert are_copies(names["physical_ids"], names["logical_ids"], names["phy2log"])
-    else:
-        assert int(names["balancer"].certified) == 1
-        assert are_copies(names["physical_ids"], names["logical_ids"], placement.phy2log)
+def balanced_a_batch(names):
+    assert int(names["balancer"].certified) == 1
+    phy2log = names["placement"].phy2log
+    assert are_copies(names["physical_ids"], names["logical_ids"], phy2log)
+
+
+def improved_a_batch(names):
+    balanced_a_batch(names)
+    even, loads = names["even"], names["loads"].double()
+    assert int(names["loads"].sum()) == 4096 * 4
+    assert float(loads.max() / loads.mean()) < float(even.max() / even.mean())
+
+
+def planned_a_batch(names):
+    assert int(names["counter"]) == 1
+    assert are_copies(names["physical_ids"], names["logical_ids"], names["phy2log"])
+
+
+def solved_counts(names):
+    assert names["loads"].shape == (1, 32) and int(names["counts"].sum()) == 32768
 
 
 def script_that_routes(names):
@@ -223,10 +233,9 @@ def solved(names):
 
 
 BEFORE = {
-    ("README.md", "Does it pay for my model?"): script_that_routes,
-    ("docs/adaptors.md", "vLLM"): vllm,
-    ("docs/adaptors.md", "SGLang: the solver"): engine_with_a_solver,
     ("docs/placement.md", "Moves"): placed,
+    ("docs/serving.md", "vLLM"): vllm,
+    ("docs/serving.md", "SGLang: the solver"): engine_with_a_solver,
     ("docs/sync.md", "Load sync"): layers_of_a_group,
     ("docs/sync.md", "With DeepEP"): a_planner,
     ("docs/traces.md", "From your script to a report"): script_with_routers,
@@ -237,11 +246,13 @@ BEFORE = {
     ("docs/training.md", "In a script that uses EPLB"): script_with_eplb,
 }
 AFTER = {
-    ("README.md", "Use"): after_use,
-    ("README.md", "Does it pay for my model?"): recorded,
-    ("docs/adaptors.md", "vLLM"): registered,
-    ("docs/adaptors.md", "SGLang: the solver"): solved,
+    ("README.md", "lplb_triton"): balanced_a_batch,
     ("docs/placement.md", "Moves"): moved,
+    ("docs/quickstart.md", "A first program"): improved_a_batch,
+    ("docs/quickstart.md", "A script that uses EPLB or LPLB"): planned_a_batch,
+    ("docs/quickstart.md", "The linear program alone"): solved_counts,
+    ("docs/serving.md", "vLLM"): registered,
+    ("docs/serving.md", "SGLang: the solver"): solved,
     ("docs/sync.md", "Load sync"): balanced,
     ("docs/sync.md", "With DeepEP"): initialised,
     ("docs/traces.md", "From your script to a report"): recorded,

@@ -1,4 +1,4 @@
-"""Code blocks, links and headings of README.md and docs/*.md, and what shell blocks would call."""
+"""Code blocks, links and headings of the pages, and the programs that shell blocks would call."""
 
 import ast
 import re
@@ -10,17 +10,22 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-# A diff is against a file of somebody else's, and isn't run.
+# README.md, CONTRIBUTING.md and every page under docs/.
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")),
+]
+# A diff changes a file of another project, so it isn't run.
 LANGUAGES = ("bash", "diff", "python", "text")
 COMMANDS = ("compute-sanitizer", "lplb-bench", "make", "pip", "python", "torchrun")
-# Stands ahead of a block that can't run in a test, with the reason.
+# This comment precedes a block that can't run in a test, and gives the reason.
 MARKER = re.compile(r"<!-- not run: (.*\S) -->")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A code block: the heading that it is under, the reason if it can't be run."""
+    """A code block, with the heading that it is under and the reason if it can't be run."""
 
     page: str
     line: int
@@ -34,7 +39,7 @@ class Block:
 
 
 def blocks(page, text=None):
-    """Every code block of a page, in order; indented ones have the language ``indented``."""
+    """Return the code blocks of a page in order; indented ones have the language ``indented``."""
     found, heading, previous = [], "", None
     for token in _tokens(page, text):
         if previous is not None and previous.type == "heading_open":
@@ -49,12 +54,12 @@ def blocks(page, text=None):
 
 
 def in_language(page, language):
-    """Blocks of a page in one language, in order."""
+    """Return the blocks of a page in one language, in order."""
     return [block for block in blocks(page) if block.language == language]
 
 
 def problem(block):
-    """What is wrong with a block before it is run, or None."""
+    """Return the fault of a block that shows before it is run, or None."""
     if block.language == "indented":
         shell = re.search(rf"^\s*\$?\s*({'|'.join(COMMANDS)})\b", block.text, re.MULTILINE)
         return "an indented block holds code: fence it" if shell or _is_python(block) else None
@@ -74,12 +79,12 @@ def _is_python(block):
 
 
 def code_spans(page):
-    """Every `code span` of a page."""
+    """Return every `code span` of a page."""
     return [content for kind, content in code_by_heading(page) if kind == "code"]
 
 
 def code_by_heading(page):
-    """Headings and code spans of a page in order, as pairs ``("heading" or "code", text)``."""
+    """Return headings and code spans in order, as pairs ``("heading" or "code", text)``."""
     found, tokens = [], _tokens(page)
     for before, token in zip([None, *tokens], tokens, strict=False):
         if before is not None and before.type == "heading_open":
@@ -91,14 +96,14 @@ def code_by_heading(page):
 
 
 def links(page):
-    """Where the links and pictures of a page lead."""
+    """Return the targets of the links and pictures of a page."""
     children = [child for token in _tokens(page) for child in token.children or ()]
     found = [child.attrs["href"] for child in children if child.type == "link_open"]
     return found + [child.attrs["src"] for child in children if child.type == "image"]
 
 
 def anchors(page):
-    """Names of a page's headings in links, as GitHub makes them."""
+    """Return the names by which links reach a page's headings, as GitHub makes them."""
     headings = [content for kind, content in code_by_heading(page) if kind == "heading"]
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -110,8 +115,8 @@ def _tokens(page, text=None):
 def commands(text, folder):
     """Run a shell script with stand-ins for `COMMANDS`; return what it called, words by call.
 
-    The shell itself takes care of comments, variables, continued lines and file names. It finds
-    nothing but the stand-ins, so any other program is an error.
+    The shell itself interprets comments, variables, continued lines and file names. Its PATH has
+    only the stand-ins, so any other program is an error.
     """
     shell, called = shutil.which("bash"), folder / "called"
     programs = folder / "programs"

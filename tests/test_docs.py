@@ -1,4 +1,4 @@
-"""README and docs are true to the word: every block runs, every command, link and name exists."""
+"""The pages are right: every block runs, and every command, link and name exists."""
 
 import ast
 import doctest
@@ -33,12 +33,42 @@ SCRIPTS = {"train_moe": (moe.Config, moe._HELP), "train_moe_ep": (moe_ep.Setting
 QUICK = ("advise", "balance", "record", "report")
 
 
+# A newcomer reads README.md to the end, and benchmarks.md has figures of the present build only.
+MOST_LINES = {"README.md": 150, "docs/benchmarks.md": 250}
+
 PYTHON_PAGES = [page for page in PAGES if pages.in_language(page, "python")]
 SHELL_PAGES = [page for page in PAGES if pages.in_language(page, "bash")]
 
 
+@pytest.mark.parametrize("page", MOST_LINES)
+def test_pages_are_short(page):
+    """README.md and benchmarks.md stay within their numbers of lines."""
+    assert len((ROOT / page).read_text().splitlines()) <= MOST_LINES[page]
+
+
+def linked_pages(page):
+    """Return the pages that a page links to."""
+    targets = [link.partition("#")[0] for link in pages.links(page) if not link.startswith("http")]
+    found = {((ROOT / page).parent / target).resolve() for target in targets if target}
+    return {path.relative_to(ROOT).as_posix() for path in found} & set(PAGES)
+
+
+def test_every_page_is_linked():
+    """Every page is linked from README.md, or from a page that is linked there."""
+    first = linked_pages("README.md")
+    reached = first.union(*map(linked_pages, first))
+    assert set(PAGES) - reached <= {"README.md"}
+
+
+def test_first_screen_of_the_readme_has_a_program():
+    """The first code block of README.md is a Python program within its first 20 lines."""
+    first = pages.blocks("README.md")[0]
+    assert first.language == "python" and first.line <= 20
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_says_what_it_is(page):
+    """Every code block names its language, and Python blocks are Python."""
     for block in pages.blocks(page):
         assert pages.problem(block) is None, f"{block}: {pages.problem(block)}"
 
@@ -79,17 +109,20 @@ x = 1
 
 
 def test_settings_belong_to_blocks():
+    """Every setting of page_programs.py belongs to a page and a heading with a program."""
     known = {(page, block.heading) for page in PAGES for block in pages.in_language(page, "python")}
     assert {*BEFORE, *AFTER} <= known and set(GROUP_PAGES) <= set(PYTHON_PAGES)
 
 
 @pytest.mark.parametrize("page", [page for page in PYTHON_PAGES if page not in GROUP_PAGES])
 def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """The Python blocks of a page run one after the other, as one program."""
     monkeypatch.chdir(tmp_path)
     run_page(page)
 
 
 def test_python_blocks_run_in_two_processes(tmp_path, monkeypatch):
+    """The programs of pages about groups run on two ranks."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     run_ranks(check_pages, 2, tmp_path)
 
@@ -239,7 +272,9 @@ def test_links_lead_somewhere(page):
 
 
 def test_layout_names_what_there_is():
-    (layout,) = [b.text for b in pages.in_language("README.md", "text") if b.heading == "Layout"]
+    """Every folder in the layout of CONTRIBUTING.md exists."""
+    blocks = pages.in_language("CONTRIBUTING.md", "text")
+    (layout,) = [block.text for block in blocks if block.heading == "Layout"]
     for line in layout.splitlines():
         assert (ROOT / line.split()[0]).is_dir(), line
 
