@@ -12,7 +12,7 @@ import triton
 
 from lplb_triton import Balancer
 from lplb_triton.kernels import driver
-from lplb_triton.kernels.launch import _Call, _Prepared
+from lplb_triton.kernels.launch import KernelCall, PreparedKernel
 from lplb_triton.testing.instances import shape_placement
 
 
@@ -119,8 +119,8 @@ def test_no_tensor_is_held(monkeypatch):
     monkeypatch.setattr(driver, "_driver", lambda: fake)
     x = torch.zeros(3)
     gone = weakref.ref(x)
-    monkeypatch.setattr("lplb_triton.kernels.launch._has_pdl", lambda device: False)
-    prepared = _Prepared(_Call(None, 5, (x, 4), (64,), {}), compiled([8, 4]), False)
+    monkeypatch.setattr("lplb_triton.kernels.launch.supports_pdl", lambda device: False)
+    prepared = PreparedKernel(KernelCall(None, 5, (x, 4), (64,), {}), compiled([8, 4]), False)
     assert prepared.args[0] == x.data_ptr()
     del x
     assert gone() is None
@@ -148,7 +148,7 @@ def test_what_is_left_to_triton(monkeypatch, sizes, changes, message):
         driver.DriverLaunch(kernel, args, 1, False)
     assert fake.loaded == 0
     kernel.run, kernel.function, kernel.packed_metadata = Launcher(), 3, "packed"
-    prepared = _Prepared(_Call(None, 5, args, (64,), {}), kernel, False)
+    prepared = PreparedKernel(KernelCall(None, 5, args, (64,), {}), kernel, False)
     prepared.args[1] = 6
     prepared.launch(8, False)
     assert Launcher.calls.pop() == (

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from lplb_triton.kernels.count import load_counts
 from lplb_triton.kernels.solve.levelling import (
     COPIES_AT_ONCE,
     FIRST_SWEEPS,
@@ -32,7 +33,6 @@ from lplb_triton.kernels.solve.tiles import (
     _shares,
     _valid_start,
 )
-from lplb_triton.kernels.tokens import _counts_of
 
 
 @triton.jit
@@ -204,7 +204,7 @@ def _split_over_copies(
         mine = is_cell & (tl.load(slot_cells_ptr + slot, mask=is_cell, other=-1) == cell)
         expert = tl.load(rank_experts_ptr + slot, mask=mine, other=-1)
         part = tl.load(copy_parts_ptr + slot, mask=mine, other=0.0)
-        tokens += _counts_of(counts_ptr, expert) * part
+        tokens += load_counts(counts_ptr, expert) * part
         slot += 1
     tl.store(x_ptr + cell, tokens, mask=is_cell)
 
@@ -316,7 +316,7 @@ def _counts_of_members(counts_ptr, members, MEMBERS: tl.constexpr):
     """Load the counts of a tuple of experts by column."""
     counts = ()
     for k in tl.static_range(MEMBERS):
-        counts += (_counts_of(counts_ptr, members[k]),)
+        counts += (load_counts(counts_ptr, members[k]),)
     return counts
 
 
@@ -335,7 +335,7 @@ def _column_weights(
         end = tl.load(column_start_ptr + col + 1, mask=col < n_columns, other=0)
         for j in range(MEMBERS, most_members):
             member = tl.load(column_members_ptr + first + j, mask=first + j < end, other=-1)
-            weights += _counts_of(counts_ptr, member)
+            weights += load_counts(counts_ptr, member)
     return tl.where(invalid, 0.0, weights)
 
 
@@ -361,7 +361,7 @@ def _solve_cells_in_memory(
     )  # fmt: skip
     expert, part = _load_ranks(rank_experts_ptr, rank_parts_ptr, n_ranks, n_slots, G, S)
     copy_part = _load_copy_parts(copy_parts_ptr, n_ranks, n_slots, G, S)
-    on_rank = _counts_of(counts_ptr, expert)
+    on_rank = load_counts(counts_ptr, expert)
     fixed, load, other_peak, peak, total, bound, invalid = _fold(
         on_rank, part, copy_part, complete, n_ranks, G, S
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lplb_triton import _layout
 from lplb_triton.kernels.solve.tiles import (
     PARTS_ONE,
     SHARE_ONE,
@@ -23,11 +24,10 @@ from lplb_triton.kernels.solve.tiles import (
     _units_of,
 )
 
-# Cells of a rank that are summed at once; its table is padded to whole such blocks. This and the
-# next are in lplb_triton/_tables.py too, which works without Triton.
-RANK_CELLS = tl.constexpr(8)
+# Cells of a rank that are summed at once; its table is padded to whole such blocks.
+RANK_CELLS = tl.constexpr(_layout.RANK_CELLS)
 # Copies of a column that are looked at side by side.
-COPIES_AT_ONCE = tl.constexpr(4)
+COPIES_AT_ONCE = tl.constexpr(_layout.COPIES_AT_ONCE)
 # The gap that is aimed at, as a part of the tolerance: at most, and at least where rounding may
 # cost much.
 TARGET_PART = tl.constexpr(0.98)

@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lplb_triton import _layout
+from lplb_triton.kernels.count import load_counts
 from lplb_triton.kernels.solve.levelling import (
     CUTS,
     EXACT_SWEEPS,
@@ -26,10 +28,9 @@ from lplb_triton.kernels.solve.levelling import (
     _cut_loads,
 )
 from lplb_triton.kernels.solve.tiles import SHARE_ONE, _add2, _inverse, _largest_load, _shares
-from lplb_triton.kernels.tokens import _counts_of
 
 # All bits of one of the four fields of a table's word.
-FIELD = tl.constexpr(0xFFFF)
+FIELD = tl.constexpr(_layout.PAIR_FIELD)
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def _weights_of_pairs(counts_ptr, words, N: tl.constexpr):
     """Load the counts of the experts of N words."""
     weights = ()
     for i in tl.static_range(N):
-        weights += (_counts_of(counts_ptr, _field(words[i], 16)),)
+        weights += (load_counts(counts_ptr, _field(words[i], 16)),)
     return weights
 
 

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from lplb_triton import _layout
 from lplb_triton.kernels.solve.levelling import RANK_CELLS
 
-# Cells of a row; in lplb_triton/_tables.py too, which works without Triton.
-ROW_CELLS = tl.constexpr(8)
+# Cells of a row.
+ROW_CELLS = tl.constexpr(_layout.ROW_CELLS)
 # Words of the table of rows for each row.
-ROW_WORDS = tl.constexpr(12)
+ROW_WORDS = tl.constexpr(_layout.ROW_WORDS)
 
 
 class Rows(NamedTuple):

@@ -8,6 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lplb_triton import _layout
+from lplb_triton.kernels.count import await_counts, load_counts, sum_rows
+from lplb_triton.kernels.exchange import exchange_counts
+from lplb_triton.kernels.pdl import await_previous, start_dependents
+from lplb_triton.kernels.report import BAD_COUNTS, REPORT_INPUT, write_report
 from lplb_triton.kernels.solve.cells import (
     _column_weights,
     _counts_of_members,
@@ -30,21 +35,10 @@ from lplb_triton.kernels.solve.tiles import (
     _quantize,
     _shares,
 )
-from lplb_triton.kernels.sync import _sum_over_ranks
-from lplb_triton.kernels.tokens import (
-    BAD_COUNTS,
-    REPORT_INPUT,
-    _await_counts,
-    _await_previous,
-    _counts_of,
-    _report,
-    _start_dependents,
-    _sum_rows,
-)
 
-STATUS_CERTIFIED = tl.constexpr(0)
-STATUS_GAP = tl.constexpr(1)
-STATUS_INVALID = tl.constexpr(2)
+STATUS_CERTIFIED = tl.constexpr(_layout.STATUS_CERTIFIED)
+STATUS_GAP = tl.constexpr(_layout.STATUS_GAP)
+STATUS_INVALID = tl.constexpr(_layout.STATUS_INVALID)
 
 
 @triton.jit
@@ -170,12 +164,12 @@ def _solve_counts_kernel(
     """Solve the groups of one batch, straight from counts by logical expert.
 
     Programs 0 .. n_sums - 1 first turn counts by program into running sums and totals, as
-    `_running_sum_kernel` does, while the others set up; with ``n_sums`` 0 the counts are there.
+    `running_sum_kernel` does, while the others set up; with ``n_sums`` 0 the counts are there.
     Program ``n_sums + group`` folds counts into weights and fixed loads, solves, and writes the
     cumulative share of every copy (equation 12). Programs that sum wait for none, so the
     waiting ends whatever else is on the GPU. With CHANNELS above 0, for one group and
     ``n_sums`` > 0, those counts are this rank's, and the group's program sums them over ranks
-    first: arguments from total_ptr on are as for `_sum_over_ranks`.
+    first: arguments from total_ptr on are as for `exchange_counts`.
     Otherwise they aren't looked at.
 
     Tables as in `SolveTables`; running [n_counts, n_logical] and counts [n_logical] int32;
@@ -188,11 +182,11 @@ def _solve_counts_kernel(
     [2] int64. Grid (n_sums + n_group,).
     """
     if CHANNELS == 0:
-        _start_dependents(PDL)
+        start_dependents(PDL)
     program = tl.program_id(0)
     if program < n_sums:
-        _await_previous(PDL)
-        _sum_rows(running_ptr, counts_ptr, program, n_counts, n_logical, ROWS, EXPERTS)
+        await_previous(PDL)
+        sum_rows(running_ptr, counts_ptr, program, n_counts, n_logical, ROWS, EXPERTS)
     else:
         group = (program - n_sums).to(tl.int64)
         rank_experts_ptr += group * n_ranks * n_slots
@@ -228,24 +222,24 @@ def _solve_counts_kernel(
                 G, C, COPIES, MEMBERS,
             )  # fmt: skip
             copy_part = _load_copy_parts(copy_parts_ptr, n_ranks, n_slots, G, S)
-        _await_previous(PDL)
+        await_previous(PDL)
         complete = tl.full((), 1, tl.int1)
         if n_sums > 0:
-            complete = _await_counts(counts_ptr, n_logical, BLOCK)
+            complete = await_counts(counts_ptr, n_logical, BLOCK)
         if CHANNELS > 0:
             # Only this program waits for other ranks, and the next kernel of the stream, which
             # would wait for it, takes no room on the GPU before they have come: whatever a rank
             # needs in order to come can run, however many streams wait (docs/sync.md).
-            _sum_over_ranks(
+            exchange_counts(
                 counts_ptr, total_ptr, gathered_ptr,
                 addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
                 own_rank, n_peers, capacity, timeout_ms, opening, channel, n_logical, complete,
                 CHANNELS, BLOCK, GATHER, ON_GPU, LANES,
             )  # fmt: skip
-            _start_dependents(PDL)
+            start_dependents(PDL)
             tl.debug_barrier()
             counts_ptr = total_ptr
-        on_rank = _counts_of(counts_ptr, expert)
+        on_rank = load_counts(counts_ptr, expert)
         if PAIRS > 0:
             pair_weights = _weights_of_pairs(counts_ptr, words, PAIRS * ((G + 31) // 32))
             max_load = tl.full((), 0.0, tl.float32)
@@ -299,7 +293,7 @@ def _solve_counts_kernel(
             stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
             max_load, lower_bound, gap, steps, status,
         )  # fmt: skip
-        _report(report_ptr, REPORT_INPUT, BAD_COUNTS, invalid)
+        write_report(report_ptr, REPORT_INPUT, BAD_COUNTS, invalid)
         certified = (status == STATUS_CERTIFIED).to(tl.int32)
         one = tl.full((), 1, solves_ptr.dtype.element_ty)
         # Relaxed: who reads them comes after this launch anyway, and a fence takes its time.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lplb_triton import _layout
+
 # Shares are whole units of 2**-24 (equation 11).
-SHARE_ONE = tl.constexpr(1 << 24)
+SHARE_ONE = tl.constexpr(_layout.SHARE_ONE)
 # They are summed as multiples of 2**-30 before they are rounded: 2**PART_BITS parts are a unit.
 PART_BITS = tl.constexpr(6)
 PARTS_HALF = tl.constexpr(1 << 5)
