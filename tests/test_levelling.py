@@ -8,8 +8,10 @@ import torch
 
 from lplb_triton import Balancer, Placement, solve, topologies
 from lplb_triton import balancer as balancer_module
-from lplb_triton._backends.tables import COPIES_AT_ONCE, FEW, RANK_CELLS, DeviceTables
-from lplb_triton.kernels.solve import levelling
+from lplb_triton._backends.edges import FEW_COPIES
+from lplb_triton._backends.tables import DeviceTables
+from lplb_triton._layout import COPIES_AT_ONCE, RANK_CELLS, Extent
+from lplb_triton.kernels.solve import cells, levelling
 from lplb_triton.testing.instances import corpus, draw_loads, shape_placement
 from lplb_triton.testing.verify import highs_optimum, solve_counts
 
@@ -29,7 +31,7 @@ def edges_of(placement):
     for classes, extents, number in zip(*tables, strict=True):
         number = number.T
         # The kernel asks for the class after the last, too.
-        n = extents[5]
+        n = extents[Extent.N_CLASSES]
         assert n < len(classes) and (classes[n:] == -1).all()
         ranks, columns = np.nonzero(number >= 0)
         column_of = dict(zip(number[ranks, columns].tolist(), columns.tolist(), strict=True))
@@ -56,7 +58,7 @@ def test_edges(placement):
         for column, pairs in joined.items():
             ranks = np.flatnonzero(mask[:, column]).tolist()
             assert {rank for pair in pairs for rank in pair} == set(ranks)
-            if len(ranks) <= FEW:
+            if len(ranks) <= FEW_COPIES:
                 assert sorted(pairs) == list(itertools.combinations(ranks, 2))
                 continue
             reached = {ranks[0]}
@@ -71,16 +73,16 @@ def test_cells(placement):
     for group, mask in enumerate(placement.structure.mask):
         number, extents = views["cell_number"][group].T, views["extents"][group]
         assert ((number >= 0) == mask).all()
-        assert sorted(number[mask]) == list(range(mask.sum())) and extents[0] == mask.sum()
+        assert sorted(number[mask]) == list(range(mask.sum())) and extents[Extent.N_CELLS] == mask.sum()
         ranks, columns, first, copies = views["cells"][group][:, : mask.sum()]
         assert (number[ranks, columns] == np.arange(mask.sum())).all()
         assert (copies == mask.sum(0)[columns]).all()
         assert (first == views["cell_start"][group][columns]).all()
-        assert (np.diff(columns) >= 0).all() and extents[2] == mask.sum(0).max()
+        assert (np.diff(columns) >= 0).all() and extents[Extent.MOST_COPIES] == mask.sum(0).max()
         for rank, cells in enumerate(views["rank_cells"][group].T):
             mine = mask[rank].sum()
             assert (cells[:mine] == number[rank][mask[rank]]).all() and (cells[mine:] == -1).all()
-        assert extents[3] == mask.sum(1).max()
+        assert extents[Extent.MOST_CELLS] == mask.sum(1).max()
         for column, ranks in enumerate(views["first_ranks"][group].T):
             early = np.flatnonzero(mask[:, column])[:COPIES_AT_ONCE]
             assert ranks.tolist() == [*early, *[-1] * (COPIES_AT_ONCE - early.size)]
@@ -88,8 +90,11 @@ def test_cells(placement):
 
 
 def test_tables_have_the_kernels_block_sizes():
+    """Kernels read the tables in the block sizes and in the order that these are made with."""
     assert levelling.RANK_CELLS.value == RANK_CELLS
     assert levelling.COPIES_AT_ONCE.value == COPIES_AT_ONCE
+    names = [extent.name.lower() for extent in Extent]
+    assert names == [*cells.Extents._fields, "in_pairs"]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
@@ -98,7 +103,7 @@ def test_ends_of_cells(placement):
     holder = s.copy_slot // placement.slots_per_rank
     for group, ends in enumerate(views["cell_ends"]):
         ranks, columns, _, _ = views["cells"][group]
-        n_cells = int(views["extents"][group, 0])
+        n_cells = int(views["extents"][group, Extent.N_CELLS])
         assert (ends[:, n_cells:] == -1).all()
         for cell in range(n_cells):
             expert = s.column_members[s.column_start[group, columns[cell]]]
@@ -236,7 +241,7 @@ def test_the_table_has_room_for_any_placement_of_its_sizes():
         if tables is None:
             tables = DeviceTables(placement, torch.device("cpu"))
         tables.write(placement)
-        assert int(tables.views["extents"][0, 5]) > 0
+        assert int(tables.views["extents"][0, Extent.N_CLASSES]) > 0
 
 
 @pytest.mark.parametrize("shape", ["ring:8", "cube", "eplb:24:1", "chain:16:1"])
@@ -275,7 +280,7 @@ def test_steps_go_on_where_levelling_ends(device, shape):
     counts = draw_loads("normal", rng, placement.n_logical).to(device)
     balancer = Balancer(placement, device=device, backend="triton", tolerance=1e-4)
     level = balancer.solve(counts)
-    balancer._tables.views["extents"][:, 6] = 0
+    balancer._tables.views["extents"][:, Extent.MOST_SWEEPS] = 0
     stepped = balancer.solve(counts)
     for solution in (level, stepped):
         solution.check()
@@ -301,7 +306,7 @@ def test_bounds_where_there_is_much_of_everything(device, shape):
     for steps in (False, True):
         balancer = Balancer(placement, device=device, backend="triton")
         if steps:
-            balancer._tables.views["extents"][:, 6] = 0
+            balancer._tables.views["extents"][:, Extent.MOST_SWEEPS] = 0
         for family in ("normal", "lognormal", "sparse"):
             counts = draw_loads(family, rng, placement.n_logical)
             solution = balancer.solve(counts.to(device))
