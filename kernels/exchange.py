@@ -45,7 +45,7 @@ POISONED = tl.constexpr(2)
 
 @triton.jit
 def _read_clock(lane):
-    """Nanoseconds, the same in every thread: each lane reads a clock, and the latest is taken."""
+    """Return the time in nanoseconds, the same in all threads: the latest that a lane reads."""
     clock = tl.inline_asm_elementwise(
         "mov.u64 $0, %globaltimer;", "=l,r", [lane], dtype=tl.int64, is_pure=False, pack=1
     )
@@ -178,6 +178,29 @@ def _find_absent(rows_ptr, row_words, present, epoch, n, LANES: tl.constexpr):
 
 
 @triton.jit
+def _report_fault(
+    gates_ptr, status_ptr, fault, n_ranks, epoch, channel, blamed, their_version, their_call,
+    CHANNELS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Poison the gates of all channels, and write the status if no other call has done so.
+
+    Calls of other channels may fail too, because this fault turns away a rank that they wait for.
+    The first one to poison gate 0 reports to the host.
+    """
+    before = tl.atomic_xchg(gates_ptr, POISONED, sem="acq_rel", scope="gpu")
+    gates = tl.arange(0, CHANNELS)
+    tl.atomic_xchg(
+        gates_ptr + gates, tl.full((CHANNELS,), POISONED, tl.int32), sem="release", scope="sys"
+    )
+    if before != POISONED:
+        write_status(
+            status_ptr, 0, n_ranks, epoch, channel, blamed, their_version, their_call, LANES
+        )
+        tl.debug_barrier()
+        tl.store(status_ptr + STATUS_FAULT, fault.to(tl.int64))
+
+
+@triton.jit
 def exchange_counts(
     counts_ptr,  # [n] int32: this rank's counts
     total_ptr,  # [n] int32: gets the sums, NO_COUNT if the exchange failed
@@ -243,19 +266,10 @@ def exchange_counts(
     if (fault != 0) | (gate == POISONED):
         write_failure(counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n, BLOCK, GATHER)
     if fault != 0:
-        # Calls of other channels may fail too, because this fault turns away a rank that they wait
-        # for. The first one to poison gate 0 reports to the host.
-        before = tl.atomic_xchg(gates_ptr, POISONED, sem="acq_rel", scope="gpu")
-        gates = tl.arange(0, CHANNELS)
-        tl.atomic_xchg(
-            gates_ptr + gates, tl.full((CHANNELS,), POISONED, tl.int32), sem="release", scope="sys"
-        )
-        if before != POISONED:
-            write_status(
-                status_ptr, 0, n_ranks, epoch, channel, blamed, their_version, their_call, LANES
-            )
-            tl.debug_barrier()
-            tl.store(status_ptr + STATUS_FAULT, fault.to(tl.int64))
+        _report_fault(
+            gates_ptr, status_ptr, fault, n_ranks, epoch, channel, blamed, their_version,
+            their_call, CHANNELS, LANES,
+        )  # fmt: skip
 
 
 @triton.jit(

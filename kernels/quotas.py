@@ -31,6 +31,46 @@ def _global_end(cumulative_ptr, first, j, n_copies, total, offset):
     return tl.where(j == n_copies - 1, total, end).to(tl.int32)
 
 
+@triton.jit
+def _match_nodes(
+    supply, holder, there, demand, at_home, quota, kept, count, rank, n_ranks, ranks_per_node,
+    RANKS: tl.constexpr,
+):  # fmt: skip
+    """Match ranks with copies on their own node, in order of ranks and of copies (equation 16).
+
+    ``demand`` is what copies still take once ranks have kept ``at_home``, by copy. Returns this
+    rank's ``quota`` and the demand that is left, by copy, this rank's tokens that stay on the
+    node and those that are left, and tokens that earlier ranks have left.
+    """
+    r = tl.arange(0, RANKS)
+    node = r // ranks_per_node
+    holder_node = tl.where(there, holder // ranks_per_node, -1)
+    own_before = tl.sum(tl.where((node == rank // ranks_per_node) & (r < rank), supply, 0), 0)
+    earlier_home = (holder_node == rank // ranks_per_node) & (holder < rank)
+    own_before -= tl.sum(tl.where(earlier_home, at_home, 0), 0)
+    own = count - kept
+    on_node = kept
+    left_before = 0
+    rest = demand
+    for at in range(0, tl.cdiv(n_ranks, ranks_per_node)):
+        wanted = tl.where(holder_node == at, demand, 0)
+        home = tl.sum(tl.where(holder_node == at, at_home, 0), 0)
+        offered = tl.sum(tl.where(node == at, supply, 0), 0) - home
+        matched = tl.minimum(offered, tl.sum(wanted, 0))
+        begin = tl.cumsum(wanted, 0) - wanted
+        rest -= _overlap(begin, wanted, 0, matched)
+        if at < rank // ranks_per_node:
+            left_before += offered - matched
+        if at == rank // ranks_per_node:
+            own_matched = _overlap(own_before, own, 0, matched)
+            here = _overlap(begin, wanted, own_before, own_matched)
+            quota += here
+            on_node += tl.sum(here, 0)
+            left_before += tl.maximum(own_before - matched, 0)
+            own -= own_matched
+    return quota, rest, on_node, own, left_before
+
+
 @triton.jit(
     do_not_specialize=["rank", "n_ranks", "n_logical", "slots_per_rank", "ranks_per_node"],
     do_not_specialize_on_alignment=["gathered_ptr", "cumulative_ptr", "mine_ptr", "traffic_ptr"],
@@ -81,33 +121,13 @@ def divide_quotas_kernel(
     kept = tl.sum(quota, 0)
     rest = demand - at_home
 
-    # Then own node, in order of ranks and of copies.
-    node = r // ranks_per_node
-    holder_node = tl.where(there, holder // ranks_per_node, -1)
-    own_before = tl.sum(tl.where((node == rank // ranks_per_node) & (r < rank), supply, 0), 0)
-    earlier_home = (holder_node == rank // ranks_per_node) & (holder < rank)
-    own_before -= tl.sum(tl.where(earlier_home, at_home, 0), 0)
-    own = count - kept
-    on_node = kept
-    left_before = 0
-    demand = rest
-    for at in range(0, tl.cdiv(n_ranks, ranks_per_node)):
-        wanted = tl.where(holder_node == at, demand, 0)
-        home = tl.sum(tl.where(holder_node == at, at_home, 0), 0)
-        offered = tl.sum(tl.where(node == at, supply, 0), 0) - home
-        matched = tl.minimum(offered, tl.sum(wanted, 0))
-        begin = tl.cumsum(wanted, 0) - wanted
-        rest -= _overlap(begin, wanted, 0, matched)
-        if at < rank // ranks_per_node:
-            left_before += offered - matched
-        if at == rank // ranks_per_node:
-            own_matched = _overlap(own_before, own, 0, matched)
-            here = _overlap(begin, wanted, own_before, own_matched)
-            quota += here
-            on_node += tl.sum(here, 0)
-            left_before += tl.maximum(own_before - matched, 0)
-            own -= own_matched
-    # Then whoever is left.
+    # Then its own node.
+    quota, rest, on_node, own, left_before = _match_nodes(
+        supply, holder, there, rest, at_home, quota, kept, count, rank, n_ranks, ranks_per_node,
+        RANKS,
+    )  # fmt: skip
+
+    # Then the other nodes.
     begin = tl.cumsum(rest, 0) - rest
     quota += _overlap(begin, rest, left_before, own)
 

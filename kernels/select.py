@@ -57,6 +57,20 @@ def _find_copy(cumulative_ptr, low, high, position, count, offset, steps, INTEGE
     return low
 
 
+@triton.jit
+def _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count, offset):
+    """Report positions that are no less than their counts, and shares that are none.
+
+    The shares of an expert's first copy must be in range, and those of its last one must end at
+    the count.
+    """
+    write_report(report_ptr, REPORT_INPUT, BAD_RUNNING, known & (position >= count))
+    first_end = tl.load(cumulative_ptr + low)
+    bad = (first_end < 0) | (first_end > SHARE_MASK + 1)
+    bad |= _quota_end(cumulative_ptr, high, count.to(tl.int64), offset) != count
+    write_report(report_ptr, REPORT_INPUT, BAD_CUMULATIVE, known & bad)
+
+
 @triton.jit(
     do_not_specialize=["n_ids", "chunk", "n_logical", "n_rows", "rank"],
     do_not_specialize_on_alignment=[
@@ -121,11 +135,7 @@ def select_kernel(
 
         offset = rounding_offset(rank.to(tl.int64), e.to(tl.int64))
         if CHECK:
-            write_report(report_ptr, REPORT_INPUT, BAD_RUNNING, known & (position >= count))
-            first_end = tl.load(cumulative_ptr + low)
-            bad = (first_end < 0) | (first_end > SHARE_MASK + 1)
-            bad |= _quota_end(cumulative_ptr, high, count.to(tl.int64), offset) != count
-            write_report(report_ptr, REPORT_INPUT, BAD_CUMULATIVE, known & bad)
+            _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count, offset)
         most = n_ids
         if n_ids >= 65536:
             most = tl.max(count)

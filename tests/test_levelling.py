@@ -11,7 +11,8 @@ from lplb_triton import balancer as balancer_module
 from lplb_triton._backends.edges import FEW_COPIES
 from lplb_triton._backends.tables import DeviceTables
 from lplb_triton._layout import COPIES_AT_ONCE, RANK_CELLS, Extent
-from lplb_triton.kernels.solve import cells, levelling
+from lplb_triton.kernels.solve import levelling
+from lplb_triton.kernels.solve.cells import Extents
 from lplb_triton.testing.instances import corpus, draw_loads, shape_placement
 from lplb_triton.testing.verify import highs_optimum, solve_counts
 
@@ -73,7 +74,8 @@ def test_cells(placement):
     for group, mask in enumerate(placement.structure.mask):
         number, extents = views["cell_number"][group].T, views["extents"][group]
         assert ((number >= 0) == mask).all()
-        assert sorted(number[mask]) == list(range(mask.sum())) and extents[Extent.N_CELLS] == mask.sum()
+        assert sorted(number[mask]) == list(range(mask.sum()))
+        assert extents[Extent.N_CELLS] == mask.sum()
         ranks, columns, first, copies = views["cells"][group][:, : mask.sum()]
         assert (number[ranks, columns] == np.arange(mask.sum())).all()
         assert (copies == mask.sum(0)[columns]).all()
@@ -94,7 +96,7 @@ def test_tables_have_the_kernels_block_sizes():
     assert levelling.RANK_CELLS.value == RANK_CELLS
     assert levelling.COPIES_AT_ONCE.value == COPIES_AT_ONCE
     names = [extent.name.lower() for extent in Extent]
-    assert names == [*cells.Extents._fields, "in_pairs"]
+    assert names == [*Extents._fields, "in_pairs"]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
