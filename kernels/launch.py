@@ -15,7 +15,9 @@ import triton
 from triton.runtime.interpreter import InterpretedFunction
 
 from lplb_triton.kernels.driver import DriverLaunch, UnsupportedError
-from lplb_triton.kernels.solve.solvers import _solve_counts_kernel, _solve_lp_kernel, _spread_kernel
+from lplb_triton.kernels.solve.counts_kernel import solve_counts_kernel
+from lplb_triton.kernels.solve.dense_kernel import solve_dense_kernel
+from lplb_triton.kernels.solve.spread_kernel import spread_kernel
 from lplb_triton.kernels.tokens import (
     BAD_COUNTS,
     BAD_CUMULATIVE,
@@ -182,7 +184,7 @@ class SolveTables(NamedTuple):
     most copies of an expert on a rank, number of classes of edges, most sweeps over them, whether
     the group is in ``pairs``."""
     pairs: torch.Tensor
-    """[n_group, classes of edges, group_size] int64 as for `_load_pairs`; none if the first
+    """[n_group, classes of edges, group_size] int64 as for `load_pairs`; none if the first
     placement isn't of that kind."""
     cells: torch.Tensor
     """[n_group, 4, n_shared] rank and column of each cell, that column's first cell and number of
@@ -209,7 +211,7 @@ class SolveTables(NamedTuple):
     copy_index: torch.Tensor
     copy_multiplicity: torch.Tensor
     edges: torch.Tensor
-    """[n_group, most_classes + 1, width] int64 as for `_level_edges`."""
+    """[n_group, most_classes + 1, width] int64 as for `levelling.sweep`."""
     copy_parts: torch.Tensor
     """float32 as ``rank_parts``, for an even split over copies."""
     slot_cells: torch.Tensor
@@ -241,7 +243,7 @@ class SelectTables(NamedTuple):
 
 def is_interpreted() -> bool:
     """Whether kernels run on the CPU, under Triton's interpreter."""
-    return isinstance(_solve_lp_kernel, InterpretedFunction)
+    return isinstance(solve_dense_kernel, InterpretedFunction)
 
 
 def _tile(n_ranks: int, n_columns: int) -> tuple[int, int]:
@@ -308,7 +310,7 @@ def solve(
             tolerance, max_iterations, n_ranks, n_columns,
         )  # fmt: skip
         options = _solve_options(_newton_warps(*sizes))
-        _launch(_Call(_solve_lp_kernel, batch, args, (*sizes, start is not None), options))
+        _launch(_Call(solve_dense_kernel, batch, args, (*sizes, start is not None), options))
     return shares, stats[0], stats[1], stats[2], ints[0], ints[1]
 
 
@@ -435,7 +437,7 @@ def _solve_counts_call(
         *(exchange.constants() if exchange else (0, _exchange_block(n_logical), 0, 0)),
     )  # fmt: skip
     options = _solve_options(warps)
-    return _Call(_solve_counts_kernel, n_sums + n_group, args, constants, options)
+    return _Call(solve_counts_kernel, n_sums + n_group, args, constants, options)
 
 
 def _count_call(
@@ -508,7 +510,7 @@ def spread_shares(cumulative: torch.Tensor, shares: torch.Tensor, tables: Spread
     grid = n_group * triton.cdiv(n_ranks * n_columns, SPREAD_BLOCK)
     args = (cumulative, *tables, shares, n_ranks, n_columns, tables.cell_ends.shape[2])
     if grid:
-        _launch(_Call(_spread_kernel, grid, args, (SPREAD_BLOCK,), {"num_warps": 4}))
+        _launch(_Call(spread_kernel, grid, args, (SPREAD_BLOCK,), {"num_warps": 4}))
 
 
 def count_by_program(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.solve.tiles import _add2
+from lplb_triton.kernels.solve.tiles import add2
 
 # Words of a row before its counts, of 64 bits (int32 in rows that another library gathers).
 HEADER = tl.constexpr(2)
@@ -171,7 +171,7 @@ def _await_rows(
                 same = (their_version.to(tl.int32) == version) & (their_call.to(tl.int32) == call)
                 stranger = (present & come & (same == 0)).to(tl.int32)
                 unheard, n_strangers = tl.reduce(
-                    ((present & (come == 0)).to(tl.int32), stranger), 0, _add2
+                    ((present & (come == 0)).to(tl.int32), stranger), 0, add2
                 )
                 missing = unheard + tl.sum(absent, 0)
                 look = (missing > 0) & (n_strangers == 0) & (waited <= limit)

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from lplb_triton.bench import peers
 from lplb_triton.kernels import driver, launch, quotas, sync, tokens
-from lplb_triton.kernels.solve import solvers
+from lplb_triton.kernels.solve import counts_kernel, dense_kernel, spread_kernel
 
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64", "uncertified_ptr": "*i64"}
@@ -60,7 +60,7 @@ def jobs(capability):
         if classes == 0 and ranks <= 64:
             options = launch._solve_options(launch._newton_warps(ranks, columns))
             tile = {"G": ranks, "C": columns, "HAS_START": ranks == 8}
-            yield solvers._solve_lp_kernel, tile, options
+            yield dense_kernel.solve_dense_kernel, tile, options
         options = launch._solve_options(launch._solve_warps(ranks, columns))
         constants = {"G": ranks, "C": columns, "R": columns, "S": 8, "COPIES": 64, "MEMBERS": 4}
         constants |= {
@@ -71,11 +71,11 @@ def jobs(capability):
             "PDL": capability >= 90,
         }
         none = {"CHANNELS": 0, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": 0, "ON_GPU": 0}
-        yield solvers._solve_counts_kernel, {**constants, **none}, options
+        yield counts_kernel.solve_counts_kernel, {**constants, **none}, options
         gathers = {(8, 0): (0, 1), (8, 2): (0,), (32, 0): (0,)}
         for gather in gathers.get((ranks, classes), ()):
-            yield solvers._solve_counts_kernel, {**constants, **exchange(gather)}, options
-    yield solvers._spread_kernel, {"BLOCK": launch.SPREAD_BLOCK}, {"num_warps": 4}
+            yield counts_kernel.solve_counts_kernel, {**constants, **exchange(gather)}, options
+    yield spread_kernel.spread_kernel, {"BLOCK": launch.SPREAD_BLOCK}, {"num_warps": 4}
     bins = {"BINS": 256, "PDL": capability >= 90}
     yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 2}
     rows = {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS}

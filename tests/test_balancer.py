@@ -246,11 +246,11 @@ class TestOnAGpu:
 
     def test_nothing_compiles_after_warmup(self):
         from lplb_triton.kernels import launch, tokens
-        from lplb_triton.kernels.solve import solvers
+        from lplb_triton.kernels.solve.counts_kernel import solve_counts_kernel
 
         def compiled():
             kernels = (
-                solvers._solve_counts_kernel,
+                solve_counts_kernel,
                 tokens._count_kernel,
                 tokens._running_sum_kernel,
                 tokens._select_kernel,

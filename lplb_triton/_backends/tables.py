@@ -323,7 +323,7 @@ def _pairs(
     n_classes: int,
     room: int | None,
 ) -> tuple[NDArray[np.int64], bool]:
-    """[n_group, room, group_size] words as for `kernels.pairs._load_pairs`.
+    """[n_group, room, group_size] words as for `kernels.solve.pairs.load_pairs`.
 
     ``room`` is for as many classes, by default for those that the placement needs. Also returns
     whether it is one of pairs for which there is room; otherwise no rank has a partner.
