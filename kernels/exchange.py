@@ -27,7 +27,7 @@ from lplb_triton.kernels.exchange_rows import (
     write_status,
 )
 from lplb_triton.kernels.launch import KernelCall, is_interpreted, launch_call
-from lplb_triton.kernels.solve.tiles import _add2
+from lplb_triton.kernels.solve.tiles import add2
 
 # Counts that one pass of an exchange handles.
 EXCHANGE_BLOCK = 256
@@ -149,7 +149,7 @@ def _await_rows(
                 same = (their_version.to(tl.int32) == version) & (their_call.to(tl.int32) == call)
                 mismatched = (present & arrived & (same == 0)).to(tl.int32)
                 n_absent, n_mismatched = tl.reduce(
-                    ((present & (arrived == 0)).to(tl.int32), mismatched), 0, _add2
+                    ((present & (arrived == 0)).to(tl.int32), mismatched), 0, add2
                 )
                 missing = n_absent + tl.sum(absent, 0)
                 waiting = (missing > 0) & (n_mismatched == 0) & (waited <= limit)

@@ -31,6 +31,9 @@ from lplb_triton.kernels.gathered import sum_gathered_kernel
 from lplb_triton.kernels.quotas import divide_quotas_kernel
 from lplb_triton.kernels.select import SELECT_BLOCK, select_kernel
 from lplb_triton.kernels.solve import launch as solve_launch
+from lplb_triton.kernels.solve.counts_kernel import solve_counts_kernel
+from lplb_triton.kernels.solve.dense_kernel import solve_dense_kernel
+from lplb_triton.kernels.solve.spread_kernel import spread_kernel
 
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64", "uncertified_ptr": "*i64"}
@@ -72,7 +75,7 @@ def jobs(capability):
         if classes == 0 and ranks <= 64:
             options = solve_launch.make_options(solve_launch.choose_dense_warps(ranks, columns))
             tile = {"G": ranks, "C": columns, "HAS_START": ranks == 8}
-            yield solve_launch.solve_lp_kernel, tile, options
+            yield solve_dense_kernel, tile, options
         options = solve_launch.make_options(solve_launch.choose_counts_warps(ranks, columns))
         constants = {"G": ranks, "C": columns, "R": columns, "S": 8, "COPIES": 64, "MEMBERS": 4}
         constants |= {
@@ -83,11 +86,11 @@ def jobs(capability):
             "PDL": capability >= 90,
         }
         none = {"CHANNELS": 0, "BLOCK": EXCHANGE_BLOCK, "GATHER": 0, "ON_GPU": 0}
-        yield solve_launch.solve_counts_kernel, {**constants, **none}, options
+        yield solve_counts_kernel, {**constants, **none}, options
         gathers = {(8, 0): (0, 1), (8, 2): (0,), (32, 0): (0,)}
         for gather in gathers.get((ranks, classes), ()):
-            yield solve_launch.solve_counts_kernel, {**constants, **exchange(gather)}, options
-    yield solve_launch.spread_kernel, {"BLOCK": solve_launch.SPREAD_BLOCK}, {"num_warps": 4}
+            yield solve_counts_kernel, {**constants, **exchange(gather)}, options
+    yield spread_kernel, {"BLOCK": solve_launch.SPREAD_BLOCK}, {"num_warps": 4}
     bins = {"BINS": 256, "PDL": capability >= 90}
     yield count_kernel, {**bins, "BLOCK": COUNT_BLOCK}, {"num_warps": 2}
     rows = {"ROWS": SUM_ROWS, "EXPERTS": SUM_EXPERTS}

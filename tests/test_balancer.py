@@ -248,7 +248,7 @@ class TestOnAGpu:
         from lplb_triton.kernels.count import count_kernel, running_sum_kernel
         from lplb_triton.kernels.launch import compiled_kernels
         from lplb_triton.kernels.select import select_kernel
-        from lplb_triton.kernels.solve.launch import solve_counts_kernel
+        from lplb_triton.kernels.solve.counts_kernel import solve_counts_kernel
 
         def compiled():
             kernels = (solve_counts_kernel, count_kernel, running_sum_kernel, select_kernel)

@@ -11,9 +11,9 @@ from lplb_triton import _layout
 from lplb_triton.kernels.count import SUM_EXPERTS, SUM_ROWS
 from lplb_triton.kernels.exchange import FIRST_CHANNEL, Channel, Exchange, choose_block
 from lplb_triton.kernels.launch import KernelCall, launch_call, supports_pdl
-from lplb_triton.kernels.solve.solvers import _solve_counts_kernel as solve_counts_kernel
-from lplb_triton.kernels.solve.solvers import _solve_lp_kernel as solve_lp_kernel
-from lplb_triton.kernels.solve.solvers import _spread_kernel as spread_kernel
+from lplb_triton.kernels.solve.counts_kernel import solve_counts_kernel
+from lplb_triton.kernels.solve.dense_kernel import solve_dense_kernel
+from lplb_triton.kernels.solve.spread_kernel import spread_kernel
 
 # Shares that one program spreads.
 SPREAD_BLOCK = 512
@@ -205,7 +205,9 @@ def solve(
             tolerance, max_iterations, n_ranks, n_columns,
         )  # fmt: skip
         options = make_options(choose_dense_warps(*sizes))
-        launch_call(KernelCall(solve_lp_kernel, batch, args, (*sizes, start is not None), options))
+        launch_call(
+            KernelCall(solve_dense_kernel, batch, args, (*sizes, start is not None), options)
+        )
     return shares, stats[0], stats[1], stats[2], ints[0], ints[1]
 
 
