@@ -51,7 +51,7 @@ def _tables_of_group(tables, sizes, group, most_classes, MEMBERS: tl.constexpr):
     cells = tables.cells + group * 4 * n_shared
     cell_start = tables.cell_start + group * (n_columns + 1)
     rows = tables.rows + group * tl.maximum(n_shared // 2, 1) * ROW_WORDS
-    # lplb_triton/_backends/tables.py sizes the table of each rank's cells likewise.
+    # lplb_triton/_backends/cells.py sizes the table of each rank's cells likewise.
     most_cells = tl.maximum(tl.minimum(n_slots, n_columns), 1)
     rank_cells = tables.rank_cells + group * n_ranks * tl.cdiv(most_cells, RANK_CELLS) * RANK_CELLS
     first_members = tables.first_members + group * n_columns * MEMBERS

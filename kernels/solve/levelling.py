@@ -28,8 +28,7 @@ from lplb_triton.kernels.solve.tiles import (
 )
 
 # Cells of a rank that are summed at once; the table of a rank's cells is padded to whole blocks of
-# that many. lplb_triton/_backends/tables.py, which works without Triton, repeats this number and
-# the next.
+# that many.
 RANK_CELLS = tl.constexpr(_layout.RANK_CELLS)
 # Copies of a column whose ranks are loaded at once.
 COPIES_AT_ONCE = tl.constexpr(_layout.COPIES_AT_ONCE)

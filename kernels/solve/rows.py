@@ -23,7 +23,7 @@ import triton.language as tl
 from lplb_triton import _layout
 from lplb_triton.kernels.solve.levelling import RANK_CELLS
 
-# Cells of a row; lplb_triton/_backends/tables.py, which works without Triton, repeats this number.
+# Cells of a row.
 ROW_CELLS = tl.constexpr(_layout.ROW_CELLS)
 # Words of the table of rows for each row: the ranks of its cells and four numbers.
 ROW_WORDS = tl.constexpr(_layout.ROW_WORDS)
