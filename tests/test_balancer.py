@@ -245,6 +245,7 @@ class TestOnAGpu:
         assert after - before == 1 and out.numel() == 4096
 
     def test_nothing_compiles_after_warmup(self):
+        """After a warm-up no batch and no rank makes Triton compile."""
         from lplb_triton.kernels.count import count_kernel, running_sum_kernel
         from lplb_triton.kernels.launch import compiled_kernels
         from lplb_triton.kernels.select import select_kernel

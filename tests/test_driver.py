@@ -114,7 +114,7 @@ def test_what_the_driver_is_handed(monkeypatch, early):
 
 
 def test_no_tensor_is_held(monkeypatch):
-    """Not the batch that came first either."""
+    """A prepared kernel keeps no tensor, not even one of the first batch."""
     fake = FakeDriver([8, 4])
     monkeypatch.setattr(driver, "_driver", lambda: fake)
     x = torch.zeros(3)
@@ -139,6 +139,7 @@ def test_no_tensor_is_held(monkeypatch):
     ],
 )
 def test_what_is_left_to_triton(monkeypatch, sizes, changes, message):
+    """Kernels that the driver can't launch are launched by Triton's launcher."""
     fake = FakeDriver(sizes)
     monkeypatch.setattr(driver, "_driver", lambda: fake)
     kernel, args = compiled(sizes or [8, 4], **changes), (torch.zeros(1), 4)

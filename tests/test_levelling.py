@@ -49,6 +49,7 @@ def edges_of(placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
 def test_edges(placement):
+    """Edges join all copies of a column, in classes that name no rank twice."""
     for mask, classes in zip(placement.structure.mask, edges_of(placement), strict=True):
         joined = {column: [] for column in range(mask.shape[1])}
         for edges in classes:
@@ -70,6 +71,7 @@ def test_edges(placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
 def test_cells(placement):
+    """Cells are numbered by column, then by rank, and every table lists them so."""
     views = tables_of(placement)
     for group, mask in enumerate(placement.structure.mask):
         number, extents = views["cell_number"][group].T, views["extents"][group]
@@ -101,6 +103,7 @@ def test_tables_have_the_kernels_block_sizes():
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
 def test_ends_of_cells(placement):
+    """The ends of a cell are its last copy and the one before its first copy."""
     views, s = tables_of(placement), placement.structure
     holder = s.copy_slot // placement.slots_per_rank
     for group, ends in enumerate(views["cell_ends"]):
@@ -234,6 +237,7 @@ def test_columns_of_many_experts_and_of_many_copies(placement):
 
 
 def test_the_table_has_room_for_any_placement_of_its_sizes():
+    """Tables made for one placement take any other of its sizes."""
     rng = np.random.default_rng(0)
     tables = None
     for _ in range(30):
@@ -277,6 +281,7 @@ def test_most_plans_need_no_iteration(shape):
     ],
 )
 def test_steps_go_on_where_levelling_ends(device, shape):
+    """Steps by potentials, without sweeps, reach the load that levelling reaches."""
     rng = np.random.default_rng(2)
     placement = shape_placement(shape, rng)
     counts = draw_loads("normal", rng, placement.n_logical).to(device)
@@ -303,6 +308,7 @@ def test_steps_go_on_where_levelling_ends(device, shape):
     ],
 )
 def test_bounds_where_there_is_much_of_everything(device, shape):
+    """Bounds hold where cells and copies exceed what kernels take at once."""
     rng = np.random.default_rng(7)
     placement = shape_placement(shape, rng)
     for steps in (False, True):

@@ -71,6 +71,7 @@ def edges_of(columns, n_ranks):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_tables(seed):
+    """Every table holds what plain Python finds in the placement."""
     placement = draw(seed)
     views = {n: v.numpy() for n, v in DeviceTables(placement, torch.device("cpu")).views.items()}
     s = placement.structure
