@@ -152,14 +152,16 @@ def _prefetch(ptr, n, STRIDE: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def prefetch_tables(tables, extents, n_ranks, width, sums_ptr, LANES: tl.constexpr):
+def prefetch_tables(tables, extents, sizes, scratch_ptr, n_scratch, LANES: tl.constexpr):
     """Bring the tables that are walked through later into the cache, all at once.
 
-    Each thread loads one word of each table. ``sums`` [LANES] int32 gets the sums of these words,
-    only because loads that nobody uses would be removed.
+    Each thread loads one word of each table. The sums of these words go to the LANES words of
+    scratch after the first ``n_scratch``, only because loads that nobody uses would be removed.
     """
-    n_rank_cells = n_ranks * extents.most_cells
-    loaded = _prefetch(tables.edges, extents.n_classes * width, 4, LANES).to(tl.int32)
+    n_edges = extents.n_classes * sizes.width
+    n_rank_cells = sizes.n_ranks * extents.most_cells
+    sums_ptr = scratch_ptr + n_scratch
+    loaded = _prefetch(tables.edges, n_edges, 4, LANES).to(tl.int32)
     loaded += _prefetch(tables.rank_cells, n_rank_cells, 8, LANES)
     loaded += _prefetch(tables.cells, extents.n_cells, 8, LANES)
     tl.store(sums_ptr + tl.arange(0, LANES), loaded)
@@ -224,8 +226,8 @@ def load_copy_parts(tables, sizes, G: tl.constexpr, S: tl.constexpr):
     rank = index // S
     slot = index % S
     is_slot = (rank < sizes.n_ranks) & (slot < sizes.n_slots)
-    entry = rank * sizes.n_slots + slot
-    return tl.load(tables.copy_parts + entry, mask=is_slot, other=0.0)
+    ptrs = tables.copy_parts + rank * sizes.n_slots + slot
+    return tl.load(ptrs, mask=is_slot, other=0.0)
 
 
 @triton.jit

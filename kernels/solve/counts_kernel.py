@@ -141,7 +141,7 @@ def _solve_by_loaded_cells(
     tables,
     cumulative_ptr,  # [n_physical] int32
     scratch_ptr,  # [solve_scratch] float32
-    prefetch_ptr,  # [LANES], the end of scratch, for `prefetch_tables`
+    n_scratch,  # words of scratch before the last LANES, which `prefetch_tables` takes
     sizes,
     G: tl.constexpr,
     C: tl.constexpr,
@@ -157,7 +157,7 @@ def _solve_by_loaded_cells(
     """
     first_counts = load_member_counts(counts_ptr, loaded.members, MEMBERS)
     extents = loaded.extents
-    prefetch_tables(tables, extents, sizes.n_ranks, sizes.width, prefetch_ptr, LANES)
+    prefetch_tables(tables, extents, sizes, scratch_ptr, n_scratch, LANES)
     first = sum_first_loads(counts, part, copy_part, complete, sizes.n_ranks, G, S)
     weights = sum_column_weights(
         counts_ptr, first_counts, tables, extents.most_members, sizes.n_columns, first.invalid,
@@ -331,7 +331,7 @@ def solve_counts_kernel(
         else:
             max_load, bound, steps, invalid = _solve_by_loaded_cells(
                 loaded, counts_ptr, counts, part, copy_part, complete, tolerance, max_iterations,
-                tables, cumulative_ptr, scratch_ptr, scratch_ptr + n_scratch, sizes,
+                tables, cumulative_ptr, scratch_ptr, n_scratch, sizes,
                 G, C, R, S, COPIES, MEMBERS, LANES,
             )  # fmt: skip
         max_load, lower_bound, gap, status = certify(max_load, bound, tolerance, invalid)

@@ -83,8 +83,10 @@ def solve_dense_kernel(
     weights = tl.where(single, 0.0, weights)
     load = fixed + tl.sum(units_to_shares(units) * weights, 1)
     if HAS_START:
-        start_ptrs = start_ptr + instance * n_ranks * n_columns + entry
-        start = _as_plan(tl.load(start_ptrs, mask=in_tile & copy, other=0.0), even)
+        start = tl.load(
+            start_ptr + instance * n_ranks * n_columns + entry, mask=in_tile & copy, other=0.0
+        )
+        start = _as_plan(start, even)
         start_units = quantize_shares(start, rank[:, None], last)
         start_load = fixed + tl.sum(units_to_shares(start_units) * weights, 1)
         better = tl.max(start_load) < tl.max(load)
