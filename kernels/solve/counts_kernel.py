@@ -10,14 +10,8 @@ import triton
 import triton.language as tl
 
 from lplb_triton.kernels.solve.cells import (
-    Sizes,
-    Tables,
     load_and_solve_by_cells,
-    load_copy_parts,
     load_member_counts,
-    load_rank_experts,
-    load_tables,
-    prefetch_tables,
     solve_by_cells,
     sum_column_weights,
     sum_first_loads,
@@ -28,6 +22,14 @@ from lplb_triton.kernels.solve.certificate import (
     STATUS_GAP,
     certify,
     store_certificate,
+)
+from lplb_triton.kernels.solve.group_tables import (
+    Sizes,
+    Tables,
+    load_copy_parts,
+    load_rank_experts,
+    load_tables,
+    prefetch_tables,
 )
 from lplb_triton.kernels.solve.levelling import COPIES_AT_ONCE, RANK_CELLS
 from lplb_triton.kernels.solve.pairs import load_pair_counts, load_pairs, solve_pairs
@@ -274,7 +276,7 @@ def solve_counts_kernel(
     With CHANNELS > 0, for one group and n_sums > 0, the counts are those of this rank, and the
     group's program sums them over the ranks before it solves.
 
-    More than half of the code are parameters and what is done with each.
+    The function is long because of its parameters: it does little but hand them on.
     """
     if CHANNELS == 0:
         _start_dependents(PDL)

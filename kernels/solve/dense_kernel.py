@@ -43,6 +43,20 @@ def _as_plan(start, even):
     return tl.where(total > 0, start / tl.where(total > 0, total, 1.0), even)
 
 
+@triton.jit
+def _compare_start(start, even, rank, last, fixed, weights, units, load):
+    """Take another first plan if its largest load is smaller than that of the even split.
+
+    ``start`` and ``even`` are shares [G, C], ``rank`` and ``last`` as for `quantize_shares`;
+    ``units`` [G, C] and ``load`` [G] are those of the even split. Returns units and load.
+    """
+    start = _as_plan(start, even)
+    start_units = quantize_shares(start, rank, last)
+    start_load = fixed + tl.sum(units_to_shares(start_units) * weights, 1)
+    better = tl.max(start_load) < tl.max(load)
+    return tl.where(better, start_units, units), tl.where(better, start_load, load)
+
+
 @triton.jit(
     do_not_specialize=["mask_stride", "max_iterations", "n_ranks", "n_columns"],
     do_not_specialize_on_alignment=["weights_ptr", "fixed_ptr", "mask_ptr"],
@@ -86,12 +100,7 @@ def solve_dense_kernel(
         start = tl.load(
             start_ptr + instance * n_ranks * n_columns + entry, mask=in_tile & copy, other=0.0
         )
-        start = _as_plan(start, even)
-        start_units = quantize_shares(start, rank[:, None], last)
-        start_load = fixed + tl.sum(units_to_shares(start_units) * weights, 1)
-        better = tl.max(start_load) < tl.max(load)
-        units = tl.where(better, start_units, units)
-        load = tl.where(better, start_load, load)
+        units, load = _compare_start(start, even, rank[:, None], last, fixed, weights, units, load)
     max_load, total, bound, invalid = first_bound(load, fixed, n_ranks)
     iterations = max_iterations * 0
     target = tolerance - BOUND_ALLOWANCE

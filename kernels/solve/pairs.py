@@ -255,8 +255,8 @@ def _round_pairs(x, inverses, partners, G: tl.constexpr, CLASSES: tl.constexpr):
 def _first_loads(fixed, counts, part_of_rank, G: tl.constexpr, CLASSES: tl.constexpr):
     """Compute the loads of the even split and the first bound.
 
-    ``fixed`` is by rank, ``counts`` by class and rank; ``part_of_rank`` is 1 / n_ranks. Returns loads by rank, their peak, the
-    bound, and whether counts are invalid; peak and bound are 0 then.
+    ``fixed`` is by rank, ``counts`` by class and rank; ``part_of_rank`` is 1 / n_ranks. Returns
+    loads by rank, their peak, the bound, and whether counts are invalid; peak and bound are 0 then.
     """
     SLICES: tl.constexpr = (G + 31) // 32
     SLICE: tl.constexpr = G // SLICES

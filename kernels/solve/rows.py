@@ -110,10 +110,10 @@ def store_cells(by_cell_ptr, values, rows):
 
 
 @triton.jit
-def sum_by_column(values, on, rows, exchange_ptr):
+def sum_by_column(values, on, rows, by_row_ptr):
     """Sum the values of each column's cells that are ``on``, and count these cells.
 
-    ``values`` and ``on`` are tiles of float32 and bool; ``exchange`` [2 R] float32 is scratch.
+    ``values`` and ``on`` are tiles of float32 and bool; ``by_row`` [2 R] float32 is scratch.
     Returns two tiles of float32.
     """
     R: tl.constexpr = values.shape[0]
@@ -124,8 +124,8 @@ def sum_by_column(values, on, rows, exchange_ptr):
         once = positions_in_row(R) == 0
         # Other threads may still be reading the sums of an earlier call.
         tl.debug_barrier()
-        tl.store(exchange_ptr + row, total, mask=once)
-        tl.store(exchange_ptr + R + row, n, mask=once)
+        tl.store(by_row_ptr + row, total, mask=once)
+        tl.store(by_row_ptr + R + row, n, mask=once)
         tl.debug_barrier()
         total *= 0.0
         n *= 0.0
@@ -133,13 +133,13 @@ def sum_by_column(values, on, rows, exchange_ptr):
             # The barrier keeps this rare loop from being unrolled: long code is slow to fetch.
             tl.debug_barrier()
             is_row = i * ROW_CELLS < rows.copies
-            total += tl.load(exchange_ptr + rows.first + i, mask=is_row, other=0.0)
-            n += tl.load(exchange_ptr + R + rows.first + i, mask=is_row, other=0.0)
+            total += tl.load(by_row_ptr + rows.first + i, mask=is_row, other=0.0)
+            n += tl.load(by_row_ptr + R + rows.first + i, mask=is_row, other=0.0)
     return total, n
 
 
 @triton.jit
-def least_by_column(values, on, rows, exchange_ptr):
+def least_by_column(values, on, rows, by_row_ptr):
     """Find the least value of each column's cells that are ``on``; infinite where none is.
 
     Arguments are those of `sum_by_column`. Returns a tile of float32.
@@ -149,13 +149,13 @@ def least_by_column(values, on, rows, exchange_ptr):
     least = tl.broadcast_to(least, values.shape)
     if rows.most_copies > ROW_CELLS:
         tl.debug_barrier()
-        tl.store(exchange_ptr + row_numbers(R), least, mask=positions_in_row(R) == 0)
+        tl.store(by_row_ptr + row_numbers(R), least, mask=positions_in_row(R) == 0)
         tl.debug_barrier()
         for i in range(tl.cdiv(rows.most_copies, ROW_CELLS)):
             # The barrier keeps this rare loop from being unrolled: long code is slow to fetch.
             tl.debug_barrier()
             is_row = i * ROW_CELLS < rows.copies
-            other = tl.load(exchange_ptr + rows.first + i, mask=is_row, other=float("inf"))
+            other = tl.load(by_row_ptr + rows.first + i, mask=is_row, other=float("inf"))
             least = tl.minimum(least, other)
     return least
 
