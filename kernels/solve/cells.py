@@ -232,9 +232,10 @@ def _improve_by_steps(
     scratch, tables, sizes, extents, first, max_load, bound, aimed_gap, max_steps,
     G: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Improve the rounded plan by steps by potentials (equations 20 to 23), to x.
+    """Write to x a better plan than the rounded one, by steps by potentials (equations 20 to 23).
 
-    Returns a bound and the number of steps.
+    ``first`` is `FirstLoads`, ``max_load`` the largest load of the rounded plan. Returns a
+    bound and the number of steps.
     """
     n_ranks = sizes.n_ranks
     rank = tl.arange(0, G)
@@ -275,9 +276,11 @@ def solve_by_cells(
     """Solve a group by cells (equations 11, 12 and 18 to 23).
 
     A level plan is rounded, written and judged. One that isn't good enough goes through steps by
-    potentials and is rounded, written and judged once more; so is the split that is even over
-    copies, in its place, if that has a smaller peak. Returns the largest load, a bound and the
-    number of steps.
+    potentials and is rounded, written and judged again; so is the split that is even over copies,
+    in its place, if that has a smaller peak. Returns the largest load, a bound and the number of
+    steps.
+
+    The function is long because of its parameters and of the state that its loop carries.
     """
     col = tl.arange(0, C)
     cell = tl.arange(0, COPIES)

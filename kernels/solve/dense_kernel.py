@@ -64,7 +64,8 @@ def _compare_start(start, even, rank, last, fixed, weights, units, load):
 def solve_dense_kernel(
     weights_ptr,  # [B, n_columns] float32, tokens of each column
     fixed_ptr,  # [B, n_ranks] float32, loads that no plan can move
-    mask_ptr, mask_stride,  # [B or 1, n_ranks, n_columns] int8, where copies are; 0 if shared
+    mask_ptr,  # [B or 1, n_ranks, n_columns] int8, where copies are
+    mask_stride,  # from one instance's mask to the next, 0 if all share one
     start_ptr,  # [B, n_ranks, n_columns] float32, a plan to compare with the even split
     shares_ptr,  # [B, n_ranks, n_columns] float32, every element is written
     stats_ptr,  # [3, B] float32, written: largest load, lower bound, gap
@@ -76,7 +77,7 @@ def solve_dense_kernel(
     G: tl.constexpr,  # ranks and columns, padded to powers of two
     C: tl.constexpr,
     HAS_START: tl.constexpr,  # whether ``start`` is read
-):  # fmt: skip
+):
     """Solve instance ``program_id(0)`` of a batch (equations 3 to 11). Grid (B,)."""
     instance = tl.program_id(0).to(tl.int64)
     rank = tl.arange(0, G)

@@ -164,8 +164,8 @@ def _build_system(program, s, y, x, z, one, G: tl.constexpr):
 def _predict(program, system, t, n_products, products, G: tl.constexpr):
     """Solve for the predictor, in relative changes h = dz / z and e = dy / y (equation 8).
 
-    Returns h, the right-hand side of the affine system [G], 1 / 1^T v, and the target sigma mu of
-    the corrector.
+    ``t`` is that of the iterate, ``products`` the sum of its n_products products. Returns h [G, C],
+    e [G], the right-hand side [G], 1 / 1^T v, and the target sigma mu of the corrector.
     """
     w = program.active_weights
     affine_load = tl.sum(system.d * system.mean_weights, 1)
@@ -191,7 +191,10 @@ def _predict(program, system, t, n_products, products, G: tl.constexpr):
 
 @triton.jit
 def _correct(program, system, x, s, h, e, rhs_affine, inverse_ones, target, G: tl.constexpr):
-    """Solve for the corrector, given the predictor (equation 8); returns a `Direction`."""
+    """Solve for the corrector (equation 8); returns a `Direction`.
+
+    ``x`` and ``s`` are those of the iterate, the other arguments what `_predict` returns.
+    """
     w = program.active_weights
     # m of equation 8, D q' = x + x (target - dx dz) / (x z) - x.
     m = tl.fma(x, tl.fma(h, h, h), system.inverse_z * target)

@@ -152,15 +152,15 @@ def project(y, free, rows, by_row_ptr):
     aren't above the level that fits the others are left out of the next round. Cells that aren't
     ``free`` get nothing. Returns a tile.
     """
-    on = free
+    chosen = free
     level = rows.weights * 0.0
     for _ in range(tl.minimum(rows.most_copies, MOST_ROUNDS)):
-        total, n = sum_by_column(y, on, rows, by_row_ptr)
+        total, n = sum_by_column(y, chosen, rows, by_row_ptr)
         level = (total - rows.weights) / tl.maximum(n, 1.0)
-        on = on & (y > level)
-    tokens = tl.where(on, y - level, 0.0)
+        chosen = chosen & (y > level)
+    tokens = tl.where(chosen, y - level, 0.0)
     # Scaling makes up for round-off, and for the cells that the last round left out.
-    total, n = sum_by_column(tokens, on, rows, by_row_ptr)
+    total, n = sum_by_column(tokens, chosen, rows, by_row_ptr)
     even = rows.weights / tl.maximum(rows.copies, 1).to(tl.float32)
     return tl.where(total > 0, tokens * (rows.weights / tl.where(total > 0, total, 1.0)), even)
 
