@@ -20,90 +20,17 @@ import triton.language as tl
 
 from lplb_triton.kernels.count import load_counts
 from lplb_triton.kernels.solve.certificate import BOUND_ALLOWANCE, check_first_bound
+from lplb_triton.kernels.solve.group_tables import load_copy_parts, load_rank_experts, load_tables
 from lplb_triton.kernels.solve.levelling import (
-    COPIES_AT_ONCE,
     FIRST_SWEEPS,
     ROUNDED_PART,
     compute_loads,
     gap_to_aim_at,
     level,
-    load_rank_cells,
     round_plan,
 )
 from lplb_triton.kernels.solve.potentials import level_by_steps
 from lplb_triton.kernels.solve.tiles import SHARE_ONE, add3, max_add_max_max, units_to_shares
-
-
-class Tables(NamedTuple):
-    """Addresses of a group's tables, which `SolveTables` describes."""
-
-    rank_experts: Any
-    rank_parts: Any
-    copy_parts: Any
-    slot_cells: Any
-    cells: Any
-    cell_start: Any
-    rows: Any
-    rank_cells: Any
-    first_members: Any
-    first_ranks: Any
-    column_start: Any
-    column_members: Any
-    shared_copies: Any
-    shared_cells: Any
-    edges: Any
-    extents: Any
-    copy_index: Any
-    copy_multiplicity: Any
-
-
-class Sizes(NamedTuple):
-    """Sizes of the tables, the same for all groups, as in `SolveTables`."""
-
-    n_ranks: Any
-    n_columns: Any
-    n_slots: Any
-    n_shared: Any
-    width: Any
-    """Most edges of a class."""
-
-
-class Extents(NamedTuple):
-    """Numbers of a group, the first seven of `SolveTables.extents`."""
-
-    n_cells: Any
-    most_members: Any
-    most_copies: Any
-    most_cells: Any
-    multiplicity: Any
-    n_classes: Any
-    most_sweeps: Any
-
-
-class LoadedTables(NamedTuple):
-    """What is loaded of a group's tables before there are counts; int32."""
-
-    cell_column: Any
-    """[COPIES] column of each cell."""
-    cell_first: Any
-    """[COPIES] first cell of that column."""
-    cell_copies: Any
-    """[COPIES] how many cells that column has."""
-    shared: Any
-    """[COPIES] copies of replicated experts, -1 in the padding."""
-    shared_cell: Any
-    """[COPIES] cells of these copies, -1 if one rank holds all copies of the expert."""
-    members: Any
-    """Tuple of [C], the first members of each column, -1 after its last."""
-    start: Any
-    """[C] first cell of each column."""
-    n_copies: Any
-    """[C] how many cells each column has."""
-    first_ranks: Any
-    """Tuple of [C], the ranks of the first cells of each column, -1 after its last."""
-    first_cells: Any
-    """[G RANK_CELLS] first cells of each rank, by `load_rank_cells`."""
-    extents: Extents
 
 
 class FirstLoads(NamedTuple):
@@ -142,90 +69,6 @@ class Scratch(NamedTuple):
     """[n_shared] int32, rounded share of each cell in units."""
     vectors: Any
     """[2, n_ranks] and [2 R], for steps by potentials."""
-
-
-@triton.jit
-def _prefetch(ptr, n, STRIDE: tl.constexpr, LANES: tl.constexpr):
-    """Load one of every STRIDE of ``n`` words, as many as there are threads."""
-    word = STRIDE * tl.arange(0, LANES)
-    return tl.load(ptr + word, mask=word < n, other=0)
-
-
-@triton.jit
-def prefetch_tables(tables, extents, n_ranks, width, sums_ptr, LANES: tl.constexpr):
-    """Bring the tables that are walked through later into the cache, all at once.
-
-    Each thread loads one word of each table. ``sums`` [LANES] int32 gets the sums of these words,
-    only because loads that nobody uses would be removed.
-    """
-    n_rank_cells = n_ranks * extents.most_cells
-    loaded = _prefetch(tables.edges, extents.n_classes * width, 4, LANES).to(tl.int32)
-    loaded += _prefetch(tables.rank_cells, n_rank_cells, 8, LANES)
-    loaded += _prefetch(tables.cells, extents.n_cells, 8, LANES)
-    tl.store(sums_ptr + tl.arange(0, LANES), loaded)
-
-
-@triton.jit
-def load_tables(
-    tables, sizes, G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, MEMBERS: tl.constexpr
-):
-    """Load `LoadedTables`."""
-    cell = tl.arange(0, COPIES)
-    col = tl.arange(0, C)
-    is_cell = cell < sizes.n_shared
-    is_col = col < sizes.n_columns
-    start = tl.load(tables.cell_start + col, mask=is_col, other=0)
-    members, first_ranks = (), ()
-    for k in tl.static_range(MEMBERS):
-        ptrs = tables.first_members + k * sizes.n_columns + col
-        members += (tl.load(ptrs, mask=is_col, other=-1),)
-    for k in tl.static_range(COPIES_AT_ONCE):
-        ptrs = tables.first_ranks + k * sizes.n_columns + col
-        first_ranks += (tl.load(ptrs, mask=is_col, other=-1),)
-    extents_ptr = tables.extents
-    return LoadedTables(
-        tl.load(tables.cells + sizes.n_shared + cell, mask=is_cell, other=0),
-        tl.load(tables.cells + 2 * sizes.n_shared + cell, mask=is_cell, other=0),
-        tl.load(tables.cells + 3 * sizes.n_shared + cell, mask=is_cell, other=1),
-        tl.load(tables.shared_copies + cell, mask=is_cell, other=-1),
-        tl.load(tables.shared_cells + cell, mask=is_cell, other=-1),
-        members,
-        start,
-        tl.load(tables.cell_start + col + 1, mask=is_col, other=0) - start,
-        first_ranks,
-        load_rank_cells(tables.rank_cells, 0, sizes.n_ranks, G),
-        Extents(
-            tl.load(extents_ptr), tl.load(extents_ptr + 1), tl.load(extents_ptr + 2),
-            tl.load(extents_ptr + 3), tl.load(extents_ptr + 4), tl.load(extents_ptr + 5),
-            tl.load(extents_ptr + 6),
-        ),
-    )  # fmt: skip
-
-
-@triton.jit
-def load_rank_experts(tables, sizes, G: tl.constexpr, S: tl.constexpr):
-    """Load the experts of each rank's slots, -1 for none, and their parts of the even split.
-
-    Returns [G S] int32 and float32, the slots of a rank side by side.
-    """
-    index = tl.arange(0, G * S)
-    rank = index // S
-    slot = index % S
-    entry = rank * sizes.n_slots + slot
-    is_slot = (rank < sizes.n_ranks) & (slot < sizes.n_slots)
-    expert = tl.load(tables.rank_experts + entry, mask=is_slot, other=-1)
-    return expert, tl.load(tables.rank_parts + entry, mask=is_slot, other=0.0)
-
-
-@triton.jit
-def load_copy_parts(tables, sizes, G: tl.constexpr, S: tl.constexpr):
-    """Load the parts of the split that is even over copies, [G S] float32, by rank and slot."""
-    index = tl.arange(0, G * S)
-    rank = index // S
-    slot = index % S
-    is_slot = (rank < sizes.n_ranks) & (slot < sizes.n_slots)
-    entry = rank * sizes.n_slots + slot
-    return tl.load(tables.copy_parts + entry, mask=is_slot, other=0.0)
 
 
 @triton.jit
@@ -349,6 +192,21 @@ def _load_plan_of_pairs(cumulative_ptr, scratch, loaded):
 
 
 @triton.jit
+def _level_even_split(
+    scratch, tables, sizes, loaded, weights, first, is_rank, bound, aimed_gap,
+    G: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Level the split that is even over ranks, which is in x (equation 18); returns a bound."""
+    extents = loaded.extents
+    return level(
+        first.peak, bound, first.load, weights, first.fixed, is_rank, sizes.n_ranks, aimed_gap,
+        scratch.x, scratch.loads, tables.edges, extents.n_classes,
+        tl.minimum(extents.most_sweeps, FIRST_SWEEPS), sizes.width, loaded.first_ranks,
+        tables.cells, loaded.start, loaded.n_copies, extents.most_copies, G, LANES,
+    )  # fmt: skip
+
+
+@triton.jit
 def _round_and_store(
     cumulative_ptr, scratch, tables, sizes, loaded, cell_weights, is_cell, fixed, G: tl.constexpr
 ):
@@ -374,9 +232,10 @@ def _improve_by_steps(
     scratch, tables, sizes, extents, first, max_load, bound, aimed_gap, max_steps,
     G: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Improve the rounded plan by steps by potentials (equations 20 to 23), to x.
+    """Write to x a better plan than the rounded one, by steps by potentials (equations 20 to 23).
 
-    Returns a bound and the number of steps.
+    ``first`` is `FirstLoads`, ``max_load`` the largest load of the rounded plan. Returns a
+    bound and the number of steps.
     """
     n_ranks = sizes.n_ranks
     rank = tl.arange(0, G)
@@ -417,9 +276,11 @@ def solve_by_cells(
     """Solve a group by cells (equations 11, 12 and 18 to 23).
 
     A level plan is rounded, written and judged. One that isn't good enough goes through steps by
-    potentials and is rounded, written and judged once more; so is the split that is even over
-    copies, in its place, if that has a smaller peak. Returns the largest load, a bound and the
-    number of steps.
+    potentials and is rounded, written and judged again; so is the split that is even over copies,
+    in its place, if that has a smaller peak. Returns the largest load, a bound and the number of
+    steps.
+
+    The function is long because of its parameters and of the state that its loop carries.
     """
     col = tl.arange(0, C)
     cell = tl.arange(0, COPIES)
@@ -435,12 +296,9 @@ def solve_by_cells(
     if has_plan == 0:
         tl.store(scratch.x + cell, cell_weights / loaded.cell_copies, mask=is_cell)
         tl.debug_barrier()
-        bound = level(
-            first.peak, bound, first.load, weights, first.fixed, is_rank, sizes.n_ranks, aimed_gap,
-            scratch.x, scratch.loads, tables.edges, extents.n_classes,
-            tl.minimum(extents.most_sweeps, FIRST_SWEEPS), sizes.width, loaded.first_ranks,
-            tables.cells, loaded.start, loaded.n_copies, extents.most_copies, G, LANES,
-        )  # fmt: skip
+        bound = _level_even_split(
+            scratch, tables, sizes, loaded, weights, first, is_rank, bound, aimed_gap, G, LANES
+        )
     else:
         _load_plan_of_pairs(cumulative_ptr, scratch, loaded)
         tl.debug_barrier()

@@ -14,14 +14,8 @@ from lplb_triton.kernels.exchange import exchange_counts
 from lplb_triton.kernels.pdl import await_previous, start_dependents
 from lplb_triton.kernels.report import BAD_COUNTS, REPORT_INPUT, write_report
 from lplb_triton.kernels.solve.cells import (
-    Sizes,
-    Tables,
     load_and_solve_by_cells,
-    load_copy_parts,
     load_member_counts,
-    load_rank_experts,
-    load_tables,
-    prefetch_tables,
     solve_by_cells,
     sum_column_weights,
     sum_first_loads,
@@ -32,6 +26,14 @@ from lplb_triton.kernels.solve.certificate import (
     STATUS_GAP,
     certify,
     store_certificate,
+)
+from lplb_triton.kernels.solve.group_tables import (
+    Sizes,
+    Tables,
+    load_copy_parts,
+    load_rank_experts,
+    load_tables,
+    prefetch_tables,
 )
 from lplb_triton.kernels.solve.levelling import COPIES_AT_ONCE, RANK_CELLS
 from lplb_triton.kernels.solve.pairs import load_pair_counts, load_pairs, solve_pairs
@@ -134,7 +136,7 @@ def _solve_by_loaded_cells(
     tables,
     cumulative_ptr,  # [n_physical] int32
     scratch_ptr,  # [solve_scratch] float32
-    prefetch_ptr,  # [LANES], the end of scratch, for `prefetch_tables`
+    n_scratch,  # words of scratch before the last LANES, which `prefetch_tables` takes
     sizes,
     G: tl.constexpr,
     C: tl.constexpr,
@@ -150,7 +152,7 @@ def _solve_by_loaded_cells(
     """
     first_counts = load_member_counts(counts_ptr, loaded.members, MEMBERS)
     extents = loaded.extents
-    prefetch_tables(tables, extents, sizes.n_ranks, sizes.width, prefetch_ptr, LANES)
+    prefetch_tables(tables, extents, sizes, scratch_ptr, n_scratch, LANES)
     first = sum_first_loads(counts, part, copy_part, complete, sizes.n_ranks, G, S)
     weights = sum_column_weights(
         counts_ptr, first_counts, tables, extents.most_members, sizes.n_columns, first.invalid,
@@ -267,7 +269,7 @@ def solve_counts_kernel(
     With CHANNELS > 0, for one group and n_sums > 0, the counts are those of this rank, and the
     group's program sums them over the ranks before it solves.
 
-    More than half of the code are parameters and what is done with each.
+    The function is long because of its parameters: it does little but hand them on.
     """
     if CHANNELS == 0:
         start_dependents(PDL)
@@ -324,7 +326,7 @@ def solve_counts_kernel(
         else:
             max_load, bound, steps, invalid = _solve_by_loaded_cells(
                 loaded, counts_ptr, counts, part, copy_part, complete, tolerance, max_iterations,
-                tables, cumulative_ptr, scratch_ptr, scratch_ptr + n_scratch, sizes,
+                tables, cumulative_ptr, scratch_ptr, n_scratch, sizes,
                 G, C, R, S, COPIES, MEMBERS, LANES,
             )  # fmt: skip
         max_load, lower_bound, gap, status = certify(max_load, bound, tolerance, invalid)

@@ -43,6 +43,20 @@ def _as_plan(start, even):
     return tl.where(total > 0, start / tl.where(total > 0, total, 1.0), even)
 
 
+@triton.jit
+def _compare_start(start, even, rank, last, fixed, weights, units, load):
+    """Take another first plan if its largest load is smaller than that of the even split.
+
+    ``start`` and ``even`` are shares [G, C], ``rank`` and ``last`` as for `quantize_shares`;
+    ``units`` [G, C] and ``load`` [G] are those of the even split. Returns units and load.
+    """
+    start = _as_plan(start, even)
+    start_units = quantize_shares(start, rank, last)
+    start_load = fixed + tl.sum(units_to_shares(start_units) * weights, 1)
+    better = tl.max(start_load) < tl.max(load)
+    return tl.where(better, start_units, units), tl.where(better, start_load, load)
+
+
 @triton.jit(
     do_not_specialize=["mask_stride", "max_iterations", "n_ranks", "n_columns"],
     do_not_specialize_on_alignment=["weights_ptr", "fixed_ptr", "mask_ptr"],
@@ -50,7 +64,8 @@ def _as_plan(start, even):
 def solve_dense_kernel(
     weights_ptr,  # [B, n_columns] float32, tokens of each column
     fixed_ptr,  # [B, n_ranks] float32, loads that no plan can move
-    mask_ptr, mask_stride,  # [B or 1, n_ranks, n_columns] int8, where copies are; 0 if shared
+    mask_ptr,  # [B or 1, n_ranks, n_columns] int8, where copies are
+    mask_stride,  # from one instance's mask to the next, 0 if all share one
     start_ptr,  # [B, n_ranks, n_columns] float32, a plan to compare with the even split
     shares_ptr,  # [B, n_ranks, n_columns] float32, every element is written
     stats_ptr,  # [3, B] float32, written: largest load, lower bound, gap
@@ -62,7 +77,7 @@ def solve_dense_kernel(
     G: tl.constexpr,  # ranks and columns, padded to powers of two
     C: tl.constexpr,
     HAS_START: tl.constexpr,  # whether ``start`` is read
-):  # fmt: skip
+):
     """Solve instance ``program_id(0)`` of a batch (equations 3 to 11). Grid (B,)."""
     instance = tl.program_id(0).to(tl.int64)
     rank = tl.arange(0, G)
@@ -83,13 +98,10 @@ def solve_dense_kernel(
     weights = tl.where(single, 0.0, weights)
     load = fixed + tl.sum(units_to_shares(units) * weights, 1)
     if HAS_START:
-        start_ptrs = start_ptr + instance * n_ranks * n_columns + entry
-        start = _as_plan(tl.load(start_ptrs, mask=in_tile & copy, other=0.0), even)
-        start_units = quantize_shares(start, rank[:, None], last)
-        start_load = fixed + tl.sum(units_to_shares(start_units) * weights, 1)
-        better = tl.max(start_load) < tl.max(load)
-        units = tl.where(better, start_units, units)
-        load = tl.where(better, start_load, load)
+        start = tl.load(
+            start_ptr + instance * n_ranks * n_columns + entry, mask=in_tile & copy, other=0.0
+        )
+        units, load = _compare_start(start, even, rank[:, None], last, fixed, weights, units, load)
     max_load, total, bound, invalid = first_bound(load, fixed, n_ranks)
     iterations = max_iterations * 0
     target = tolerance - BOUND_ALLOWANCE

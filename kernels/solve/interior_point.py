@@ -84,8 +84,8 @@ class Direction(NamedTuple):
     """[G]"""
     new_s: Any
     """[G], s + ds + (s / y) dy."""
-    dt: Any
-    """Change of t, a scalar."""
+    new_t: Any
+    """t + dt, a scalar."""
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def _set_up(weights, fixed, copies, copy, is_rank, tolerance, C: tl.constexpr):
 def _start(program, copies, n_copies, n_ranks):
     """Start from the even split and uniform y, with every product x z equal (equation 4).
 
-    Returns x, z, s, y, t, the number of all products x z and s y, and their sum.
+    Returns t, s, y, x, z, the number of all products x z and s y, and their sum.
     """
     load = program.base + tl.sum(program.active_weights * program.even, 1)
     even_load = tl.max(load)
@@ -140,14 +140,13 @@ def _start(program, copies, n_copies, n_ranks):
     n_active = tl.sum(tl.where(program.heavy, n_copies, 0.0))
     n_products = n_active + n_ranks
     products = sy + mu * n_active
-    return x, z, s, y, t, n_products, products
+    return t, s, y, x, z, n_products, products
 
 
 @triton.jit
-def _build_system(program, x, z, s, y, G: tl.constexpr):
-    """Build and factorize the `System` of an iterate (equations 5 and 7)."""
+def _build_system(program, s, y, x, z, one, G: tl.constexpr):
+    """Build and factorize the `System` of an iterate (equations 5 and 7); ``one`` [G] is 1."""
     w = program.active_weights
-    one = tl.where(program.is_rank, 1.0, 0.0)
     inverse_z = reciprocal(z)
     d = x * inverse_z
     d_columns = tl.where(program.heavy, column_sums(d), 1.0)
@@ -165,8 +164,8 @@ def _build_system(program, x, z, s, y, G: tl.constexpr):
 def _predict(program, system, t, n_products, products, G: tl.constexpr):
     """Solve for the predictor, in relative changes h = dz / z and e = dy / y (equation 8).
 
-    Returns h, the right-hand side of the affine system [G], 1 / 1^T v, and the target sigma mu of
-    the corrector.
+    ``t`` is that of the iterate, ``products`` the sum of its n_products products. Returns h [G, C],
+    e [G], the right-hand side [G], 1 / 1^T v, and the target sigma mu of the corrector.
     """
     w = program.active_weights
     affine_load = tl.sum(system.d * system.mean_weights, 1)
@@ -186,16 +185,16 @@ def _predict(program, system, t, n_products, products, G: tl.constexpr):
     affine = products * (1.0 - dual) + (primal - dual) * (t_new - t)
     ratio = tl.maximum(affine, 0.0) / products
     ratio *= ratio
-    sigma = tl.minimum(tl.maximum(ratio * ratio, MIN_CENTERING), 1.0)
-    target = products / n_products * sigma
+    target = products / n_products * tl.minimum(tl.maximum(ratio * ratio, MIN_CENTERING), 1.0)
     return h, e, rhs_affine, inverse_ones, target
 
 
 @triton.jit
-def _correct(
-    program, system, x, s, t, h, e, rhs_affine, inverse_ones, target, G: tl.constexpr
-):  # fmt: skip
-    """Solve for the corrector, given the predictor (equation 8); returns a `Direction`."""
+def _correct(program, system, x, s, h, e, rhs_affine, inverse_ones, target, G: tl.constexpr):
+    """Solve for the corrector (equation 8); returns a `Direction`.
+
+    ``x`` and ``s`` are those of the iterate, the other arguments what `_predict` returns.
+    """
     w = program.active_weights
     # m of equation 8, D q' = x + x (target - dx dz) / (x z) - x.
     m = tl.fma(x, tl.fma(h, h, h), system.inverse_z * target)
@@ -212,43 +211,48 @@ def _correct(
     h = system.inverse_z * subtract_product(1.0, shift, w * dy_copies)
     e = dy * system.inverse_y
     x_full = subtract_product(x, h, m)
-    return Direction(x_full, h, e, dy, new_s, t_new - t)
+    return Direction(x_full, h, e, dy, new_s, t_new)
 
 
 @triton.jit
-def _judge_full_step(program, direction, y, aimed_gap):
+def _judge_full_step(program, direction, y, best, best_load, bound, aimed_gap):
     """Make a plan and a bound of the full step, what is negative cut off (equation 9).
 
-    Returns shares [G, C], their largest load, the sum of their loads, which is NaN for a broken
-    iterate, and the better of the bounds of equations 3 and 19.
+    Returns the best plan [G, C], its largest load and the best bound so far. The new bound is the
+    better of those of equations 3 and 19.
     """
     plan = tl.maximum(direction.x_full, 0.0)
     plan *= reciprocal(tl.where(program.heavy, column_sums(plan), 1.0))
     loads = program.base + tl.sum(program.active_weights * plan, 1)
-    # Triton's maximum ignores NaN, a sum doesn't.
+    # Triton's maximum ignores NaN, a sum doesn't: a broken iterate is never kept.
     new_load, load_sum = tl.reduce((loads, loads), 0, max_add)
     new_y = tl.where(program.is_rank, tl.maximum(y + direction.dy, 0.0), 0.0)
     new_bound = _lower_bound(new_y, program.fixed, program.weights, program.copy)
+    better = (new_load < best_load) & (load_sum == load_sum)
+    best = tl.where(better, tl.where(program.active, plan, program.even), best)
+    best_load = tl.where(better, new_load, best_load)
     lowest = tl.min(tl.where(program.copy, loads[:, None], float("inf")), 0, keep_dims=True)
     cut = cut_bound(
         loads, program.fixed, program.weights, lowest, program.is_rank, new_load, aimed_gap
     )
     new_bound = tl.where(load_sum == load_sum, tl.maximum(new_bound, cut), new_bound)
-    return plan, new_load, load_sum, new_bound
+    bound = tl.where(new_bound > bound, new_bound, bound)
+    return best, best_load, bound
 
 
 @triton.jit
-def _advance(program, system, direction, x, z, s, y, t, products, target, n_products):
+def _advance(program, system, direction, t, s, y, x, z, products, target, n_products):
     """Move the iterate along the direction and stay inside (equation 9).
 
-    Returns the new x, z, s, y, t and sum of products.
+    Returns the new t, s, y, x, z and sum of products.
     """
-    h, e, dt = direction.h, direction.e, direction.dt
+    h, e = direction.h, direction.e
     dx = tl.where(program.active, direction.x_full - x, 0.0)
     ds = tl.where(program.is_rank, direction.new_s - s - system.slack * direction.dy, 0.0)
     primal = _largest(-dx * reciprocal(x), -ds * reciprocal(s))
     primal = _step_length(primal * (1.0 / STEP_FACTOR))
     dual = _step_length(_largest(-h, -e) * (1.0 / STEP_FACTOR))
+    dt = direction.new_t - t
     products += primal * dt + dual * (n_products * target - products - dt)
     products = tl.maximum(products, 1e-12)
     x = tl.fma(dx, primal, x)
@@ -256,7 +260,7 @@ def _advance(program, system, direction, x, z, s, y, t, products, target, n_prod
     s += primal * ds
     y += tl.where(program.is_rank, dual * direction.dy, 0.0)
     t += primal * dt
-    return x, z, s, y, t, products
+    return t, s, y, x, z, products
 
 
 @triton.jit
@@ -289,25 +293,21 @@ def iterate(
     bound = bound / unit
     copies = tl.maximum(n_copies, 1.0)
     program = _set_up(weights, fixed, copies, copy, is_rank, tolerance, C)
-    x, z, s, y, t, n_products, products = _start(program, copies, n_copies, n_ranks)
+    t, s, y, x, z, n_products, products = _start(program, copies, n_copies, n_ranks)
+    one = tl.where(is_rank, 1.0, 0.0)
 
     iterations = 0
     while (best_load - bound > best_load * aimed_gap) & (iterations < max_iterations):
         iterations += 1
-        system = _build_system(program, x, z, s, y, G)
+        system = _build_system(program, s, y, x, z, one, G)
         h, e, rhs_affine, inverse_ones, target = _predict(
             program, system, t, n_products, products, G
         )
-        direction = _correct(
-            program, system, x, s, t, h, e, rhs_affine, inverse_ones, target, G
-        )  # fmt: skip
-        plan, new_load, load_sum, new_bound = _judge_full_step(program, direction, y, aimed_gap)
-        # A broken iterate, whose loads sum to NaN, is never kept.
-        better = (new_load < best_load) & (load_sum == load_sum)
-        best = tl.where(better, tl.where(program.active, plan, program.even), best)
-        best_load = tl.where(better, new_load, best_load)
-        bound = tl.where(new_bound > bound, new_bound, bound)
-        x, z, s, y, t, products = _advance(
-            program, system, direction, x, z, s, y, t, products, target, n_products
+        direction = _correct(program, system, x, s, h, e, rhs_affine, inverse_ones, target, G)
+        best, best_load, bound = _judge_full_step(
+            program, direction, y, best, best_load, bound, aimed_gap
+        )
+        t, s, y, x, z, products = _advance(
+            program, system, direction, t, s, y, x, z, products, target, n_products
         )
     return best, bound * unit, iterations

@@ -278,8 +278,8 @@ def sweep_until_bound_is_due(
         steady = (peak - new_peak <= new_peak * aimed_gap * STEADY_PART) & (
             2 * sweeps >= 3 * sweeps_at_last_bound
         )
-        reached = new_peak - bound <= new_peak * aimed_gap
-        due = (sweeps == 1) | (sweeps >= most_sweeps) | steady | reached
+        due = (sweeps == 1) | (sweeps >= most_sweeps) | steady
+        due |= new_peak - bound <= new_peak * aimed_gap
         peak = new_peak
     return sweeps, peak
 

@@ -253,11 +253,11 @@ def _round_pairs(x, inverses, partners, G: tl.constexpr, CLASSES: tl.constexpr):
 
 
 @triton.jit
-def _first_loads(fixed, counts, n_ranks, G: tl.constexpr, CLASSES: tl.constexpr):
+def _first_loads(fixed, counts, part_of_rank, G: tl.constexpr, CLASSES: tl.constexpr):
     """Compute the loads of the even split and the first bound.
 
-    ``fixed`` is by rank, ``counts`` by class and rank. Returns loads by rank, their peak, the
-    bound, and whether counts are invalid; peak and bound are 0 then.
+    ``fixed`` is by rank, ``counts`` by class and rank; ``part_of_rank`` is 1 / n_ranks. Returns
+    loads by rank, their peak, the bound, and whether counts are invalid; peak and bound are 0 then.
     """
     SLICES: tl.constexpr = (G + 31) // 32
     SLICE: tl.constexpr = G // SLICES
@@ -272,8 +272,8 @@ def _first_loads(fixed, counts, n_ranks, G: tl.constexpr, CLASSES: tl.constexpr)
     total = tl.sum(all_loads)
     invalid = (total < float("inf")) == 0
     peak = tl.where(invalid, 0.0, _largest_by_rank(loads, G))
-    mean = total * (1.0 / n_ranks.to(tl.float32))
-    bound = tl.where(invalid, 0.0, tl.maximum(_largest_by_rank(fixed, G), mean))
+    bound = tl.maximum(_largest_by_rank(fixed, G), total * part_of_rank)
+    bound = tl.where(invalid, 0.0, bound)
     return loads, peak, bound, invalid
 
 
@@ -327,8 +327,9 @@ def solve_pairs(
     aimed_gap = gap_to_aim_at(target, n_ranks)
     good_factor = 1.0 / (1.0 - aimed_gap)
     steady_factor = 1.0 / (1.0 + aimed_gap * STEADY_PART)
+    part_of_rank = 1.0 / n_ranks.to(tl.float32)
     fixed = _slice(fixed, G)
-    loads, peak, bound, invalid = _first_loads(fixed, counts, n_ranks, G, CLASSES)
+    loads, peak, bound, invalid = _first_loads(fixed, counts, part_of_rank, G, CLASSES)
     weights, inverses = (), ()
     for i in tl.static_range(CLASSES * SLICES):
         weight = tl.where(invalid, 0.0, counts[i])

@@ -59,14 +59,14 @@ def _divide_or_zero(a, b, least):
 
 
 @triton.jit
-def free_cells(x, loads_ptr, rows, exchange_ptr):
+def free_cells(x, loads_ptr, rows, by_row_ptr):
     """Find the cells that a step may change (equation 20), a tile of bool.
 
-    ``x`` is a tile of tokens, ``loads`` [n_ranks] float32; ``exchange`` is for `sum_by_column`.
+    ``x`` is a tile of tokens, ``loads`` [n_ranks] float32; ``by_row`` is for `sum_by_column`.
     """
     load = load_at_cells(loads_ptr, rows)
     has_tokens = rows.real & (x > rows.weights * EMPTY_PART)
-    total, n = sum_by_column(load, has_tokens, rows, exchange_ptr)
+    total, n = sum_by_column(load, has_tokens, rows, by_row_ptr)
     low = load < total / tl.maximum(n, 1.0)
     return rows.real & (rows.weights > 0) & (has_tokens | low)
 
@@ -80,7 +80,7 @@ def laplacian(
     by_cell_ptr,  # [n_cells] float32, scratch, as the next three
     vector_ptr,  # [n_ranks] float32
     product_ptr,  # [n_ranks] float32
-    exchange_ptr,  # [2 R] float32
+    by_row_ptr,  # [2 R] float32
     n_ranks,
     G: tl.constexpr,
 ):
@@ -88,7 +88,7 @@ def laplacian(
     store_rank_vector(vector_ptr, vector, n_ranks, G)
     tl.debug_barrier()
     values = load_at_cells(vector_ptr, rows)
-    total, n = sum_by_column(values, free, rows, exchange_ptr)
+    total, n = sum_by_column(values, free, rows, by_row_ptr)
     flow = tl.where(free, values - total / tl.maximum(n, 1.0), 0.0)
     store_cells(by_cell_ptr, flow, rows)
     tl.debug_barrier()
@@ -107,7 +107,7 @@ def find_potentials(
     by_cell_ptr,  # scratch for `laplacian`, as the next three
     vector_ptr,
     product_ptr,
-    exchange_ptr,
+    by_row_ptr,
     n_ranks,
     G: tl.constexpr,
 ):
@@ -127,7 +127,7 @@ def find_potentials(
     largest_rho = rho
     for _ in range(RESIDUAL_STEPS):
         product = laplacian(
-            residual, free, rows, rank_cells, by_cell_ptr, vector_ptr, product_ptr, exchange_ptr,
+            residual, free, rows, rank_cells, by_cell_ptr, vector_ptr, product_ptr, by_row_ptr,
             n_ranks, G,
         )  # fmt: skip
         new_rho = dot(residual, product, G)
@@ -145,22 +145,22 @@ def find_potentials(
 
 
 @triton.jit
-def project(y, free, rows, exchange_ptr):
+def project(y, free, rows, by_row_ptr):
     """Bring each column's numbers to the nearest plan, tokens by cell (equation 22).
 
     ``y`` is a tile of float32. A cell gets what it is above the level of its column; cells that
     aren't above the level that fits the others are left out of the next round. Cells that aren't
     ``free`` get nothing. Returns a tile.
     """
-    on = free
+    chosen = free
     level = rows.weights * 0.0
     for _ in range(tl.minimum(rows.most_copies, MOST_ROUNDS)):
-        total, n = sum_by_column(y, on, rows, exchange_ptr)
+        total, n = sum_by_column(y, chosen, rows, by_row_ptr)
         level = (total - rows.weights) / tl.maximum(n, 1.0)
-        on = on & (y > level)
-    tokens = tl.where(on, y - level, 0.0)
+        chosen = chosen & (y > level)
+    tokens = tl.where(chosen, y - level, 0.0)
     # Scaling makes up for round-off, and for the cells that the last round left out.
-    total, n = sum_by_column(tokens, on, rows, exchange_ptr)
+    total, n = sum_by_column(tokens, chosen, rows, by_row_ptr)
     even = rows.weights / tl.maximum(rows.copies, 1).to(tl.float32)
     return tl.where(total > 0, tokens * (rows.weights / tl.where(total > 0, total, 1.0)), even)
 
@@ -172,7 +172,7 @@ def step(
     fixed_ptr,  # [n_ranks] float32
     by_cell_ptr,  # [n_cells] float32, scratch, as the next two
     vectors_ptr,  # [2, n_ranks] float32
-    exchange_ptr,  # [2 R] float32
+    by_row_ptr,  # [2 R] float32
     rows,
     rank_cells,
     mean,  # mean of the loads
@@ -184,14 +184,14 @@ def step(
     product_ptr = vectors_ptr + n_ranks
     x = load_cells(x_ptr, rows)
     loads = load_rank_vector(loads_ptr, n_ranks, G)
-    free = free_cells(x, loads_ptr, rows, exchange_ptr)
+    free = free_cells(x, loads_ptr, rows, by_row_ptr)
     potential = find_potentials(
-        loads, mean, free, rows, rank_cells, by_cell_ptr, vectors_ptr, product_ptr, exchange_ptr,
+        loads, mean, free, rows, rank_cells, by_cell_ptr, vectors_ptr, product_ptr, by_row_ptr,
         n_ranks, G,
     )  # fmt: skip
     store_rank_vector(vectors_ptr, potential, n_ranks, G)
     tl.debug_barrier()
-    new_x = project(x - load_at_cells(vectors_ptr, rows), free, rows, exchange_ptr)
+    new_x = project(x - load_at_cells(vectors_ptr, rows), free, rows, by_row_ptr)
     store_cells(by_cell_ptr, new_x, rows)
     rank = rank_numbers(G)
     fixed = tl.load(fixed_ptr + rank, mask=rank < n_ranks, other=0.0)
@@ -221,7 +221,7 @@ def _cut_bound_by_rows(
     loads_ptr,  # [n_ranks] float32
     fixed_ptr,  # [n_ranks] float32
     rows,
-    exchange_ptr,  # [2 R] float32, scratch
+    by_row_ptr,  # [2 R] float32, scratch
     n_ranks,
     peak,
     aimed_gap,
@@ -233,7 +233,7 @@ def _cut_bound_by_rows(
     is_rank = rank < n_ranks
     loads = tl.load(loads_ptr + rank, mask=is_rank, other=0.0)
     fixed = tl.load(fixed_ptr + rank, mask=is_rank, other=0.0)
-    lowest = least_by_column(load_at_cells(loads_ptr, rows), rows.real, rows, exchange_ptr)
+    lowest = least_by_column(load_at_cells(loads_ptr, rows), rows.real, rows, by_row_ptr)
     # A column counts once, at the first cell of its first row.
     counts = (row_numbers(R) == rows.first) & (positions_in_row(R) == 0)
     weights = tl.max(tl.where(counts, rows.weights, 0.0), 1)
@@ -258,7 +258,7 @@ def level_by_steps(
     weights_ptr,  # [n_columns] float32
     by_cell_ptr,  # [n_cells] float32, scratch, as the next two
     vectors_ptr,  # [2, n_ranks] float32
-    exchange_ptr,  # [2 R] float32
+    by_row_ptr,  # [2 R] float32
     edges_ptr,  # tables, as in `SolveTables`
     rows_ptr,
     rank_cells_ptr,
@@ -294,7 +294,7 @@ def level_by_steps(
     first_peak = peak
     while (peak - bound > peak * aimed_gap) & (steps < max_steps):
         peak = step(
-            x_ptr, loads_ptr, fixed_ptr, by_cell_ptr, vectors_ptr, exchange_ptr, rows, rank_cells,
+            x_ptr, loads_ptr, fixed_ptr, by_cell_ptr, vectors_ptr, by_row_ptr, rows, rank_cells,
             mean, steps, n_ranks, G,
         )  # fmt: skip
         steps += 1
@@ -306,7 +306,7 @@ def level_by_steps(
             )  # fmt: skip
             if peak - bound > peak * aimed_gap:
                 cut = _cut_bound_by_rows(
-                    loads_ptr, fixed_ptr, rows, exchange_ptr, n_ranks, peak, aimed_gap, G
+                    loads_ptr, fixed_ptr, rows, by_row_ptr, n_ranks, peak, aimed_gap, G
                 )
                 bound = tl.maximum(bound, cut)
         tl.debug_barrier()

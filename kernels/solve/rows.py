@@ -111,22 +111,22 @@ def store_cells(by_cell_ptr, values, rows):
 
 
 @triton.jit
-def sum_by_column(values, on, rows, exchange_ptr):
-    """Sum the values of each column's cells that are ``on``, and count these cells.
+def sum_by_column(values, chosen, rows, by_row_ptr):
+    """Sum the values of each column's cells that are ``chosen``, and count these cells.
 
-    ``values`` and ``on`` are tiles of float32 and bool; ``exchange`` [2 R] float32 is scratch.
+    ``values`` and ``chosen`` are tiles of float32 and bool; ``by_row`` [2 R] float32 is scratch.
     Returns two tiles of float32.
     """
     R: tl.constexpr = values.shape[0]
-    total = _sum_lines(tl.where(on, values, 0.0))
-    n = _sum_lines(tl.where(on, 1.0, 0.0))
+    total = _sum_lines(tl.where(chosen, values, 0.0))
+    n = _sum_lines(tl.where(chosen, 1.0, 0.0))
     if rows.most_copies > ROW_CELLS:
         row = row_numbers(R)
-        once = positions_in_row(R) == 0
+        is_first = positions_in_row(R) == 0
         # Other threads may still be reading the sums of an earlier call.
         tl.debug_barrier()
-        tl.store(exchange_ptr + row, total, mask=once)
-        tl.store(exchange_ptr + R + row, n, mask=once)
+        tl.store(by_row_ptr + row, total, mask=is_first)
+        tl.store(by_row_ptr + R + row, n, mask=is_first)
         tl.debug_barrier()
         total *= 0.0
         n *= 0.0
@@ -134,29 +134,29 @@ def sum_by_column(values, on, rows, exchange_ptr):
             # The barrier keeps this rare loop from being unrolled: long code is slow to fetch.
             tl.debug_barrier()
             is_row = i * ROW_CELLS < rows.copies
-            total += tl.load(exchange_ptr + rows.first + i, mask=is_row, other=0.0)
-            n += tl.load(exchange_ptr + R + rows.first + i, mask=is_row, other=0.0)
+            total += tl.load(by_row_ptr + rows.first + i, mask=is_row, other=0.0)
+            n += tl.load(by_row_ptr + R + rows.first + i, mask=is_row, other=0.0)
     return total, n
 
 
 @triton.jit
-def least_by_column(values, on, rows, exchange_ptr):
-    """Find the least value of each column's cells that are ``on``; infinite where none is.
+def least_by_column(values, chosen, rows, by_row_ptr):
+    """Find the least value of each column's cells that are ``chosen``; infinite where none is.
 
     Arguments are those of `sum_by_column`. Returns a tile of float32.
     """
     R: tl.constexpr = values.shape[0]
-    least = tl.min(tl.where(on, values, float("inf")), 1, keep_dims=True)
+    least = tl.min(tl.where(chosen, values, float("inf")), 1, keep_dims=True)
     least = tl.broadcast_to(least, values.shape)
     if rows.most_copies > ROW_CELLS:
         tl.debug_barrier()
-        tl.store(exchange_ptr + row_numbers(R), least, mask=positions_in_row(R) == 0)
+        tl.store(by_row_ptr + row_numbers(R), least, mask=positions_in_row(R) == 0)
         tl.debug_barrier()
         for i in range(tl.cdiv(rows.most_copies, ROW_CELLS)):
             # The barrier keeps this rare loop from being unrolled: long code is slow to fetch.
             tl.debug_barrier()
             is_row = i * ROW_CELLS < rows.copies
-            other = tl.load(exchange_ptr + rows.first + i, mask=is_row, other=float("inf"))
+            other = tl.load(by_row_ptr + rows.first + i, mask=is_row, other=float("inf"))
             least = tl.minimum(least, other)
     return least
 
@@ -179,8 +179,8 @@ def store_by_rank(by_rank_ptr, values, n_ranks):
     """Store a tile [G, 8] with equal numbers along each line to [n_ranks] float32."""
     G: tl.constexpr = values.shape[0]
     rank = rank_numbers(G)
-    once = tl.arange(0, RANK_CELLS)[None, :] == 0
-    tl.store(by_rank_ptr + rank, values, mask=(rank < n_ranks) & once)
+    is_first = tl.arange(0, RANK_CELLS)[None, :] == 0
+    tl.store(by_rank_ptr + rank, values, mask=(rank < n_ranks) & is_first)
 
 
 @triton.jit
