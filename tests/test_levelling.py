@@ -12,7 +12,7 @@ from lplb_triton._backends.edges import FEW_COPIES
 from lplb_triton._backends.tables import DeviceTables
 from lplb_triton._layout import COPIES_AT_ONCE, RANK_CELLS, Extent
 from lplb_triton.kernels.solve import levelling
-from lplb_triton.kernels.solve.cells import Extents
+from lplb_triton.kernels.solve.group_tables import Extents
 from lplb_triton.testing.instances import corpus, draw_loads, shape_placement
 from lplb_triton.testing.verify import highs_optimum, solve_counts
 
