@@ -1,41 +1,36 @@
-"""Triton kernels and their launchers; imports nothing else of the package.
+"""Triton kernels and their launchers.
 
-Launchers take tensors whose sizes and devices the caller has checked.
+Each operation has its kernel and its launcher in one file. Of the package they import only the
+numbers in `lplb_triton._layout`. Launchers take tensors whose sizes and devices the caller has
+checked.
 """
 
-from lplb_triton.kernels.launch import (
+from lplb_triton._layout import COUNT_BITS, HEADER_WORDS, MAX_RANKS, STATUS_FIRST
+from lplb_triton.kernels.count import count_by_program, sum_by_program
+from lplb_triton.kernels.exchange import (
     FIRST_CHANNEL,
     Channel,
     Exchange,
-    SelectTables,
+    channel_words,
+    sum_over_ranks,
+)
+from lplb_triton.kernels.exchange_rows import FAULTS, status_words
+from lplb_triton.kernels.gathered import sum_gathered
+from lplb_triton.kernels.launch import is_interpreted
+from lplb_triton.kernels.pipeline import Pipeline
+from lplb_triton.kernels.quotas import Quotas, divide_quotas
+from lplb_triton.kernels.report import read_report
+from lplb_triton.kernels.select import SelectTables, select
+from lplb_triton.kernels.solve.launch import (
     Settings,
     SolveBuffers,
     SolveTables,
     SpreadTables,
-    count_by_program,
-    is_interpreted,
-    read_report,
-    select,
     solve,
     solve_counts,
     solve_scratch,
     spread_shares,
-    sum_by_program,
 )
-from lplb_triton.kernels.launch_sync import (
-    COUNT_BITS,
-    FAULTS,
-    HEADER_WORDS,
-    MAX_RANKS,
-    STATUS_FIRST,
-    Quotas,
-    channel_words,
-    divide_quotas,
-    status_words,
-    sum_gathered,
-    sum_over_ranks,
-)
-from lplb_triton.kernels.pipeline import Pipeline
 
 __all__ = [
     "COUNT_BITS",

@@ -1,8 +1,8 @@
 """Launch compiled kernels straight through the CUDA driver.
 
-Triton's launcher takes several microseconds to look at some sixty arguments of which three change
-from batch to batch, and is itself compiled for every signature by some releases. Here the driver
-finds all arguments where they were the last time.
+Triton's launcher examines some sixty arguments at every launch, of which a handful change from
+batch to batch, and some releases compile a launcher for every signature. Here the arguments stay in
+memory that the driver reads, and a launch writes only those that change.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from typing import Any
 
 import torch
 
-# Names as in cuda.h.
+# The names are those of cuda.h.
 NUM_REGS = 4
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
-# What a kernel may take without being asked for more.
+# Shared memory that a kernel may have without setting an attribute.
 STATIC_SHARED_BYTES = 48 << 10
 
 
 class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
     _fields_ = (
         ("id", ctypes.c_int),
         ("pad", ctypes.c_char * 4),
@@ -34,6 +36,8 @@ class _Attribute(ctypes.Structure):
 
 
 class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
     _fields_ = (
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
@@ -46,12 +50,14 @@ class _Config(ctypes.Structure):
 
 @functools.cache
 def _driver() -> Any:
+    """Open the driver's library."""
     library = ctypes.CDLL("libcuda.so.1")
     library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     return library
 
 
 def _check(status: int, what: str) -> None:
+    """Raise a RuntimeError unless the driver has returned 0 for ``what``."""
     if status:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(text))
@@ -60,11 +66,11 @@ def _check(status: int, what: str) -> None:
 
 
 class UnsupportedError(RuntimeError):
-    """A kernel asks for something that isn't done here."""
+    """A kernel needs something that `DriverLaunch` does not provide."""
 
 
 def parameter_sizes(ptx: str, name: str) -> list[int]:
-    """Bytes of each parameter of a kernel, from its PTX; none if it isn't there."""
+    """Read the bytes of each parameter of a kernel from its PTX; none if it is not there."""
     header = re.search(rf"\.entry\s+{re.escape(name)}\s*\(([^)]*)\)", ptx)
     bits = re.findall(r"\.param\s+\.[a-z](\d+)\b", header[1] if header else "")
     return [int(n) // 8 for n in bits]
@@ -72,7 +78,7 @@ def parameter_sizes(ptx: str, name: str) -> list[int]:
 
 @functools.cache
 def _sizes(compiled: Any) -> list[int]:
-    """Bytes of each parameter of a kernel; none where Triton keeps no PTX."""
+    """Return the bytes of each parameter of a kernel; an empty list where Triton keeps no PTX."""
     return parameter_sizes(compiled.asm.get("ptx", ""), compiled.metadata.name)
 
 
@@ -80,7 +86,8 @@ def _sizes(compiled: Any) -> list[int]:
 def _load(compiled: Any) -> int:
     """Load a kernel into the current context; returns its handle.
 
-    Once only: the caches of instructions don't know another copy for the same code.
+    This is done once for a kernel: a second copy of its code would take room of its own in the
+    instruction caches.
     """
     driver, meta = _driver(), compiled.metadata
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
@@ -90,35 +97,37 @@ def _load(compiled: Any) -> int:
     if meta.shared > STATIC_SHARED_BYTES:
         status = driver.cuFuncSetAttribute(handle, MAX_DYNAMIC_SHARED_SIZE_BYTES, meta.shared)
         _check(status, "loading a kernel")
-    # Drivers load lazily, and not while a kernel waits for another: being asked makes them do it.
+    # A driver loads lazily, which it can't do while a kernel waits for another one. A query of an
+    # attribute makes it load the code here.
     registers = ctypes.c_int()
     _check(driver.cuFuncGetAttribute(ctypes.byref(registers), NUM_REGS, handle), "loading a kernel")
     return handle.value or 0
 
 
 class DriverLaunch:
-    """A kernel on an NVIDIA GPU with its arguments as the driver wants them.
+    """A kernel on an NVIDIA GPU with its arguments in the form that the driver reads.
 
     Parameters
     ----------
     compiled : triton.compiler.CompiledKernel
-        It is loaded into the current context.
+        The kernel; it is loaded into the current context.
     args : sequence of int, float or torch.Tensor
-        All arguments that aren't constants, in order: int32, float32 and addresses.
+        All run-time arguments in order: int32, float32 and addresses.
     grid : int
-        Programs.
+        Number of programs.
     early : bool
-        Whether it may start before the kernel ahead of it in its stream has ended.
+        Whether the kernel may start before the kernel ahead of it in its stream has ended.
 
     Attributes
     ----------
     words : ctypes array
-        64 bits by argument: addresses and integers, no floats, can be assigned between launches.
+        64 bits for each argument. Addresses and integers, but no floats, can be assigned between
+        launches.
 
     Raises
     ------
     UnsupportedError
-        If the kernel takes other parameters, or there is no PTX to tell.
+        If the kernel takes other parameters than ``args``, or if there is no PTX to tell.
     RuntimeError
         If the driver can't load the kernel.
     """
@@ -129,11 +138,11 @@ class DriverLaunch:
             raise UnsupportedError(f"kernel {meta.name} needs scratch memory or a cluster")
         sizes = _sizes(compiled)
         wanted = [8 if isinstance(arg, torch.Tensor) else 4 for arg in args]
-        # Triton's own come last: addresses of scratch memory.
+        # Triton's own parameters come last. They are addresses of scratch memory.
         if sizes[: len(args)] != wanted or any(size != 8 for size in sizes[len(args) :]):
             raise UnsupportedError(f"kernel {meta.name} takes {sizes} bytes, got {wanted}")
         function = _load(compiled)
-        # Kinds only: the batch that comes first must not be held for ever.
+        # Only the types are kept: a tensor of the first batch would never be freed.
         self._kinds = [type(arg) for arg in args]
         self.words = (ctypes.c_uint64 * len(sizes))()
         for at, arg in enumerate(args):
@@ -156,7 +165,7 @@ class DriverLaunch:
         )
 
     def values(self) -> list[int | float]:
-        """Give the arguments as Triton's own launch takes them."""
+        """Return the arguments as Triton's own launch takes them."""
         values: list[int | float] = []
         for kind, word in zip(self._kinds, self.words, strict=False):
             low = word & 0xFFFFFFFF

@@ -7,41 +7,52 @@ from collections.abc import Callable
 import torch
 import triton
 
+from lplb_triton.kernels.count import (
+    COUNT_CHUNK_AT,
+    COUNT_IDX_AT,
+    COUNT_N_IDS_AT,
+    count_call,
+    sum_call,
+)
+from lplb_triton.kernels.exchange import FIRST_CHANNEL, Channel, Exchange
 from lplb_triton.kernels.launch import (
-    FIRST_CHANNEL,
-    FIRST_TABLES,
-    Channel,
-    Exchange,
+    KernelCall,
+    PreparedKernel,
+    compile_calls,
+    is_interpreted,
+    is_profiled,
+    launch_call,
+    use_device,
+)
+from lplb_triton.kernels.quotas import Quotas, divide_call
+from lplb_triton.kernels.select import (
+    SELECT_CHUNK_AT,
+    SELECT_IDX_AT,
+    SELECT_N_IDS_AT,
+    SELECT_OUT_AT,
     SelectTables,
+    select_call,
+)
+from lplb_triton.kernels.solve.launch import (
+    CERTIFIED_AT,
+    CHANNEL_FROM_END,
+    OPENING_FROM_END,
+    SOLVES_AT,
+    UNCERTIFIED_AT,
     Settings,
     SolveBuffers,
     SolveTables,
-    _Call,
-    _compile,
-    _count_call,
-    _current,
-    _is_profiled,
-    _launch,
-    _Prepared,
-    _select_call,
-    _solve_counts_call,
-    _sum_call,
-    is_interpreted,
+    solve_counts_call,
 )
-from lplb_triton.kernels.launch_sync import Quotas, _divide_call
-
-# Where `Pipeline.run` finds the arguments that change from call to call.
-SETTINGS_AT = 2 + FIRST_TABLES + len(SolveBuffers._fields) - 1
-CHOICE_AT = 5 + len(SelectTables._fields)
 
 
 class Pipeline:
     """Count, solve and select on fixed buffers: three launches, four with ``quotas``.
 
-    Counts are summed over ranks by nobody, within the second launch (``exchange``), or between
-    two launches by the caller; this adds a launch that sums each rank's own.
+    Counts may be summed over ranks within the second launch (``exchange``), or by the caller
+    between two launches; the latter takes one more launch, which sums this rank's own counts.
 
-    On GPUs that can, solve and select start early and do what needs no counts or shares.
+    On GPUs that support it, solve and select start early and do what needs no counts or shares.
 
     Parameters
     ----------
@@ -50,9 +61,9 @@ class Pipeline:
     buffers, solve_tables, select_tables
         As for `solve_counts` and `select`; they must stay where they are.
     exchange : Exchange or None
-        With other ranks; only for one group.
+        Of counts with other ranks; only for one group.
     quotas : Quotas or None
-        Of all ranks, to be divided by what is gathered.
+        Of all ranks, for shares that are divided by the counts that are gathered.
     """
 
     def __init__(
@@ -72,7 +83,9 @@ class Pipeline:
         self._device = running.device.index
         if not is_interpreted():
             self._current_stream = triton.runtime.driver.active.get_current_stream
-        self._prepared: dict[tuple[torch.dtype, torch.dtype, float, int, int], list[_Prepared]] = {}
+        self._prepared: dict[
+            tuple[torch.dtype, torch.dtype, float, int, int], list[PreparedKernel]
+        ] = {}
 
     def run(
         self,
@@ -85,8 +98,8 @@ class Pipeline:
     ) -> None:
         """Write physical ids of contiguous ``idx`` to ``out``.
 
-        ``channel`` is the exchange's. ``between``, which takes its place, is called once this
-        rank's counts are in the last row of ``running``, and leaves totals in
+        ``channel`` is the exchange's. ``between`` takes the place of an exchange: it is called
+        once this rank's counts are in the last row of ``running``, and leaves totals in
         ``buffers.counts``; both on the current stream.
         """
         n_first = 1 if between is None else 2
@@ -98,25 +111,26 @@ class Pipeline:
                 for at, (call, _) in enumerate(calls):
                     if at == n_first and between is not None:
                         between()
-                    _launch(call)
+                    launch_call(call)
                 return
-            compiled = _compile([call for call, _ in calls])
+            compiled = compile_calls([call for call, _ in calls])
             prepared = self._prepared[key] = [
-                _Prepared(call, kernel, early)
+                PreparedKernel(call, kernel, early)
                 for (call, early), kernel in zip(calls, compiled, strict=True)
             ]
-        count, solve, choose = prepared[0], prepared[n_first], prepared[-1]
+        count, solve, select = prepared[0], prepared[n_first], prepared[-1]
         ids, n_ids = idx.data_ptr(), idx.numel()
-        count.args[0], count.args[4], count.args[5] = ids, n_ids, chunk
-        solve.args[SETTINGS_AT] = settings.certified.data_ptr()
-        solve.args[SETTINGS_AT + 1] = settings.solves.data_ptr()
-        solve.args[SETTINGS_AT + 2] = settings.uncertified.data_ptr()
-        solve.args[solve.n_args - 2] = channel.opening
-        solve.args[solve.n_args - 1] = channel.number
-        choose.args[0], choose.args[1] = ids, out.data_ptr()
-        choose.args[CHOICE_AT], choose.args[CHOICE_AT + 1] = n_ids, chunk
-        stream, profiled = self._current_stream(self._device), _is_profiled()
-        with _current(self._device):
+        count.args[COUNT_IDX_AT] = ids
+        count.args[COUNT_N_IDS_AT], count.args[COUNT_CHUNK_AT] = n_ids, chunk
+        solve.args[CERTIFIED_AT] = settings.certified.data_ptr()
+        solve.args[SOLVES_AT] = settings.solves.data_ptr()
+        solve.args[UNCERTIFIED_AT] = settings.uncertified.data_ptr()
+        solve.args[solve.n_args - OPENING_FROM_END] = channel.opening
+        solve.args[solve.n_args - CHANNEL_FROM_END] = channel.number
+        select.args[SELECT_IDX_AT], select.args[SELECT_OUT_AT] = ids, out.data_ptr()
+        select.args[SELECT_N_IDS_AT], select.args[SELECT_CHUNK_AT] = n_ids, chunk
+        stream, profiled = self._current_stream(self._device), is_profiled()
+        with use_device(self._device):
             for kernel in prepared[:n_first]:
                 kernel.launch(stream, profiled)
             if between is not None:
@@ -125,28 +139,33 @@ class Pipeline:
                 kernel.launch(stream, profiled)
 
     def _calls(
-        self, idx: torch.Tensor, out: torch.Tensor, chunk: int, settings: Settings,
-        channel: Channel, split: bool,
-    ) -> list[tuple[_Call, bool]]:  # fmt: skip
-        """All launches, and whether they may start early.
+        self,
+        idx: torch.Tensor,
+        out: torch.Tensor,
+        chunk: int,
+        settings: Settings,
+        channel: Channel,
+        split: bool,
+    ) -> list[tuple[KernelCall, bool]]:
+        """Prepare all launches; returns them and whether each may start early.
 
-        Only a kernel that waits by itself for the one before may, and only behind one that lets
-        it start.
+        A kernel may start early only if it waits by itself for the one before, and only behind
+        a kernel that lets it start. ``split`` is whether the caller sums counts in between.
         """
         running, buffers = self._running, self._buffers
-        calls = [(_count_call(idx, running, buffers.counts, self._report, chunk), False)]
+        calls = [(count_call(idx, running, buffers.counts, self._report, chunk), False)]
         fixed = buffers, self._solve_tables, settings, self._report
         if split:
-            calls.append((_sum_call(running, buffers.counts), False))
-            calls.append((_solve_counts_call(None, *fixed), False))
+            calls.append((sum_call(running, buffers.counts), False))
+            calls.append((solve_counts_call(None, *fixed), False))
         else:
-            solve = _solve_counts_call(running, *fixed, self._exchange, channel)
+            solve = solve_counts_call(running, *fixed, self._exchange, channel)
             calls.append((solve, True))
         cumulative = buffers.cumulative
         if self._quotas is not None:
-            calls.append((_divide_call(cumulative, self._quotas), False))
+            calls.append((divide_call(cumulative, self._quotas), False))
             cumulative = self._quotas.mine
-        select = _select_call(
+        select = select_call(
             idx, out, running, cumulative, self._select_tables, self._report, chunk, self._rank
         )
         calls.append((select, self._quotas is None))

@@ -7,21 +7,19 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["SHARE_BITS", "Solution", "SolveError", "Status"]
+from lplb_triton._layout import SHARE_BITS, STATUS_CERTIFIED, STATUS_GAP, STATUS_INVALID
 
-# Shares are multiples of 2**-24. float32 holds each of them exactly and so do their sums: a
-# column's shares add up to exactly 1, and token quotas are computed from them in integers.
-SHARE_BITS = 24
+__all__ = ["SHARE_BITS", "Solution", "SolveError", "Status"]
 
 
 class Status(enum.IntEnum):
     """Outcome of one instance."""
 
-    CERTIFIED = 0
+    CERTIFIED = STATUS_CERTIFIED
     """The gap is within the tolerance."""
-    GAP = 1
+    GAP = STATUS_GAP
     """The plan is feasible and its gap true, but wider than the tolerance."""
-    INVALID = 2
+    INVALID = STATUS_INVALID
     """A load was negative or not finite, a count out of range, or a weight had no copy."""
 
 

@@ -17,8 +17,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lplb_triton.bench import peers
-from lplb_triton.kernels import driver, launch, quotas, sync, tokens
-from lplb_triton.kernels.solve import solvers
+from lplb_triton.kernels import driver
+from lplb_triton.kernels.count import (
+    COUNT_BLOCK,
+    SUM_EXPERTS,
+    SUM_ROWS,
+    count_kernel,
+    running_sum_kernel,
+)
+from lplb_triton.kernels.exchange import EXCHANGE_BLOCK, choose_block, sum_over_ranks_kernel
+from lplb_triton.kernels.exchange_rows import WARPS
+from lplb_triton.kernels.gathered import sum_gathered_kernel
+from lplb_triton.kernels.quotas import divide_quotas_kernel
+from lplb_triton.kernels.select import SELECT_BLOCK, select_kernel
+from lplb_triton.kernels.solve import launch as solve_launch
+from lplb_triton.kernels.solve.counts_kernel import solve_counts_kernel
+from lplb_triton.kernels.solve.dense_kernel import solve_dense_kernel
+from lplb_triton.kernels.solve.spread_kernel import spread_kernel
 
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64", "uncertified_ptr": "*i64"}
@@ -49,7 +64,7 @@ def signature(kernel, constants):
 
 
 def exchange(gather):
-    return {"CHANNELS": 64, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": gather, "ON_GPU": 1}
+    return {"CHANNELS": 64, "BLOCK": EXCHANGE_BLOCK, "GATHER": gather, "ON_GPU": 1}
 
 
 def jobs(capability):
@@ -58,40 +73,40 @@ def jobs(capability):
     large = (64, 32, 0), (64, 128, 0), (64, 128, 4), (128, 128, 0)
     for ranks, columns, classes in sizes + large:
         if classes == 0 and ranks <= 64:
-            options = launch._solve_options(launch._newton_warps(ranks, columns))
+            options = solve_launch.make_options(solve_launch.choose_dense_warps(ranks, columns))
             tile = {"G": ranks, "C": columns, "HAS_START": ranks == 8}
-            yield solvers._solve_lp_kernel, tile, options
-        options = launch._solve_options(launch._solve_warps(ranks, columns))
+            yield solve_dense_kernel, tile, options
+        options = solve_launch.make_options(solve_launch.choose_counts_warps(ranks, columns))
         constants = {"G": ranks, "C": columns, "R": columns, "S": 8, "COPIES": 64, "MEMBERS": 4}
         constants |= {
-            "ROWS": launch.SUM_ROWS,
-            "EXPERTS": launch.SUM_EXPERTS,
+            "ROWS": SUM_ROWS,
+            "EXPERTS": SUM_EXPERTS,
             "PAIRS": classes,
             "LANES": 32 * options["num_warps"],
             "PDL": capability >= 90,
         }
-        none = {"CHANNELS": 0, "BLOCK": launch.EXCHANGE_BLOCK, "GATHER": 0, "ON_GPU": 0}
-        yield solvers._solve_counts_kernel, {**constants, **none}, options
+        none = {"CHANNELS": 0, "BLOCK": EXCHANGE_BLOCK, "GATHER": 0, "ON_GPU": 0}
+        yield solve_counts_kernel, {**constants, **none}, options
         gathers = {(8, 0): (0, 1), (8, 2): (0,), (32, 0): (0,)}
         for gather in gathers.get((ranks, classes), ()):
-            yield solvers._solve_counts_kernel, {**constants, **exchange(gather)}, options
-    yield solvers._spread_kernel, {"BLOCK": launch.SPREAD_BLOCK}, {"num_warps": 4}
+            yield solve_counts_kernel, {**constants, **exchange(gather)}, options
+    yield spread_kernel, {"BLOCK": solve_launch.SPREAD_BLOCK}, {"num_warps": 4}
     bins = {"BINS": 256, "PDL": capability >= 90}
-    yield tokens._count_kernel, {**bins, "BLOCK": launch.COUNT_BLOCK}, {"num_warps": 2}
-    rows = {"ROWS": launch.SUM_ROWS, "EXPERTS": launch.SUM_EXPERTS}
-    yield tokens._running_sum_kernel, rows, {"num_warps": 1}
+    yield count_kernel, {**bins, "BLOCK": COUNT_BLOCK}, {"num_warps": 2}
+    rows = {"ROWS": SUM_ROWS, "EXPERTS": SUM_EXPERTS}
+    yield running_sum_kernel, rows, {"num_warps": 1}
     for check in (False, True):
-        constants = {**bins, "BLOCK": launch.SELECT_BLOCK, "CHECK": check}
-        yield tokens._select_kernel, constants, {"num_warps": 8}
-    lanes, warps = {"LANES": 32 * sync.WARPS}, {"num_warps": sync.WARPS}
+        constants = {**bins, "BLOCK": SELECT_BLOCK, "CHECK": check}
+        yield select_kernel, constants, {"num_warps": 8}
+    lanes, warps = {"LANES": 32 * WARPS}, {"num_warps": WARPS}
     for gather in (0, 1):
-        yield sync._sum_over_ranks_kernel, {**exchange(gather), **lanes}, warps
+        yield sum_over_ranks_kernel, {**exchange(gather), **lanes}, warps
     # The smallest tile, with the most threads that a solving kernel has.
-    few = {**exchange(0), "BLOCK": launch._exchange_block(1), "LANES": 512}
-    yield sync._sum_over_ranks_kernel, few, {"num_warps": 16}
-    constants = {"BLOCK": launch.EXCHANGE_BLOCK, "GATHER": 1, **lanes}
-    yield sync._sum_gathered_kernel, constants, warps
-    yield quotas._divide_quotas_kernel, {"RANKS": 64, "COPIES": 128}, {"num_warps": 1}
+    few = {**exchange(0), "BLOCK": choose_block(1), "LANES": 512}
+    yield sum_over_ranks_kernel, few, {"num_warps": 16}
+    constants = {"BLOCK": EXCHANGE_BLOCK, "GATHER": 1, **lanes}
+    yield sum_gathered_kernel, constants, warps
+    yield divide_quotas_kernel, {"RANKS": 64, "COPIES": 128}, {"num_warps": 1}
 
 
 def check_words(ptx, words, threads):

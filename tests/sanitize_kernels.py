@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from lplb_triton import Balancer, solve
+from lplb_triton._layout import Extent
 from lplb_triton.testing.instances import draw_loads, shape_placement
 
 
@@ -36,7 +37,7 @@ def main() -> None:
         counts = draw_loads("lognormal", rng, placement.n_logical)
         balancer.solve(counts.cuda()).check()
         # Without sweeps a plan comes to steps by potentials.
-        balancer._tables.views["extents"][:, 6] = 0
+        balancer._tables.views["extents"][:, Extent.MOST_SWEEPS] = 0
         balancer.solve(counts.cuda()).check()
         solve(placement.problem(counts.cuda())).check()
         balancer.check()

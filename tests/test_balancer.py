@@ -245,18 +245,16 @@ class TestOnAGpu:
         assert after - before == 1 and out.numel() == 4096
 
     def test_nothing_compiles_after_warmup(self):
-        from lplb_triton.kernels import launch, tokens
-        from lplb_triton.kernels.solve import solvers
+        """After a warm-up no batch and no rank makes Triton compile."""
+        from lplb_triton.kernels.count import count_kernel, running_sum_kernel
+        from lplb_triton.kernels.launch import compiled_kernels
+        from lplb_triton.kernels.select import select_kernel
+        from lplb_triton.kernels.solve.counts_kernel import solve_counts_kernel
 
         def compiled():
-            kernels = (
-                solvers._solve_counts_kernel,
-                tokens._count_kernel,
-                tokens._running_sum_kernel,
-                tokens._select_kernel,
-            )
+            kernels = (solve_counts_kernel, count_kernel, running_sum_kernel, select_kernel)
             sizes = [sum(len(c[0]) for c in k.device_caches.values()) for k in kernels]
-            return [*sizes, len(launch._compiled)]
+            return [*sizes, len(compiled_kernels)]
 
         balancer = Balancer(placement_of(), device="cuda")
         balancer.warmup()

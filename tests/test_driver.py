@@ -12,7 +12,7 @@ import triton
 
 from lplb_triton import Balancer
 from lplb_triton.kernels import driver
-from lplb_triton.kernels.launch import _Call, _Prepared
+from lplb_triton.kernels.launch import KernelCall, PreparedKernel
 from lplb_triton.testing.instances import shape_placement
 
 
@@ -114,13 +114,13 @@ def test_what_the_driver_is_handed(monkeypatch, early):
 
 
 def test_no_tensor_is_held(monkeypatch):
-    """Not the batch that came first either."""
+    """A prepared kernel keeps no tensor, not even one of the first batch."""
     fake = FakeDriver([8, 4])
     monkeypatch.setattr(driver, "_driver", lambda: fake)
     x = torch.zeros(3)
     gone = weakref.ref(x)
-    monkeypatch.setattr("lplb_triton.kernels.launch._has_pdl", lambda device: False)
-    prepared = _Prepared(_Call(None, 5, (x, 4), (64,), {}), compiled([8, 4]), False)
+    monkeypatch.setattr("lplb_triton.kernels.launch.supports_pdl", lambda device: False)
+    prepared = PreparedKernel(KernelCall(None, 5, (x, 4), (64,), {}), compiled([8, 4]), False)
     assert prepared.args[0] == x.data_ptr()
     del x
     assert gone() is None
@@ -139,6 +139,7 @@ def test_no_tensor_is_held(monkeypatch):
     ],
 )
 def test_what_is_left_to_triton(monkeypatch, sizes, changes, message):
+    """Kernels that the driver can't launch are launched by Triton's launcher."""
     fake = FakeDriver(sizes)
     monkeypatch.setattr(driver, "_driver", lambda: fake)
     kernel, args = compiled(sizes or [8, 4], **changes), (torch.zeros(1), 4)
@@ -148,7 +149,7 @@ def test_what_is_left_to_triton(monkeypatch, sizes, changes, message):
         driver.DriverLaunch(kernel, args, 1, False)
     assert fake.loaded == 0
     kernel.run, kernel.function, kernel.packed_metadata = Launcher(), 3, "packed"
-    prepared = _Prepared(_Call(None, 5, args, (64,), {}), kernel, False)
+    prepared = PreparedKernel(KernelCall(None, 5, args, (64,), {}), kernel, False)
     prepared.args[1] = 6
     prepared.launch(8, False)
     assert Launcher.calls.pop() == (

@@ -8,8 +8,11 @@ import torch
 
 from lplb_triton import Balancer, Placement, solve, topologies
 from lplb_triton import balancer as balancer_module
-from lplb_triton._backends.tables import COPIES_AT_ONCE, FEW, RANK_CELLS, DeviceTables
+from lplb_triton._backends.edges import FEW_COPIES
+from lplb_triton._backends.tables import DeviceTables
+from lplb_triton._layout import COPIES_AT_ONCE, RANK_CELLS, Extent
 from lplb_triton.kernels.solve import levelling
+from lplb_triton.kernels.solve.group_tables import Extents
 from lplb_triton.testing.instances import corpus, draw_loads, shape_placement
 from lplb_triton.testing.verify import highs_optimum, solve_counts
 
@@ -29,7 +32,7 @@ def edges_of(placement):
     for classes, extents, number in zip(*tables, strict=True):
         number = number.T
         # The kernel asks for the class after the last, too.
-        n = extents[5]
+        n = extents[Extent.N_CLASSES]
         assert n < len(classes) and (classes[n:] == -1).all()
         ranks, columns = np.nonzero(number >= 0)
         column_of = dict(zip(number[ranks, columns].tolist(), columns.tolist(), strict=True))
@@ -46,6 +49,7 @@ def edges_of(placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
 def test_edges(placement):
+    """Edges join all copies of a column, in classes that name no rank twice."""
     for mask, classes in zip(placement.structure.mask, edges_of(placement), strict=True):
         joined = {column: [] for column in range(mask.shape[1])}
         for edges in classes:
@@ -56,7 +60,7 @@ def test_edges(placement):
         for column, pairs in joined.items():
             ranks = np.flatnonzero(mask[:, column]).tolist()
             assert {rank for pair in pairs for rank in pair} == set(ranks)
-            if len(ranks) <= FEW:
+            if len(ranks) <= FEW_COPIES:
                 assert sorted(pairs) == list(itertools.combinations(ranks, 2))
                 continue
             reached = {ranks[0]}
@@ -67,20 +71,22 @@ def test_edges(placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
 def test_cells(placement):
+    """Cells are numbered by column, then by rank, and every table lists them so."""
     views = tables_of(placement)
     for group, mask in enumerate(placement.structure.mask):
         number, extents = views["cell_number"][group].T, views["extents"][group]
         assert ((number >= 0) == mask).all()
-        assert sorted(number[mask]) == list(range(mask.sum())) and extents[0] == mask.sum()
+        assert sorted(number[mask]) == list(range(mask.sum()))
+        assert extents[Extent.N_CELLS] == mask.sum()
         ranks, columns, first, copies = views["cells"][group][:, : mask.sum()]
         assert (number[ranks, columns] == np.arange(mask.sum())).all()
         assert (copies == mask.sum(0)[columns]).all()
         assert (first == views["cell_start"][group][columns]).all()
-        assert (np.diff(columns) >= 0).all() and extents[2] == mask.sum(0).max()
+        assert (np.diff(columns) >= 0).all() and extents[Extent.MOST_COPIES] == mask.sum(0).max()
         for rank, cells in enumerate(views["rank_cells"][group].T):
             mine = mask[rank].sum()
             assert (cells[:mine] == number[rank][mask[rank]]).all() and (cells[mine:] == -1).all()
-        assert extents[3] == mask.sum(1).max()
+        assert extents[Extent.MOST_CELLS] == mask.sum(1).max()
         for column, ranks in enumerate(views["first_ranks"][group].T):
             early = np.flatnonzero(mask[:, column])[:COPIES_AT_ONCE]
             assert ranks.tolist() == [*early, *[-1] * (COPIES_AT_ONCE - early.size)]
@@ -88,17 +94,21 @@ def test_cells(placement):
 
 
 def test_tables_have_the_kernels_block_sizes():
+    """Kernels read the tables in the block sizes and in the order that these are made with."""
     assert levelling.RANK_CELLS.value == RANK_CELLS
     assert levelling.COPIES_AT_ONCE.value == COPIES_AT_ONCE
+    names = [extent.name.lower() for extent in Extent]
+    assert names == [*Extents._fields, "in_pairs"]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
 def test_ends_of_cells(placement):
+    """The ends of a cell are its last copy and the one before its first copy."""
     views, s = tables_of(placement), placement.structure
     holder = s.copy_slot // placement.slots_per_rank
     for group, ends in enumerate(views["cell_ends"]):
         ranks, columns, _, _ = views["cells"][group]
-        n_cells = int(views["extents"][group, 0])
+        n_cells = int(views["extents"][group, Extent.N_CELLS])
         assert (ends[:, n_cells:] == -1).all()
         for cell in range(n_cells):
             expert = s.column_members[s.column_start[group, columns[cell]]]
@@ -227,6 +237,7 @@ def test_columns_of_many_experts_and_of_many_copies(placement):
 
 
 def test_the_table_has_room_for_any_placement_of_its_sizes():
+    """Tables made for one placement take any other of its sizes."""
     rng = np.random.default_rng(0)
     tables = None
     for _ in range(30):
@@ -236,7 +247,7 @@ def test_the_table_has_room_for_any_placement_of_its_sizes():
         if tables is None:
             tables = DeviceTables(placement, torch.device("cpu"))
         tables.write(placement)
-        assert int(tables.views["extents"][0, 5]) > 0
+        assert int(tables.views["extents"][0, Extent.N_CLASSES]) > 0
 
 
 @pytest.mark.parametrize("shape", ["ring:8", "cube", "eplb:24:1", "chain:16:1"])
@@ -270,12 +281,13 @@ def test_most_plans_need_no_iteration(shape):
     ],
 )
 def test_steps_go_on_where_levelling_ends(device, shape):
+    """Steps by potentials, without sweeps, reach the load that levelling reaches."""
     rng = np.random.default_rng(2)
     placement = shape_placement(shape, rng)
     counts = draw_loads("normal", rng, placement.n_logical).to(device)
     balancer = Balancer(placement, device=device, backend="triton", tolerance=1e-4)
     level = balancer.solve(counts)
-    balancer._tables.views["extents"][:, 6] = 0
+    balancer._tables.views["extents"][:, Extent.MOST_SWEEPS] = 0
     stepped = balancer.solve(counts)
     for solution in (level, stepped):
         solution.check()
@@ -296,12 +308,13 @@ def test_steps_go_on_where_levelling_ends(device, shape):
     ],
 )
 def test_bounds_where_there_is_much_of_everything(device, shape):
+    """Bounds hold where cells and copies exceed what kernels take at once."""
     rng = np.random.default_rng(7)
     placement = shape_placement(shape, rng)
     for steps in (False, True):
         balancer = Balancer(placement, device=device, backend="triton")
         if steps:
-            balancer._tables.views["extents"][:, 6] = 0
+            balancer._tables.views["extents"][:, Extent.MOST_SWEEPS] = 0
         for family in ("normal", "lognormal", "sparse"):
             counts = draw_loads(family, rng, placement.n_logical)
             solution = balancer.solve(counts.to(device))

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lplb_triton import Balancer, Placement
-from lplb_triton._backends.tables import PAIR_EDGES, PAIR_FIELD, DeviceTables
+from lplb_triton._backends.tables import DeviceTables
+from lplb_triton._layout import PAIR_EDGES, PAIR_FIELD, Extent
 from lplb_triton.testing.instances import draw_loads, shape_placement
 from lplb_triton.testing.verify import highs_optimum
 
@@ -31,7 +32,7 @@ def words_of(placement):
     views = DeviceTables(placement, torch.device("cpu")).views
     words = views["pairs"].numpy()
     fields = np.ascontiguousarray(words).view(np.uint16).reshape(*words.shape, 4)
-    return fields.astype(np.int64), views["extents"][:, 7].numpy()
+    return fields.astype(np.int64), views["extents"][:, Extent.IN_PAIRS].numpy()
 
 
 def hold_against_highs(placement, counts, solution):
@@ -155,7 +156,7 @@ def test_a_graph_sees_a_placement_of_another_kind(device):
             graph.replay()
         solution.check()
         hold_against_highs(placement, counts, solution)
-        kinds.append(int(balancer._tables.views["extents"][0, 7]))
+        kinds.append(int(balancer._tables.views["extents"][0, Extent.IN_PAIRS]))
         assert balancer._tables.views["pairs"].shape[1] == classes == 2
     assert kinds == [1, 0, 0, 1]
 

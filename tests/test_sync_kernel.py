@@ -9,7 +9,9 @@ import torch
 import triton.language as tl
 
 from lplb_triton import Balancer, Placement, kernels, reference, topologies
-from lplb_triton.kernels import launch, tokens
+from lplb_triton.kernels import count
+from lplb_triton.kernels.launch import launch_call
+from lplb_triton.kernels.solve.launch import solve_counts_call
 from lplb_triton.sync import SyncError
 from lplb_triton.sync._channels import CHANNELS, Channels
 from lplb_triton.sync._distributed import device_error
@@ -447,7 +449,7 @@ def test_a_failed_exchange_leaves_the_even_split(quotas):
 def test_a_rank_whose_own_counts_fail_to_come_is_absent(monkeypatch):
     """It sends nobody a part of them for a whole, and names itself."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(tokens, "MOST_POLLS", tl.constexpr(2))
+        monkeypatch.setattr(count, "MOST_POLLS", tl.constexpr(2))
     team = Team(ring_of_two(), timeout=0.05)
     batches = ids_for(team, 20, seed=1)
     team.ranks.publish(1, team.counts(batches)[1], 1)
@@ -457,7 +459,7 @@ def test_a_rank_whose_own_counts_fail_to_come_is_absent(monkeypatch):
     settings = balancer._settings(balancer.certified, balancer.solves, balancer.uncertified)
     # Without rows there is nothing to sum.
     running, tables = pipeline._running[:0], pipeline._solve_tables
-    call = launch._solve_counts_call(
+    call = solve_counts_call(
         running,
         pipeline._buffers,
         tables,
@@ -466,7 +468,7 @@ def test_a_rank_whose_own_counts_fail_to_come_is_absent(monkeypatch):
         pipeline._exchange,
         kernels.FIRST_CHANNEL,
     )
-    launch._launch(call)
+    launch_call(call)
     error = error_of(team.ranks, 0)
     assert error.ranks == (0,) and error.epoch == 1
     assert (pipeline._exchange.total == FAILED).all()

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from lplb_triton import Placement, eplb
-from lplb_triton._backends.tables import COPIES_AT_ONCE, FEW, MEMBERS, DeviceTables
+from lplb_triton._backends.edges import FEW_COPIES
+from lplb_triton._backends.tables import DeviceTables
+from lplb_triton._layout import COPIES_AT_ONCE, MEMBERS, Extent
 from lplb_triton.integrations.sglang import LPLBSolver
 
 
@@ -53,7 +55,7 @@ def edges_of(columns, n_ranks):
     edges = []
     for column, (ranks, _) in enumerate(columns):
         for i, j in itertools.combinations(range(len(ranks)), 2):
-            if len(ranks) <= FEW or bin(i ^ j).count("1") == 1:
+            if len(ranks) <= FEW_COPIES or bin(i ^ j).count("1") == 1:
                 edges.append((ranks[i], ranks[j], column))
     degree = [sum(rank in edge[:2] for edge in edges) for rank in range(n_ranks)]
     edges.sort(key=lambda edge: -degree[edge[0]] - degree[edge[1]])
@@ -69,6 +71,7 @@ def edges_of(columns, n_ranks):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_tables(seed):
+    """Every table holds what plain Python finds in the placement."""
     placement = draw(seed)
     views = {n: v.numpy() for n, v in DeviceTables(placement, torch.device("cpu")).views.items()}
     s = placement.structure
@@ -110,13 +113,15 @@ def test_tables(seed):
         listed = views["shared_copies"][group].tolist()
         assert listed == shared + [-1] * (len(listed) - len(shared))
         classes = edges_of(columns, placement.group_size)
-        assert views["extents"][group, :4].tolist() == [
-            len(cells),
-            max((len(experts) for _, experts in columns), default=0),
-            max((len(ranks) for ranks, _ in columns), default=0),
-            max(sum(cell[0] == rank for cell in cells) for rank in range(placement.group_size)),
-        ]
-        assert views["extents"][group, 5] == len(classes)
+        on_rank = [sum(cell[0] == r for cell in cells) for r in range(placement.group_size)]
+        extents = views["extents"][group]
+        assert extents[Extent.N_CELLS] == len(cells)
+        most_members = max((len(experts) for _, experts in columns), default=0)
+        assert extents[Extent.MOST_MEMBERS] == most_members
+        most_copies = max((len(ranks) for ranks, _ in columns), default=0)
+        assert extents[Extent.MOST_COPIES] == most_copies
+        assert extents[Extent.MOST_CELLS] == max(on_rank)
+        assert extents[Extent.N_CLASSES] == len(classes)
         for k, row in enumerate(views["edges"][group]):
             edges = classes[k] if k < len(classes) else []
             words = [(number[a, c] << 48 | number[b, c] << 32 | a << 16 | b) for a, b, c in edges]

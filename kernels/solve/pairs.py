@@ -1,14 +1,16 @@
 """The quick way for placements whose columns are pairs: one expert with copies on two ranks.
 
-A class of edges then matches ranks with ranks, and a lane can be a rank: it holds what its rank has
-of its edge of each class, and all that lanes tell each other are their loads. Every warp does all
-of it, in registers, so that none waits for another. Equation numbers refer to docs/method.md.
+A class of edges then matches ranks with ranks, and a lane is a rank: it holds the rank's load and,
+by class, the tokens ``x`` that the rank has of the weight ``w`` of its edge there. All that lanes
+exchange are their loads. Every warp does all of it, in registers, so that no warp waits for
+another. Equation numbers refer to docs/method.md; this way is described under equation 18.
 
-Ranks are taken 32 at a time, in parts: what they have is a tuple of parts, and by class a tuple
-of parts of one class, then of the next. Tuples stay in registers.
+Ranks are taken in slices of up to 32. Numbers by rank are a tuple of slices, [SLICE] each; numbers
+by class and rank are a tuple of the slices of the first class, then those of the next, and so on.
+Tuples stay in registers.
 """
 
-# Triton's tuples grow.
+# A variable of type tuple[()] is extended in loops, which mypy takes for a change of type.
 # mypy: disable-error-code=assignment
 
 from __future__ import annotations
@@ -16,253 +18,328 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lplb_triton import _layout
+from lplb_triton.kernels.count import load_counts
 from lplb_triton.kernels.solve.levelling import (
-    CUTS,
-    EXACT_SWEEPS,
-    RELAXATION,
+    LEVEL_PART,
+    LEVEL_SWEEPS,
+    N_CUTS,
+    RELAXED_PART,
     ROUNDED_PART,
-    STEADY,
-    _aim,
-    _cut_loads,
+    STEADY_PART,
+    cut_thresholds,
+    gap_to_aim_at,
 )
-from lplb_triton.kernels.solve.tiles import SHARE_ONE, _add2, _inverse, _largest_load, _shares
-from lplb_triton.kernels.tokens import _counts_of
+from lplb_triton.kernels.solve.tiles import (
+    SHARE_ONE,
+    add2,
+    largest_load,
+    reciprocal,
+    units_to_shares,
+)
 
-# All bits of one of the four fields of a table's word.
-FIELD = tl.constexpr(0xFFFF)
-
-
-@triton.jit
-def _parts(x, G: tl.constexpr):
-    """Split x [G] into parts of which every warp has all."""
-    PARTS: tl.constexpr = (G + 31) // 32
-    LANES: tl.constexpr = G // PARTS
-    parts = ()
-    for h in tl.static_range(PARTS):
-        # Not x itself: its layout would spread to all that follows.
-        parts += (tl.gather(x, h * LANES + tl.arange(0, LANES), 0),)
-    return parts
+# A field of a word of the table of pairs with all of its 16 bits set is empty.
+EMPTY_FIELD = tl.constexpr(_layout.PAIR_FIELD)
 
 
 @triton.jit
-def _load_pairs(pairs_ptr, n_ranks, G: tl.constexpr, CLASSES: tl.constexpr):
-    """Load words [CLASSES, n_ranks] int64 of each rank's edges, and their partners.
+def _slice(values, G: tl.constexpr):
+    """Cut numbers by rank [G] into slices of which every warp has all."""
+    SLICES: tl.constexpr = (G + 31) // 32
+    SLICE: tl.constexpr = G // SLICES
+    slices = ()
+    for h in tl.static_range(SLICES):
+        # Gather, or Triton propagates the layout of ``values`` into all that follows.
+        slices += (tl.gather(values, h * SLICE + tl.arange(0, SLICE), 0),)
+    return slices
 
-    A word holds, in four times 16 bits from the lowest, partner, expert, nothing and copy. A rank
-    without an edge in a class is its own partner there, the rest is 0xFFFF. Lanes that are no ranks
-    have 0xFFFF throughout: whose load they look at doesn't matter, since they have no weight.
+
+@triton.jit
+def load_pairs(pairs_ptr, n_ranks, G: tl.constexpr, CLASSES: tl.constexpr):
+    """Load each rank's edges, words [CLASSES, n_ranks] int64, by class and rank.
+
+    A word holds four fields of 16 bits, from the lowest: the partner, which is the other rank of
+    the edge, the expert, an empty field, and the rank's copy of the expert. A rank without an edge
+    in a class is its own partner there and has empty fields otherwise. In the padding all fields
+    are empty: the partner's load doesn't matter there, since there is no weight to move.
+
+    Returns the words and the partners.
     """
-    PARTS: tl.constexpr = (G + 31) // 32
-    LANES: tl.constexpr = G // PARTS
+    SLICES: tl.constexpr = (G + 31) // 32
+    SLICE: tl.constexpr = G // SLICES
     words, partners = (), ()
     for k in tl.static_range(CLASSES):
-        for h in tl.static_range(PARTS):
-            rank = h * LANES + tl.arange(0, LANES)
+        for h in tl.static_range(SLICES):
+            rank = h * SLICE + tl.arange(0, SLICE)
             word = tl.load(pairs_ptr + k * n_ranks + rank, mask=rank < n_ranks, other=-1)
             words += (word,)
-            partners += (word.to(tl.int32) & FIELD,)
+            partners += (word.to(tl.int32) & EMPTY_FIELD,)
     return words, partners
 
 
 @triton.jit
-def _field(word, FIRST_BIT: tl.constexpr):
-    """Take what begins at a bit of a word, -1 for 0xFFFF."""
-    field = (word >> FIRST_BIT).to(tl.int32) & FIELD
-    return tl.where(field == FIELD, -1, field)
+def _extract_field(word, FIRST_BIT: tl.constexpr):
+    """Take the field of a word that begins at a bit, -1 if it is empty."""
+    field = (word >> FIRST_BIT).to(tl.int32) & EMPTY_FIELD
+    return tl.where(field == EMPTY_FIELD, -1, field)
 
 
 @triton.jit
-def _weights_of_pairs(counts_ptr, words, N: tl.constexpr):
-    """Load the counts of the experts of N words."""
-    weights = ()
+def load_pair_counts(counts_ptr, words, N: tl.constexpr):
+    """Load the counts of the experts of ``N`` words, by class and rank; 0 where no edge is."""
+    counts = ()
     for i in tl.static_range(N):
-        weights += (_counts_of(counts_ptr, _field(words[i], 16)),)
-    return weights
+        counts += (load_counts(counts_ptr, _extract_field(words[i], 16)),)
+    return counts
 
 
 @triton.jit
-def _of_lanes(parts, rank, G: tl.constexpr):
-    """Find what the lanes of these ranks hold."""
-    PARTS: tl.constexpr = (G + 31) // 32
-    LANES: tl.constexpr = G // PARTS
-    lane = rank & (LANES - 1)
-    found = tl.gather(parts[0], lane, 0)
-    for h in tl.static_range(1, PARTS):
-        found = tl.where(rank >= h * LANES, tl.gather(parts[h], lane, 0), found)
+def _gather_from_ranks(slices, rank, G: tl.constexpr):
+    """Give each lane the number that another ``rank`` [SLICE] has; ``slices`` are by rank."""
+    SLICES: tl.constexpr = (G + 31) // 32
+    SLICE: tl.constexpr = G // SLICES
+    lane = rank & (SLICE - 1)
+    found = tl.gather(slices[0], lane, 0)
+    for h in tl.static_range(1, SLICES):
+        found = tl.where(rank >= h * SLICE, tl.gather(slices[h], lane, 0), found)
     return found
 
 
 @triton.jit
-def _peak_of_parts(loads, G: tl.constexpr):
-    """Largest of the loads of all parts, by `_largest_load`."""
+def _largest_by_rank(loads, G: tl.constexpr):
+    """Find the largest of loads by rank."""
     largest = loads[0]
     for h in tl.static_range(1, (G + 31) // 32):
         largest = tl.maximum(largest, loads[h])
-    return _largest_load(largest)
+    return largest_load(largest)
 
 
 @triton.jit
 def _cut_bound_of_pairs(
-    loads, fixed, partners, weights, peak, aim, n_ranks, G: tl.constexpr, CLASSES: tl.constexpr
+    loads,  # by rank
+    fixed,  # by rank
+    partners,  # by class and rank, as the next
+    weights,
+    peak,
+    aimed_gap,
+    n_ranks,
+    G: tl.constexpr,
+    CLASSES: tl.constexpr,
 ):
-    """Find a load that no plan can beat, from the most loaded ranks (equation 19)."""
-    PARTS: tl.constexpr = (G + 31) // 32
-    LANES: tl.constexpr = G // PARTS
-    least = _cut_loads(peak, aim)
-    size = tl.zeros((CUTS, LANES), tl.float32)
-    inside = size
-    for h in tl.static_range(PARTS):
-        on = h * LANES + tl.arange(0, LANES) < n_ranks
-        member = (loads[h][None, :] >= least) & on[None, :]
+    """Find a load that no plan can beat, from sets of the most loaded ranks (equation 19)."""
+    SLICES: tl.constexpr = (G + 31) // 32
+    SLICE: tl.constexpr = G // SLICES
+    thresholds = cut_thresholds(peak, aimed_gap)
+    size = tl.zeros((N_CUTS, SLICE), tl.float32)
+    kept = size
+    for h in tl.static_range(SLICES):
+        is_rank = h * SLICE + tl.arange(0, SLICE) < n_ranks
+        member = (loads[h][None, :] >= thresholds) & is_rank[None, :]
         size += tl.where(member, 1.0, 0.0)
-        inside += tl.where(member, fixed[h][None, :], 0.0)
+        kept += tl.where(member, fixed[h][None, :], 0.0)
         for k in tl.static_range(CLASSES):
-            lowest = tl.minimum(loads[h], _of_lanes(loads, partners[k * PARTS + h], G))
-            # Both ends of an edge add a half.
-            half = 0.5 * weights[k * PARTS + h]
-            inside += tl.where(lowest[None, :] >= least, half[None, :], 0.0)
-    size, inside = tl.reduce((size, inside), 1, _add2)
-    return tl.max(inside / size)
+            other_load = _gather_from_ranks(loads, partners[k * SLICES + h], G)
+            lowest = tl.minimum(loads[h], other_load)
+            # Each of the two ranks of an edge adds half of its weight.
+            half = 0.5 * weights[k * SLICES + h]
+            kept += tl.where(lowest[None, :] >= thresholds, half[None, :], 0.0)
+    size, kept = tl.reduce((size, kept), 1, add2)
+    return tl.max(kept / size)
 
 
 @triton.jit
-def _sweep_pairs(loads, mine, partners, weights, part, G: tl.constexpr, CLASSES: tl.constexpr):
-    """Level all classes of edges, one after the other; ``part`` of a difference moves."""
-    PARTS: tl.constexpr = (G + 31) // 32
-    held = ()
+def _sweep_pairs(
+    loads,  # by rank
+    x,  # by class and rank, tokens that the rank has of its edge, as the next two
+    partners,
+    weights,
+    part,  # part of the difference between two ranks that moves; 0.5 levels them
+    G: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    """Level all edges once, one class after the other (equation 18); returns new loads and x."""
+    SLICES: tl.constexpr = (G + 31) // 32
+    new_x = ()
     for k in tl.static_range(CLASSES):
-        levelled = ()
-        for h in tl.static_range(PARTS):
+        new_loads = ()
+        for h in tl.static_range(SLICES):
             load = loads[h]
-            here = mine[k * PARTS + h]
-            room = weights[k * PARTS + h] - here
-            other = _of_lanes(loads, partners[k * PARTS + h], G)
-            # The next class waits for the load: it takes as few steps from ``other`` as it can.
-            level = tl.fma(other, part, load - load * part)
-            levelled += (tl.maximum(tl.minimum(level, load + room), load - here),)
-            step = tl.fma(other, part, -load * part)
-            held += (here + tl.maximum(tl.minimum(step, room), -here),)
-        loads = levelled
-    return loads, held
+            own = x[k * SLICES + h]
+            others = weights[k * SLICES + h] - own
+            other_load = _gather_from_ranks(loads, partners[k * SLICES + h], G)
+            # The next class waits for the load, so as few operations as possible lead from
+            # ``other_load`` to it; x is not so urgent.
+            target = tl.fma(other_load, part, load - load * part)
+            new_loads += (tl.maximum(tl.minimum(target, load + others), load - own),)
+            moved = tl.fma(other_load, part, -load * part)
+            new_x += (own + tl.maximum(tl.minimum(moved, others), -own),)
+        loads = new_loads
+    return loads, new_x
 
 
 @triton.jit
 def _level_pairs(
-    loads, fixed, partners, weights, peak, bound, aim, beyond, slower, n_ranks, most_sweeps,
-    G: tl.constexpr, CLASSES: tl.constexpr,
-):  # fmt: skip
-    """Level even splits along the edges of all classes (equation 18), as `_balance` does.
+    loads,  # by rank, of the even split
+    fixed,  # by rank
+    partners,  # by class and rank, as the next
+    weights,
+    peak,  # largest of the loads
+    bound,  # a load that no plan can beat
+    aimed_gap,
+    n_ranks,
+    most_sweeps,
+    good_factor,  # the gap is reached if the peak is at most this many times the bound
+    steady_factor,  # the peak is steady if it is at least this many times the one before
+    G: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    """Level even splits along the edges of all classes (equation 18), as `levelling.level` does.
 
-    ``beyond`` times the bound is within the gap; the largest load is steady if it is at least
-    ``slower`` times what it was when last looked at. One sweep more than ``most_sweeps`` is made,
-    if that is odd.
-    Returns what each rank holds of its edges, and a bound.
+    One sweep more than ``most_sweeps`` may be made. Returns x by class and rank, the tokens that
+    each rank has of its edges, and the best bound.
     """
-    mine = ()
+    x = ()
     for i in tl.static_range(CLASSES * ((G + 31) // 32)):
-        mine += (0.5 * weights[i],)
-    done = most_sweeps * 0
-    looked = done
-    # All that a sweep's largest load is compared with is there before.
-    enough = bound * beyond
-    steady = peak * slower
-    while (peak > enough) & (done < most_sweeps):
-        part = tl.where(done >= EXACT_SWEEPS, 0.5 * RELAXATION, 0.5)
-        loads, mine = _sweep_pairs(loads, mine, partners, weights, part, G, CLASSES)
-        done += 1
-        if done > EXACT_SWEEPS:
-            # To look how far it is takes longer than a sweep.
-            loads, mine = _sweep_pairs(loads, mine, partners, weights, part, G, CLASSES)
-            done += 1
-        at_once = (done == 1) | (done >= most_sweeps)
-        if_steady = 2 * done >= 3 * looked
-        peak = _peak_of_parts(loads, G)
-        if (peak > enough) & (at_once | (if_steady & (peak >= steady))):
+        x += (0.5 * weights[i],)
+    sweeps = most_sweeps * 0
+    sweeps_at_last_bound = sweeps
+    # The loads that the next peak is compared with are computed before it is known.
+    good_load = bound * good_factor
+    steady_load = peak * steady_factor
+    while (peak > good_load) & (sweeps < most_sweeps):
+        part = tl.where(sweeps >= LEVEL_SWEEPS, RELAXED_PART, LEVEL_PART)
+        loads, x = _sweep_pairs(loads, x, partners, weights, part, G, CLASSES)
+        sweeps += 1
+        if sweeps > LEVEL_SWEEPS:
+            # Finding the peak takes longer than a sweep: later on two sweeps share it.
+            loads, x = _sweep_pairs(loads, x, partners, weights, part, G, CLASSES)
+            sweeps += 1
+        due = (sweeps == 1) | (sweeps >= most_sweeps)
+        due_if_steady = 2 * sweeps >= 3 * sweeps_at_last_bound
+        peak = _largest_by_rank(loads, G)
+        if (peak > good_load) & (due | (due_if_steady & (peak >= steady_load))):
             cut = _cut_bound_of_pairs(
-                loads, fixed, partners, weights, peak, aim, n_ranks, G, CLASSES
+                loads, fixed, partners, weights, peak, aimed_gap, n_ranks, G, CLASSES
             )
             bound = tl.maximum(bound, cut)
-            enough = bound * beyond
-            looked = done
-        steady = peak * slower
-    return mine, bound
+            good_load = bound * good_factor
+            sweeps_at_last_bound = sweeps
+        steady_load = peak * steady_factor
+    return x, bound
 
 
 @triton.jit
-def _round_pairs(mine, inverses, partners, G: tl.constexpr, CLASSES: tl.constexpr):
-    """Round tokens to whole units of their column (equation 11): the second copy gets the rest.
+def _round_pairs(x, inverses, partners, G: tl.constexpr, CLASSES: tl.constexpr):
+    """Round tokens to whole units of their column (equation 11); returns units, int32.
 
-    ``inverses`` are those of the weights, 0 for a column without tokens, which is split evenly.
-    Returns the units that each rank holds.
+    All arguments and the result are by class and rank. ``inverses`` are 1 / weight, or 0 for a
+    column without tokens, which is split evenly. The second copy gets what the first one leaves.
     """
-    PARTS: tl.constexpr = (G + 31) // 32
-    LANES: tl.constexpr = G // PARTS
+    SLICES: tl.constexpr = (G + 31) // 32
+    SLICE: tl.constexpr = G // SLICES
     units = ()
     for k in tl.static_range(CLASSES):
         rounded = ()
-        for h in tl.static_range(PARTS):
-            inverse = inverses[k * PARTS + h]
-            share = tl.where(inverse > 0, mine[k * PARTS + h] * inverse, 0.5)
+        for h in tl.static_range(SLICES):
+            inverse = inverses[k * SLICES + h]
+            share = tl.where(inverse > 0, x[k * SLICES + h] * inverse, 0.5)
             rounded += (tl.minimum((share * SHARE_ONE + 0.5).to(tl.int32), SHARE_ONE),)
-        for h in tl.static_range(PARTS):
-            partner = partners[k * PARTS + h]
-            rest = SHARE_ONE - _of_lanes(rounded, partner, G)
-            rank = h * LANES + tl.arange(0, LANES)
+        for h in tl.static_range(SLICES):
+            partner = partners[k * SLICES + h]
+            rest = SHARE_ONE - _gather_from_ranks(rounded, partner, G)
+            rank = h * SLICE + tl.arange(0, SLICE)
             units += (tl.where(partner < rank, rest, rounded[h]),)
     return units
 
 
 @triton.jit
-def _solve_pairs(
-    words, partners, counts, fixed, target, n_ranks, most_sweeps, cumulative_ptr,
-    G: tl.constexpr, CLASSES: tl.constexpr,
-):  # fmt: skip
-    """Level, round, judge and write a plan.
+def _first_loads(fixed, counts, part_of_rank, G: tl.constexpr, CLASSES: tl.constexpr):
+    """Compute the loads of the even split and the first bound.
 
-    words, partners and counts as from `_load_pairs` and `_weights_of_pairs`; fixed [G]. The largest
-    load may be ``target`` of it above the bound. cumulative as for `_solve_counts_kernel`. Returns
-    the largest load, a bound, whether counts are invalid, and whether the plan will do, or no plan
-    would.
+    ``fixed`` is by rank, ``counts`` by class and rank; ``part_of_rank`` is 1 / n_ranks. Returns
+    loads by rank, their peak, the bound, and whether counts are invalid; peak and bound are 0 then.
     """
-    PARTS: tl.constexpr = (G + 31) // 32
-    LANES: tl.constexpr = G // PARTS
-    aim = _aim(target, n_ranks)
-    beyond = 1.0 / (1.0 - aim)
-    slower = 1.0 / (1.0 + aim * STEADY)
-    part_of_rank = 1.0 / n_ranks.to(tl.float32)
-    own = _parts(fixed, G)
+    SLICES: tl.constexpr = (G + 31) // 32
+    SLICE: tl.constexpr = G // SLICES
     loads = ()
-    all_loads = tl.zeros((LANES,), tl.float32)
-    for h in tl.static_range(PARTS):
-        load = own[h]
+    all_loads = tl.zeros((SLICE,), tl.float32)
+    for h in tl.static_range(SLICES):
+        load = fixed[h]
         for k in tl.static_range(CLASSES):
-            load += 0.5 * counts[k * PARTS + h]
+            load += 0.5 * counts[k * SLICES + h]
         loads += (load,)
         all_loads += load
     total = tl.sum(all_loads)
     invalid = (total < float("inf")) == 0
-    peak = tl.where(invalid, 0.0, _peak_of_parts(loads, G))
-    bound = tl.where(invalid, 0.0, tl.maximum(_peak_of_parts(own, G), total * part_of_rank))
+    peak = tl.where(invalid, 0.0, _largest_by_rank(loads, G))
+    bound = tl.maximum(_largest_by_rank(fixed, G), total * part_of_rank)
+    bound = tl.where(invalid, 0.0, bound)
+    return loads, peak, bound, invalid
+
+
+@triton.jit
+def _store_pairs(
+    cumulative_ptr,  # [n_physical] int32, written for the copies of the pairs
+    units,  # by class and rank, as the next three
+    words,
+    partners,
+    weights,
+    fixed,  # by rank
+    G: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    """Write the cumulative shares of a rounded plan (equation 12); returns its largest load."""
+    SLICES: tl.constexpr = (G + 31) // 32
+    SLICE: tl.constexpr = G // SLICES
+    loads = ()
+    for h in tl.static_range(SLICES):
+        rank = h * SLICE + tl.arange(0, SLICE)
+        load = fixed[h]
+        for k in tl.static_range(CLASSES):
+            load += units_to_shares(units[k * SLICES + h]) * weights[k * SLICES + h]
+            copy = _extract_field(words[k * SLICES + h], 48)
+            is_second = partners[k * SLICES + h] < rank
+            cumulative = tl.where(is_second, SHARE_ONE, units[k * SLICES + h])
+            tl.store(cumulative_ptr + copy, cumulative, mask=copy >= 0)
+        loads += (load,)
+    return _largest_by_rank(loads, G)
+
+
+@triton.jit
+def solve_pairs(
+    words,  # by class and rank, from `load_pairs`, as the next
+    partners,
+    counts,  # by class and rank, from `load_pair_counts`
+    fixed,  # [G] float32
+    target,  # gap that the plan may have, as a part of its largest load
+    n_ranks,
+    most_sweeps,
+    cumulative_ptr,  # [n_physical] int32, written for the copies of the pairs
+    G: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    """Level even splits, round the plan, judge it and write it (equations 11, 12, 18 and 19).
+
+    Returns the largest load, a bound, whether counts are invalid, and whether this solves the
+    group: the plan is good enough, or counts are invalid, so that no plan would be.
+    """
+    SLICES: tl.constexpr = (G + 31) // 32
+    aimed_gap = gap_to_aim_at(target, n_ranks)
+    good_factor = 1.0 / (1.0 - aimed_gap)
+    steady_factor = 1.0 / (1.0 + aimed_gap * STEADY_PART)
+    part_of_rank = 1.0 / n_ranks.to(tl.float32)
+    fixed = _slice(fixed, G)
+    loads, peak, bound, invalid = _first_loads(fixed, counts, part_of_rank, G, CLASSES)
     weights, inverses = (), ()
-    for i in tl.static_range(CLASSES * PARTS):
+    for i in tl.static_range(CLASSES * SLICES):
         weight = tl.where(invalid, 0.0, counts[i])
         weights += (weight,)
-        inverses += (tl.where(weight > 0, _inverse(tl.maximum(weight, 1.0)), 0.0),)
-    mine, bound = _level_pairs(
-        loads, own, partners, weights, peak, bound, aim, beyond, slower, n_ranks, most_sweeps,
-        G, CLASSES,
+        inverses += (tl.where(weight > 0, reciprocal(tl.maximum(weight, 1.0)), 0.0),)
+    x, bound = _level_pairs(
+        loads, fixed, partners, weights, peak, bound, aimed_gap, n_ranks, most_sweeps,
+        good_factor, steady_factor, G, CLASSES,
     )  # fmt: skip
-    units = _round_pairs(mine, inverses, partners, G, CLASSES)
-    loads = ()
-    for h in tl.static_range(PARTS):
-        rank = h * LANES + tl.arange(0, LANES)
-        load = own[h]
-        for k in tl.static_range(CLASSES):
-            load += _shares(units[k * PARTS + h]) * weights[k * PARTS + h]
-            copy = _field(words[k * PARTS + h], 48)
-            upto = tl.where(partners[k * PARTS + h] < rank, SHARE_ONE, units[k * PARTS + h])
-            tl.store(cumulative_ptr + copy, upto, mask=copy >= 0)
-        loads += (load,)
-    max_load = _peak_of_parts(loads, G)
+    units = _round_pairs(x, inverses, partners, G, CLASSES)
+    max_load = _store_pairs(cumulative_ptr, units, words, partners, weights, fixed, G, CLASSES)
     good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
     return max_load, bound, invalid, good | invalid

@@ -1,15 +1,12 @@
-"""Steps by potentials: moves of tokens that level many ranks at once.
+"""Steps by potentials: moves of tokens that level many ranks at once (equations 20 to 23).
 
-A step finds a potential for every rank, moves each cell's tokens by its rank's and brings columns
-back to their sums. Levelling along edges (levelling.py) reaches neighbours, a step reaches as far
-as tokens can go. Equation numbers refer to docs/method.md.
-
-Numbers by cell are taken by rows (`Rows`). Numbers by rank that every thread needs, such as those
-in scalar products, are tuples of [32]: every warp then holds all of them, and none has to wait for
-another.
+A step finds a potential for every rank, moves the potential of its rank out of each free cell, and
+brings columns back to their sums. A sweep of levelling.py reaches the neighbours of a rank; a step
+reaches as far as tokens can go. Numbers by cell are tiles, numbers by rank are tiles or rank
+vectors, as rows.py defines them. Equation numbers refer to docs/method.md.
 """
 
-# Triton's tuples grow.
+# A variable of type tuple[()] is extended in loops, which mypy takes for a change of type.
 # mypy: disable-error-code=assignment
 
 from __future__ import annotations
@@ -17,262 +14,304 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.solve.levelling import _cut_bound, _sweep
+from lplb_triton.kernels.solve.levelling import cut_bound, sweep_until_bound_is_due
 from lplb_triton.kernels.solve.rows import (
-    _cell_numbers,
-    _least_of_columns,
-    _load_by_cell,
-    _load_by_rank,
-    _load_cells_of_ranks,
-    _load_rows,
-    _load_vector,
-    _rank_numbers,
-    _row_numbers,
-    _store_by_cell,
-    _store_by_rank,
-    _store_vector,
-    _sum_columns,
-    _sum_of_ranks,
+    add_scaled,
+    dot,
+    least_by_column,
+    load_at_cells,
+    load_cells,
+    load_cells_of_ranks,
+    load_rank_vector,
+    load_rows,
+    positions_in_row,
+    rank_numbers,
+    row_numbers,
+    store_by_rank,
+    store_cells,
+    store_rank_vector,
+    subtract_scalar,
+    sum_by_column,
+    sum_by_rank,
 )
-from lplb_triton.kernels.solve.tiles import _largest_load, _shares
+from lplb_triton.kernels.solve.tiles import largest_load, units_to_shares
 
-# Sweeps between two steps.
-SWEEPS = tl.constexpr(8)
-# Steps of the method of conjugate residuals for the potentials.
+# Most sweeps between two steps.
+LATER_SWEEPS = tl.constexpr(8)
+# Steps of the method of conjugate residuals for the potentials (equation 21).
 RESIDUAL_STEPS = tl.constexpr(8)
-# A cell with more than this part of its column's tokens has some that it can give.
-SOME = tl.constexpr(1e-6)
-# Steps that are made whole; the length of later ones is looked for.
+# A cell has tokens to give if it has more than this part of its column's (equation 20).
+EMPTY_PART = tl.constexpr(1e-6)
+# The first steps, so many, are made whole; the length of later ones is searched for (equation 23).
 WHOLE_STEPS = tl.constexpr(3)
-# Rounds of the projection on a column's plans, at most.
-ROUNDS = tl.constexpr(5)
-# A residual whose product with its image is below this part of the largest such is round-off.
-ROUND_OFF = tl.constexpr(1e-9)
+# Most rounds of the projection (equation 22).
+MOST_ROUNDS = tl.constexpr(5)
+# The residual is round-off once its product with its image is below this part of the largest such
+# product (equation 21).
+ROUND_OFF_PART = tl.constexpr(1e-9)
 
 
 @triton.jit
-def _scalar_product(a, b, G: tl.constexpr):
-    """Scalar product of two vectors by rank."""
-    total = a[0] * b[0]
-    for h in tl.static_range(1, G // min(G, 32)):
-        total += a[h] * b[h]
-    return tl.sum(total)
-
-
-@triton.jit
-def _add_scaled(a, scale, b, G: tl.constexpr):
-    """Compute ``a + scale b`` of vectors by rank."""
-    result = ()
-    for h in tl.static_range(G // min(G, 32)):
-        result += (a[h] + b[h] * scale,)
-    return result
-
-
-@triton.jit
-def _less(a, b, G: tl.constexpr):
-    """Subtract a scalar from a vector by rank."""
-    result = ()
-    for h in tl.static_range(G // min(G, 32)):
-        result += (a[h] - b,)
-    return result
-
-
-@triton.jit
-def _ratio(a, b, least):
+def _divide_or_zero(a, b, least):
     """Divide scalars; 0 where the divisor isn't above ``least``."""
-    known = b > least
-    return tl.where(known, a / tl.where(known, b, 1.0), 0.0)
+    positive = b > least
+    return tl.where(positive, a / tl.where(positive, b, 1.0), 0.0)
 
 
 @triton.jit
-def _free_cells(x, loads_ptr, rows, sums_ptr):
-    """Tell which cells a step may change (equation 20)."""
-    load = _load_by_rank(loads_ptr, rows)
-    some = rows.there & (x > rows.weights * SOME)
-    total, n = _sum_columns(load, some, rows, sums_ptr)
+def free_cells(x, loads_ptr, rows, by_row_ptr):
+    """Find the cells that a step may change (equation 20), a tile of bool.
+
+    ``x`` is a tile of tokens, ``loads`` [n_ranks] float32; ``by_row`` is for `sum_by_column`.
+    """
+    load = load_at_cells(loads_ptr, rows)
+    has_tokens = rows.real & (x > rows.weights * EMPTY_PART)
+    total, n = sum_by_column(load, has_tokens, rows, by_row_ptr)
     low = load < total / tl.maximum(n, 1.0)
-    return rows.there & (rows.weights > 0) & (some | low)
+    return rows.real & (rows.weights > 0) & (has_tokens | low)
 
 
 @triton.jit
-def _find_potentials(
-    loads, mean, free, rows, rank_cells, cells_ptr, vector_ptr, product_ptr, sums_ptr, n_ranks,
+def laplacian(
+    vector,  # rank vector
+    free,  # tile of bool, free cells
+    rows,
+    rank_cells,
+    by_cell_ptr,  # [n_cells] float32, scratch, as the next three
+    vector_ptr,  # [n_ranks] float32
+    product_ptr,  # [n_ranks] float32
+    by_row_ptr,  # [2 R] float32
+    n_ranks,
     G: tl.constexpr,
-):  # fmt: skip
+):
+    """Multiply the matrix L of the free cells by a rank vector (equation 20); a rank vector."""
+    store_rank_vector(vector_ptr, vector, n_ranks, G)
+    tl.debug_barrier()
+    values = load_at_cells(vector_ptr, rows)
+    total, n = sum_by_column(values, free, rows, by_row_ptr)
+    flow = tl.where(free, values - total / tl.maximum(n, 1.0), 0.0)
+    store_cells(by_cell_ptr, flow, rows)
+    tl.debug_barrier()
+    store_by_rank(product_ptr, sum_by_rank(by_cell_ptr, rank_cells, n_ranks, G), n_ranks)
+    tl.debug_barrier()
+    return load_rank_vector(product_ptr, n_ranks, G)
+
+
+@triton.jit
+def find_potentials(
+    loads,  # rank vector
+    mean,  # mean of the loads
+    free,  # tile of bool, free cells
+    rows,
+    rank_cells,
+    by_cell_ptr,  # scratch for `laplacian`, as the next three
+    vector_ptr,
+    product_ptr,
+    by_row_ptr,
+    n_ranks,
+    G: tl.constexpr,
+):
     """Find the potentials that level loads along free cells, as far as they go (equation 21).
 
-    loads is a vector by rank and ``mean`` its mean; cells [n_cells], ``vector`` and ``product``
-    [n_ranks] and ``sums`` are scratch.
+    Returns a rank vector.
     """
     residual, potential = (), ()
     for h in tl.static_range(G // min(G, 32)):
-        there = h * min(G, 32) + tl.arange(0, min(G, 32)) < n_ranks
-        residual += (tl.where(there, loads[h] - mean, 0.0),)
+        is_rank = h * min(G, 32) + tl.arange(0, min(G, 32)) < n_ranks
+        residual += (tl.where(is_rank, loads[h] - mean, 0.0),)
         potential += (loads[h] * 0.0,)
+    # p and L p of equation 21, and rho of this step and of the step with the largest.
     direction = potential
     image = potential
-    size = mean * 0.0
-    largest = size
+    rho = mean * 0.0
+    largest_rho = rho
     for _ in range(RESIDUAL_STEPS):
-        _store_vector(vector_ptr, residual, n_ranks, G)
-        tl.debug_barrier()
-        # The Laplacian times the residual: by cell, then by rank.
-        values = _load_by_rank(vector_ptr, rows)
-        total, n = _sum_columns(values, free, rows, sums_ptr)
-        flow = tl.where(free, values - total / tl.maximum(n, 1.0), 0.0)
-        _store_by_cell(cells_ptr, flow, rows)
-        tl.debug_barrier()
-        _store_by_rank(product_ptr, _sum_of_ranks(cells_ptr, rank_cells, n_ranks, G), n_ranks)
-        tl.debug_barrier()
-        product = _load_vector(product_ptr, n_ranks, G)
-        new_size = _scalar_product(residual, product, G)
-        # Once the residual is round-off there is nothing to gain.
-        largest = tl.maximum(largest, new_size)
-        again = _ratio(new_size, size, largest * ROUND_OFF)
-        size = new_size
-        direction = _add_scaled(residual, again, direction, G)
-        image = _add_scaled(product, again, image, G)
-        length = _ratio(size, _scalar_product(image, image, G), 0.0)
-        length = tl.where(size > largest * ROUND_OFF, length, 0.0)
-        potential = _add_scaled(potential, length, direction, G)
-        residual = _add_scaled(residual, -length, image, G)
+        product = laplacian(
+            residual, free, rows, rank_cells, by_cell_ptr, vector_ptr, product_ptr, by_row_ptr,
+            n_ranks, G,
+        )  # fmt: skip
+        new_rho = dot(residual, product, G)
+        # Once the residual is round-off, further steps would add nothing but noise.
+        largest_rho = tl.maximum(largest_rho, new_rho)
+        ratio = _divide_or_zero(new_rho, rho, largest_rho * ROUND_OFF_PART)
+        rho = new_rho
+        direction = add_scaled(residual, ratio, direction, G)
+        image = add_scaled(product, ratio, image, G)
+        length = _divide_or_zero(rho, dot(image, image, G), 0.0)
+        length = tl.where(rho > largest_rho * ROUND_OFF_PART, length, 0.0)
+        potential = add_scaled(potential, length, direction, G)
+        residual = add_scaled(residual, -length, image, G)
     return potential
 
 
 @triton.jit
-def _project(y, free, rows, sums_ptr):
-    """Bring numbers by cell to tokens, none below 0 and a column's weight in sum (equation 22).
+def project(y, free, rows, by_row_ptr):
+    """Bring each column's numbers to the nearest plan, tokens by cell (equation 22).
 
-    A cell gets what it is above a level that is the same for its column. Cells that aren't above
-    the level that fits all are left out of the next. Cells that aren't free get nothing.
+    ``y`` is a tile of float32. A cell gets what it is above the level of its column; cells that
+    aren't above the level that fits the others are left out of the next round. Cells that aren't
+    ``free`` get nothing. Returns a tile.
     """
-    on = free
+    chosen = free
     level = rows.weights * 0.0
-    for _ in range(tl.minimum(rows.most_copies, ROUNDS)):
-        total, n = _sum_columns(y, on, rows, sums_ptr)
+    for _ in range(tl.minimum(rows.most_copies, MOST_ROUNDS)):
+        total, n = sum_by_column(y, chosen, rows, by_row_ptr)
         level = (total - rows.weights) / tl.maximum(n, 1.0)
-        on = on & (y > level)
-    tokens = tl.where(on, y - level, 0.0)
-    # What round-off took or gave, and what the last level left out.
-    total, n = _sum_columns(tokens, on, rows, sums_ptr)
+        chosen = chosen & (y > level)
+    tokens = tl.where(chosen, y - level, 0.0)
+    # Scaling makes up for round-off, and for the cells that the last round left out.
+    total, n = sum_by_column(tokens, chosen, rows, by_row_ptr)
     even = rows.weights / tl.maximum(rows.copies, 1).to(tl.float32)
     return tl.where(total > 0, tokens * (rows.weights / tl.where(total > 0, total, 1.0)), even)
 
 
 @triton.jit
-def _step(
-    x_ptr, loads_ptr, fixed_ptr, cells_ptr, vectors_ptr, sums_ptr, rows, rank_cells, mean, steps,
-    n_ranks, G: tl.constexpr,
-):  # fmt: skip
-    """Make one step by potentials after ``steps`` others (equations 20 to 23).
-
-    x [n_cells] and loads [n_ranks] are rewritten, fixed loads [n_ranks] read; cells [n_cells],
-    vectors [2, n_ranks] and ``sums`` are scratch. ``mean`` is that of all loads. Returns the
-    largest load.
-    """
+def step(
+    x_ptr,  # [n_cells] float32, tokens of each cell; updated
+    loads_ptr,  # [n_ranks] float32, updated
+    fixed_ptr,  # [n_ranks] float32
+    by_cell_ptr,  # [n_cells] float32, scratch, as the next two
+    vectors_ptr,  # [2, n_ranks] float32
+    by_row_ptr,  # [2 R] float32
+    rows,
+    rank_cells,
+    mean,  # mean of the loads
+    steps,  # steps that were made before
+    n_ranks,
+    G: tl.constexpr,
+):
+    """Make one step by potentials (equations 20 to 23); returns the new peak."""
     product_ptr = vectors_ptr + n_ranks
-    x = _load_by_cell(x_ptr, rows)
-    loads = _load_vector(loads_ptr, n_ranks, G)
-    free = _free_cells(x, loads_ptr, rows, sums_ptr)
-    potential = _find_potentials(
-        loads, mean, free, rows, rank_cells, cells_ptr, vectors_ptr, product_ptr, sums_ptr,
+    x = load_cells(x_ptr, rows)
+    loads = load_rank_vector(loads_ptr, n_ranks, G)
+    free = free_cells(x, loads_ptr, rows, by_row_ptr)
+    potential = find_potentials(
+        loads, mean, free, rows, rank_cells, by_cell_ptr, vectors_ptr, product_ptr, by_row_ptr,
         n_ranks, G,
     )  # fmt: skip
-    _store_vector(vectors_ptr, potential, n_ranks, G)
+    store_rank_vector(vectors_ptr, potential, n_ranks, G)
     tl.debug_barrier()
-    y = _project(x - _load_by_rank(vectors_ptr, rows), free, rows, sums_ptr)
-    _store_by_cell(cells_ptr, y, rows)
-    rank = _rank_numbers(G)
+    new_x = project(x - load_at_cells(vectors_ptr, rows), free, rows, by_row_ptr)
+    store_cells(by_cell_ptr, new_x, rows)
+    rank = rank_numbers(G)
     fixed = tl.load(fixed_ptr + rank, mask=rank < n_ranks, other=0.0)
     tl.debug_barrier()
-    _store_by_rank(product_ptr, fixed + _sum_of_ranks(cells_ptr, rank_cells, n_ranks, G), n_ranks)
+    store_by_rank(product_ptr, fixed + sum_by_rank(by_cell_ptr, rank_cells, n_ranks, G), n_ranks)
     tl.debug_barrier()
-    new = _load_vector(product_ptr, n_ranks, G)
+    new_loads = load_rank_vector(product_ptr, n_ranks, G)
     if steps >= WHOLE_STEPS:
-        # Where the sum of squares is least on the way.
-        change = _add_scaled(new, -1.0, loads, G)
-        # Changes sum to 0; less their mean, loads don't multiply what round-off left of that sum.
-        slope = -_scalar_product(_less(loads, mean, G), change, G)
-        length = _ratio(slope, _scalar_product(change, change, G), 0.0)
+        # Go only as far as the sum of squared loads falls (equation 23).
+        change = add_scaled(new_loads, -1.0, loads, G)
+        # Changes sum to 0 but for round-off, which loads less their mean multiply by less.
+        slope = -dot(subtract_scalar(loads, mean, G), change, G)
+        length = _divide_or_zero(slope, dot(change, change, G), 0.0)
         length = tl.maximum(tl.minimum(length, 1.0), 0.0)
-        y = x + (y - x) * length
-        new = _add_scaled(loads, length, change, G)
-    _store_by_cell(x_ptr, y, rows)
-    _store_vector(loads_ptr, new, n_ranks, G)
-    peak = new[0]
+        new_x = x + (new_x - x) * length
+        new_loads = add_scaled(loads, length, change, G)
+    store_cells(x_ptr, new_x, rows)
+    store_rank_vector(loads_ptr, new_loads, n_ranks, G)
+    peak = new_loads[0]
     for h in tl.static_range(1, G // min(G, 32)):
-        peak = tl.maximum(peak, new[h])
-    return _largest_load(peak)
+        peak = tl.maximum(peak, new_loads[h])
+    return largest_load(peak)
 
 
 @triton.jit
-def _cut_bound_of_rows(loads_ptr, fixed_ptr, rows, sums_ptr, n_ranks, peak, aim, G: tl.constexpr):
-    """Find the bound of equation 19 for loads and fixed loads [n_ranks] in memory."""
+def _cut_bound_by_rows(
+    loads_ptr,  # [n_ranks] float32
+    fixed_ptr,  # [n_ranks] float32
+    rows,
+    by_row_ptr,  # [2 R] float32, scratch
+    n_ranks,
+    peak,
+    aimed_gap,
+    G: tl.constexpr,
+):
+    """Compute the bound of equation 19 for loads in memory."""
     R: tl.constexpr = rows.weights.shape[0]
     rank = tl.arange(0, G)
-    rank_on = rank < n_ranks
-    loads = tl.load(loads_ptr + rank, mask=rank_on, other=0.0)
-    fixed = tl.load(fixed_ptr + rank, mask=rank_on, other=0.0)
-    lowest = _least_of_columns(_load_by_rank(loads_ptr, rows), rows.there, rows, sums_ptr)
-    # A column counts once, where its first row is.
-    counts = (_row_numbers(R) == rows.first) & (_cell_numbers(R) == 0)
+    is_rank = rank < n_ranks
+    loads = tl.load(loads_ptr + rank, mask=is_rank, other=0.0)
+    fixed = tl.load(fixed_ptr + rank, mask=is_rank, other=0.0)
+    lowest = least_by_column(load_at_cells(loads_ptr, rows), rows.real, rows, by_row_ptr)
+    # A column counts once, at the first cell of its first row.
+    counts = (row_numbers(R) == rows.first) & (positions_in_row(R) == 0)
     weights = tl.max(tl.where(counts, rows.weights, 0.0), 1)
-    return _cut_bound(
-        loads, fixed, weights[None, :], tl.max(lowest, 1)[None, :], rank_on, peak, aim
+    return cut_bound(
+        loads, fixed, weights[None, :], tl.max(lowest, 1)[None, :], is_rank, peak, aimed_gap
     )
 
 
 @triton.jit
 def _store_tokens(x_ptr, units_ptr, rows):
-    """Write the tokens that units [n_cells] of 2**-24 stand for to x [n_cells]."""
-    units = tl.load(units_ptr + rows.cells, mask=rows.there, other=0)
-    _store_by_cell(x_ptr, _shares(units) * rows.weights, rows)
+    """Write to x [n_cells] float32 the tokens of shares in units [n_cells] int32."""
+    units = tl.load(units_ptr + rows.cell, mask=rows.real, other=0)
+    store_cells(x_ptr, units_to_shares(units) * rows.weights, rows)
 
 
 @triton.jit(noinline=True)
-def _level_by_steps(
-    x_ptr, units_ptr, loads_ptr, fixed_ptr, weights_ptr, cells_ptr, vectors_ptr, sums_ptr,
-    edges_ptr, rows_ptr, rank_cells_ptr, peak, bound, mean, aim, max_steps, n_classes, most_copies,
-    most_cells, n_rows, n_ranks, width, G: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Improve a plan by steps by potentials, each with up to SWEEPS sweeps; a function of its own.
+def level_by_steps(
+    x_ptr,  # [n_cells] float32, written: tokens of each cell in the improved plan
+    units_ptr,  # [n_cells] int32, shares of the present plan in units
+    loads_ptr,  # [n_ranks] float32, scratch
+    fixed_ptr,  # [n_ranks] float32
+    weights_ptr,  # [n_columns] float32
+    by_cell_ptr,  # [n_cells] float32, scratch, as the next two
+    vectors_ptr,  # [2, n_ranks] float32
+    by_row_ptr,  # [2 R] float32
+    edges_ptr,  # tables, as in `SolveTables`
+    rows_ptr,
+    rank_cells_ptr,
+    peak,  # largest load of the present plan
+    bound,  # a load that no plan can beat
+    mean,  # mean of the loads
+    aimed_gap,
+    max_steps,
+    n_classes,
+    most_copies,  # most cells of a column
+    most_cells,  # most cells of a rank
+    n_rows,
+    n_ranks,
+    width,  # most edges of a class
+    G: tl.constexpr,
+    R: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Improve a plan by steps by potentials, with up to LATER_SWEEPS sweeps after each.
 
-    Few batches need it: the others have its registers, and it compiles sooner. The plan is units
-    [n_cells] of 2**-24 by cell, with largest load ``peak``; x [n_cells] gets a better one, in
-    tokens. fixed loads [n_ranks] and weights [n_columns] are read; loads [n_ranks], cells
-    [n_cells], vectors [2, n_ranks] and ``sums`` [2 R] are scratch. Tables as in `SolveTables`.
-    Returns a bound and the number of steps.
+    Returns a bound and the number of steps. Few batches need this: as a function of its own it
+    takes no registers from the others, and compiles sooner.
     """
-    rows = _load_rows(rows_ptr, weights_ptr, n_rows, most_copies, R)
-    rank_cells = _load_cells_of_ranks(rank_cells_ptr, most_cells, n_ranks, G)
+    rows = load_rows(rows_ptr, weights_ptr, n_rows, most_copies, R)
+    rank_cells = load_cells_of_ranks(rank_cells_ptr, most_cells, n_ranks, G)
     _store_tokens(x_ptr, units_ptr, rows)
-    rank = _rank_numbers(G)
+    rank = rank_numbers(G)
     fixed = tl.load(fixed_ptr + rank, mask=rank < n_ranks, other=0.0)
     tl.debug_barrier()
-    _store_by_rank(loads_ptr, fixed + _sum_of_ranks(x_ptr, rank_cells, n_ranks, G), n_ranks)
+    store_by_rank(loads_ptr, fixed + sum_by_rank(x_ptr, rank_cells, n_ranks, G), n_ranks)
     tl.debug_barrier()
     steps = max_steps * 0
-    peak_before = peak
-    while (peak - bound > peak * aim) & (steps < max_steps):
-        peak = _step(
-            x_ptr, loads_ptr, fixed_ptr, cells_ptr, vectors_ptr, sums_ptr, rows, rank_cells,
+    first_peak = peak
+    while (peak - bound > peak * aimed_gap) & (steps < max_steps):
+        peak = step(
+            x_ptr, loads_ptr, fixed_ptr, by_cell_ptr, vectors_ptr, by_row_ptr, rows, rank_cells,
             mean, steps, n_ranks, G,
         )  # fmt: skip
         steps += 1
-        done = steps * 0
-        while (peak - bound > peak * aim) & (done < SWEEPS):
-            done, peak = _sweep(
-                x_ptr, loads_ptr, edges_ptr, done, SWEEPS, n_classes, width, n_ranks, peak, bound,
-                aim, G, LANES,
+        sweeps = steps * 0
+        while (peak - bound > peak * aimed_gap) & (sweeps < LATER_SWEEPS):
+            sweeps, peak = sweep_until_bound_is_due(
+                x_ptr, loads_ptr, edges_ptr, sweeps, LATER_SWEEPS, n_classes, width, n_ranks, peak,
+                bound, aimed_gap, G, LANES,
             )  # fmt: skip
-            if peak - bound > peak * aim:
-                cut = _cut_bound_of_rows(
-                    loads_ptr, fixed_ptr, rows, sums_ptr, n_ranks, peak, aim, G
-                )  # fmt: skip
+            if peak - bound > peak * aimed_gap:
+                cut = _cut_bound_by_rows(
+                    loads_ptr, fixed_ptr, rows, by_row_ptr, n_ranks, peak, aimed_gap, G
+                )
                 bound = tl.maximum(bound, cut)
         tl.debug_barrier()
-    if (peak <= peak_before) == 0:
-        # A step may raise the largest load, and be the last.
+    if (peak <= first_peak) == 0:
+        # A step may raise the peak: the plan from before the first step is better, or peak is NaN.
         _store_tokens(x_ptr, units_ptr, rows)
     tl.debug_barrier()
     return bound, steps

@@ -1,13 +1,16 @@
-"""A group's cells by rows, and how numbers get from ranks to cells and back.
+"""A group's cells in rows of eight, and sums of numbers by cell over columns and over ranks.
 
-A *cell* is a column's share of one rank. A group's cells are numbered by column, then by rank. A
-*row* is up to eight cells of a column that follow each other: numbers by cell are tiles [R, 8], one
-line for each row. What a whole row or column has is such a tile too, of equal numbers in a line:
-eight threads share a line, and all of them need it. Where a column has more than one row, its rows
-tell each other through memory.
+A *cell* is the share of one column on one of its ranks; a group's cells are numbered by column,
+then by rank. A *row* is up to ROW_CELLS cells of one column that follow each other. Numbers by cell
+are tiles ``[R, 8]``, a line for each row; a number that belongs to a whole row or column is such a
+tile too, with the same number all along a line, since the eight threads that share a line all need
+it. Where a column has more than one row, its rows exchange their sums through memory.
+
+A *rank vector* has a number for each rank. As a tuple of slices of up to 32 ranks each, [32], all
+of it is in the registers of every warp, so that no warp has to wait for another.
 """
 
-# Triton's tuples grow.
+# A variable of type tuple[()] is extended in loops, which mypy takes for a change of type.
 # mypy: disable-error-code=assignment
 
 from __future__ import annotations
@@ -17,203 +20,240 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from lplb_triton import _layout
 from lplb_triton.kernels.solve.levelling import RANK_CELLS
 
-# Cells of a row; in lplb_triton/_tables.py too, which works without Triton.
-ROW_CELLS = tl.constexpr(8)
-# Words of the table of rows for each row.
-ROW_WORDS = tl.constexpr(12)
+# Cells of a row.
+ROW_CELLS = tl.constexpr(_layout.ROW_CELLS)
+# Words of the table of rows for each row: the ranks of its cells and four numbers.
+ROW_WORDS = tl.constexpr(_layout.ROW_WORDS)
 
 
 class Rows(NamedTuple):
-    """A group's rows, tiles [R, 8]."""
+    """A group's rows: tiles [R, 8]."""
 
-    ranks: Any
-    """A cell's rank, -1 for none; whether there is one; and its number."""
-    there: Any
-    cells: Any
+    rank: Any
+    """int32, rank of each cell, -1 in the padding."""
+    real: Any
+    """bool, False in the padding."""
+    cell: Any
+    """int32, number of each cell."""
     first: Any
-    """The first row of a cell's column, how many cells that has, and its tokens."""
+    """int32, first row of the cell's column."""
     copies: Any
+    """int32, how many cells that column has, 0 where there is no row."""
     weights: Any
+    """float32, tokens of that column."""
     most_copies: Any
-    """The most cells of a column of the group."""
+    """The most cells of a column of the group, a scalar."""
 
 
 class RankCells(NamedTuple):
     """The table of each rank's cells."""
 
     first: Any
-    """The numbers of the first RANK_CELLS cells, [G, RANK_CELLS], -1 for none."""
+    """[G, RANK_CELLS] int32, the first cells of each rank, -1 after the last."""
     ptr: Any
-    """The table."""
+    """[n, n_ranks] int32, the table in memory."""
     most: Any
-    """The most cells of a rank."""
+    """The most cells of a rank, a scalar."""
 
 
 @triton.jit
-def _row_numbers(R: tl.constexpr):
-    """Give each cell the number of its row, [R, 8].
+def row_numbers(R: tl.constexpr):
+    """Give each cell the number of its row, [R, 8] int32.
 
     By a division, or Triton sees that numbers follow each other along rows, gives what is loaded
-    from there a layout to suit, and converts it to the one of all other tiles.
+    from there a layout to suit, and converts it to the layout of all other tiles.
     """
-    at = tl.arange(0, R)[:, None] * ROW_CELLS + tl.arange(0, ROW_CELLS)[None, :]
-    return at // ROW_CELLS
+    entry = tl.arange(0, R)[:, None] * ROW_CELLS + tl.arange(0, ROW_CELLS)[None, :]
+    return entry // ROW_CELLS
 
 
 @triton.jit
-def _cell_numbers(R: tl.constexpr):
-    """Give each cell its number within its row, [R, 8]."""
+def positions_in_row(R: tl.constexpr):
+    """Give each cell its position in its row, [R, 8] int32."""
     return tl.broadcast_to(tl.arange(0, ROW_CELLS)[None, :], (R, ROW_CELLS))
 
 
 @triton.jit
-def _load_rows(rows_ptr, weights_ptr, n_rows, most_copies, R: tl.constexpr):
-    """Load `Rows`; weights are by column."""
-    row = _row_numbers(R)
-    nth = _cell_numbers(R)
-    on = row < n_rows
-    ranks = tl.load(rows_ptr + row * ROW_CELLS + nth, mask=on, other=-1)
+def load_rows(rows_ptr, weights_ptr, n_rows, most_copies, R: tl.constexpr):
+    """Load `Rows` from the table [12 n_rows] int32 and the weights [n_columns] float32."""
+    row = row_numbers(R)
+    position = positions_in_row(R)
+    is_row = row < n_rows
+    rank = tl.load(rows_ptr + row * ROW_CELLS + position, mask=is_row, other=-1)
     numbers_ptr = rows_ptr + n_rows * ROW_CELLS + row
-    cells = tl.load(numbers_ptr, mask=on, other=0) + nth
-    first = tl.load(numbers_ptr + n_rows, mask=on, other=0)
-    copies = tl.load(numbers_ptr + 2 * n_rows, mask=on, other=0)
-    column = tl.load(numbers_ptr + 3 * n_rows, mask=on, other=0)
+    cell = tl.load(numbers_ptr, mask=is_row, other=0) + position
+    first = tl.load(numbers_ptr + n_rows, mask=is_row, other=0)
+    copies = tl.load(numbers_ptr + 2 * n_rows, mask=is_row, other=0)
+    column = tl.load(numbers_ptr + 3 * n_rows, mask=is_row, other=0)
     weights = tl.load(weights_ptr + column, mask=copies > 0, other=0.0)
-    return Rows(ranks, ranks >= 0, cells, first, copies, weights, most_copies)
+    return Rows(rank, rank >= 0, cell, first, copies, weights, most_copies)
 
 
 @triton.jit
-def _load_by_rank(values_ptr, rows):
-    """Give each cell what its rank has, 0 where there is none."""
-    return tl.load(values_ptr + rows.ranks, mask=rows.there, other=0.0)
+def load_at_cells(by_rank_ptr, rows):
+    """Load at each cell the number of its rank, from [n_ranks] float32; 0 in the padding."""
+    return tl.load(by_rank_ptr + rows.rank, mask=rows.real, other=0.0)
 
 
 @triton.jit
-def _load_by_cell(values_ptr, rows):
-    """Load what cells have, 0 where there is none."""
-    return tl.load(values_ptr + rows.cells, mask=rows.there, other=0.0)
+def load_cells(by_cell_ptr, rows):
+    """Load numbers by cell, [n_cells] float32 in memory, as a tile; 0 in the padding."""
+    return tl.load(by_cell_ptr + rows.cell, mask=rows.real, other=0.0)
 
 
 @triton.jit
-def _store_by_cell(values_ptr, values, rows):
-    """Store what `_load_by_cell` loads."""
-    tl.store(values_ptr + rows.cells, values, mask=rows.there)
+def store_cells(by_cell_ptr, values, rows):
+    """Store a tile of numbers by cell to [n_cells] float32, as `load_cells` loads them."""
+    tl.store(by_cell_ptr + rows.cell, values, mask=rows.real)
 
 
 @triton.jit
-def _sum_columns(values, on, rows, sums_ptr):
-    """Sum what a column's cells hold where they are on, and count them; ``sums`` [2 R] is scratch.
+def sum_by_column(values, chosen, rows, by_row_ptr):
+    """Sum the values of each column's cells that are ``chosen``, and count these cells.
 
-    Returns two tiles.
+    ``values`` and ``chosen`` are tiles of float32 and bool; ``by_row`` [2 R] float32 is scratch.
+    Returns two tiles of float32.
     """
     R: tl.constexpr = values.shape[0]
-    total = _sum_lines(tl.where(on, values, 0.0))
-    n = _sum_lines(tl.where(on, 1.0, 0.0))
+    total = _sum_lines(tl.where(chosen, values, 0.0))
+    n = _sum_lines(tl.where(chosen, 1.0, 0.0))
     if rows.most_copies > ROW_CELLS:
-        row = _row_numbers(R)
-        once = _cell_numbers(R) == 0
-        # The last sums may still be read.
+        row = row_numbers(R)
+        is_first = positions_in_row(R) == 0
+        # Other threads may still be reading the sums of an earlier call.
         tl.debug_barrier()
-        tl.store(sums_ptr + row, total, mask=once)
-        tl.store(sums_ptr + R + row, n, mask=once)
+        tl.store(by_row_ptr + row, total, mask=is_first)
+        tl.store(by_row_ptr + R + row, n, mask=is_first)
         tl.debug_barrier()
         total *= 0.0
         n *= 0.0
         for i in range(tl.cdiv(rows.most_copies, ROW_CELLS)):
-            # Rare, and without it unrolled: long code takes its time to fetch.
+            # The barrier keeps this rare loop from being unrolled: long code is slow to fetch.
             tl.debug_barrier()
-            others = i * ROW_CELLS < rows.copies
-            total += tl.load(sums_ptr + rows.first + i, mask=others, other=0.0)
-            n += tl.load(sums_ptr + R + rows.first + i, mask=others, other=0.0)
+            is_row = i * ROW_CELLS < rows.copies
+            total += tl.load(by_row_ptr + rows.first + i, mask=is_row, other=0.0)
+            n += tl.load(by_row_ptr + R + rows.first + i, mask=is_row, other=0.0)
     return total, n
 
 
 @triton.jit
-def _least_of_columns(values, on, rows, sums_ptr):
-    """Least of what a column's cells hold where they are on, a tile; infinite where none is."""
+def least_by_column(values, chosen, rows, by_row_ptr):
+    """Find the least value of each column's cells that are ``chosen``; infinite where none is.
+
+    Arguments are those of `sum_by_column`. Returns a tile of float32.
+    """
     R: tl.constexpr = values.shape[0]
-    least = tl.min(tl.where(on, values, float("inf")), 1, keep_dims=True)
+    least = tl.min(tl.where(chosen, values, float("inf")), 1, keep_dims=True)
     least = tl.broadcast_to(least, values.shape)
     if rows.most_copies > ROW_CELLS:
         tl.debug_barrier()
-        tl.store(sums_ptr + _row_numbers(R), least, mask=_cell_numbers(R) == 0)
+        tl.store(by_row_ptr + row_numbers(R), least, mask=positions_in_row(R) == 0)
         tl.debug_barrier()
         for i in range(tl.cdiv(rows.most_copies, ROW_CELLS)):
-            # Rare, and without it unrolled: long code takes its time to fetch.
+            # The barrier keeps this rare loop from being unrolled: long code is slow to fetch.
             tl.debug_barrier()
-            others = i * ROW_CELLS < rows.copies
-            other = tl.load(sums_ptr + rows.first + i, mask=others, other=float("inf"))
+            is_row = i * ROW_CELLS < rows.copies
+            other = tl.load(by_row_ptr + rows.first + i, mask=is_row, other=float("inf"))
             least = tl.minimum(least, other)
     return least
 
 
 @triton.jit
 def _sum_lines(values):
-    """Sum each line of a tile; a tile."""
+    """Sum each line of a tile; returns a tile with the sum all along the line."""
     return tl.broadcast_to(tl.sum(values, 1, keep_dims=True), values.shape)
 
 
 @triton.jit
-def _rank_numbers(G: tl.constexpr):
-    """Give each cell of ranks the number of its rank, [G, 8]; by a division, as `_row_numbers`."""
-    at = tl.arange(0, G)[:, None] * RANK_CELLS + tl.arange(0, RANK_CELLS)[None, :]
-    return at // RANK_CELLS
+def rank_numbers(G: tl.constexpr):
+    """Give each cell of a rank its rank, [G, 8] int32; by a division, as `row_numbers` does."""
+    entry = tl.arange(0, G)[:, None] * RANK_CELLS + tl.arange(0, RANK_CELLS)[None, :]
+    return entry // RANK_CELLS
 
 
 @triton.jit
-def _store_by_rank(values_ptr, values, n_ranks):
-    """Store what a tile [G, 8] has by rank, the first of each line, to [n_ranks]."""
+def store_by_rank(by_rank_ptr, values, n_ranks):
+    """Store a tile [G, 8] with equal numbers along each line to [n_ranks] float32."""
     G: tl.constexpr = values.shape[0]
-    rank = _rank_numbers(G)
-    first = tl.arange(0, RANK_CELLS)[None, :] == 0
-    tl.store(values_ptr + rank, values, mask=(rank < n_ranks) & first)
+    rank = rank_numbers(G)
+    is_first = tl.arange(0, RANK_CELLS)[None, :] == 0
+    tl.store(by_rank_ptr + rank, values, mask=(rank < n_ranks) & is_first)
 
 
 @triton.jit
-def _load_cells_at(rank_cells_ptr, first, n_ranks, G: tl.constexpr):
-    """Load the numbers of RANK_CELLS cells of each rank from its ``first`` one on, -1 for none."""
-    at = tl.arange(0, G)[:, None] * RANK_CELLS + tl.arange(0, RANK_CELLS)[None, :]
-    rank = at // RANK_CELLS
-    at = (first + at % RANK_CELLS) * n_ranks + rank
-    return tl.load(rank_cells_ptr + at, mask=rank < n_ranks, other=-1)
+def _load_block_of_cells(rank_cells_ptr, first, n_ranks, G: tl.constexpr):
+    """Load what `levelling.load_rank_cells` does, as a tile [G, RANK_CELLS]."""
+    entry = tl.arange(0, G)[:, None] * RANK_CELLS + tl.arange(0, RANK_CELLS)[None, :]
+    rank = entry // RANK_CELLS
+    entry = (first + entry % RANK_CELLS) * n_ranks + rank
+    return tl.load(rank_cells_ptr + entry, mask=rank < n_ranks, other=-1)
 
 
 @triton.jit
-def _load_cells_of_ranks(rank_cells_ptr, most_cells, n_ranks, G: tl.constexpr):
-    """Load `RankCells`."""
-    return RankCells(_load_cells_at(rank_cells_ptr, 0, n_ranks, G), rank_cells_ptr, most_cells)
+def load_cells_of_ranks(rank_cells_ptr, most_cells, n_ranks, G: tl.constexpr):
+    """Load `RankCells` from the table [n, n_ranks] int32."""
+    first = _load_block_of_cells(rank_cells_ptr, 0, n_ranks, G)
+    return RankCells(first, rank_cells_ptr, most_cells)
 
 
 @triton.jit
-def _sum_of_ranks(values_ptr, rank_cells, n_ranks, G: tl.constexpr):
-    """Sum what the cells of each rank hold, a tile [G, 8] of equal numbers in a line."""
+def sum_by_rank(by_cell_ptr, rank_cells, n_ranks, G: tl.constexpr):
+    """Sum [n_cells] float32 over the cells of each rank; a tile [G, 8], equal along each line."""
     cell = rank_cells.first
-    values = tl.load(values_ptr + cell, mask=cell >= 0, other=0.0)
+    values = tl.load(by_cell_ptr + cell, mask=cell >= 0, other=0.0)
     for first in range(RANK_CELLS, rank_cells.most, RANK_CELLS):
-        # Rare, and without it unrolled: long code takes its time to fetch.
+        # The barrier keeps this rare loop from being unrolled: long code is slow to fetch.
         tl.debug_barrier()
-        cell = _load_cells_at(rank_cells.ptr, first, n_ranks, G)
-        values += tl.load(values_ptr + cell, mask=cell >= 0, other=0.0)
+        cell = _load_block_of_cells(rank_cells.ptr, first, n_ranks, G)
+        values += tl.load(by_cell_ptr + cell, mask=cell >= 0, other=0.0)
     return _sum_lines(values)
 
 
 @triton.jit
-def _load_vector(vector_ptr, n_ranks, G: tl.constexpr):
-    """Load a vector by rank as a tuple of [32]: every warp has all of it; 0 after the last rank."""
-    LANES: tl.constexpr = min(G, 32)
-    parts = ()
-    for h in tl.static_range(G // LANES):
-        rank = h * LANES + tl.arange(0, LANES)
-        parts += (tl.load(vector_ptr + rank, mask=rank < n_ranks, other=0.0),)
-    return parts
+def load_rank_vector(vector_ptr, n_ranks, G: tl.constexpr):
+    """Load [n_ranks] float32 as a rank vector, 0 in the padding."""
+    SLICE: tl.constexpr = min(G, 32)
+    slices = ()
+    for h in tl.static_range(G // SLICE):
+        rank = h * SLICE + tl.arange(0, SLICE)
+        slices += (tl.load(vector_ptr + rank, mask=rank < n_ranks, other=0.0),)
+    return slices
 
 
 @triton.jit
-def _store_vector(vector_ptr, parts, n_ranks, G: tl.constexpr):
-    """Store what `_load_vector` loads."""
-    LANES: tl.constexpr = min(G, 32)
-    for h in tl.static_range(G // LANES):
-        rank = h * LANES + tl.arange(0, LANES)
-        tl.store(vector_ptr + rank, parts[h], mask=rank < n_ranks)
+def store_rank_vector(vector_ptr, slices, n_ranks, G: tl.constexpr):
+    """Store a rank vector to [n_ranks] float32."""
+    SLICE: tl.constexpr = min(G, 32)
+    for h in tl.static_range(G // SLICE):
+        rank = h * SLICE + tl.arange(0, SLICE)
+        tl.store(vector_ptr + rank, slices[h], mask=rank < n_ranks)
+
+
+@triton.jit
+def dot(a, b, G: tl.constexpr):
+    """Compute the scalar product of two rank vectors."""
+    total = a[0] * b[0]
+    for h in tl.static_range(1, G // min(G, 32)):
+        total += a[h] * b[h]
+    return tl.sum(total)
+
+
+@triton.jit
+def add_scaled(a, scale, b, G: tl.constexpr):
+    """Compute ``a + scale b`` of rank vectors."""
+    result = ()
+    for h in tl.static_range(G // min(G, 32)):
+        result += (a[h] + b[h] * scale,)
+    return result
+
+
+@triton.jit
+def subtract_scalar(a, b, G: tl.constexpr):
+    """Subtract a scalar from every number of a rank vector."""
+    result = ()
+    for h in tl.static_range(G // min(G, 32)):
+        result += (a[h] - b,)
+    return result

@@ -8,18 +8,18 @@ __all__ = ["reserve", "scratch", "workspace_bytes"]
 
 _required: dict[torch.device, int] = {}
 _blocks: dict[tuple[torch.device, int], torch.Tensor] = {}
-# Blocks for the next streams of a GPU. A stream's first call may come where memory is taken from a
-# pool that belongs to somebody else, who doesn't expect any of it to stay: `torch.compile` warms up
-# its CUDA graphs like that, on a stream of its own, besides the one that the program runs on.
+# Blocks for the next streams of a GPU. On a stream's first call, allocations may go to a pool whose
+# owner doesn't expect any of them to stay: `torch.compile` warms up its CUDA graphs with such a
+# pool, on a stream of its own, besides the one that the program runs on.
 _spares: dict[torch.device, list[torch.Tensor]] = {}
 N_SPARES = 2
 
 
 def _stream_key(device: torch.device) -> tuple[torch.device, int]:
-    """Name the current stream of ``device``; CPUs have one."""
+    """Return a key for the current stream of ``device``; a CPU has one stream."""
     if device.type != "cuda":
         return device, 0
-    # Without a Stream object on the way, which costs as much as a launch.
+    # The raw handle: to make a Stream object takes as long as a launch.
     return device, torch._C._cuda_getCurrentRawStream(device.index)
 
 
@@ -33,13 +33,14 @@ def reserve(device: torch.device, n_bytes: int) -> None:
 
 
 def _new_block(device: torch.device) -> torch.Tensor:
-    # It outlives an inference mode that happens to be on.
+    """Allocate a block of the size that is required."""
+    # The block outlives an inference mode that happens to be on, so it is no inference tensor.
     with torch.inference_mode(False):
         return torch.empty(_required[device], dtype=torch.uint8, device=device)
 
 
 def _take_block(device: torch.device) -> torch.Tensor:
-    """Return a block for the current stream, new or kept for it."""
+    """Return a block for the current stream: a spare one that is large enough, or a new one."""
     spares = _spares.get(device, [])
     if not spares or spares[-1].numel() < _required[device]:
         return _new_block(device)
@@ -49,7 +50,7 @@ def _take_block(device: torch.device) -> torch.Tensor:
 
 
 def scratch(device: torch.device) -> tuple[torch.Tensor, int | None]:
-    """Block of the current stream (uint8), and the stream's key to cache views under.
+    """Return the current stream's block (uint8), and the stream's key to cache views under.
 
     The block is the caller's until the next call on the same stream.
 
@@ -69,9 +70,10 @@ def scratch(device: torch.device) -> tuple[torch.Tensor, int | None]:
 
 
 def workspace_bytes(device: torch.device | str | None = None) -> int:
-    """Scratch held for all streams of a device, in bytes (CUDA graphs hold their own).
+    """Return the scratch memory held for all streams of a device, in bytes.
 
-    A GPU's includes blocks that the next streams will take.
+    A GPU's includes blocks that the next streams will take. The blocks that CUDA graphs hold
+    themselves are not counted.
 
     Parameters
     ----------

@@ -11,16 +11,22 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton._counts import MAX_COUNT
+from lplb_triton._layout import (
+    GATHERED_HEADER_WORDS,
+    NO_COUNT,
+    STATUS_CHANNEL,
+    STATUS_EPOCH,
+    STATUS_FAULT,
+    STATUS_FIELDS,
+)
 from lplb_triton.sync._base import Communicator, SyncError, group_timeout
 from lplb_triton.sync._channels import disorder
 
 # Words of a message before the counts: epoch (unused: the library keeps the order), version,
-# number of counts, unused. As GATHERED_HEADER of kernels/sync.py, which a CPU doesn't import.
-HEADER = 4
+# number of counts, unused.
+HEADER = GATHERED_HEADER_WORDS
 # After a failure on the host, seconds that ranks wait for one another's reports.
 GRACE = 2.0
-# Sum of counts that int32 doesn't hold, or of which one is none: no solver takes it for tokens.
-NO_COUNT = -2
 
 
 class DistributedCommunicator(Communicator):
@@ -199,7 +205,7 @@ def mismatch_error(
 def device_error(
     sync: Communicator, status: Any, openings: Mapping[int, int] | None = None
 ) -> SyncError:
-    """Error for what a kernel has reported (see kernels/sync.py).
+    """Error for what a kernel has reported (see kernels/exchange.py).
 
     With ``openings``, how this rank opened each channel, the number of counts in a report has the
     other rank's opening above it.
@@ -209,9 +215,9 @@ def device_error(
     if sync.device.type == "cuda":
         # The fault's details are there for certain only now. Every wait is bounded.
         torch.cuda.synchronize(sync.device)
-    epoch, channel = int(status[1]), int(status[2])
-    fault = kernels.FAULTS[int(status[0])]
-    by_rank = status[kernels.STATUS_FIRST :].reshape(3, -1)
+    epoch, channel = int(status[STATUS_EPOCH]), int(status[STATUS_CHANNEL])
+    fault = kernels.FAULTS[int(status[STATUS_FAULT])]
+    by_rank = status[kernels.STATUS_FIRST :].reshape(STATUS_FIELDS, -1)
     blamed = [int(rank) for rank in by_rank[0].nonzero()[0]]
     where = f"epoch {epoch} on channel {channel} of {sync!r} failed on rank {sync.rank}"
     if fault == "mismatch":

@@ -1,0 +1,23 @@
+"""How shares become whole tokens: the units of shares, and where rounding begins.
+
+Equation numbers refer to docs/method.md.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lplb_triton import _layout
+
+SHARE_BITS = tl.constexpr(_layout.SHARE_BITS)
+SHARE_MASK = tl.constexpr(_layout.SHARE_ONE - 1)
+SHARE_HALF = tl.constexpr(_layout.SHARE_ONE // 2)
+OFFSET_BY_RANK = tl.constexpr(_layout.OFFSET_BY_RANK)
+OFFSET_BY_EXPERT = tl.constexpr(_layout.OFFSET_BY_EXPERT)
+
+
+@triton.jit
+def rounding_offset(rank, expert):
+    """Return where a rank's rounding of an expert begins (equation 13); both int64."""
+    return (expert * OFFSET_BY_EXPERT + rank * OFFSET_BY_RANK + SHARE_HALF) & SHARE_MASK

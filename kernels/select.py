@@ -1,0 +1,204 @@
+"""Rewrite logical ids into physical ids: the kernel, and its launcher.
+
+The batch is cut into chunks as count.py does, whose positions of tokens are needed here. Equation
+numbers refer to docs/method.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from lplb_triton.kernels.count import pad_experts
+from lplb_triton.kernels.launch import KernelCall, launch_call, supports_pdl
+from lplb_triton.kernels.pdl import await_previous
+from lplb_triton.kernels.report import BAD_CUMULATIVE, BAD_RUNNING, REPORT_INPUT, write_report
+from lplb_triton.kernels.rounding import SHARE_BITS, SHARE_MASK, rounding_offset
+
+# Ids that one program handles at a time. The kernel compares all pairs of them.
+SELECT_BLOCK = 256
+
+
+@triton.jit
+def _quota_end(cumulative_ptr, copy, count, offset):
+    """Count this rank's tokens of an expert that go to ``copy`` or an earlier one (equation 12)."""
+    share = tl.load(cumulative_ptr + copy).to(tl.int64)
+    return (count * share + offset) >> SHARE_BITS
+
+
+@triton.jit
+def _find_copy(cumulative_ptr, low, high, position, count, offset, steps, INTEGER: tl.constexpr):
+    """Halve the range of copies, dealing a node's tokens out evenly (equation 14).
+
+    INTEGER is a type that holds ``count`` squared.
+    """
+    position = position.to(INTEGER)
+    size = count.to(INTEGER)
+    count = count.to(tl.int64)
+    low_end = tl.zeros_like(count)
+    for _ in range(steps):
+        inner = low < high
+        middle = (low + high) // 2
+        middle_end = _quota_end(cumulative_ptr, middle, count, offset)
+        quota = (middle_end - low_end).to(INTEGER)
+        divisor = tl.maximum(size, 1).to(INTEGER)
+        scaled = position * quota + size // 2
+        taken = scaled // divisor
+        left = inner & (scaled - taken * size + quota >= size)
+        right = inner & (left == 0)
+        position = tl.where(left, taken, tl.where(right, position - taken, position))
+        size = tl.where(left, quota, tl.where(right, size - quota, size))
+        low_end = tl.where(right, middle_end, low_end)
+        high = tl.where(left, middle, high)
+        low = tl.where(right, middle + 1, low)
+    return low
+
+
+@triton.jit
+def _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count, offset):
+    """Report positions that are no less than their counts, and shares that are none.
+
+    The shares of an expert's first copy must be in range, and those of its last one must end at
+    the count.
+    """
+    write_report(report_ptr, REPORT_INPUT, BAD_RUNNING, known & (position >= count))
+    first_end = tl.load(cumulative_ptr + low)
+    bad = (first_end < 0) | (first_end > SHARE_MASK + 1)
+    bad |= _quota_end(cumulative_ptr, high, count.to(tl.int64), offset) != count
+    write_report(report_ptr, REPORT_INPUT, BAD_CUMULATIVE, known & bad)
+
+
+@triton.jit(
+    do_not_specialize=["n_ids", "chunk", "n_logical", "n_rows", "rank"],
+    do_not_specialize_on_alignment=[
+        "idx_ptr",
+        "out_ptr",
+        "running_ptr",
+        "cumulative_ptr",
+        "report_ptr",
+    ],
+)
+def select_kernel(
+    idx_ptr,  # [n_ids] int32 or int64: logical ids, -1 for none
+    out_ptr,  # [n_ids], the same dtype: gets physical ids, -1 for none
+    running_ptr,  # [n_rows, n_logical] int32: running sums of counts by program, see `sum_rows`
+    cumulative_ptr,  # [n_copies] int32: cumulative shares of each expert's copies
+    copy_start_ptr,  # [n_logical + 1] int32: first copy of each expert
+    copy_slot_ptr,  # [n_copies] int32: physical id of each copy
+    search_steps_ptr,  # [1] int32: halvings that the largest number of copies takes
+    report_ptr,  # [2] int64, see report.py: with CHECK, inputs that don't fit
+    n_ids,
+    chunk,  # ids of one program
+    n_logical,
+    n_rows,
+    rank,  # this rank's number
+    BINS: tl.constexpr,  # n_logical or more, a power of two
+    BLOCK: tl.constexpr,  # ids that are handled at a time
+    PDL: tl.constexpr,  # whether this may start before the kernel ahead of it has ended
+    CHECK: tl.constexpr,  # whether to check that `running` and `cumulative` fit the ids
+):
+    """Write physical ids for one chunk of logical ids (equations 12 to 14). Grid (n_rows,)."""
+    program = tl.program_id(0).to(tl.int64)
+    begin = program * chunk
+    end = tl.minimum(begin + chunk, n_ids)
+    expert = tl.arange(0, BINS)
+    # Tokens of each expert ahead of this program's next block, by this program alone at first.
+    seen = tl.zeros((BINS,), dtype=tl.int32)
+    n_before = tl.where(program > 0, n_logical, 0)
+    totals_ptr = running_ptr + (n_rows - 1).to(tl.int64) * n_logical
+    steps = tl.load(search_steps_ptr)
+    lane = tl.arange(0, BLOCK)
+    earlier = lane[:, None] < lane[None, :]
+    for block in range(begin, end, BLOCK):
+        at = block + lane
+        ids = tl.load(idx_ptr + at, mask=at < end, other=-1)
+        known = (ids >= 0) & (ids < n_logical)
+        e = tl.where(known, ids, 0).to(tl.int32)
+        low = tl.load(copy_start_ptr + e)
+        high = tl.load(copy_start_ptr + e + 1) - 1
+        # Rank within the block by comparing all pairs: stable, hence deterministic.
+        tag = tl.where(known, e, -1)
+        same = (tag[:, None] == tag[None, :]) & earlier
+        position = tl.sum(same.to(tl.int32), 0)
+        if block == begin:
+            # The work before this overlaps with the solve, whose end this waits for.
+            await_previous(PDL)
+            before_ptrs = running_ptr + (program - 1) * n_logical + expert
+            seen = tl.load(before_ptrs, mask=expert < n_before, other=0)
+        count = tl.load(totals_ptr + e, mask=known, other=0)
+        position += tl.gather(seen, e, 0)
+        if block + BLOCK < end:
+            seen += tl.histogram(e, BINS, mask=known)
+
+        offset = rounding_offset(rank.to(tl.int64), e.to(tl.int64))
+        if CHECK:
+            _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count, offset)
+        most = n_ids
+        if n_ids >= 65536:
+            most = tl.max(count)
+        if most < 65536:
+            low = _find_copy(cumulative_ptr, low, high, position, count, offset, steps, tl.uint32)
+        else:
+            low = _find_copy(cumulative_ptr, low, high, position, count, offset, steps, tl.int64)
+        slot = tl.load(copy_slot_ptr + low)
+        physical = tl.where(known, slot, -1).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, physical, mask=at < end)
+    await_previous(PDL)
+
+
+class SelectTables(NamedTuple):
+    """Device tables that the select kernel reads, int32."""
+
+    copy_start: torch.Tensor
+    """[n_logical + 1] first copy of each expert."""
+    copy_slot: torch.Tensor
+    """[n_copies] physical id of each copy."""
+    search_steps: torch.Tensor
+    """[1] halvings that the largest number of copies takes."""
+
+
+# Where the arguments that change from batch to batch are among those of `select_call`.
+SELECT_IDX_AT, SELECT_OUT_AT = 0, 1
+SELECT_N_IDS_AT = 5 + len(SelectTables._fields)
+SELECT_CHUNK_AT = SELECT_N_IDS_AT + 1
+
+
+def select_call(
+    idx: torch.Tensor,
+    out: torch.Tensor,
+    running: torch.Tensor,
+    cumulative: torch.Tensor,
+    tables: SelectTables,
+    report: torch.Tensor,
+    chunk: int,
+    rank: int,
+    check: bool = False,
+) -> KernelCall:
+    """Prepare `select`; ``check`` is whether to check ``running`` and ``cumulative``."""
+    n_rows, n_logical = running.shape
+    args = (
+        idx, out, running, cumulative, *tables, report,
+        idx.numel(), chunk, n_logical, n_rows, rank,
+    )  # fmt: skip
+    constants = (pad_experts(n_logical), SELECT_BLOCK, supports_pdl(idx.device), check)
+    return KernelCall(select_kernel, n_rows, args, constants, {"num_warps": 8})
+
+
+def select(
+    idx: torch.Tensor,
+    out: torch.Tensor,
+    running: torch.Tensor,
+    cumulative: torch.Tensor,
+    tables: SelectTables,
+    report: torch.Tensor,
+    chunk: int,
+    rank: int,
+) -> None:
+    """Write physical ids of contiguous ``idx`` to ``out`` (same shape and dtype).
+
+    If ``running`` or ``cumulative`` don't fit, ``report`` [2] int64 says so.
+    """
+    launch_call(select_call(idx, out, running, cumulative, tables, report, chunk, rank, check=True))

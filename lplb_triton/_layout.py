@@ -1,0 +1,126 @@
+"""What the host and the kernels must agree on: plain integers, without torch or Triton.
+
+Kernels wrap a number that they use as a compile-time constant, ``X = tl.constexpr(_layout.X)``.
+"""
+
+from __future__ import annotations
+
+import enum
+
+# Shares.
+
+# Shares are multiples of 2**-24. float32 holds each of them exactly and so do their sums: a
+# column's shares add up to exactly 1, and token quotas are computed from them in integers.
+SHARE_BITS = 24
+SHARE_ONE = 1 << SHARE_BITS
+# Equation 13: odd multipliers near 2**24 over the golden and the plastic number.
+OFFSET_BY_RANK = 10368889
+OFFSET_BY_EXPERT = 12664745
+
+# The outcome of a solve, the numbers of `lplb_triton.Status`.
+STATUS_CERTIFIED = 0
+STATUS_GAP = 1
+STATUS_INVALID = 2
+
+# Tables of a placement.
+
+
+class Extent(enum.IntEnum):
+    """Columns of the table ``extents``, which has a row for each group."""
+
+    N_CELLS = 0
+    """Cells of the group."""
+    MOST_MEMBERS = 1
+    """The most members of a column."""
+    MOST_COPIES = 2
+    """The most cells of a column."""
+    MOST_CELLS = 3
+    """The most cells of a rank."""
+    MULTIPLICITY = 4
+    """The most copies of an expert on a rank."""
+    N_CLASSES = 5
+    """Classes of edges."""
+    MOST_SWEEPS = 6
+    """Sweeps over the edges, at most, before steps by potentials take over."""
+    IN_PAIRS = 7
+    """1 if the table ``pairs`` holds the group's edges, else 0."""
+
+
+N_EXTENTS = len(Extent)
+
+
+class CellField(enum.IntEnum):
+    """Rows of the table ``cells``, which has a column for each cell of a group."""
+
+    RANK = 0
+    COLUMN = 1
+    FIRST = 2
+    """The first cell of the column."""
+    COPIES = 3
+    """The number of cells of the column."""
+
+
+N_CELL_FIELDS = len(CellField)
+
+# Words of ``edges`` and of ``pairs`` have four fields of this many bits, the first one lowest.
+FIELD_BITS = 16
+FIELD_MASK = (1 << FIELD_BITS) - 1
+# A field of ``pairs`` that holds nothing.
+PAIR_FIELD = FIELD_MASK
+# Edges hold the numbers of their cells in a field.
+MOST_CELLS = 1 << FIELD_BITS
+
+# Cells of a rank that the kernels sum at once: ``rank_cells`` is padded to whole such blocks.
+RANK_CELLS = 8
+# Cells of a row, and words of the table ``rows`` for each row: the ranks of these cells, then four
+# numbers.
+ROW_CELLS = 8
+ROW_WORDS = ROW_CELLS + 4
+# Copies of a column that are looked at side by side; their ranks have the table ``first_ranks``.
+COPIES_AT_ONCE = 4
+# Members of a column that are looked at side by side, in the table ``first_members`` (a power of
+# two).
+MEMBERS = 4
+
+# Ranks up to which columns that are pairs are solved in registers, how many ranks a warp takes at
+# once, and how many edges a lane may have: more of them don't stay in registers.
+PAIR_RANKS = 64
+PAIR_LANES = 32
+PAIR_EDGES = 8
+
+# float32 words of scratch memory of a group for each rank, column, cell and row; one for each
+# thread comes on top.
+SCRATCH_BY_RANK = 4
+SCRATCH_BY_COLUMN = 1
+SCRATCH_BY_CELL = 4
+SCRATCH_BY_ROW = 2
+
+# Exchange of counts between ranks.
+
+# The largest count, and the largest sum of counts.
+MAX_COUNT = (1 << 31) - 1
+# The sum of a failed exchange, or one that int32 does not hold: no solver takes it for tokens.
+NO_COUNT = -2
+# An exchange through peer memory takes at most so many ranks.
+MAX_RANKS = 128
+# Words of a row before its counts: 64-bit words in peer memory, int32 in rows that another library
+# has gathered.
+HEADER_WORDS = 2
+GATHERED_HEADER_WORDS = 4
+# The second word of a header: the number of counts in so many bits, and above it how the channel
+# was opened.
+COUNT_BITS = 16
+
+# int64 words of the status in memory that the host can read. From STATUS_FIRST on there are
+# STATUS_FIELDS words for each rank: whether it is to blame, its version, and the second word of its
+# header, each for all ranks before the next.
+STATUS_FAULT = 0
+STATUS_EPOCH = 1
+STATUS_CHANNEL = 2
+STATUS_FIRST = 8
+STATUS_FIELDS = 3
+
+# What the first word of the status says.
+FAULT_ABSENT = 1
+FAULT_MISMATCH = 2
+FAULT_OVERLAP = 3
