@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from lplb_triton.placement.programs import find_load_targets
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -413,7 +415,7 @@ def _arrays(placement: Placement, pair_classes: int | None = None) -> dict[str, 
 def _fold_arrays(placement: Placement) -> dict[str, NDArray[Any]]:
     """List what `lplb_triton._backends.interior_point.solve_counts` reads besides."""
     s = placement.structure
-    fixed_rank, column = placement._fold
+    fixed_rank, column = find_load_targets(s)
     n_copies = _lengths(s.copy_start).astype(np.int64)
     nowhere = placement.ep_size * placement.max_columns
     return {
