@@ -1,4 +1,4 @@
-"""Arguments of `Replicas`: what is wrong with one rank's, and where ranks differ."""
+"""Checks of the arguments of `Replicas`, on one rank and across ranks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ __all__ = [
     "TRAINABLE",
     "Spec",
     "check_backend",
+    "check_dtype",
     "check_group",
     "check_on_all_ranks",
     "check_params",
@@ -53,7 +54,7 @@ def check_on_all_ranks(
     spec: Spec = {}
     try:
         spec = check()
-    except Exception as caught:  # whatever it is, the other ranks must hear of it
+    except Exception as caught:  # the other ranks must learn of any error
         error = caught
     for name, group in groups.items():
         mine = {**spec, **(own or {}).get(name, {})}
@@ -66,6 +67,7 @@ def check_on_all_ranks(
 
 
 def _find_disagreement(group: str, reports: list[tuple[str | None, Spec]]) -> ValueError | None:
+    """Return the error of the first rank that failed or differs from rank 0, if there is one."""
     for rank, (message, _) in enumerate(reports):
         if message is not None:
             return ValueError(f"on rank {rank} of {group}: {message}")
@@ -122,6 +124,14 @@ def check_placement(placement: Placement, group: dist.ProcessGroup | None) -> No
         )
 
 
+def check_dtype(dtype: object) -> None:
+    """Raise naming ``dtype`` unless it is None or that of a parameter that gets gradients."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype or None, got {type(dtype).__name__}")
+    if dtype is not None and dtype not in TRAINABLE:
+        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+
+
 def check_params(
     params: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], n_own: int
 ) -> dict[str, Rows]:
@@ -160,7 +170,7 @@ def is_trained(rows: Rows) -> bool:
 
 
 def check_backend(group: dist.ProcessGroup | None, device: torch.device) -> None:
-    """Raise unless ``group`` can send what is on ``device``."""
+    """Raise unless ``group`` can send tensors on ``device``."""
     backend = None if group is None else dist.get_backend(group)
     if backend == ("gloo" if device.type == "cuda" else "nccl"):
         raise ValueError(
@@ -170,5 +180,5 @@ def check_backend(group: dist.ProcessGroup | None, device: torch.device) -> None
 
 
 def describe_placement(placement: Placement) -> tuple[object, ...]:
-    """Everything that two equal placements have in common."""
+    """Describe a placement so that equal placements have equal descriptions."""
     return placement.ep_size, placement.n_logical, placement.phy2log.numpy().tobytes()
