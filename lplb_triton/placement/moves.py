@@ -10,7 +10,14 @@ import torch
 from lplb_triton._checks import check_integer, nearest_divisors, would_do
 from lplb_triton.placement import Placement
 
-__all__ = ["MovePlan", "keep_slots", "plan_moves"]
+__all__ = [
+    "MovePlan",
+    "check_same_sizes",
+    "keep_slots",
+    "number_domains",
+    "plan_moves",
+    "require_placement",
+]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,8 +88,7 @@ def plan_moves(
     TypeError, ValueError
         Naming the argument.
     """
-    if not isinstance(placement, Placement):
-        raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
+    placement = require_placement("placement", placement)
     sizes = (placement.n_logical, placement.n_physical, placement.ep_size)
     check_same_sizes("previous", previous, sizes)
     domain = number_domains(placement.ep_size, ranks_per_domain)
@@ -104,10 +110,16 @@ def plan_moves(
     return MovePlan(*(torch.from_numpy(column) for column in columns))
 
 
+def require_placement(name: str, value: object) -> Placement:
+    """Return a placement, or raise a TypeError that names it."""
+    if not isinstance(value, Placement):
+        raise TypeError(f"{name} must be a Placement, got {type(value).__name__}")
+    return value
+
+
 def check_same_sizes(name: str, previous: object, sizes: tuple[int, int, int]) -> None:
     """Raise, naming the argument, unless it is a placement of these experts, slots and ranks."""
-    if not isinstance(previous, Placement):
-        raise TypeError(f"{name} must be a Placement, got {type(previous).__name__}")
+    previous = require_placement(name, previous)
     found = (previous.n_logical, previous.n_physical, previous.ep_size)
     if found != sizes:
         raise ValueError(f"{name} must have (experts, slots, ranks) = {sizes}, got {found}")

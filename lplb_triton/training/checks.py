@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton.placement import Placement
+from lplb_triton.placement.moves import require_placement
 from lplb_triton.training.rows import Rows, check_rows, describe_tensor, parts_of
 
 __all__ = [
@@ -104,8 +105,7 @@ def check_group(name: str, group: object) -> None:
 
 def check_placement(placement: Placement, group: dist.ProcessGroup | None) -> None:
     """Raise unless ``placement`` is for the ranks of ``group``."""
-    if not isinstance(placement, Placement):
-        raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
+    placement = require_placement("placement", placement)
     if group is None and placement.ep_size > 1:
         raise ValueError(
             f"placement is for {placement.ep_size} ranks (its ep_size): give group=, the process "

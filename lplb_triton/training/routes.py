@@ -129,7 +129,7 @@ def assign_positions(placement: Placement, current: Ints) -> Ints:
     position comes first, then the present rank, then that of the earliest copy by
     `Placement.log2phy`.
     """
-    from scipy.optimize import linear_sum_assignment  # slow to import, needed here only
+    from scipy.optimize import linear_sum_assignment  # SciPy is slow to import
 
     n, ep_size = placement.n_logical, placement.ep_size
     n_own = n // ep_size
