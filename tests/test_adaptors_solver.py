@@ -282,6 +282,7 @@ class TestSolver:
         assert float((taken[rows] - wanted)[rows >= 0].abs().max()) <= 1 + 1e-3
 
     def test_partial_rows_are_warned_of(self):
+        """Rows that list some slots of an expert warn, and their probabilities sum to 1."""
         phy2log = torch.tensor([0, 1, 0, 2, 0, 3]).to(DEVICE)
         log2phy = torch.tensor([[2, 0], [1, -1], [3, -1], [5, -1]]).to(DEVICE)
         with pytest.warns(RuntimeWarning, match="some of the slots of 1 experts") as caught:

@@ -30,7 +30,7 @@ Floats = NDArray[np.float64]
 
 TOKENS_PER_EXPERT = 1024
 # Limits of a shape or topology made by its name, so that a typing error does not take all memory.
-MOST_RANKS, MOST_SLOTS = 4096, 2**16
+MAX_RANKS, MAX_SLOTS = 4096, 2**16
 
 
 def _normal(rng: np.random.Generator, n: int) -> Floats:
@@ -202,8 +202,8 @@ def named_topology(name: str) -> torch.Tensor:
         If there is no such topology, or it has more ranks.
     """
     sizes = [size.lstrip("0")[:6] for size in name.partition(":")[2].split("x")]
-    if math.prod(int(size) for size in sizes if size.isdecimal()) > MOST_RANKS:
-        raise ValueError(f"{name} has more than {MOST_RANKS} ranks")
+    if math.prod(int(size) for size in sizes if size.isdecimal()) > MAX_RANKS:
+        raise ValueError(f"{name} has more than {MAX_RANKS} ranks")
     return topologies.from_name(name)
 
 
@@ -241,9 +241,9 @@ def shape_placement(
         ranks, slots = (int(size.lstrip("0")[:9] or 0) for size in sizes)
         if ranks < 1:
             raise ValueError(f"shape must have at least one rank, got {shape!r}")
-        if ranks > MOST_RANKS or ranks * slots > MOST_SLOTS:
+        if ranks > MAX_RANKS or ranks * slots > MAX_SLOTS:
             raise ValueError(
-                f"shape must have at most {MOST_RANKS} ranks and {MOST_SLOTS} redundant slots in "
+                f"shape must have at most {MAX_RANKS} ranks and {MAX_SLOTS} redundant slots in "
                 f"all, got {shape!r}"
             )
         per_rank = max(1, 256 // ranks) if ranks >= 16 else 8
