@@ -315,7 +315,7 @@ class Placement:
         return torch.from_numpy(table)
 
     def __repr__(self) -> str:
-        """Sizes in one line."""
+        """Write the sizes in one line."""
         return (
             f"Placement({self.n_logical} experts in {self.n_physical} slots, {self.ep_size} ranks, "
             f"{self.n_group} group(s), up to {int(self._counts.max())} copies)"

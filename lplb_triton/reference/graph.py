@@ -22,13 +22,13 @@ __all__ = ["Graph", "build_graph", "list_graphs"]
 MAX_COPIES_ALL_JOINED = 4
 # Rounds of the projection, at most (equation 22).
 MAX_PROJECTION_ROUNDS = 5
-# Graphs that are kept, the last ones used.
+# Size of the cache of graphs.
 MAX_CACHED_GRAPHS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """Which ranks the columns of one mask join, and everything that follows from that alone."""
+    """The cells and edges of one mask, in tables."""
 
     columns: torch.Tensor
     """``[E]`` int64, numbers of the columns that have two copies or more."""
@@ -51,7 +51,7 @@ class Graph:
         return self.rank_cells.shape[0]
 
     def at_cells(self, by_rank: torch.Tensor) -> torch.Tensor:
-        """Give each cell its rank's value, ``[B, G]`` to ``[B, E, K]``; padding gets any value."""
+        """Return the value of each cell's rank, ``[B, G]`` to ``[B, E, K]``; padding gets any."""
         return by_rank[:, self.rank]
 
     def sum_by_rank(self, cells: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ class Graph:
 
 
 def _join_copies(n: int) -> list[tuple[int, int]]:
-    """Pairs of n copies that are joined: each with each, or as the corners of a hypercube are."""
+    """List the pairs of n copies that edges join: all of them, or the edges of a hypercube."""
     pairs = list(combinations(range(n), 2))
     if n > MAX_COPIES_ALL_JOINED:
         pairs = [(i, j) for i, j in pairs if (i ^ j).bit_count() == 1]
@@ -75,10 +75,10 @@ def _join_copies(n: int) -> list[tuple[int, int]]:
 def _colour_edges(
     ranks_of: list[list[int]], width: int, n_ranks: int
 ) -> list[list[tuple[int, int, int, int]]]:
-    """Put the edges of equation 18 into classes that name no rank twice, crowded ranks first.
+    """Put the edges of equation 18 into classes that name no rank twice (an edge colouring).
 
-    ``ranks_of`` lists the ranks of each row of the table of cells, which is ``width`` cells wide.
-    An edge is the numbers of two cells, then their ranks.
+    Edges of ranks with many edges come first. ``ranks_of`` lists the ranks of each row of the table
+    of cells, which is ``width`` cells wide. An edge is the numbers of two cells, then their ranks.
     """
     edges = []
     for row, ranks in enumerate(ranks_of):
@@ -89,7 +89,7 @@ def _colour_edges(
         degree[a] += 1
         degree[b] += 1
     edges.sort(key=lambda edge: -degree[edge[2]] - degree[edge[3]])
-    taken = [0] * n_ranks  # Bit k says that the rank has an edge of class k.
+    taken = [0] * n_ranks  # Bit k is set if the rank has an edge of class k.
     classes: list[list[tuple[int, int, int, int]]] = []
     for edge in edges:
         a, b = edge[2:]
@@ -125,22 +125,22 @@ def build_graph(mask: torch.Tensor) -> Graph:
     for row, ranks in enumerate(ranks_of):
         for nth, g in enumerate(ranks):
             on_rank[g].append(row * width + nth)
-    most = max([1, *map(len, on_rank)])
+    most_on_rank = max([1, *map(len, on_rank)])
 
-    def integers(rows: list[list[int]], size: int, padding: int) -> torch.Tensor:
+    def to_table(rows: list[list[int]], size: int, padding: int) -> torch.Tensor:
         rows = [row + [padding] * (size - len(row)) for row in rows]
         made = torch.tensor(rows, dtype=torch.int64, device=device)
         return made.reshape(len(rows), size)
 
-    copies = integers([[len(ranks)] for ranks in ranks_of], 1, 0)[:, 0]
+    copies = to_table([[len(ranks)] for ranks in ranks_of], 1, 0)[:, 0]
     edges = _colour_edges(ranks_of, width, n_ranks)
-    tables = [torch.tensor(some, dtype=torch.int64, device=device) for some in edges]
+    tables = [torch.tensor(one, dtype=torch.int64, device=device) for one in edges]
     return Graph(
-        columns=integers([[e] for e in columns], 1, 0)[:, 0],
-        rank=integers(ranks_of, width, 0),
+        columns=to_table([[e] for e in columns], 1, 0)[:, 0],
+        rank=to_table(ranks_of, width, 0),
         real=torch.arange(width, device=device) < copies.unsqueeze(1),
         copies=copies,
-        rank_cells=integers(on_rank, most, len(columns) * width),
+        rank_cells=to_table(on_rank, most_on_rank, len(columns) * width),
         classes=tuple((t[:, 0], t[:, 1], t[:, 2], t[:, 3]) for t in tables),
         rounds=min(width, MAX_PROJECTION_ROUNDS),
     )

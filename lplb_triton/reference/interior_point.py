@@ -132,7 +132,7 @@ class _Programs:
         return cls(w, fixed, mask, even, active, w_active, base)
 
     def find_loads(self, plan: torch.Tensor) -> torch.Tensor:
-        """Load of each rank under a plan whose inactive columns are split evenly, ``[B, G]``."""
+        """Find the loads ``[B, G]`` under a plan whose inactive columns are split evenly."""
         return self.base + (self.w_active * plan).sum(2)
 
 
@@ -229,7 +229,7 @@ class _NewtonSystem:
         self.factor, _ = torch.linalg.cholesky_ex(matrix)
 
     def average_columns(self, value: torch.Tensor) -> torch.Tensor:
-        """D-weighted mean over the copies of each column, ``[B, 1, C]``."""
+        """Average values over the copies of each column, weighted by D: ``[B, 1, C]``."""
         return (self.d_copy * value).sum(1, keepdim=True) / self.d_column
 
     def solve(self, target_xz: torch.Tensor, target_sy: torch.Tensor) -> _Point:
@@ -272,14 +272,14 @@ def _find_step(programs: _Programs, point: _Point, n_products: torch.Tensor) -> 
 def _find_step_lengths(
     point: _Point, step: _Point, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Primal and dual step, ``[B]`` each: a factor of the longest one, at most 1 (equation 9)."""
+    """Find the primal and dual step, a factor of the longest, at most 1: ``[B]`` (equation 9)."""
     primal = _find_longest_step((point.x, step.x), (point.s, step.s))
     dual = _find_longest_step((point.z, step.z), (point.y, step.y))
     return (factor * primal).clamp(max=1.0), (factor * dual).clamp(max=1.0)
 
 
 def _find_longest_step(*pairs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Longest step at which every value stays non-negative, ``[B]``, from values and changes."""
+    """Find the longest step ``[B]`` at which all values stay non-negative, given their changes."""
     rates = [torch.where(dv < 0, -dv / v, 0.0).flatten(1).amax(1) for v, dv in pairs]
     return 1.0 / torch.stack(rates).amax(0).clamp(min=1e-30)
 

@@ -221,7 +221,7 @@ def level_edges(
 def compute_cut_bound(
     graph: Graph, load: torch.Tensor, w: torch.Tensor, fixed: torch.Tensor, aim: float
 ) -> torch.Tensor:
-    """Largest bound of four sets of the fullest ranks (equation 19).
+    """Compute the largest bound of four sets of the fullest ranks (equation 19).
 
     Parameters
     ----------
@@ -243,17 +243,17 @@ def compute_cut_bound(
     """
     peak = load.amax(1)[:, None, None]
     depths = torch.tensor(CUT_DEPTHS, dtype=load.dtype, device=load.device)
-    least = peak - aim * peak * depths[:, None]
-    inside = load.unsqueeze(1) >= least
+    threshold = peak - aim * peak * depths[:, None]
+    inside = load.unsqueeze(1) >= threshold
     # A column lies in a set exactly if the least loaded of its ranks does.
     lowest = torch.where(graph.real, graph.at_cells(load), torch.inf).amin(2)
-    kept = torch.where(lowest.unsqueeze(1) >= least, w.unsqueeze(1), 0.0).sum(2)
-    total = torch.where(inside, fixed.unsqueeze(1), 0.0).sum(2) + kept
+    confined = torch.where(lowest.unsqueeze(1) >= threshold, w.unsqueeze(1), 0.0).sum(2)
+    total = torch.where(inside, fixed.unsqueeze(1), 0.0).sum(2) + confined
     return (total / inside.sum(2)).amax(1)
 
 
 def _find_largest_load(
     plan: torch.Tensor, weights: torch.Tensor, fixed: torch.Tensor
 ) -> torch.Tensor:
-    """Load of the most loaded rank under shares ``[B, G, C]``, ``[B]`` float64."""
+    """Find the load ``[B]`` float64 of the most loaded rank under shares ``[B, G, C]``."""
     return (fixed + (weights.unsqueeze(1) * plan).sum(2)).amax(1)

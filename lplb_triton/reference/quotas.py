@@ -93,7 +93,7 @@ def _match_supply(
 def shares_of_quotas(
     quotas: torch.Tensor, counts: torch.Tensor, copy_start: torch.Tensor, rank: int
 ) -> torch.Tensor:
-    """Cumulative shares that `copy_quotas` turns into exactly these quotas (equation 17).
+    """Compute the cumulative shares that `copy_quotas` turns into these quotas (equation 17).
 
     Parameters
     ----------

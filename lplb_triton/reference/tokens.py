@@ -80,10 +80,10 @@ def cumulative_shares(
     units = torch.round(shares.double().reshape(-1) * one).long()
     if units.numel() == 0:
         units = torch.zeros(1, dtype=torch.long, device=shares.device)
-    here = torch.where(copy_cell < 0, one, units[copy_cell.clamp(min=0).long()])
+    rank_share = torch.where(copy_cell < 0, one, units[copy_cell.clamp(min=0).long()])
     index, multiplicity = copy_index.long(), copy_multiplicity.long()
-    # Copies on one rank share that rank's part as evenly as integers allow.
-    part = (index + 1) * here // multiplicity - index * here // multiplicity
+    # Copies of an expert on one rank split the rank's share as evenly as integers allow.
+    part = (index + 1) * rank_share // multiplicity - index * rank_share // multiplicity
     return sum_by_expert(part, copy_start).int()
 
 
@@ -101,7 +101,7 @@ def repeat_by_copy(values: torch.Tensor, copy_start: torch.Tensor, n_copies: int
 
 
 def rounding_offsets(rank: int, n_logical: int) -> torch.Tensor:
-    """Offsets that make the rounding of many ranks cancel (equation 13).
+    """Compute offsets that make the rounding of many ranks cancel (equation 13).
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def rounding_offsets(rank: int, n_logical: int) -> torch.Tensor:
 def copy_quotas(
     counts: torch.Tensor, cumulative: torch.Tensor, copy_start: torch.Tensor, rank: int
 ) -> torch.Tensor:
-    """Tokens that each copy gets from this rank (equation 12).
+    """Compute the tokens that each copy gets from this rank (equation 12).
 
     Parameters
     ----------
