@@ -26,11 +26,11 @@ from lplb_triton.bench.traffic import Case, Loads
 from lplb_triton.placement import Placement
 from lplb_triton.testing.instances import (
     FAMILIES,
-    SHAPES,
     TOKENS_PER_EXPERT,
     Instance,
-    corpus,
+    Part,
     draw_loads,
+    draw_part,
 )
 from lplb_triton.traces import trace as traces
 
@@ -40,11 +40,9 @@ __all__ = [
     "FEWEST_RANKS",
     "HARD",
     "Islands",
-    "Part",
     "Wide",
     "hard",
     "parts",
-    "random",
     "real",
 ]
 
@@ -85,27 +83,6 @@ CASES = tuple(
     )
 )
 FEWEST_RANKS = min(case.ep for case in CASES)
-
-
-class Part(NamedTuple):
-    """Instances of one kind."""
-
-    name: str
-    """``random``, ``traffic`` or ``hard``."""
-    steps: list[tuple[str, int]]
-    """Name of each placement, and how many instances there are of it."""
-    instances: Iterator[Instance]
-    """In this order."""
-
-    @property
-    def as_problems(self) -> bool:
-        """Whether the kernel of `lplb_triton.solve` is asked too, which takes no 256 ranks."""
-        return self.name == "random"
-
-
-def random(n_instances: int, seed: int) -> Part:
-    """Return random programs, as `lplb_triton.testing.instances.corpus` draws them."""
-    return Part("random", [(shape, 1) for shape in SHAPES], corpus(n_instances, seed))
 
 
 def _batches(n: int, ranks: int) -> int:
@@ -294,7 +271,7 @@ def _hard(n_batches: int, seed: int, shapes: Mapping[str, Wide | Islands]) -> It
 def parts(
     n_instances: int, seed: int, n_batches: int = 0, most_ranks: int | None = None
 ) -> list[Part]:
-    """Return what `lplb_triton.testing.verify.verify` solves.
+    """Return what `lplb-bench verify` solves.
 
     Parameters
     ----------
@@ -311,7 +288,7 @@ def parts(
     -------
     list of Part
     """
-    found = [random(n_instances, seed)]
+    found = [draw_part(n_instances, seed)]
     if n_batches:
         most = np.inf if most_ranks is None else most_ranks
         cases = [case for case in CASES if case.ep <= most]

@@ -198,9 +198,12 @@ class TestSolver:
         check_rows(solver.solve(ids), solver.log2phy)
 
     def test_first_buffer_is_even(self):
+        """Until the first batch, probabilities are even over the slots listed."""
         phy2log, log2phy = random_maps(3, 4, 6, 16)
         listed = (log2phy >= 0).float()
-        assert torch.equal(LPLBSolver(phy2log, log2phy, 4)._prob, listed / listed.sum(1)[:, None])
+        assert torch.equal(
+            LPLBSolver(phy2log, log2phy, 4)._probabilities, listed / listed.sum(1)[:, None]
+        )
 
     def test_a_dropped_solver_is_freed(self):
         """SGLang makes the solvers of all layers anew after every chunk of a rebalance."""
@@ -279,6 +282,7 @@ class TestSolver:
         assert float((taken[rows] - wanted)[rows >= 0].abs().max()) <= 1 + 1e-3
 
     def test_partial_rows_are_warned_of(self):
+        """Rows that list some slots of an expert warn, and their probabilities sum to 1."""
         phy2log = torch.tensor([0, 1, 0, 2, 0, 3]).to(DEVICE)
         log2phy = torch.tensor([[2, 0], [1, -1], [3, -1], [5, -1]]).to(DEVICE)
         with pytest.warns(RuntimeWarning, match="some of the slots of 1 experts") as caught:
@@ -293,7 +297,9 @@ class TestSolver:
         # No part of the plan is listed: the slots that are take even parts.
         shares = torch.tensor([0.0, 0.0, 1.0]).reshape(1, 3, 1)
         shares = torch.nn.functional.pad(shares, (0, solver.balancer.placement.max_columns - 1))
-        assert torch.equal(solver._write(shares.to(DEVICE))[0].cpu(), torch.tensor([0.5, 0.5]))
+        assert torch.equal(
+            solver._write_probabilities(shares.to(DEVICE))[0].cpu(), torch.tensor([0.5, 0.5])
+        )
 
     def test_not_certified_is_told(self):
         phy2log, log2phy = random_maps(3, 4, 6, 16)

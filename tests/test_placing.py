@@ -8,9 +8,9 @@ from hypothesis import given, settings
 
 from lplb_triton import Placement, chain, place, plan_moves, solve
 from lplb_triton.placement import exact_search as exact
-from lplb_triton.placement.cut_search import CutSearch, _level_cuts
+from lplb_triton.placement.cut_search import CutSearch, find_level_cuts
 from lplb_triton.placement.exact_search import ExactSearch
-from lplb_triton.placement.placing import _scenarios
+from lplb_triton.placement.placing import draw_batches
 from lplb_triton.testing.verify import highs_optimum
 
 
@@ -112,17 +112,18 @@ def test_nothing_to_do():
 
 
 def test_bookkeeping_of_the_search():
-    load = _scenarios(fluctuating(20, 24, 10).numpy(), 40, 0.2, 1.0, np.random.default_rng(0))
+    """The tables of the search stay those of its placement after many changes."""
+    load = draw_batches(fluctuating(20, 24, 10).numpy(), 40, 0.2, 1.0, np.random.default_rng(0))
     load = load / load.sum(1, keepdims=True) * 6
     start = Placement.from_history(torch.from_numpy(load.mean(0)), 6, redundant_per_rank=1)
     search = cut_search(start, load, np.random.default_rng(0))
     for search.trial in range(1, 120):
-        search.step()
+        search.try_change()
         copies = np.zeros_like(search.copies)
         np.add.at(copies, (search.expert, search.rank), 1)
         assert (copies == search.copies).all()
         assert (copies.sum(1) >= 1).all()
-    confined, value_of = search.measure(search.cuts)
+    confined, value_of = search.evaluate_cuts(search.cuts)
     assert (confined == search.confined).all()
     np.testing.assert_allclose(search.value_of, value_of, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(search.value, np.maximum(value_of.max(0), 1), rtol=1e-4)
@@ -130,6 +131,7 @@ def test_bookkeeping_of_the_search():
 
 
 def test_cuts_bound_the_optimum_and_reach_it():
+    """Cuts bound the optimum from below, and those of solved programs reach it."""
     rng = np.random.default_rng(11)
     load = fluctuating(8, 24, 11, 0.6).float().numpy()
     load = load / load.sum(1, keepdims=True) * 6
@@ -138,19 +140,20 @@ def test_cuts_bound_the_optimum_and_reach_it():
     exact = np.array(
         [highs_optimum(row, np.zeros(6), np.ascontiguousarray(search.copies.T > 0)) for row in load]
     )
-    search.separate(np.arange(len(load)))
+    search.separate_cuts(np.arange(len(load)))
     assert (search.value <= exact * (1 + 1e-5)).all()
-    upper = search.certify()
+    upper = search.solve_batches()
     assert (search.value <= exact * (1 + 1e-5)).all()
     assert (upper >= exact * (1 - 1e-5)).all()
     np.testing.assert_allclose(search.value, exact, rtol=3e-3)
 
 
 def test_level_cuts_are_the_best_prefix():
+    """The cut of a batch is the best among the prefixes of its ranks by load."""
     held = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 1], [0, 0, 1]], dtype=bool)
     weight = np.array([[4, 2, 1, 0], [0, 0, 1, 9]], dtype=np.float32)
     loads = np.array([[5.0, 1.5, 0.5], [0.0, 0.5, 9.5]])
-    cuts = _level_cuts(loads, weight, held)
+    cuts = find_level_cuts(loads, weight, held)
     assert cuts.tolist() == [[True, False, False], [False, False, True]]
 
 
@@ -185,7 +188,7 @@ def test_errors_name_the_argument(error, name, arguments):
 @pytest.fixture
 def few(monkeypatch):
     """Fewer programs a step: the torch twin solves them one by one."""
-    for name, value in (("CANDIDATES", 12), ("GLANCE", 12), ("FINALISTS", 2)):
+    for name, value in (("CANDIDATES", 12), ("SCREENING_BATCHES", 12), ("SHORTLIST_SIZE", 2)):
         monkeypatch.setattr(exact, name, value)
 
 
@@ -217,24 +220,25 @@ def test_exact_search_keeps_its_books_and_lowers_the_optimum(few):
 
 
 def test_exact_search_tries_what_it_prices():
+    """Changes are applied as encoded, and gain no more than estimated."""
     _, search = exact_search(fluctuating(16, 16, 13, 0.5), 4, 1)
-    price = search.prices()
-    change = price.isfinite().nonzero()[:, 0]
+    estimate = search.estimate_changes()
+    change = estimate.isfinite().nonzero()[:, 0]
     assert len(change) > 20
-    copies = search.changed(change)
+    copies = search.apply_changes(change)
     assert torch.equal(copies.sum((1, 2)), torch.full((len(change),), 20.0))
     assert (copies.sum(2) >= 1).all() and (copies >= 0).all()
-    slots, experts = search.slots(change)
+    slots, experts = search.decode_changes(change)
     for i in range(0, len(change), 7):
         expert = search.expert.clone()
         expert[slots[i]] = experts[i]
         held = torch.zeros_like(search.copies)
         held.index_put_((expert, search.rank), torch.ones(20), accumulate=True)
         assert torch.equal(held, copies[i])
-    # The price looks at one cut of each batch only, so no change is better than it says.
-    exact = search.score(copies, search.solve(copies, search.load))
-    gain = search.score(search.copies[None], search.optimum[None]) - exact
-    assert (gain <= -price[change] * 1.01 + 5e-3).all()
+    # The estimate takes one cut of each batch, so no change is better than it says.
+    exact = search.score_placements(copies, search.find_optima(copies, search.load))
+    gain = search.score_placements(search.copies[None], search.optimum[None]) - exact
+    assert (gain <= -estimate[change] * 1.01 + 5e-3).all()
 
 
 @pytest.mark.parametrize("exact", [False, True])

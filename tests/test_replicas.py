@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lplb_triton import Balancer, Placement, Replicas, topologies
-from lplb_triton.training.routes import assign_seats
+from lplb_triton.training.routes import assign_positions
 
 EXPERTS, RANKS, HIDDEN, INNER = 16, 4, 6, 5
 SHAPES = {"w_in": (HIDDEN, INNER), "w_out": (INNER, HIDDEN), "scale": ()}
@@ -322,22 +322,26 @@ def most_at_home(placement):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_originals_are_even_and_beside_a_copy(seed):
+    """As many originals as possible are on a rank that holds a copy, in equal numbers."""
     rng = np.random.default_rng(seed)
     slots = np.concatenate([np.arange(24), rng.integers(0, 24, 12)])
     placement = Placement(rng.permutation(slots), 6, n_logical=24)
-    seats = assign_seats(placement, rng.permutation(24))
-    assert sorted(seats) == list(range(24))
-    at_home = held(placement)[np.arange(24), seats // 4].sum()
+    positions = assign_positions(placement, rng.permutation(24))
+    assert sorted(positions) == list(range(24))
+    at_home = held(placement)[np.arange(24), positions // 4].sum()
     assert at_home == most_at_home(placement)
 
 
 def test_originals_stay_or_follow_the_topology():
+    """Assigning positions again changes nothing, nor does a topology in logical order."""
     placement = dict(placements())["topology"]
-    seats = assign_seats(placement, np.arange(EXPERTS))
-    again = assign_seats(placement, seats)
-    np.testing.assert_array_equal(seats, again)
+    positions = assign_positions(placement, np.arange(EXPERTS))
+    again = assign_positions(placement, positions)
+    np.testing.assert_array_equal(positions, again)
     in_order = Placement.from_topology(topologies.torus(2, 2), EXPERTS + 8, EXPERTS, RANKS)
-    np.testing.assert_array_equal(assign_seats(in_order, np.arange(EXPERTS)), np.arange(EXPERTS))
+    np.testing.assert_array_equal(
+        assign_positions(in_order, np.arange(EXPERTS)), np.arange(EXPERTS)
+    )
     assert most_at_home(dict(placements())["uneven"]) < EXPERTS
 
 

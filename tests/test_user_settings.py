@@ -183,7 +183,7 @@ def plain(value):
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """Fewer programs a step: the torch twin solves them one by one."""
-    for name, value in (("CANDIDATES", 12), ("GLANCE", 12), ("FINALISTS", 2)):
+    for name, value in (("CANDIDATES", 12), ("SCREENING_BATCHES", 12), ("SHORTLIST_SIZE", 2)):
         monkeypatch.setattr(exact, name, value)
 
 

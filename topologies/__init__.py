@@ -1,4 +1,4 @@
-"""Which rank holds copies of whose experts: fixed replication topologies within a group of ranks.
+"""Fixed replication topologies: which rank of a group holds copies of which rank's experts.
 
 A topology is an integer matrix `r2o` (redundant to original) of shape
 ``[group_size, num_redundants]``: the ``d``-th redundant slot of rank ``i`` holds a copy of the

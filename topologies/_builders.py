@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-# A bound on memory for sizes that are a slip; entries are int32.
-MOST_RANKS = 1 << 20
+# The limit keeps a mistyped size from taking all memory; entries are int32.
+MAX_RANKS = 1 << 20
 
 
 def ring(n: int) -> torch.Tensor:
@@ -32,7 +32,7 @@ def ring(n: int) -> torch.Tensor:
     TypeError, ValueError
         If `n` is not an integer or out of range.
     """
-    n = _size("n", n)
+    n = _check_size("n", n)
     return torch.arange(1, n + 1, dtype=torch.int32, device="cpu").remainder_(n).unsqueeze(1)
 
 
@@ -62,7 +62,7 @@ def cube(n: int = 8) -> torch.Tensor:
     The matrix is the one in the README and the tests of DeepSeek's LPLB,
     https://github.com/deepseek-ai/LPLB (MIT licence).
     """
-    if _size("n", n) != 8:
+    if _check_size("n", n) != 8:
         raise ValueError(f"n must be 8 for a cube, got {n}")
     return _from_columns(
         [3, 0, 1, 2, 7, 4, 5, 6],
@@ -96,7 +96,7 @@ def hypercube(n: int = 16) -> torch.Tensor:
     The matrix is the one in the tests of DeepSeek's LPLB, https://github.com/deepseek-ai/LPLB
     (MIT licence).
     """
-    if _size("n", n) != 16:
+    if _check_size("n", n) != 16:
         raise ValueError(f"n must be 16 for a hypercube, got {n}")
     return _from_columns(
         [3, 0, 1, 2, 7, 4, 5, 6, 11, 8, 9, 10, 15, 12, 13, 14],
@@ -126,9 +126,9 @@ def torus(m: int, n: int) -> torch.Tensor:
     TypeError, ValueError
         If `m` or `n` is not an integer or out of range.
     """
-    m, n = _size("m", m), _size("n", n)
-    if m * n > MOST_RANKS:
-        raise ValueError(f"m and n must give at most {MOST_RANKS} ranks, got {m} x {n}")
+    m, n = _check_size("m", m), _check_size("n", n)
+    if m * n > MAX_RANKS:
+        raise ValueError(f"m and n must give at most {MAX_RANKS} ranks, got {m} x {n}")
     grid = torch.arange(m * n, dtype=torch.int32, device="cpu").view(m, n)
     return torch.stack((grid.roll(-1, 0).flatten(), grid.roll(-1, 1).flatten()), dim=1)
 
@@ -176,33 +176,37 @@ def from_name(name: str) -> torch.Tensor:
             f"name must have the form {entry.form!r}, got {name!r} "
             f"(available: {', '.join(available())})"
         )
-    numbers = [int(part) for part in parts if len(part) <= len(str(MOST_RANKS))]
+    numbers = [int(part) for part in parts if len(part) <= len(str(MAX_RANKS))]
     sound = len(numbers) == len(parts) and all(number >= 2 for number in numbers)
-    if not sound or math.prod(numbers) > MOST_RANKS:
+    if not sound or math.prod(numbers) > MAX_RANKS:
         raise ValueError(
-            f"name must give sizes of at least 2 and at most {MOST_RANKS} ranks, got {name!r}"
+            f"name must give sizes of at least 2 and at most {MAX_RANKS} ranks, got {name!r}"
         )
     return entry.build(*numbers)
 
 
-def _size(name: str, value: Any) -> int:
+def _check_size(name: str, value: Any) -> int:
+    """Return an int from 2 to `MAX_RANKS`, or raise naming ``name``."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
     if number < 2:
         raise ValueError(f"{name} must be at least 2, got {number}")
-    if number > MOST_RANKS:
-        raise ValueError(f"{name} must be at most {MOST_RANKS}, got {number}")
+    if number > MAX_RANKS:
+        raise ValueError(f"{name} must be at most {MAX_RANKS}, got {number}")
     return number
 
 
 def _from_columns(*columns: list[int]) -> torch.Tensor:
+    """Make a matrix of its columns."""
     return torch.tensor(columns, dtype=torch.int32, device="cpu").T.contiguous()
 
 
 @dataclass(frozen=True)
 class _Entry:
+    """A topology with a name: its form, how many sizes follow it, and its builder."""
+
     form: str
     n_sizes: int
     build: Callable[..., torch.Tensor]

@@ -12,9 +12,9 @@ import torch
 from ._validate import inverse, validate
 
 _WIDTH = 96
-# One character per rank and per slot keeps the matrix within the line.
+# The matrix has one character per rank and slot, and must fit in a line.
 _MATRIX_RANKS = 40
-_REACH_SHOWN = 4
+_MAX_MOVES_SHOWN = 4
 _SLOT_MARKS = string.digits + string.ascii_lowercase
 
 
@@ -39,7 +39,7 @@ def summary(r2o: object) -> str:
     TypeError, ValueError
         As :func:`validate`.
     """
-    return _summary(_Graph.of(validate(r2o)))
+    return _summarize(_Graph.build(validate(r2o)))
 
 
 def draw(r2o: object) -> str:
@@ -74,8 +74,8 @@ def draw(r2o: object) -> str:
         As :func:`validate`.
     """
     matrix = validate(r2o)
-    graph = _Graph.of(matrix)
-    sections = [f"{_summary(graph)}\n{_reach(graph)}"]
+    graph = _Graph.build(matrix)
+    sections = [f"{_summarize(graph)}\n{_describe_reach(graph)}"]
     grid = _find_grid(matrix)
     sections.append(_draw_grid(*grid) if grid is not None else _draw_rings(matrix))
     sections.append(_draw_table(matrix, graph))
@@ -86,7 +86,7 @@ def draw(r2o: object) -> str:
 
 @dataclass(frozen=True)
 class _Graph:
-    """The undirected rank graph, and how far tokens get from originals to copies."""
+    """The undirected graph of ranks, and the distances in it."""
 
     n_slots: int
     neighbours: list[list[int]]
@@ -95,7 +95,8 @@ class _Graph:
     moves: list[list[int]]  # along edges from original to copy only
 
     @classmethod
-    def of(cls, matrix: torch.Tensor) -> _Graph:
+    def build(cls, matrix: torch.Tensor) -> _Graph:
+        """Find edges and distances of a validated r2o matrix."""
         size, n_slots = matrix.shape
         n_copies = Counter(
             (min(rank, source), max(rank, source))
@@ -108,12 +109,13 @@ class _Graph:
             neighbours[high].append(low)
         neighbours = [sorted(ranks) for ranks in neighbours]
         hosts = inverse(matrix).tolist()
-        steps = [_distances(rank, neighbours) for rank in range(size)]
-        moves = [_distances(rank, hosts) for rank in range(size)]
+        steps = [_find_distances(rank, neighbours) for rank in range(size)]
+        moves = [_find_distances(rank, hosts) for rank in range(size)]
         return cls(n_slots, neighbours, n_copies, steps, moves)
 
     @property
     def size(self) -> int:
+        """Number of ranks."""
         return len(self.neighbours)
 
     @property
@@ -123,6 +125,7 @@ class _Graph:
 
     @property
     def component_sizes(self) -> list[int]:
+        """Ranks of each connected component, largest first."""
         seen: set[int] = set()
         sizes = []
         for row in self.steps:
@@ -133,11 +136,12 @@ class _Graph:
         return sorted(sizes, reverse=True)
 
 
-def _distances(start: int, successors: list[list[int]]) -> list[int]:
+def _find_distances(start: int, successors: list[list[int]]) -> list[int]:
+    """Find the distance of each rank from ``start``, -1 without a path."""
     steps = [-1] * len(successors)
     steps[start] = 0
     queue = [start]
-    for rank in queue:  # grows while it is read: breadth first
+    for rank in queue:  # breadth-first search: the queue grows while it is read
         for other in successors[rank]:
             if steps[other] < 0:
                 steps[other] = steps[rank] + 1
@@ -145,7 +149,8 @@ def _distances(start: int, successors: list[list[int]]) -> list[int]:
     return steps
 
 
-def _summary(graph: _Graph) -> str:
+def _summarize(graph: _Graph) -> str:
+    """Write the line of `summary`."""
     multiple = sum(copies > 1 for copies in graph.n_copies.values())
     degrees = [len(ranks) for ranks in graph.neighbours]
     parts = graph.component_sizes
@@ -161,24 +166,26 @@ def _summary(graph: _Graph) -> str:
             f"diameter {graph.diameter if connected else 'infinite'}",
             "connected"
             if connected
-            else f"not connected ({len(parts)} parts of {_sizes(parts)} ranks)",
+            else f"not connected ({len(parts)} parts of {_format_sizes(parts)} ranks)",
         ]
     )
 
 
-def _sizes(parts: list[int]) -> str:
+def _format_sizes(parts: list[int]) -> str:
+    """Write the range of sizes, given in descending order."""
     return f"{parts[-1]}..{parts[0]}" if parts[0] != parts[-1] else f"{parts[0]}"
 
 
-def _reach(graph: _Graph) -> str:
+def _describe_reach(graph: _Graph) -> str:
+    """Write over how many ranks a rank can spread its load in 1, 2, ... moves."""
     last = max(max(row) for row in graph.moves)
-    shown = [*range(1, min(last, _REACH_SHOWN) + 1)]
-    if last > _REACH_SHOWN:
+    shown = [*range(1, min(last, _MAX_MOVES_SHOWN) + 1)]
+    if last > _MAX_MOVES_SHOWN:
         shown.append(last)
     counts = [min(sum(0 <= m <= limit for m in row) for row in graph.moves) for limit in shown]
     listed = [f"{count} in {limit}" for count, limit in zip(counts, shown, strict=True)]
     listed[0] = f"{counts[0]} ranks in 1 move"
-    if last > _REACH_SHOWN + 1:
+    if last > _MAX_MOVES_SHOWN + 1:
         listed.insert(-1, "...")
     return f"spread of one rank's load: {', '.join(listed)}"
 
@@ -210,6 +217,7 @@ def _find_grid(
 
 
 def _draw_grid(grid: torch.Tensor, slots: tuple[int, int], directions: tuple[int, int]) -> str:
+    """Draw the grid of a torus with arrows."""
     n_rows, n_columns = grid.shape
     width = len(str(grid.numel() - 1))
     across = " <- " if directions[1] > 0 else " -> "
@@ -230,6 +238,7 @@ def _draw_grid(grid: torch.Tensor, slots: tuple[int, int], directions: tuple[int
 
 
 def _draw_rings(matrix: torch.Tensor) -> str:
+    """Draw the rings of each slot."""
     lines = ["rings formed by each slot (a <- b: a holds a copy from b, tokens can move b to a)"]
     for d in range(matrix.shape[1]):
         rings = _cycles(matrix[:, d].tolist())
@@ -242,10 +251,10 @@ def _draw_rings(matrix: torch.Tensor) -> str:
             else:
                 text = "  " + " <- ".join(map(str, [*ring, ring[0]]))
             if line and len(line) + 2 + len(text) > _WIDTH:
-                lines.append(_wrapped(line))
+                lines.append(_wrap(line))
                 line = ""
             line += "  " * bool(line) + text
-        lines.append(_wrapped(line))
+        lines.append(_wrap(line))
     return "\n".join(lines)
 
 
@@ -265,6 +274,7 @@ def _cycles(column: list[int]) -> list[list[int]]:
 
 
 def _draw_table(matrix: torch.Tensor, graph: _Graph) -> str:
+    """Draw the table of sources, hosts and neighbours of each rank."""
     slots = range(matrix.shape[1])
     cells = [["rank", *(f"slot {d} from" for d in slots), *(f"copy {d} on" for d in slots)]]
     cells[0].append("neighbours")
@@ -279,6 +289,7 @@ def _draw_table(matrix: torch.Tensor, graph: _Graph) -> str:
 
 
 def _draw_matrix(matrix: torch.Tensor) -> str:
+    """Draw the matrix of slots by rank and source."""
     size = matrix.shape[0]
     width = len(str(size - 1))
     cells = [["."] * size for _ in range(size)]
@@ -298,7 +309,8 @@ def _draw_matrix(matrix: torch.Tensor) -> str:
     return "\n".join(lines)
 
 
-def _wrapped(text: str) -> str:
+def _wrap(text: str) -> str:
+    """Break a line at the width of a page."""
     return textwrap.fill(
         text, _WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
     )

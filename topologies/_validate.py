@@ -1,4 +1,4 @@
-"""The rules an r2o matrix must obey, and its inverse."""
+"""Validation of r2o matrices, and their inverses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INTEGER_DTYPES = frozenset(
         torch.int64,
     }
 )
-_SHOWN = 4
+_MAX_LISTED = 4
 
 
 def validate(r2o: object) -> torch.Tensor:
@@ -49,7 +49,7 @@ def validate(r2o: object) -> torch.Tensor:
 
 
 def checked_topology(name: str, r2o: object) -> torch.Tensor:
-    """Do what `validate` does, for an argument of another name."""
+    """Validate an argument of any name as `validate` does."""
     if isinstance(r2o, torch.Tensor):
         matrix = r2o.detach()
     elif hasattr(r2o, "__array__"):
@@ -101,6 +101,7 @@ def inverse(r2o: object) -> torch.Tensor:
 
 
 def _check_column(which: str, column: list[int]) -> None:
+    """Raise naming the column unless it is a permutation of the ranks without fixed points."""
     size = len(column)
     for rank, source in enumerate(column):
         if not 0 <= source < size:
@@ -110,17 +111,18 @@ def _check_column(which: str, column: list[int]) -> None:
         repeated = sorted(source for source, times in Counter(column).items() if times > 1)
         raise ValueError(
             f"{which} must be a permutation of the ranks 0..{size - 1}: "
-            f"{_listed(repeated)} more than once, {_listed(missing)} missing"
+            f"{_list_ranks(repeated)} more than once, {_list_ranks(missing)} missing"
         )
     fixed = [rank for rank, source in enumerate(column) if rank == source]
     if fixed:
         raise ValueError(
             f"{which} must not map a rank to itself (its copy would be on the rank that "
-            f"has the original), got {_listed(fixed)} unmoved"
+            f"has the original), got {_list_ranks(fixed)} unmoved"
         )
 
 
-def _listed(ranks: list[int]) -> str:
+def _list_ranks(ranks: list[int]) -> str:
+    """List some ranks for a message."""
     word = "rank" if len(ranks) == 1 else "ranks"
-    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
-    return f"{word} {', '.join(map(str, ranks[:_SHOWN]))}{more}"
+    more = f" and {len(ranks) - _MAX_LISTED} more" if len(ranks) > _MAX_LISTED else ""
+    return f"{word} {', '.join(map(str, ranks[:_MAX_LISTED]))}{more}"

@@ -18,6 +18,7 @@ from lplb_triton._backends.cells import (
 )
 from lplb_triton._backends.edges import make_edges, make_pairs
 from lplb_triton._layout import MEMBERS, N_EXTENTS, Extent
+from lplb_triton.placement.programs import find_load_targets
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -135,7 +136,7 @@ def make_kernel_arrays(
 def make_dense_arrays(placement: Placement) -> dict[str, NDArray[Any]]:
     """Make what `lplb_triton._backends.interior_point.solve_counts` reads besides."""
     s = placement.structure
-    fixed_rank, column = placement._fold
+    fixed_rank, column = find_load_targets(placement.structure)
     n_copies = _run_lengths(s.copy_start).astype(np.int64)
     nowhere = placement.ep_size * placement.max_columns
     return {

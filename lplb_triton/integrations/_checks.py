@@ -1,4 +1,4 @@
-"""Checks of what engines hand over, in the names of their own arguments."""
+"""Checks of the arguments of inference engines, under the engines' names for them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import torch
 
 from lplb_triton._checks import check_integer
 
-__all__ = ["EplbSizeError", "check_int_map", "check_load", "check_sizes", "load_fault", "usable"]
+__all__ = [
+    "EplbSizeError",
+    "check_int_map",
+    "check_load",
+    "check_sizes",
+    "describe_fault",
+    "find_usable",
+]
 
-# Loads of a layer add up to less than this in EPLB, which marks full ranks by infinity.
-LARGEST_TOTAL = torch.finfo(torch.float32).max / 2
+# A layer's loads may add up to this in EPLB, which marks full ranks by infinity.
+MAX_TOTAL_LOAD = torch.finfo(torch.float32).max / 2
 
 
 class EplbSizeError(ValueError, AssertionError):
-    """Sizes that don't fit; an AssertionError too, since engines state them by ``assert``."""
+    """Sizes that don't fit; an AssertionError too, since engines check them by ``assert``."""
 
 
 def check_load(name: str, value: object, axes: tuple[str, ...]) -> torch.Tensor:
@@ -30,23 +37,23 @@ def check_load(name: str, value: object, axes: tuple[str, ...]) -> torch.Tensor:
     return value
 
 
-def usable(load: torch.Tensor) -> torch.Tensor:
-    """Whether EPLB can use each load of ``[layers, n_logical]`` float32: finite, not negative."""
+def find_usable(load: torch.Tensor) -> torch.Tensor:
+    """Find the loads of ``[layers, n_logical]`` float32 that EPLB can use: finite, not negative."""
     return load.isfinite() & (load >= 0)
 
 
-def load_fault(name: str, load: torch.Tensor) -> str | None:
-    """Say what EPLB can't use of ``[layers, n_logical]`` loads on the CPU; None if nothing."""
+def describe_fault(name: str, load: torch.Tensor) -> str | None:
+    """Describe loads ``[layers, n_logical]`` on the CPU that EPLB can't use; None if it can."""
     load = load.float()
-    bad = ~usable(load)
+    bad = ~find_usable(load)
     if bool(bad.any()):
         return (
             f"{name} holds {int(bad.sum())} NaN, infinite or negative loads in "
             f"{int(bad.any(1).sum())} of {len(load)} layers"
         )
     largest = float(load.sum(1, dtype=torch.float64).max())
-    if largest > LARGEST_TOTAL:
-        return f"{name} adds up to {largest:g} in a layer, more than {LARGEST_TOTAL:g}"
+    if largest > MAX_TOTAL_LOAD:
+        return f"{name} adds up to {largest:g} in a layer, more than {MAX_TOTAL_LOAD:g}"
     return None
 
 
@@ -57,7 +64,7 @@ def check_sizes(
     groups: tuple[str, int],
     nodes: tuple[str, int],
 ) -> None:
-    """Raise unless experts and their groups can be placed; each size comes with its name."""
+    """Raise unless sizes, each with its name, allow to place the experts and their groups."""
     for name, value in (physical, ranks, groups, nodes):
         check_integer(name, value)
     if physical[1] < n_logical:

@@ -1,4 +1,4 @@
-"""SGLang's maps of one layer, checked and turned into what a solver needs of them."""
+"""SGLang's maps of one layer: checks, and the tables that a solver makes of them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Maps(NamedTuple):
 
     placement: Placement
     at: NDArray[np.int64]
-    """Place in the flat ``log2phy``, ascending."""
+    """Index in the flat ``log2phy``, ascending."""
     slot: NDArray[np.int64]
     cell: NDArray[np.int64]
-    """The copy's place in the flat shares; one past them if only its rank can serve it."""
+    """The copy's index in the flat shares; one past them if the expert is on one rank only."""
     part: NDArray[np.float32]
-    """The part of the rank's share that goes to this copy."""
+    """The fraction of the rank's share that goes to this copy."""
     even: NDArray[np.float32]
-    """One over the slots that the row lists."""
+    """One divided by the number of slots that the row lists."""
 
     def same_entries(self, other: Maps) -> bool:
         """Whether the tables of both are the same."""
@@ -52,8 +52,8 @@ def read_maps(
 ) -> Maps:
     """Check the maps of `LPLBSolver` against each other, or raise naming the argument.
 
-    ``known`` is a placement that is returned if it is this one. Warns of rows that list only some
-    of an expert's slots, on behalf of the caller ``stacklevel`` frames up.
+    ``known`` is a placement that is returned if ``phy2log`` is its slot map. Warns of rows that
+    list only some of an expert's slots, on behalf of the caller ``stacklevel`` frames up.
     """
     n_physical, (n_logical, width) = len(phy2log), log2phy.shape
     if n_physical % num_gpus:
@@ -114,16 +114,16 @@ def _check_n_valid(n_valid: object, listed: NDArray[np.int64]) -> None:
 
 
 class Tables:
-    """How shares by rank and column turn into probabilities by expert and copy.
+    """Tables that turn shares by rank and column into probabilities by expert and copy.
 
-    In fixed memory on the device, each ``[num_logical, max_copies]`` in the layout of
+    They are in fixed memory on the device, each ``[num_logical, max_copies]`` in the layout of
     ``log2phy``.
     """
 
     log2phy: torch.Tensor
     """int64, slots, padded with -1."""
     cell: torch.Tensor
-    """int64, as in `Maps`; -1 on padding, the last place."""
+    """int64, as in `Maps`; -1 on padding, which selects the last entry."""
     part: torch.Tensor
     """float32, as in `Maps`; 0 on padding."""
     even: torch.Tensor
@@ -139,7 +139,7 @@ class Tables:
         self.write(maps)
 
     def write(self, maps: Maps) -> bool:
-        """Put the entries of other maps of these sizes in; False if they are there already."""
+        """Write the entries of other maps of these sizes; return False if they are equal."""
         if self._maps is not None and self._maps.same_entries(maps):
             return False
         at = torch.from_numpy(maps.at).to(self._at.device)

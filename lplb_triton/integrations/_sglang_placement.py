@@ -9,13 +9,13 @@ import torch
 
 from lplb_triton import eplb
 from lplb_triton._checks import check_integer
-from lplb_triton.integrations._checks import check_int_map, check_load, check_sizes, load_fault
+from lplb_triton.integrations._checks import check_int_map, check_load, check_sizes, describe_fault
 
 __all__ = ["EplbAlgorithm", "compute_algorithm", "rebalance_experts"]
 
 
 class EplbAlgorithm(enum.Enum):
-    """Those of SGLang's placement algorithms that are EPLB's own."""
+    """SGLang's placement algorithms that EPLB implements."""
 
     deepseek = enum.auto()
     """Global: groups and nodes are ignored."""
@@ -57,14 +57,14 @@ def compute_algorithm(raw_algorithm: str, num_groups: int | None, num_nodes: int
     """
     nodes = check_integer("num_nodes", num_nodes)
     if raw_algorithm != "auto":
-        return _named("raw_algorithm", raw_algorithm)
+        return _find_algorithm("raw_algorithm", raw_algorithm)
     if num_groups is not None and check_integer("num_groups", num_groups) % nodes == 0:
         return EplbAlgorithm.deepseek_hierarchical
     return EplbAlgorithm.deepseek
 
 
-def _named(name: str, algorithm: object) -> EplbAlgorithm:
-    """Return the member of that name; SGLang's own enum counts by its members' names."""
+def _find_algorithm(name: str, algorithm: object) -> EplbAlgorithm:
+    """Return the member of that name, or of the name of a member of SGLang's own enum."""
     wanted = algorithm.name if isinstance(algorithm, enum.Enum) else algorithm
     if not isinstance(wanted, str) or wanted not in EplbAlgorithm.__members__:
         known = ", ".join(EplbAlgorithm.__members__)
@@ -125,7 +125,7 @@ def rebalance_experts(
         For shapes, values or divisors that don't fit, and for SGLang's algorithms that aren't
         EPLB's.
     """
-    chosen = _named("algorithm", algorithm)
+    chosen = _find_algorithm("algorithm", algorithm)
     tokens = check_load("tokens_per_expert", tokens_per_expert, ("steps", "layers", "num_logical"))
     n_physical = check_integer("num_physical_experts", num_physical_experts)
     n_local = check_integer("num_local_physical_experts", num_local_physical_experts)
@@ -137,7 +137,7 @@ def rebalance_experts(
     n_ranks = n_physical // n_local
     active = np.arange(n_ranks)
     if chosen in _ELASTIC:
-        active = _active("active_ranks", active_ranks, n_ranks)
+        active = _find_active_ranks("active_ranks", active_ranks, n_ranks)
     groups, nodes = ("num_groups", 1), ("num_nodes", 1)
     if chosen in _HIERARCHICAL and active.size == n_ranks:
         if num_groups is None:
@@ -152,7 +152,7 @@ def rebalance_experts(
     ranks = ("num_physical_experts / num_local_physical_experts", n_ranks)
     check_sizes(tokens.shape[2], physical, ranks, groups, nodes)
     load = tokens.detach().sum(0)
-    fault = load_fault("tokens_per_expert", load.cpu())
+    fault = describe_fault("tokens_per_expert", load.cpu())
     if fault is not None:
         raise ValueError(fault)
     phy2log, log2phy, count = eplb.rebalance_experts(
@@ -160,15 +160,15 @@ def rebalance_experts(
     )
     if active.size == n_ranks:
         return phy2log, log2phy, count
-    # Where the slots of the active ranks are among those of all.
+    # Numbers of the slots of the active ranks among all slots.
     slots = torch.from_numpy((active[:, None] * n_local + np.arange(n_local)).reshape(-1))
-    everywhere = phy2log.new_zeros(len(phy2log), n_physical)
-    everywhere[:, slots] = phy2log
-    return everywhere, torch.where(log2phy < 0, -1, slots[log2phy.clamp(min=0)]), count
+    all_slots = phy2log.new_zeros(len(phy2log), n_physical)
+    all_slots[:, slots] = phy2log
+    return all_slots, torch.where(log2phy < 0, -1, slots[log2phy.clamp(min=0)]), count
 
 
-def _active(name: str, active_ranks: torch.Tensor | None, n_ranks: int) -> np.ndarray:
-    """Numbers of the active ranks, or raise naming ``name``."""
+def _find_active_ranks(name: str, active_ranks: torch.Tensor | None, n_ranks: int) -> np.ndarray:
+    """Return the numbers of the active ranks, or raise naming ``name``."""
     if active_ranks is None:
         raise ValueError(f"{name} must be given for the elasticity-aware algorithms, got None")
     flags = check_int_map(name, active_ranks, 1).detach().cpu().numpy()

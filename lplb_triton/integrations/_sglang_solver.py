@@ -134,7 +134,7 @@ class LPLBSolver:
         maps = read_maps(phy2log, log2phy, n_valid, self.num_gpus, None, stacklevel=2)
         if group is None and not replicated_tokens:
             warn_if_alone(maps.placement, stacklevel=2, advice=_ALONE)
-        # What is made here has to be of use outside of inference mode, too.
+        # Tensors made in inference mode could not be used outside of it.
         with torch.inference_mode(False):
             self.balancer = Balancer(
                 maps.placement,
@@ -150,16 +150,16 @@ class LPLBSolver:
             self._allocate(maps)
 
     def _allocate(self, maps: Maps) -> None:
-        """Make the tables and the buffer of `solve`, and compile what a batch needs."""
+        """Make the tables and the buffer of `solve`, and compile the kernels of a batch."""
         device = self.balancer.device
         self._tables = Tables(maps, (self.num_logical, self.max_copies), device)
-        self._whole = torch.ones(1, dtype=torch.float32, device=device)
-        self._prob = self._tables.even.clone()
+        self._one = torch.ones(1, dtype=torch.float32, device=device)
+        self._probabilities = self._tables.even.clone()
         if self.balancer.backend == "triton":
             self.balancer.warmup()
-            nothing = torch.zeros(self.num_logical, dtype=torch.int32, device=device)
-            self._write(self.balancer.solve(nothing).shares)
-            self._prob.copy_(self._tables.even)
+            no_counts = torch.zeros(self.num_logical, dtype=torch.int32, device=device)
+            self._write_probabilities(self.balancer.solve(no_counts).shares)
+            self._probabilities.copy_(self._tables.even)
             self.balancer.certified.zero_()
             self.balancer.solves.zero_()
 
@@ -195,8 +195,8 @@ class LPLBSolver:
         try:
             counts, _ = self.balancer.count(topk_ids)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise _in_our_terms(error) from None
-        return self._write(self.balancer.solve(self.balancer.sync(counts)).shares)
+            raise _translate_error(error) from None
+        return self._write_probabilities(self.balancer.solve(self.balancer.sync(counts)).shares)
 
     def run(self, topk_ids: torch.Tensor) -> torch.Tensor:
         """Physical ids for this batch, in place of `solve` and sampling; quotas are met exactly.
@@ -220,7 +220,7 @@ class LPLBSolver:
         try:
             return self.balancer.run(topk_ids)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise _in_our_terms(error) from None
+            raise _translate_error(error) from None
 
     def update(
         self,
@@ -262,7 +262,7 @@ class LPLBSolver:
         try:
             self.balancer.check()
         except RuntimeError as error:
-            raise _in_our_terms(error) from None
+            raise _translate_error(error) from None
         solves, certified = int(self.balancer.solves), int(self.balancer.certified)
         if certified != solves:
             raise SolveError(
@@ -270,13 +270,13 @@ class LPLBSolver:
                 f"{self.balancer.tolerance:g}"
             )
 
-    def _write(self, shares: torch.Tensor) -> torch.Tensor:
-        """Lay shares ``[1, num_gpus, columns]`` out by expert and copy, in the fixed buffer."""
+    def _write_probabilities(self, shares: torch.Tensor) -> torch.Tensor:
+        """Write shares ``[1, num_gpus, columns]`` by expert and copy into the fixed buffer."""
         tables = self._tables
-        part = torch.cat([shares.reshape(-1), self._whole])[tables.cell] * tables.part
+        part = torch.cat([shares.reshape(-1), self._one])[tables.cell] * tables.part
         listed = part.sum(1, keepdim=True)
-        torch.where(listed > 0, part / listed, tables.even, out=self._prob)
-        return self._prob
+        torch.where(listed > 0, part / listed, tables.even, out=self._probabilities)
+        return self._probabilities
 
 
 def update_solvers(
@@ -323,11 +323,11 @@ def _update(
     purpose: str,
     layers: tuple[int, ...],
 ) -> None:
-    """Check the maps, each with ``layers`` as its first axes, agree on them and write them."""
+    """Check the maps, whose first axes are ``layers``, on all ranks, and write them."""
     read, problem = [], None
     try:
-        read = _read(solvers, maps, layers)
-    except Exception as error:  # the other ranks must know of it, whatever it is
+        read = _read_layers(solvers, maps, layers)
+    except Exception as error:  # the other ranks must learn of any error
         problem = error
 
     def write(used: list[Placement]) -> None:
@@ -340,18 +340,18 @@ def _update(
     update_placements(balancers, [m.placement for m in read], purpose, problem=problem, also=write)
 
 
-def _read(
+def _read_layers(
     solvers: list[LPLBSolver],
     maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     layers: tuple[int, ...],
 ) -> list[Maps]:
-    """Check each layer's maps."""
+    """Check the maps of each layer and return them."""
     first, (phy2log, log2phy, n_valid) = solvers[0], maps
-    experts = _on_cpu(MAP_NAMES[0], phy2log, layers, (first.num_phy,))
-    slots = _on_cpu(MAP_NAMES[1], log2phy, layers, (first.num_logical, first.max_copies))
+    experts = _move_to_cpu(MAP_NAMES[0], phy2log, layers, (first.num_phy,))
+    slots = _move_to_cpu(MAP_NAMES[1], log2phy, layers, (first.num_logical, first.max_copies))
     listed = None
     if n_valid is not None:
-        listed = _on_cpu(MAP_NAMES[2], n_valid, layers, (first.num_logical,))
+        listed = _move_to_cpu(MAP_NAMES[2], n_valid, layers, (first.num_logical,))
     return [
         read_maps(
             experts[i],
@@ -365,7 +365,7 @@ def _read(
     ]
 
 
-def _on_cpu(
+def _move_to_cpu(
     name: str, value: torch.Tensor, layers: tuple[int, ...], shape: tuple[int, ...]
 ) -> torch.Tensor:
     """Check a map of all layers, and return it as ``[layers, *shape]`` on the CPU."""
@@ -388,8 +388,8 @@ def _process_group(ep_group: object) -> dist.ProcessGroup | None:
     )
 
 
-def _in_our_terms(error: Exception) -> Exception:
-    """Return the balancer's complaint about ``idx`` as one about ``topk_ids``; others as is."""
+def _translate_error(error: Exception) -> Exception:
+    """Return the balancer's error about ``idx`` as one about ``topk_ids``; others as they are."""
     message = str(error)
     if type(error) in (TypeError, ValueError, RuntimeError) and message.startswith("idx "):
         return type(error)("topk_ids" + message.removeprefix("idx"))
@@ -397,6 +397,6 @@ def _in_our_terms(error: Exception) -> Exception:
 
 
 def _check_same(mine: Placement, agreed: Placement) -> None:
-    """Raise if rank 0 came with another placement."""
+    """Raise if rank 0 has another placement."""
     if mine != agreed:
         raise ValueError("phy2log must be the same on every rank; rank 0's differs from this one's")

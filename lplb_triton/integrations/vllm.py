@@ -10,13 +10,13 @@ import torch
 from lplb_triton import eplb
 from lplb_triton._checks import check_integer
 from lplb_triton.integrations._checks import (
-    LARGEST_TOTAL,
+    MAX_TOTAL_LOAD,
     EplbSizeError,
     check_int_map,
     check_load,
     check_sizes,
-    load_fault,
-    usable,
+    describe_fault,
+    find_usable,
 )
 from lplb_triton.placement.moves import keep_slots
 
@@ -99,25 +99,25 @@ class LplbEplbPolicy:
         check_sizes(n_logical, physical, ranks, groups, nodes)
         old = None
         if old_global_expert_indices is not None:
-            old = _old_map(old_global_expert_indices, len(weight))
+            old = _check_old_map(old_global_expert_indices, len(weight))
         load = weight.detach().cpu()
-        fault = load_fault("weight", load)
+        fault = describe_fault("weight", load)
         if fault is not None:
             if old is not None and _is_placement(old, num_replicas, n_logical):
                 _logger.error("%s: the old map stays", fault)
                 return old
             _logger.error("%s: such loads count as zero, or a layer's are scaled down", fault)
-            load = _mended(load)
+            load = _mend_loads(load)
         new, _, _ = eplb.rebalance_experts(load, num_replicas, groups[1], nodes[1], num_ranks)
         if old is not None:
-            old = _of_these_ranks(old, num_replicas, num_ranks)
+            old = _fit_to_ranks(old, num_replicas, num_ranks)
         if old is None:
             return new
         return keep_slots(_keep_ranks(new, old, n_logical, num_ranks, nodes[1]), old, num_ranks)
 
 
-def _old_map(value: object, n_layers: int) -> torch.Tensor:
-    """Return the old map as int64 on the CPU, the caller's own left alone, or raise naming it."""
+def _check_old_map(value: object, n_layers: int) -> torch.Tensor:
+    """Return a copy of the old map as int64 on the CPU, or raise naming it."""
     name = "old_global_expert_indices"
     old = check_int_map(name, value, 2).detach().to("cpu", torch.int64, copy=True)
     if len(old) != n_layers:
@@ -126,24 +126,24 @@ def _old_map(value: object, n_layers: int) -> torch.Tensor:
 
 
 def _is_placement(phy2log: torch.Tensor, n_physical: int, n_logical: int) -> bool:
-    """Whether a map has so many slots and gives each expert at least one in every layer."""
+    """Whether a map has this many slots and gives every expert a slot in every layer."""
     if phy2log.shape[1] != n_physical or bool(((phy2log < 0) | (phy2log >= n_logical)).any()):
         return False
-    return bool(_copies(phy2log.unsqueeze(1), n_logical).all())
+    return bool(_count_copies(phy2log.unsqueeze(1), n_logical).all())
 
 
-def _mended(load: torch.Tensor) -> torch.Tensor:
-    """Put zero for loads that EPLB can't use, and scale a layer whose loads are too large."""
+def _mend_loads(load: torch.Tensor) -> torch.Tensor:
+    """Replace loads that EPLB can't use by zero, and scale layers whose loads are too large."""
     load = load.float()
-    load = torch.where(usable(load), load, 0.0)
-    too_large = load.sum(1, keepdim=True, dtype=torch.float64) > LARGEST_TOTAL
+    load = torch.where(find_usable(load), load, 0.0)
+    too_large = load.sum(1, keepdim=True, dtype=torch.float64) > MAX_TOTAL_LOAD
     return torch.where(too_large, load / (2 * load.shape[1]), load)
 
 
-def _of_these_ranks(old: torch.Tensor, n_physical: int, n_ranks: int) -> torch.Tensor | None:
-    """Cut or lengthen a map of more or fewer ranks, the first of them the same; -1: no expert.
+def _fit_to_ranks(old: torch.Tensor, n_physical: int, n_ranks: int) -> torch.Tensor | None:
+    """Fit a map of more or fewer ranks to these ranks; slots of new ranks hold -1, no expert.
 
-    None if a rank had another number of slots.
+    Returns None if a rank had another number of slots.
     """
     n_slots = n_physical // n_ranks
     if old.shape[1] % n_slots:
@@ -162,18 +162,17 @@ def _of_these_ranks(old: torch.Tensor, n_physical: int, n_ranks: int) -> torch.T
 def _keep_ranks(
     new: torch.Tensor, old: torch.Tensor, n_logical: int, n_ranks: int, n_nodes: int
 ) -> torch.Tensor:
-    """Deal the shares of a node's ranks out to its ranks so that most experts stay where they are.
+    """Assign the experts of a node's ranks to its ranks so that most experts stay where they are.
 
-    Both maps are ``[layers, n_physical]``. Which rank of a node has which share makes no
-    difference to the balance.
+    Both maps are ``[layers, n_physical]``. Exchanging ranks of a node does not change the balance.
     """
-    from scipy.optimize import linear_sum_assignment  # slow to import, needed here only
+    from scipy.optimize import linear_sum_assignment  # SciPy is slow to import
 
     shares = new.reshape(len(new) * n_nodes, n_ranks // n_nodes, -1)
-    arriving = _copies(shares, n_logical)
-    leaving = _copies(old.reshape(shares.shape), n_logical)
+    arriving = _count_copies(shares, n_logical)
+    leaving = _count_copies(old.reshape(shares.shape), n_logical)
     stay = arriving.new_zeros(len(shares), shares.shape[1], shares.shape[1], dtype=torch.float32)
-    # The smaller one of two numbers is how many k both of them reach.
+    # The smaller of two numbers is the count of those k that both of them reach.
     for k in range(1, int(torch.minimum(arriving.amax(), leaving.amax())) + 1):
         stay += (leaving >= k).float() @ (arriving >= k).float().transpose(1, 2)
     taken = [linear_sum_assignment(rows, maximize=True)[1] for rows in stay.numpy()]
@@ -181,7 +180,7 @@ def _keep_ranks(
     return shares.gather(1, index.expand_as(shares)).reshape(new.shape)
 
 
-def _copies(slots: torch.Tensor, n_logical: int) -> torch.Tensor:
+def _count_copies(slots: torch.Tensor, n_logical: int) -> torch.Tensor:
     """Count each expert's slots, ``[X, ranks, slots]`` to ``[X, ranks, n_logical]`` int32."""
     held = (slots >= 0) & (slots < n_logical)
     copies = slots.new_zeros(*slots.shape[:2], n_logical, dtype=torch.int32)

@@ -1,15 +1,16 @@
 """A placement for the linear program from mean loads alone, in milliseconds.
 
-EPLB gives the copies of its hottest experts to whichever ranks have room. For the program it
-matters that load can flow from any rank to any other. So the copied experts are laid along a
-closed walk over all ranks: an expert's copies are on consecutive ranks of the walk, and the next
-expert starts where it ends. With one spare slot a rank the walk is a ring; with more it goes
-around again with another step, which makes a graph of short distances. The experts with one copy
-then fill the ranks, heaviest first, each to the least loaded one with room.
+EPLB gives the copies of its hottest experts to whichever ranks have free slots. The linear program
+needs load to flow from any rank to any other. So the replicated experts are laid along a closed
+walk over all ranks: an expert's copies are on consecutive ranks of the walk, and the next expert
+starts where it ends. With one redundant slot per rank the walk is a ring. With more, the walk goes
+around again with another step, which makes a graph of small diameter. The experts with one copy
+then fill the ranks, heaviest first, each on the least loaded rank with a free slot.
 
 A placement without a repeat on any rank exists whenever no expert has more copies than there are
-ranks and no rank more slots than there are experts. The walk finds it as long as a rank with room
-lacks the expert at hand; where none does, one exchange makes room on another rank.
+ranks and no rank has more slots than there are experts. The walk finds it as long as some rank
+with a free slot lacks the expert to be placed. Where none does, one exchange frees a slot on
+another rank.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from numpy.typing import NDArray
 
 from lplb_triton._checks import check_integer, nearest_divisors, on_host, would_do
 from lplb_triton.placement import Placement
-from lplb_triton.placement.moves import domains_of
+from lplb_triton.placement.moves import number_domains
 
 __all__ = ["chain"]
 
-# Steps of the second and later rounds of the walk, in parts of the ranks; far from simple ratios.
-STEPS = (0.382, 0.236, 0.309, 0.146)
+# Steps of the second and later rounds of the walk, as fractions of the ranks. They are far from
+# simple ratios, so that rounds join different ranks.
+STEP_FRACTIONS = (0.382, 0.236, 0.309, 0.146)
 
 
 def chain(
@@ -42,7 +44,7 @@ def chain(
 
     Every further copy goes to the expert with the largest load per copy, as in EPLB, but not to
     a rank that has one already: an expert is repeated on a rank only if the rank has all others
-    too. Costs about what EPLB costs; `lplb_triton.place` goes on from here.
+    too. It takes about as long as EPLB. `lplb_triton.place` starts its search from here.
 
     Parameters
     ----------
@@ -72,18 +74,18 @@ def chain(
     >>> chain(torch.tensor([8.0, 1.0, 1.0, 2.0]), 2)
     Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
     """
-    weight = scaled_rows(checked_load("load", load, (1,)))[0]
+    weight = scale_rows(check_load("load", load, (1,)))[0]
     n_logical = len(weight)
     ranks = check_ranks(ep_size, ranks_per_domain, n_logical)
     spare = check_integer("redundant_per_rank", redundant_per_rank, 0)
-    n_domains = int(domains_of(ranks, ranks_per_domain)[-1]) + 1
+    n_domains = int(number_domains(ranks, ranks_per_domain)[-1]) + 1
     size = ranks // n_domains
     domains = np.arange(n_logical).reshape(1, -1)
     if n_domains > 1:
         even = Placement.from_history(torch.from_numpy(weight), n_domains, redundant_per_rank=0)
         domains = even.phy2log.long().numpy().reshape(n_domains, -1)
     slots = [
-        [experts[i] for held in _chain(weight[experts], size, spare) for i in held]
+        [experts[i] for held in _chain_domain(weight[experts], size, spare) for i in held]
         for experts in domains
     ]
     return Placement(np.concatenate(slots), ranks, n_logical=n_logical, n_group=n_domains)
@@ -101,7 +103,7 @@ def check_ranks(ep_size: object, ranks_per_domain: int | None, n_logical: int) -
     return ranks
 
 
-def checked_load(name: str, load: object, dimensions: tuple[int, ...]) -> NDArray[np.float64]:
+def check_load(name: str, load: object, dimensions: tuple[int, ...]) -> NDArray[np.float64]:
     """Return loads as ``[batches, n_logical]`` float64 on the CPU, or raise naming them."""
     if not isinstance(load, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(load).__name__}")
@@ -118,88 +120,97 @@ def checked_load(name: str, load: object, dimensions: tuple[int, ...]) -> NDArra
     return array
 
 
-def scaled_rows(load: NDArray[np.float64]) -> NDArray[np.float64]:
+def scale_rows(load: NDArray[np.float64]) -> NDArray[np.float64]:
     """Divide each row by a power of two, exactly, so that sums neither overflow nor vanish."""
     _, exponent = np.frexp(load.max(1, keepdims=True))
     scaled: NDArray[np.float64] = np.ldexp(load, -exponent)
     return scaled
 
 
-def _chain(load: NDArray[np.float64], ranks: int, spare: int) -> list[list[int]]:
-    """Experts of each rank of one domain."""
-    # With as many slots a rank has every expert, and more of them can only repeat one.
+def _chain_domain(load: NDArray[np.float64], ranks: int, spare: int) -> list[list[int]]:
+    """List the experts of each rank of one domain."""
+    # With this many redundant slots a rank has every expert; more slots can only repeat experts.
     useful = min(spare, len(load) - len(load) // ranks)
-    count = _copies(load, ranks, useful * ranks)
+    count = _count_copies(load, ranks, useful * ranks)
     order = np.argsort(-load, kind="stable")
     shared = [int(expert) for expert in order if count[expert] > 1]
-    # Heavy and light ones take turns, so that what is shared is even along the walk.
+    # Heavy and light experts alternate, so that the shared load is even along the walk.
     shared = shared[0::2] + shared[1::2][::-1]
-    room = len(load) // ranks + useful
-    held = _walk(shared, count, ranks, room)
+    n_slots = len(load) // ranks + useful
+    held = _lay_along_walk(shared, count, ranks, n_slots)
     even = np.zeros(ranks)
     for rank, experts in enumerate(held):
         for expert in experts:
             even[rank] += load[expert] / count[expert]
     for single in order:
         if count[single] == 1:
-            rank = min((r for r in range(ranks) if len(held[r]) < room), key=even.__getitem__)
+            free_ranks = (r for r in range(ranks) if len(held[r]) < n_slots)
+            rank = min(free_ranks, key=even.__getitem__)
             held[rank].append(int(single))
             even[rank] += load[single]
     repeats = np.resize(order, spare - useful).tolist()
     return [experts + repeats for experts in held]
 
 
-def _walk(shared: list[int], count: NDArray[np.int64], ranks: int, room: int) -> list[list[int]]:
-    """Experts of each rank when the copies of the shared ones lie along the walk."""
-    steps = _steps(ranks)
+def _lay_along_walk(
+    shared: list[int], count: NDArray[np.int64], ranks: int, n_slots: int
+) -> list[list[int]]:
+    """List the experts of each rank when the copies of the shared ones lie along the walk."""
+    steps = _choose_steps(ranks)
 
     def rank_at(place: int) -> int:
-        """Rank at a place of the walk; every round begins at rank 0 and visits each rank once."""
-        turn, at = divmod(place, ranks)
-        return at * steps[turn % len(steps)] % ranks
+        """Rank at a place of the walk, which visits each rank once per round, from rank 0 on."""
+        number, offset = divmod(place, ranks)
+        return offset * steps[number % len(steps)] % ranks
 
     held: list[list[int]] = [[] for _ in range(ranks)]
     place = 0
     for expert in shared:
         for _ in range(count[expert]):
-            # Wherever it starts, a stretch of two rounds has a whole one in it.
+            # Two rounds of places contain a whole round, wherever they start.
             ahead = range(place, place + 2 * ranks)
             lacking = (p for p in ahead if expert not in held[rank_at(p)])
-            free = next((p for p in lacking if len(held[rank_at(p)]) < room), None)
+            free = next((p for p in lacking if len(held[rank_at(p)]) < n_slots), None)
             if free is None:
                 # Fewer ranks have the expert than it has copies, so some full rank lacks it.
                 free = next(p for p in ahead if expert not in held[rank_at(p)])
-                _make_room(held[rank_at(free)], held, room)
+                _free_slot(held[rank_at(free)], held, n_slots)
             place = free
             held[rank_at(place)].append(expert)
     return held
 
 
-def _make_room(full: list[int], held: list[list[int]], room: int) -> None:
-    """Move an expert from a full rank to one with room.
+def _free_slot(full: list[int], held: list[list[int]], n_slots: int) -> None:
+    """Move an expert from a full rank to one with a free slot.
 
-    That rank holds fewer experts, so it lacks one of them.
+    That rank holds fewer experts, so it lacks at least one of the full rank's.
     """
-    free = next(experts for experts in held if len(experts) < room)
-    moved = next(expert for expert in full if expert not in free)
+    target = next(experts for experts in held if len(experts) < n_slots)
+    moved = next(expert for expert in full if expert not in target)
     full.remove(moved)
-    free.append(moved)
+    target.append(moved)
 
 
-def _copies(load: NDArray[np.float64], most: int, spare: int) -> NDArray[np.int64]:
-    """Give each further copy to the expert with the largest load per copy, up to ``most``."""
+def _count_copies(load: NDArray[np.float64], max_copies: int, spare: int) -> NDArray[np.int64]:
+    """Give each further copy to the expert with the largest load per copy, up to a maximum."""
     count = np.ones(len(load), dtype=np.int64)
-    heap = [(-value, expert) for expert, value in enumerate(load)] if most > 1 else []
+    heap = [(-value, expert) for expert, value in enumerate(load)] if max_copies > 1 else []
     heapq.heapify(heap)
     for _ in range(spare):
         _, expert = heapq.heappop(heap)
         count[expert] += 1
-        if count[expert] < most:
+        if count[expert] < max_copies:
             heapq.heappush(heap, (-load[expert] / count[expert], expert))
     return count
 
 
-def _steps(ranks: int) -> list[int]:
-    """Choose the steps of the rounds of the walk, each prime to the number of ranks."""
-    prime = [step for step in range(1, ranks // 2 + 1) if math.gcd(step, ranks) == 1] or [1]
-    return [1, *(min(prime, key=lambda step: abs(step - part * ranks)) for part in STEPS)]
+def _choose_steps(ranks: int) -> list[int]:
+    """Choose the steps of the rounds of the walk, each coprime to the number of ranks."""
+    coprime = [step for step in range(1, ranks // 2 + 1) if math.gcd(step, ranks) == 1] or [1]
+    return [
+        1,
+        *(
+            min(coprime, key=lambda step: abs(step - fraction * ranks))
+            for fraction in STEP_FRACTIONS
+        ),
+    ]

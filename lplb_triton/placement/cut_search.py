@@ -6,11 +6,11 @@ one batch is
     max over sets S of ranks of   (load of the experts whose copies all lie in S) / |S|,
 
 so a placement is judged by its *cuts* S. The search keeps a pool of cuts that were binding for some
-batch under some placement. What a change of the placement does to every cut of the pool in every
-batch is one small matrix product, and gives a lower bound of the new optima that is nearly always
-enough to refuse. A change that the pool likes is held against cuts sought afresh around it, then
-against the program itself, whose tight sets join the pool: a refused change teaches the pool the
-cut that spoilt it.
+batch under some placement. One small matrix product gives the values of all cuts of the pool in
+every batch after a change of the placement. These bound the new optima from below, which is nearly
+always enough to reject the change. A change that passes is checked against new cuts, found by
+separation, and then against solutions of the program itself. The tight sets of both join the pool,
+so a rejected change adds the cut that it violated.
 """
 
 from __future__ import annotations
@@ -33,25 +33,28 @@ _Int = NDArray[np.int64]
 
 # Weight of the mean over the worst tenth of the batches, beside the mean over all.
 TAIL_WEIGHT = 0.1
-# The pool is cut back to the first number of cuts when it outgrows the second, every so many
-# trials.
-POOL_KEEP, POOL_MAX, POOL_TRIALS = 1024, 1536, 16
+# Every third number of trials, a pool of more than the second number of cuts is reduced to the
+# first number.
+POOL_KEEP, POOL_MAX, TRIM_INTERVAL = 1024, 1536, 16
 # Rounds of growing and shrinking a cut by one rank, and batches for which that is done.
 SEPARATION_ROUNDS, SEPARATION_BATCHES = 6, 64
-# Batches whose program is solved before a change is kept: near a cut that the change makes
-# heavier, most relieved by it, and any.
+# Batches whose program is solved before a change is kept: those nearest to a cut that the change
+# makes heavier, those whose optimum it lowers most, and random ones.
 SOLVE_RAISED, SOLVE_RELIEVED, SOLVE_ANY = 16, 8, 16
 SOLVE_TOLERANCE = 3e-3
-# Kept changes between two solutions of all programs.
-CHECKPOINT = 50
-# Neighbouring batches that a change is tried on before it is tried on all.
-GLANCE = 96
+# All programs are solved after this many kept changes.
+CHECKPOINT_CHANGES = 50
+# Consecutive batches that a change is tried on before it is tried on all.
+SCREENING_BATCHES = 96
 # Smallest improvement of the score, in mean rank loads, that counts.
 MIN_GAIN = 1e-6
-# Cuts closer than this to what the pool knows are no news.
-NEWS = 1e-4
-# Parts of the trials that draw the moved slot by load, and that hand a spare slot on.
-BY_LOAD, HAND_ON = 0.3, 0.4
+# Smallest amount by which a new cut must exceed the optimum that the pool gives.
+MIN_VIOLATION = 1e-4
+# An optimum this close to a perfect balance counts as perfect.
+PERFECT = 1e-4
+# Chance that the slot of a swap is drawn by load, and chance that a trial gives a redundant slot to
+# another expert instead of a swap.
+BY_LOAD_CHANCE, REASSIGN_CHANCE = 0.3, 0.4
 
 
 class _Change(NamedTuple):
@@ -62,7 +65,7 @@ class _Change(NamedTuple):
 
 
 class CutSearch:
-    """A placement under change, and the cuts it is judged by.
+    """A local search that changes a placement, and the pool of cuts that judges it.
 
     Notation: E experts, G ranks, B batches, P cuts in the pool.
     """
@@ -88,7 +91,7 @@ class CutSearch:
         self.size: _Float = np.zeros(0, dtype=np.float32)  # [P] ranks in a cut
         # [P, E] 1 where all copies of an expert lie in a cut.
         self.confined: _Float = np.zeros((0, load.shape[1]), dtype=np.float32)
-        # [P, B] what a cut says of a batch's optimum; [B] the largest of these.
+        # [P, B] bound of a cut on a batch's optimum; [B] the largest of these.
         self.value_of: _Float = np.zeros((0, len(load)), dtype=np.float32)
         self.value: _Float = np.ones(len(load), dtype=np.float32)
         self.used: _Int = np.zeros(0, dtype=np.int64)  # [P] trial in which a cut last mattered
@@ -98,57 +101,57 @@ class CutSearch:
 
     def run(self, trials: int) -> tuple[Placement, float]:
         """Try changes; return the best placement at a checkpoint and its mean excess."""
-        optimum, best = self.certify(), self.expert.copy()
-        best_score, excess = self.score(optimum) + self.cost(), float(optimum.mean()) - 1.0
+        optimum, best = self.solve_batches(), self.expert.copy()
+        best_score, excess = self.score(optimum) + self.compute_price(), float(optimum.mean()) - 1.0
         kept = 0
         for self.trial in range(1, trials + 1):
-            moved = self.step()
+            moved = self.try_change()
             kept += moved
-            if self.trial % POOL_TRIALS == 0:
-                self.trim()
-            perfect = not bool((self.value > 1.0 + NEWS).any())
-            if perfect or (moved and kept % CHECKPOINT == 0) or self.trial == trials:
-                optimum = self.certify()
-                score = self.score(optimum) + self.cost()
+            if self.trial % TRIM_INTERVAL == 0:
+                self.trim_pool()
+            perfect = not bool((self.value > 1.0 + PERFECT).any())
+            if perfect or (moved and kept % CHECKPOINT_CHANGES == 0) or self.trial == trials:
+                optimum = self.solve_batches()
+                score = self.score(optimum) + self.compute_price()
                 if score < best_score:
                     best_score, best = score, self.expert.copy()
                     excess = float(optimum.mean()) - 1.0
-            if perfect and not (self.value > 1.0 + NEWS).any():
+            if perfect and not (self.value > 1.0 + PERFECT).any():
                 break
         return Placement(best, self.ranks, n_logical=self.load.shape[1]), excess
 
     def score(self, value: _Float) -> float:
-        """Mean of optima, and a little of the mean of the worst tenth."""
+        """Weigh the mean of optima and the mean of the worst tenth, ``[B]`` to one number."""
         tail = max(1, len(value) // 10)
         worst = np.partition(value, len(value) - tail)[-tail:]
         return float(value.mean() + TAIL_WEIGHT * worst.mean())
 
-    def cost(self) -> float:
-        """Price of the placement."""
+    def compute_price(self) -> float:
+        """Sum of the prices of all copies of the placement."""
         return float(self.price[self.expert, self.rank].sum())
 
-    def measure(self, cuts: _Bool) -> tuple[_Float, _Float]:
-        """Rows of `confined` and `value_of` for cuts under the current placement."""
+    def evaluate_cuts(self, cuts: _Bool) -> tuple[_Float, _Float]:
+        """Compute rows of `confined` and `value_of` for cuts under the current placement."""
         outside = (~cuts).astype(np.float32) @ (self.copies.T > 0).astype(np.float32)
         confined = (outside == 0).astype(np.float32)
         return confined, (confined / cuts.sum(1, dtype=np.float32)[:, None]) @ self.load_t
 
-    def settle(self) -> None:
-        """Recompute the optima as far as the pool knows them."""
+    def update_values(self) -> None:
+        """Recompute the bounds on the optima that the pool gives."""
         self.value = np.maximum(self.value_of.max(0), 1.0)
 
     def add_cuts(self, cuts: _Bool) -> bool:
-        """Add the cuts that the pool lacks; return whether there were any."""
-        fresh = []
+        """Add the cuts that the pool lacks, and return whether there were any."""
+        new_cuts = []
         for cut in cuts:
             key = cut.tobytes()
             if key not in self.known and cut.any():
                 self.known.add(key)
-                fresh.append(cut)
-        if not fresh:
+                new_cuts.append(cut)
+        if not new_cuts:
             return False
-        new = np.stack(fresh)
-        confined, value_of = self.measure(new)
+        new = np.stack(new_cuts)
+        confined, value_of = self.evaluate_cuts(new)
         self.cuts = np.concatenate([self.cuts, new])
         self.confined = np.concatenate([self.confined, confined])
         self.value_of = np.concatenate([self.value_of, value_of])
@@ -157,8 +160,8 @@ class CutSearch:
         self.value = np.maximum(self.value, value_of.max(0))
         return True
 
-    def trim(self) -> None:
-        """Drop the cuts that were not binding for longest when the pool is too large."""
+    def trim_pool(self) -> None:
+        """Drop the cuts that have not been binding for longest if the pool is too large."""
         if len(self.cuts) <= POOL_MAX:
             return
         used = self.used.copy()
@@ -168,13 +171,14 @@ class CutSearch:
         self.cuts, self.used, self.size = self.cuts[keep], self.used[keep], self.size[keep]
         self.confined, self.value_of = self.confined[keep], self.value_of[keep]
         self.known = {cut.tobytes() for cut in self.cuts}
-        self.settle()
+        self.update_values()
 
-    def separate(self, batches: _Int, rows: _Int | None = None) -> bool:
-        """Look for heavier cuts of some batches; return whether the pool has news.
+    def separate_cuts(self, batches: _Int, rows: _Int | None = None) -> bool:
+        """Search for violated cuts of some batches, and return whether the pool got any.
 
-        Grows and shrinks each batch's heaviest cut (of the pool or of some rows of it) by the
-        rank that is best for it, a few times, and pools what beats the batch's optimum so far.
+        The heaviest cut of each batch, of the pool or of some rows of it, grows or shrinks a few
+        times by the rank that gives the largest value. Cuts that exceed the bound on the batch's
+        optimum join the pool.
         """
         held, load = (self.copies > 0).astype(np.float32), self.load[batches]
         near = self.value_of[:, batches] if rows is None else self.value_of[rows][:, batches]
@@ -191,44 +195,44 @@ class CutSearch:
             which = candidate.argmax(1)
             value = candidate[row, which]
             cut[row, which] ^= True
-            better = value > best_value + NEWS
+            better = value > best_value + MIN_VIOLATION
             best[better], best_value[better] = cut[better], value[better]
-        news = best_value > self.value[batches] + NEWS
-        return bool(news.any()) and self.add_cuts(best[news])
+        violated = best_value > self.value[batches] + MIN_VIOLATION
+        return bool(violated.any()) and self.add_cuts(best[violated])
 
-    def certify(self, batches: _Int | None = None) -> _Float:
-        """Solve the batches' programs, pool their tight sets, return the optima."""
+    def solve_batches(self, batches: _Int | None = None) -> _Float:
+        """Solve the programs of batches, add their tight sets to the pool, return the optima."""
         placement = Placement(self.expert, self.ranks, n_logical=self.load.shape[1])
         load = self.load if batches is None else self.load[batches]
         counts = torch.from_numpy(load)
         solution = solve(placement.problem(counts), tolerance=SOLVE_TOLERANCE, dtype=torch.float32)
         loads = placement.rank_loads(counts, solution).numpy()
-        self.add_cuts(_level_cuts(loads, load, self.copies > 0))
+        self.add_cuts(find_level_cuts(loads, load, self.copies > 0))
         optimum: _Float = solution.max_load.clamp(min=1.0).float().numpy()
         return optimum
 
-    def propose(self) -> _Change | None:
-        """Draw a change that takes load out of the binding cut of a batch.
+    def propose_change(self) -> _Change | None:
+        """Draw a change that moves load out of the binding cut of a batch.
 
-        The batch is drawn by its excess over a perfect balance.
+        Batches are drawn with chances in proportion to their excess over a perfect balance.
         """
         rng = self.rng
-        batch = _draw(rng, self.value - 1.0)
+        batch = _draw_index(rng, self.value - 1.0)
         row = int(self.value_of[:, batch].argmax())
         in_cut = self.cuts[row][self.rank]
         inner = np.flatnonzero(in_cut & (self.confined[row, self.expert] > 0))
         outer = np.flatnonzero(~in_cut)
         if not inner.size or not outer.size:
             return None
-        heavy = int(inner[_draw(rng, self.load[batch, self.expert[inner]])])
-        if rng.random() < HAND_ON:
+        heavy = int(inner[_draw_index(rng, self.load[batch, self.expert[inner]])])
+        if rng.random() < REASSIGN_CHANCE:
             same = self.domain[self.rank[outer]] == self.domain[self.rank[heavy]]
             spare = outer[same & (self.copies.sum(1)[self.expert[outer]] > 1)]
             if not spare.size:
                 return None
             there = int(spare[rng.integers(spare.size)])
             return _Change([there], [int(self.expert[heavy])])
-        here = heavy if rng.random() < BY_LOAD else int(inner[rng.integers(inner.size)])
+        here = heavy if rng.random() < BY_LOAD_CHANCE else int(inner[rng.integers(inner.size)])
         there = int(outer[rng.integers(outer.size)])
         mover, other = int(self.expert[here]), int(self.expert[there])
         if self.copies[other, self.rank[here]]:
@@ -238,8 +242,8 @@ class CutSearch:
             return None
         return _Change([there, here], [mover, other])
 
-    def fill(self, change: _Change) -> _Change:
-        """Put experts into slots; return the change that undoes it."""
+    def apply_change(self, change: _Change) -> _Change:
+        """Put experts into slots, and return the change that undoes it."""
         undo = _Change(change.slots, [int(self.expert[slot]) for slot in change.slots])
         for slot, expert in zip(*change, strict=True):
             rank = self.rank[slot]
@@ -248,76 +252,76 @@ class CutSearch:
             self.expert[slot] = expert
         return undo
 
-    def step(self) -> bool:
-        """Try one change; keep it if the pool, cuts sought afresh and the program approve."""
-        change = self.propose()
+    def try_change(self) -> bool:
+        """Try one change, and return whether the pool, new cuts and the program let it stay."""
+        change = self.propose_change()
         if change is None:
             return False
-        cost = self.cost()
-        undo = self.fill(change)
+        price = self.compute_price()
+        undo = self.apply_change(change)
         # The score has to fall by more than the price rises.
-        least = self.cost() - cost + MIN_GAIN
+        min_fall = self.compute_price() - price + MIN_GAIN
         experts = sorted({*change.experts, *undo.experts})
         confined = np.empty((len(self.cuts), len(experts)), dtype=np.float32)
         for i, expert in enumerate(experts):
             confined[:, i] = self.cuts[:, np.flatnonzero(self.copies[expert])].all(1)
         delta = (confined - self.confined[:, experts]) / self.size[:, None]
-        first = int(self.rng.integers(max(1, len(self.value) - GLANCE + 1)))
-        some = slice(first, first + GLANCE)
-        glance = self.value_of[:, some] + delta @ self.load_t[experts, some]
-        value, before = np.maximum(glance.max(0), 1.0), self.value[some]
-        if self.score(value) > self.score(before) - least:
-            self.fill(undo)
-            self.used[glance[:, (value - before).argmax()].argmax()] = self.trial
+        first = int(self.rng.integers(max(1, len(self.value) - SCREENING_BATCHES + 1)))
+        some = slice(first, first + SCREENING_BATCHES)
+        screened = self.value_of[:, some] + delta @ self.load_t[experts, some]
+        value, before = np.maximum(screened.max(0), 1.0), self.value[some]
+        if self.score(value) > self.score(before) - min_fall:
+            self.apply_change(undo)
+            self.used[screened[:, (value - before).argmax()].argmax()] = self.trial
             return False
         old_value, old_value_of = self.value, self.value_of
         old_confined = self.confined[:, experts]
         self.value_of = old_value_of + delta @ self.load_t[experts]
         self.confined[:, experts] = confined
-        self.settle()
-        if self.approved(old_value, np.flatnonzero((delta > 0).any(1)), least):
+        self.update_values()
+        if self.verify_change(old_value, np.flatnonzero((delta > 0).any(1)), min_fall):
             return True
         rows = len(old_value_of)
-        self.fill(undo)
+        self.apply_change(undo)
         self.confined[:rows, experts] = old_confined
-        self.confined[rows:], new = self.measure(self.cuts[rows:])
+        self.confined[rows:], new = self.evaluate_cuts(self.cuts[rows:])
         self.value_of = np.concatenate([old_value_of, new])
-        self.settle()
+        self.update_values()
         return False
 
-    def approved(self, before: _Float, raised: _Int, least: float) -> bool:
-        """Look for cuts that spoil a change; return whether its score stays better.
+    def verify_change(self, before: _Float, raised: _Int, min_fall: float) -> bool:
+        """Search for cuts that a change violates, and return whether its score stays better.
 
-        Takes the optima before the change, [B], the cuts that it makes heavier, and by how much
-        the score must fall.
+        ``before`` ``[B]`` are the bounds before the change, ``raised`` numbers the cuts that it
+        makes heavier, and the score must have fallen by ``min_fall``.
         """
-        target = self.score(before) - least
+        target = self.score(before) - min_fall
         if self.score(self.value) > target:
             return False
         near = self.value_of[raised].max(0) if raised.size else before
         by_raised = np.argsort(self.value - near, kind="stable")
         by_relief = np.argsort(self.value - before, kind="stable")
-        if raised.size and self.separate(by_raised[:SEPARATION_BATCHES], raised):
+        if raised.size and self.separate_cuts(by_raised[:SEPARATION_BATCHES], raised):
             if self.score(self.value) > target:
                 return False
-        # Every round adds a cut that the pool lacks, and there are finitely many.
-        while self.separate(by_relief[:SEPARATION_BATCHES]):
+        # The loop ends: every round adds a cut that the pool lacks, and there are finitely many.
+        while self.separate_cuts(by_relief[:SEPARATION_BATCHES]):
             if self.score(self.value) > target:
                 return False
         some = self.rng.permutation(len(before))[:SOLVE_ANY]
         batches = [by_raised[:SOLVE_RAISED], by_relief[:SOLVE_RELIEVED], some]
-        self.certify(np.unique(np.concatenate(batches)))
+        self.solve_batches(np.unique(np.concatenate(batches)))
         return self.score(self.value) <= target
 
 
-def _draw(rng: np.random.Generator, weight: _Float) -> int:
-    """Draw an index with a chance in proportion to its weight."""
+def _draw_index(rng: np.random.Generator, weight: _Float) -> int:
+    """Draw an index with chances in proportion to the weights."""
     ends = np.cumsum(weight, dtype=np.float64)
     return min(int(np.searchsorted(ends, rng.random() * ends[-1], "right")), len(ends) - 1)
 
 
-def _level_cuts(loads: _Double, weight: _Float, held: _Bool) -> _Bool:
-    """Best cut among the level sets of each batch's rank loads: [B, G]."""
+def find_level_cuts(loads: _Double, weight: _Float, held: _Bool) -> _Bool:
+    """Find the best cut among the level sets of each batch's rank loads, ``[B, G]``."""
     batch, ranks = loads.shape
     order = np.argsort(-loads, axis=1, kind="stable")
     position = np.empty_like(order)

@@ -1,4 +1,4 @@
-"""What has to be copied where when one placement follows another."""
+"""Which expert weights to copy when one placement replaces another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import torch
 from lplb_triton._checks import check_integer, nearest_divisors, would_do
 from lplb_triton.placement import Placement
 
-__all__ = ["MovePlan", "keep_slots", "plan_moves"]
+__all__ = [
+    "MovePlan",
+    "check_same_sizes",
+    "keep_slots",
+    "number_domains",
+    "plan_moves",
+    "require_placement",
+]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -29,7 +36,7 @@ class MovePlan:
         ``[n]`` int64, slot to write, ascending.
     source : torch.Tensor
         ``[n]`` int64, slot to read: on the same rank if it holds the expert already, else in the
-        same domain if one does, else any; of several that serve the fewest so far.
+        same domain if one does, else any; of several, one on the rank that sends the fewest so far.
     source_rank, target_rank : torch.Tensor
         ``[n]`` int64, ranks of the two slots.
     crossing : torch.Tensor
@@ -45,11 +52,11 @@ class MovePlan:
 
     @property
     def moved(self) -> int:
-        """Expert weights that a rank receives from another one."""
+        """Number of expert weights that a rank receives from another one."""
         return int((self.source_rank != self.target_rank).sum())
 
     def __len__(self) -> int:
-        """Slots to write."""
+        """Count the slots to write."""
         return len(self.expert)
 
     def __repr__(self) -> str:
@@ -81,11 +88,10 @@ def plan_moves(
     TypeError, ValueError
         Naming the argument.
     """
-    if not isinstance(placement, Placement):
-        raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
+    placement = require_placement("placement", placement)
     sizes = (placement.n_logical, placement.n_physical, placement.ep_size)
     check_same_sizes("previous", previous, sizes)
-    domain = domains_of(placement.ep_size, ranks_per_domain)
+    domain = number_domains(placement.ep_size, ranks_per_domain)
     old, new = previous.phy2log.long().numpy(), placement.phy2log.long().numpy()
     rank = placement.rank_of_slot.long().numpy()
     sent = np.zeros(placement.ep_size, dtype=np.int64)
@@ -104,17 +110,23 @@ def plan_moves(
     return MovePlan(*(torch.from_numpy(column) for column in columns))
 
 
+def require_placement(name: str, value: object) -> Placement:
+    """Return a placement, or raise a TypeError that names it."""
+    if not isinstance(value, Placement):
+        raise TypeError(f"{name} must be a Placement, got {type(value).__name__}")
+    return value
+
+
 def check_same_sizes(name: str, previous: object, sizes: tuple[int, int, int]) -> None:
     """Raise, naming the argument, unless it is a placement of these experts, slots and ranks."""
-    if not isinstance(previous, Placement):
-        raise TypeError(f"{name} must be a Placement, got {type(previous).__name__}")
+    previous = require_placement(name, previous)
     found = (previous.n_logical, previous.n_physical, previous.ep_size)
     if found != sizes:
         raise ValueError(f"{name} must have (experts, slots, ranks) = {sizes}, got {found}")
 
 
-def domains_of(ep_size: int, ranks_per_domain: int | None) -> np.ndarray:
-    """Domain of each rank, ``[ep_size]`` int64."""
+def number_domains(ep_size: int, ranks_per_domain: int | None) -> np.ndarray:
+    """Return the domain of each rank, ``[ep_size]`` int64, or raise naming the argument."""
     if ranks_per_domain is None:
         return np.zeros(ep_size, dtype=np.int64)
     size = check_integer("ranks_per_domain", ranks_per_domain)
@@ -129,21 +141,22 @@ def domains_of(ep_size: int, ranks_per_domain: int | None) -> np.ndarray:
 def keep_slots(new: torch.Tensor, old: torch.Tensor, n_ranks: int) -> torch.Tensor:
     """Reorder each rank's slots so that experts which stay on the rank keep theirs.
 
-    Both maps are int64 ``[layers, n_physical]``. Newcomers take the slots left over, in order.
+    Both maps are int64 ``[layers, n_physical]``. Experts new to the rank take the other slots, in
+    order.
     """
     n_slots = new.shape[1] // n_ranks
-    arriving, leaving = new.reshape(-1, n_slots), old.reshape(-1, n_slots)
+    after, before = new.reshape(-1, n_slots), old.reshape(-1, n_slots)
     # The k-th copy of an expert on a rank takes the k-th of its old slots there.
-    same = arriving.unsqueeze(2) == leaving.unsqueeze(1)
-    same &= _occurrence(arriving).unsqueeze(2) == _occurrence(leaving).unsqueeze(1)
+    same = after.unsqueeze(2) == before.unsqueeze(1)
+    same &= _count_earlier(after).unsqueeze(2) == _count_earlier(before).unsqueeze(1)
     target = same.int().argmax(2)
     stays, taken = same.any(2), same.any(1)
-    # As many newcomers as free slots in every row, and masks read both row by row.
+    # Every row has as many new experts as free slots, and both masks select row by row.
     target[~stays] = torch.arange(n_slots, device=target.device).expand_as(target)[~taken]
-    return torch.empty_like(arriving).scatter_(1, target, arriving).reshape(new.shape)
+    return torch.empty_like(after).scatter_(1, target, after).reshape(new.shape)
 
 
-def _occurrence(slots: torch.Tensor) -> torch.Tensor:
-    """``[rows, n]``, how many earlier slots of the row hold the same expert."""
+def _count_earlier(slots: torch.Tensor) -> torch.Tensor:
+    """Count the earlier slots of the row that hold the same expert, ``[rows, n]``."""
     same = slots.unsqueeze(2) == slots.unsqueeze(1)
     return same.tril_(-1).sum(2)

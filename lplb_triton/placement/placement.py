@@ -1,4 +1,4 @@
-"""Which expert sits in which slot: one immutable object, whatever it was made from."""
+"""Which expert each slot holds: one immutable object, whatever it was made from."""
 
 from __future__ import annotations
 
@@ -10,44 +10,15 @@ import torch
 from numpy.typing import NDArray
 
 from lplb_triton import topologies
-
-# Other modules take `check_integer` from here.
-from lplb_triton._checks import check_integer as check_integer
-from lplb_triton._checks import nearest_divisors, nearest_multiples, on_host, would_do
-from lplb_triton._counts import check_load_dtype, check_load_values
-from lplb_triton.eplb import checked_weight, rebalance
+from lplb_triton._checks import check_integer, nearest_divisors, would_do
+from lplb_triton.placement.arguments import check_batch, count_copies, to_int_array
+from lplb_triton.placement.constructors import copy_over_topology, replicate_by_history
+from lplb_triton.placement.programs import ProgramBuilder
 from lplb_triton.placement.structure import Structure, build_structure
 from lplb_triton.problem import Problem
 from lplb_triton.solution import Solution
 
 __all__ = ["Placement"]
-
-
-def _as_int_array(name: str, value: object) -> NDArray[np.int64]:
-    """Copy an integer tensor or array to the CPU, or raise naming ``name``."""
-    if isinstance(value, torch.Tensor):
-        if value.is_floating_point() or value.is_complex():
-            raise TypeError(f"{name} must hold integers, got dtype {value.dtype}")
-        value = on_host(name, value).numpy()
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name} must be an array of integers: {error}") from None
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must hold integers, got dtype {array.dtype}")
-    return array.astype(np.int64)
-
-
-def _as_loads(name: str, value: object) -> torch.Tensor:
-    """Return loads as a tensor on the CPU: a tensor as it is, anything else as float64."""
-    if isinstance(value, torch.Tensor):
-        return on_host(name, value)
-    try:
-        return torch.from_numpy(np.array(value, dtype=np.float64))
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{name} must be a torch.Tensor or array of numbers, got {type(value).__name__}"
-        ) from None
 
 
 class Placement:
@@ -110,7 +81,7 @@ class Placement:
         n_group: int = 1,
         max_columns: int | None = None,
     ) -> None:
-        flat = _as_int_array("phy2log", phy2log)
+        flat = to_int_array("phy2log", phy2log)
         if flat.ndim != 1 or flat.size == 0:
             raise ValueError(f"phy2log must be one-dimensional and not empty, got {flat.shape}")
         n_physical = int(flat.size)
@@ -124,13 +95,13 @@ class Placement:
             )
         if ep_size % n_group:
             raise ValueError(f"n_group must divide ep_size {ep_size}, got {n_group}")
-        counts = _count_copies(flat, n_logical)
+        counts = count_copies(flat, n_logical)
         flat.setflags(write=False)
         redundant = (n_physical - len(counts)) // n_group
         if max_columns is None:
             max_columns = redundant
         max_columns = check_integer("max_columns", max_columns, 0)
-        # Attributes can't be set one by one, see `__setattr__`.
+        # `__setattr__` refuses to set attributes one by one.
         vars(self).update(
             n_logical=len(counts),
             n_physical=n_physical,
@@ -155,7 +126,7 @@ class Placement:
 
     @cached_property
     def _content(self) -> tuple[int, int, int, int, bytes]:
-        """All that one placement can differ in from another."""
+        """Everything in which placements can differ."""
         sizes = (self.n_logical, self.ep_size, self.n_group, self.max_columns)
         return *sizes, self._phy2log.tobytes()
 
@@ -261,27 +232,15 @@ class Placement:
             Naming the argument whose size doesn't fit.
         """
         r2o = topologies.validate(r2o)
-        group_size, num_redundants = r2o.shape
-        n_physical = check_integer("n_routed_experts", n_routed_experts)
-        n_logical = check_integer("n_logical_routed_experts", n_logical_routed_experts)
-        ep_size = check_integer("ep_size", ep_size)
-        num_nodes = check_integer("num_nodes", num_nodes)
-        _check_topology(n_physical, n_logical, ep_size, group_size, num_redundants)
-        n_local = n_logical // ep_size
-        redundant = n_physical // ep_size - n_local
-        n_group, combined = ep_size // group_size, redundant // num_redundants
-        order = _spread(workload, n_logical, n_group, num_nodes, ep_size)
-        order = order.reshape(n_group, group_size, n_local)
-        originals = order[:, :, :redundant].reshape(n_group, group_size, combined, num_redundants)
-        source = np.broadcast_to(r2o.numpy()[None, :, None, :], originals.shape)
-        copies = np.take_along_axis(originals, source.astype(np.int64), axis=1)
-        slots = np.concatenate([order, copies.reshape(n_group, group_size, redundant)], axis=2)
+        slots = copy_over_topology(
+            r2o, n_routed_experts, n_logical_routed_experts, ep_size, workload, num_nodes
+        )
         return cls(
-            slots.reshape(-1),
+            slots,
             ep_size,
-            n_logical=n_logical,
-            n_group=n_group,
-            max_columns=group_size * num_redundants,
+            n_logical=n_logical_routed_experts,
+            n_group=ep_size // len(r2o),
+            max_columns=r2o.numel(),
         )
 
     @classmethod
@@ -319,35 +278,10 @@ class Placement:
         TypeError, ValueError
             Naming the argument.
         """
-        weight = checked_weight("load", _as_loads("load", load), "[n_logical]")
-        n_logical = len(weight)
-        ep_size = check_integer("ep_size", ep_size)
-        redundant = check_integer("redundant_per_rank", redundant_per_rank, 0)
-        num_groups = check_integer("num_groups", num_groups)
-        num_nodes = check_integer("num_nodes", num_nodes)
-        in_nodes = num_groups % num_nodes == 0
-        if n_logical % ep_size:
-            near = nearest_divisors(n_logical, ep_size)
-            raise ValueError(
-                f"ep_size must divide the number of logical experts, {n_logical}, got {ep_size}"
-                f"{would_do([n for n in near if not in_nodes or n % num_nodes == 0])}"
-            )
-        if in_nodes and n_logical % num_groups:
-            near = nearest_divisors(n_logical, num_groups)
-            raise ValueError(
-                f"num_groups must divide the number of logical experts, {n_logical}, got "
-                f"{num_groups}"
-                f"{would_do([n for n in near if n % num_nodes or ep_size % num_nodes == 0])}"
-            )
-        if in_nodes and ep_size % num_nodes:
-            raise ValueError(
-                f"num_nodes must divide ep_size, {ep_size}, got {num_nodes}"
-                f"{would_do(nearest_divisors(ep_size, num_nodes))}"
-            )
-        phy2log, _, _ = rebalance(
-            weight.unsqueeze(0), n_logical + redundant * ep_size, num_groups, num_nodes, ep_size
+        slots, n_logical = replicate_by_history(
+            load, ep_size, redundant_per_rank, num_groups, num_nodes
         )
-        return cls(phy2log[0], ep_size, n_logical=n_logical)
+        return cls(slots, ep_size, n_logical=n_logical)
 
     @property
     def phy2log(self) -> torch.Tensor:
@@ -381,39 +315,14 @@ class Placement:
         return torch.from_numpy(table)
 
     def __repr__(self) -> str:
-        """Sizes in one line."""
+        """Write the sizes in one line."""
         return (
             f"Placement({self.n_logical} experts in {self.n_physical} slots, {self.ep_size} ranks, "
             f"{self.n_group} group(s), up to {int(self._counts.max())} copies)"
         )
 
-    @cached_property
-    def _fold(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Columns of a [n_logical] -> [n_group * (G + C)] scatter: target per expert."""
-        s = self.structure
-        fixed_rank = np.full(self.n_logical, -1, dtype=np.int64)
-        g, r, k = np.nonzero(s.fixed_experts >= 0)
-        fixed_rank[s.fixed_experts[g, r, k]] = g * self.group_size + r
-        column = s.cell_group.astype(np.int64) * self.max_columns + s.column_of
-        return fixed_rank, column
-
-    def _batched(self, counts: torch.Tensor) -> torch.Tensor:
-        """Check counts and return them as ``[B, n_logical]`` float64."""
-        if not isinstance(counts, torch.Tensor):
-            raise TypeError(f"counts must be a torch.Tensor, got {type(counts).__name__}")
-        if counts.ndim not in (1, 2) or counts.shape[-1] != self.n_logical:
-            raise ValueError(
-                f"counts must be [{self.n_logical}] or [B, {self.n_logical}], "
-                f"got {tuple(counts.shape)}"
-            )
-        check_load_dtype("counts", counts)
-        # Elsewhere the look would be a wait; the solver reports such loads there.
-        if counts.device.type == "cpu":
-            check_load_values("counts", counts)
-        return counts.reshape(-1, self.n_logical).double()
-
     def problem(self, counts: torch.Tensor) -> Problem:
-        """Fold counts by logical expert into programs, one per batch and group.
+        """Make linear programs of counts by logical expert, one per batch and group.
 
         Parameters
         ----------
@@ -431,50 +340,12 @@ class Placement:
         TypeError, ValueError
             For counts of the wrong dtype or shape; on a CPU also for negative or non-finite ones.
         """
-        counts = self._batched(counts)
-        batch, device = len(counts), counts.device
-        fixed_rank, column = (torch.from_numpy(index).to(device) for index in self._fold)
-        single = fixed_rank >= 0
-        fixed = torch.zeros(batch, self.ep_size, dtype=torch.float64, device=device)
-        fixed.index_add_(1, fixed_rank[single], counts[:, single])
-        weights = torch.zeros(
-            batch, self.n_group * self.max_columns, dtype=torch.float64, device=device
-        )
-        weights.index_add_(1, column[~single], counts[:, ~single])
-        mask = torch.from_numpy(self.structure.mask.copy()).to(device)
-        if self.n_group > 1:
-            mask = mask.repeat(batch, 1, 1)
-        instances = batch * self.n_group
-        return Problem(
-            weights.reshape(instances, self.max_columns),
-            fixed.reshape(instances, self.group_size),
-            mask,
-            self._split_over_copies(counts) if self._splits_differ else None,
-        )
+        return self._programs.build(check_batch(counts, self.n_logical))
 
     @cached_property
-    def _splits_differ(self) -> bool:
-        """Whether splits that are even over ranks and over copies differ."""
-        s = self.structure
-        return bool((s.copy_multiplicity[s.copy_cell >= 0] > 1).any())
-
-    def _split_over_copies(self, counts: torch.Tensor) -> torch.Tensor:
-        """Shares of columns if every expert is split evenly over its copies.
-
-        ``counts`` are ``[B, n_logical]`` float64; the result is
-        ``[B * n_group, group_size, max_columns]``. A column without tokens gets 0.
-        """
-        s, device = self.structure, counts.device
-        shared = np.flatnonzero(s.copy_cell >= 0)
-        expert = self._phy2log[s.copy_slot[shared]]
-        cell = torch.from_numpy(s.copy_cell[shared].astype(np.int64)).to(device)
-        per_copy = (counts / self.logcnt.to(device))[:, torch.from_numpy(expert).to(device)]
-        size = self.ep_size * self.max_columns
-        tokens = torch.zeros(len(counts), size, dtype=torch.float64, device=device)
-        tokens.index_add_(1, cell, per_copy)
-        tokens = tokens.reshape(-1, self.group_size, self.max_columns)
-        total = tokens.sum(1, keepdim=True)
-        return torch.where(total > 0, tokens / total, 0.0)
+    def _programs(self) -> ProgramBuilder:
+        """The builder of this placement's programs."""
+        return ProgramBuilder(self.structure, self._phy2log, self._counts)
 
     def even_loads(self, counts: torch.Tensor) -> torch.Tensor:
         """Rank loads when each expert's load is split evenly over its copies (EPLB's way).
@@ -494,7 +365,7 @@ class Placement:
         TypeError, ValueError
             As `problem` does.
         """
-        counts = self._batched(counts)
+        counts = check_batch(counts, self.n_logical)
         per_slot = (counts / self.logcnt.to(counts.device))[:, self.phy2log.long()]
         return per_slot.reshape(len(counts), self.ep_size, -1).sum(2)
 
@@ -530,83 +401,3 @@ class Placement:
             raise ValueError(f"solution is on {solution.shares.device}, expected {p.device}")
         loads = p.fixed + (p.weights.unsqueeze(1) * solution.shares.double()).sum(2)
         return loads.reshape(-1, self.ep_size)
-
-
-def _count_copies(phy2log: NDArray[np.int64], n_logical: int | None) -> NDArray[np.int64]:
-    """Count the copies of each expert, ``[n_logical]``, or raise naming what doesn't fit."""
-    low, high, n_slots = int(phy2log.min()), int(phy2log.max()), len(phy2log)
-    n_logical = high + 1 if n_logical is None else check_integer("n_logical", n_logical)
-    if low < 0 or high >= n_logical:
-        raise ValueError(f"phy2log must hold ids in [0, {n_logical}), got {low}..{high}")
-    if n_logical > n_slots:
-        raise ValueError(
-            f"phy2log has {n_slots} slots, too few for one of each of {n_logical} logical experts"
-        )
-    counts = np.bincount(phy2log, minlength=n_logical)
-    missing = np.flatnonzero(counts == 0)
-    if missing.size:
-        raise ValueError(
-            f"phy2log gives no slot to {missing.size} logical experts, first {int(missing[0])}"
-        )
-    return counts
-
-
-def _check_topology(
-    n_physical: int, n_logical: int, ep_size: int, group_size: int, num_redundants: int
-) -> None:
-    """Raise, naming the argument of `Placement.from_topology`, unless the sizes fit each other."""
-
-    def fits(n_physical: int, n_logical: int, ep_size: int) -> bool:
-        redundant = n_physical - n_logical
-        return (
-            ep_size % group_size == 0
-            and n_logical % ep_size == 0
-            and redundant % (ep_size * num_redundants) == 0
-            and 0 < redundant <= n_logical
-        )
-
-    if fits(n_physical, n_logical, ep_size):
-        return
-    if ep_size % group_size:
-        near = nearest_multiples(group_size, ep_size)
-        raise ValueError(
-            f"ep_size must be a multiple of the topology's {group_size} ranks, got {ep_size}"
-            f"{would_do([n for n in near if fits(n_physical, n_logical, n)])}"
-        )
-    n_local, rest = divmod(n_logical, ep_size)
-    if rest:
-        near = nearest_multiples(ep_size, n_logical)
-        raise ValueError(
-            f"n_logical_routed_experts must be a multiple of ep_size {ep_size}, got {n_logical}"
-            f"{would_do([n for n in near if fits(n_physical, n, ep_size)])}"
-        )
-    if num_redundants > n_local:
-        raise ValueError(
-            f"n_logical_routed_experts gives each rank {n_local} experts, fewer than the "
-            f"topology's {num_redundants} columns"
-        )
-    near = nearest_multiples(ep_size * num_redundants, n_physical - n_logical)
-    most = n_local // num_redundants * num_redundants * ep_size
-    raise ValueError(
-        f"n_routed_experts must give each of {ep_size} ranks a positive multiple of the "
-        f"topology's {num_redundants} columns, at most its {n_local} logical experts, as "
-        f"redundant slots, got {n_physical}{would_do([n_logical + min(n, most) for n in near])}"
-    )
-
-
-def _spread(
-    workload: torch.Tensor | None, n_logical: int, n_group: int, num_nodes: int, ep_size: int
-) -> NDArray[np.int64]:
-    """Order the logical experts rank by rank, heaviest first where a history is given."""
-    if workload is None:
-        return np.arange(n_logical)
-    load = _as_loads("workload", workload)
-    if load.shape != (n_logical,):
-        raise ValueError(f"workload must have shape [{n_logical}], got {list(load.shape)}")
-    weight = checked_weight("workload", load, "[n_logical]")
-    # The ranks' groups are consecutive experts here: a policy of nodes that don't divide them is
-    # none, and those that do divide the ranks too.
-    phy2log, _, _ = rebalance(weight.unsqueeze(0), n_logical, n_group, num_nodes, ep_size)
-    by_rank = phy2log[0].reshape(ep_size, -1)
-    heaviest = load[by_rank].argsort(dim=1, descending=True, stable=True)
-    return by_rank.gather(1, heaviest).reshape(-1).numpy()

@@ -1,7 +1,7 @@
 """Placement for the linear program: choose what is copied where from recorded batches.
 
-EPLB's placement is built for even splits. With the program of docs/method.md (equation 1) solved
-exactly for every batch, what is left of the imbalance is the placement's. `place` searches for one
+EPLB builds its placement for even splits. When the program of docs/method.md (equation 1) is solved
+exactly for every batch, the remaining imbalance is due to the placement. `place` searches for one
 whose optima over recorded and synthetic batches are low, on a CPU by the cuts that bind it
 (`lplb_triton.placement.cut_search`), on a GPU by solving thousands of programs in a launch
 (`lplb_triton.placement.exact_search`).
@@ -10,6 +10,7 @@ whose optima over recorded and synthetic batches are low, on a CPU by the cuts t
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 from lplb_triton._checks import check_integer
 from lplb_triton._threads import one_thread
 from lplb_triton.placement import Placement
-from lplb_triton.placement.chaining import chain, check_ranks, checked_load, scaled_rows
+from lplb_triton.placement.chaining import chain, check_load, check_ranks, scale_rows
 from lplb_triton.placement.cut_search import CutSearch
 from lplb_triton.placement.exact_search import CANDIDATES, ExactSearch
-from lplb_triton.placement.moves import check_same_sizes, domains_of, keep_slots
+from lplb_triton.placement.moves import check_same_sizes, keep_slots, number_domains
 from lplb_triton.solver import solve
 
 __all__ = ["place"]
@@ -29,21 +30,22 @@ __all__ = ["place"]
 _Float = NDArray[np.float32]
 _Double = NDArray[np.float64]
 
-# Samples and trials where none are asked for.
+# Default samples and trials.
 CPU_EFFORT, GPU_EFFORT = (256, 2000), (512, 96 * CANDIDATES)
-# Batches that tell how loads fluctuate; with fewer, `dispersion` does.
+# With fewer batches than this, `dispersion` states how loads fluctuate.
 MIN_BATCHES = 8
-# Powers of the fluctuations in synthetic batches: the next is for placements whose mean optimum
-# exceeds a perfect balance by less than ENOUGH under the one before.
-STRESSES = (1.0, 1.5, 2.0)
-ENOUGH = 3e-3
-# Trials at each higher power.
-MARGIN_TRIALS = 300
-# What a margin for stress may cost over recorded batches, in mean rank loads.
-MARGIN_COST = 5e-4
+# Powers of the fluctuations in synthetic batches. The search goes on with the next power if the
+# mean optimum exceeds a perfect balance by no more than MAX_EXCESS.
+FLUCTUATION_POWERS = (1.0, 1.5, 2.0)
+MAX_EXCESS = 3e-3
+# Trials at each power but the first.
+STRESS_TRIALS = 300
+# The most that searches with larger fluctuations may cost over recorded batches, in mean rank
+# loads.
+STRESS_COST = 5e-4
 # With more, an expert's load would vary by more than 20,000 times from batch to batch, and its
 # power would overflow.
-MOST_DISPERSION = 10.0
+MAX_DISPERSION = 10.0
 
 
 def place(
@@ -131,98 +133,87 @@ def place(
     >>> place(history, 2, redundant_per_rank=1)
     Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
     """
-    load = scaled_rows(checked_load("history", history, (1, 2)))
-    where = history.device if device is None else _checked_device(device)
+    load = scale_rows(check_load("history", history, (1, 2)))
+    where = history.device if device is None else _check_device(device)
     n_logical = load.shape[1]
     n_ranks = check_ranks(ep_size, ranks_per_domain, n_logical)
     redundant = check_integer("redundant_per_rank", redundant_per_rank, 0)
     effort = CPU_EFFORT if where.type == "cpu" else GPU_EFFORT
     n_samples = effort[0] if samples is None else check_integer("samples", samples, 1)
     n_trials = effort[1] if trials is None else check_integer("trials", trials, 0)
-    dispersion = _checked_number("dispersion", dispersion, MOST_DISPERSION)
-    penalty = _checked_number("move_penalty", move_penalty)
+    dispersion = _check_number("dispersion", dispersion, MAX_DISPERSION)
+    penalty = _check_number("move_penalty", move_penalty)
     rng = np.random.default_rng(check_integer("seed", seed, 0))
-    domain = domains_of(n_ranks, ranks_per_domain)
-    n_domains = int(domain[-1]) + 1
+    domain = number_domains(n_ranks, ranks_per_domain)
     load = load[load.sum(1) > 0]
     load = load / load.sum(1, keepdims=True) * n_ranks
     mean = load.mean(0) if len(load) else np.ones(n_logical)
     counts = torch.from_numpy(load).to(where)
-    price = np.zeros((n_logical, n_ranks), dtype=np.float32)
     if previous is not None:
-        check_same_sizes(
-            "previous", previous, (n_logical, n_logical + redundant * n_ranks, n_ranks)
-        )
-        try:
-            start = Placement(previous.phy2log, n_ranks, n_logical=n_logical, n_group=n_domains)
-        except ValueError as error:
-            raise ValueError(
-                f"ranks_per_domain is {ranks_per_domain}, but previous.{error}"
-            ) from error
-        if not penalty:
-            start = _without_repeats(start, mean)
+        start = _start_from(previous, mean, n_ranks, redundant, ranks_per_domain, not penalty)
     elif penalty:
         raise ValueError("move_penalty needs previous, the placement that moves start from")
     else:
-        start = _start(torch.from_numpy(mean), counts, n_ranks, redundant, ranks_per_domain)
+        start = _choose_start(torch.from_numpy(mean), counts, n_ranks, redundant, ranks_per_domain)
     if n_ranks == 1 or not len(load) or not n_trials:
         return start
-    if penalty:
-        # An optimum is at most as many mean rank loads as there are ranks: no move pays for more.
-        price += np.float32(min(penalty, 2.0 * n_ranks))
-        price[start.phy2log.numpy(), start.rank_of_slot.numpy()] = 0.0
-    best, limit = start, _cost(start, counts, price)
-    for stress in STRESSES:
-        batches = _scenarios(load, n_samples, dispersion, stress, rng)
-        if where.type == "cpu":
-            search = CutSearch(best, batches, price, domain, rng)
-            with one_thread():
-                found, excess = search.run(n_trials)
-            n_trials -= search.trial
-        else:
-            found, excess, steps = _search_exactly(
-                best, batches, price, domain, where, rng, n_trials
-            )
-            n_trials -= steps * CANDIDATES
-        cost = _cost(found, counts, price)
-        if cost <= limit + MARGIN_COST / len(STRESSES):
-            best, limit = found, min(limit, cost)
-        n_trials = min(n_trials, MARGIN_TRIALS)
-        if excess > ENOUGH or n_trials < 1:
-            break
+    search = _Search(load, counts, _price_moves(start, penalty), domain, where, rng)
+    best = search.improve(start, n_samples, n_trials, dispersion)
     phy2log = keep_slots(best.phy2log.long()[None], start.phy2log.long()[None], n_ranks)[0]
-    return Placement(phy2log, n_ranks, n_logical=n_logical, n_group=n_domains)
+    return Placement(phy2log, n_ranks, n_logical=n_logical, n_group=start.n_group)
 
 
-def _start(
+def _start_from(
+    previous: Placement,
+    mean: _Double,
+    ranks: int,
+    redundant: int,
+    ranks_per_domain: int | None,
+    may_replace: bool,
+) -> Placement:
+    """Return the previous placement with the domains as groups, or raise naming the argument.
+
+    Slots that repeat an expert on their rank are given to others if ``may_replace``.
+    """
+    n_logical = len(mean)
+    check_same_sizes("previous", previous, (n_logical, n_logical + redundant * ranks, ranks))
+    n_domains = ranks // (ranks_per_domain or ranks)
+    try:
+        start = Placement(previous.phy2log, ranks, n_logical=n_logical, n_group=n_domains)
+    except ValueError as error:
+        raise ValueError(f"ranks_per_domain is {ranks_per_domain}, but previous.{error}") from error
+    return _replace_repeats(start, mean) if may_replace else start
+
+
+def _choose_start(
     mean: torch.Tensor,
     counts: torch.Tensor,
     ranks: int,
     redundant: int,
     ranks_per_domain: int | None,
 ) -> Placement:
-    """Make the placement to start from: the better one of EPLB's and the chained one."""
+    """Choose the better placement to start from of EPLB's and the chained one."""
     n_domains = ranks // (ranks_per_domain or ranks)
     n_logical = len(mean)
-    # Groups of one expert each: EPLB then packs experts onto domains by load.
+    # With groups of one expert each, EPLB packs single experts onto domains by load.
     groups = n_logical if n_domains > 1 else 1
     eplb = Placement.from_history(
         mean, ranks, redundant_per_rank=redundant, num_groups=groups, num_nodes=n_domains
     )
     eplb = Placement(eplb.phy2log, ranks, n_logical=n_logical, n_group=n_domains)
-    eplb = _without_repeats(eplb, mean.numpy())
-    # Every rank has every expert of its domain.
+    eplb = _replace_repeats(eplb, mean.numpy())
+    # With more slots than this, every rank has every expert of its domain.
     if redundant * ranks > n_logical * (ranks // n_domains - 1):
         return eplb
     chained = chain(mean, ranks, redundant_per_rank=redundant, ranks_per_domain=ranks_per_domain)
     free = np.zeros((n_logical, ranks), dtype=np.float32)
-    return min((chained, eplb), key=lambda one: _cost(one, counts, free))
+    return min((chained, eplb), key=lambda one: _compute_cost(one, counts, free))
 
 
-def _without_repeats(placement: Placement, mean: _Double) -> Placement:
-    """Give slots that repeat an expert on their rank to the heaviest ones that the rank lacks.
+def _replace_repeats(placement: Placement, mean: _Double) -> Placement:
+    """Give slots that repeat an expert on their rank to the heaviest experts that the rank lacks.
 
-    Repeats are left where a rank has every expert of its group. The optimum can only fall.
+    Repeats stay where a rank has every expert of its group. The optimum can only fall.
     """
     structure = placement.structure
     repeats = np.sort(structure.copy_slot[structure.copy_index > 0])
@@ -244,7 +235,7 @@ def _without_repeats(placement: Placement, mean: _Double) -> Placement:
     )
 
 
-def _checked_number(name: str, value: object, most: float = sys.float_info.max) -> float:
+def _check_number(name: str, value: object, most: float = sys.float_info.max) -> float:
     """Return a float from 0 to a limit, or raise naming it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
@@ -253,7 +244,7 @@ def _checked_number(name: str, value: object, most: float = sys.float_info.max) 
     return float(value)
 
 
-def _checked_device(device: torch.device | str) -> torch.device:
+def _check_device(device: torch.device | str) -> torch.device:
     """Return a device that can compute, or raise naming it."""
     try:
         where = torch.device(device)
@@ -264,10 +255,10 @@ def _checked_device(device: torch.device | str) -> torch.device:
     return where
 
 
-def _scenarios(
-    load: _Double, samples: int, dispersion: float, stress: float, rng: np.random.Generator
+def draw_batches(
+    load: _Double, samples: int, dispersion: float, power: float, rng: np.random.Generator
 ) -> _Float:
-    """Batches to judge by, ``[samples, E]``: recorded ones, at most half, and synthetic ones."""
+    """Draw batches ``[samples, E]`` to judge by: recorded ones, at most half, and synthetic."""
     total, mean = load.sum(1).mean(), load.mean(0)
     recorded = min(len(load), (samples + 1) // 2)
     missing = samples - recorded
@@ -276,41 +267,81 @@ def _scenarios(
     else:
         relative = load / np.where(mean > 0, mean, 1.0)
         one, two = rng.integers(len(load), size=(2, missing))
-        coin = rng.random((missing, load.shape[1])) < 0.5
-        ratio = np.where(coin, relative[one], relative[two])
-    synthetic = mean * ratio**stress
+        from_first = rng.random((missing, load.shape[1])) < 0.5
+        ratio = np.where(from_first, relative[one], relative[two])
+    synthetic = mean * ratio**power
     synthetic = synthetic[synthetic.sum(1) > 0]
     load = np.concatenate([load[rng.permutation(len(load))[:recorded]], synthetic])
-    # In random order, so that any run of neighbours is a fair sample.
+    # The order is random, so that consecutive batches are a fair sample.
     load = rng.permutation(load)
     scaled: _Float = (load / load.sum(1, keepdims=True) * total).astype(np.float32)
     return scaled
 
 
-def _search_exactly(
-    start: Placement,
-    batches: _Float,
-    price: _Float,
-    domain: NDArray[np.int64],
-    device: torch.device,
-    rng: np.random.Generator,
-    trials: int,
-) -> tuple[Placement, float, int]:
-    """Run `ExactSearch` on a device; return its placement, mean excess and steps."""
-    generator = torch.Generator(device).manual_seed(int(rng.integers(2**31)))
-    search = ExactSearch(
-        start,
-        torch.from_numpy(batches).to(device),
-        torch.from_numpy(price),
-        torch.from_numpy(domain),
-        generator,
-    )
-    found, excess = search.run(max(1, trials // CANDIDATES))
-    return found, excess, search.steps
+def _price_moves(start: Placement, penalty: float) -> _Float:
+    """Price a copy on a rank, ``[n_logical, ranks]``; the copies of the start cost nothing."""
+    price = np.zeros((start.n_logical, start.ep_size), dtype=np.float32)
+    if penalty:
+        # No move pays for more: an optimum is at most as many mean rank loads as there are ranks.
+        price += np.float32(min(penalty, 2.0 * start.ep_size))
+        price[start.phy2log.numpy(), start.rank_of_slot.numpy()] = 0.0
+    return price
 
 
-def _cost(placement: Placement, counts: torch.Tensor, price: _Float) -> float:
-    """Mean optimum over batches, in mean rank loads, and the price of moves."""
+class _Search(NamedTuple):
+    """What the searches at all powers of the fluctuations have in common."""
+
+    load: _Double
+    """``[batches, E]`` recorded batches, in mean rank loads."""
+    counts: torch.Tensor
+    """The same on the device."""
+    price: _Float
+    """``[E, ranks]`` price of a copy on a rank."""
+    domain: NDArray[np.int64]
+    """``[ranks]`` domain of each rank."""
+    device: torch.device
+    """Where to search."""
+    rng: np.random.Generator
+    """Source of all random choices."""
+
+    def improve(
+        self, start: Placement, n_samples: int, n_trials: int, dispersion: float
+    ) -> Placement:
+        """Search from a start, with larger fluctuations while the placement is nearly perfect."""
+        best, limit = start, _compute_cost(start, self.counts, self.price)
+        for power in FLUCTUATION_POWERS:
+            batches = draw_batches(self.load, n_samples, dispersion, power, self.rng)
+            found, excess, used = self.run(best, batches, n_trials)
+            n_trials -= used
+            cost = _compute_cost(found, self.counts, self.price)
+            if cost <= limit + STRESS_COST / len(FLUCTUATION_POWERS):
+                best, limit = found, min(limit, cost)
+            n_trials = min(n_trials, STRESS_TRIALS)
+            if excess > MAX_EXCESS or n_trials < 1:
+                break
+        return best
+
+    def run(self, start: Placement, batches: _Float, n_trials: int) -> tuple[Placement, float, int]:
+        """Search by cuts or exactly; return the placement, its mean excess and the trials used."""
+        if self.device.type == "cpu":
+            by_cuts = CutSearch(start, batches, self.price, self.domain, self.rng)
+            with one_thread():
+                found, excess = by_cuts.run(n_trials)
+            return found, excess, by_cuts.trial
+        seed = int(self.rng.integers(2**31))
+        exact = ExactSearch(
+            start,
+            torch.from_numpy(batches).to(self.device),
+            torch.from_numpy(self.price),
+            torch.from_numpy(self.domain),
+            torch.Generator(self.device).manual_seed(seed),
+        )
+        found, excess = exact.run(max(1, n_trials // CANDIDATES))
+        return found, excess, exact.steps * CANDIDATES
+
+
+def _compute_cost(placement: Placement, counts: torch.Tensor, price: _Float) -> float:
+    """Add the mean optimum over batches, in mean rank loads, and the price of moves."""
     if not len(counts):
         return 0.0
     parts = [

@@ -46,7 +46,7 @@ class Structure(NamedTuple):
     """[n_physical] number of copies of that expert on that rank."""
 
     def __repr__(self) -> str:
-        """Sizes in one line."""
+        """Write the sizes in one line."""
         groups, ranks, columns = self.mask.shape
         return (
             f"Structure({len(self.column_of)} experts in {len(self.copy_slot)} slots, "
@@ -69,26 +69,28 @@ def build_structure(
     start[1:] = counts.cumsum()
     # An expert's copies ascend by rank.
     first_rank, last_rank = rank[start[:-1]], rank[start[1:] - 1]
-    group = _groups(first_rank // group_size, last_rank // group_size, n_group)
+    group = _find_groups(first_rank // group_size, last_rank // group_size, n_group)
 
     column_of = np.full(n_logical, -1, dtype=np.int32)
     replicated = (first_rank != last_rank).nonzero()[0]
     if replicated.size:
         held = np.zeros((n_logical, ep_size), dtype=np.bool_)
         held[expert, rank] = True
-        column_of[replicated] = _columns(held[replicated], group[replicated], n_group, max_columns)
+        column_of[replicated] = _assign_columns(
+            held[replicated], group[replicated], n_group, max_columns
+        )
     column = column_of[expert]
     cell = np.where(column < 0, -1, rank * max_columns + column)
     mask = np.zeros((n_group, group_size, max_columns), dtype=np.bool_)
     mask.reshape(-1)[cell[cell >= 0]] = True
 
-    column_start, members = _members(column_of, group, n_group, max_columns)
+    column_start, members = _list_members(column_of, group, n_group, max_columns)
     # Copies of one expert on one rank are neighbours in this order.
-    fresh = np.ones(n_physical, dtype=np.bool_)
-    fresh[1:] = (expert[1:] != expert[:-1]) | (rank[1:] != rank[:-1])
-    runs = fresh.nonzero()[0]
+    is_first = np.ones(n_physical, dtype=np.bool_)
+    is_first[1:] = (expert[1:] != expert[:-1]) | (rank[1:] != rank[:-1])
+    runs = is_first.nonzero()[0]
     lengths = np.append(runs[1:], n_physical) - runs
-    fixed = _fixed(column_of, first_rank, ep_size, n_physical // ep_size)
+    fixed = _list_fixed(column_of, first_rank, ep_size, n_physical // ep_size)
     structure = Structure(
         column_of=column_of,
         cell_group=group.astype(np.int32),
@@ -107,8 +109,8 @@ def build_structure(
     return structure
 
 
-def _groups(first: _Int64Array, last: _Int64Array, n_group: int) -> _Int64Array:
-    """Group of each expert, ``[n_logical]``, from those of its first and its last copy."""
+def _find_groups(first: _Int64Array, last: _Int64Array, n_group: int) -> _Int64Array:
+    """Find the group of each expert, ``[n_logical]``, from those of its first and last copy."""
     spanning = np.flatnonzero(first != last)
     if spanning.size:
         raise ValueError(
@@ -123,11 +125,13 @@ def _groups(first: _Int64Array, last: _Int64Array, n_group: int) -> _Int64Array:
     return first
 
 
-def _columns(held: BoolArray, group: _Int64Array, n_group: int, max_columns: int) -> _Int64Array:
-    """Column of each replicated expert, from the ranks that hold it and its group.
+def _assign_columns(
+    held: BoolArray, group: _Int64Array, n_group: int, max_columns: int
+) -> _Int64Array:
+    """Assign each replicated expert a column by the ranks that hold it and its group.
 
-    Experts with the same set of ranks become one column: the optimum is the same. A group's
-    columns are in the order of their sets, as rows of zeros and ones.
+    Experts with the same set of ranks become one column, which leaves the optimum as it is. A
+    group's columns are in the order of their sets, as rows of zeros and ones.
     """
     packed = np.packbits(held, axis=1)
     words = np.zeros((len(held), -(-packed.shape[1] // 8) * 8), dtype=np.uint8)
@@ -135,18 +139,18 @@ def _columns(held: BoolArray, group: _Int64Array, n_group: int, max_columns: int
     keys = words.view(">u8").astype(np.uint64)
     order = np.lexsort((*keys.T[::-1], group))
     keys, in_order = keys[order], group[order]
-    fresh = np.ones(len(held), dtype=np.bool_)
-    fresh[1:] = (keys[1:] != keys[:-1]).any(1)
-    n_columns = np.bincount(in_order[fresh], minlength=n_group)
+    is_first = np.ones(len(held), dtype=np.bool_)
+    is_first[1:] = (keys[1:] != keys[:-1]).any(1)
+    n_columns = np.bincount(in_order[is_first], minlength=n_group)
     if n_columns.max() > max_columns:
         raise ValueError(f"max_columns is {max_columns}, but phy2log needs {n_columns.max()}")
     before = np.cumsum(n_columns) - n_columns
     column = np.empty(len(held), dtype=np.int64)
-    column[order] = np.cumsum(fresh) - 1 - before[in_order]
+    column[order] = np.cumsum(is_first) - 1 - before[in_order]
     return column
 
 
-def _members(
+def _list_members(
     column_of: Int32Array, group: _Int64Array, n_group: int, max_columns: int
 ) -> tuple[Int32Array, Int32Array]:
     """Make ``column_start`` and ``column_members``."""
@@ -163,10 +167,10 @@ def _members(
     return start, members
 
 
-def _fixed(
+def _list_fixed(
     column_of: Int32Array, first_rank: _Int64Array, ep_size: int, slots_per_rank: int
 ) -> Int32Array:
-    """Experts that only one rank holds, ``[ep_size, slots_per_rank]``, padded with -1."""
+    """List the experts that only one rank holds, ``[ep_size, slots_per_rank]``, padded with -1."""
     fixed = np.full((ep_size, slots_per_rank), -1, dtype=np.int32)
     single = (column_of < 0).nonzero()[0]
     rank = first_rank[single]

@@ -18,8 +18,10 @@ __all__ = [
     "FAMILIES",
     "SHAPES",
     "Instance",
+    "Part",
     "corpus",
     "draw_loads",
+    "draw_part",
     "named_topology",
     "shape_placement",
 ]
@@ -27,8 +29,8 @@ __all__ = [
 Floats = NDArray[np.float64]
 
 TOKENS_PER_EXPERT = 1024
-# Of a shape or a topology that is made by its name: a slip of the pen shall not take all memory.
-MOST_RANKS, MOST_SLOTS = 4096, 2**16
+# Limits of a shape or topology made by its name, so that a typing error does not take all memory.
+MAX_RANKS, MAX_SLOTS = 4096, 2**16
 
 
 def _normal(rng: np.random.Generator, n: int) -> Floats:
@@ -73,7 +75,7 @@ def _empty(rng: np.random.Generator, n: int) -> Floats:
     return np.zeros(n)
 
 
-# The first six are those of the published comparison; the others look for trouble.
+# The first six are those of the published comparison; the others are edge cases.
 FAMILIES: dict[str, Callable[[np.random.Generator, int], Floats]] = {
     "normal": _normal,
     "lognormal": _lognormal,
@@ -103,6 +105,22 @@ class Instance(NamedTuple):
     def problem(self) -> Problem:
         """The programs, one per row (and group)."""
         return self.placement.problem(self.counts)
+
+
+class Part(NamedTuple):
+    """Instances of one kind, such as random ones."""
+
+    name: str
+    """``random``, or ``traffic`` or ``hard`` of `lplb-bench verify`."""
+    steps: list[tuple[str, int]]
+    """Name of each placement, and how many instances there are of it."""
+    instances: Iterator[Instance]
+    """In this order."""
+
+    @property
+    def as_problems(self) -> bool:
+        """Whether `lplb_triton.solve` solves them too, whose kernel takes no 256 ranks."""
+        return self.name == "random"
 
 
 def draw_loads(family: str, rng: np.random.Generator, n_experts: int) -> torch.Tensor:
@@ -136,7 +154,7 @@ def draw_loads(family: str, rng: np.random.Generator, n_experts: int) -> torch.T
 
 
 def _random_copies(rng: np.random.Generator, ep_size: int, n_logical: int, slots: int) -> Placement:
-    """Any slot map: every expert once, the rest at random, shuffled (several per rank too)."""
+    """Make a random slot map with every expert; a rank may hold several copies of one."""
     spare = ep_size * slots - n_logical
     extra = rng.integers(n_logical, size=spare)
     flat = rng.permutation(np.concatenate([np.arange(n_logical), extra]))
@@ -184,8 +202,8 @@ def named_topology(name: str) -> torch.Tensor:
         If there is no such topology, or it has more ranks.
     """
     sizes = [size.lstrip("0")[:6] for size in name.partition(":")[2].split("x")]
-    if math.prod(int(size) for size in sizes if size.isdecimal()) > MOST_RANKS:
-        raise ValueError(f"{name} has more than {MOST_RANKS} ranks")
+    if math.prod(int(size) for size in sizes if size.isdecimal()) > MAX_RANKS:
+        raise ValueError(f"{name} has more than {MAX_RANKS} ranks")
     return topologies.from_name(name)
 
 
@@ -219,13 +237,13 @@ def shape_placement(
         sizes = rest.split(":")
         if len(sizes) != 2 or not all(size.isdecimal() for size in sizes):
             raise ValueError(f"shape must be {kind}:RANKS:SLOTS, got {shape!r}")
-        # No more digits than it takes to see that a number is too large.
+        # Nine digits are enough to see that a number is too large.
         ranks, slots = (int(size.lstrip("0")[:9] or 0) for size in sizes)
         if ranks < 1:
             raise ValueError(f"shape must have at least one rank, got {shape!r}")
-        if ranks > MOST_RANKS or ranks * slots > MOST_SLOTS:
+        if ranks > MAX_RANKS or ranks * slots > MAX_SLOTS:
             raise ValueError(
-                f"shape must have at most {MOST_RANKS} ranks and {MOST_SLOTS} redundant slots in "
+                f"shape must have at most {MAX_RANKS} ranks and {MAX_SLOTS} redundant slots in "
                 f"all, got {shape!r}"
             )
         per_rank = max(1, 256 // ranks) if ranks >= 16 else 8
@@ -266,3 +284,19 @@ def corpus(n_instances: int, seed: int) -> Iterator[Instance]:
         names = [families[i % len(families)] for i in range(per_shape)]
         rows = [draw_loads(name, rng, placement.n_logical) for name in names]
         yield Instance(shape, names, placement, torch.stack(rows))
+
+
+def draw_part(n_instances: int, seed: int) -> Part:
+    """Return random programs of `corpus` as one part.
+
+    Parameters
+    ----------
+    n_instances, seed : int
+        As for `corpus`.
+
+    Returns
+    -------
+    Part
+        Its name is ``random``.
+    """
+    return Part("random", [(shape, 1) for shape in SHAPES], corpus(n_instances, seed))

@@ -1,10 +1,10 @@
-"""Hold every answer against HiGHS: feasibility, bound, optimum, gap."""
+"""Comparison of answers with those of HiGHS: feasibility, bound, optimum, gap."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,7 @@ from lplb_triton.placement import Placement
 from lplb_triton.problem import Problem
 from lplb_triton.solution import Solution
 from lplb_triton.solver import DEFAULT_TOLERANCE, solve
-
-if TYPE_CHECKING:
-    from lplb_triton.bench.corpus import Part
+from lplb_triton.testing.instances import Part, draw_part
 
 __all__ = [
     "NoOptimumError",
@@ -35,7 +33,7 @@ SLACK = 1e-6
 
 
 class NoOptimumError(RuntimeError):
-    """HiGHS, which answers are held against, has none itself."""
+    """HiGHS has no optimum to compare answers with."""
 
 
 @dataclass
@@ -46,7 +44,7 @@ class Verdict:
     from_counts: bool = False
     """Whether `Balancer.solve` was asked, which knows the placement, or `lplb_triton.solve`."""
     part: str = "random"
-    """As in `lplb_triton.bench.corpus`."""
+    """Name of the part."""
     instances: int = 0
     infeasible: int = 0
     bound_above_optimum: int = 0
@@ -90,7 +88,7 @@ def highs_optimum(weights: Floats, fixed: Floats, mask: NDArray[np.bool_]) -> fl
     NoOptimumError
         If HiGHS reports anything but an optimum.
     """
-    # Slow to import, and not needed by every process that imports this.
+    # SciPy is slow to import, and most processes that import this module don't need it.
     from scipy.optimize import linprog
     from scipy.sparse import coo_matrix
 
@@ -129,7 +127,7 @@ def highs_optimum(weights: Floats, fixed: Floats, mask: NDArray[np.bool_]) -> fl
 
 
 def _judge(verdict: Verdict, problem: Problem, solution: Solution, optima: Floats) -> None:
-    """Add one batch to a verdict; loads are recomputed in float64 from the shares."""
+    """Add one batch to a verdict, with loads recomputed in float64 from the shares."""
     shares = solution.shares.double().cpu()
     weights, fixed = problem.weights.double().cpu(), problem.fixed.double().cpu()
     mask = problem.mask.cpu().expand(len(weights), -1, -1)
@@ -206,7 +204,7 @@ def compare(
 
     Parameters
     ----------
-    parts : sequence of lplb_triton.bench.corpus.Part
+    parts : sequence of lplb_triton.testing.instances.Part
         What to solve.
     tolerances, backend, device, dtype, progress
         As for `verify`.
@@ -214,9 +212,9 @@ def compare(
     Returns
     -------
     list of Verdict
-        Of each part in turn, one per tolerance. The Triton kernels have a way of their own from
-        counts by expert: with them as many again for that, and those alone where
-        `lplb_triton.solve` does not take every placement.
+        Of each part in turn, one per tolerance for `lplb_triton.solve`, and with the Triton
+        kernels one per tolerance for `Balancer.solve`. The latter are the only ones for parts with
+        placements that the kernel of `lplb_triton.solve` does not take.
     """
     found = []
     for part in parts:
@@ -228,15 +226,15 @@ def compare(
         for instance in part.instances:
             problem = instance.problem
             optima = optima_of(problem)
-            there = None if ways == (True,) else problem.to(device)
+            on_device = None if ways == (True,) else problem.to(device)
             for verdict in verdicts:
-                if there is None or verdict.from_counts:
+                if on_device is None or verdict.from_counts:
                     solution = solve_counts(
                         instance.placement, instance.counts, device, verdict.tolerance
                     )
                 else:
                     solution = solve(
-                        there, tolerance=verdict.tolerance, backend=backend, dtype=dtype
+                        on_device, tolerance=verdict.tolerance, backend=backend, dtype=dtype
                     )
                 _judge(verdict, problem, solution, optima)
             if progress is not None:
@@ -248,15 +246,13 @@ def verify(
     n_instances: int,
     *,
     seed: int = 0,
-    n_batches: int = 0,
-    most_ranks: int | None = None,
     tolerances: tuple[float, ...] = (1e-3, 1e-4),
     backend: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Verdict]:
-    """Solve the corpus and compare every instance with HiGHS.
+    """Solve random programs and compare every one with HiGHS.
 
     Parameters
     ----------
@@ -264,8 +260,6 @@ def verify(
         Instances over all shapes and families of `lplb_triton.testing.instances`.
     seed : int
         Seed of the corpus.
-    n_batches, most_ranks
-        As for `lplb_triton.bench.corpus.parts`, by default random programs alone.
     tolerances : tuple of float
         Each gives a row.
     backend, dtype
@@ -280,11 +274,8 @@ def verify(
     list of Verdict
         As for `compare`.
     """
-    # That module needs others which need this one.
-    from lplb_triton.bench.corpus import parts
-
     return compare(
-        parts(n_instances, seed, n_batches, most_ranks),
+        [draw_part(n_instances, seed)],
         tolerances=tolerances,
         backend=backend,
         device=device,

@@ -1,4 +1,4 @@
-"""Arguments of `Replicas`: what is wrong with one rank's, and where ranks differ."""
+"""Checks of the arguments of `Replicas`, on one rank and across ranks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton.placement import Placement
+from lplb_triton.placement.moves import require_placement
 from lplb_triton.training.rows import Rows, check_rows, describe_tensor, parts_of
 
 __all__ = [
     "TRAINABLE",
     "Spec",
     "check_backend",
+    "check_dtype",
     "check_group",
     "check_on_all_ranks",
     "check_params",
@@ -53,7 +55,7 @@ def check_on_all_ranks(
     spec: Spec = {}
     try:
         spec = check()
-    except Exception as caught:  # whatever it is, the other ranks must hear of it
+    except Exception as caught:  # the other ranks must learn of any error
         error = caught
     for name, group in groups.items():
         mine = {**spec, **(own or {}).get(name, {})}
@@ -66,6 +68,7 @@ def check_on_all_ranks(
 
 
 def _find_disagreement(group: str, reports: list[tuple[str | None, Spec]]) -> ValueError | None:
+    """Return the error of the first rank that failed or differs from rank 0, if there is one."""
     for rank, (message, _) in enumerate(reports):
         if message is not None:
             return ValueError(f"on rank {rank} of {group}: {message}")
@@ -102,8 +105,7 @@ def check_group(name: str, group: object) -> None:
 
 def check_placement(placement: Placement, group: dist.ProcessGroup | None) -> None:
     """Raise unless ``placement`` is for the ranks of ``group``."""
-    if not isinstance(placement, Placement):
-        raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
+    placement = require_placement("placement", placement)
     if group is None and placement.ep_size > 1:
         raise ValueError(
             f"placement is for {placement.ep_size} ranks (its ep_size): give group=, the process "
@@ -120,6 +122,14 @@ def check_placement(placement: Placement, group: dist.ProcessGroup | None) -> No
             f"placement must have a multiple of {size} (ep_size) logical experts, "
             f"got {placement.n_logical}"
         )
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise naming ``dtype`` unless it is None or that of a parameter that gets gradients."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype or None, got {type(dtype).__name__}")
+    if dtype is not None and dtype not in TRAINABLE:
+        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
 def check_params(
@@ -160,7 +170,7 @@ def is_trained(rows: Rows) -> bool:
 
 
 def check_backend(group: dist.ProcessGroup | None, device: torch.device) -> None:
-    """Raise unless ``group`` can send what is on ``device``."""
+    """Raise unless ``group`` can send tensors on ``device``."""
     backend = None if group is None else dist.get_backend(group)
     if backend == ("gloo" if device.type == "cuda" else "nccl"):
         raise ValueError(
@@ -170,5 +180,5 @@ def check_backend(group: dist.ProcessGroup | None, device: torch.device) -> None
 
 
 def describe_placement(placement: Placement) -> tuple[object, ...]:
-    """Everything that two equal placements have in common."""
+    """Describe a placement so that equal placements have equal descriptions."""
     return placement.ep_size, placement.n_logical, placement.phy2log.numpy().tobytes()

@@ -1,4 +1,4 @@
-"""Work that was started and is to be waited for."""
+"""A handle of communication that was started and has to be waited for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Handle"]
 
 
 class Handle:
-    """Work under way; nothing may be taken from the `Replicas` before `wait`."""
+    """Communication under way; the `Replicas` must not be used before `wait`."""
 
     def __init__(self, call: str, finish: Callable[[], None]) -> None:
         self.call = call

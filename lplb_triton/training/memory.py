@@ -1,4 +1,4 @@
-"""Which tensors are the same memory: what belongs to an expert must be moved once."""
+"""Tensors that share memory: what belongs to an expert must be moved once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Extent(NamedTuple):
     device: str
     start: int
     dims: tuple[tuple[int, int], ...]
-    """(size, stride in bytes), the innermost first; neighbours that follow on are one."""
+    """(size, stride in bytes), the innermost first; contiguous dimensions are merged."""
 
     @property
     def end(self) -> int:
@@ -31,12 +31,14 @@ class _Extent(NamedTuple):
 
 
 class _Row(NamedTuple):
+    """Memory of one row, and the label of its entry."""
+
     extent: _Extent
     label: str
 
 
 def keep_distinct(entries: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[str, str]]:
-    """Leave out what is the same rows as an earlier entry.
+    """Leave out entries that are the same rows as an earlier entry.
 
     Parameters
     ----------
@@ -48,7 +50,7 @@ def keep_distinct(entries: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[st
     kept : dict
         The entries without those left out.
     same_as : dict
-        For each that was left out the label of the entry that it is.
+        For each entry that was left out, the label of the entry with the same rows.
 
     Raises
     ------
@@ -60,7 +62,7 @@ def keep_distinct(entries: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[st
     first: dict[tuple[_Extent, ...], str] = {}
     found: list[_Row] = []
     for label, rows in entries.items():
-        extents = _extents(rows)
+        extents = _list_extents(rows)
         if all(extent.end > extent.start for extent in extents):
             earlier = first.setdefault(extents, label)
             if earlier != label:
@@ -68,19 +70,20 @@ def keep_distinct(entries: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[st
                 continue
             found += [_Row(extent, label) for extent in extents]
         kept[label] = rows
-    _refuse_shared(found)
+    _reject_overlap(found)
     return kept, same_as
 
 
-def _extents(rows: Rows) -> tuple[_Extent, ...]:
+def _list_extents(rows: Rows) -> tuple[_Extent, ...]:
+    """List the memory of each row."""
     if not isinstance(rows, torch.Tensor):
-        return tuple(_extent(part, part.data_ptr(), 0) for part in rows)
+        return tuple(_find_extent(part, part.data_ptr(), 0) for part in rows)
     step = rows.stride(0) * rows.element_size()
-    return tuple(_extent(rows, rows.data_ptr() + i * step, 1) for i in range(len(rows)))
+    return tuple(_find_extent(rows, rows.data_ptr() + i * step, 1) for i in range(len(rows)))
 
 
-def _extent(tensor: torch.Tensor, start: int, skip: int) -> _Extent:
-    """Extent of what is at ``start``, of the tensor's layout without its first ``skip`` axes."""
+def _find_extent(tensor: torch.Tensor, start: int, skip: int) -> _Extent:
+    """Find the extent from ``start`` of the tensor's layout without its first ``skip`` axes."""
     n_bytes = tensor.element_size()
     dims = [(n_bytes, 1)]
     layout = list(zip(tensor.shape, tensor.stride(), strict=True))[skip:]
@@ -95,20 +98,20 @@ def _extent(tensor: torch.Tensor, start: int, skip: int) -> _Extent:
     return _Extent(str(tensor.device), start, tuple(dims))
 
 
-def _refuse_shared(rows: list[_Row]) -> None:
+def _reject_overlap(rows: list[_Row]) -> None:
     """Raise if two rows have a byte in common."""
-    together: list[_Row] = []
+    candidates: list[_Row] = []
     device, end = "", 0
     for row in sorted(rows):
         if row.extent.device != device or row.extent.start >= end:
-            _refuse_shared_among(together)
-            together, device, end = [], row.extent.device, 0
-        together.append(row)
+            _reject_overlap_among(candidates)
+            candidates, device, end = [], row.extent.device, 0
+        candidates.append(row)
         end = max(end, row.extent.end)
-    _refuse_shared_among(together)
+    _reject_overlap_among(candidates)
 
 
-def _refuse_shared_among(rows: list[_Row]) -> None:
+def _reject_overlap_among(rows: list[_Row]) -> None:
     """Raise if two of some rows whose ranges of addresses overlap have a byte in common.
 
     Ranges may overlap where memory does not, as those of two blocks of columns do. So the bytes
@@ -138,6 +141,7 @@ def _refuse_shared_among(rows: list[_Row]) -> None:
 
 
 def _describe_shared(one: str, other: str) -> str:
+    """Say which entries share memory."""
     if one == other:
         return f"{one} must hold memory of its own for each expert, but its rows share some"
     return (

@@ -1,4 +1,4 @@
-"""A rank's originals, and what can happen to them behind the back of a `Replicas`."""
+"""A rank's originals, and checks for changes that a `Replicas` does not make itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Originals"]
 
 
 class Originals(dict[str, Rows]):
-    """The originals by name; what they are like is remembered from the start."""
+    """The originals by name, with the shapes, dtypes and devices that they had at the start."""
 
     def __init__(self, params: dict[str, Rows]) -> None:
         super().__init__(params)
@@ -28,9 +28,9 @@ class Originals(dict[str, Rows]):
                     )
 
     def stamp(self) -> list[tuple[int, int]]:
-        """Return what changes with the originals: addresses, and how often each was written."""
+        """Return the address of each tensor and how often it was written, to detect changes."""
         return [
-            # Torch doesn't count for tensors made in inference mode.
+            # Torch doesn't count the writes of tensors made in inference mode.
             (part.data_ptr(), -1 if part.is_inference() else part._version)
             for rows in self.values()
             for part in parts_of(rows)
@@ -38,4 +38,5 @@ class Originals(dict[str, Rows]):
 
 
 def _kind_of(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    """Return what must not change."""
     return tensor.shape, tensor.dtype, tensor.device

@@ -1,7 +1,7 @@
 """Which `Replicas` a parameter belongs to, and which optimizers update it.
 
-One hook stands before the steps of all optimizers of the process, since nobody tells a `Replicas`
-which of them updates its parameters. It looks parameters up by identity and does nothing for
+One hook runs before the steps of all optimizers of the process, since a `Replicas` does not know
+which of them updates its parameters. The hook looks parameters up by identity and does nothing for
 those that belong to no `Replicas`.
 """
 
@@ -29,7 +29,7 @@ _slots: dict[int, str] = {}
 
 
 class Claim:
-    """A `Replicas`' hold on its parameters; it doesn't keep the `Replicas`.
+    """A `Replicas`' claim on its parameters; it holds no reference to the `Replicas`.
 
     Parameters
     ----------
@@ -67,11 +67,11 @@ class Claim:
 
     @property
     def alive(self) -> bool:
-        """Whether the `Replicas` exists and hasn't given its parameters free."""
+        """Whether the `Replicas` exists and has not released its parameters."""
         return self._end.alive
 
     def release(self) -> None:
-        """Give the parameters free."""
+        """Release the parameters."""
         self._end()
 
     def observe_step(self, optimizer: torch.optim.Optimizer, names: set[str]) -> None:
@@ -85,16 +85,17 @@ class Claim:
         self, given: Iterable[torch.optim.Optimizer], params: Mapping[str, Rows]
     ) -> None:
         """Raise if an optimizer that updates originals has state for them, and isn't given."""
-        # By their state: an optimizer that wraps another one shares it.
+        # Optimizers are compared by their state, which one that wraps another shares.
         known = {id(one.state) for one in given}
         missing = self._find_missing(known, params)
         if missing is not None:
-            gc.collect()  # it may only wait to be collected
+            gc.collect()  # the object may be garbage already
             missing = self._find_missing(known, params)
         if missing is not None:
             raise ValueError(f"optimizer must include the {missing}: it has to follow experts")
 
     def _find_missing(self, known: set[int], params: Mapping[str, Rows]) -> str | None:
+        """Describe an optimizer with state for these originals that is not a known one."""
         for optimizer in (ref() for ref in self._stepped.values()):
             if optimizer is None or id(optimizer.state) in known:
                 continue
@@ -110,7 +111,7 @@ def check_unclaimed(params: Mapping[str, Rows]) -> None:
     """Raise if a parameter belongs to a `Replicas`, or one has left it out of order."""
     found = _find_claim(params)
     if found is not None and found[1].alive:
-        gc.collect()  # it may only wait to be collected
+        gc.collect()  # the object may be garbage already
         found = _find_claim(params)
     if found is None:
         return
@@ -124,6 +125,7 @@ def check_unclaimed(params: Mapping[str, Rows]) -> None:
 
 
 def _find_claim(params: Mapping[str, Rows]) -> tuple[str, Claim] | None:
+    """Find a parameter with a claim that is alive or left it out of order, and the claim."""
     for name, rows in params.items():
         for part in parts_of(rows):
             claim = _claims.get(part)  # type: ignore[no-untyped-call]
@@ -133,6 +135,7 @@ def _find_claim(params: Mapping[str, Rows]) -> tuple[str, Claim] | None:
 
 
 def _forget(ids: list[int]) -> None:
+    """Remove parameters and slot weights by their ids."""
     for key in ids:
         _names.pop(key, None)
         _slots.pop(key, None)
@@ -141,10 +144,10 @@ def _forget(ids: list[int]) -> None:
 def _before_step(
     optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> None:
-    """Let every `Replicas` whose originals ``optimizer`` updates look at the step."""
+    """Report the step to every `Replicas` whose originals ``optimizer`` updates."""
     if torch.compiler.is_compiling() or not _names:
         return
-    touched: dict[Claim, set[str]] = {}
+    updated: dict[Claim, set[str]] = {}
     for group in optimizer.param_groups:
         ids = set(map(id, group["params"]))
         for slot in ids & _slots.keys():
@@ -154,12 +157,12 @@ def _before_step(
             )
         for param in ids & _names.keys():
             claim, names = _names[param]
-            touched.setdefault(claim, set()).update(names)
-    for claim, names in touched.items():
+            updated.setdefault(claim, set()).update(names)
+    for claim, names in updated.items():
         claim.observe_step(optimizer, names)
 
 
 @functools.cache
 def _hook_optimizers() -> None:
-    """Put the hook before the steps of optimizers, once there is a `Replicas`."""
+    """Register the hook, once per process."""
     register_optimizer_step_pre_hook(_before_step)

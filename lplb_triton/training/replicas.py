@@ -1,4 +1,4 @@
-"""Replicas in training: their weights follow the originals, their gradients go back to them.
+"""Replicas in training: weights are copied from originals, gradients are summed on them.
 
 Every logical expert has one *original*, the tensor that the optimizer updates. The model computes
 with *slot weights*, one row for each physical slot of this rank, in one contiguous tensor. Before
@@ -8,7 +8,7 @@ function, and the same gradients up to the order of sums, as training without.
 
 Each rank has ``n_logical / ep_size`` originals, whatever the placement: parameters and optimizer
 state keep the shapes they have without replicas. An original is on a rank that holds a copy
-wherever that can be; then only the other copies' weights and gradients travel.
+wherever that is possible, so that only the other copies' weights and gradients are sent.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ import torch.distributed as dist
 
 from lplb_triton.placement import Placement
 from lplb_triton.training.checks import (
-    TRAINABLE,
     Spec,
     check_backend,
+    check_dtype,
     check_group,
     check_on_all_ranks,
     check_params,
     check_placement,
     describe_placement,
-    is_trained,
     is_usable,
 )
+from lplb_triton.training.gradients import require_current_gradients, require_reduced
 from lplb_triton.training.handle import Handle
 from lplb_triton.training.originals import Originals
 from lplb_triton.training.owners import Claim, check_unclaimed
-from lplb_triton.training.routes import Ints, assign_seats, plan_routes, plan_traffic
+from lplb_triton.training.routes import Ints, assign_positions, plan_routes, plan_traffic
 from lplb_triton.training.rows import Rows, ordinary_tensors, parts_of
 from lplb_triton.training.slots import Slots
 from lplb_triton.training.state import Optimizers, find_movable, list_optimizers
@@ -49,7 +49,7 @@ __all__ = ["Handle", "Replicas"]
 
 
 class Replicas:
-    """Keeps the replicas of one MoE layer true on one rank of an EP group.
+    """Keeps the replicas of one MoE layer equal to their originals, on one rank of an EP group.
 
     Give it the layer's expert parameters as they are without replicas, and compute with `weights`
     instead. Per step::
@@ -138,10 +138,7 @@ class Replicas:
             check_unclaimed(self._originals)
             self.device = next(parts_of(rows)[0] for rows in self._originals.values()).device
             check_backend(group, self.device)
-            if dtype is not None and not isinstance(dtype, torch.dtype):
-                raise TypeError(f"dtype must be a torch.dtype or None, got {type(dtype).__name__}")
-            if dtype is not None and dtype not in TRAINABLE:
-                raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+            check_dtype(dtype)
             rows, spec = find_movable(
                 self._originals, self._n_own, list_optimizers(optimizer), None
             )
@@ -153,10 +150,10 @@ class Replicas:
         self._placement = placement
         self._dtype = dtype
         self._ordered = False
-        self._home = np.arange(placement.n_logical)
-        self._seats = self._home
+        self._logical_positions = np.arange(placement.n_logical)
+        self._positions = self._logical_positions
         self._attach()
-        self._relocate(assign_seats(placement, self._home), movable)
+        self._relocate(assign_positions(placement, self._logical_positions), movable)
         self.sync_weights()
 
     def _attach(self) -> None:
@@ -177,7 +174,7 @@ class Replicas:
 
         The order of the parameters, their gradients and their optimizer state.
         """
-        mine = np.argsort(self._seats)[self.rank * self._n_own :][: self._n_own]
+        mine = np.argsort(self._positions)[self.rank * self._n_own :][: self._n_own]
         return torch.from_numpy(mine.copy())
 
     @property
@@ -213,18 +210,18 @@ class Replicas:
         The group stays the same.
         """
         self._require_idle()
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        vars(twin).update(vars(self))
-        twin._originals = Originals(copy.deepcopy(dict(self._originals), memo))
-        twin._ordered = False
-        twin._attach()
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(vars(self))
+        copied._originals = Originals(copy.deepcopy(dict(self._originals), memo))
+        copied._ordered = False
+        copied._attach()
         for name, weight in self._slots.weights.items():
-            twin._slots.weights[name].copy_(weight)
-        twin._claim.in_order = self._claim.in_order
+            copied._slots.weights[name].copy_(weight)
+        copied._claim.in_order = self._claim.in_order
         if self._originals.stamp() == self._synced:
-            twin._synced = twin._originals.stamp()
-        return twin
+            copied._synced = copied._originals.stamp()
+        return copied
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Refuse to be pickled or copied without its parameters."""
@@ -256,12 +253,14 @@ class Replicas:
         """
         self._require_idle()
         self._originals.require_same_kinds()
-        self._require_reduced("sync_weights()")
+        require_reduced(self._slots, "sync_weights()")
         stamp = self._originals.stamp()
-        rest = start_weights(self._originals, self._slots, self._traffic.there, self.group)
+        finish_copies = start_weights(
+            self._originals, self._slots, self._traffic.weight_routes, self.group
+        )
 
         def finish() -> None:
-            rest()
+            finish_copies()
             self._synced = stamp
 
         return self._start("sync_weights", finish, async_op)
@@ -294,7 +293,7 @@ class Replicas:
         """
         self._require_idle()
         self._originals.require_same_kinds()
-        self._require_true_gradients()
+        require_current_gradients(self._slots, self._originals, self._synced)
         finish = start_gradients(self._originals, self._slots, self._traffic, self.group)
         return self._start("reduce_grads", finish, async_op)
 
@@ -349,9 +348,9 @@ class Replicas:
                 raise RuntimeError("move() can't be called inside logical_order()")
             return {"placement": describe_placement(placement)}
 
-        movable = self._agree_on_moving(optimizer, also, check)
+        movable = self._collect_movable(optimizer, also, check)
         self._placement = placement
-        self._relocate(assign_seats(placement, self._seats), movable)
+        self._relocate(assign_positions(placement, self._positions), movable)
         self.sync_weights()
 
     @contextmanager
@@ -380,14 +379,14 @@ class Replicas:
         TypeError, ValueError, RuntimeError
             As `move`, also after the block for state that was loaded in it.
         """
-        seats, nested = self._seats, self._ordered
-        self._relocate(self._home, self._agree_on_moving(optimizer, also))
+        positions, nested = self._positions, self._ordered
+        self._relocate(self._logical_positions, self._collect_movable(optimizer, also))
         self._ordered = True
         try:
             yield
         finally:
             self._ordered = nested
-        self._relocate(seats, self._agree_on_moving(optimizer, also))
+        self._relocate(positions, self._collect_movable(optimizer, also))
         self.sync_weights()
 
     def close(
@@ -417,23 +416,23 @@ class Replicas:
                 raise RuntimeError("close() can't be called inside logical_order()")
             return {}
 
-        self._relocate(self._home, self._agree_on_moving(optimizer, also, check))
+        self._relocate(self._logical_positions, self._collect_movable(optimizer, also, check))
         self._claim.release()
 
-    def _agree_on_moving(
+    def _collect_movable(
         self,
         optimizer: Optimizers,
         also: Mapping[str, torch.Tensor | Sequence[torch.Tensor]] | None,
         check_more: Callable[[], Spec] = dict,
     ) -> list[Rows]:
-        """Return what has to move, or raise on every rank."""
+        """Return what has to move, or raise on every rank if one rank's arguments are wrong."""
         movable: list[Rows] = []
 
         def check() -> Spec:
             spec = check_more()
             self._require_idle()
             self._originals.require_same_kinds()
-            self._require_reduced("moving experts")
+            require_reduced(self._slots, "moving experts")
             optimizers = list_optimizers(optimizer)
             self._claim.check_given(optimizers.values(), self._originals)
             rows, facts = find_movable(self._originals, self._n_own, optimizers, also)
@@ -444,21 +443,24 @@ class Replicas:
         return movable
 
     @ordinary_tensors()
-    def _relocate(self, seats: Ints, movable: list[Rows]) -> None:
-        """Move the originals to ``seats``, everything that belongs to them too."""
-        moved = np.flatnonzero(seats != self._seats)
+    def _relocate(self, positions: Ints, movable: list[Rows]) -> None:
+        """Move the originals, and everything that belongs to them, to ``positions``."""
+        moved = np.flatnonzero(positions != self._positions)
         if moved.size:
-            source, target, n_own = self._seats[moved], seats[moved], self._n_own
+            source, target, n_own = self._positions[moved], positions[moved], self._n_own
             routes = plan_routes(
                 source, n_own, target, n_own, self._placement.ep_size, self.rank, self.device
             )
             move_rows(movable, routes, self.group, self.device)
-        self._seats = seats
-        self._claim.in_order = bool((seats == self._home).all())
-        self._traffic = plan_traffic(self._placement, seats, self._n_own, self.rank, self.device)
+        self._positions = positions
+        self._claim.in_order = bool((positions == self._logical_positions).all())
+        self._traffic = plan_traffic(
+            self._placement, positions, self._n_own, self.rank, self.device
+        )
         self._synced = None
 
     def _start(self, call: str, finish: Callable[[], None], async_op: bool) -> Handle:
+        """Return the handle of a call, finished unless ``async_op``."""
         handle = Handle(call, finish)
         if async_op:
             self._pending = handle
@@ -467,6 +469,7 @@ class Replicas:
         return handle
 
     def _require_idle(self) -> None:
+        """Raise if this object was closed or a handle waits to be finished."""
         if not self._claim.alive:
             raise RuntimeError("this Replicas was closed")
         if self._pending is not None and not self._pending.done:
@@ -475,34 +478,10 @@ class Replicas:
             )
         self._pending = None
 
-    def _require_reduced(self, before: str) -> None:
-        names = self._slots.names_with_gradients()
-        if names:
-            raise RuntimeError(
-                f"slots of {', '.join(names)} hold gradients that reduce_grads has not taken: "
-                f"call reduce_grads before {before}, or zero_grad to drop them"
-            )
-
-    def _require_true_gradients(self) -> None:
-        """Raise if slots hold gradients that don't belong to the parameters as they are."""
-        names = self._slots.names_with_gradients()
-        frozen = [name for name in names if not is_trained(self._originals[name])]
-        if frozen:
-            raise RuntimeError(
-                f"{', '.join(frozen)} got frozen while slots hold gradients: call reduce_grads "
-                "before that, or zero_grad to drop them"
-            )
-        if names and self._originals.stamp() != self._synced:
-            raise RuntimeError(
-                f"parameters changed since the last sync_weights, but slots of {', '.join(names)} "
-                "hold gradients: call sync_weights after a change, before the next forward pass "
-                "(zero_grad drops these gradients)"
-            )
-
     def _check_step(self, names: set[str]) -> None:
         """Raise if an optimizer must not update the originals of these names."""
-        # Weights on their way were read already; gradients on their way are missing.
+        # Weights that are being sent were read already. Gradients that are being sent are missing.
         if self._pending is not None and self._pending.call == "reduce_grads":
             self._require_idle()
         if names.intersection(self._slots.names_with_gradients()):
-            self._require_reduced("the optimizer's step")
+            require_reduced(self._slots, "the optimizer's step")

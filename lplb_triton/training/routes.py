@@ -1,4 +1,4 @@
-"""Where originals lie, and which rows travel between which ranks."""
+"""Positions of originals, and the rows that ranks send each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lplb_triton.placement import Placement
 from lplb_triton.training.rows import Index
 
-__all__ = ["Ints", "Routes", "Traffic", "assign_seats", "plan_routes", "plan_traffic"]
+__all__ = ["Ints", "Routes", "Traffic", "assign_positions", "plan_routes", "plan_traffic"]
 
 Ints = NDArray[np.int64]
 
@@ -30,7 +30,7 @@ class Routes(NamedTuple):
     """Whether any rank sends anything: if not, no rank communicates."""
 
     def reverse(self) -> Routes:
-        """Return the way back."""
+        """Return the routes in the other direction."""
         return self._replace(
             local_from=self.local_to, local_to=self.local_from,
             out=self.into, out_counts=self.in_counts, into=self.out, in_counts=self.out_counts,
@@ -38,18 +38,20 @@ class Routes(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """How weights come from originals to slots, and gradients back."""
+    """How weights are sent from originals to slots, and gradients back."""
 
-    there: Routes
-    back: Routes
+    weight_routes: Routes
+    """From originals to slots."""
+    gradient_routes: Routes
+    """From slots to originals."""
     local_rounds: list[tuple[Index, Index]]
-    """Rows of this rank's slots to add to its originals, by rounds without a target twice."""
+    """Rows of this rank's slots to add to its originals, in rounds that name no target twice."""
     arriving_rounds: list[tuple[Index, Index]]
     """The same for the rows that other ranks send."""
 
 
 def _make_index(rows: list[int], device: torch.device) -> Index:
-    """Hold row numbers on the host and on ``device``."""
+    """Put row numbers on the host and on ``device``."""
     return Index(rows, torch.tensor(rows, dtype=torch.int64, device=device))
 
 
@@ -84,9 +86,9 @@ def plan_routes(
 
 
 def _make_rounds(source: Sequence[int], target: Index, n_own: int) -> list[tuple[Index, Index]]:
-    """Split additions of rows to rows so that no round has a target twice: a fixed order of sums.
+    """Split additions into rounds that name no target twice, so that the order of sums is fixed.
 
-    ``source`` and ``target`` are the rows to add and those added to, as many; targets are below
+    ``source`` are the rows to add and ``target``, as many, the rows that they are added to, below
     ``n_own``.
     """
     seen = [0] * n_own
@@ -102,36 +104,37 @@ def _make_rounds(source: Sequence[int], target: Index, n_own: int) -> list[tuple
 
 
 def plan_traffic(
-    placement: Placement, seats: Ints, n_own: int, rank: int, device: torch.device
+    placement: Placement, positions: Ints, n_own: int, rank: int, device: torch.device
 ) -> Traffic:
-    """Plan what ``rank`` sends between originals at ``seats`` and the slots of ``placement``."""
-    seat = seats[placement.phy2log.numpy()]
+    """Plan what ``rank`` sends between originals and the slots of ``placement``."""
+    position = positions[placement.phy2log.numpy()]
     slots = np.arange(placement.n_physical)
-    there = plan_routes(
-        seat, n_own, slots, placement.slots_per_rank, placement.ep_size, rank, device
+    weight_routes = plan_routes(
+        position, n_own, slots, placement.slots_per_rank, placement.ep_size, rank, device
     )
-    back = there.reverse()
-    arrived = range(len(back.into.host))
+    gradient_routes = weight_routes.reverse()
+    arrived = range(len(gradient_routes.into.host))
     return Traffic(
-        there,
-        back,
-        _make_rounds(back.local_from.host, back.local_to, n_own),
-        _make_rounds(arrived, back.into, n_own),
+        weight_routes,
+        gradient_routes,
+        _make_rounds(gradient_routes.local_from.host, gradient_routes.local_to, n_own),
+        _make_rounds(arrived, gradient_routes.into, n_own),
     )
 
 
-def assign_seats(placement: Placement, current: Ints) -> Ints:
-    """Seat of each expert's original: rank * n_own + row, every seat taken once.
+def assign_positions(placement: Placement, current: Ints) -> Ints:
+    """Assign each expert's original a position, ``rank * n_own + row``, each position once.
 
-    A rank that holds a copy, if that is possible for all; among those the seat it has, then its
-    rank, then the rank of the earliest copy by `Placement.log2phy`.
+    The rank holds a copy, if that is possible for all experts. Among such ranks the present
+    position comes first, then the present rank, then that of the earliest copy by
+    `Placement.log2phy`.
     """
-    from scipy.optimize import linear_sum_assignment  # slow to import, needed here only
+    from scipy.optimize import linear_sum_assignment  # SciPy is slow to import
 
     n, ep_size = placement.n_logical, placement.ep_size
     n_own = n // ep_size
     slots = placement.log2phy.numpy()
-    # The worst case of everything else adds up to less than one original without a copy.
+    # All other costs add up to less than that of one original on a rank without a copy.
     absent = 4.0 * n
     by_rank = np.full((n, ep_size), absent)
     for j in reversed(range(slots.shape[1])):
@@ -141,5 +144,5 @@ def assign_seats(placement: Placement, current: Ints) -> Ints:
     by_rank[experts, current // n_own] -= 0.75
     cost = np.repeat(by_rank, n_own, axis=1)
     cost[experts, current] -= 0.25
-    _, seats = linear_sum_assignment(cost)
-    return np.asarray(seats, dtype=np.int64)
+    _, positions = linear_sum_assignment(cost)
+    return np.asarray(positions, dtype=np.int64)

@@ -22,7 +22,7 @@ __all__ = [
 Rows: TypeAlias = torch.Tensor | list[torch.Tensor]
 """One row per expert: a stacked tensor ``[n, ...]``, or n tensors ``[...]``."""
 
-# Integers of an element's size: every device can index and copy these. Complex128 needs none.
+# Integers of an element's size, which every device can index and copy. Complex128 needs none.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -46,7 +46,7 @@ def parts_of(rows: Rows) -> list[torch.Tensor]:
 
 
 def describe_tensor(value: object) -> str:
-    """Say what a tensor is, without its contents."""
+    """Describe dtype, shape and device of a tensor, or the type of anything else."""
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
@@ -130,14 +130,15 @@ def check_rows(label: str, value: object, n_own: int, hint: str = "") -> Rows:
 
 
 def _kind(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what must be the same for all tensors of an entry."""
     return tensor.shape, tensor.dtype, tensor.device, tensor.is_inference()
 
 
 def _check_dense(label: str, tensor: object) -> None:
-    """Raise unless ``tensor`` is plain memory, every element in a place of its own."""
+    """Raise unless ``tensor`` is plain memory, with an address of its own for every element."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{label} must be a tensor, got {type(tensor).__name__}")
-    # By duck type, since importing the classes takes a while.
+    # Classes are recognised by their attributes, since importing them is slow.
     if hasattr(tensor, "to_local"):
         raise TypeError(
             f"{label} is a DTensor; give this rank's whole experts as a plain tensor "

@@ -57,7 +57,7 @@ class Slots:
         ]
 
     def take_gradient(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Use up the gradient of all slots, ``[slots_per_rank, ...]``; zeros if there is none."""
+        """Remove and return the gradient of all slots, ``[slots_per_rank, ...]``, or zeros."""
         weight = self.weights[name]
         grad = self._sums.pop(name, None)
         if weight.grad is not None:

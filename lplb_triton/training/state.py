@@ -1,4 +1,4 @@
-"""What belongs to the originals and has to move with them."""
+"""Gradients, optimizer state and other tensors that move with the originals."""
 
 from __future__ import annotations
 
@@ -100,6 +100,7 @@ def _describe(rows: Rows, same_as: str | None) -> str:
 
 
 def _gradients(label: str, rows: Rows) -> Rows | None:
+    """Return the gradients of an entry if it has any, or raise naming it."""
     parts = parts_of(rows)
     grads = [part.grad for part in parts if part.grad is not None]
     if len(grads) not in (0, len(parts)):
@@ -110,6 +111,7 @@ def _gradients(label: str, rows: Rows) -> Rows | None:
 
 
 def _check_updated(label: str, rows: Rows, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Raise unless one of the optimizers updates these originals."""
     known = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
     if any(id(part) not in known for part in parts_of(rows)):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Weights on their way to slots, gradients on their way back, experts on their way to new ranks."""
+"""Sending weights to slots, gradients back to originals, and experts to new ranks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["move_rows", "start_gradients", "start_weights"]
 def move_rows(
     movable: Iterable[Rows], routes: Routes, group: dist.ProcessGroup | None, device: torch.device
 ) -> None:
-    """Move rows to the places of other rows; messages are sent from ``device``."""
+    """Move rows to the positions of other rows; messages are sent from ``device``."""
     for rows in movable:
-        # All rows are read before the first is written: they may trade places.
+        # All rows are read before the first is written, since they may swap positions.
         local = take_rows(rows, routes.local_from)
         message = None
         if routes.remote:
@@ -35,7 +35,7 @@ def move_rows(
 def start_weights(
     params: Mapping[str, Rows], slots: Slots, routes: Routes, group: dist.ProcessGroup | None
 ) -> Callable[[], None]:
-    """Start copying originals to all slots; returns what finishes it."""
+    """Start copying originals to all slots; return a function that finishes it."""
     arriving: list[tuple[torch.Tensor, torch.Tensor, dist.Work]] = []
     for name, rows in params.items():
         weight = slots.weights[name]
@@ -55,15 +55,17 @@ def start_weights(
 def start_gradients(
     params: Mapping[str, Rows], slots: Slots, traffic: Traffic, group: dist.ProcessGroup | None
 ) -> Callable[[], None]:
-    """Start adding up the slots' gradients on the originals; returns what finishes it."""
-    back = traffic.back
+    """Start adding up the slots' gradients on the originals; return a function that finishes it."""
+    routes = traffic.gradient_routes
     arriving: list[tuple[Rows, torch.Tensor, tuple[torch.Tensor, dist.Work] | None]] = []
     for name, rows in params.items():
         if not is_trained(rows):
             continue
         part = parts_of(rows)[0]
         grad = slots.take_gradient(name, part.dtype)
-        message = _exchange_rows(take_rows(grad, back.out), back, group) if back.remote else None
+        message = (
+            _exchange_rows(take_rows(grad, routes.out), routes, group) if routes.remote else None
+        )
         n_own = len(rows)
         total = torch.zeros(
             (n_own, *grad.shape[1:]),
@@ -87,6 +89,7 @@ def start_gradients(
 def _add_rows(
     total: torch.Tensor, rows: torch.Tensor, rounds: Iterable[tuple[Index, Index]]
 ) -> None:
+    """Add rows to those of ``total``, round by round."""
     for source, target in rounds:
         total.index_add_(0, target.device, take_rows(rows, source).to(total.dtype))
 
@@ -104,11 +107,11 @@ def _add_gradient(rows: Rows, total: torch.Tensor) -> None:
 def _exchange_rows(
     rows: torch.Tensor, routes: Routes, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, dist.Work]:
-    """Start sending rows to their ranks; returns the rows that will have come, and the work."""
+    """Start sending rows to their ranks; return the buffer that receives them, and the work."""
     rows = rows.contiguous()
     received = rows.new_empty((sum(routes.in_counts), *rows.shape[1:]))
     size = rows.shape[1:].numel() * rows.element_size()
-    # As bytes, so that every dtype can be sent by every back end.
+    # Rows are sent as bytes, so that every back end can send every dtype.
     work = dist.all_to_all_single(
         received.view(-1).view(torch.uint8),
         rows.view(-1).view(torch.uint8),

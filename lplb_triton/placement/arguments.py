@@ -1,0 +1,73 @@
+"""Checks of what a `Placement` is made from and of the loads that it is given."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lplb_triton._checks import check_integer, on_host
+from lplb_triton._counts import check_load_dtype, check_load_values
+
+__all__ = ["check_batch", "count_copies", "to_int_array", "to_loads"]
+
+
+def to_int_array(name: str, value: object) -> NDArray[np.int64]:
+    """Copy an integer tensor or array to the CPU, or raise naming ``name``."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point() or value.is_complex():
+            raise TypeError(f"{name} must hold integers, got dtype {value.dtype}")
+        value = on_host(name, value).numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} must be an array of integers: {error}") from None
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must hold integers, got dtype {array.dtype}")
+    return array.astype(np.int64)
+
+
+def to_loads(name: str, value: object) -> torch.Tensor:
+    """Return loads as a tensor on the CPU: a tensor as it is, anything else as float64."""
+    if isinstance(value, torch.Tensor):
+        return on_host(name, value)
+    try:
+        return torch.from_numpy(np.array(value, dtype=np.float64))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} must be a torch.Tensor or array of numbers, got {type(value).__name__}"
+        ) from None
+
+
+def check_batch(counts: object, n_logical: int) -> torch.Tensor:
+    """Return counts as ``[B, n_logical]`` float64, or raise naming them."""
+    if not isinstance(counts, torch.Tensor):
+        raise TypeError(f"counts must be a torch.Tensor, got {type(counts).__name__}")
+    if counts.ndim not in (1, 2) or counts.shape[-1] != n_logical:
+        raise ValueError(
+            f"counts must be [{n_logical}] or [B, {n_logical}], got {tuple(counts.shape)}"
+        )
+    check_load_dtype("counts", counts)
+    # Reading values on another device would wait for it; the solver reports bad loads there.
+    if counts.device.type == "cpu":
+        check_load_values("counts", counts)
+    return counts.reshape(-1, n_logical).double()
+
+
+def count_copies(phy2log: NDArray[np.int64], n_logical: int | None) -> NDArray[np.int64]:
+    """Count the copies of each expert, ``[n_logical]``, or raise naming what doesn't fit."""
+    low, high, n_slots = int(phy2log.min()), int(phy2log.max()), len(phy2log)
+    n_logical = high + 1 if n_logical is None else check_integer("n_logical", n_logical)
+    if low < 0 or high >= n_logical:
+        raise ValueError(f"phy2log must hold ids in [0, {n_logical}), got {low}..{high}")
+    if n_logical > n_slots:
+        raise ValueError(
+            f"phy2log has {n_slots} slots, too few for one of each of {n_logical} logical experts"
+        )
+    counts = np.bincount(phy2log, minlength=n_logical)
+    missing = np.flatnonzero(counts == 0)
+    if missing.size:
+        raise ValueError(
+            f"phy2log gives no slot to {missing.size} logical experts, first {int(missing[0])}"
+        )
+    return counts
