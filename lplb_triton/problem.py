@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lplb_triton._counts import check_load_dtype, check_load_values
+from lplb_triton._checks import check_load_dtype, check_load_values
 
 __all__ = ["Problem"]
 

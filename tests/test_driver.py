@@ -178,7 +178,7 @@ def test_the_driver_and_triton_launch_the_same():
     balancer = Balancer(placement, device="cuda", rank=3)
     idx = torch.from_numpy(rng.integers(-1, placement.n_logical, (500, 8))).cuda()
     want = balancer.run(idx)
-    pipeline = next(iter(balancer._scratches.values())).pipeline
+    pipeline = next(iter(balancer._backend._scratches.values())).pipeline
     (prepared,) = pipeline._prepared.values()
     assert all(kernel._direct is not None for kernel in prepared)
     seen = []

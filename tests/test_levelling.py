@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_triton import Balancer, Placement, solve, topologies
-from lplb_triton import balancer as balancer_module
+from lplb_triton import Balancer, Placement, _steps, solve, topologies
 from lplb_triton._backends.tables import COPIES_AT_ONCE, FEW, RANK_CELLS, DeviceTables
 from lplb_triton.kernels.solve import levelling
 from lplb_triton.testing.instances import corpus, draw_loads, shape_placement
@@ -182,7 +181,7 @@ def test_counts_of_a_failed_exchange_are_invalid_at_once(monkeypatch, placement,
     counts[lost] = -1
     balancer = Balancer(placement, device="cpu", backend="triton")
     # On a CPU `Balancer.solve` refuses what the kernel of a run may meet.
-    monkeypatch.setattr(balancer_module, "counts_to_int32", lambda name, counts, at_once: counts)
+    monkeypatch.setattr(_steps, "counts_to_int32", lambda name, counts, on_host: counts)
     solution = balancer.solve(counts)
     assert solution.status.tolist() == [2] and solution.iterations.tolist() == [0]
     assert int(balancer.certified) == 0 and int(balancer.solves) == 1

@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 from gloo import context, run_ranks
 
 from lplb_triton import Balancer, Placement, sync
-from lplb_triton.sync import _connect, _meeting
-from lplb_triton.sync._connect import _shared, deep_ep_domain, split
+from lplb_triton.sync import _connect, _rendezvous
+from lplb_triton.sync._connect import _shared, deep_ep_domain, split_group
 from lplb_triton.sync._hierarchical import HierarchicalCommunicator
 
 EXPERTS, BOUND = 32, 4.0
@@ -88,7 +88,7 @@ def check_quotas(group, rank, ranks):
 
 def check_domains(group, rank, ranks):
     """Two communicators in a row give what one gives."""
-    pair = split(group, 2, torch.device("cpu"))
+    pair = split_group(group, 2, torch.device("cpu"))
     with (
         sync.connect(group, device="cpu", timeout=60) as flat,
         HierarchicalCommunicator(
@@ -338,8 +338,8 @@ def test_a_forgotten_balancer_lets_its_group_go(group_of_one):
     [("aaaa", 4), ("aabb", 2), ("abab", 1), ("aaab", 1), ("abc", 1), ("aabbaa", 1), ("aaabbb", 3)],
 )
 def test_ranks_of_a_host_must_be_neighbours(hosts, size, monkeypatch):
-    monkeypatch.setattr(_meeting, "meet", lambda group, purpose, timeout, mine: list(hosts))
-    assert _meeting.node_sizes(None, 1.0) == size
+    monkeypatch.setattr(_rendezvous, "all_gather_objects", lambda *_: list(hosts))
+    assert _rendezvous.count_ranks_per_node(None, 1.0) == size
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_the_rule(ranks, domain, told, reached, kind, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     monkeypatch.setattr(_connect, "_reaches_all", lambda *_: reached)
-    monkeypatch.setattr(_connect, "meet", lambda group, purpose, timeout, mine: [mine] * ranks)
+    monkeypatch.setattr(_connect, "all_gather_objects", lambda *given: [given[3]] * ranks)
     assert _connect._choose(Group(), torch.device("cuda", 0), domain, told, 1.0) == kind
 
 

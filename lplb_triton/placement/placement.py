@@ -13,8 +13,14 @@ from lplb_triton import topologies
 
 # Other modules take `check_integer` from here.
 from lplb_triton._checks import check_integer as check_integer
-from lplb_triton._checks import nearest_divisors, nearest_multiples, on_host, would_do
-from lplb_triton._counts import check_load_dtype, check_load_values
+from lplb_triton._checks import (
+    check_load_dtype,
+    check_load_values,
+    nearest_divisors,
+    nearest_multiples,
+    on_host,
+    would_do,
+)
 from lplb_triton.eplb import checked_weight, rebalance
 from lplb_triton.placement.structure import Structure, build_structure
 from lplb_triton.problem import Problem
