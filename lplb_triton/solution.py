@@ -1,4 +1,4 @@
-"""What a solve returns: a feasible plan and the certificate that comes with it."""
+"""The result of a solve: a feasible plan and its certificate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 __all__ = ["SHARE_BITS", "Solution", "SolveError", "Status"]
 
-# Shares are multiples of 2**-24. float32 holds each of them exactly and so do their sums: a
+# Shares are multiples of 2**-24. float32 represents each of them and their sums exactly, so a
 # column's shares add up to exactly 1, and token quotas are computed from them in integers.
 SHARE_BITS = 24
 
@@ -20,7 +20,7 @@ class Status(enum.IntEnum):
     CERTIFIED = 0
     """The gap is within the tolerance."""
     GAP = 1
-    """The plan is feasible and its gap true, but wider than the tolerance."""
+    """The plan is feasible and its gap correct, but larger than the tolerance."""
     INVALID = 2
     """A load was negative or not finite, a count out of range, or a weight had no copy."""
 
