@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
 )
 
 from lplb_triton import Balancer, Planner, topologies
-from lplb_triton.sync._connect import _shared
+from lplb_triton.sync._connect import shared_communicators
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANKS = 4
@@ -103,12 +103,12 @@ def check_group(rank, group):
     assert int(twin._layer.version) != int(balancer._layer.version)
     # The shared communicator lives until the last of them lets go.
     balancer.close()
-    assert list(_shared.values()) == [twin.communicator]
+    assert list(shared_communicators.values()) == [twin.communicator]
     assert torch.equal(twin.run(ids_of(rank, 1)), expected)
 
     loaded = through_a_file(twin)
     twin.close()
-    assert not _shared
+    assert not shared_communicators
     assert loaded.group is None
     for call in (
         lambda: loaded.run(ids_of(rank, 1)),
@@ -136,7 +136,7 @@ def check_group(rank, group):
             torn.set_group(group)
     with pytest.raises(RuntimeError, match=r"^Balancer.set_group failed here: call set_group"):
         torn.run(ids_of(rank, 1))
-    assert not _shared and torn.group is None
+    assert not shared_communicators and torn.group is None
     torn.set_group(group)
     torn.run(ids_of(rank, 1))
     torn.close()

@@ -9,7 +9,7 @@ from gloo import run_ranks
 
 from lplb_triton import Balancer, Placement, sync
 from lplb_triton.sync import SyncError
-from lplb_triton.sync._rendezvous import _rendezvous_counts, all_gather_objects
+from lplb_triton.sync._rendezvous import all_gather_objects, rendezvous_counts
 
 BOUND = 1.0
 EXPERTS = 30
@@ -119,4 +119,4 @@ def test_a_store_that_is_gone_is_named(monkeypatch):
     monkeypatch.setattr("lplb_triton.sync._rendezvous.group_store", lambda group: _Store())
     with pytest.raises(SyncError, match="^closing failed on rank 1: the store .*Connection"):
         all_gather_objects(group, "closing", 1.0)
-    assert _rendezvous_counts[group] == 1
+    assert rendezvous_counts[group] == 1

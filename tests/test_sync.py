@@ -15,7 +15,7 @@ from gloo import context, run_ranks
 
 from lplb_triton import Balancer, Placement, sync
 from lplb_triton.sync import _connect, _rendezvous
-from lplb_triton.sync._connect import _shared, deep_ep_domain, split_group
+from lplb_triton.sync._connect import deep_ep_domain, shared_communicators, split_group
 from lplb_triton.sync._hierarchical import HierarchicalCommunicator
 
 EXPERTS, BOUND = 32, 4.0
@@ -168,10 +168,10 @@ def work(rank, ranks, path):
     check_quotas(world, rank, ranks)
     check_large(world, rank, ranks)
     # Closed without a fault: the same group serves again.
-    assert not _shared
+    assert not shared_communicators
     with Balancer(placement_of(ranks), group=world, device="cpu") as balancer:
         balancer.run(ids_of(rank, 1))
-    assert not _shared
+    assert not shared_communicators
     if ranks > 2:
         check_domains(world, rank, ranks)
     check_confusion(dist.new_group(list(range(ranks))), rank, ranks)
@@ -327,10 +327,10 @@ def test_arguments_are_named(call, error, name, group_of_one):
 
 def test_a_forgotten_balancer_lets_its_group_go(group_of_one):
     balancer = Balancer(placement_of(1), group=group_of_one, device="cpu")
-    assert list(_shared.values()) == [balancer.communicator]
+    assert list(shared_communicators.values()) == [balancer.communicator]
     del balancer
     gc.collect()
-    assert not _shared
+    assert not shared_communicators
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ class LevellingBackend(TritonBackend):
         n_sms = self.layer.default_n_sms
         block, _ = self._current_block(n_sms)
         # The exchange of this endpoint is with no other rank.
-        endpoint = None if self.peers is None else self.peers.endpoint.alone()
+        endpoint = None if self.peers is None else self.peers.endpoint.solo_endpoint()
         traffic = torch.zeros_like(self.layer.traffic)
         pipeline = self._create_scratch(block, n_sms, endpoint, traffic).pipeline
         for dtype in (torch.int64, torch.int32):
@@ -197,12 +197,12 @@ class LevellingBackend(TritonBackend):
         )
         n_buffers = len(kernels.SolveBuffers._fields)
         buffers, total = kernels.SolveBuffers(*rest[:n_buffers]), rest[n_buffers]
-        side = quotas = exchange = gathered = None
+        in_kernel = quotas = exchange = gathered = None
         if layer.quotas == "global" and layer.communicator is not None:
             gathered, mine = rest[n_buffers + 1 :]
             quotas = self.quotas_of(gathered, mine, traffic)
         if endpoint is not None:
-            side = endpoint.side(layer.version, total, gathered)
+            in_kernel = endpoint.exchange_arguments(layer.version, total, gathered)
         elif layer.communicator is not None:
             # The pipeline leaves this rank's counts in the last row of the running sums.
             exchange = partial(
@@ -210,6 +210,6 @@ class LevellingBackend(TritonBackend):
             )
         pipeline = kernels.Pipeline(
             running, self.report, buffers, self.solve_tables, self.select_tables, layer.rank,
-            side, quotas,
+            in_kernel, quotas,
         )  # fmt: skip
         return _Scratch(block, pipeline, exchange)

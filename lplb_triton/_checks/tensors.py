@@ -56,10 +56,13 @@ def check_ids(name: str, ids: object, device: torch.device) -> None:
 
     Fewer than 2**31 elements are allowed. The values are not read.
     """
-    ids = check_tensor(name, ids)
+    # This runs in every batch, so good ids cost no further call.
+    if not isinstance(ids, torch.Tensor):
+        ids = check_tensor(name, ids)
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}")
-    check_device(name, ids, device)
+    if ids.device != device:
+        check_device(name, ids, device)
     if ids.numel() >= 2**31:
         raise ValueError(f"{name} must have fewer than 2**31 elements, got {ids.numel()}")
 

@@ -29,7 +29,9 @@ MAX_CAPACITY = (1 << 16) - 1
 # Communicators that balancers share. The references are weak: a process group that this table kept
 # alive would not end with `destroy_process_group`, but in the exiting interpreter, while its
 # threads still run.
-_shared: weakref.WeakValueDictionary[tuple[Any, ...], Communicator] = weakref.WeakValueDictionary()
+shared_communicators: weakref.WeakValueDictionary[tuple[Any, ...], Communicator] = (
+    weakref.WeakValueDictionary()
+)
 
 
 def connect(
@@ -231,9 +233,9 @@ def acquire(
     capacity = max(DEFAULT_CAPACITY, 1 << (n - 1).bit_length())
     # The communicator holds a reference to its group, so no other group can have this id meanwhile.
     key = (id(group), sync, device, timeout, capacity, domain_size)
-    communicator = _shared.get(key)
+    communicator = shared_communicators.get(key)
     if communicator is None or communicator.closed:
-        communicator = _shared[key] = connect(
+        communicator = shared_communicators[key] = connect(
             group, sync, device=device, timeout=timeout, capacity=capacity,
             domain_size=domain_size,
         )  # fmt: skip
@@ -248,11 +250,11 @@ def release(communicator: Communicator, local: bool = False) -> None:
 
     This is collective, unless ``local`` is set: then the communicator is abandoned instead.
     """
-    for key, known in list(_shared.items()):
+    for key, known in list(shared_communicators.items()):
         if known is communicator:
             communicator.users -= 1
             if not communicator.users or communicator.failed():
-                del _shared[key]
+                del shared_communicators[key]
                 if local:
                     communicator.abandon()
                 else:

@@ -58,7 +58,7 @@ class PeerCommunicator(Communicator):
     def begin(self, n: int) -> kernels.Channel:
         """Check that a call with ``n`` counts may begin, and return the stream's channel.
 
-        This is for kernels that contain the exchange; they take `Endpoint.side`.
+        This is for kernels that contain the exchange; they take `Endpoint.exchange_arguments`.
         """
         self._check_open()
         self._raise_on_failure()
@@ -174,10 +174,10 @@ class Endpoint:
         channel: kernels.Channel,
     ) -> None:
         """Launch the exchange on the current stream."""
-        side = self.side(version, total, gathered)
-        self._kernels.sum_over_ranks(counts, side, channel)
+        arguments = self.exchange_arguments(version, total, gathered)
+        self._kernels.sum_over_ranks(counts, arguments, channel)
 
-    def side(
+    def exchange_arguments(
         self, version: torch.Tensor, total: torch.Tensor, gathered: torch.Tensor | None
     ) -> kernels.Exchange:
         """Return the arguments of a kernel that contains the exchange."""
@@ -186,7 +186,7 @@ class Endpoint:
             self._rank, self._capacity, self._timeout_ms,
         )  # fmt: skip
 
-    def alone(self) -> Endpoint:
+    def solo_endpoint(self) -> Endpoint:
         """Make an endpoint of a group of one, whose exchanges compile and load the kernels."""
         words = self.words(1, self._capacity)
         buffer = torch.zeros(words, dtype=torch.int64, device=self._device)
@@ -197,11 +197,11 @@ class Endpoint:
     def prepare(self, n: int) -> None:
         """Compile and load the kernels for ``n`` counts."""
         on = self._device
-        alone = self.alone()
+        solo = self.solo_endpoint()
         counts = torch.zeros(n, dtype=torch.int32, device=on)
         version = torch.zeros(1, dtype=torch.int32, device=on)
         first = self._kernels.FIRST_CHANNEL
         for gathered in (None, torch.empty(1, n, dtype=torch.int32, device=on)):
-            alone.exchange(counts, version, torch.empty_like(counts), gathered, first)
+            solo.exchange(counts, version, torch.empty_like(counts), gathered, first)
         if on.type == "cuda":
             torch.cuda.synchronize(on)

@@ -27,7 +27,7 @@ GRACE = 2.0
 
 # Number of rendezvous so far by group. The references are weak, so that no process group is kept
 # alive by this table.
-_rendezvous_counts: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+rendezvous_counts: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -72,7 +72,7 @@ def all_gather_objects(
         return [value]
     rank = dist.get_rank(group)
     with _lock:
-        number = _rendezvous_counts[group] = _rendezvous_counts.get(group, 0) + 1
+        number = rendezvous_counts[group] = rendezvous_counts.get(group, 0) + 1
     message = pickle.dumps((purpose, value))
     try:
         outcome = _wait_for_outcome(group_store(group), number, rank, size, timeout, message)
