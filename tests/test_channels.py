@@ -134,6 +134,7 @@ def test_the_kernel_finds_disorder_on_every_rank():
 
 
 def test_what_is_said_of_disorder():
+    """The message names how each rank opened the channel."""
     a = Streams(main=0, side=of_torch(3))
     a.call("main")
     mine = a.call("side").opening

@@ -87,6 +87,7 @@ class TestReports:
 
     @pytest.fixture(autouse=True)
     def _no_look(self, monkeypatch, device):
+        """Make the kernels report bad values on a CPU too."""
         if device == "cpu":
             monkeypatch.setattr(TritonBackend, "checks_on_host", False)
 
@@ -111,6 +112,7 @@ class TestReports:
         balancer.solve(full(5).to(device)).check()
 
     def test_one_report_takes_no_other_s_place(self, device):
+        """A report about ids and one about counts are both raised, one after the other."""
         balancer = balancer_of("triton", device)
         balancer.solve(full(-1).to(device))
         if device == "cuda":

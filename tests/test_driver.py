@@ -173,6 +173,7 @@ def test_a_kernel_that_cannot_be_loaded(monkeypatch):
 
 @pytest.mark.gpu
 def test_the_driver_and_triton_launch_the_same():
+    """The direct launch and Triton's own give the same ids."""
     rng = np.random.default_rng(0)
     placement = shape_placement("cube", rng)
     balancer = Balancer(placement, device="cuda", rank=3)

@@ -177,6 +177,7 @@ def test_nothing_depends_on_what_memory_held(monkeypatch, placement):
     ids=repr,
 )
 def test_counts_of_a_failed_exchange_are_invalid_at_once(monkeypatch, placement, lost):
+    """A negative count makes every group invalid without a step of the solver."""
     counts = torch.full((placement.n_logical,), 5, dtype=torch.int32)
     counts[lost] = -1
     balancer = Balancer(placement, device="cpu", backend="triton")

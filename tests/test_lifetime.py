@@ -91,6 +91,7 @@ def test_a_model_with_a_balancer_and_a_planner_inside(way):
 
 
 def check_group(rank, group):
+    """Copies share the communicator; files keep no group; a failed set_group can be repeated."""
     placement = placement_of(2)
     balancer = Balancer(placement, group=group, device="cpu", timeout=20.0)
     expected = balancer.run(ids_of(rank, 1))

@@ -25,6 +25,7 @@ def ids_of(rank):
 
 
 def check_rendezvous(rank, group):
+    """A rendezvous returns all values, names late ranks and other purposes, and leaves no keys."""
     assert all_gather_objects(group, "a test", 20.0, rank) == [0, 1, 2]
     store = dist.distributed_c10d._get_process_group_store(group)
     # Of a rendezvous that succeeded only the outcome stays, until the next one.
@@ -114,6 +115,7 @@ class _Group:
 
 
 def test_a_store_that_is_gone_is_named(monkeypatch):
+    """If the store can't be reached, the error says so and names the caller."""
     group = _Group()
     monkeypatch.setattr(dist, "get_rank", lambda group: 1)
     monkeypatch.setattr("lplb_triton.sync._rendezvous.group_store", lambda group: _Store())

@@ -134,6 +134,7 @@ def test_another_placement_is_written_in_place(backend):
 # numpy's, of the interpreter: counts that are none make loads infinite.
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_counts_that_are_none_are_told_once(monkeypatch):
+    """Invalid counts of the interior-point kernel are raised once, by the next call."""
     monkeypatch.setattr(TritonBackend, "checks_on_host", False)
     placement = shape_placement("torus:2x2", np.random.default_rng(0))
     balancer = make(placement)

@@ -338,6 +338,7 @@ def test_a_forgotten_balancer_lets_its_group_go(group_of_one):
     [("aaaa", 4), ("aabb", 2), ("abab", 1), ("aaab", 1), ("abc", 1), ("aabbaa", 1), ("aaabbb", 3)],
 )
 def test_ranks_of_a_host_must_be_neighbours(hosts, size, monkeypatch):
+    """Ranks share a node only if all hosts hold equally many consecutive ranks."""
     monkeypatch.setattr(_rendezvous, "all_gather_objects", lambda *_: list(hosts))
     assert _rendezvous.count_ranks_per_node(None, 1.0) == size
 
@@ -356,6 +357,7 @@ def test_ranks_of_a_host_must_be_neighbours(hosts, size, monkeypatch):
     ],
 )
 def test_the_rule(ranks, domain, told, reached, kind, monkeypatch):
+    """With sync="auto" the kind follows from sizes, a given domain and which GPUs are reached."""
     class Group:
         def size(self):
             return ranks

@@ -404,6 +404,7 @@ def test_the_pipeline_exchanges_counts(make, quotas):
 
 
 def test_warmup_takes_no_part_in_the_group():
+    """Warm-up writes nothing to the memory of the group, and changes no counter."""
     team = Team(ring_of_two())
     image = team.ranks.memory.clone()
     balancer = team.balancers[0]
@@ -417,6 +418,7 @@ def test_warmup_takes_no_part_in_the_group():
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("quotas", ["local", "global"])
 def test_a_failed_exchange_leaves_the_even_split(quotas):
+    """After a failed exchange ids are those of the even split, and later calls raise."""
     team = Team(ring_of_two(), quotas, timeout=0.05)
     batches = ids_for(team, 20, seed=1)
     mine, balancer = batches[0], team.balancers[0]
