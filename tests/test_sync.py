@@ -358,6 +358,7 @@ def test_ranks_of_a_host_must_be_neighbours(hosts, size, monkeypatch):
 )
 def test_the_rule(ranks, domain, told, reached, kind, monkeypatch):
     """With sync="auto" the kind follows from sizes, a given domain and which GPUs are reached."""
+
     class Group:
         def size(self):
             return ranks
@@ -381,13 +382,15 @@ def test_the_rule(ranks, domain, told, reached, kind, monkeypatch):
     ],
 )
 def test_who_reaches_whom(peers, visible, atomics, reached, monkeypatch):
+    """A GPU reaches the others if all are visible, distinct, and take its atomics."""
+
     class Properties:
         def __init__(self, index):
             self.uuid = visible[index]
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible))
     monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
-    monkeypatch.setattr(_connect, "_peer_atomics", lambda source, target: atomics)
+    monkeypatch.setattr(_connect, "_supports_peer_atomics", lambda source, target: atomics)
     assert _connect._reaches_all(torch.device("cuda", 0), "a", peers) == reached
 
 
