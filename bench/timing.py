@@ -461,7 +461,7 @@ def run_solver(balancer: Balancer) -> Callable[[torch.Tensor], object]:
     """
     if balancer.backend == "torch":
         return balancer.solve
-    return partial(balancer._solve_counts, certified=balancer.certified)
+    return partial(balancer._backend.solve_by_copy, certified=balancer.certified)
 
 
 def _is_early(index: int, workload: Workload, per_family: int = PROBLEM_PER_FAMILY) -> bool:

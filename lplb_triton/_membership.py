@@ -1,166 +1,191 @@
-"""What the balancers of an EP group settle among themselves, outside of batches."""
+"""A layer's membership in its EP group: placement, rank and communicator, outside of batches."""
 
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
 
+from lplb_triton._backends.base import Backend
+from lplb_triton._backends.layer import Layer
+from lplb_triton._consensus import LayerPlacement, agree_on_placements
 from lplb_triton.placement import Placement
-from lplb_triton.sync._base import Communicator, group_timeout, message_version
+from lplb_triton.sync._base import Communicator, group_timeout
 from lplb_triton.sync._connect import acquire, release
-from lplb_triton.sync._meeting import meet
+from lplb_triton.sync._rendezvous import barrier
 
-__all__ = [
-    "Agreed", "agree", "agree_all", "bound_of", "let_go", "share", "take_communicator",
-    "warn_if_alone",
-]  # fmt: skip
+__all__ = ["Membership", "wait_for_device", "warn_if_no_group"]
 
-
-class Agreed(NamedTuple):
-    """What all ranks of a group have in common."""
-
-    placement: Placement
-    number: tuple[int, ...]
-    """Tells this layer from others; rank 0's."""
-
-    @property
-    def version(self) -> int:
-        """Checksum in 32 bits that tells this layer with this placement from others."""
-        table = self.placement.phy2log.numpy().tobytes()
-        return message_version(table, str((self.number, self.placement.n_group)).encode())
-
-
-class _Brought(NamedTuple):
-    """What a rank brings to a meeting about placements, one for each layer."""
-
-    problem: str | None
-    facts: list[tuple[object, ...]]
-    tables: list[torch.Tensor] | None
-    numbers: list[tuple[int, ...]]
-
-
-def agree(
-    group: dist.ProcessGroup | None,
-    purpose: str,
-    timeout: float,
-    mine: Agreed,
-    kinds: tuple[str, str],
-) -> Agreed:
-    """Rank 0's placement and number, on every rank of the group; collective."""
-    return agree_all(group, purpose, timeout, [mine], kinds)[0]
-
-
-def agree_all(
-    group: dist.ProcessGroup | None,
-    purpose: str,
-    timeout: float,
-    mine: list[Agreed],
-    kinds: tuple[str, str],
-    problem: Exception | None = None,
-) -> list[Agreed]:
-    """Agree on the placements and numbers of many layers, rank 0's, in one meeting; collective.
-
-    ``kinds`` are quotas and solver. ``problem`` is what is wrong with this rank's arguments: it is
-    raised here once the others know, and they raise too.
-    """
-    if group is not None and group.size() > 1:
-        text = None if problem is None else f"{type(problem).__name__}: {problem}"
-        placements = [each.placement for each in mine]
-        facts: list[tuple[object, ...]] = [
-            (p.n_logical, p.n_physical, p.n_group, p.max_columns, *kinds) for p in placements
-        ]
-        tables = [p.phy2log for p in placements] if dist.get_rank(group) == 0 else None
-        brought = _Brought(text, facts, tables, [each.number for each in mine])
-        everyone = meet(group, purpose, timeout, brought)
-        _raise_for_others(everyone, problem)
-        first = everyone[0]
-        theirs = first.tables or [None] * len(mine)
-        read = [_read(table, p) for table, p in zip(theirs, placements, strict=True)]
-        return [Agreed(p, number) for p, number in zip(read, first.numbers, strict=True)]
-    if problem is not None:
-        raise problem
-    return mine
-
-
-def _raise_for_others(everyone: list[_Brought], problem: Exception | None) -> None:
-    if problem is not None:
-        raise problem
-    for rank, brought in enumerate(everyone):
-        if brought.problem is not None:
-            raise ValueError(f"placement can't be used, since rank {rank}'s was refused: "
-                             f"{brought.problem}")  # fmt: skip
-    layers = [len(brought.facts) for brought in everyone]
-    if len(set(layers)) > 1:
-        raise ValueError(f"placements must be of as many layers on every rank, got {layers}")
-    for facts in zip(*(brought.facts for brought in everyone), strict=True):
-        if len(set(facts)) > 1:
-            raise ValueError(
-                "placement, quotas and solver must be of the same sizes and kinds on every rank, "
-                f"got {list(facts)} (logical experts, slots, groups, columns, quotas, solver)"
-            )
-
-
-def _read(table: torch.Tensor | None, mine: Placement) -> Placement:
-    """Placement of rank 0's table."""
-    if table is None or torch.equal(table, mine.phy2log):
-        return mine
-    return Placement(
-        table,
-        mine.ep_size,
-        n_logical=mine.n_logical,
-        n_group=mine.n_group,
-        max_columns=mine.max_columns,
-    )
-
-
-def bound_of(group: dist.ProcessGroup | None, device: torch.device, timeout: float | None) -> float:
-    """Seconds that a rank waits for the others of its group."""
-    if timeout is not None:
-        return timeout
-    return 0.0 if group is None else group_timeout(group, device)
-
-
-def take_communicator(
-    group: dist.ProcessGroup,
-    sync: str | Communicator,
-    device: torch.device,
-    timeout: float | None,
-    n_logical: int,
-    domain_size: int | None,
-) -> Communicator:
-    """Communicator over the group: the one that is given, or the shared one; collective."""
-    if not isinstance(sync, Communicator):
-        return acquire(group, sync, device, timeout, n_logical, domain_size)
-    if sync.group is not group or sync.device != device:
-        raise ValueError(f"sync must be over the group and on {device}")
-    return sync
-
-
-def let_go(
-    communicator: Communicator | None, sync: str | Communicator, alone: bool = False
-) -> None:
-    """Undo `take_communicator`; ``alone``: without waiting for other ranks."""
-    if communicator is not None and not isinstance(sync, Communicator):
-        release(communicator, alone)
-
-
-def share(communicator: Communicator | None, sync: str | Communicator) -> None:
-    """Count one more user of what `take_communicator` gave; local."""
-    if communicator is not None and not isinstance(sync, Communicator):
-        communicator.users += 1
-
-
-_ALONE = (
+_ADVICE = (
     "Give the EP group as group= to sum counts over it. If counts are global as they are, say so: "
     "quotas='replicated' where every rank holds all tokens of the group, rank= elsewhere"
 )
 
 
-def warn_if_alone(placement: Placement, stacklevel: int, advice: str = _ALONE) -> None:
-    """Warn where a process group fits the placement and isn't used."""
+class Membership:
+    """One layer's part in its group.
+
+    Parameters
+    ----------
+    layer : Layer
+        Its group, rank, communicator, placement and version are changed here.
+    backend : Backend
+        Its tables are written here.
+    layer_id : tuple of int
+        Tells the layer from others of this process.
+    own_rank : int or None
+        The rank that the caller has given; None takes the group's.
+    sync : str or Communicator
+        As for `lplb_triton.Balancer`.
+    timeout : float or None
+        Bound on each wait in seconds; None takes the group's.
+
+    Attributes
+    ----------
+    saved_ranks : tuple of int or None
+        Global ranks of the group that the layer had when it was saved to a file, or lost by a
+        failure; None if it has its group or never had one.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        backend: Backend,
+        layer_id: tuple[int, ...],
+        *,
+        own_rank: int | None,
+        sync: str | Communicator,
+        timeout: float | None,
+    ) -> None:
+        self.layer, self.backend, self.layer_id = layer, backend, layer_id
+        self.own_rank, self.sync, self.timeout = own_rank, sync, timeout
+        self.saved_ranks: tuple[int, ...] | None = None
+        self._n_copies = 0
+
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """Settings that must be the same on all ranks: quotas and solver."""
+        return self.layer.quotas, self.layer.solver
+
+    @property
+    def ranks(self) -> tuple[int, ...] | None:
+        """Global ranks of the group, or of the one that was lost; None without either."""
+        if self.layer.group is None:
+            return self.saved_ranks
+        return tuple(dist.get_process_group_ranks(self.layer.group))
+
+    def wait_limit(self, group: dist.ProcessGroup | None) -> float:
+        """Return the seconds that a rank waits for the others of ``group``."""
+        if self.timeout is not None:
+            return self.timeout
+        return 0.0 if group is None else group_timeout(group, self.layer.device)
+
+    def join(
+        self,
+        purpose: str,
+        group: dist.ProcessGroup | None,
+        sync: str | Communicator,
+        domain_size: int | None = None,
+    ) -> None:
+        """Take rank 0's placement, this rank's number and a communicator; collective."""
+        layer, communicator = self.layer, None
+        if group is not None and group.size() != layer.placement.ep_size:
+            raise ValueError(f"group must have {layer.placement.ep_size} ranks, got {group.size()}")
+        limit = self.wait_limit(group)
+        proposed = [LayerPlacement(layer.placement, self.layer_id)]
+        agreed = agree_on_placements(group, purpose, limit, proposed, self.kinds)[0]
+        replicated = layer.quotas == "replicated"
+        if group is not None and not replicated:
+            communicator = self._acquire(group, sync, domain_size)
+        self._release()
+        self.sync, self.saved_ranks = sync, None
+        layer.group, layer.communicator, layer.blocked = group, communicator, None
+        if group is not None and self.own_rank is None and not replicated:
+            layer.rank = dist.get_rank(group)
+        self.backend.follow_communicator()
+        self.write_idle(agreed)
+        if communicator is not None and communicator.waits_on_device:
+            self._load_kernels(purpose, communicator, limit)
+
+    def _load_kernels(self, purpose: str, communicator: Communicator, limit: float) -> None:
+        """Load all kernels on all ranks, before any kernel waits for another rank."""
+        try:
+            self.backend.warmup()
+            barrier(communicator.group, f"{purpose}, kernels loaded", limit)
+        except BaseException:
+            self._release(local=True)
+            # The layer is blocked: without a communicator it would take this rank's counts for
+            # those of all ranks.
+            self.saved_ranks = tuple(dist.get_process_group_ranks(communicator.group))
+            self.layer.blocked = f"{purpose} failed here: call set_group(group) on every rank"
+            self.layer.group = self.layer.communicator = None
+            self.backend.follow_communicator()
+            raise
+
+    def close(self, *, local: bool) -> None:
+        """Release the communicator, once; collective unless ``local``."""
+        if self.layer.blocked is None:
+            self.layer.blocked = "this Balancer is closed"
+            self._release(local)
+
+    def copy_from(self, other: Membership) -> None:
+        """Become a member of the group of ``other``, sharing its communicator; local."""
+        other._n_copies += 1
+        self.layer_id = (*other.layer_id, other._n_copies)
+        self.sync = other.sync
+        layer, source = self.layer, other.layer
+        layer.group, layer.rank, layer.blocked = source.group, source.rank, source.blocked
+        layer.communicator = source.communicator
+        self.backend.follow_communicator()
+        if layer.blocked is None and self._is_shared(layer.communicator):
+            layer.communicator.users += 1
+        self.write_idle(LayerPlacement(source.placement, self.layer_id))
+
+    def write(self, agreed: LayerPlacement) -> None:
+        """Write a placement into the tables; the caller keeps the device idle."""
+        self.backend.tables.write(agreed.placement)
+        self.layer.version.fill_(agreed.version)
+        self.layer.placement, self.layer_id = agreed
+
+    def write_idle(self, agreed: LayerPlacement) -> None:
+        """Write a placement into the tables, with a wait for the device before and after."""
+        wait_for_device(self.layer.device)
+        self.write(agreed)
+        wait_for_device(self.layer.device)
+
+    def _acquire(
+        self, group: dist.ProcessGroup, sync: str | Communicator, domain_size: int | None
+    ) -> Communicator:
+        """Return the given communicator over the group, or the shared one; collective."""
+        device = self.layer.device
+        if not isinstance(sync, Communicator):
+            n_logical = self.layer.placement.n_logical
+            return acquire(group, sync, device, self.timeout, n_logical, domain_size)
+        if sync.group is not group or sync.device != device:
+            raise ValueError(f"sync must be over the group and on {device}")
+        return sync
+
+    def _release(self, local: bool = False) -> None:
+        """Release a communicator that `_acquire` has shared; collective unless ``local``."""
+        communicator = self.layer.communicator
+        if self._is_shared(communicator):
+            release(communicator, local)
+
+    def _is_shared(self, communicator: Communicator | None) -> TypeGuard[Communicator]:
+        """Whether there is a communicator that balancers share, not one that the caller gave."""
+        return communicator is not None and not isinstance(self.sync, Communicator)
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Wait until a GPU is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def warn_if_no_group(placement: Placement, stacklevel: int, advice: str = _ADVICE) -> None:
+    """Warn if no group is given although torch.distributed has one that fits the placement."""
     if not dist.is_available() or not dist.is_initialized() or placement.ep_size == 1:
         return
     if dist.get_world_size() == placement.ep_size:

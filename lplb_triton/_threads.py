@@ -1,8 +1,8 @@
-"""One thread for work whose operations are too small to share.
+"""A single CPU thread for work whose operations are too small to be divided among threads.
 
-Torch's CPU operations end in a barrier of all its threads, which spin there. A program of the LP is
-a few thousand numbers, so threads gain nothing; and where other processes want the same cores,
-every barrier waits until the last thread has been given one, while the others burn theirs.
+Torch's CPU operations end in a barrier at which all its threads spin. An instance of the LP is a
+few thousand numbers, so more threads gain nothing. If other processes use the same cores, every
+barrier waits until the last thread has got a core, while the other threads keep theirs busy.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 
 __all__ = ["one_thread"]
 
-# Names that builds of OpenBLAS give to a function: SciPy's builds have a prefix, 64-bit ones a
-# suffix.
+# Names of one function in different builds of OpenBLAS: SciPy's builds add a prefix, 64-bit builds
+# a suffix.
 _BLAS_NAMES = tuple(
     f"{prefix}openblas_{{}}_num_threads{suffix}"
     for prefix in ("scipy_", "")
@@ -28,10 +28,10 @@ _BLAS_NAMES = tuple(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep torch, and the OpenBLAS that numpy and SciPy came with, to one thread in the body.
+    """Limit torch, and the OpenBLAS of numpy and SciPy, to one thread within the context.
 
-    It holds for the whole process, and what was set before is set again at the end. Libraries that
-    are loaded in the body, and processes that it starts, are not touched.
+    The limit holds for the whole process. At the end the earlier settings are restored. Libraries
+    that are loaded within the context, and processes that it starts, keep their own settings.
     """
     pools = [(torch.get_num_threads, torch.set_num_threads), *_openblas()]
     before = [(change, count()) for count, change in pools]
@@ -45,7 +45,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _openblas() -> list[tuple[Callable[[], int], Callable[[int], object]]]:
-    """Functions that read and set the threads of every OpenBLAS in this process."""
+    """Return functions that read and set the threads of every OpenBLAS in this process."""
     found: list[tuple[Callable[[], int], Callable[[int], object]]] = []
     for path in _loaded("openblas"):
         try:
@@ -62,7 +62,7 @@ def _openblas() -> list[tuple[Callable[[], int], Callable[[int], object]]]:
 
 
 def _loaded(word: str) -> list[str]:
-    """Paths of the loaded libraries with this word in their name; none where /proc is missing."""
+    """Return paths of loaded libraries with this word in their name; none if /proc is missing."""
     try:
         lines = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
     except OSError:

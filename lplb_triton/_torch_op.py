@@ -1,4 +1,4 @@
-"""`Balancer.run` as operators of torch, and what keeps the caller's modes out of our own work."""
+"""`Balancer.run` as torch operators, and protection of a balancer's state from torch's modes."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ __all__ = ["is_plain", "opaque", "outside_modes", "register"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Runs(Protocol):
-    """What an operator needs of a balancer."""
+class _Runner(Protocol):
+    """What an operator needs of a balancer's back end."""
 
-    def _run(self, idx: torch.Tensor, certified: torch.Tensor | None, n_sms: int) -> torch.Tensor:
-        """Run one batch, all arguments checked."""
+    def run(self, idx: torch.Tensor, certified: torch.Tensor | None, n_sms: int) -> torch.Tensor:
+        """Run one batch, with checked arguments."""
 
 
 _handles = itertools.count()
-_balancers: weakref.WeakValueDictionary[int, _Runs] = weakref.WeakValueDictionary()
+_backends: weakref.WeakValueDictionary[int, _Runner] = weakref.WeakValueDictionary()
 
 
-def register(balancer: _Runs) -> int:
-    """Give a balancer the number by which the operators find it, as long as it exists."""
+def register(backend: _Runner) -> int:
+    """Return a new number by which the operators find a back end, as long as it exists."""
     handle = next(_handles)
-    _balancers[handle] = balancer
+    _backends[handle] = backend
     return handle
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether nobody but torch itself wants to see what is done with a tensor.
+    """Whether a tensor may be used without the operators, which only tracing needs.
 
-    That is neither a compiler, nor a tensor of a class of its own, nor a dispatch mode.
+    It may unless torch.compile is tracing, the tensor is of a subclass, or a dispatch mode is on.
     """
     return (
         not torch.compiler.is_compiling()
@@ -49,10 +49,10 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def outside_modes() -> Iterator[None]:
-    """Leave dispatch modes, function modes, inference mode and autocast for a while.
+    """Turn off dispatch modes, function modes, inference mode and autocast within the context.
 
-    What a balancer keeps must not be recorded, replayed or replaced by a mode that happens to be
-    on when it is made, such as selective checkpointing's.
+    A mode that is on while a balancer makes its state, such as selective checkpointing's, must not
+    record, replay or replace that state.
     """
     with ExitStack() as stack:
         if torch._C._len_torch_dispatch_stack():
@@ -68,11 +68,11 @@ def outside_modes() -> Iterator[None]:
 
 
 def opaque(method: F) -> F:
-    """Make a method work `outside_modes`, unless it is given tensors of another class."""
+    """Decorate a method to work `outside_modes`, unless it is given tensors of a subclass."""
 
     @functools.wraps(method)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or any(map(_is_foreign, (*args, *kwargs.values()))):
+        if torch.compiler.is_compiling() or any(map(_is_subclassed, (*args, *kwargs.values()))):
             return method(*args, **kwargs)
         with outside_modes():
             return method(*args, **kwargs)
@@ -80,13 +80,14 @@ def opaque(method: F) -> F:
     return cast(F, wrapper)
 
 
-def _is_foreign(value: object) -> bool:
+def _is_subclassed(value: object) -> bool:
+    """Whether a value is a tensor of a subclass."""
     return isinstance(value, torch.Tensor) and type(value) is not torch.Tensor
 
 
-# The operators take an integer for the balancer, so that torch.compile sees one opaque call. A
-# balancer's own counters belong to it as its tables do: an operator that declared them as changed
-# would keep a compiler from capturing the region in a CUDA graph.
+# The operators take an integer that stands for the balancer, so that torch.compile sees one opaque
+# call. They don't declare that they change the balancer's own counters: torch.compile would not
+# capture a region with such an operator in a CUDA graph.
 torch.library.define("lplb_triton::balance", "(Tensor idx, int handle, int n_sms) -> Tensor")
 torch.library.define(
     "lplb_triton::balance_counted",
@@ -94,29 +95,33 @@ torch.library.define(
 )
 
 
-def _find(handle: int) -> _Runs:
-    balancer = _balancers.get(handle)
-    if balancer is None:
+def _find(handle: int) -> _Runner:
+    """Return the back end with this number, or raise if its balancer no longer exists."""
+    backend = _backends.get(handle)
+    if backend is None:
         raise RuntimeError("the Balancer of this call no longer exists; keep a reference to it")
-    return balancer
+    return backend
 
 
 def _balance(idx: torch.Tensor, handle: int, n_sms: int) -> torch.Tensor:
-    return _find(handle)._run(idx, None, n_sms)
+    """Run one batch with the balancer's own counter of certified groups."""
+    return _find(handle).run(idx, None, n_sms)
 
 
 def _balance_counted(
     idx: torch.Tensor, certified: torch.Tensor, handle: int, n_sms: int
 ) -> torch.Tensor:
-    return _find(handle)._run(idx, certified, n_sms)
+    """Run one batch with the caller's counter of certified groups."""
+    return _find(handle).run(idx, certified, n_sms)
 
 
 def _fake(idx: torch.Tensor, *_: Any) -> torch.Tensor:
+    """Return what tracing needs to know of the result: its shape, dtype and device."""
     return torch.empty_like(idx, memory_format=torch.contiguous_format)
 
 
 for _name, _call in (("balance", _balance), ("balance_counted", _balance_counted)):
     torch.library.impl(f"lplb_triton::{_name}", "CompositeExplicitAutograd", _call)
     torch.library.register_fake(f"lplb_triton::{_name}", _fake)
-# A call whose ids nobody uses still takes part in the group's sum.
+# A call must not be removed as dead code if its result is unused: it takes part in the group's sum.
 torch.fx.node.has_side_effect(torch.ops.lplb_triton.balance.default)

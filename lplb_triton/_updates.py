@@ -1,13 +1,12 @@
-"""Other placements for the balancers of one layer or many."""
+"""Change of the placement of one layer or of many at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
-from lplb_triton._membership import Agreed, agree_all, bound_of
+from lplb_triton._consensus import LayerPlacement, agree_on_placements
+from lplb_triton._membership import wait_for_device
 from lplb_triton.placement import Placement
 
 if TYPE_CHECKING:
@@ -26,18 +25,19 @@ def update_placements(
 ) -> list[Placement]:
     """Write other placements of the same sizes into the device tables; collective.
 
-    However many layers there are, the ranks meet once, and the device is waited for twice.
+    However many layers there are, the ranks wait for one another once, and for the device twice.
 
     Parameters
     ----------
     balancers : sequence of Balancer
         Of one group and one device, in the same order on every rank.
     placements : sequence of Placement
-        One for each; may be anything if there is a ``problem``.
+        One for each balancer; anything is allowed if there is a ``problem``.
     purpose : str
         What the caller is doing, for messages.
     problem : Exception or None
-        What keeps this rank from it: raised here once the other ranks know, and they raise too.
+        What is wrong with this rank's arguments. It is raised here once the other ranks know of it,
+        and they raise too.
     also : callable
         Called with the placements agreed on while the device is idle, to write what else belongs
         to them.
@@ -47,29 +47,32 @@ def update_placements(
     list of Placement
         Those in use: rank 0's.
     """
-    first = balancers[0]
-    for balancer in balancers:
-        balancer._check_open()
+    members = [balancer._membership for balancer in balancers]
+    first = members[0]
+    for member in members:
+        member.layer.check_open()
+    current = [member.layer.placement for member in members]
     if problem is None:
-        refusals = map(_refusal, (b.placement for b in balancers), placements)
+        refusals = map(_find_refusal, current, placements)
         problem = next((refusal for refusal in refusals if refusal is not None), None)
-    wanted = [b.placement for b in balancers] if problem else placements
-    mine = [Agreed(p, b._number) for b, p in zip(balancers, wanted, strict=True)]
-    bound = bound_of(first.group, first.device, first._timeout)
-    agreed = agree_all(first.group, purpose, bound, mine, first._kinds, problem)
+    wanted = current if problem else placements
+    proposed = [LayerPlacement(p, m.layer_id) for m, p in zip(members, wanted, strict=True)]
+    group, device = first.layer.group, first.layer.device
+    limit = first.wait_limit(group)
+    agreed = agree_on_placements(group, purpose, limit, proposed, first.kinds, problem)
     used = [each.placement for each in agreed]
-    _wait(first.device)
-    for balancer, each in zip(balancers, agreed, strict=True):
-        balancer._put(each)
+    wait_for_device(device)
+    for member, each in zip(members, agreed, strict=True):
+        member.write(each)
     try:
         also(used)
     finally:
-        _wait(first.device)
+        wait_for_device(device)
     return used
 
 
-def _refusal(old: Placement, placement: object) -> Exception | None:
-    """Find what is wrong with another placement, if anything."""
+def _find_refusal(old: Placement, placement: object) -> Exception | None:
+    """Return the error for a placement that can't replace ``old``, or None."""
     if not isinstance(placement, Placement):
         return TypeError(f"placement must be a Placement, got {type(placement).__name__}")
     for name in ("n_logical", "n_physical", "ep_size", "n_group", "max_columns"):
@@ -78,9 +81,3 @@ def _refusal(old: Placement, placement: object) -> Exception | None:
                 f"placement must have {name} {getattr(old, name)}, got {getattr(placement, name)}"
             )
     return None
-
-
-def _wait(device: torch.device) -> None:
-    """Wait until the device is idle."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Expert placement from a load history: the slow path, run every few hundred steps.
+"""Expert placement from a load history, to be computed anew every few hundred steps.
 
 :func:`rebalance_experts` gives the same answer as ``rebalance_experts`` of DeepSeek's Expert
 Parallelism Load Balancer (EPLB, https://github.com/deepseek-ai/EPLB, MIT licence), bit for bit,
@@ -24,14 +24,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lplb_triton._checks import nearest_divisors, nearest_multiples, on_host, would_do
+from lplb_triton._checks import (
+    check_tensor,
+    nearest_divisors,
+    nearest_multiples,
+    on_host,
+    would_do,
+)
 
 __all__ = ["checked_weight", "rebalance", "rebalance_experts"]
 
 _IntArray = npt.NDArray[np.int64]
 
 _CPU = torch.device("cpu")
-# Pack loads stay finite below this, so that infinity can mark a full pack.
+# Totals up to this keep pack loads finite, so that infinity can mark a full pack.
 _LARGEST_TOTAL = torch.finfo(torch.float32).max / 2
 
 
@@ -127,12 +133,12 @@ def rebalance_experts(
 def rebalance(
     load: torch.Tensor, n_physical: int, n_groups: int, n_nodes: int, n_gpus: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Do what `rebalance_experts` does, with arguments that were checked."""
+    """Do what `rebalance_experts` does, for arguments that have been checked."""
     if n_groups % n_nodes:
         n_groups = n_nodes = 1
     n_layers, n_logical = load.shape
-    # A node numbers its own experts 0, 1, ...: these are "local" experts. Rows of local arrays
-    # are (layer, node) pairs.
+    # Local experts are numbered from 0 within their node. Local arrays have a row for each pair of
+    # a layer and a node.
     local2log = _experts_by_node(load, n_groups, n_nodes)
     local_load = load.gather(1, local2log).view(n_layers * n_nodes, -1)
     local_of_copy, copy_index, local_count = _replicate(local_load, n_physical // n_nodes)
@@ -161,8 +167,7 @@ def checked_weight(name: str, weight: object, shape: str) -> torch.Tensor:
 
     Strides are kept: ``torch.sum`` rounds by layout.
     """
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
+    weight = check_tensor(name, weight)
     if weight.is_complex():
         raise TypeError(f"{name} must have a real dtype, got {weight.dtype}")
     if weight.ndim != shape.count(",") + 1 or weight.numel() == 0:
@@ -183,6 +188,7 @@ def checked_weight(name: str, weight: object, shape: str) -> torch.Tensor:
 
 
 def _positive_int(name: str, value: Any) -> int:
+    """Return an int of at least 1, or raise naming ``name``; EPLB takes any kind of index."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -193,7 +199,10 @@ def _positive_int(name: str, value: Any) -> int:
 
 
 def _experts_by_node(load: torch.Tensor, n_groups: int, n_nodes: int) -> torch.Tensor:
-    """Pack expert groups onto nodes: ``[num_layers, num_experts]``, experts listed node by node."""
+    """Pack expert groups onto nodes, and list the experts node by node.
+
+    Takes ``[num_layers, num_experts]`` loads and gives expert ids of that shape.
+    """
     n_layers, n_experts = load.shape
     group_size = n_experts // n_groups
     group_load = load.view(n_layers, n_groups, group_size).sum(-1)
@@ -215,14 +224,15 @@ def _pack(load: torch.Tensor, n_packs: int) -> torch.Tensor:
         return torch.arange(n_items, device=_CPU).repeat(n_rows, 1)
 
     order = load.sort(-1, descending=True).indices
-    # One contiguous line per step of the loop; numpy because its calls on arrays this small cost
-    # about a quarter of torch's.
+    # Each step of the loop reads one contiguous row. The loop uses numpy, whose calls on arrays
+    # this small take about a quarter of the time of torch's.
     item_load = load.gather(1, order).T.contiguous().numpy()
     pack_load = np.zeros((n_rows, n_packs), dtype=np.float32)
     pack_items = np.zeros(n_rows * n_packs, dtype=np.int64)
     flat_load = pack_load.reshape(-1)
     first_pack = np.arange(n_rows, dtype=np.int64) * n_packs
-    # The last item that fits lifts the pack's load to infinity: no pack with room is that heavy.
+    # The item that fills a pack sets the pack's load to infinity, so that argmin never selects a
+    # full pack.
     surcharge = np.zeros(capacity, dtype=np.float32)
     surcharge[-1] = np.inf
     slots = np.empty((n_items, n_rows), dtype=np.int64)

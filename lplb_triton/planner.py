@@ -9,10 +9,18 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton import reference, topologies
-from lplb_triton._counts import check_counts, counts_to_int32
-from lplb_triton._membership import warn_if_alone
+from lplb_triton._checks import (
+    check_counter,
+    check_counts,
+    check_device,
+    check_floating_point,
+    check_id_values,
+    check_ids,
+    counts_to_int32,
+)
+from lplb_triton._membership import warn_if_no_group
 from lplb_triton._torch_op import opaque
-from lplb_triton.balancer import Balancer, check_counter
+from lplb_triton.balancer import Balancer
 from lplb_triton.placement import Placement
 from lplb_triton.solution import SHARE_BITS
 from lplb_triton.solver import DEFAULT_TOLERANCE
@@ -24,9 +32,14 @@ __all__ = ["Planner"]
 
 
 class _PlannersBalancer(Balancer):
-    """A balancer whose group may come with a DeepEP buffer."""
+    """A balancer whose group may be given later, by a DeepEP buffer."""
 
-    _group_may_come = True
+    _expects_group_later = True
+
+    @property
+    def checks_on_host(self) -> bool:
+        """Whether the host reads values of arguments, and raises at once for bad ones."""
+        return self._backend.checks_on_host
 
 
 class Planner:
@@ -105,7 +118,7 @@ class Planner:
         placement = Placement.from_topology(
             r2o, n_routed_experts, n_logical_routed_experts, ep_size
         )
-        self.balancer: Balancer = _PlannersBalancer(
+        self.balancer = _PlannersBalancer(
             placement, group=group, device=device, backend=backend, tolerance=tolerance,
             sync=sync, timeout=timeout, quotas=quotas,
         )  # fmt: skip
@@ -145,9 +158,9 @@ class Planner:
         """Sum workloads over the process group of a DeepEP buffer.
 
         Collective over the group; a second call does nothing, unless the planner was loaded from a
-        file in between. The buffer says which ranks NVLink
-        joins; with ``sync="auto"`` on GPUs these exchange counts through each other's memory, and
-        torch.distributed joins them to the others. The buffer's own memory isn't used.
+        file in between. The buffer says which ranks NVLink joins. With ``sync="auto"`` on GPUs
+        these exchange counts through each other's memory, and torch.distributed sums over the
+        rest. The buffer's own memory isn't used.
 
         Parameters
         ----------
@@ -169,15 +182,15 @@ class Planner:
         self._index_edges()
         self.deep_ep_initialized = True
 
-    def _warn_if_alone(self) -> None:
-        """Warn in the first batch, since a DeepEP buffer may bring a group until then."""
+    def _warn_if_no_group(self) -> None:
+        """Warn in the first batch, since a DeepEP buffer may provide a group until then."""
         if not self._has_run:
             self._has_run = True
             if self.balancer.group is None and self.balancer.quotas == "local":
-                warn_if_alone(self.balancer.placement, stacklevel=3)
+                warn_if_no_group(self.balancer.placement, stacklevel=3)
 
     def close(self) -> None:
-        """Let go of the communicator; see `Balancer.close`."""
+        """Release the communicator; see `Balancer.close`."""
         self.balancer.close()
 
     def update_redundancy_mapping(
@@ -275,13 +288,13 @@ class Planner:
                 f"got shape {tuple(workload.shape)}"
             )
         counter = check_counter("avail_counter", avail_counter, device)
-        counts = counts_to_int32("workload", workload.reshape(-1), self.balancer._checks_at_once)
-        self._warn_if_alone()
+        counts = counts_to_int32("workload", workload.reshape(-1), self.balancer.checks_on_host)
+        self._warn_if_no_group()
         counts = self.balancer.sync(counts)
         solution = self.balancer.solve(counts, certified=counter)
         o_weight = solution.shares.gather(2, self._column)
-        known = counts.clamp(min=0)
-        scaled = known.float() / known.max().clamp(min=1)
+        valid = counts.clamp(min=0)
+        scaled = valid.float() / valid.max().clamp(min=1)
         return o_weight, scaled.reshape(self.n_group, self.group_size, -1)
 
     def weighted_select_target(
@@ -315,17 +328,13 @@ class Planner:
         TypeError, ValueError, RuntimeError
             As for `Balancer.select`, naming the argument.
         """
-        if not isinstance(o_weight, torch.Tensor):
-            raise TypeError(f"o_weight must be a torch.Tensor, got {type(o_weight).__name__}")
-        if not o_weight.is_floating_point():
-            raise TypeError(f"o_weight must be floating-point, got {o_weight.dtype}")
+        o_weight = check_floating_point("o_weight", o_weight)
         if tuple(o_weight.shape) != tuple(self._column.shape):
             raise ValueError(
                 f"o_weight must have shape {tuple(self._column.shape)}, got {tuple(o_weight.shape)}"
             )
         device = self.balancer.device
-        if o_weight.device != device:
-            raise ValueError(f"o_weight is on {o_weight.device}, expected {device}")
+        check_device("o_weight", o_weight, device)
         name = "local_workload_by_sm"
         running = check_counts(name, local_workload_by_sm, None, device)
         if running.ndim != 2 or running.shape[1] != self.n_logical_routed_experts:
@@ -335,16 +344,16 @@ class Planner:
             )
         if len(running) != n_sms:
             raise ValueError(f"n_sms is {n_sms}, but {name} has {len(running)} rows")
-        at_once = self.balancer._checks_at_once
-        running = counts_to_int32(name, running, at_once)
-        if at_once:
-            self.balancer._check_ids_tensor(idx)
-            self.balancer._check_values(idx)
+        on_host = self.balancer.checks_on_host
+        running = counts_to_int32(name, running, on_host)
+        if on_host:
+            check_ids("idx", idx, device)
+            check_id_values("idx", idx, self.n_logical_routed_experts)
             reference.check_counts_of(name, idx, running[-1])
             if bool(o_weight.isnan().any()):
                 raise ValueError("o_weight must not be NaN")
         one = 1 << SHARE_BITS
-        # NaN becomes what is no share.
+        # NaN becomes -1, which `Balancer.select` reports, since no share is negative.
         kept = torch.round(o_weight.reshape(-1).double().clamp(0, 1) * one)
         kept = kept.nan_to_num(nan=-1.0).int()[self._edge]
         first = torch.where(self._original_first, kept, one - kept)
@@ -371,7 +380,7 @@ class Planner:
             Physical ids, of the shape and dtype of ``idx``.
         """
         counter = check_counter("avail_counter", avail_counter, self.balancer.device)
-        self._warn_if_alone()
+        self._warn_if_no_group()
         return self.balancer.run(idx, n_sms=n_sms, certified=counter)
 
     def check(self) -> None:

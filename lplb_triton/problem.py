@@ -1,4 +1,4 @@
-"""The min-max linear program, for any number of copies per expert."""
+"""The min-max linear program for experts with any number of copies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lplb_triton._counts import check_load_dtype, check_load_values
+from lplb_triton._checks import check_load_dtype, check_load_values, check_tensor
 
 __all__ = ["Problem"]
 
@@ -16,8 +16,8 @@ class Problem:
     """A batch of min-max programs (method.md, equation 1).
 
     Every instance is one group of ranks in one batch: which share of each replicated expert
-    (*column*) goes to which of the ranks that hold a copy, so that the most loaded rank has as
-    little as possible. Any consistent unit of load will do (tokens, usually).
+    (*column*) goes to which of the ranks that hold a copy, so that the load of the most loaded
+    rank is as small as possible. Any unit of load may be used, usually tokens.
 
     Parameters
     ----------
@@ -52,11 +52,9 @@ class Problem:
     def __post_init__(self) -> None:
         """Validate shapes, dtypes, devices and, on a CPU, values."""
         for name, ndim in (("weights", 2), ("fixed", 2), ("mask", 3), ("start", 3)):
-            value = getattr(self, name)
-            if name == "start" and value is None:
+            if name == "start" and self.start is None:
                 continue
-            if not isinstance(value, torch.Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+            value = check_tensor(name, getattr(self, name))
             if value.ndim != ndim:
                 raise ValueError(f"{name} must have {ndim} dimensions, got {tuple(value.shape)}")
             if value.device != self.weights.device:
@@ -122,7 +120,7 @@ class Problem:
         Parameters
         ----------
         device : torch.device or str
-            Where to.
+            The target.
 
         Returns
         -------

@@ -1,4 +1,4 @@
-"""What a solve returns: a feasible plan and the certificate that comes with it."""
+"""The result of a solve: a feasible plan and its certificate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Status(enum.IntEnum):
     CERTIFIED = STATUS_CERTIFIED
     """The gap is within the tolerance."""
     GAP = STATUS_GAP
-    """The plan is feasible and its gap true, but wider than the tolerance."""
+    """The plan is feasible and its gap correct, but larger than the tolerance."""
     INVALID = STATUS_INVALID
     """A load was negative or not finite, a count out of range, or a weight had no copy."""
 

@@ -1,13 +1,11 @@
-"""Solve a batch of min-max programs on the backend that fits, or on the one asked for."""
+"""Solve a batch of min-max programs on the default backend of a device, or on a given one."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 
 from lplb_triton import reference
-from lplb_triton._limits import check_problem_size
+from lplb_triton._checks import check_max_iterations, check_problem_size, check_tolerance
 from lplb_triton.problem import Problem
 from lplb_triton.solution import Solution
 
@@ -15,15 +13,13 @@ __all__ = ["DEFAULT_MAX_ITERATIONS", "DEFAULT_TOLERANCE", "resolve_backend", "so
 
 DEFAULT_TOLERANCE = 1e-3
 DEFAULT_MAX_ITERATIONS = 40
-# A bound that no kernel can be kept busy with for long.
-MOST_ITERATIONS = 10_000
-# Below this, float32 round-off is as large as the gap that is asked for.
+# Below this tolerance the round-off of float32 is as large as the gap.
 MIN_TOLERANCE_FLOAT32 = 1e-5
 MIN_TOLERANCE_FLOAT64 = 1e-9
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:
-    """Name the backend for a device; an explicit choice is kept or refused, never replaced.
+    """Return the backend for a device; an explicit choice is used or refused, never replaced.
 
     Parameters
     ----------
@@ -56,23 +52,6 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
                 "import of triton; got CPU tensors"
             )
     return backend
-
-
-def check_tolerance(tolerance: float, minimum: float) -> float:
-    """Return ``tolerance`` as a float, or raise a ValueError that names it."""
-    value = float(tolerance)
-    if not (minimum <= value < 1.0) or math.isnan(value):
-        raise ValueError(f"tolerance must be in [{minimum:g}, 1), got {tolerance!r}")
-    return value
-
-
-def check_max_iterations(max_iterations: int) -> int:
-    """Return ``max_iterations``, or raise a ValueError that names it."""
-    if not isinstance(max_iterations, int) or not 1 <= max_iterations <= MOST_ITERATIONS:
-        raise ValueError(
-            f"max_iterations must be an int in [1, {MOST_ITERATIONS}], got {max_iterations!r}"
-        )
-    return max_iterations
 
 
 def solve(
@@ -139,9 +118,10 @@ def solve(
 
 
 def _solve_by_kernel(problem: Problem, tolerance: float, max_iterations: int) -> Solution:
+    """Solve by the interior-point kernel, in float32."""
     from lplb_triton import kernels
 
-    weights, fixed, unit = _in_range_of_float32(problem.weights, problem.fixed)
+    weights, fixed, unit = _scale_to_float32(problem.weights, problem.fixed)
     shares, max_load, lower_bound, gap, iterations, status = kernels.solve(
         weights, fixed, problem.mask, problem.start, tolerance, max_iterations
     )
@@ -150,19 +130,20 @@ def _solve_by_kernel(problem: Problem, tolerance: float, max_iterations: int) ->
     return Solution(shares, max_load, lower_bound, gap, iterations, status, tolerance)
 
 
-def _in_range_of_float32(
+def _scale_to_float32(
     weights: torch.Tensor, fixed: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Divide float64 loads by a power of two by instance, near their sum, so that float32 has them.
+    """Divide float64 loads by a power of two near their sum, one for each instance.
 
-    Returns weights, fixed and the divisors ``[B]`` float64, None if nothing is float64. Sums that
-    are no numbers make loads infinite, which the kernel reports.
+    Then they are in the range of float32. Returns weights, fixed and the divisors ``[B]`` float64,
+    None if neither is float64. Where the sum isn't finite, loads become infinite, which the kernel
+    reports.
     """
     if torch.float64 not in (weights.dtype, fixed.dtype):
         return weights, fixed, None
     total = weights.double().sum(1) + fixed.double().sum(1)
-    known = torch.isfinite(total)
-    exponent = torch.frexp(torch.where(known, total, 1.0)).exponent.clamp(-1000, 1000)
+    finite = torch.isfinite(total)
+    exponent = torch.frexp(torch.where(finite, total, 1.0)).exponent.clamp(-1000, 1000)
     unit = torch.ldexp(torch.ones_like(total), exponent)
-    scale = torch.where(known, 1.0 / unit, torch.inf)[:, None]
+    scale = torch.where(finite, 1.0 / unit, torch.inf)[:, None]
     return (weights * scale).float(), (fixed * scale).float(), unit

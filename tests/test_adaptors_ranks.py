@@ -6,9 +6,9 @@ import torch.distributed as dist
 from gloo import run_ranks
 from sglang_maps import padded, random_ids, random_maps
 
-from lplb_triton import Balancer, Placement, _membership
+from lplb_triton import Balancer, Placement, _consensus
 from lplb_triton.integrations.sglang import LPLBSolver, update_solvers
-from lplb_triton.sync._meeting import meet
+from lplb_triton.sync._rendezvous import all_gather_objects
 
 
 class Coordinator:
@@ -95,22 +95,22 @@ def check_replicated(rank, group):
 
 
 def check_layers(rank, group):
-    """The ranks meet once for an update of all layers, and all hear of what is wrong on one."""
+    """One rendezvous serves the update of all layers, and all hear of what is wrong on one."""
     ranks, layers = group.size(), range(3)
     before = [[padded(m.cpu(), 18) for m in random_maps(20 + i, ranks, 6, 8)] for i in layers]
     after = [[padded(m.cpu(), 18) for m in random_maps(30 + i, ranks, 6, 8)] for i in layers]
     solvers = [LPLBSolver(*maps, ranks, group) for maps in before]
-    meetings = []
+    purposes = []
 
     def counted(group, purpose, *arguments):
-        meetings.append(purpose)
-        return meet(group, purpose, *arguments)
+        purposes.append(purpose)
+        return all_gather_objects(group, purpose, *arguments)
 
     phy2log, log2phy = (torch.stack(maps) for maps in zip(*after, strict=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_membership, "meet", counted)
+        patch.setattr(_consensus, "all_gather_objects", counted)
         update_solvers(solvers, phy2log, log2phy, (log2phy >= 0).sum(2))
-    assert meetings == ["update_solvers"]
+    assert purposes == ["update_solvers"]
     ids = random_ids(rank, 200, 8).cpu()
     for solver, maps in zip(solvers, after, strict=True):
         assert torch.equal(solver.log2phy, maps[1])

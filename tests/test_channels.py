@@ -6,7 +6,7 @@ import torch
 # `Ranks` and `error_of` stand for several ranks in one process.
 from test_sync_kernel import FAILED, Ranks, error_of
 
-from lplb_triton.sync._channels import CHANNELS, Channels, Stream, disorder
+from lplb_triton.sync._channels import CHANNELS, Channels, Stream, describe_mismatch
 
 
 class Streams:
@@ -134,10 +134,11 @@ def test_the_kernel_finds_disorder_on_every_rank():
 
 
 def test_what_is_said_of_disorder():
+    """The message names how each rank opened the channel."""
     a = Streams(main=0, side=of_torch(3))
     a.call("main")
     mine = a.call("side").opening
     a.bind("main", 9)
-    text = disorder(mine, {4: a.call("main").opening})
+    text = describe_mismatch(mine, {4: a.call("main").opening})
     assert text.startswith("rank 4 opened the channel by bind, and this rank opened the channel")
     assert "with call 2 on a stream of torch's pool, behind 0 older ones" in text

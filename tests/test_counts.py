@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lplb_triton import Balancer, Placement, Planner, Problem, Status, solve, topologies
+from lplb_triton._backends.triton import TritonBackend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "triton"]
@@ -86,8 +87,9 @@ class TestReports:
 
     @pytest.fixture(autouse=True)
     def _no_look(self, monkeypatch, device):
+        """Make the kernels report bad values on a CPU too."""
         if device == "cpu":
-            monkeypatch.setattr(Balancer, "_checks_at_once", False)
+            monkeypatch.setattr(TritonBackend, "checks_on_host", False)
 
     @pytest.mark.parametrize("bad", [2**40, 2**32, 2**31, -1, -(2**40)])
     def test_a_solve_is_invalid_and_the_next_call_raises(self, device, bad):
@@ -110,11 +112,12 @@ class TestReports:
         balancer.solve(full(5).to(device)).check()
 
     def test_one_report_takes_no_other_s_place(self, device):
+        """A report about ids and one about counts are both raised, one after the other."""
         balancer = balancer_of("triton", device)
         balancer.solve(full(-1).to(device))
         if device == "cuda":
             torch.cuda.synchronize()
-        balancer._status_view.view(np.int32)[0], balancer._status_view[1] = 1, 99
+        balancer._backend.report_view.view(np.int32)[0], balancer._backend.report_view[1] = 1, 99
         with pytest.raises(RuntimeError, match=r"^idx held 99, outside \[-1, 8\)"):
             balancer.check()
         with pytest.raises(RuntimeError, match=r"^counts, "):

@@ -174,12 +174,13 @@ def test_a_kernel_that_cannot_be_loaded(monkeypatch):
 
 @pytest.mark.gpu
 def test_the_driver_and_triton_launch_the_same():
+    """The direct launch and Triton's own give the same ids."""
     rng = np.random.default_rng(0)
     placement = shape_placement("cube", rng)
     balancer = Balancer(placement, device="cuda", rank=3)
     idx = torch.from_numpy(rng.integers(-1, placement.n_logical, (500, 8))).cuda()
     want = balancer.run(idx)
-    pipeline = next(iter(balancer._scratches.values())).pipeline
+    pipeline = next(iter(balancer._backend._scratches.values())).pipeline
     (prepared,) = pipeline._prepared.values()
     assert all(kernel._direct is not None for kernel in prepared)
     seen = []

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_triton import Balancer, Placement, solve, topologies
-from lplb_triton import balancer as balancer_module
+from lplb_triton import Balancer, Placement, _steps, solve, topologies
 from lplb_triton._backends.edges import FEW_COPIES
 from lplb_triton._backends.tables import DeviceTables
 from lplb_triton._layout import COPIES_AT_ONCE, RANK_CELLS, Extent
@@ -188,11 +187,12 @@ def test_nothing_depends_on_what_memory_held(monkeypatch, placement):
     ids=repr,
 )
 def test_counts_of_a_failed_exchange_are_invalid_at_once(monkeypatch, placement, lost):
+    """A negative count makes every group invalid without a step of the solver."""
     counts = torch.full((placement.n_logical,), 5, dtype=torch.int32)
     counts[lost] = -1
     balancer = Balancer(placement, device="cpu", backend="triton")
     # On a CPU `Balancer.solve` refuses what the kernel of a run may meet.
-    monkeypatch.setattr(balancer_module, "counts_to_int32", lambda name, counts, at_once: counts)
+    monkeypatch.setattr(_steps, "counts_to_int32", lambda name, counts, on_host: counts)
     solution = balancer.solve(counts)
     assert solution.status.tolist() == [2] and solution.iterations.tolist() == [0]
     assert int(balancer.certified) == 0 and int(balancer.solves) == 1

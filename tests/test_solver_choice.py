@@ -12,6 +12,7 @@ from test_balancer import DEVICE, check_answer, placement_of, random_ids
 
 from lplb_triton import Balancer, Placement, SolveError, Status, solve
 from lplb_triton._backends.interior_point import solve_counts
+from lplb_triton._backends.triton import TritonBackend
 from lplb_triton.testing.instances import shape_placement
 
 SOLVERS = ["levelling", "interior_point"]
@@ -133,7 +134,8 @@ def test_another_placement_is_written_in_place(backend):
 # numpy's, of the interpreter: counts that are none make loads infinite.
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_counts_that_are_none_are_told_once(monkeypatch):
-    monkeypatch.setattr(Balancer, "_checks_at_once", False)
+    """Invalid counts of the interior-point kernel are raised once, by the next call."""
+    monkeypatch.setattr(TritonBackend, "checks_on_host", False)
     placement = shape_placement("torus:2x2", np.random.default_rng(0))
     balancer = make(placement)
     counts = skewed_counts(placement)

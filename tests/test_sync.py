@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 from gloo import context, run_ranks
 
 from lplb_triton import Balancer, Placement, sync
-from lplb_triton.sync import _connect, _meeting
-from lplb_triton.sync._connect import _shared, deep_ep_domain, split
+from lplb_triton.sync import _connect, _rendezvous
+from lplb_triton.sync._connect import deep_ep_domain, shared_communicators, split_group
 from lplb_triton.sync._hierarchical import HierarchicalCommunicator
 
 EXPERTS, BOUND = 32, 4.0
@@ -88,7 +88,7 @@ def check_quotas(group, rank, ranks):
 
 def check_domains(group, rank, ranks):
     """Two communicators in a row give what one gives."""
-    pair = split(group, 2, torch.device("cpu"))
+    pair = split_group(group, 2, torch.device("cpu"))
     with (
         sync.connect(group, device="cpu", timeout=60) as flat,
         HierarchicalCommunicator(
@@ -168,10 +168,10 @@ def work(rank, ranks, path):
     check_quotas(world, rank, ranks)
     check_large(world, rank, ranks)
     # Closed without a fault: the same group serves again.
-    assert not _shared
+    assert not shared_communicators
     with Balancer(placement_of(ranks), group=world, device="cpu") as balancer:
         balancer.run(ids_of(rank, 1))
-    assert not _shared
+    assert not shared_communicators
     if ranks > 2:
         check_domains(world, rank, ranks)
     check_confusion(dist.new_group(list(range(ranks))), rank, ranks)
@@ -327,10 +327,10 @@ def test_arguments_are_named(call, error, name, group_of_one):
 
 def test_a_forgotten_balancer_lets_its_group_go(group_of_one):
     balancer = Balancer(placement_of(1), group=group_of_one, device="cpu")
-    assert list(_shared.values()) == [balancer.communicator]
+    assert list(shared_communicators.values()) == [balancer.communicator]
     del balancer
     gc.collect()
-    assert not _shared
+    assert not shared_communicators
 
 
 @pytest.mark.parametrize(
@@ -338,8 +338,9 @@ def test_a_forgotten_balancer_lets_its_group_go(group_of_one):
     [("aaaa", 4), ("aabb", 2), ("abab", 1), ("aaab", 1), ("abc", 1), ("aabbaa", 1), ("aaabbb", 3)],
 )
 def test_ranks_of_a_host_must_be_neighbours(hosts, size, monkeypatch):
-    monkeypatch.setattr(_meeting, "meet", lambda group, purpose, timeout, mine: list(hosts))
-    assert _meeting.node_sizes(None, 1.0) == size
+    """Ranks share a node only if all hosts hold equally many consecutive ranks."""
+    monkeypatch.setattr(_rendezvous, "all_gather_objects", lambda *_: list(hosts))
+    assert _rendezvous.count_ranks_per_node(None, 1.0) == size
 
 
 @pytest.mark.parametrize(
@@ -356,6 +357,8 @@ def test_ranks_of_a_host_must_be_neighbours(hosts, size, monkeypatch):
     ],
 )
 def test_the_rule(ranks, domain, told, reached, kind, monkeypatch):
+    """With sync="auto" the kind follows from sizes, a given domain and which GPUs are reached."""
+
     class Group:
         def size(self):
             return ranks
@@ -365,7 +368,7 @@ def test_the_rule(ranks, domain, told, reached, kind, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     monkeypatch.setattr(_connect, "_reaches_all", lambda *_: reached)
-    monkeypatch.setattr(_connect, "meet", lambda group, purpose, timeout, mine: [mine] * ranks)
+    monkeypatch.setattr(_connect, "all_gather_objects", lambda *given: [given[3]] * ranks)
     assert _connect._choose(Group(), torch.device("cuda", 0), domain, told, 1.0) == kind
 
 
@@ -379,13 +382,15 @@ def test_the_rule(ranks, domain, told, reached, kind, monkeypatch):
     ],
 )
 def test_who_reaches_whom(peers, visible, atomics, reached, monkeypatch):
+    """A GPU reaches the others if all are visible, distinct, and take its atomics."""
+
     class Properties:
         def __init__(self, index):
             self.uuid = visible[index]
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible))
     monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
-    monkeypatch.setattr(_connect, "_peer_atomics", lambda source, target: atomics)
+    monkeypatch.setattr(_connect, "_supports_peer_atomics", lambda source, target: atomics)
     assert _connect._reaches_all(torch.device("cuda", 0), "a", peers) == reached
 
 

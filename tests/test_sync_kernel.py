@@ -311,9 +311,9 @@ class Team:
         self.balancers = [Balancer(placement, backend="triton", rank=r) for r in range(n_ranks)]
         for rank, balancer in enumerate(self.balancers):
             balancer.communicator = Member(self.ranks, rank, timeout)
-            balancer._peers = balancer.communicator if placement.n_group == 1 else None
-            balancer.quotas, balancer._version = quotas, self.ranks.version
-            balancer._offsets.clear()
+            balancer._backend.follow_communicator()
+            balancer.quotas, balancer._layer.version = quotas, self.ranks.version
+            balancer._backend._fields.clear()
             if DEVICE.type == "cuda":
                 balancer.warmup()
 
@@ -406,12 +406,13 @@ def test_the_pipeline_exchanges_counts(make, quotas):
 
 
 def test_warmup_takes_no_part_in_the_group():
+    """Warm-up writes nothing to the memory of the group, and changes no counter."""
     team = Team(ring_of_two())
     image = team.ranks.memory.clone()
     balancer = team.balancers[0]
     balancer.warmup()
     assert torch.equal(team.ranks.memory, image) and not team.ranks.endpoints[0]._epochs.any()
-    assert not balancer._peers.failed()
+    assert not balancer._backend.peers.failed()
     assert not any((balancer.certified, balancer.solves, *balancer.traffic))
 
 
@@ -419,6 +420,7 @@ def test_warmup_takes_no_part_in_the_group():
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("quotas", ["local", "global"])
 def test_a_failed_exchange_leaves_the_even_split(quotas):
+    """After a failed exchange ids are those of the even split, and later calls raise."""
     team = Team(ring_of_two(), quotas, timeout=0.05)
     batches = ids_for(team, 20, seed=1)
     mine, balancer = batches[0], team.balancers[0]
@@ -438,8 +440,8 @@ def test_a_failed_exchange_leaves_the_even_split(quotas):
         assert info.value.ranks == (1,)
     # A graph would go on: nothing is sent any more, and the answer stays the same.
     image = team.ranks.memory.clone()
-    balancer._peers.begin = lambda n: kernels.FIRST_CHANNEL
-    balancer._raise_on_status = lambda: None
+    balancer._backend.peers.begin = lambda n: kernels.FIRST_CHANNEL
+    balancer._backend.raise_on_report = lambda: None
     assert torch.equal(balancer.run(mine), expected)
     assert torch.equal(team.ranks.memory, image)
     assert int(balancer.certified) == 0
@@ -454,9 +456,9 @@ def test_a_rank_whose_own_counts_fail_to_come_is_absent(monkeypatch):
     batches = ids_for(team, 20, seed=1)
     team.ranks.publish(1, team.counts(batches)[1], 1)
     balancer = team.balancers[0]
-    pipeline = balancer._scratch(balancer.default_n_sms).pipeline
+    pipeline = balancer._backend._find_scratch(balancer.default_n_sms).pipeline
     pipeline._buffers.counts.fill_(-1)
-    settings = balancer._settings(balancer.certified, balancer.solves, balancer.uncertified)
+    settings = balancer._backend.settings(balancer.certified, balancer.solves, balancer.uncertified)
     # Without rows there is nothing to sum.
     running, tables = pipeline._running[:0], pipeline._solve_tables
     call = solve_counts_call(
@@ -464,7 +466,7 @@ def test_a_rank_whose_own_counts_fail_to_come_is_absent(monkeypatch):
         pipeline._buffers,
         tables,
         settings,
-        balancer._status,
+        balancer._backend.report,
         pipeline._exchange,
         kernels.FIRST_CHANNEL,
     )

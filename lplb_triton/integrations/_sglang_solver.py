@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton._checks import check_integer
-from lplb_triton._membership import warn_if_alone
+from lplb_triton._membership import warn_if_no_group
 from lplb_triton._updates import update_placements
 from lplb_triton.balancer import Balancer
 from lplb_triton.integrations._checks import check_int_map
@@ -133,7 +133,7 @@ class LPLBSolver:
             raise ValueError(f"log2phy is on {log2phy.device}, phy2log on {phy2log.device}")
         maps = read_maps(phy2log, log2phy, n_valid, self.num_gpus, None, stacklevel=2)
         if group is None and not replicated_tokens:
-            warn_if_alone(maps.placement, stacklevel=2, advice=_ALONE)
+            warn_if_no_group(maps.placement, stacklevel=2, advice=_ALONE)
         # Tensors made in inference mode could not be used outside of it.
         with torch.inference_mode(False):
             self.balancer = Balancer(

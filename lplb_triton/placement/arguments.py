@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lplb_triton._checks import check_integer, on_host
-from lplb_triton._counts import check_load_dtype, check_load_values
+from lplb_triton._checks import check_integer, check_load_dtype, check_load_values, on_host
 
 __all__ = ["check_batch", "count_copies", "to_int_array", "to_loads"]
 

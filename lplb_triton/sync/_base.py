@@ -1,4 +1,4 @@
-"""What all ways of summing counts over the EP group have in common."""
+"""The interface of every communicator: sums of counts over the EP group."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["Communicator", "SyncError", "check_timeout", "group_timeout", "message_version"]
+from lplb_triton._checks import MAX_TIMEOUT
 
-# Groups over which a communicator has failed: they can't be used again. Weak, as in _connect.py.
+__all__ = ["Communicator", "SyncError", "group_timeout", "message_version"]
+
+# Groups over which a communicator has failed: they can't be used again. The references are weak for
+# the reason given in _connect.py.
 failed_groups: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
-
-# Longest bound, in seconds: milliseconds are counted in int32.
-MAX_TIMEOUT = 2_000_000.0
 
 
 class SyncError(RuntimeError):
@@ -108,16 +108,16 @@ class Communicator(ABC):
 
     @abstractmethod
     def _release(self, failed: bool) -> None:
-        """Let go of what is shared; collective unless a call failed."""
+        """Free what the ranks share; collective unless a call ``failed``."""
 
     @abstractmethod
     def bind(self, channel: int) -> None:
-        """Give the current stream a channel by number, for those who want to say it themselves.
+        """Assign a channel to the current stream by number.
 
-        Otherwise a stream gets a channel with its first call, which must then be the same call,
+        A stream that has none gets a channel with its first call, which must then be the same call,
         by number, on every rank. Calls of one channel have the same order on every rank, calls of
         different channels may interleave. Back ends of torch.distributed have a single order for
-        all streams and ignore it.
+        all streams and ignore this call.
 
         Parameters
         ----------
@@ -154,6 +154,7 @@ class Communicator(ABC):
             self._end(True)
 
     def _end(self, failed: bool) -> None:
+        """Mark as closed and free what is shared; remember the group of a failed communicator."""
         self.closed = True
         try:
             self._release(failed)
@@ -162,6 +163,7 @@ class Communicator(ABC):
                 failed_groups.add(self.group)
 
     def _check_open(self) -> None:
+        """Raise if the communicator is closed."""
         if self.closed:
             raise RuntimeError(f"{self!r} is closed")
 
@@ -175,7 +177,7 @@ class Communicator(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close it; after an exception without the other ranks, which may have had none."""
+        """Close it; after an exception locally, since other ranks may have had none."""
         if kind is None:
             self.close()
         else:
@@ -186,17 +188,8 @@ class Communicator(ABC):
         return self.kind
 
 
-def check_timeout(timeout: object) -> float:
-    """Return seconds as a float, or raise naming ``timeout``."""
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"timeout must be a number of seconds, got {timeout!r}")
-    if not 0 < timeout <= MAX_TIMEOUT:
-        raise ValueError(f"timeout must be in (0, {MAX_TIMEOUT:g}] seconds, got {timeout!r}")
-    return float(timeout)
-
-
 def group_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
-    """Time-out of a process group, in seconds."""
+    """Return the time-out of a process group in seconds, at most `MAX_TIMEOUT`."""
     options: Any = getattr(group._get_backend(device), "options", None)
     timeout = getattr(options, "_timeout", dist.default_pg_timeout)
     if not isinstance(timeout, datetime.timedelta):
@@ -205,7 +198,7 @@ def group_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
 
 
 def message_version(*parts: bytes) -> int:
-    """Compute a number, as int32, that tells one placement from another."""
+    """Return a CRC-32 of the parts as int32, which tells one placement from another."""
     crc = 0
     for part in parts:
         crc = zlib.crc32(part, crc)

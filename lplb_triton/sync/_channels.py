@@ -1,8 +1,9 @@
-"""Which channel of an exchange a stream's calls go through, and how ranks find disorder.
+"""Assignment of channels to streams, and detection of ranks whose calls are in different orders.
 
-Calls of one stream come one after the other, so a stream has a channel of its own. Ranks can't
-compare their streams. What they can compare is how each came to its channel: with which call of the
-communicator, and on what kind of stream. That goes with every call's counts (docs/sync.md).
+Calls on one stream run one after the other, so every stream has a channel of its own. Ranks can't
+compare their streams, but they can compare how each opened its channel: with which call of the
+communicator, and on what kind of stream. This *opening* is sent with every call's counts (see
+docs/sync.md).
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from lplb_triton._checks import require_int
+
 if TYPE_CHECKING:
     from lplb_triton import kernels
 
-__all__ = ["CHANNELS", "Channels", "Stream", "disorder"]
+__all__ = ["CHANNELS", "Channels", "Stream", "describe_mismatch"]
 
 CHANNELS = 64
-# An opening in 15 bits: number of the call, kind of the stream, place among its kind.
+# Fields of an opening, 15 bits: number of the call, kind of the stream, place among its kind.
 NUMBER_BITS, KIND_BITS, PLACE_BITS = 9, 2, 4
 BY_HAND, DEFAULT, POOL, EXTERNAL = range(4)
 KINDS = (
@@ -27,7 +30,7 @@ KINDS = (
 
 
 class Stream(NamedTuple):
-    """A CUDA stream: what the driver calls it, and torch's number for it."""
+    """A CUDA stream: the driver's handle, and torch's number for it."""
 
     handle: int
     number: int
@@ -35,19 +38,19 @@ class Stream(NamedTuple):
     @property
     def kind(self) -> int:
         """One of DEFAULT, POOL and EXTERNAL."""
-        # torch numbers its own streams, all of them odd; others have their address there.
+        # Streams of torch's pool have odd numbers; the number of other streams is their address.
         if self.number == 0:
             return DEFAULT
         return POOL if self.number & 1 else EXTERNAL
 
     @property
     def series(self) -> int | None:
-        """Streams of one series have numbers in the order in which they were made."""
+        """Part of the pool's numbers within which they rise in the order of creation."""
         return self.number & 0x1F if self.kind == POOL else None
 
 
 class Channels:
-    """Channels of a communicator's streams, on this rank.
+    """The channels that a communicator has given to this rank's streams.
 
     Parameters
     ----------
@@ -74,7 +77,7 @@ class Channels:
         self.openings: dict[int, int] = {}
 
     def of(self, handle: int) -> kernels.Channel:
-        """Channel of this call, which comes from a stream; its first call opens one."""
+        """Return the channel of a call on a stream; the stream's first call opens one."""
         call = next(self._calls)
         channel = self._by_stream.get(handle)
         if channel is None:
@@ -83,9 +86,8 @@ class Channels:
         return channel
 
     def bind(self, handle: int, number: int) -> None:
-        """Give a stream a channel by number; the caller answers for the order."""
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"channel must be an int, got {type(number).__name__}")
+        """Assign a channel to a stream by number; the caller is responsible for the order."""
+        number = require_int("channel", number)
         if not 0 <= number < CHANNELS:
             raise ValueError(f"channel must be in [0, {CHANNELS}), got {number}")
         with self._lock:
@@ -93,6 +95,7 @@ class Channels:
             self._by_stream[handle] = self._make(number, opening)
 
     def _open(self, handle: int, call: int) -> kernels.Channel:
+        """Open the first free channel for a stream, by its call of number ``call``."""
         number = next((n for n in range(CHANNELS) if n not in self.openings), None)
         if number is None:
             raise RuntimeError(
@@ -108,19 +111,20 @@ class Channels:
             for other in self._streams
         )
         self._streams.append(stream)
-        opening = self.openings[number] = _pack(call, stream.kind, place)
+        opening = self.openings[number] = _pack_opening(call, stream.kind, place)
         channel = self._by_stream[handle] = self._make(number, opening)
         return channel
 
 
-def _pack(call: int, kind: int, place: int) -> int:
+def _pack_opening(call: int, kind: int, place: int) -> int:
+    """Return an opening as one number."""
     call %= 1 << NUMBER_BITS
     place = min(place, (1 << PLACE_BITS) - 1)
     return (place << KIND_BITS | kind) << NUMBER_BITS | call
 
 
-def disorder(mine: int, theirs: Mapping[int, int]) -> str:
-    """Say how this rank and others opened one channel."""
+def describe_mismatch(mine: int, theirs: Mapping[int, int]) -> str:
+    """Return the message on a channel that this rank and others opened differently."""
     others = ", ".join(f"rank {rank} {_describe(opening)}" for rank, opening in theirs.items())
     return (
         f"{others}, and this rank {_describe(mine)}. The first call of a stream must be the same "
@@ -129,6 +133,7 @@ def disorder(mine: int, theirs: Mapping[int, int]) -> str:
 
 
 def _describe(opening: int) -> str:
+    """Return an opening in words."""
     call = opening & ((1 << NUMBER_BITS) - 1)
     kind = opening >> NUMBER_BITS & ((1 << KIND_BITS) - 1)
     place = opening >> (NUMBER_BITS + KIND_BITS)

@@ -1,4 +1,4 @@
-"""Which way of summing counts to use, and who shares it."""
+"""Choice of a communicator for a group, and the communicators that balancers share."""
 
 from __future__ import annotations
 
@@ -11,29 +11,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lplb_triton._checks import check_integer, resolve_device
-from lplb_triton.sync._base import (
-    Communicator,
-    check_timeout,
-    failed_groups,
-    group_timeout,
-)
+from lplb_triton._checks import check_choice, check_integer, check_timeout, resolve_device
+from lplb_triton.sync._base import Communicator, failed_groups, group_timeout
 from lplb_triton.sync._distributed import DistributedCommunicator
 from lplb_triton.sync._hierarchical import HierarchicalCommunicator
-from lplb_triton.sync._meeting import meet, node_sizes
 from lplb_triton.sync._memory import allocate
 from lplb_triton.sync._peer import Endpoint, PeerCommunicator
+from lplb_triton.sync._rendezvous import all_gather_objects, barrier, count_ranks_per_node
 
 __all__ = ["KINDS", "acquire", "connect", "deep_ep_domain", "release"]
 
 KINDS = ("auto", "distributed", "symmetric", "nvshmem", "hierarchical")
 DEFAULT_CAPACITY = 1024
-# The number of counts of a call takes 16 bits of a word.
+# A message states its number of counts in 16 bits.
 MAX_CAPACITY = (1 << 16) - 1
 
-# Communicators that balancers share. Weak: a process group that something here kept would not
-# end with `destroy_process_group`, but under the exiting interpreter, with its threads at work.
-_shared: weakref.WeakValueDictionary[tuple[Any, ...], Communicator] = weakref.WeakValueDictionary()
+# Communicators that balancers share. The references are weak: a process group that this table kept
+# alive would not end with `destroy_process_group`, but in the exiting interpreter, while its
+# threads still run.
+shared_communicators: weakref.WeakValueDictionary[tuple[Any, ...], Communicator] = (
+    weakref.WeakValueDictionary()
+)
 
 
 def connect(
@@ -84,8 +82,7 @@ def connect(
     SyncError
         If a rank doesn't come within the time-out.
     """
-    if sync not in KINDS:
-        raise ValueError(f"sync must be one of {', '.join(KINDS)}, got {sync!r}")
+    check_choice("sync", sync, KINDS)
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a process group, got {type(group).__name__}")
     on = resolve_device(device)
@@ -106,19 +103,19 @@ def connect(
     if on.type == "cpu":
         if sync not in ("auto", "distributed"):
             raise ValueError(f"sync={sync!r} needs a GPU, got device {on}")
-        domain = domain_size or node_sizes(group, bound)
+        domain = domain_size or count_ranks_per_node(group, bound)
         return DistributedCommunicator(group, on, timeout, domain)
     with torch.cuda.device(on):
-        domain = domain_size or node_sizes(group, bound)
+        domain = domain_size or count_ranks_per_node(group, bound)
         chosen = _choose(group, on, domain, domain_size, bound) if sync == "auto" else sync
         if chosen == "distributed":
             return DistributedCommunicator(group, on, timeout, domain)
         if chosen == "hierarchical":
-            return _hierarchical(group, on, bound, capacity, domain)
-        return _peer(chosen, group, on, bound, capacity, domain)
+            return _make_hierarchical(group, on, bound, capacity, domain)
+        return _make_peer(chosen, group, on, bound, capacity, domain)
 
 
-def _peer(
+def _make_peer(
     provider: str,
     group: dist.ProcessGroup,
     device: torch.device,
@@ -126,6 +123,7 @@ def _peer(
     capacity: int,
     ranks_per_node: int,
 ) -> PeerCommunicator:
+    """Make a communicator by a kernel, on memory from ``provider``; collective."""
     from lplb_triton import kernels
 
     if group.size() > kernels.MAX_RANKS:
@@ -136,30 +134,31 @@ def _peer(
     return PeerCommunicator(group, device, timeout, ranks_per_node, memory, capacity)
 
 
-def _hierarchical(
+def _make_hierarchical(
     group: dist.ProcessGroup,
     device: torch.device,
     timeout: float,
     capacity: int,
     domain: int,
 ) -> HierarchicalCommunicator:
+    """Make a communicator for domains of ``domain`` consecutive ranks; collective."""
     size = group.size()
     if not 1 < domain < size:
         raise ValueError(
             f"sync='hierarchical' needs several domains of several ranks, got {size} ranks in "
             f"domains of {domain}"
         )
-    meet(group, "making groups of a domain's ranks", timeout)
-    inner_group, outer_group = split(group, domain, device)
-    inner = _peer("symmetric", inner_group, device, timeout, capacity, domain)
+    barrier(group, "making groups of a domain's ranks", timeout)
+    inner_group, outer_group = split_group(group, domain, device)
+    inner = _make_peer("symmetric", inner_group, device, timeout, capacity, domain)
     outer = DistributedCommunicator(outer_group, device, None, 1)
     return HierarchicalCommunicator(group, device, domain, inner, outer)
 
 
-def split(
+def split_group(
     group: dist.ProcessGroup, domain: int, device: torch.device
 ) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Make groups of this domain's ranks, and of the ranks with this number in all domains."""
+    """Make two groups: this domain's ranks, and the ranks with this number in each domain."""
     timeout = timedelta(seconds=group_timeout(group, device))
     backend = dist.get_backend(group)
     ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
@@ -171,37 +170,43 @@ def split(
 
 
 def _choose(
-    group: dist.ProcessGroup, device: torch.device, domain: int, told: int | None, timeout: float
+    group: dist.ProcessGroup, device: torch.device, domain: int, given: int | None, timeout: float
 ) -> str:
-    """Apply the rule of ``sync="auto"``; all ranks see the same facts."""
+    """Apply the rule of ``sync="auto"``; all ranks reach the same result.
+
+    ``given`` is ``domain`` if the caller has stated it, else None.
+    """
     if group.size() == 1:
         return "distributed"
-    reached = told is not None
+    reached = given is not None
     if not reached:
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         here = socket.gethostname(), uuid
-        everyone = meet(group, "finding the group's GPUs", timeout, here)
+        everyone = all_gather_objects(group, "finding the group's GPUs", timeout, here)
         uuids = [name for host, name in everyone if host == here[0]]
         mine = _reaches_all(device, uuid, uuids)
-        reached = all(meet(group, "asking which GPUs reach one another", timeout, mine))
+        purpose = "asking which GPUs reach one another"
+        reached = all(all_gather_objects(group, purpose, timeout, mine))
     if not reached or domain == 1:
         return "distributed"
     return "symmetric" if domain == group.size() else "hierarchical"
 
 
 def _reaches_all(device: torch.device, uuid: str, uuids: list[str]) -> bool:
-    """Whether this GPU can do atomics on the memory of all the others, and none is shared."""
+    """Whether this GPU can do atomics on all the others' memory, and no two ranks share a GPU."""
     if len(set(uuids)) != len(uuids):
         return False
     visible = {
         str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())
     }
     others = [visible.get(other) for other in uuids if other != uuid]
-    return all(other is not None and _peer_atomics(device.index, other) for other in others)
+    return all(
+        other is not None and _supports_peer_atomics(device.index, other) for other in others
+    )
 
 
-def _peer_atomics(source: int, target: int) -> bool:
-    """Ask the CUDA driver whether a GPU may do atomics on another's memory."""
+def _supports_peer_atomics(source: int, target: int) -> bool:
+    """Ask the CUDA driver whether a GPU can do native atomics on another's memory."""
     if torch.version.cuda is None:
         return False
     driver = ctypes.CDLL("libcuda.so.1")
@@ -221,16 +226,16 @@ def acquire(
     n: int,
     domain_size: int | None = None,
 ) -> Communicator:
-    """Take part in the communicator that balancers like this one share; collective.
+    """Return the communicator that balancers with these settings share; collective.
 
-    `release` must be called once for each.
+    Every call needs one call of `release`.
     """
     capacity = max(DEFAULT_CAPACITY, 1 << (n - 1).bit_length())
-    # The communicator holds its group, so the number is the group's as long as there is one.
+    # The communicator holds a reference to its group, so no other group can have this id meanwhile.
     key = (id(group), sync, device, timeout, capacity, domain_size)
-    communicator = _shared.get(key)
+    communicator = shared_communicators.get(key)
     if communicator is None or communicator.closed:
-        communicator = _shared[key] = connect(
+        communicator = shared_communicators[key] = connect(
             group, sync, device=device, timeout=timeout, capacity=capacity,
             domain_size=domain_size,
         )  # fmt: skip
@@ -240,14 +245,17 @@ def acquire(
     return communicator
 
 
-def release(communicator: Communicator, alone: bool = False) -> None:
-    """Undo one `acquire`; the last one closes the communicator, ``alone`` without other ranks."""
-    for key, known in list(_shared.items()):
+def release(communicator: Communicator, local: bool = False) -> None:
+    """Undo one `acquire`; the last release closes the communicator.
+
+    This is collective, unless ``local`` is set: then the communicator is abandoned instead.
+    """
+    for key, known in list(shared_communicators.items()):
         if known is communicator:
             communicator.users -= 1
             if not communicator.users or communicator.failed():
-                del _shared[key]
-                if alone:
+                del shared_communicators[key]
+                if local:
                     communicator.abandon()
                 else:
                     communicator.close()
@@ -255,11 +263,11 @@ def release(communicator: Communicator, alone: bool = False) -> None:
 
 
 def deep_ep_domain(buffer: Any) -> tuple[dist.ProcessGroup, int | None]:
-    """Process group of a DeepEP buffer, and how many consecutive ranks NVLink joins.
+    """Return the process group of a DeepEP buffer, and how many consecutive ranks NVLink joins.
 
-    Read of ``deep_ep.Buffer``: ``group`` and, if it has RDMA memory, the number of RDMA ranks of
-    its ``runtime``; of ``deep_ep.ElasticBuffer``: ``group`` and ``num_nvlink_ranks``. ``None``
-    if the buffer doesn't say.
+    Of a ``deep_ep.Buffer`` this reads ``group`` and, if it has RDMA memory, the number of RDMA
+    ranks of its ``runtime``; of a ``deep_ep.ElasticBuffer`` ``group`` and ``num_nvlink_ranks``.
+    The number is None if the buffer doesn't state it.
 
     Raises
     ------

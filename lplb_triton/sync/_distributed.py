@@ -1,4 +1,4 @@
-"""Counts gathered by torch.distributed: NCCL on a GPU, gloo on a CPU."""
+"""Exchange of counts by torch.distributed: NCCL on a GPU, gloo on a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lplb_triton._counts import MAX_COUNT
+from lplb_triton._checks import MAX_COUNT
 from lplb_triton._layout import (
     GATHERED_HEADER_WORDS,
     NO_COUNT,
@@ -20,12 +20,13 @@ from lplb_triton._layout import (
     STATUS_FIELDS,
 )
 from lplb_triton.sync._base import Communicator, SyncError, group_timeout
-from lplb_triton.sync._channels import disorder
+from lplb_triton.sync._channels import describe_mismatch
+from lplb_triton.sync._rendezvous import group_store
 
-# Words of a message before the counts: epoch (unused: the library keeps the order), version,
+# Words of a message before the counts: epoch (unused, since the library keeps the order), version,
 # number of counts, unused.
 HEADER = GATHERED_HEADER_WORDS
-# After a failure on the host, seconds that ranks wait for one another's reports.
+# Seconds that ranks wait for one another's reports after a failure on the host.
 GRACE = 2.0
 
 
@@ -96,13 +97,13 @@ class DistributedCommunicator(Communicator):
             raise self._error
         everyone = rows[:, HEADER:].long()
         sums = everyone.sum(0)
-        none = (everyone < 0).any(0) | (sums > MAX_COUNT)
-        total.copy_(torch.where(none, NO_COUNT, sums))
+        invalid = (everyone < 0).any(0) | (sums > MAX_COUNT)
+        total.copy_(torch.where(invalid, NO_COUNT, sums))
         if gathered is not None:
             gathered.copy_(rows[:, HEADER:])
 
     def _gather_on_host(self, rows: torch.Tensor, message: torch.Tensor) -> None:
-        """Gather, for at most the time-out; then find out who is missing."""
+        """Gather within the time-out; if that fails, raise naming the ranks that are missing."""
         begun = time.monotonic()
         try:
             work = dist.all_gather(list(rows.unbind(0)), message, group=self.group, async_op=True)
@@ -121,28 +122,29 @@ class DistributedCommunicator(Communicator):
             raise self._error from error
 
     def _find_absent(self, patience: float) -> tuple[int, ...]:
-        """Ranks that have not reported this failure too; waits at most ``patience`` seconds."""
+        """Return the ranks that don't report this failure within ``patience`` seconds."""
         try:
-            store: Any = dist.distributed_c10d._get_process_group_store(self.group)
+            store: Any = group_store(self.group)
             key = f"lplb_triton/failed/{self._calls}/"
             store.set(f"{key}{self.rank}", b"1")
             absent = set(range(self.n_ranks))
             begun = quiet_since = time.monotonic()
             while absent and time.monotonic() - begun < patience:
-                here = {r for r in absent if store.check([f"{key}{r}"])}
-                if here:
-                    absent -= here
+                reported = {r for r in absent if store.check([f"{key}{r}"])}
+                if reported:
+                    absent -= reported
                     quiet_since = time.monotonic()
-                # One rank alone is missing, and the others have all reported.
+                # All ranks but one have reported, so the remaining one is the absent rank.
                 if len(absent) <= 1 and time.monotonic() - quiet_since > GRACE / 2:
                     break
                 time.sleep(0.02)
         except Exception:
-            # The store died with its rank: there is nobody left to ask.
+            # The store ended with the rank that serves it, so no report can be read.
             return ()
         return tuple(sorted(absent))
 
     def _raise_on_failure(self) -> None:
+        """Raise the error of the first call that failed, if the host can see one already."""
         if self._error is not None:
             raise self._error
         if self._status_view[0]:
@@ -163,7 +165,7 @@ class DistributedCommunicator(Communicator):
         if self.device.type == "cuda":
             from lplb_triton import kernels
 
-            # A header that is made here needs no copy from the host during capture.
+            # With the header made in advance, capturing a graph needs no copy from the host.
             words = torch.tensor([0, 0, n, 0], dtype=torch.int32, device="cpu")
             self._headers[n] = words.to(self.device)
             counts = torch.zeros(n, dtype=torch.int32, device=self.device)
@@ -189,7 +191,7 @@ def mismatch_error(
     theirs: Mapping[int, Sequence[int]],
     mine: tuple[int, int] | None,
 ) -> SyncError:
-    """Error for ranks that came with another (placement version, number of counts)."""
+    """Return the error for ranks whose placement version or number of counts differs."""
     calls = ", ".join(
         f"rank {rank} came with placement version {version & 0xFFFFFFFF:08x} and {n} counts"
         for rank, (version, n) in theirs.items()
@@ -205,15 +207,16 @@ def mismatch_error(
 def device_error(
     sync: Communicator, status: Any, openings: Mapping[int, int] | None = None
 ) -> SyncError:
-    """Error for what a kernel has reported (see kernels/exchange.py).
+    """Return the error for the fault that a kernel has reported (see kernels/exchange.py).
 
-    With ``openings``, how this rank opened each channel, the number of counts in a report has the
-    other rank's opening above it.
+    ``openings`` says how this rank opened each channel. If it is given, the word with the number
+    of counts in a report has the other rank's opening in its upper bits.
     """
     from lplb_triton import kernels
 
     if sync.device.type == "cuda":
-        # The fault's details are there for certain only now. Every wait is bounded.
+        # The details of the fault are complete only after this wait, which is bounded, as every
+        # wait of the kernels is.
         torch.cuda.synchronize(sync.device)
     epoch, channel = int(status[STATUS_EPOCH]), int(status[STATUS_CHANNEL])
     fault = kernels.FAULTS[int(status[STATUS_FAULT])]
@@ -227,7 +230,7 @@ def device_error(
         mine = openings.get(channel, 0)
         opened = {rank: call >> kernels.COUNT_BITS for rank, (_, call) in theirs.items()}
         if any(other != mine for other in opened.values()):
-            return SyncError(f"{where}: {disorder(mine, opened)}", tuple(opened), epoch)
+            return SyncError(f"{where}: {describe_mismatch(mine, opened)}", tuple(opened), epoch)
         mask = (1 << kernels.COUNT_BITS) - 1
         unpacked = {rank: (version, call & mask) for rank, (version, call) in theirs.items()}
         return mismatch_error(sync, epoch, unpacked, None)

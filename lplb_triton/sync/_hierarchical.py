@@ -1,4 +1,4 @@
-"""Counts summed within each domain first, then across domains."""
+"""Sums of counts within each domain first, then across domains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lplb_triton.sync._base import Communicator
 
 
 class HierarchicalCommunicator(Communicator):
-    """Two communicators in a row.
+    """Two communicators, one after the other.
 
     ``inner`` joins the consecutive ranks of a domain, ``outer`` the ranks with the same number
     in every domain. Both belong to this one, and are closed with it.
@@ -47,16 +47,19 @@ class HierarchicalCommunicator(Communicator):
         partial = torch.empty_like(counts)
         if gathered is None:
             self._inner.exchange(counts, version, partial)
-            self._outer.exchange(partial, _marked(version, partial), total)
+            self._outer.exchange(partial, _version_of_sum(version, partial), total)
             return
         domain = torch.empty(size, n, dtype=torch.int32, device=self.device)
         self._inner.exchange(counts, version, partial, domain)
         by_rank = torch.empty(size * n, dtype=torch.int32, device=self.device)
         self._outer.exchange(
-            domain.reshape(-1), _marked(version, partial), by_rank, gathered.view(-1, size * n)
+            domain.reshape(-1),
+            _version_of_sum(version, partial),
+            by_rank,
+            gathered.view(-1, size * n),
         )
         torch.sum(by_rank.view(size, n), 0, dtype=torch.int32, out=total)
-        # A failed sum is no number of tokens, however many times it was added.
+        # Sums of several failed sums are set back to the value of one failed sum.
         total.clamp_(min=-2)
 
     def bind(self, channel: int) -> None:
@@ -81,7 +84,7 @@ class HierarchicalCommunicator(Communicator):
 
     def _release(self, failed: bool) -> None:
         if failed:
-            # One part's failure makes the other's close local too.
+            # If one of the two has failed, closing the other must be local too.
             self._inner.abandon()
             self._outer.abandon()
         else:
@@ -89,6 +92,6 @@ class HierarchicalCommunicator(Communicator):
             self._inner.close()
 
 
-def _marked(version: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
-    """Version to send on: another one where the domain's sum failed, so that nobody adds it."""
+def _version_of_sum(version: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
+    """Return the version to send on, a wrong one if the domain's sum failed, to be refused."""
     return torch.where(partial[:1] < 0, version + 1, version)

@@ -1,4 +1,4 @@
-"""Memory that every rank of a group can write to, from either of two libraries."""
+"""Memory that every rank of a group can write to, from torch or from nvshmem4py."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 
-from lplb_triton.sync._meeting import meet
+from lplb_triton.sync._rendezvous import all_gather_objects
 
 __all__ = ["SharedMemory", "allocate"]
 
 
 class SharedMemory(NamedTuple):
-    """One rank's buffer, and where everybody's is as seen from this GPU."""
+    """One rank's buffer, and the addresses of all ranks' buffers as seen from this GPU."""
 
     name: str
     buffer: torch.Tensor
     addresses: list[int]
     free: Callable[[], None]
-    """Give it back; collective."""
+    """Frees the buffer; collective."""
 
 
 def allocate(
@@ -32,34 +32,38 @@ def allocate(
     Raises ``RuntimeError`` on every rank if it failed on any, and `SyncError` if one doesn't come
     within ``timeout`` seconds.
     """
-    make = {"symmetric": _symmetric, "nvshmem": _nvshmem}[provider]
+    make = {"symmetric": _allocate_symmetric, "nvshmem": _allocate_nvshmem}[provider]
     problem: str | None = None
     memory: SharedMemory | None = None
-    # The libraries wait for every rank as long as they like: all must have come, and have them.
+    # The libraries wait for every rank without a bound, so all ranks must first have arrived here
+    # and have loaded the library.
     try:
         _import(provider)
     except Exception as error:
-        problem = _text(error)
-    _raise_if_any(meet(group, f"loading sync={provider!r}", timeout, problem), provider)
+        problem = _describe_error(error)
+    _raise_for_first_problem(
+        all_gather_objects(group, f"loading sync={provider!r}", timeout, problem), provider
+    )
     with torch.cuda.device(device):
         try:
             memory = make(words, group, device, timeout)
             memory.buffer.zero_()
             torch.cuda.synchronize(device)
         except Exception as error:
-            problem = _text(error)
-    # Everybody's buffer is zero before anybody writes to it.
-    problems = meet(group, f"sharing memory for sync={provider!r}", timeout, problem)
-    _raise_if_any(problems, provider)
+            problem = _describe_error(error)
+    # Every rank's buffer is zero before any rank writes to it.
+    problems = all_gather_objects(group, f"sharing memory for sync={provider!r}", timeout, problem)
+    _raise_for_first_problem(problems, provider)
     return cast(SharedMemory, memory)
 
 
-def _text(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
+    """Return type and message of an error."""
     return f"{type(error).__name__}: {error}"
 
 
-def _raise_if_any(problems: list[str | None], provider: str) -> None:
-    """Raise, on every rank alike, for the first rank that had a problem."""
+def _raise_for_first_problem(problems: list[str | None], provider: str) -> None:
+    """Raise the same error on every rank, for the first rank that had a problem."""
     for rank, text in enumerate(problems):
         if text is not None:
             raise RuntimeError(
@@ -84,10 +88,10 @@ def _import(provider: str) -> Any:
     return nvshmem
 
 
-def _symmetric(
+def _allocate_symmetric(
     words: int, group: dist.ProcessGroup, device: torch.device, timeout: float
 ) -> SharedMemory:
-    """Symmetric memory of torch (its CUDA back end)."""
+    """Allocate from torch's symmetric memory (its CUDA back end)."""
     symmetric = _import("symmetric")
     buffer = symmetric.empty(words, dtype=torch.int64, device=device)
     handle: Any = symmetric.rendezvous(buffer, group.group_name)
@@ -95,16 +99,16 @@ def _symmetric(
     addresses = [
         handle.get_buffer(peer, (words,), torch.int64).data_ptr() for peer in range(group.size())
     ]
-    # Where tensors share an allocation, handles count from its beginning.
+    # If tensors share an allocation, the handle's addresses are those of its beginning.
     offset = buffer.data_ptr() - addresses[rank]
     held: list[Any] = [buffer, handle]
     return SharedMemory("symmetric", buffer, [at + offset for at in addresses], held.clear)
 
 
-def _nvshmem(
+def _allocate_nvshmem(
     words: int, group: dist.ProcessGroup, device: torch.device, timeout: float
 ) -> SharedMemory:
-    """NVSHMEM's symmetric heap, through nvshmem4py."""
+    """Allocate from NVSHMEM's symmetric heap, through nvshmem4py."""
     nvshmem = _import("nvshmem")
     _init_nvshmem(nvshmem, group, device, timeout)
     if nvshmem.n_pes() != group.size():
@@ -112,8 +116,8 @@ def _nvshmem(
             f"NVSHMEM is initialised over {nvshmem.n_pes()} processes, all of which would have to "
             f"allocate; the group has {group.size()}"
         )
-    # The numbers of NVSHMEM's processes are those of the group it was initialised over.
-    pes = meet(group, "finding NVSHMEM's processes", timeout, nvshmem.my_pe())
+    # NVSHMEM numbers its processes by the group that it was initialised over, which may differ.
+    pes = all_gather_objects(group, "finding NVSHMEM's processes", timeout, nvshmem.my_pe())
     buffer = nvshmem.tensor((words,), dtype=torch.int64)
     addresses = []
     for peer, pe in enumerate(pes):
@@ -125,9 +129,9 @@ def _nvshmem(
 def _init_nvshmem(
     nvshmem: Any, group: dist.ProcessGroup, device: torch.device, timeout: float
 ) -> None:
-    """Initialise NVSHMEM over the group, unless somebody has; collective."""
-    mine = nvshmem.init_status() in _usable(nvshmem)
-    ready = meet(group, "asking for NVSHMEM's state", timeout, mine)
+    """Initialise NVSHMEM over the group, unless the program has already; collective."""
+    mine = nvshmem.init_status() in _usable_states(nvshmem)
+    ready = all_gather_objects(group, "asking for NVSHMEM's state", timeout, mine)
     if all(ready):
         return
     if any(ready):
@@ -135,17 +139,17 @@ def _init_nvshmem(
         raise RuntimeError(f"NVSHMEM is initialised on some ranks, but not on {missing}")
     from cuda.core import Device
 
-    # Without NVLink multicast, which not every host allows and nothing here needs.
+    # NVLink multicast is turned off: not every host allows it, and no kernel here needs it.
     os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
     rank = dist.get_rank(group)
     uid = nvshmem.get_unique_id(empty=rank != 0)
-    uid = meet(group, "initialising NVSHMEM", timeout, uid if rank == 0 else None)[0]
+    uid = all_gather_objects(group, "initialising NVSHMEM", timeout, uid if rank == 0 else None)[0]
     gpu = Device(device.index)
     gpu.set_current()
     nvshmem.init(device=gpu, uid=uid, rank=rank, nranks=group.size(), initializer_method="uid")
 
 
-def _usable(nvshmem: Any) -> tuple[Any, ...]:
-    """States in which NVSHMEM's heap can be used."""
+def _usable_states(nvshmem: Any) -> tuple[Any, ...]:
+    """Return the states in which NVSHMEM's heap can be used."""
     status = nvshmem.InitStatus
     return status.STATUS_IS_INITIALIZED, status.STATUS_LIMITED_MPG, status.STATUS_FULL_MPG

@@ -1,4 +1,4 @@
-"""Counts exchanged by a kernel that writes into the memory of every rank."""
+"""Exchange of counts by a kernel that writes into every rank's memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lplb_triton.sync._base import Communicator, SyncError
 from lplb_triton.sync._channels import CHANNELS, Channels, Stream
 from lplb_triton.sync._distributed import device_error
-from lplb_triton.sync._meeting import meet
+from lplb_triton.sync._rendezvous import barrier
 
 if TYPE_CHECKING:
     from lplb_triton import kernels
@@ -56,9 +56,9 @@ class PeerCommunicator(Communicator):
         self.endpoint.exchange(counts, version, total, gathered, channel)
 
     def begin(self, n: int) -> kernels.Channel:
-        """Make sure that a call with ``n`` counts may begin; returns the stream's channel.
+        """Check that a call with ``n`` counts may begin, and return the stream's channel.
 
-        For kernels that do the exchange themselves, with `Endpoint.side`.
+        This is for kernels that contain the exchange; they take `Endpoint.exchange_arguments`.
         """
         self._check_open()
         self._raise_on_failure()
@@ -71,10 +71,12 @@ class PeerCommunicator(Communicator):
         self._channels.bind(self._handle(), channel)
 
     def _handle(self) -> int:
-        # Without a Stream object on the way, which costs as much as a launch.
+        """Return the driver's handle of the current stream."""
+        # Going through a torch.cuda.Stream object costs as much host time as a launch.
         return torch._C._cuda_getCurrentRawStream(self.device.index)
 
     def _stream(self) -> Stream:
+        """Return the current stream."""
         return Stream(self._handle(), torch.cuda.current_stream(self.device).stream_id)
 
     def prepare(self, n: int) -> None:
@@ -86,6 +88,7 @@ class PeerCommunicator(Communicator):
         return self._error is not None or self.endpoint.failed()
 
     def _raise_on_failure(self) -> None:
+        """Raise the error of the first call that failed, if the host can see one already."""
         if self._error is None and self.endpoint.failed():
             openings = self._channels.openings
             self._error = device_error(self, self.endpoint.status_view, openings)
@@ -105,18 +108,18 @@ class PeerCommunicator(Communicator):
             torch.cuda.synchronize(self.device)
             failed = self.endpoint.failed()
         if failed:
-            # Late ranks may still write here: it stays held.
+            # Late ranks may still write to this memory, so it stays allocated.
             return
-        # Nobody frees what somebody still reads.
-        meet(self.group, f"closing {self.kind}", self.timeout)
+        # No rank may free memory that another still reads.
+        barrier(self.group, f"closing {self.kind}", self.timeout)
         self._memory = None
         with torch.cuda.device(self.device):
             memory.free()
         del _held[id(memory)]
 
 
-# Memory that was not freed by `close`, which is collective: kept until the process ends, since
-# other ranks may still write to it.
+# Memory that no collective `close` has freed. It is kept until the process ends, since other ranks
+# may still write to it.
 _held: dict[int, SharedMemory] = {}
 
 
@@ -134,7 +137,7 @@ class Endpoint:
         from lplb_triton import kernels
 
         self._kernels = kernels
-        self._buffer: torch.Tensor | None = None  # if it is the endpoint's own
+        self._buffer: torch.Tensor | None = None  # only if the endpoint owns its memory
         self._rank = rank
         self._capacity = capacity
         self._timeout_ms = max(1, round(timeout * 1000))
@@ -148,12 +151,12 @@ class Endpoint:
             device="cpu",
             pin_memory=device.type == "cuda",
         )
-        # Kernels write here, so the host can look without waiting for the device.
+        # Kernels write to this host memory, so the host reads it without a wait for the device.
         self.status_view = self._status.numpy()
 
     @staticmethod
     def words(n_ranks: int, capacity: int) -> int:
-        """64-bit words of a rank's buffer."""
+        """Return the size of a rank's buffer in 64-bit words."""
         from lplb_triton import kernels
 
         return CHANNELS * kernels.channel_words(n_ranks, capacity)
@@ -171,20 +174,20 @@ class Endpoint:
         channel: kernels.Channel,
     ) -> None:
         """Launch the exchange on the current stream."""
-        side = self.side(version, total, gathered)
-        self._kernels.sum_over_ranks(counts, side, channel)
+        arguments = self.exchange_arguments(version, total, gathered)
+        self._kernels.sum_over_ranks(counts, arguments, channel)
 
-    def side(
+    def exchange_arguments(
         self, version: torch.Tensor, total: torch.Tensor, gathered: torch.Tensor | None
     ) -> kernels.Exchange:
-        """Collect what a kernel needs in order to do the exchange."""
+        """Return the arguments of a kernel that contains the exchange."""
         return self._kernels.Exchange(
             total, gathered, self._addresses, self._gates, self._epochs, version, self._status,
             self._rank, self._capacity, self._timeout_ms,
         )  # fmt: skip
 
-    def alone(self) -> Endpoint:
-        """Make an endpoint for exchanges with nobody else, in order to load kernels by them."""
+    def solo_endpoint(self) -> Endpoint:
+        """Make an endpoint of a group of one, whose exchanges compile and load the kernels."""
         words = self.words(1, self._capacity)
         buffer = torch.zeros(words, dtype=torch.int64, device=self._device)
         endpoint = Endpoint([buffer.data_ptr()], 0, self._device, self._capacity, 1.0)
@@ -194,11 +197,11 @@ class Endpoint:
     def prepare(self, n: int) -> None:
         """Compile and load the kernels for ``n`` counts."""
         on = self._device
-        alone = self.alone()
+        solo = self.solo_endpoint()
         counts = torch.zeros(n, dtype=torch.int32, device=on)
         version = torch.zeros(1, dtype=torch.int32, device=on)
         first = self._kernels.FIRST_CHANNEL
         for gathered in (None, torch.empty(1, n, dtype=torch.int32, device=on)):
-            alone.exchange(counts, version, torch.empty_like(counts), gathered, first)
+            solo.exchange(counts, version, torch.empty_like(counts), gathered, first)
         if on.type == "cuda":
             torch.cuda.synchronize(on)

@@ -9,7 +9,7 @@ from gloo import run_ranks
 
 from lplb_triton import Balancer, Placement, sync
 from lplb_triton.sync import SyncError
-from lplb_triton.sync._meeting import _meetings, meet
+from lplb_triton.sync._rendezvous import all_gather_objects, rendezvous_counts
 
 BOUND = 1.0
 EXPERTS = 30
@@ -24,11 +24,12 @@ def ids_of(rank):
     return torch.arange(rank, 400) ** 2 % EXPERTS
 
 
-def check_meeting(rank, group):
-    assert meet(group, "a test", 20.0, rank) == [0, 1, 2]
+def check_rendezvous(rank, group):
+    """A rendezvous returns all values, names late ranks and other purposes, and leaves no keys."""
+    assert all_gather_objects(group, "a test", 20.0, rank) == [0, 1, 2]
     store = dist.distributed_c10d._get_process_group_store(group)
-    # Of a meeting that went well at most its end stays, until the next one.
-    assert meet(group, "a test", 20.0, rank * 2) == [0, 2, 4]
+    # Of a rendezvous that succeeded only the outcome stays, until the next one.
+    assert all_gather_objects(group, "a test", 20.0, rank * 2) == [0, 2, 4]
     dist.barrier()
     assert not store.check(["lplb_triton/meeting/1/end"])
     assert not store.check([f"lplb_triton/meeting/2/{rank}"])
@@ -36,15 +37,15 @@ def check_meeting(rank, group):
     if rank == 1:
         time.sleep(2 * BOUND)
     begun = time.monotonic()
-    # The one who is late hears of it at once.
+    # The late rank raises at once.
     with pytest.raises(SyncError, match=rf"^a test failed on rank {rank}: ranks \[1\] did") as info:
-        meet(group, "a test", BOUND)
+        all_gather_objects(group, "a test", BOUND)
     assert info.value.ranks == (1,) and time.monotonic() - begun < BOUND + 1
     with pytest.raises(SyncError, match="came for") as info:
-        meet(group, "another" if rank == 2 else "a test", 20.0)
+        all_gather_objects(group, "another" if rank == 2 else "a test", 20.0)
     assert info.value.ranks == ((0, 1) if rank == 2 else (2,))
-    # And the next ones go on as if nothing had been.
-    assert meet(group, "a test", 20.0, -rank) == [0, -1, -2]
+    # The next ones are not affected.
+    assert all_gather_objects(group, "a test", 20.0, -rank) == [0, -1, -2]
 
 
 def check_update(rank, group):
@@ -92,7 +93,7 @@ def check_others(rank, group):
 
 
 def check_ranks(rank, group):
-    check_meeting(rank, group)
+    check_rendezvous(rank, group)
     check_update(rank, group)
     check_others(rank, dist.new_group())
 
@@ -114,9 +115,10 @@ class _Group:
 
 
 def test_a_store_that_is_gone_is_named(monkeypatch):
+    """If the store can't be reached, the error says so and names the caller."""
     group = _Group()
     monkeypatch.setattr(dist, "get_rank", lambda group: 1)
-    monkeypatch.setattr("lplb_triton.sync._meeting._store", lambda group: _Store())
+    monkeypatch.setattr("lplb_triton.sync._rendezvous.group_store", lambda group: _Store())
     with pytest.raises(SyncError, match="^closing failed on rank 1: the store .*Connection"):
-        meet(group, "closing", 1.0)
-    assert _meetings[group] == 1
+        all_gather_objects(group, "closing", 1.0)
+    assert rendezvous_counts[group] == 1

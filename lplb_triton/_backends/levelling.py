@@ -1,0 +1,215 @@
+"""The Triton back end with the levelling solver: the whole batch in a few launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from lplb_triton import kernels
+from lplb_triton._backends import workspace
+from lplb_triton._backends.base import chunk_size
+from lplb_triton._backends.layer import Layer
+from lplb_triton._backends.triton import TritonBackend
+from lplb_triton.solution import Solution
+from lplb_triton.sync._peer import Endpoint, PeerCommunicator
+
+__all__ = ["LevellingBackend"]
+
+# Fields of the workspace start on multiples of this many bytes.
+FIELD_ALIGNMENT = 256
+
+
+class _Field(NamedTuple):
+    """A tensor's place in a workspace block."""
+
+    start: int
+    end: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Scratch(NamedTuple):
+    """A workspace block as one layer on one stream uses it."""
+
+    block: torch.Tensor
+    pipeline: kernels.Pipeline
+    exchange: Callable[[], None] | None
+    """Sums counts over the ranks between two launches; None if a kernel does, or nothing does."""
+
+
+class LevellingBackend(TritonBackend):
+    """Counts, solves and selects in three launches on scratch memory that streams own."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        views = self.tables.views
+        self.solve_tables = kernels.SolveTables(
+            *(views[name] for name in kernels.SolveTables._fields)
+        )
+        self.spread_tables = kernels.SpreadTables(
+            *(views[name] for name in kernels.SpreadTables._fields)
+        )
+        # The communicator, if the solving kernel contains the exchange.
+        self.peers: PeerCommunicator | None = None
+        self._scratches: dict[tuple[int, int], _Scratch] = {}
+        self._fields: dict[int, list[_Field]] = {}
+        self._lay_out(layer.default_n_sms)
+
+    def follow_communicator(self) -> None:
+        """See `Backend.follow_communicator`."""
+        communicator = self.layer.communicator
+        in_kernel = self.layer.placement.n_group == 1
+        self.peers = None
+        if in_kernel and isinstance(communicator, PeerCommunicator):
+            self.peers = communicator
+        self._scratches.clear()
+
+    def balance(self, idx: torch.Tensor, certified: torch.Tensor, n_sms: int) -> torch.Tensor:
+        """See `Backend.balance`."""
+        self.raise_on_report()
+        self.check_values(idx)
+        layer = self.layer
+        channel = kernels.FIRST_CHANNEL
+        if self.peers is not None:
+            channel = self.peers.begin(layer.placement.n_logical)
+        scratch = self._find_scratch(n_sms)
+        settings = self.settings(certified, layer.solves, layer.uncertified)
+        out = torch.empty_like(idx)
+        chunk = chunk_size(idx.numel(), n_sms)
+        scratch.pipeline.run(idx, out, chunk, settings, channel, scratch.exchange)
+        return out
+
+    def solve(self, counts: torch.Tensor, certified: torch.Tensor) -> Solution:
+        """See `Backend.solve`."""
+        self.raise_on_report()
+        p = self.layer.placement
+        size = p.n_group, p.group_size, p.max_columns
+        shares = torch.empty(size, dtype=torch.float32, device=self.layer.device)
+        buffers = self.solve_by_copy(counts, certified)
+        kernels.spread_shares(buffers.cumulative, shares, self.spread_tables)
+        stats, ints = buffers.stats, buffers.ints
+        return Solution(
+            shares, stats[0], stats[1], stats[2], ints[0], ints[1], self.layer.tolerance
+        )
+
+    def solve_by_copy(self, counts: torch.Tensor, certified: torch.Tensor) -> kernels.SolveBuffers:
+        """Solve as `balance` does, in one launch, into fresh tensors; shares are by copy only."""
+        # The first two shapes are those of the running sums and of the counts.
+        shapes = self._solve_shapes(1)[2:]
+        buffers: kernels.SolveBuffers = kernels.SolveBuffers(
+            counts.contiguous(),
+            *(torch.empty(s, dtype=d, device=self.layer.device) for s, d in shapes),
+        )
+        settings = self.settings(certified, self.layer.solves, self.layer.uncertified)
+        kernels.solve_counts(None, buffers, self.solve_tables, settings, self.report)
+        return buffers
+
+    def settings(
+        self, certified: torch.Tensor, solves: torch.Tensor, uncertified: torch.Tensor
+    ) -> kernels.Settings:
+        """Return the solving kernel's counters and tolerances."""
+        layer = self.layer
+        return kernels.Settings(
+            certified, solves, uncertified, layer.tolerance, layer.max_iterations
+        )
+
+    def warmup_kernels(self, counters: torch.Tensor, narrow: torch.Tensor) -> None:
+        """See `TritonBackend.warmup_kernels`."""
+        n_sms = self.layer.default_n_sms
+        block, _ = self._current_block(n_sms)
+        # The exchange of this endpoint is with no other rank.
+        endpoint = None if self.peers is None else self.peers.endpoint.solo_endpoint()
+        traffic = torch.zeros_like(self.layer.traffic)
+        pipeline = self._create_scratch(block, n_sms, endpoint, traffic).pipeline
+        for dtype in (torch.int64, torch.int32):
+            idx = self.warmup_ids(dtype)
+            out, chunk = torch.empty_like(idx), chunk_size(2, n_sms)
+            for certified in (counters[0], narrow):
+                settings = self.settings(certified, counters[1], counters[2])
+                for between in (None, lambda: None):
+                    pipeline.run(idx, out, chunk, settings, between=between)
+
+    def _solve_shapes(self, n_sms: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Return shape and dtype of the running sums and of `kernels.SolveBuffers`."""
+        p = self.layer.placement
+        return [
+            ((n_sms, p.n_logical), torch.int32),
+            ((p.n_logical,), torch.int32),
+            ((p.n_physical,), torch.int32),
+            ((3, p.n_group), torch.float32),
+            ((2, p.n_group), torch.int32),
+            ((p.n_group, kernels.solve_scratch(self.solve_tables)), torch.float32),
+        ]
+
+    def _sync_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Return shape and dtype of total counts, and with global quotas of two more.
+
+        These are the counts of every rank and this rank's cumulative shares.
+        """
+        p = self.layer.placement
+        shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((p.n_logical,), torch.int32)]
+        if self.layer.quotas == "global":
+            shapes += [((p.ep_size, p.n_logical), torch.int32), ((p.n_physical,), torch.int32)]
+        return shapes
+
+    def _lay_out(self, n_sms: int) -> list[_Field]:
+        """Return the places of all fields, with room for them in every block of the device."""
+        fields = self._fields.get(n_sms)
+        if fields is None:
+            fields, offset = [], 0
+            for shape, dtype in self._solve_shapes(n_sms) + self._sync_shapes():
+                size = 4 * int(torch.Size(shape).numel())
+                fields.append(_Field(offset, offset + size, shape, dtype))
+                offset += -(-max(size, 1) // FIELD_ALIGNMENT) * FIELD_ALIGNMENT
+            workspace.reserve(self.layer.device, offset)
+            self._fields[n_sms] = fields
+        return fields
+
+    def _current_block(self, n_sms: int) -> tuple[torch.Tensor, int | None]:
+        """Return the workspace of the current stream, and the stream; see `workspace.scratch`."""
+        self._lay_out(n_sms)
+        return workspace.scratch(self.layer.device)
+
+    def _find_scratch(self, n_sms: int) -> _Scratch:
+        """Return the scratch of the current stream, made new unless it is kept for the stream."""
+        block, stream = self._current_block(n_sms)
+        if stream is not None:
+            kept = self._scratches.get((stream, n_sms))
+            if kept is not None and kept.block is block:
+                return kept
+        endpoint = None if self.peers is None else self.peers.endpoint
+        scratch = self._create_scratch(block, n_sms, endpoint, self.layer.traffic)
+        if stream is not None:
+            self._scratches[stream, n_sms] = scratch
+        return scratch
+
+    def _create_scratch(
+        self, block: torch.Tensor, n_sms: int, endpoint: Endpoint | None, traffic: torch.Tensor
+    ) -> _Scratch:
+        """Make views of a block, and the pipeline on them."""
+        layer = self.layer
+        running, *rest = (
+            block[field.start : field.end].view(field.dtype).view(field.shape)
+            for field in self._lay_out(n_sms)
+        )
+        n_buffers = len(kernels.SolveBuffers._fields)
+        buffers, total = kernels.SolveBuffers(*rest[:n_buffers]), rest[n_buffers]
+        in_kernel = quotas = exchange = gathered = None
+        if layer.quotas == "global" and layer.communicator is not None:
+            gathered, mine = rest[n_buffers + 1 :]
+            quotas = self.quotas_of(gathered, mine, traffic)
+        if endpoint is not None:
+            in_kernel = endpoint.exchange_arguments(layer.version, total, gathered)
+        elif layer.communicator is not None:
+            # The pipeline leaves this rank's counts in the last row of the running sums.
+            exchange = partial(
+                layer.communicator.exchange, running[-1], layer.version, buffers.counts, gathered
+            )
+        pipeline = kernels.Pipeline(
+            running, self.report, buffers, self.solve_tables, self.select_tables, layer.rank,
+            in_kernel, quotas,
+        )  # fmt: skip
+        return _Scratch(block, pipeline, exchange)

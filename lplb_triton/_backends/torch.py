@@ -1,0 +1,80 @@
+"""The torch back end, which takes placements of any size."""
+
+from __future__ import annotations
+
+import torch
+
+from lplb_triton import reference
+from lplb_triton._backends.base import Backend, chunk_size
+from lplb_triton._backends.counters import count_statuses
+from lplb_triton._backends.layer import Layer
+from lplb_triton._backends.tables import DeviceTables
+from lplb_triton.reference import levelling
+from lplb_triton.solution import Solution
+
+__all__ = ["TorchBackend"]
+
+# The torch function of each solver.
+SOLVE_FUNCTIONS = {"levelling": levelling.solve, "interior_point": reference.solve}
+
+
+class TorchBackend(Backend):
+    """Every step in torch; solves in float64."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer, DeviceTables(layer.placement, layer.device, kernels=False))
+
+    @property
+    def checks_on_host(self) -> bool:
+        """See `Backend.checks_on_host`."""
+        return True
+
+    def count(self, idx: torch.Tensor, n_sms: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Backend.count`."""
+        self.check_values(idx)
+        n_logical = self.layer.placement.n_logical
+        return reference.count_experts(idx, n_logical, chunk_size(idx.numel(), n_sms), n_sms)
+
+    def balance(self, idx: torch.Tensor, certified: torch.Tensor, n_sms: int) -> torch.Tensor:
+        """See `Backend.balance`."""
+        self.check_values(idx)
+        layer = self.layer
+        counts, _ = reference.count_experts(idx, layer.placement.n_logical, max(1, idx.numel()), 1)
+        total, gathered = counts, None
+        if layer.communicator is not None:
+            total = torch.empty_like(counts)
+            if layer.quotas == "global":
+                gathered = counts.new_empty(layer.placement.ep_size, layer.placement.n_logical)
+            layer.communicator.exchange(counts, layer.version, total, gathered)
+        cumulative = self.cumulative_shares(self.solve(total, certified).shares)
+        views = self.tables.views
+        start, slot = views["copy_start"], views["copy_slot"]
+        if gathered is not None and layer.communicator is not None:
+            holder = slot // layer.placement.slots_per_rank
+            quotas, kept = reference.divide_quotas(
+                gathered, cumulative, start, holder, layer.communicator.ranks_per_node
+            )
+            cumulative = reference.shares_of_quotas(quotas[layer.rank], counts, start, layer.rank)
+            layer.traffic += kept[layer.rank]
+        return reference.assign_copies(idx, counts, cumulative, start, slot, layer.rank)
+
+    def solve(self, counts: torch.Tensor, certified: torch.Tensor) -> Solution:
+        """See `Backend.solve`."""
+        layer = self.layer
+        if counts.device.type == "cpu" and bool((counts < 0).any()):
+            raise ValueError("counts, summed over the ranks, must be below 2**31")
+        solution = SOLVE_FUNCTIONS[layer.solver](
+            layer.placement.problem(counts), layer.tolerance, layer.max_iterations, torch.float64
+        )
+        count_statuses(solution.status, certified, layer.solves, layer.uncertified)
+        return solution
+
+    def select(
+        self, idx: torch.Tensor, cumulative: torch.Tensor, running: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Backend.select`."""
+        self.check_selection(idx, cumulative, running)
+        views = self.tables.views
+        return reference.assign_copies(
+            idx, running[-1], cumulative, views["copy_start"], views["copy_slot"], self.layer.rank
+        )

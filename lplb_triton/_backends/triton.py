@@ -1,0 +1,143 @@
+"""The Triton back end: what its two solvers have in common."""
+
+from __future__ import annotations
+
+import torch
+
+from lplb_triton import kernels
+from lplb_triton._backends.base import Backend, chunk_size
+from lplb_triton._backends.layer import Layer
+from lplb_triton._backends.tables import DeviceTables
+
+__all__ = ["TritonBackend"]
+
+
+class TritonBackend(Backend):
+    """Counting, selecting and reports by kernels.
+
+    Attributes
+    ----------
+    report : torch.Tensor
+        ``[2]`` int64 in host memory, to which kernels write what is wrong with their arguments.
+    report_view : numpy.ndarray
+        The same memory, which the host reads without a wait for the device.
+    """
+
+    def __init__(self, layer: Layer, *, dense: bool = False) -> None:
+        device = layer.device
+        super().__init__(layer, DeviceTables(layer.placement, device, kernels=True, dense=dense))
+        views = self.tables.views
+        self.select_tables = kernels.SelectTables(
+            *(views[name] for name in kernels.SelectTables._fields)
+        )
+        self.report = torch.zeros(
+            2, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"
+        )
+        self.report_view = self.report.numpy()
+
+    @property
+    def checks_on_host(self) -> bool:
+        """See `Backend.checks_on_host`."""
+        return self.layer.device.type == "cpu"
+
+    def count(self, idx: torch.Tensor, n_sms: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Backend.count`."""
+        self.raise_on_report()
+        self.check_values(idx)
+        return self.count_by_program(idx, n_sms)
+
+    def count_by_program(self, idx: torch.Tensor, n_sms: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count contiguous ids whose values have been checked or are reported by the kernel."""
+        n_logical, device = self.layer.placement.n_logical, self.layer.device
+        running = torch.empty(n_sms, n_logical, dtype=torch.int32, device=device)
+        counts = torch.empty(n_logical, dtype=torch.int32, device=device)
+        chunk = chunk_size(idx.numel(), n_sms)
+        kernels.count_by_program(idx, running, counts, self.report, chunk)
+        kernels.sum_by_program(running, counts)
+        return counts, running
+
+    def select(
+        self, idx: torch.Tensor, cumulative: torch.Tensor, running: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Backend.select`."""
+        self.check_selection(idx, cumulative, running)
+        self.raise_on_report()
+        return self.select_by_program(idx, cumulative, running.contiguous())
+
+    def select_by_program(
+        self, idx: torch.Tensor, cumulative: torch.Tensor, running: torch.Tensor
+    ) -> torch.Tensor:
+        """Select for arguments whose values have been checked or are reported by the kernel."""
+        out = torch.empty_like(idx)
+        kernels.select(
+            idx, out, running, cumulative, self.select_tables, self.report,
+            chunk_size(idx.numel(), len(running)), self.layer.rank,
+        )  # fmt: skip
+        return out
+
+    def quotas_of(
+        self, gathered: torch.Tensor, mine: torch.Tensor, traffic: torch.Tensor
+    ) -> kernels.Quotas:
+        """Return the arguments by which quotas are divided among the communicator's ranks."""
+        layer = self.layer
+        if layer.communicator is None:
+            raise RuntimeError("quotas of all ranks need a communicator")
+        p, views = layer.placement, self.tables.views
+        return kernels.Quotas(
+            gathered, views["copy_start"], views["copy_slot"], views["copy_index"], mine,
+            traffic, layer.rank, p.slots_per_rank, layer.communicator.ranks_per_node,
+            p.redundant_per_group + 1,
+        )  # fmt: skip
+
+    def warmup(self) -> None:
+        """See `Backend.warmup`."""
+        layer = self.layer
+        counters = torch.zeros(3, 1, dtype=torch.int64, device=layer.device)
+        narrow = torch.zeros(1, dtype=torch.int32, device=layer.device)
+        self.warmup_kernels(counters, narrow)
+        if layer.communicator is not None:
+            layer.communicator.prepare(layer.placement.n_logical)
+        if layer.device.type == "cuda":
+            torch.cuda.synchronize(layer.device)
+
+    def warmup_kernels(self, counters: torch.Tensor, narrow: torch.Tensor) -> None:
+        """Launch every kernel of `balance` once, for int32 and int64 ids and counters.
+
+        ``counters`` are three int64 counters that stand for the layer's own, ``narrow`` is an
+        int32 one that stands for a caller's.
+        """
+        raise NotImplementedError
+
+    def warmup_ids(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return two ids to warm kernels up with."""
+        idx = torch.arange(2, device=self.layer.device).to(dtype)
+        return idx % self.layer.placement.n_logical
+
+    def raise_on_report(self) -> None:
+        """See `Backend.raise_on_report`."""
+        if self.report_view[0]:
+            self.raise_for_input(kernels.read_report(self.report_view))
+
+    def raise_for_input(self, what: str | None) -> None:
+        """Raise the error about the argument ``what`` of an earlier call."""
+        if what == "idx":
+            raise RuntimeError(
+                f"idx held {int(self.report_view[1])}, outside "
+                f"[-1, {self.layer.placement.n_logical}), in an earlier call; such ids became -1"
+            )
+        if what == "counts":
+            if self.layer.communicator is not None:
+                # If the exchange has failed, the communicator's own error says more.
+                self.layer.communicator.check()
+            raise RuntimeError(
+                "counts, or their sums over the ranks, were outside [0, 2**31) in an earlier call; "
+                "its plan was the even split, with status INVALID"
+            )
+        if what == "running":
+            raise RuntimeError(
+                "running (of a Planner: local_workload_by_sm) didn't end with the counts of idx in "
+                "an earlier call of select"
+            )
+        raise RuntimeError(
+            "cumulative (of a Planner: o_weight) held no shares in an earlier call of select"
+        )
