@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lplb_triton.bench.measure.simulate import run_experts, slot_tokens
+from lplb_triton.bench.measure.timer import Timer
 from lplb_triton.bench.placement import Case
 from lplb_triton.bench.placement import make as make_placement
-from lplb_triton.bench.simulate import run_experts, slot_tokens
-from lplb_triton.bench.timing import Timer
 from lplb_triton.placement import Placement
 
 __all__ = [
@@ -276,7 +276,7 @@ def measure(
     model
         Sizes.
     weights
-        Of all experts of a rank, by `lplb_triton.bench.simulate.draw_experts`.
+        Of all experts of a rank, by `lplb_triton.bench.measure.simulate.draw_experts`.
     timer, device
         What times a launch, and where.
     name

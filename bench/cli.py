@@ -15,18 +15,21 @@ import torch
 
 from lplb_triton import SolveError, __version__
 from lplb_triton._threads import one_thread
-from lplb_triton.bench import tables, timing
+from lplb_triton.bench import tables
 from lplb_triton.bench.commands import (
     advise,
     balance,
     ep,
+    pipeline,
     placement,
     record,
     report,
-    timed,
+    simulate,
+    solve,
     verify,
     workloads,
 )
+from lplb_triton.bench.measure.timer import WrongAnswerError
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import CLOSED, FAILED, INTERRUPTED, OK, USAGE, Output, say
 from lplb_triton.testing.verify import NoOptimumError
@@ -77,7 +80,7 @@ def _run(argv: Sequence[str] | None, out: Output) -> int:
     except (UsageError, tables.MissingExtraError) as error:
         say(f"error: {error}")
         return USAGE
-    except timing.WrongAnswerError as error:
+    except WrongAnswerError as error:
         say(f"wrong answer, not timed: {error}")
         return FAILED
     except (SolveError, NoOptimumError) as error:
@@ -104,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lplb_triton {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (balance, report, verify, timed, ep, placement, workloads, record, advise):
+    timed = (solve, pipeline, simulate)
+    for module in (balance, report, verify, *timed, ep, placement, workloads, record, advise):
         module.add(commands)
     return parser

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from lplb_triton import place
-from lplb_triton.bench import traffic
 from lplb_triton.bench.balance import make_placement
-from lplb_triton.bench.traffic import Case, Loads
+from lplb_triton.bench.measure import loads as traffic_loads
+from lplb_triton.bench.measure.cases import Case
+from lplb_triton.bench.measure.loads import Loads
 from lplb_triton.placement import Placement
 from lplb_triton.testing.instances import (
     FAMILIES,
@@ -123,9 +124,9 @@ def real(n_batches: int, seed: int, cases: Sequence[Case] = CASES) -> Part:
     jobs: list[tuple[Case, Loads]] = []
     for case in cases:
         n = _batches(n_batches, case.ep)
-        found = traffic.drawn(case.experts, n, seed)
+        found = traffic_loads.drawn(case.experts, n, seed)
         if case.experts == trace.experts:
-            found = traffic.recorded(trace, "packaged trace", n) + found
+            found = traffic_loads.recorded(trace, "packaged trace", n) + found
         jobs += [(case, loads) for loads in found]
     steps = Counter(str(case) for case, _ in jobs)
     return Part("traffic", list(steps.items()), _real(jobs, seed))

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from lplb_triton.bench.balance import Cell, Options
+from lplb_triton.bench.measure.simulate import slot_tokens
 from lplb_triton.bench.plots import COLORS
-from lplb_triton.bench.simulate import slot_tokens
 from lplb_triton.bench.tables import LABELS
 from lplb_triton.traces.trace import Trace, parse_json
 

@@ -42,7 +42,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lplb_triton import Balancer, Placement, solve, sync, topologies
-from lplb_triton.bench import timing
+from lplb_triton.bench.measure.pipeline import host_seconds
+from lplb_triton.bench.measure.timer import WrongAnswerError, record_event, statistics
 from lplb_triton.solution import SHARE_BITS
 
 __all__ = ["KINDS", "N_COUNTS", "SECTIONS", "SIZES", "Sizes", "main", "placements", "run"]
@@ -220,7 +221,7 @@ class Place:
             # No rank's clock starts before every rank has come this far.
             dist.all_reduce(self.start)
             if self.on_gpu:
-                begin, end = timing._event(), timing._event()
+                begin, end = record_event(), record_event()
                 begin.record()
                 replay()
                 end.record()
@@ -235,13 +236,13 @@ class Place:
     def eager(self, calls: Sequence[Callable[[], object]]) -> Row:
         """Host's time of an eager call that isn't waited for."""
         dist.barrier()
-        seconds, _ = timing.host_seconds(calls, self.device)
+        seconds, _ = host_seconds(calls, self.device)
         return self.spread([1e6 * value for value in seconds])
 
     def spread(self, microseconds: list[float]) -> Row:
         """Sum up this rank's times, and of each time the slowest rank's."""
         slowest = self.slowest(microseconds)
-        return {"rank 0": timing.statistics(microseconds), "slowest": timing.statistics(slowest)}
+        return {"rank 0": statistics(microseconds), "slowest": statistics(slowest)}
 
     def slowest(self, times: list[float]) -> list[float]:
         """Largest of every entry over the ranks."""
@@ -309,7 +310,7 @@ def verify_sync(place: Place, kind: str) -> Row:
             row[f"{mode}_wrong"] = place.total(int(wrong))
             wrong.zero_()
     if row["eager_wrong"] or row["graph_wrong"]:
-        raise timing.WrongAnswerError(f"sums were wrong: {row}")
+        raise WrongAnswerError(f"sums were wrong: {row}")
     return row
 
 
@@ -325,7 +326,7 @@ def time_sync(place: Place, kind: str) -> Row:
             calls = [partial(communicator.exchange, counts, version, total, rows)] * PER_GRAPH
             row[name] = place.replayed(calls)
             if not torch.equal(total, counts * place.ranks):
-                raise timing.WrongAnswerError(f"{name} is wrong")
+                raise WrongAnswerError(f"{name} is wrong")
         communicator.check()
     plain = torch.zeros_like(counts)
     row["calls_per_replay"] = PER_GRAPH
@@ -405,7 +406,7 @@ def _same_again(place: Place, balancer: Balancer, batches: Sequence[torch.Tensor
             wrong += (balancer.run(idx) != want).any()
     changed = place.total(int(wrong))
     if changed:
-        raise timing.WrongAnswerError(f"ids of {changed} runs changed, on all ranks together")
+        raise WrongAnswerError(f"ids of {changed} runs changed, on all ranks together")
     return 2 * rounds * len(batches)
 
 
@@ -424,7 +425,7 @@ def check_loads(place: Place, balancer: Balancer, batches: Sequence[torch.Tensor
     for idx in batches:
         logical, physical = place.gather(idx), place.gather(balancer.run(idx))
         if not torch.equal(placement.phy2log[physical].long(), logical):
-            raise timing.WrongAnswerError("physical ids don't map back")
+            raise WrongAnswerError("physical ids don't map back")
         counts = _count_rows(logical, N_COUNTS)
         loads = _count_rows(physical, placement.n_physical)
         total = counts.sum(0)
@@ -441,7 +442,7 @@ def check_loads(place: Place, balancer: Balancer, batches: Sequence[torch.Tensor
         largest, bound = float(by_rank.max()), float(best.lower_bound.max())
         most = float(best.max_load.max()) / (1 - balancer.tolerance) + slack
         if not bound * (1 - 1e-6) <= largest <= most * (1 + 1e-6):
-            raise timing.WrongAnswerError(
+            raise WrongAnswerError(
                 f"largest load {largest:.0f}, expected from {bound:.1f} to {most:.1f}"
             )
         imbalance.append(largest / float(by_rank.mean()))
@@ -452,10 +453,10 @@ def check_loads(place: Place, balancer: Balancer, batches: Sequence[torch.Tensor
     if exact:
         told = [place.total(int(tokens)) for tokens in balancer.traffic]
         if told[0] != kept or told[2] != everything:
-            raise timing.WrongAnswerError(f"traffic says {told}, {kept} of {everything} were kept")
+            raise WrongAnswerError(f"traffic says {told}, {kept} of {everything} were kept")
     return {
         "batches": len(batches),
-        "imbalance": timing.statistics(imbalance),
+        "imbalance": statistics(imbalance),
         "over_bound": max(over_bound),
         "kept_on_rank": kept / everything,
     }
@@ -482,7 +483,7 @@ def _check_quotas(
     off = loads[:, torch.tensor(structure.copy_slot).long()] << SHARE_BITS
     off -= (cumulative - before) * total
     if int(off.abs().max()) >= 1 << SHARE_BITS:
-        raise timing.WrongAnswerError("a copy's load is a token or more off its share")
+        raise WrongAnswerError("a copy's load is a token or more off its share")
 
 
 def kill_one(place: Place, kind: str) -> Row:
@@ -511,9 +512,9 @@ def kill_one(place: Place, kind: str) -> Row:
         took = time.monotonic() - begun
         communicator.close()
         if error.ranks != (victim,) or error.epoch != 101 or took > KILL_TIMEOUT + 6:
-            raise timing.WrongAnswerError(f"after {took:.2f} s: {error}") from error
+            raise WrongAnswerError(f"after {took:.2f} s: {error}") from error
         return {"took_seconds": round(took, 2), "error": str(error)}
-    raise timing.WrongAnswerError("a dead rank was not missed")
+    raise WrongAnswerError("a dead rank was not missed")
 
 
 def train(place: Place, routing: str) -> Row:

@@ -12,8 +12,8 @@ from test_timing import FakeTimer
 from lplb_triton.bench import advise, cli, machine, placement
 from lplb_triton.bench.advise import GemmModel, Model, Point
 from lplb_triton.bench.commands import advise as command
-from lplb_triton.bench.commands import timed
-from lplb_triton.bench.simulate import draw_experts
+from lplb_triton.bench.commands import gpu
+from lplb_triton.bench.measure.simulate import draw_experts
 from lplb_triton.traces import trace as traces
 
 SMALL = Model(hidden=64, inner=32, experts=32, top_k=2)
@@ -284,7 +284,7 @@ def test_what_is_recommended():
 
 
 def test_command_check(monkeypatch, capsys):
-    monkeypatch.setattr(timed, "start", lambda args: (torch.device("cpu"), FakeTimer()))
+    monkeypatch.setattr(gpu, "start", lambda args: (torch.device("cpu"), FakeTimer()))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     found = {"gpu": None, "cpu": "c", "torch_threads": 1, "torch": "t"}
     monkeypatch.setattr(machine, "environment", lambda device: found)

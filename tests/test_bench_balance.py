@@ -14,8 +14,9 @@ from PIL import Image
 from scipy.optimize import linprog
 
 from lplb_triton import Placement, Status, place, solve, topologies
-from lplb_triton.bench import balance, cli, output, plots, simulate, tables
+from lplb_triton.bench import balance, cli, output, plots, tables
 from lplb_triton.bench.commands import balance as command_balance
+from lplb_triton.bench.measure.simulate import slot_tokens
 from lplb_triton.placement import placing
 from lplb_triton.traces import trace as traces
 
@@ -204,7 +205,7 @@ def test_counts_that_shares_cannot_carry_are_refused(counts, error, message):
         balance.integer_loads(placement, counts, solution)
     for split in ("lplb", "even"):
         with pytest.raises(error, match=message):
-            simulate.slot_tokens(placement, counts[0, 0], split, 1e-3)
+            slot_tokens(placement, counts[0, 0], split, 1e-3)
 
 
 def test_the_largest_counts_are_whole_tokens():

@@ -8,7 +8,8 @@ import torch
 from test_bench_balance import make_trace
 
 from lplb_triton import Placement
-from lplb_triton.bench import advise, balance, placement, report, simulate, workloads
+from lplb_triton.bench import advise, balance, placement, report, workloads
+from lplb_triton.bench.measure.simulate import draw_experts, slot_tokens
 from lplb_triton.testing import verify
 
 SETTINGS = workloads.Settings(ranks=4, experts=32, batches=2, tokens=64, seed=1)
@@ -75,7 +76,7 @@ def advised():
 
 def split(name):
     counts = torch.from_numpy(np.array([9, 8, 1, 1, 1, 1, 1, 1]))
-    return simulate.slot_tokens(Placement.from_phy2log(IDS, 2), counts, name, 1e-3)
+    return slot_tokens(Placement.from_phy2log(IDS, 2), counts, name, 1e-3)
 
 
 CALLS = {
@@ -89,7 +90,7 @@ CALLS = {
     "split evenly": lambda: split("even"),
     "cases": cases,
     "heat": lambda: [torch.tensor(report.heat(make_trace(), 0)["tokens"], device="cpu")],
-    "draw_experts": lambda: simulate.draw_experts(8, 4, 2, "cpu"),
+    "draw_experts": lambda: draw_experts(8, 4, 2, "cpu"),
     "adversary": lambda: workloads.adversary(
         Placement.from_phy2log(IDS, 2), workloads.Settings(2, 8, 1, 64)
     ),

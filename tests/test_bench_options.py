@@ -11,8 +11,8 @@ from test_bench_balance import make_trace
 from test_timing import FakeTimer
 
 from lplb_triton import Placement, chain, place
-from lplb_triton.bench import balance, cli, options, output, run_ep, timing, workloads
-from lplb_triton.bench.commands import timed
+from lplb_triton.bench import balance, cli, options, output, run_ep, workloads
+from lplb_triton.bench.commands import gpu, pipeline
 from lplb_triton.traces import trace as traces
 
 # Command lines that end well, quickly, each in a folder that has t.npz.
@@ -68,8 +68,8 @@ def folder(tmp_path, monkeypatch):
         output.check_files([("--json", args.json), ("--markdown", args.markdown)])
         return torch.device("cpu"), FakeTimer()
 
-    monkeypatch.setattr(timed, "start", start)
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda timer, device: 1e12)
+    monkeypatch.setattr(gpu, "start", start)
+    monkeypatch.setattr(pipeline, "copy_bandwidth", lambda timer, device: 1e12)
     monkeypatch.setattr(run_ep, "run_section", lambda job, seconds: {"seconds": 1.0, "failed": "-"})
     return tmp_path
 

@@ -17,7 +17,7 @@ import torch
 
 from lplb_triton import Balancer
 from lplb_triton.bench import cli, run_ep
-from lplb_triton.bench.timing import WrongAnswerError
+from lplb_triton.bench.measure.timer import WrongAnswerError
 
 CPU = run_ep.SIZES["cpu"]
 

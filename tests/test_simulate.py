@@ -8,8 +8,9 @@ import torch
 from test_timing import FakeTimer
 
 from lplb_triton import Placement
-from lplb_triton.bench import cli, simulate, tables
-from lplb_triton.bench.commands import timed
+from lplb_triton.bench import cli, tables
+from lplb_triton.bench.commands import gpu
+from lplb_triton.bench.measure.simulate import BALANCES, chosen_batches, simulate_row, slot_tokens
 from lplb_triton.traces.trace import Trace
 
 
@@ -23,7 +24,7 @@ def trace():
 
 
 def test_chosen_batches_are_after_their_history(trace):
-    chosen = simulate.chosen_batches(trace, 2)
+    chosen = chosen_batches(trace, 2)
     assert chosen[:4] == [(0, 3, 0, 3), (0, 5, 0, 3), (1, 3, 0, 3), (1, 5, 0, 3)]
     assert chosen[4:6] == [(0, 9, 6, 9), (0, 11, 6, 9)]
 
@@ -36,7 +37,7 @@ def test_slot_tokens_add_up_and_the_lp_levels_ranks():
     slots = placement.phy2log.long()
     found = {}
     for balance in ("eplb", "lplb"):
-        table = simulate.slot_tokens(placement, counts, balance, 1e-3)
+        table = slot_tokens(placement, counts, balance, 1e-3)
         assert table.shape == (4, 10)
         by_expert = torch.zeros(32, dtype=torch.int64).index_add(0, slots, table.flatten())
         assert torch.equal(by_expert, counts)
@@ -48,13 +49,13 @@ def test_slot_tokens_add_up_and_the_lp_levels_ranks():
 
 def test_dry_run(trace):
     seen = []
-    row = simulate.simulate_row(
+    row = simulate_row(
         trace, 4, FakeTimer(), "cpu", tokens=64, hidden=16, inner=8, per_stretch=1,
         progress=lambda: seen.append(None),
     )  # fmt: skip
     assert (row["ep"], row["slots"], row["batches"]) == (4, 1, 4) and len(seen) == 4
     # The timer counts its calls: 4 + 4 + 4 + 1 per batch, so the last of four is the slowest.
-    slowest = [row[name]["slowest_us"] for name in simulate.BALANCES]
+    slowest = [row[name]["slowest_us"] for name in BALANCES]
     assert slowest == [4 + 19.5, 8 + 19.5, 12 + 19.5, 13 + 19.5]
     assert row["even"]["imbalance"] == row["even"]["over_even"] == 1.0
     assert row["none"]["imbalance"] > row["eplb"]["imbalance"] > row["lplb"]["imbalance"] >= 1
@@ -65,7 +66,7 @@ def test_dry_run(trace):
 
 
 def test_command(monkeypatch, capsys):
-    monkeypatch.setattr(timed, "start", lambda args: (torch.device("cpu"), FakeTimer()))
+    monkeypatch.setattr(gpu, "start", lambda args: (torch.device("cpu"), FakeTimer()))
     arguments = "simulate --ep 8 --slots 1 --tokens 256 --hidden 16 --inner 8 --json -"
     assert cli.main(arguments.split()) == 0
     out = capsys.readouterr()

@@ -9,8 +9,16 @@ import torch
 
 import lplb_triton
 from lplb_triton import Balancer
-from lplb_triton.bench import cli, tables, timing, traffic
-from lplb_triton.bench.commands import timed
+from lplb_triton.bench import cli, tables
+from lplb_triton.bench.commands import gpu, pipeline
+from lplb_triton.bench.measure import cases, traffic
+from lplb_triton.bench.measure import pipeline as pipeline_times
+from lplb_triton.bench.measure import solve as solve_times
+from lplb_triton.bench.measure.cases import Case
+from lplb_triton.bench.measure.compare import largest_violations, peer_row, smallest_sweeps
+from lplb_triton.bench.measure.first_call import first_call_row
+from lplb_triton.bench.measure.timer import GraphTimer, WrongAnswerError, statistics
+from lplb_triton.bench.measure.workload import PUBLISHED_FAMILIES, check_plan, draw_workload
 
 SMALL = {"per_family": 1, "seed": 0}
 
@@ -48,7 +56,7 @@ class FakeTimer:
 
 @pytest.fixture(scope="module")
 def workload():
-    return timing.draw_workload("ring:5", **SMALL)
+    return draw_workload("ring:5", **SMALL)
 
 
 @pytest.fixture
@@ -58,15 +66,15 @@ def fake_gpu(monkeypatch):
     def start(args):
         return torch.device("cpu"), FakeTimer()
 
-    monkeypatch.setattr(timed, "start", start)
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda timer, device: 1e12)
+    monkeypatch.setattr(gpu, "start", start)
+    monkeypatch.setattr(pipeline, "copy_bandwidth", lambda timer, device: 1e12)
     monkeypatch.setattr(
-        timing, "first_call_row", lambda shape: {"shape": shape, "cold_s": 2.0, "warm_s": 1.0}
+        pipeline, "first_call_row", lambda shape: {"shape": shape, "cold_s": 2.0, "warm_s": 1.0}
     )
 
 
 def test_statistics():
-    found = timing.statistics([3.0, 1.0, 2.0, 100.0])
+    found = statistics([3.0, 1.0, 2.0, 100.0])
     assert found["median"] == 2.5
     assert found["max"] == 100.0
     assert found["mean"] == 26.5
@@ -75,10 +83,10 @@ def test_statistics():
 
 
 def test_workload(workload):
-    assert workload.families == list(timing.PUBLISHED_FAMILIES)
+    assert workload.families == list(PUBLISHED_FAMILIES)
     assert len(workload) == len(workload.optima) == len(workload.counts) == 6
     assert workload.highs_us > 0
-    again = timing.draw_workload("ring:5", **SMALL)
+    again = draw_workload("ring:5", **SMALL)
     assert torch.equal(again.counts, workload.counts)
     single = workload.single(2, "cpu")
     assert torch.equal(single.weights[0], workload.problem.weights[2].float())
@@ -92,24 +100,24 @@ def test_smallest_sweeps():
         asked.append(sweeps)
         return sweeps >= needed
 
-    assert timing.smallest_sweeps(reached, 6, 64).tolist() == [0, 1, 7, 64, -1, -1]
-    assert timing.smallest_sweeps(reached, 6, 1).tolist() == [0, 1, -1, -1, -1, -1]
-    assert timing.smallest_sweeps(reached, 6, 1000).tolist() == needed.tolist()
+    assert smallest_sweeps(reached, 6, 64).tolist() == [0, 1, 7, 64, -1, -1]
+    assert smallest_sweeps(reached, 6, 1).tolist() == [0, 1, -1, -1, -1, -1]
+    assert smallest_sweeps(reached, 6, 1000).tolist() == needed.tolist()
     asked.clear()
-    timing.smallest_sweeps(reached, 6, 64)
+    smallest_sweeps(reached, 6, 64)
     assert len(asked) <= 14
 
 
 def test_solve_row(workload):
     timer, seen = FakeTimer(), []
-    row = timing.solve_row(
+    row = solve_times.solve_row(
         workload, timer, "cpu", tolerance=1e-3, progress=lambda: seen.append(None)
     )
     assert (row["ranks"], row["columns"], row["instances"]) == (5, 5, 6)
     # Of three rounds through six launches the second is the median.
-    assert row["us"] == timing.statistics([7, 8, 9, 10, 11, 12])
+    assert row["us"] == statistics([7, 8, 9, 10, 11, 12])
     assert row["by_family_us"] == dict(zip(workload.families, [7, 8, 9, 10, 11, 12], strict=True))
-    assert row["problem_us"] == timing.statistics([25, 26, 27, 28, 29, 30])
+    assert row["problem_us"] == statistics([25, 26, 27, 28, 29, 30])
     assert row["rotated_us"] == 7.0
     assert 0 <= row["worst_gap"] <= 1e-3
     assert row["iterations"]["mean"] <= row["iterations"]["max"] <= 40
@@ -122,7 +130,7 @@ def test_a_disturbance_meets_a_launch_in_one_round_only(workload):
             super().per_call(launch, about_us)
             return 50.0 if 4 <= self.calls <= 8 else 2.0
 
-    row = timing.solve_row(workload, Disturbed(), "cpu", tolerance=1e-3)
+    row = solve_times.solve_row(workload, Disturbed(), "cpu", tolerance=1e-3)
     assert row["us"]["max"] == 2
 
 
@@ -135,8 +143,8 @@ def test_nothing_is_timed_before_the_gate(workload, monkeypatch):
 
     monkeypatch.setattr(Balancer, "solve", broken)
     timer = FakeTimer()
-    with pytest.raises(timing.WrongAnswerError, match=r"ring:5, instance 0 \(normal\): max_load"):
-        timing.solve_row(workload, timer, "cpu", tolerance=1e-3)
+    with pytest.raises(WrongAnswerError, match=r"ring:5, instance 0 \(normal\): max_load"):
+        solve_times.solve_row(workload, timer, "cpu", tolerance=1e-3)
     assert timer.calls == 0
 
 
@@ -155,22 +163,22 @@ def test_gate(workload, change, message):
     problem = workload.single(1, "cpu")
     problem = lplb_triton.Problem(problem.weights.double(), problem.fixed.double(), problem.mask)
     solution = lplb_triton.solve(problem)
-    timing.check_plan(problem, solution, workload.optima[1], "it")
-    with pytest.raises(timing.WrongAnswerError, match=f"^it: .*{message}"):
-        timing.check_plan(problem, change(solution), workload.optima[1], "it")
+    check_plan(problem, solution, workload.optima[1], "it")
+    with pytest.raises(WrongAnswerError, match=f"^it: .*{message}"):
+        check_plan(problem, change(solution), workload.optima[1], "it")
 
 
 def test_groups_row():
-    row = timing.groups_row(FakeTimer(), "cpu", tolerance=1e-3, per_family=1, n_group=2)
+    row = solve_times.groups_row(FakeTimer(), "cpu", tolerance=1e-3, per_family=1, n_group=2)
     assert (row["groups"], row["batches"]) == (2, 6)
     # Three rounds of six launches together, then of twelve alone; of two the last is the slowest.
-    assert row["together_us"] == timing.statistics([7, 8, 9, 10, 11, 12])
-    assert row["slowest_alone_us"] == timing.statistics([32, 34, 36, 38, 40, 42])
+    assert row["together_us"] == statistics([7, 8, 9, 10, 11, 12])
+    assert row["slowest_alone_us"] == statistics([32, 34, 36, 38, 40, 42])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, not interpreted")
 def test_peer_row(workload):
-    row = timing.peer_row(workload, FakeTimer(), "cpu", tolerance=1e-3, max_sweeps=32)
+    row = peer_row(workload, FakeTimer(), "cpu", tolerance=1e-3, max_sweeps=32)
     affine, edge = row["affine_scaling"], row["edge_balancing"]
     assert affine["us"]["max"] == 12
     assert 0 <= affine["infeasible"] + affine["inexact"] <= 6
@@ -181,8 +189,8 @@ def test_peer_row(workload):
 
 
 def test_peers_of_other_placements():
-    several = timing.draw_workload("random:4:3", **SMALL)
-    row = timing.peer_row(several, FakeTimer(), "cpu", tolerance=1e-3)
+    several = draw_workload("random:4:3", **SMALL)
+    row = peer_row(several, FakeTimer(), "cpu", tolerance=1e-3)
     for name in ("affine_scaling", "edge_balancing", "lplb"):
         assert "two copies" in row[name]
 
@@ -197,16 +205,16 @@ def test_violations_of_the_standard_form(workload):
     even = workload.placement.even_loads(workload.counts) / unit.unsqueeze(1)
     x[:, 2 * columns + ranks] = even.amax(1)
     x[:, 2 * columns : 2 * columns + ranks] = even.amax(1, keepdim=True) - even
-    np.testing.assert_allclose(timing._violations(workload, x), 0, atol=1e-12)
+    np.testing.assert_allclose(largest_violations(workload, x), 0, atol=1e-12)
     x[0, 0] += 0.25
     x[1, 2 * columns] = -0.5
     x[2, -1] = torch.nan
-    assert (timing._violations(workload, x) > [0.2, 0.4, 1e9, -1, -1, -1]).all()
-    assert timing._violations(workload, x)[3:] == pytest.approx(0, abs=1e-12)
+    assert (largest_violations(workload, x) > [0.2, 0.4, 1e9, -1, -1, -1]).all()
+    assert largest_violations(workload, x)[3:] == pytest.approx(0, abs=1e-12)
 
 
 def test_pipeline_row():
-    row = timing.pipeline_row(
+    row = pipeline_times.pipeline_row(
         "cube", 24, FakeTimer(), "cpu", tolerance=1e-3, bandwidth=1e9, per_family=1
     )
     assert (row["ranks"], row["experts"], row["tokens"]) == (8, 256, 24)
@@ -218,7 +226,7 @@ def test_pipeline_row():
 
 
 def test_routed_batches():
-    batches = timing._route(32, 64, 2, 1)
+    batches = pipeline_times.route(32, 64, 2, 1)
     assert len(batches) == 12
     assert all(idx.shape == (32, 8) and idx.dtype == torch.int64 for idx in batches)
     assert all(len(set(token.tolist())) == 8 for idx in batches for token in idx)
@@ -228,30 +236,30 @@ def test_routed_batches():
 
 def test_ids_are_checked():
     rng = np.random.default_rng(0)
-    placement = timing.pipeline_placement("cube", rng)
+    placement = pipeline_times.pipeline_placement("cube", rng)
     balancer = Balancer(placement, device="cpu")
     idx = torch.from_numpy(rng.integers(-1, 256, (64, 8)))
     counts, _ = balancer.count(idx)
     solution, out = balancer.solve(counts), balancer.run(idx)
-    timing.check_ids(placement, idx, out, solution)
+    pipeline_times.check_ids(placement, idx, out, solution)
     wrong = out.clone()
     wrong[idx == 3] = out[idx == 4][0]
-    with pytest.raises(timing.WrongAnswerError, match="no copy"):
-        timing.check_ids(placement, idx, wrong, solution)
-    with pytest.raises(timing.WrongAnswerError, match="-1"):
-        timing.check_ids(placement, idx, out.clamp(min=0), solution)
+    with pytest.raises(WrongAnswerError, match="no copy"):
+        pipeline_times.check_ids(placement, idx, wrong, solution)
+    with pytest.raises(WrongAnswerError, match="-1"):
+        pipeline_times.check_ids(placement, idx, out.clamp(min=0), solution)
     heavy = torch.full((4096, 8), int(placement.phy2log[0]))
     counts, _ = balancer.count(heavy)
-    with pytest.raises(timing.WrongAnswerError, match="rank loads"):
-        timing.check_ids(placement, heavy, torch.zeros_like(heavy), balancer.solve(counts))
+    with pytest.raises(WrongAnswerError, match="rank loads"):
+        pipeline_times.check_ids(placement, heavy, torch.zeros_like(heavy), balancer.solve(counts))
 
 
 @pytest.mark.slow
 def test_first_call_in_fresh_processes():
-    row = timing.first_call_row("cube", "cpu")
+    row = first_call_row("cube", "cpu")
     assert row["cold_s"] > 0 and row["warm_s"] > 0
     with pytest.raises(RuntimeError, match="first call of nothing"):
-        timing.first_call_row("nothing", "cpu")
+        first_call_row("nothing", "cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, not interpreted")
@@ -264,7 +272,7 @@ def test_solve_command(fake_gpu, tmp_path, capsys):
     report = json.loads(report_path.read_text())
     assert [row["shape"] for row in report["rows"]] == ["ring:5", "random:4:3"]
     assert report["groups"] is None
-    assert report["options"]["families"] == list(timing.PUBLISHED_FAMILIES)
+    assert report["options"]["families"] == list(PUBLISHED_FAMILIES)
     assert set(report["environment"]) >= {"gpu", "driver", "torch", "triton"}
     text = text_path.read_text()
     assert "| ring:5 | 5 | 5 | 9.5 |" in text
@@ -299,8 +307,8 @@ def test_pipeline_command(fake_gpu, capsys):
 
 def small_runs(monkeypatch):
     """One case of real traffic, two batches of a layer."""
-    monkeypatch.setattr(traffic, "RUN_CASES", (traffic.Case(256, 8, "eplb", 1),))
-    monkeypatch.setattr(traffic, "RUN_BATCHES", 2)
+    monkeypatch.setattr(cases, "RUN_CASES", (Case(256, 8, "eplb", 1),))
+    monkeypatch.setattr(cases, "RUN_BATCHES", 2)
     return ["pipeline", "--shapes", "cube", "--tokens", "16", "--no-first-call"]
 
 
@@ -336,10 +344,10 @@ def test_uncertified_runs_fail_the_command(fake_gpu, monkeypatch, capsys):
 
 def test_a_wrong_answer_ends_a_command(fake_gpu, monkeypatch, capsys):
     def refuse(*args, **kwargs):
-        raise timing.WrongAnswerError("so and so")
+        raise WrongAnswerError("so and so")
 
-    monkeypatch.setattr(timing, "check_plan", refuse)
-    monkeypatch.setattr(timing, "check_ids", refuse)
+    monkeypatch.setattr(solve_times, "check_plan", refuse)
+    monkeypatch.setattr(pipeline_times, "check_ids", refuse)
     for command in (
         ["solve", "--no-traffic", "--shapes", "ring:5", "--per-family", "1"],
         ["pipeline", "--shapes", "cube", "--tokens", "16", "--no-traffic"],
@@ -352,10 +360,10 @@ def test_more_than_one_allocation_is_reported(fake_gpu, monkeypatch, capsys):
     def pipeline_row(*args, **kwargs):
         return {**row, "allocations_per_call": 2.0}
 
-    row = timing.pipeline_row(
+    row = pipeline_times.pipeline_row(
         "cube", 16, FakeTimer(), "cpu", tolerance=1e-3, bandwidth=1e9, per_family=1
     )
-    monkeypatch.setattr(timing, "pipeline_row", pipeline_row)
+    monkeypatch.setattr(pipeline, "pipeline_row", pipeline_row)
     arguments = ["pipeline", "--shapes", "cube", "--tokens", "16", "--no-traffic"]
     assert cli.main(arguments) == cli.FAILED
     assert "allocates 2 times per call" in capsys.readouterr().err
@@ -403,7 +411,7 @@ def test_markdown():
 
 @pytest.mark.gpu
 def test_graph_timer():
-    timer = timing.GraphTimer(torch.device("cuda"))
+    timer = GraphTimer(torch.device("cuda"))
     x = torch.zeros(1 << 20, device="cuda")
     x.add_(1)
     one = timer.per_call(lambda: x.add_(1), 5.0)

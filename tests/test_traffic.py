@@ -10,8 +10,14 @@ from test_bench_balance import make_trace
 from test_timing import FakeTimer
 
 from lplb_triton import Balancer, Status
-from lplb_triton.bench import cli, tables, timing, traffic
-from lplb_triton.bench.commands import timed
+from lplb_triton.bench import cli
+from lplb_triton.bench.commands import gpu, solve
+from lplb_triton.bench.measure import preparation, traffic
+from lplb_triton.bench.measure.cases import CASES, Case, product
+from lplb_triton.bench.measure.loads import drawn, recorded
+from lplb_triton.bench.measure.preparation import preparations, prepare
+from lplb_triton.bench.measure.timer import GraphTimer, WrongAnswerError, statistics
+from lplb_triton.bench.tables.solve import traffic_grids
 from lplb_triton.traces import trace as traces
 
 SMALL = ["solve", "--no-families", "--ep", "4", "--experts", "16", "--slots", "1"]
@@ -21,12 +27,12 @@ SMALL += ["--batches", "2", "--processes", "1"]
 @pytest.fixture
 def fake_gpu(monkeypatch):
     """Let the command run on the CPU with a fake timer."""
-    monkeypatch.setattr(timed, "start", lambda args: (torch.device("cpu"), FakeTimer()))
+    monkeypatch.setattr(gpu, "start", lambda args: (torch.device("cpu"), FakeTimer()))
 
 
 @pytest.fixture(scope="module")
 def prepared():
-    return traffic.prepare(traffic.Case(16, 4, "eplb", 1), traffic.drawn(16, 3, 0)[0])
+    return prepare(Case(16, 4, "eplb", 1), drawn(16, 3, 0)[0])
 
 
 def expected(loads):
@@ -34,18 +40,18 @@ def expected(loads):
 
 
 def test_drawn_loads():
-    found = traffic.drawn(256, 5, 7)
+    found = drawn(256, 5, 7)
     assert [each.kind for each in found] == ["jitter"] * 9 + ["rotating", "burst"]
     assert len({each.name for each in found}) == 11
-    for each, again in zip(found, traffic.drawn(256, 5, 7), strict=True):
+    for each, again in zip(found, drawn(256, 5, 7), strict=True):
         assert each.batches.dtype == torch.int32 and each.batches.shape == (5, 256)
         assert (each.batches.sum(1) == 32768 * 8).all()
         assert torch.equal(each.batches, again.batches)
-    assert not torch.equal(found[0].batches, traffic.drawn(256, 5, 8)[0].batches)
+    assert not torch.equal(found[0].batches, drawn(256, 5, 8)[0].batches)
 
 
 def test_spread_of_the_jitter_families():
-    for each in traffic.drawn(512, 4, 0)[:9]:
+    for each in drawn(512, 4, 0)[:9]:
         sigma, spread = (float(part.split()[-1]) for part in each.name.split(","))
         popularity = each.history[0].log()
         assert float(popularity.std()) == pytest.approx(sigma, rel=0.15)
@@ -56,7 +62,7 @@ def test_spread_of_the_jitter_families():
 
 
 def test_rotating_and_burst():
-    rotating, burst = traffic.drawn(64, 4, 0)[-2:]
+    rotating, burst = drawn(64, 4, 0)[-2:]
     for at, batch in enumerate(rotating.batches):
         wanted = torch.roll(expected(rotating), 3 * at)
         assert float((batch - wanted).abs().max()) < 6 * float(wanted.max()) ** 0.5
@@ -68,26 +74,26 @@ def test_rotating_and_burst():
 def test_recorded_loads():
     trace = make_trace(batches=9, layers=2)
     totals = trace.totals()
-    for layer, loads in enumerate(traffic.recorded(trace, "it")):
+    for layer, loads in enumerate(recorded(trace, "it")):
         assert (loads.kind, loads.name) == ("it", f"layer {layer}")
         np.testing.assert_array_equal(loads.history, totals[:4, layer])
         np.testing.assert_array_equal(loads.batches, totals[4:, layer])
-    few = traffic.recorded(trace, "it", 2)[1]
+    few = recorded(trace, "it", 2)[1]
     np.testing.assert_array_equal(few.batches, totals[[4, 8], 1])
-    assert len(traffic.recorded(trace, "it", 99)[0].batches) == 5
+    assert len(recorded(trace, "it", 99)[0].batches) == 5
     with pytest.raises(ValueError, match="one batch"):
-        traffic.recorded(make_trace(batches=1, layers=1), "it")
+        recorded(make_trace(batches=1, layers=1), "it")
 
 
 def test_default_cases():
-    assert len(set(traffic.CASES)) == len(traffic.CASES) <= 24
-    assert [str(case) for case in traffic.CASES if case.refusal()] == []
-    assert {case.slots for case in traffic.CASES} == {1, 2, 4}
-    assert {case.experts for case in traffic.CASES} == {128, 256, 288, 384, 512}
+    assert len(set(CASES)) == len(CASES) <= 24
+    assert [str(case) for case in CASES if case.refusal()] == []
+    assert {case.slots for case in CASES} == {1, 2, 4}
+    assert {case.experts for case in CASES} == {128, 256, 288, 384, 512}
 
 
 def test_product():
-    cases, left_out = traffic.product(None, (64, 72), ("eplb", "cube"), (1, 2))
+    cases, left_out = product(None, (64, 72), ("eplb", "cube"), (1, 2))
     assert [(c.experts, c.ep, c.placement, c.slots) for c in cases] == [
         (256, 64, "eplb", 1),
         (256, 64, "eplb", 2),
@@ -98,7 +104,7 @@ def test_product():
     ]
     assert [case.slots for case, _ in left_out] == [1, 1]
     assert "multiple of 2 redundant slots" in left_out[0][1]
-    assert "does not divide" in traffic.Case(100, 64, "place", 1).refusal()
+    assert "does not divide" in Case(100, 64, "place", 1).refusal()
 
 
 def test_prepared_optima(prepared):
@@ -111,12 +117,12 @@ def test_prepared_optima(prepared):
 
 
 def test_every_group_is_checked():
-    case = traffic.Case(64, 16, "cube", 2)
-    one = traffic.prepare(case, traffic.drawn(64, 2, 0)[0])
+    case = Case(64, 16, "cube", 2)
+    one = prepare(case, drawn(64, 2, 0)[0])
     assert one.optima.shape == (2, 2)
     assert traffic.check(one, "cpu", 1e-3).uncertified == 0
     one.optima[1, 1] *= 1.01
-    with pytest.raises(timing.WrongAnswerError, match="EP 16, cube, 2 slots.*batch 1, group 1: op"):
+    with pytest.raises(WrongAnswerError, match="EP 16, cube, 2 slots.*batch 1, group 1: op"):
         traffic.check(one, "cpu", 1e-3)
 
 
@@ -146,7 +152,7 @@ def admit(solution):
 )
 def test_wrong_answers(prepared, monkeypatch, change):
     altered(monkeypatch, change)
-    with pytest.raises(timing.WrongAnswerError, match="sigma 0.5, jitter 0.2, batch 0, group 0"):
+    with pytest.raises(WrongAnswerError, match="sigma 0.5, jitter 0.2, batch 0, group 0"):
         traffic.check(prepared, "cpu", 1e-3)
 
 
@@ -176,7 +182,7 @@ def test_pooled():
     ]
     first, second = traffic.pooled(rows)
     assert (first["kind"], first["load_sets"], first["batches"]) == ("a", 2, 4)
-    assert first["us"] == timing.statistics([1, 2, 3, 4])
+    assert first["us"] == statistics([1, 2, 3, 4])
     assert first["steps"] == {"0": 0.25, "1": 0.25, "2": 0, "3+": 0.5}
     assert first["steps_us"] == {"0": 1, "1": 2, "2": None, "3+": 3.5}
     assert (first["worst_gap"], first["uncertified"]) == (0.2, 2)
@@ -185,13 +191,11 @@ def test_pooled():
 
 def test_table_of_stages():
     found = {"experts": 256, "ep": 64, "placement": "eplb", "slots": 2, "kind": "jitter"}
-    us = timing.statistics([5.0])
+    us = statistics([5.0])
     found |= {"batches": 400, "us": us, "worst_gap": 9e-4, "uncertified": 0}
     found["steps"] = {"0": 0.7, "1": 0.2975, "2": 0.0025, "3+": 0}
     found["steps_us"] = {"0": 4.04, "1": 9.0, "2": 12.5, "3+": None}
-    _, stages, certificates = tables._traffic_grids(
-        {"pooled": [found], "left_out": [], "most": None}
-    )
+    _, stages, certificates = traffic_grids({"pooled": [found], "left_out": [], "most": None})
     assert stages.header[2:] == ("0 steps", "us", "1 step", "us", "2 steps", "us", "3+ steps", "us")
     assert stages.rows == [
         ("256/64 eplb+2", "jitter", "70%", "4.0", "30%", "9.0", "0.2%", "12.5", "0%", "")
@@ -221,15 +225,18 @@ def test_whole_runs(prepared, monkeypatch):
         return run(self, idx).roll(1, 0)
 
     monkeypatch.setattr(Balancer, "run", wrong)
-    with pytest.raises(timing.WrongAnswerError, match="no copy"):
+    with pytest.raises(WrongAnswerError, match="no copy"):
         traffic.run_row(checked, FakeTimer(), 0)
 
 
 @pytest.mark.slow
 def test_processes_prepare_the_same():
-    case = traffic.Case(16, 4, "place", 1)
-    jobs = [(case, loads) for loads in traffic.drawn(16, 2, 0)[:3]]
-    with traffic.preparations(jobs, 5, 2) as several, traffic.preparations(jobs, 5, 1) as one:
+    case = Case(16, 4, "place", 1)
+    jobs = [(case, loads) for loads in drawn(16, 2, 0)[:3]]
+    with (
+        preparations(jobs, 5, 2) as several,
+        preparations(jobs, 5, 1) as one,
+    ):
         for here, there in zip(one, several, strict=True):
             assert here.placement == there.placement
             np.testing.assert_array_equal(here.optima, there.optima)
@@ -304,7 +311,7 @@ def test_refused_before_any_work(fake_gpu, tmp_path, monkeypatch, capsys, argume
     monkeypatch.chdir(tmp_path)
     traces.save(tmp_path / "t.npz", make_trace(batches=4, layers=1))
     traces.save(tmp_path / "one.npz", make_trace(batches=1, layers=1))
-    monkeypatch.setattr(traffic, "prepare", None)
+    monkeypatch.setattr(preparation, "prepare", None)
     try:
         code = cli.main(["solve", *arguments])
     except SystemExit as stop:
@@ -318,14 +325,14 @@ def test_default_subset(fake_gpu, monkeypatch):
 
     def time_traffic(args, plan, device, timer):
         chosen.append(plan)
-        raise timing.WrongAnswerError("on purpose")
+        raise WrongAnswerError("on purpose")
 
-    monkeypatch.setattr(timed, "_time_traffic", time_traffic)
+    monkeypatch.setattr(solve, "_time_traffic", time_traffic)
     assert cli.main(["solve"]) == cli.FAILED
     (plan,) = chosen
-    assert list(dict.fromkeys(case for case, _ in plan.jobs)) == list(traffic.CASES)
+    assert list(dict.fromkeys(case for case, _ in plan.jobs)) == list(CASES)
     assert plan.left_out == []
-    for case in traffic.CASES:
+    for case in CASES:
         loads = [each for other, each in plan.jobs if other == case]
         assert len(loads) == 11 + 4 * (case.experts == 256)
         assert {len(each.batches) for each in loads} <= {12, 100}
@@ -333,7 +340,7 @@ def test_default_subset(fake_gpu, monkeypatch):
 
 @pytest.mark.gpu
 def test_batches_on_a_gpu():
-    timer = timing.GraphTimer(torch.device("cuda"))
+    timer = GraphTimer(torch.device("cuda"))
     counts = torch.zeros(1, dtype=torch.int32, device="cuda")
     seen = torch.zeros(3, dtype=torch.int32, device="cuda")
     batches = torch.arange(3, dtype=torch.int32, device="cuda").unsqueeze(1)

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_triton.bench import cli, corpus, tables, traffic
+from lplb_triton.bench import cli, corpus, tables
 from lplb_triton.bench.commands import verify as command
+from lplb_triton.bench.measure.cases import Case
+from lplb_triton.bench.tables.cells import format_share
 from lplb_triton.testing import instances, verify
 
 
@@ -46,7 +48,7 @@ def test_wrong_usage(arguments, capsys):
 
 def small_parts(n_batches=1):
     """Real traffic and hard placements that an interpreted kernel solves in seconds."""
-    cases = (traffic.Case(32, 8, "eplb", 1), traffic.Case(32, 16, "chain", 2))
+    cases = (Case(32, 8, "eplb", 1), Case(32, 16, "chain", 2))
     names = [name for name, shape in corpus.HARD.items() if shape.ranks <= 16]
     names.append("12 to 60 copies on 64 ranks")
     shapes = {name: corpus.HARD[name] for name in names}
@@ -74,7 +76,7 @@ def test_cases_of_real_traffic():
         here = [case for case in corpus.CASES if case.placement == placement]
         assert {case.ep for case in here} == {8, 16, 32, 64, 72, 96, 128, 144, 256}
         assert {case.slots for case in here} == {1, 2}
-    part = corpus.real(8, 0, [traffic.Case(256, 8, "eplb", 1), traffic.Case(256, 128, "eplb", 1)])
+    part = corpus.real(8, 0, [Case(256, 8, "eplb", 1), Case(256, 128, "eplb", 1)])
     assert part.steps == [(f"256 experts, EP {ep}, eplb, 1 slot", 15) for ep in (8, 128)]
     found = list(part.instances)
     assert [len(each.counts) for each in found] == [11] + 14 * [8] + [5] + 14 * [2]
@@ -85,7 +87,7 @@ def test_cases_of_real_traffic():
     ]
     none, most, one = found[0].counts[-3:]
     assert none.sum() == 0 and most.count_nonzero() == one.count_nonzero() == 1
-    again = corpus.real(8, 0, [traffic.Case(256, 8, "eplb", 1)]).instances
+    again = corpus.real(8, 0, [Case(256, 8, "eplb", 1)]).instances
     for each, other in zip(again, found, strict=False):
         assert each.placement == other.placement and torch.equal(each.counts, other.counts)
 
@@ -149,7 +151,7 @@ def test_what_must_be_certified(part, tolerance, not_certified, good):
 def test_share_that_was_certified():
     assert verify.Verdict(1e-4, instances=1000, not_certified=1).certified == 0.999
     assert verify.Verdict(1e-4).certified == 1
-    shown = [tables._share(1 - bad / 10**5) for bad in (0, 1, 10, 10**5)]
+    shown = [format_share(1 - bad / 10**5) for bad in (0, 1, 10, 10**5)]
     assert shown == ["100.00%", "99.99%", "99.99%", "0.00%"]
 
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 
 from lplb_triton.bench import advise, machine, options, output, placement, tables
-from lplb_triton.bench.commands import timed
+from lplb_triton.bench.commands import gpu
+from lplb_triton.bench.measure.simulate import draw_experts
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import FAILED, OK, Output, say
 from lplb_triton.bench.progress import progress
-from lplb_triton.bench.simulate import draw_experts
 from lplb_triton.traces import trace as traces
 
 __all__ = ["add", "run", "sizes"]
@@ -239,10 +239,10 @@ def _gemm(
     args: argparse.Namespace, model: advise.Model, ep: int, slots: int
 ) -> tuple[advise.GemmModel, list[advise.Point], str]:
     """Model of a rank's time, what it was fitted to, and where."""
-    gpu = torch.cuda.is_available() if args.gemm is None else args.gemm == "gpu"
-    if not gpu:
+    on_gpu = torch.cuda.is_available() if args.gemm is None else args.gemm == "gpu"
+    if not on_gpu:
         return advise.packaged(model.hidden, model.inner), [], "cpu"
-    device, timer = timed.start(args)
+    device, timer = gpu.start(args)
     weights = draw_experts(model.hidden, model.inner, model.experts // ep + slots, device)
     name = torch.cuda.get_device_name()
     gemm, points = advise.measure(model, weights, timer, device, name, machine.pairs())
@@ -251,7 +251,7 @@ def _gemm(
 
 def _check(args: argparse.Namespace, out: Output) -> int:
     """Hold predictions against measured times."""
-    device, timer = timed.start(args)
+    device, timer = gpu.start(args)
     name = torch.cuda.get_device_name()
     ep = args.ep or CHECK_EP
     for model in advise.MODELS.values():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lplb_triton.bench import options, output, run_ep, tables
-from lplb_triton.bench.commands.timed import check_gpu
+from lplb_triton.bench.commands.gpu import check_gpu
 from lplb_triton.bench.machine import communication, environment
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import FAILED, OK, Output, say

@@ -1,19 +1,4 @@
-"""Two other ways to solve the same programs, for comparison with the interior-point kernel.
-
-Both are written here from the published descriptions and share no code with the library's
-solvers. Both take columns with copies on exactly two ranks, as the fixed topologies have them, and
-return the part of every column that its first copy takes (the copy on the lower rank).
-
-``AffineScaling``
-    What DeepSeek's LPLB does: a few steps of primal affine scaling on the dense standard form
-    of the program, from a Big-M start. No bound, so no certificate. Better than there: the step
-    is as long as the largest entry of the whole direction allows, and the direction is projected
-    twice, without which float32 makes many answers infeasible.
-``EdgeBalancing``
-    Coloured edge balancing: the two ranks of every column even out their loads, one colour of
-    the columns after the other, sweep by sweep. No bound either; how many sweeps are enough
-    has to be known beforehand.
-"""
+"""Primal affine scaling on the dense standard form, which is LPLB's method."""
 
 # Bodies of kernels are Triton's language, not Python's, and their compile-time constants are
 # written in capitals, as in Triton itself; launchers are typed and named like everything else.
@@ -23,121 +8,25 @@ return the part of every column that its first copy takes (the copy on the lower
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["AffineScaling", "EdgeBalancing", "color_edges", "two_copy_ranks"]
+from lplb_triton.bench.peers.pairs import check_loads, two_copy_ranks
+
+__all__ = [
+    "AffineScaling",
+]
+
 
 # LPLB divides by the largest expert and takes 1000. Over the six published load families a
 # smaller price in units of the largest number leaves fewer answers infeasible or inexact.
 BIG_M = 10.0
+
 STEP_FACTOR = tl.constexpr(0.999)
+
 # Pivots of a matrix with unit diagonal; float32 cannot tell smaller ones from zero.
 LEAST_PIVOT = tl.constexpr(1e-12)
-# Lanes of a warp; each holds one rank, or several where there are more.
-LANES = 32
-
-
-def two_copy_ranks(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ranks of the two copies of every column.
-
-    Parameters
-    ----------
-    mask : torch.Tensor
-        ``[G, C]`` bool, whether a rank holds a copy of a column.
-
-    Returns
-    -------
-    first, second : torch.Tensor
-        ``[C]`` int64 on the CPU, the lower and the higher rank; -1 for a column without copies
-        (padding).
-
-    Raises
-    ------
-    ValueError
-        If a column has one copy, or more than two.
-    """
-    if mask.ndim != 2 or mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool [G, C], got {mask.dtype} {tuple(mask.shape)}")
-    held = mask.cpu()
-    copies = held.sum(0)
-    wrong = torch.nonzero((copies != 2) & (copies != 0)).flatten()
-    if wrong.numel():
-        column = int(wrong[0])
-        raise ValueError(
-            f"mask must give every column two copies, column {column} has {int(copies[column])}"
-        )
-    rank = torch.arange(len(held), device="cpu").unsqueeze(1)
-    second = torch.where(held, rank, -1).amax(0)
-    first = torch.where(held, rank, len(held)).amin(0)
-    return torch.where(copies == 2, first, -1), second
-
-
-def color_edges(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Colour the edges of a multigraph so that no vertex has two of one colour.
-
-    Takes edges in order; where no colour is free at both ends, two colours are swapped along a
-    path (a Kempe chain). On a bipartite graph, as even rings, cubes and such tori are, the
-    number of colours is the largest degree, which is the least possible.
-
-    Parameters
-    ----------
-    first, second : torch.Tensor
-        ``[C]`` int64, the two vertices of every edge; negative for no edge.
-
-    Returns
-    -------
-    torch.Tensor
-        ``[C]`` int64, colours from 0 on; -1 for no edge.
-    """
-    ends = list(zip(first.tolist(), second.tolist(), strict=True))
-    colors = [-1] * len(ends)
-    # at[vertex][color] is the edge of that colour at that vertex.
-    at: dict[int, dict[int, int]] = {vertex: {} for pair in ends for vertex in pair}
-    n_colors = 0
-    for edge, (u, v) in enumerate(ends):
-        if u < 0 or v < 0:
-            continue
-        free_u = [color for color in range(n_colors) if color not in at[u]]
-        free_v = [color for color in range(n_colors) if color not in at[v]]
-        pairs = [(a, b) for a in free_u for b in free_v]
-        # A colour free at both ends needs no swap: its path is empty.
-        pairs.sort(key=lambda pair: pair[0] != pair[1])
-        for a, b in pairs:
-            path, vertex, color = [], v, a
-            while color in at[vertex]:
-                path.append(at[vertex][color])
-                vertex = sum(ends[path[-1]]) - vertex
-                color = a + b - color
-            if vertex != u:
-                _swap_colors(path, a, b, ends, colors, at)
-                colors[edge] = a
-                break
-        else:
-            colors[edge] = n_colors
-            n_colors += 1
-        at[u][colors[edge]] = at[v][colors[edge]] = edge
-    return torch.tensor(colors, dtype=torch.int64, device="cpu")
-
-
-def _swap_colors(
-    path: list[int],
-    a: int,
-    b: int,
-    ends: list[tuple[int, int]],
-    colors: list[int],
-    at: dict[int, dict[int, int]],
-) -> None:
-    """Exchange the two colours of a path of edges."""
-    for edge in path:
-        for vertex in ends[edge]:
-            del at[vertex][colors[edge]]
-        colors[edge] = a + b - colors[edge]
-    for edge in path:
-        for vertex in ends[edge]:
-            at[vertex][colors[edge]] = edge
 
 
 @triton.jit
@@ -309,69 +198,6 @@ def _affine_scaling_kernel(
     tl.store(x_ptr + program * n_vars + v, x, mask=v < n_vars)
 
 
-@triton.jit(do_not_specialize=["n_ranks", "n_columns"])
-def _edge_balancing_kernel(
-    weights_ptr, fixed_ptr, partner_ptr, column_ptr, is_first_ptr, sweeps_ptr, shares_ptr,
-    n_ranks, n_columns,
-    COLORS: tl.constexpr, L: tl.constexpr,
-):  # fmt: skip
-    """Solve instance ``program_id(0)`` by coloured edge balancing, in one warp.
-
-    A lane is a rank. For each colour it holds the weight of its edge of that colour and how
-    much of it lies on its own side. Both ends of an edge move the same amount with opposite
-    sign, so loads need no scatter, and one shuffle per colour is all that the lanes exchange.
-
-    weights [B, C] and fixed [B, G] float32; partner, column, is_first [COLORS, G] int32: the
-    rank at the other end, the column, whether this end is the first (itself, -1, 0 where there
-    is no edge); sweeps [B] int32, shares [B, C] float32 (written where there is an edge).
-    Grid (B,).
-    """
-    program = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, L)
-    on = lane < n_ranks
-    load = tl.load(fixed_ptr + program * n_ranks + lane, mask=on, other=0.0)
-    # One entry per colour: tuples stay in registers, a two-dimensional tile would be spread
-    # over the lanes.
-    partner, column, weight, mine = (), (), (), ()
-    for k in tl.static_range(COLORS):
-        partner += (tl.load(partner_ptr + k * n_ranks + lane, mask=on, other=0),)
-        column += (tl.load(column_ptr + k * n_ranks + lane, mask=on, other=-1),)
-        weight += (
-            tl.load(weights_ptr + program * n_columns + column[k], mask=column[k] >= 0, other=0.0),
-        )
-        mine += (0.5 * weight[k],)
-        load += mine[k]
-    for _ in range(tl.load(sweeps_ptr + program)):
-        moved = ()
-        for k in tl.static_range(COLORS):
-            uphill = 0.5 * (tl.gather(load, partner[k], 0) - load)
-            step = tl.maximum(tl.minimum(uphill, weight[k] - mine[k]), -mine[k])
-            load += step
-            moved += (mine[k] + step,)
-        mine = moved
-    for k in tl.static_range(COLORS):
-        share = mine[k] / tl.where(weight[k] > 0, weight[k], 1.0)
-        share = tl.where(weight[k] > 0, tl.minimum(tl.maximum(share, 0.0), 1.0), 0.5)
-        is_first = tl.load(is_first_ptr + k * n_ranks + lane, mask=on, other=0) != 0
-        tl.store(shares_ptr + program * n_columns + column[k], share, mask=is_first)
-
-
-def _check_loads(
-    weights: torch.Tensor, fixed: torch.Tensor, n_ranks: int, n_columns: int, device: torch.device
-) -> None:
-    """Raise unless the loads are float32, contiguous and of the sizes of the placement."""
-    for name, value, size in (("weights", weights, n_columns), ("fixed", fixed, n_ranks)):
-        if value.ndim != 2 or value.shape != (len(weights), size):
-            raise ValueError(
-                f"{name} must be [{len(weights)}, {size}], got shape {tuple(value.shape)}"
-            )
-        if value.dtype != torch.float32 or value.device != device or not value.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous float32 on {device}, "
-                f"got {value.dtype} on {value.device}"
-            )
-
-
 class AffineScaling:
     """Primal affine scaling with a Big-M start on the dense standard form, in one launch.
 
@@ -443,7 +269,7 @@ class AffineScaling:
             ``[B, 2 C + G + 2]`` float32: shares on the first copies, on the second, slacks, the
             largest load, the artificial variable. Nothing guarantees that they are feasible.
         """
-        _check_loads(weights, fixed, self.n_ranks, self.n_columns, self.device)
+        check_loads(weights, fixed, self.n_ranks, self.n_columns, self.device)
         batch = len(weights)
         if len(self._scratch) < batch:
             self._scratch = self._scratch.new_empty(batch, self._scratch_size)
@@ -457,72 +283,3 @@ class AffineScaling:
                 num_warps=self._warps,
             )  # fmt: skip
         return x
-
-
-class EdgeBalancing:
-    """Coloured edge balancing, one warp per program.
-
-    Parameters
-    ----------
-    mask : torch.Tensor
-        ``[G, C]`` bool, two copies per column (or none: padding).
-    device : torch.device or str
-        Where to solve.
-
-    Attributes
-    ----------
-    n_colors : int
-        Steps of one sweep.
-
-    Raises
-    ------
-    ValueError
-        If a column hasn't two copies.
-    """
-
-    def __init__(self, mask: torch.Tensor, device: torch.device | str) -> None:
-        first, second = two_copy_ranks(mask)
-        self.n_ranks, self.n_columns = mask.shape
-        colors = color_edges(first, second)
-        self.n_colors = int(colors.max()) + 1
-        tables = np.zeros((3, self.n_colors, self.n_ranks), dtype=np.int32)
-        tables[0] = np.arange(self.n_ranks)
-        tables[1] = -1
-        for column, (u, v, color) in enumerate(
-            zip(first.tolist(), second.tolist(), colors.tolist(), strict=True)
-        ):
-            if color >= 0:
-                tables[:, color, u] = v, column, 1
-                tables[:, color, v] = u, column, 0
-        self._tables = [torch.from_numpy(table).to(device) for table in tables]
-        self.device = self._tables[0].device
-
-    def solve(
-        self, weights: torch.Tensor, fixed: torch.Tensor, sweeps: torch.Tensor
-    ) -> torch.Tensor:
-        """Balance a batch; no host sync.
-
-        Parameters
-        ----------
-        weights, fixed : torch.Tensor
-            ``[B, C]`` and ``[B, G]`` float32, contiguous.
-        sweeps : torch.Tensor
-            ``[B]`` int32, sweeps over all colours for each instance.
-
-        Returns
-        -------
-        torch.Tensor
-            ``[B, C]`` float32 in [0, 1], the first copies' shares; not written for padding.
-        """
-        _check_loads(weights, fixed, self.n_ranks, self.n_columns, self.device)
-        batch = len(weights)
-        if sweeps.shape != (batch,) or sweeps.dtype != torch.int32:
-            raise ValueError(f"sweeps must be [{batch}] int32, got {tuple(sweeps.shape)}")
-        shares = torch.empty(batch, self.n_columns, dtype=torch.float32, device=self.device)
-        if batch:
-            _edge_balancing_kernel[(batch,)](
-                weights, fixed, *self._tables, sweeps, shares, self.n_ranks, self.n_columns,
-                COLORS=self.n_colors, L=max(LANES, triton.next_power_of_2(self.n_ranks)),
-                num_warps=1,
-            )  # fmt: skip
-        return shares

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from lplb_triton import Placement, reference, solve
 from lplb_triton.bench.balance import check_tokens, make_placement, stretches
-from lplb_triton.bench.timing import Timer
+from lplb_triton.bench.measure.timer import Timer
 from lplb_triton.solution import SHARE_BITS
 from lplb_triton.traces.trace import Trace
 

@@ -1,0 +1,133 @@
+"""Tables of `lplb-bench advise`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+from lplb_triton.bench.tables.cells import format_us
+from lplb_triton.bench.tables.grid import Grid
+
+__all__ = [
+    "advice_check_grids",
+    "advise_grids",
+]
+
+
+def advise_grids(report: dict[str, Any]) -> list[Grid]:
+    """Lay out the report of ``lplb-bench advise``.
+
+    Parameters
+    ----------
+    report
+        What the command writes as JSON.
+
+    Returns
+    -------
+    list of Grid
+    """
+    o, gemm = report["options"], report["gemm"]
+    model = o["model"]
+    said = ", ".join(f"{name} from {source}" for name, source in o["sizes_from"].items())
+    rows, costs = [], []
+    for row in report["rows"]:
+        head = (row["placement"], str(row["slots"]))
+        layer, saving, even = row["layer_us"], row["saving_us"], row["break_even"]
+        rows.append(
+            (
+                *head,
+                *(format_us(layer[name]) for name in ("in_order", "even", "lp")),
+                f"{saving['mean']:.0f} ({saving['low']:.0f} .. {saving['high']:.0f})",
+                format_us(row["net_us"]["mean"]),
+            )
+        )
+        shown = ["never" if even[k] is None else str(even[k]) for k in ("mean", "high", "low")]
+        costs.append(
+            (
+                *head,
+                *(format_us(v) for v in row["overhead_us"].values()),
+                f"{shown[0]} ({shown[1]} .. {shown[2]})",
+                f"{row['replica_bytes'] / 2**20:.0f}",
+            )
+        )
+    per = "forward and backward" if o["training"] else "forward"
+    return [
+        Grid(
+            f"Predicted: expert products of the slowest of {o['ep']} ranks, microseconds",
+            ("placement", "slots", "in order", "even", "LP", "saving", "net"),
+            rows,
+            (
+                f"Hidden {model['hidden']}, inner {model['inner']}, {model['experts']} experts, "
+                f"top-{model['top_k']} ({said}), {o['tokens']} tokens per rank, {per}; loads: "
+                f"{o['loads']}. even: EPLB with as many slots, split evenly. saving: of the LP "
+                "over that, mean and range (10th to 90th percentile of the batches, widened by "
+                "the fit's worst error).",
+                f"Times of a rank's products: {gemm['source']}. Fit: {gemm['error']:.0%} rms, "
+                f"{gemm['worst']:.0%} at worst. Predicted, not measured: every figure of this "
+                "table. Left out: communication, routing, attention.",
+            ),
+        ),
+        Grid(
+            "What it costs",
+            ("placement", "slots", "sync", "run", "break-even", "MiB"),
+            costs,
+            (
+                "Microseconds a batch, from figures measured on H100s (sync: two GPUs over NVLink; "
+                "more GPUs or nodes take longer; run: count, solve and select). break-even: tokens "
+                "per rank from which on it pays, by mean (high .. low) saving. MiB: replicas of "
+                "one layer on a rank; in training as much again is sent and received "
+                "for weights and for gradients each step.",
+                _recommendation(report),
+                *(
+                    f"n/a: {slots} slots are more than copies can fill."
+                    for slots in report["left_out"]
+                ),
+            ),
+        ),
+    ]
+
+
+def _recommendation(report: dict[str, Any]) -> str:
+    """Whether balancing pays, and what follows."""
+    best = f"{report['best']['placement']}, {report['best']['slots']} slots per rank"
+    if report["pays"] == "no":
+        return (
+            "It does not pay here: nothing is recommended but EPLB's even split or no copies. "
+            f"Least is lost by {best}."
+        )
+    pays = "It pays" if report["pays"] == "yes" else "Whether it pays is uncertain"
+    return (
+        f"{pays} here. Recommended: {best}; lplb_triton.place, which is slower, may find a better "
+        "placement."
+    )
+
+
+def advice_check_grids(report: dict[str, Any]) -> list[Grid]:
+    """Lay out the report of ``lplb-bench advise --check``.
+
+    Parameters
+    ----------
+    report
+        What the command writes as JSON.
+
+    Returns
+    -------
+    list of Grid
+    """
+    return [
+        Grid(
+            "Predictions against measured times, slowest rank, microseconds",
+            ("model", "EP", "tokens", "split", "measured", "predicted", "error"),
+            [
+                (
+                    *(row["model"], str(row["ep"]), str(row["tokens"]), split),
+                    *(format_us(row[split][k]) for k in ("measured_us", "predicted_us")),
+                    f"{row[split]['error']:+.1%}",
+                )
+                for row in report["rows"]
+                for split in ("even", "lp")
+            ],
+            ("Fitted to other splits of the same sizes on the same GPU. EPLB, one slot per rank.",),
+        )
+    ]
