@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lplb_triton import topologies
-from lplb_triton.bench.balance import BY_HISTORY
+from lplb_triton.bench.balance.placements import BY_HISTORY
 from lplb_triton.solver import DEFAULT_TOLERANCE
 from lplb_triton.solver import MIN_TOLERANCE_FLOAT32 as MIN_TOLERANCE
 from lplb_triton.testing.instances import named_topology, shape_placement
