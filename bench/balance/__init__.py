@@ -15,10 +15,10 @@ compared by their imbalance, the largest rank load over the mean rank load of a 
 
 from __future__ import annotations
 
+from lplb_triton.bench.balance.history import Stretch, stretches
 from lplb_triton.bench.balance.placements import BY_HISTORY, make_placement
 from lplb_triton.bench.balance.replay import Options, combinations, run
 from lplb_triton.bench.balance.results import VARIANTS, Cell, Example, LayerResult, imbalance
-from lplb_triton.bench.balance.stretches import Stretch, stretches
 from lplb_triton.bench.balance.whole_tokens import check_tokens, fold_sources, integer_loads
 
 __all__ = [

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from lplb_triton import Placement, Solution, solve
+from lplb_triton.bench.balance.history import Stretch, stretches
 from lplb_triton.bench.balance.placements import BY_HISTORY, make_placement
 from lplb_triton.bench.balance.results import Cell, LayerResult
-from lplb_triton.bench.balance.stretches import Stretch, stretches
 from lplb_triton.bench.balance.whole_tokens import fold_sources, integer_loads
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE
 from lplb_triton.testing.instances import named_topology

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lplb_triton import Placement, Status
-from lplb_triton.bench.balance.stretches import Stretch
+from lplb_triton.bench.balance.history import Stretch
 
 __all__ = ["VARIANTS", "Cell", "Example", "FloatArray", "LayerResult", "imbalance"]
 
