@@ -9,8 +9,7 @@ import torch
 from lplb_triton.bench.advise.gemm import GemmModel
 from lplb_triton.bench.advise.gpu_times import time_rank
 from lplb_triton.bench.advise.models import Model
-from lplb_triton.bench.placement import Case
-from lplb_triton.bench.placement import make as make_by_history
+from lplb_triton.bench.placement import Case, make_by_history
 from lplb_triton.bench.simulate import slot_tokens
 from lplb_triton.bench.timing import Timer
 

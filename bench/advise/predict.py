@@ -12,8 +12,7 @@ import torch
 from lplb_triton.bench.advise.gemm import Floats, GemmModel
 from lplb_triton.bench.advise.models import BYTES, MATRICES, Model
 from lplb_triton.bench.advise.overhead import overhead_us
-from lplb_triton.bench.placement import Case
-from lplb_triton.bench.placement import make as make_by_history
+from lplb_triton.bench.placement import Case, make_by_history
 from lplb_triton.bench.simulate import slot_tokens
 from lplb_triton.placement import Placement
 

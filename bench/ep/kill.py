@@ -16,7 +16,7 @@ from lplb_triton.bench.timing import WrongAnswerError
 
 __all__ = ["kill_one"]
 
-# The same where one rank is killed.
+# Limit on waits of the exchange where one rank is killed, in seconds.
 KILL_TIMEOUT = 3.0
 
 

@@ -19,7 +19,17 @@ __all__ = ["SECTIONS", "Section", "reason_to_skip"]
 
 @dataclass(frozen=True)
 class Section:
-    """Code of a section, what it is run for (back ends or routings), and seconds at most."""
+    """A section.
+
+    Attributes
+    ----------
+    work
+        Runs on every rank, for one variant, and returns the figures.
+    variants
+        Back ends or routings.
+    seconds
+        Limit for each variant.
+    """
 
     work: Callable[[Worker, str], Row]
     variants: tuple[str, ...]
@@ -36,7 +46,7 @@ SECTIONS = {
 
 
 def reason_to_skip(section: str, variant: str, ranks: int, device: str) -> str | None:
-    """Why a section can't run here, or None."""
+    """Say why a section can't run here, or return None."""
     if section == "train":
         if (train.EXAMPLES / "train_moe_ep.py").is_file():
             return None

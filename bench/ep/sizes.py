@@ -10,7 +10,7 @@ __all__ = ["KINDS", "N_COUNTS", "PER_GRAPH", "SIZES", "TIMEOUT", "Job", "Row", "
 N_COUNTS = 256
 # Exchanges in one CUDA graph.
 PER_GRAPH = 100
-# Bound on waits of the exchange, and of NCCL, in seconds.
+# Limit on waits of the exchange, and of NCCL, in seconds.
 TIMEOUT = 60.0
 KINDS = ("symmetric", "nvshmem", "distributed", "hierarchical")
 Row = dict[str, Any]
@@ -36,8 +36,9 @@ class Sizes:
         Difference of two loss curves (root of the mean square over the steps) that is always
         allowed.
     noise : float
-        And this times what another order of sums makes: by a rounding error a token near the
-        border of two experts goes to the other one, and curves part.
+        The difference that another order of sums makes is allowed so many times over: by a
+        rounding error a token near the border of two experts is routed to the other one, and the
+        curves diverge.
     """
 
     epochs: int
