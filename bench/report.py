@@ -252,7 +252,8 @@ def _cell(name: str, cell: Mapping[str, Any]) -> str:
 
 
 def _figure(name: str, title: str, body: str) -> str:
-    return f'<div id="{name}" style="max-width:{charts.WIDTH}px">\n<h3>{escape(title)}</h3>\n{body}\n</div>'
+    head = f'<div id="{name}" style="max-width:{charts.WIDTH}px">'
+    return f"{head}\n<h3>{escape(title)}</h3>\n{body}\n</div>"
 
 
 def _solver(cell: Mapping[str, Any]) -> str:

@@ -165,7 +165,7 @@ def _replay_layer(
         "even": placement.even_loads(totals).numpy(),
     }
     if placement.n_physical == placement.n_logical:
-        # One copy each: there is nothing to choose.
+        # Every expert has one copy, so that the LP has nothing to decide.
         loads["lp"] = loads["integer"] = loads["even"]
         empty = np.zeros(0, dtype=np.int64)
         return LayerResult(

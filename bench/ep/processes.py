@@ -30,8 +30,8 @@ NO_MULTICAST = {
 
 
 def _run_rank(rank: int, job: Job) -> None:
-    """One process of a section; leaves its result in a file."""
-    # Libraries read these when they start, which is later.
+    """Run one rank of a section in this process, and leave its result in a file."""
+    # The libraries read these when they are initialised, which happens below.
     os.environ.update(NO_MULTICAST)
     try:
         result = SECTIONS[job.section].work(Worker(job, rank), job.variant)
@@ -40,7 +40,7 @@ def _run_rank(rank: int, job: Job) -> None:
         result = {"failed": f"rank {rank}: {type(error).__name__}: {error}"}
     path = Path(job.folder, str(rank))
     path.write_text(json.dumps(result))
-    # Whole or not at all, as this process may be killed at any time.
+    # The rename is atomic: this process may be killed at any time.
     path.rename(path.with_suffix(".json"))
     sys.stderr.flush()
     # The interpreter's teardown would wait for the other ranks, of which one may be dead.

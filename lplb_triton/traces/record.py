@@ -324,7 +324,7 @@ class Recorder:
             return np.zeros((ended, self.layers, self.n_experts + _MORE_BINS), dtype=np.int32)
         counts: np.ndarray[Any, np.dtype[np.int32]]
         counts = self._buffer[:ended].to("cpu", copy=True).numpy()
-        # The counts of a batch that has not ended lie behind those of the ended ones; they move first.
+        # The counts of a batch that has not ended lie behind the others; they become the first.
         rest = self._buffer[ended : ended + any(self._adds)].clone()
         self._buffer.zero_()
         self._buffer[: len(rest)] = rest
