@@ -139,21 +139,21 @@ class Output:
 
 
 def say(text: str) -> None:
-    """Write a line to standard error; if that fails nobody can be told."""
+    """Write a line to standard error; a failure to write is ignored."""
     stream = Stream("stderr")
     stream.write(f"lplb-bench: {text}\n")
     stream.flush()
 
 
 class Files:
-    """Files of one command, each written at once; what failed is told at the end."""
+    """Files of one command, each written at once; failures are reported at the end."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._error: UsageError | None = None
 
     def add(self, label: str, path: Path | str, content: str | bytes) -> None:
-        """Write a file; if it can't be, the others and what is printed still come."""
+        """Write a file; if that fails, the others are still written and the tables printed."""
         data = content if isinstance(content, bytes) else content.encode(errors="replace")
         try:
             write(Path(path), data)

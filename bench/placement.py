@@ -390,7 +390,7 @@ def published_row(
 
 
 def _published_function(path: Path) -> Callable[..., Any]:
-    """``rebalance_experts`` of a file, as a function whose own errors are told from ours."""
+    """``rebalance_experts`` of a file, as a function whose own errors become `PublishedError`."""
     spec = importlib.util.spec_from_file_location("published_eplb", path)
     if not os.path.isfile(path) or spec is None or spec.loader is None:
         raise PublishedError(f"{path} is not a Python file")

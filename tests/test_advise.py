@@ -79,6 +79,7 @@ OTHER_SIZE = {
 
 
 def test_the_packaged_table():
+    """The packaged model is near the times of its table and of a size that it was not fitted to."""
     for (hidden, inner), lines in table.TABLE.items():
         model = advise.packaged(hidden, inner)
         assert model.error < 0.08 and model.worst < 0.18 and "H100" in model.source
@@ -93,6 +94,7 @@ def test_the_packaged_table():
 
 
 def test_overheads(monkeypatch):
+    """Overheads are interpolated between measured sizes, and in proportion beyond them."""
     monkeypatch.setattr(overhead, "SYNC_US", 6.0)
     monkeypatch.setattr(overhead, "RUN_US", {8: (9.0, 10.0, 16.0), 32: (15.0, 17.0, 25.0)})
     assert advise.overhead_us(8, 4096) == pytest.approx({"sync": 6.0, "run": 10.0})
@@ -105,6 +107,7 @@ def test_overheads(monkeypatch):
     ("saving", "expected"), [([1, 3, 1, 3, 3], 3), ([3] * 5, 0), ([3, 3, 3, 3, 1], None)]
 )
 def test_break_even(monkeypatch, saving, expected):
+    """The break-even size is the least from which on every larger one pays."""
     monkeypatch.setattr(prediction, "GRID", tuple(range(5)))
     assert prediction.find_break_even(saving, [2] * 5) == expected
 
@@ -115,6 +118,7 @@ def case(seed=0):
 
 
 def test_advice():
+    """Rows, savings and the recommendation of a small layer agree with each other."""
     slow = SLOW
     found = advise.advise(SMALL, slow, [case()], 8, 2**14, (1, 2, 4))
     assert [(r["placement"], r["slots"]) for r in found["rows"]] == [
@@ -155,6 +159,7 @@ def test_wrong_sizes(changes, match):
 
 
 def test_dry_run_of_the_measurements(monkeypatch):
+    """Calibration and check measure the rows that they report."""
     monkeypatch.setattr(gpu_times, "CALIBRATION_ROWS", (16, 64, 128))
     monkeypatch.setattr(gpu_times, "CALIBRATION_TOKENS", 32)
     weights = draw_experts(SMALL.hidden, SMALL.inner, 5, "cpu")
@@ -174,6 +179,7 @@ def test_dry_run_of_the_measurements(monkeypatch):
 
 
 def test_long_launches_are_timed_one_by_one(monkeypatch):
+    """Long launches are not put into a graph."""
     launched = []
     monkeypatch.setattr(gpu_times, "run_experts", lambda x, *rest: launched.append(len(x)))
     # A thousand million columns, all the same number.
@@ -266,6 +272,7 @@ def test_it_says_where_sizes_come_from(recorded, capsys, name, options, sources,
 
 
 def test_nothing_is_recommended_where_it_does_not_pay(capsys):
+    """Nothing is recommended where the cost exceeds the saving."""
     small = "advise --gemm table --ep 8 --experts 64 --slots 1 --markdown - --tokens"
     assert cli.main([*small.split(), "16"]) == cli.OK
     shown = capsys.readouterr().out
@@ -285,6 +292,7 @@ def test_what_is_recommended():
 
 
 def test_command_check(monkeypatch, capsys):
+    """--check fails if a prediction is too far off, and reports its fits."""
     monkeypatch.setattr(timed, "start", lambda args: (torch.device("cpu"), FakeTimer()))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     found = {"gpu": None, "cpu": "c", "torch_threads": 1, "torch": "t"}

@@ -34,6 +34,7 @@ def quick_start(monkeypatch):
 
 @pytest.mark.slow
 def test_every_section_on_a_cpu(quick_start, tmp_path, capsys):
+    """All sections pass on two gloo ranks, and the report has their figures."""
     path, text = tmp_path / "ep.json", tmp_path / "ep.md"
     options = ["--device", "cpu", "--epochs", "200", "--replays", "1"]
     code = run_ep.main([*options, "--json", str(path), "--markdown", str(text)])
@@ -91,6 +92,7 @@ def test_a_torus_of_four_ranks(quick_start, capsys):
     ("ranks", "fixed", "redundant"), [(2, "ring:2", 1), (4, "torus:2x2", 2), (8, "cube", 2)]
 )
 def test_placements(ranks, fixed, redundant):
+    """There is a fixed topology, and EPLB with one and two slots per rank."""
     made = make_placements(ranks)
     assert list(made) == [fixed, f"eplb:{ranks}:1", f"eplb:{ranks}:2"]
     for placement, slots in zip(made.values(), (redundant, 1, 2), strict=True):
@@ -133,6 +135,7 @@ def loads_of(ranks):
 
 
 def test_the_gate_passes_what_is_right():
+    """Ids that follow the LP pass the check of loads."""
     found = loads_of(AllRanks())
     assert found["batches"] == 1 and 0 < found["kept_on_rank"] < 1
     assert 1 <= found["over_bound"] <= found["imbalance"]["max"] * (1 + 1e-6)
@@ -161,6 +164,7 @@ def test_the_gate_stops_wrong_ids(change, message):
 
 
 def test_the_gate_holds_loads_against_the_bound(monkeypatch):
+    """Loads off the bound or off the certified load are refused."""
     right = loads.solve
     for factor in (0.5, 2.0):
 
@@ -185,6 +189,7 @@ def job(tmp_path, **changes):
 
 @pytest.mark.slow
 def test_a_section_that_fails_says_why(tmp_path):
+    """Errors, dead processes and the time limit are reported."""
     for name in ("soft", "hard", "late"):
         (tmp_path / name).mkdir()
     # Figures stay where they are there.
@@ -205,6 +210,7 @@ def test_nothing_starts_without_time_left(capsys):
 
 
 def test_what_diverged_has_no_figure(tmp_path, monkeypatch):
+    """An infinite figure becomes null in the report."""
     (tmp_path / "0.json").write_text(json.dumps({"reversed_difference": math.inf}))
     context = SimpleNamespace(
         Process=lambda **_: SimpleNamespace(start=lambda: None, exitcode=0, pid=None)
@@ -216,6 +222,8 @@ def test_what_diverged_has_no_figure(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_cut_short_keeps_what_it_found(monkeypatch, tmp_path):
+    """The file has the figures of the sections before an interrupt."""
+
     def section(job, seconds):
         if job.section == "kill":
             raise KeyboardInterrupt
@@ -277,6 +285,7 @@ def test_ctrl_c_leaves_one_line_and_no_process(late):
 
 
 def test_interrupts_are_blocked_only_meanwhile():
+    """SIGINT is delivered when the block ends, and the mask is restored."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -303,6 +312,7 @@ def test_interrupts_are_blocked_only_meanwhile():
     ],
 )
 def test_wrong_usage(arguments, message, capsys):
+    """Wrong options end with the usage code and name the option."""
     try:
         code = run_ep.main(["--device", "cpu", *arguments])
     except SystemExit as stop:

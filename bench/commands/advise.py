@@ -247,7 +247,7 @@ def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Si
 
 
 def _recorded(trace: traces.Trace) -> dict[str, int]:
-    """Sizes that a trace tells itself."""
+    """Return the sizes that a trace records."""
     found = {"experts": trace.experts}
     top_k = trace.meta.get("top_k")
     if isinstance(top_k, int) and not isinstance(top_k, bool) and top_k > 0:
@@ -270,7 +270,7 @@ def _gemm(
 
 
 def _check(args: argparse.Namespace, out: Output) -> int:
-    """Hold predictions against measured times."""
+    """Compare predictions with measured times."""
     device, timer = timed.start(args)
     name = torch.cuda.get_device_name()
     ep = args.ep or CHECK_EP

@@ -1,4 +1,4 @@
-"""Hold the physical ids of all ranks against the LP."""
+"""Compare the physical ids of all ranks with the LP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["check_loads"]
 
 
 def check_loads(worker: Worker, balancer: Balancer, batches: Sequence[torch.Tensor]) -> Row:
-    """Hold the physical ids of all ranks against the LP, before anything is timed.
+    """Compare the physical ids of all ranks with the LP, before anything is timed.
 
     Every id must map back, every copy's quota must be met, and the most loaded rank must lie
     between the LP's lower bound and its certified load plus what rounding may add.
@@ -56,9 +56,9 @@ def check_loads(worker: Worker, balancer: Balancer, batches: Sequence[torch.Tens
         kept += int((rank_of_slot[physical] == sender).sum())
         everything += physical.numel()
     if exact:
-        told = [worker.sum_over_ranks(int(tokens)) for tokens in balancer.traffic]
-        if told[0] != kept or told[2] != everything:
-            raise timing.WrongAnswerError(f"traffic says {told}, {kept} of {everything} were kept")
+        sent = [worker.sum_over_ranks(int(tokens)) for tokens in balancer.traffic]
+        if sent[0] != kept or sent[2] != everything:
+            raise timing.WrongAnswerError(f"traffic says {sent}, {kept} of {everything} were kept")
     return {
         "batches": len(batches),
         "imbalance": timing.statistics(imbalance),

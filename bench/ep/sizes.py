@@ -1,4 +1,4 @@
-"""How much the sections do, and what the processes of a section are told."""
+"""How much the sections do, and the description that each process of a section gets."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Job:
-    """What a section's processes are told: section, back end or routing, and how much to do."""
+    """What each process of a section gets: section, back end or routing, and how much to do."""
 
     section: str
     variant: str

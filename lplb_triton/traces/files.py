@@ -105,7 +105,7 @@ def read_npz(path: Path) -> dict[str, Any]:
     name = ""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            # A newer format may hold members that this version cannot read, so look first.
+            # This version may be unable to read members of a newer format: check the version first.
             for name in sorted(archive.files, key=lambda key: key != "format_version"):
                 content[name] = archive[name]
                 if name == "format_version":
@@ -201,7 +201,7 @@ def _array_from_json(value: object, key: str, path: Path) -> npt.NDArray[Any]:
             f"{path}: {key!r} must be nested lists of integers, of equal length on each level"
         ) from error
     if array.dtype.kind in "fO":
-        # Integers that don't fit in 64 bits become something else.
+        # numpy converts integers that don't fit in 64 bits to another type.
         numbers = np.array(value, dtype=object).ravel().tolist()
         if numbers and all(type(number) is int for number in numbers):
             bits = max(number.bit_length() for number in numbers)

@@ -19,7 +19,7 @@ __all__ = ["group_is_up", "list_some", "merge", "merge_into", "own_rank", "rank_
 
 
 def rank_path(path: str | os.PathLike[str], rank: int) -> Path:
-    """Where one of several processes writes: ``trace.npz`` becomes ``trace.rank00003.npz``."""
+    """Return the path of one rank's file: ``trace.rank00003.npz`` for ``trace.npz``."""
     whole = Path(path)
     return whole.with_name(f"{whole.stem}.rank{rank:05d}{whole.suffix}")
 
