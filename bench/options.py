@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 
 from lplb_triton import topologies
-from lplb_triton.bench.balance import BY_HISTORY
-from lplb_triton.solver import DEFAULT_TOLERANCE
+from lplb_triton.bench.balance.placements import BY_HISTORY
+from lplb_triton.solver import DEFAULT_TOLERANCE, resolve_backend
 from lplb_triton.solver import MIN_TOLERANCE_FLOAT32 as MIN_TOLERANCE
 from lplb_triton.testing.instances import named_topology, shape_placement
 from lplb_triton.traces import trace as traces
@@ -29,6 +30,7 @@ __all__ = [
     "add_placement",
     "add_slots",
     "check_divides",
+    "choose_device",
     "count",
     "fill",
     "given",
@@ -412,3 +414,31 @@ def load_trace(path: Path | None, option: str = "--trace") -> tuple[traces.Trace
         return traces.load(path), path.name.encode(errors="replace").decode()
     except (OSError, ValueError) as error:
         raise UsageError(f"argument {option}: {error}") from error
+
+
+def choose_device(device: str | None, backend: str | None) -> tuple[str, str]:
+    """Choose where and by what to solve.
+
+    Parameters
+    ----------
+    device, backend
+        As given, or None.
+
+    Returns
+    -------
+    tuple of str
+        Device and backend.
+
+    Raises
+    ------
+    UsageError
+        If what was asked for isn't there.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("argument --device: cuda was asked for, but torch finds no GPU")
+    try:
+        return device, resolve_backend(backend, torch.device(device))
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"argument --backend: {error}") from error

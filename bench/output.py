@@ -54,7 +54,7 @@ class Stream:
 
     @property
     def encoding(self) -> str:
-        """Of the stream."""
+        """Encoding of the stream."""
         return getattr(getattr(sys, self._name), "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
@@ -74,25 +74,25 @@ class Stream:
                 encoding = self.encoding
                 stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             except OSError as error:
-                self._lose(stream, error)
+                self._discard_rest(stream, error)
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what was written."""
+        """Flush what was written."""
         stream = getattr(sys, self._name)
         if self.error is None and stream is not None:
             try:
                 stream.flush()
             except OSError as error:
-                self._lose(stream, error)
+                self._discard_rest(stream, error)
 
-    def _lose(self, stream: IO[str], error: OSError) -> None:
-        """Keep the error, and let what is still buffered go nowhere when Python ends."""
+    def _discard_rest(self, stream: IO[str], error: OSError) -> None:
+        """Keep the error, and send what is still buffered to the null device when Python ends."""
         self.error = error
         try:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
         except OSError:
             # The stream is no file of the system.
             return
@@ -139,21 +139,21 @@ class Output:
 
 
 def say(text: str) -> None:
-    """Write a line to standard error; if that fails nobody can be told."""
+    """Write a line to standard error; a failure to write is ignored."""
     stream = Stream("stderr")
     stream.write(f"lplb-bench: {text}\n")
     stream.flush()
 
 
 class Files:
-    """Files of one command, each written at once; what failed is told at the end."""
+    """Files of one command, each written at once; failures are reported at the end."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._error: UsageError | None = None
 
     def add(self, label: str, path: Path | str, content: str | bytes) -> None:
-        """Write a file; if it can't be, the others and what is printed still come."""
+        """Write a file; if that fails, the others are still written and the tables printed."""
         data = content if isinstance(content, bytes) else content.encode(errors="replace")
         try:
             write(Path(path), data)
@@ -239,7 +239,7 @@ def check_files(
     """
     seen: dict[Path | str, str] = {}
     folders: dict[Path, str] = {}
-    reads = {_whole(path): option for option, path in inputs if path is not None}
+    reads = {_real_path(path): option for option, path in inputs if path is not None}
     for option, path in outputs:
         if path is None:
             continue
@@ -248,7 +248,7 @@ def check_files(
                 raise UsageError(f"arguments {seen['-']} and {option} cannot both print to stdout")
             seen["-"] = option
             continue
-        whole = _whole(Path(path))
+        whole = _real_path(Path(path))
         for others, what in ((seen, "and {} would both write"), (reads, "would replace")):
             if whole in others:
                 raise UsageError(f"argument {option} {what.format(others[whole])} {str(path)!r}")
@@ -269,7 +269,7 @@ def check_files(
             raise UsageError(f"argument {option}: the folder {parent} may not be written to")
 
 
-def _whole(path: Path) -> Path:
+def _real_path(path: Path) -> Path:
     # Unlike Path.resolve, this can't fail on a loop of links.
     return Path(os.path.realpath(path))
 

@@ -27,6 +27,8 @@ __all__ = [
     "Case",
     "PublishedError",
     "impossible",
+    "judge",
+    "make_by_history",
     "measure",
     "moves_row",
     "published_row",
@@ -141,7 +143,7 @@ def _tokens(load: np.ndarray[Any, np.dtype[np.float64]]) -> torch.Tensor:
     return torch.from_numpy((load / load.sum(1, keepdims=True) * SYNTHETIC_TOKENS).round()).long()
 
 
-def make(
+def make_by_history(
     method: str,
     history: torch.Tensor,
     ep: int,
@@ -221,7 +223,7 @@ def measure(
         wall time, and ``cpu_seconds``, of all threads, to make the placement.
     """
     begin, cpu = time.perf_counter(), time.process_time()
-    placement = make(method, case.history, ep, slots, device, trials)
+    placement = make_by_history(method, case.history, ep, slots, device, trials)
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     return {**judge(placement, case.test, device), "seconds": seconds, "cpu_seconds": cpu}
 
@@ -313,7 +315,7 @@ def moves_row(
         size = (SYNTHETIC_HISTORY + SYNTHETIC_TEST, MOVES_EXPERTS)
         loads = _tokens(mean * rng.lognormal(0, JITTER, size))
         history, test = loads[:SYNTHETIC_HISTORY], loads[SYNTHETIC_HISTORY:].unsqueeze(1)
-        now = {"eplb": make("eplb", history, ep, slots, device, None)}
+        now = {"eplb": make_by_history("eplb", history, ep, slots, device, None)}
         for name, price in (("free", 0.0), ("priced", penalty)):
             now[name] = place(
                 history.to(device),
@@ -388,7 +390,7 @@ def published_row(
 
 
 def _published_function(path: Path) -> Callable[..., Any]:
-    """``rebalance_experts`` of a file, as a function whose own errors are told from ours."""
+    """``rebalance_experts`` of a file, as a function whose own errors become `PublishedError`."""
     spec = importlib.util.spec_from_file_location("published_eplb", path)
     if not os.path.isfile(path) or spec is None or spec.loader is None:
         raise PublishedError(f"{path} is not a Python file")

@@ -127,7 +127,7 @@ def _draw_loads(ax: Axes, cell: Cell) -> None:
     ax.axhline(1.0, color="black", linewidth=0.8)
     ax.set_xlabel("rank")
     ax.set_ylabel("load / mean load")
-    _head(ax, f"{_name(cell)}: layer {example.layer}, batch {example.batch}")
+    _add_title_and_legend(ax, f"{_name(cell)}: layer {example.layer}, batch {example.batch}")
 
 
 def _draw_batches(ax: Axes, cell: Cell) -> None:
@@ -148,11 +148,11 @@ def _draw_batches(ax: Axes, cell: Cell) -> None:
     ax.tick_params(axis="y", which="both", labelsize=8)
     ax.set_xlabel("test batch (dotted: another recording)" if recordings > 1 else "test batch")
     ax.set_ylabel("max / mean rank load")
-    _head(ax, f"{_name(cell)}: mean over layers")
+    _add_title_and_legend(ax, f"{_name(cell)}: mean over layers")
 
 
-def _head(ax: Axes, title: str) -> None:
-    """Title, and the legend in one line under it, where it hides no data."""
+def _add_title_and_legend(ax: Axes, title: str) -> None:
+    """Add a title, and the legend in one line under it, where it hides no data."""
     ax.set_title(title, fontsize=10, pad=22)
     ax.legend(
         fontsize=8,

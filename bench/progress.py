@@ -37,13 +37,13 @@ def progress(
     if not show and (show is not None or not stream.isatty()):
         yield lambda: None
     elif stream.isatty():
-        with _bar(parts, stream) as advance:
+        with _show_bar(parts, stream) as advance:
             yield advance
     else:
-        yield _lines(parts)
+        yield _report_by_lines(parts)
 
 
-def _names(parts: Sequence[tuple[str, int]]) -> list[str]:
+def _step_labels(parts: Sequence[tuple[str, int]]) -> list[str]:
     """Return what to say during each step."""
     return [
         f"{number} of {len(parts)}: {name}"
@@ -52,8 +52,8 @@ def _names(parts: Sequence[tuple[str, int]]) -> list[str]:
     ]
 
 
-def _lines(parts: Sequence[tuple[str, int]]) -> Callable[[], None]:
-    names, begun, done = _names(parts), time.monotonic(), 0
+def _report_by_lines(parts: Sequence[tuple[str, int]]) -> Callable[[], None]:
+    names, begun, done = _step_labels(parts), time.monotonic(), 0
 
     def advance() -> None:
         nonlocal done
@@ -67,14 +67,14 @@ def _lines(parts: Sequence[tuple[str, int]]) -> Callable[[], None]:
 
 
 @contextmanager
-def _bar(parts: Sequence[tuple[str, int]], stream: Stream) -> Iterator[Callable[[], None]]:
+def _show_bar(parts: Sequence[tuple[str, int]], stream: Stream) -> Iterator[Callable[[], None]]:
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    names = [escape(name) for name in _names(parts)]
+    names = [escape(name) for name in _step_labels(parts)]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     target = tables.console(file=cast("IO[str]", stream))
-    # What is redirected would come back to the stream that it is written to.
+    # Redirected output would be written to the same stream again, in a loop.
     with Progress(
         *columns, console=target, transient=True, redirect_stdout=False, redirect_stderr=False
     ) as bar:

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from lplb_triton import Placement, solve
 from lplb_triton.bench.balance import imbalance, integer_loads, make_placement, stretches
-from lplb_triton.bench.placement import METHODS, Case
-from lplb_triton.bench.placement import make as make_by_history
+from lplb_triton.bench.placement import METHODS, Case, make_by_history
 from lplb_triton.testing.instances import FAMILIES
 from lplb_triton.testing.verify import SLACK, highs_optimum
 from lplb_triton.traces import trace as traces

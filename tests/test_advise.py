@@ -10,7 +10,8 @@ from test_bench_balance import make_trace
 from test_timing import FakeTimer
 
 from lplb_triton.bench import advise, cli, machine, placement
-from lplb_triton.bench.advise import GemmModel, Model, Point
+from lplb_triton.bench.advise import GemmModel, Model, Point, gpu_times, overhead, table
+from lplb_triton.bench.advise import predict as prediction
 from lplb_triton.bench.commands import advise as command
 from lplb_triton.bench.commands import gpu
 from lplb_triton.bench.measure.simulate import draw_experts
@@ -59,7 +60,7 @@ def test_a_fit_finds_what_times_were_made_with():
         Point(hidden, 32, rows, float(predict(truth, rows, hidden)))
         for hidden in (64, 256)
         for n in (64, 256, 1024, 16384, 2**17)
-        for rows in advise._splits(n, 4)
+        for rows in table.split_rows(n, 4)
     ]
     found = advise.fit(points, "here", truth.pairs)
     assert found.worst < 0.02 and found.source == "here" and found.pairs == truth.pairs
@@ -78,12 +79,13 @@ OTHER_SIZE = {
 
 
 def test_the_packaged_table():
-    for (hidden, inner), lines in advise.TABLE.items():
+    """The packaged model is near the times of its table and of a size that it was not fitted to."""
+    for (hidden, inner), lines in table.TABLE.items():
         model = advise.packaged(hidden, inner)
         assert model.error < 0.08 and model.worst < 0.18 and "H100" in model.source
         assert "not measured" not in model.source
         for total, times in lines.items():
-            for rows, time in zip(advise._splits(total, 9), times, strict=True):
+            for rows, time in zip(table.split_rows(total, 9), times, strict=True):
                 assert predict(model, rows, hidden, inner) == pytest.approx(time, rel=0.18)
     other = advise.packaged(4096, 14336)
     assert "not measured" in other.source and other.wide == model.wide
@@ -92,8 +94,9 @@ def test_the_packaged_table():
 
 
 def test_overheads(monkeypatch):
-    monkeypatch.setattr(advise, "SYNC_US", 6.0)
-    monkeypatch.setattr(advise, "RUN_US", {8: (9.0, 10.0, 16.0), 32: (15.0, 17.0, 25.0)})
+    """Overheads are interpolated between measured sizes, and in proportion beyond them."""
+    monkeypatch.setattr(overhead, "SYNC_US", 6.0)
+    monkeypatch.setattr(overhead, "RUN_US", {8: (9.0, 10.0, 16.0), 32: (15.0, 17.0, 25.0)})
     assert advise.overhead_us(8, 4096) == pytest.approx({"sync": 6.0, "run": 10.0})
     assert advise.overhead_us(64, 128)["run"] == pytest.approx(2 * 15.0)
     assert advise.overhead_us(8, 32768)["run"] == pytest.approx(2 * 16.0)
@@ -104,8 +107,9 @@ def test_overheads(monkeypatch):
     ("saving", "expected"), [([1, 3, 1, 3, 3], 3), ([3] * 5, 0), ([3, 3, 3, 3, 1], None)]
 )
 def test_break_even(monkeypatch, saving, expected):
-    monkeypatch.setattr(advise, "GRID", tuple(range(5)))
-    assert advise._break_even(saving, [2] * 5) == expected
+    """The break-even size is the least from which on every larger one pays."""
+    monkeypatch.setattr(prediction, "GRID", tuple(range(5)))
+    assert prediction.find_break_even(saving, [2] * 5) == expected
 
 
 def case(seed=0):
@@ -114,6 +118,7 @@ def case(seed=0):
 
 
 def test_advice():
+    """Rows, savings and the recommendation of a small layer agree with each other."""
     slow = SLOW
     found = advise.advise(SMALL, slow, [case()], 8, 2**14, (1, 2, 4))
     assert [(r["placement"], r["slots"]) for r in found["rows"]] == [
@@ -135,7 +140,7 @@ def test_advice():
     )
     tiny = advise.advise(SMALL, exact(), [case()], 8, 16, (1,))
     assert tiny["pays"] == "no"
-    assert all(r["break_even"]["mean"] in (None, *advise.GRID) for r in tiny["rows"])
+    assert all(r["break_even"]["mean"] in (None, *prediction.GRID) for r in tiny["rows"])
     wide = advise.advise(SMALL, dataclasses.replace(SLOW, worst=0.5), [case()], 8, 2**14, (1,))
     assert wide["rows"][0]["saving_us"]["low"] < found["rows"][0]["saving_us"]["low"]
 
@@ -154,8 +159,9 @@ def test_wrong_sizes(changes, match):
 
 
 def test_dry_run_of_the_measurements(monkeypatch):
-    monkeypatch.setattr(advise, "CALIBRATION_ROWS", (16, 64, 128))
-    monkeypatch.setattr(advise, "CALIBRATION_TOKENS", 32)
+    """Calibration and check measure the rows that they report."""
+    monkeypatch.setattr(gpu_times, "CALIBRATION_ROWS", (16, 64, 128))
+    monkeypatch.setattr(gpu_times, "CALIBRATION_TOKENS", 32)
     weights = draw_experts(SMALL.hidden, SMALL.inner, 5, "cpu")
     model, points = advise.measure(SMALL, weights, FakeTimer(), "cpu", "dry run")
     assert model.source == "measured on this dry run"
@@ -173,14 +179,15 @@ def test_dry_run_of_the_measurements(monkeypatch):
 
 
 def test_long_launches_are_timed_one_by_one(monkeypatch):
+    """Long launches are not put into a graph."""
     launched = []
-    monkeypatch.setattr(advise, "run_experts", lambda x, *rest: launched.append(len(x)))
+    monkeypatch.setattr(gpu_times, "run_experts", lambda x, *rest: launched.append(len(x)))
     # A thousand million columns, all the same number.
     weights = torch.zeros(2, 8, 1).expand(2, 8, 10**9), torch.zeros(2, 1, 8)
-    assert advise._time_rank([10, 0], weights, FakeTimer(), "cpu") == 1.0
-    assert advise._time_rank([10, 20], weights, FakeTimer(), "cpu") == 7.0
+    assert gpu_times.time_rank([10, 0], weights, FakeTimer(), "cpu") == 1.0
+    assert gpu_times.time_rank([10, 20], weights, FakeTimer(), "cpu") == 7.0
     assert launched == [10, 10, 30, 30]
-    assert advise._time_rank([0, 0], weights, FakeTimer(), "cpu") == 0.0
+    assert gpu_times.time_rank([0, 0], weights, FakeTimer(), "cpu") == 0.0
 
 
 def test_command(tmp_path, capsys):
@@ -265,6 +272,7 @@ def test_it_says_where_sizes_come_from(recorded, capsys, name, options, sources,
 
 
 def test_nothing_is_recommended_where_it_does_not_pay(capsys):
+    """Nothing is recommended where the cost exceeds the saving."""
     small = "advise --gemm table --ep 8 --experts 64 --slots 1 --markdown - --tokens"
     assert cli.main([*small.split(), "16"]) == cli.OK
     shown = capsys.readouterr().out
@@ -278,19 +286,20 @@ def test_what_is_recommended():
     low = {"mean": -3.0, "low": -4.0, "high": -1.0}
     row = {"placement": "eplb", "slots": 1, "layer_us": {"lp": 9.0}, "net_us": low}
     best = {"placement": "eplb", "slots": 1}
-    assert advise._recommend([row]) == {"best": best, "recommended": None, "pays": "no"}
+    assert prediction.recommend([row]) == {"best": best, "recommended": None, "pays": "no"}
     row["net_us"] = {"mean": -1.0, "low": -4.0, "high": 1.0}
-    assert advise._recommend([row]) == {"best": best, "recommended": best, "pays": "uncertain"}
+    assert prediction.recommend([row]) == {"best": best, "recommended": best, "pays": "uncertain"}
 
 
 def test_command_check(monkeypatch, capsys):
+    """--check fails if a prediction is too far off, and reports its fits."""
     monkeypatch.setattr(gpu, "start", lambda args: (torch.device("cpu"), FakeTimer()))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     found = {"gpu": None, "cpu": "c", "torch_threads": 1, "torch": "t"}
     monkeypatch.setattr(machine, "environment", lambda device: found)
     monkeypatch.setattr(machine, "pairs", lambda: 4)
     monkeypatch.setattr(advise, "MODELS", {"small": SMALL})
-    monkeypatch.setattr(advise, "CALIBRATION_ROWS", (16, 64))
+    monkeypatch.setattr(gpu_times, "CALIBRATION_ROWS", (16, 64))
     monkeypatch.setattr(command, "CHECK_TOKENS", (16, 32))
     assert cli.main(["advise", "--check", "--json", "-"]) == cli.FAILED
     out = capsys.readouterr()

@@ -11,8 +11,9 @@ from test_bench_balance import make_trace
 from test_timing import FakeTimer
 
 from lplb_triton import Placement, chain, place
-from lplb_triton.bench import balance, cli, options, output, run_ep, workloads
+from lplb_triton.bench import balance, cli, options, output, workloads
 from lplb_triton.bench.commands import gpu, pipeline
+from lplb_triton.bench.ep import schedule
 from lplb_triton.traces import trace as traces
 
 # Command lines that end well, quickly, each in a folder that has t.npz.
@@ -70,7 +71,9 @@ def folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu, "start", start)
     monkeypatch.setattr(pipeline, "copy_bandwidth", lambda timer, device: 1e12)
-    monkeypatch.setattr(run_ep, "run_section", lambda job, seconds: {"seconds": 1.0, "failed": "-"})
+    monkeypatch.setattr(
+        schedule, "run_section", lambda job, seconds: {"seconds": 1.0, "failed": "-"}
+    )
     return tmp_path
 
 

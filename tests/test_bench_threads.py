@@ -8,7 +8,8 @@ import torch
 from test_bench_balance import make_trace
 
 from lplb_triton import _threads, place
-from lplb_triton.bench import balance, cli
+from lplb_triton.bench import cli
+from lplb_triton.bench.balance import replay
 from lplb_triton.placement import cut_search
 from lplb_triton.traces import trace as traces
 
@@ -50,13 +51,14 @@ def test_one_thread_inside_and_as_before_afterwards(two_threads):
 
 
 def test_commands_use_one_thread(tmp_path, monkeypatch, two_threads):
-    seen, before, solve = [], threads(), balance.solve
+    """A command solves with one thread, and leaves the number of threads as it was."""
+    seen, before, solve = [], threads(), replay.solve
 
     def watched(*args, **kwargs):
         seen.append(set(threads()))
         return solve(*args, **kwargs)
 
-    monkeypatch.setattr(balance, "solve", watched)
+    monkeypatch.setattr(replay, "solve", watched)
     traces.save(tmp_path / "t.npz", make_trace(batches=4, layers=1))
     common = ["--trace", str(tmp_path / "t.npz"), "--device", "cpu", "--out", str(tmp_path / "o")]
     assert cli.main(["balance", "--ep", "4", *common]) == cli.OK

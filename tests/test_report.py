@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from test_bench_balance import make_trace
 
-from lplb_triton.bench import balance, cli, report
+from lplb_triton.bench import balance, charts, cli, report
 from lplb_triton.traces import trace as traces
 
 VOID = {"meta", "img"}
@@ -127,7 +127,7 @@ def test_the_heat_map_shows_the_hot_expert():
     assert found["steps"] == list(range(6)) and found["tokens"][4] == [10, 10, 100, 10]
     shown = report._heat({"heat": found})
     image = Image.open(io.BytesIO(base64.b64decode(shown.split("base64,")[1].split('"')[0])))
-    assert image.getpixel((0, 2)) == report.MEAN and image.getpixel((5, 2))[0] > 150
+    assert image.getpixel((0, 2)) == charts.MEAN and image.getpixel((5, 2))[0] > 150
     assert image.getpixel((5, 2))[2] < 100 < image.getpixel((5, 0))[2]
 
 

@@ -17,20 +17,24 @@ import torch
 
 from lplb_triton import Balancer
 from lplb_triton.bench import cli, run_ep
+from lplb_triton.bench.ep import loads, processes, schedule, train
+from lplb_triton.bench.ep.pipeline import make_placements
+from lplb_triton.bench.ep.sizes import SIZES, Job
 from lplb_triton.bench.measure.timer import WrongAnswerError
 
-CPU = run_ep.SIZES["cpu"]
+CPU = SIZES["cpu"]
 
 
 @pytest.fixture
 def quick_start(monkeypatch):
     """Start processes in less time than the command does; other tests do as it does."""
     context = gloo.context()
-    monkeypatch.setattr(run_ep.mp, "get_context", lambda kind: context)
+    monkeypatch.setattr(processes.mp, "get_context", lambda kind: context)
 
 
 @pytest.mark.slow
 def test_every_section_on_a_cpu(quick_start, tmp_path, capsys):
+    """All sections pass on two gloo ranks, and the report has their figures."""
     path, text = tmp_path / "ep.json", tmp_path / "ep.md"
     options = ["--device", "cpu", "--epochs", "200", "--replays", "1"]
     code = run_ep.main([*options, "--json", str(path), "--markdown", str(text)])
@@ -63,7 +67,7 @@ def test_every_section_on_a_cpu(quick_start, tmp_path, capsys):
         assert max(run["loss_difference"] for run in row["runs"]) <= CPU.parity
         assert all(0 < run["moe_ms"] < run["step_ms"] for run in row["runs"])
         assert runs["lplb"]["certified"] == 1.0
-    assert sections["train:skewed"]["runs"][0]["imbalance"] >= run_ep.SKEWED
+    assert sections["train:skewed"]["runs"][0]["imbalance"] >= train.SKEWED
     assert sections["train:skewed"]["runs"][2]["imbalance"] < 1.2
     assert 0 < sections["train:learned"]["reversed_difference"] <= CPU.parity
     assert sections["train:even"]["runs"][0]["imbalance"] == 1.0
@@ -88,7 +92,8 @@ def test_a_torus_of_four_ranks(quick_start, capsys):
     ("ranks", "fixed", "redundant"), [(2, "ring:2", 1), (4, "torus:2x2", 2), (8, "cube", 2)]
 )
 def test_placements(ranks, fixed, redundant):
-    made = run_ep.placements(ranks)
+    """There is a fixed topology, and EPLB with one and two slots per rank."""
+    made = make_placements(ranks)
     assert list(made) == [fixed, f"eplb:{ranks}:1", f"eplb:{ranks}:2"]
     for placement, slots in zip(made.values(), (redundant, 1, 2), strict=True):
         assert placement.ep_size == ranks and placement.n_logical == 256
@@ -99,7 +104,7 @@ class AllRanks:
     """The balancers of both ranks in one process; ids are [rank, tokens, top_k]."""
 
     def __init__(self, change=lambda out: None):
-        self.placement = run_ep.placements(2)["eplb:2:2"]
+        self.placement = make_placements(2)["eplb:2:2"]
         self.each = [Balancer(self.placement, rank=rank, device="cpu") for rank in range(2)]
         first = self.each[0]
         self.quotas, self.tolerance, self.device = first.quotas, first.tolerance, first.device
@@ -126,10 +131,11 @@ def batch():
 
 def loads_of(ranks):
     place = SimpleNamespace(ranks=2, gather=lambda ids: ids)
-    return run_ep.check_loads(place, ranks, [batch()])
+    return loads.check_loads(place, ranks, [batch()])
 
 
 def test_the_gate_passes_what_is_right():
+    """Ids that follow the LP pass the check of loads."""
     found = loads_of(AllRanks())
     assert found["batches"] == 1 and 0 < found["kept_on_rank"] < 1
     assert 1 <= found["over_bound"] <= found["imbalance"]["max"] * (1 + 1e-6)
@@ -140,7 +146,7 @@ def to_another_expert(out):
 
 
 def to_one_copy(out):
-    placement = run_ep.placements(2)["eplb:2:2"]
+    placement = make_placements(2)["eplb:2:2"]
     tokens = torch.bincount(out.flatten(), minlength=placement.n_physical)
     pairs = placement.log2phy[placement.logcnt == 2].long()[:, :2]
     first, second = pairs[tokens[pairs].amin(1).argmax()]
@@ -158,7 +164,8 @@ def test_the_gate_stops_wrong_ids(change, message):
 
 
 def test_the_gate_holds_loads_against_the_bound(monkeypatch):
-    right = run_ep.solve
+    """Loads off the bound or off the certified load are refused."""
+    right = loads.solve
     for factor in (0.5, 2.0):
 
         def wrong(problem, factor=factor):
@@ -169,7 +176,7 @@ def test_the_gate_holds_loads_against_the_bound(monkeypatch):
                 lower_bound=factor * solution.lower_bound,
             )
 
-        monkeypatch.setattr(run_ep, "solve", wrong)
+        monkeypatch.setattr(loads, "solve", wrong)
         with pytest.raises(WrongAnswerError, match="largest load"):
             loads_of(AllRanks())
 
@@ -177,19 +184,20 @@ def test_the_gate_holds_loads_against_the_bound(monkeypatch):
 def job(tmp_path, **changes):
     training = {**CPU.training, "steps": 3, "skip": 1, **changes}
     sizes = replace(CPU, parity=-1.0, noise=0.0, training=training)
-    return run_ep.Job("train", "skewed", 2, "cpu", sizes, str(tmp_path))
+    return Job("train", "skewed", 2, "cpu", sizes, str(tmp_path))
 
 
 @pytest.mark.slow
 def test_a_section_that_fails_says_why(tmp_path):
+    """Errors, dead processes and the time limit are reported."""
     for name in ("soft", "hard", "late"):
         (tmp_path / name).mkdir()
     # Figures stay where they are there.
-    found = run_ep.run_section(job(tmp_path / "soft"), 120)
+    found = processes.run_section(job(tmp_path / "soft"), 120)
     assert "losses of lplb and none differ" in found["failed"] and len(found["runs"]) == 3
-    found = run_ep.run_section(job(tmp_path / "hard", experts=5), 120)
+    found = processes.run_section(job(tmp_path / "hard", experts=5), 120)
     assert "ValueError: streams (2) and experts (5)" in found["failed"] and "runs" not in found
-    found = run_ep.run_section(job(tmp_path / "late"), 0.1)
+    found = processes.run_section(job(tmp_path / "late"), 0.1)
     assert "not done within 0.1 s" in found["failed"] and found["seconds"] < 30
 
 
@@ -202,23 +210,26 @@ def test_nothing_starts_without_time_left(capsys):
 
 
 def test_what_diverged_has_no_figure(tmp_path, monkeypatch):
+    """An infinite figure becomes null in the report."""
     (tmp_path / "0.json").write_text(json.dumps({"reversed_difference": math.inf}))
     context = SimpleNamespace(
         Process=lambda **_: SimpleNamespace(start=lambda: None, exitcode=0, pid=None)
     )
-    monkeypatch.setattr(run_ep.mp, "get_context", lambda kind: context)
-    found = run_ep.run_section(run_ep.Job("train", "even", 1, "cpu", CPU, str(tmp_path)), 9.0)
+    monkeypatch.setattr(processes.mp, "get_context", lambda kind: context)
+    found = processes.run_section(Job("train", "even", 1, "cpu", CPU, str(tmp_path)), 9.0)
     assert found["reversed_difference"] is None
     json.dumps(found, allow_nan=False)
 
 
 def test_a_run_that_is_cut_short_keeps_what_it_found(monkeypatch, tmp_path):
+    """The file has the figures of the sections before an interrupt."""
+
     def section(job, seconds):
         if job.section == "kill":
             raise KeyboardInterrupt
         return {"seconds": 1.0, "failed": "on purpose"}
 
-    monkeypatch.setattr(run_ep, "run_section", section)
+    monkeypatch.setattr(schedule, "run_section", section)
     path = tmp_path / "ep.json"
     run_ep.main(["--device", "cpu", "--sections", "time,kill", "--json", str(path)])
     found = json.loads(path.read_text())["sections"]
@@ -229,16 +240,16 @@ def test_what_cannot_run_is_named(monkeypatch, tmp_path):
     lines = []
 
     def skipped(device, sections, kinds):
-        found = run_ep.run(
+        found = schedule.run_sections(
             2, device, CPU, sections=sections, kinds=kinds,
-            after=lambda name, row: lines.append(f"{name}: {run_ep.outcome(row)}"),
+            after=lambda name, row: lines.append(f"{name}: {schedule.describe_outcome(row)}"),
         )  # fmt: skip
         return {name: row["skipped"] for name, row in found.items()}
 
     assert skipped("cpu", ("kill",), ("nvshmem",)) == {"kill:nvshmem": "needs GPUs"}
     found = skipped("cuda", ("kill",), ("distributed", "hierarchical"))
     assert "NCCL" in found["kill:distributed"] and "two domains" in found["kill:hierarchical"]
-    monkeypatch.setattr(run_ep, "EXAMPLES", tmp_path)
+    monkeypatch.setattr(train, "EXAMPLES", tmp_path)
     assert "checkout" in skipped("cpu", ("train",), ())["train:even"]
     assert len(lines) == 6 and all(": skipped: " in line for line in lines)
 
@@ -274,10 +285,11 @@ def test_ctrl_c_leaves_one_line_and_no_process(late):
 
 
 def test_interrupts_are_blocked_only_meanwhile():
+    """SIGINT is delivered when the block ends, and the mask is restored."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt), run_ep._blocked_interrupts():
+        with pytest.raises(KeyboardInterrupt), processes.blocked_interrupts():
             assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
             signal.raise_signal(signal.SIGINT)
             reached = True
@@ -300,6 +312,7 @@ def test_interrupts_are_blocked_only_meanwhile():
     ],
 )
 def test_wrong_usage(arguments, message, capsys):
+    """Wrong options end with the usage code and name the option."""
     try:
         code = run_ep.main(["--device", "cpu", *arguments])
     except SystemExit as stop:

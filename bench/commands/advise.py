@@ -61,6 +61,20 @@ def add(commands: Any) -> None:
             "  lplb-bench advise --check       on a GPU: hold predictions against measured times"
         ),
     )
+    _add_sizes(sub)
+    _add_batches(sub)
+    sub.add_argument(
+        "--gemm", choices=("gpu", "table"), help="where times come from (default: a GPU, if any)"
+    )
+    sub.add_argument(
+        "--check", action="store_true",
+        help=f"on a GPU: measure the slowest rank for the three models, --ep {CHECK_EP} and four "
+        f"batch sizes; fails if a prediction is more than {CHECK_ERROR:.0%}% off",
+    )  # fmt: skip
+
+
+def _add_sizes(sub: argparse.ArgumentParser) -> None:
+    """Add the sizes of a layer."""
     sub.add_argument(
         "--model", choices=tuple(advise.MODELS),
         help=f"sizes of a published model (default {DEFAULT_MODEL}, without --trace); the "
@@ -75,6 +89,10 @@ def add(commands: Any) -> None:
         sub.add_argument(
             f"--{name}", type=partial(options.count, most=most), metavar="N", help=text
         )
+
+
+def _add_batches(sub: argparse.ArgumentParser) -> None:
+    """Add the loads, the ranks and what is done with a batch."""
     sub.add_argument(
         "--trace", type=Path, metavar="PATH",
         help="recorded loads (default: synthetic, lognormal(0, 1) with jitter 0.3: an assumption)",
@@ -97,14 +115,6 @@ def add(commands: Any) -> None:
         help="batches of the trace to place experts by: a part in (0, 1) or a number (default "
         f"{options.HISTORY:g})",
     )  # fmt: skip
-    sub.add_argument(
-        "--gemm", choices=("gpu", "table"), help="where times come from (default: a GPU, if any)"
-    )
-    sub.add_argument(
-        "--check", action="store_true",
-        help=f"on a GPU: measure the slowest rank for the three models, --ep {CHECK_EP} and four "
-        f"batch sizes; fails if a prediction is more than {CHECK_ERROR:.0%}% off",
-    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -114,6 +124,11 @@ def run(args: argparse.Namespace, out: Output) -> int:
         fixed = ("model", *FIELDS, "trace", "tokens", "slots", "training", "history", "gemm")
         options.refuse(args, fixed, "--check has models, loads and batch sizes of its own")
         return _check(args, out)
+    return _predict(args, out)
+
+
+def _predict(args: argparse.Namespace, out: Output) -> int:
+    """Predict for one model, one batch size and one load."""
     if args.trace is None:
         options.refuse(args, ("history",), "only with --trace")
     options.fill(
@@ -130,14 +145,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     ep = args.ep or min(options.EP[0], model.experts)
     options.check_divides((ep,), model.experts)
     begin = time.perf_counter()
-    try:
-        cases = (
-            placement.synthetic_cases(model.experts, (0, 1))
-            if trace is None
-            else placement.trace_cases(trace, args.history)
-        )
-    except ValueError as error:
-        raise UsageError(f"arguments --trace, --history: {error}") from error
+    cases = _make_cases(args, trace, model.experts)
     possible = advise.possible_slots(model, ep, args.slots)
     if not possible:
         most = model.experts - model.experts // ep
@@ -169,6 +177,18 @@ def run(args: argparse.Namespace, out: Output) -> int:
     }
     output.finish(args, out, report, tables.advise_grids(report))
     return OK
+
+
+def _make_cases(
+    args: argparse.Namespace, trace: traces.Trace | None, experts: int
+) -> tuple[placement.Case, ...]:
+    """Cut the trace into cases, or draw synthetic ones."""
+    try:
+        if trace is None:
+            return placement.synthetic_cases(experts, (0, 1))
+        return placement.trace_cases(trace, args.history)
+    except ValueError as error:
+        raise UsageError(f"arguments --trace, --history: {error}") from error
 
 
 def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Sizes:
@@ -227,7 +247,7 @@ def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Si
 
 
 def _recorded(trace: traces.Trace) -> dict[str, int]:
-    """Sizes that a trace tells itself."""
+    """Return the sizes that a trace records."""
     found = {"experts": trace.experts}
     top_k = trace.meta.get("top_k")
     if isinstance(top_k, int) and not isinstance(top_k, bool) and top_k > 0:
@@ -250,7 +270,7 @@ def _gemm(
 
 
 def _check(args: argparse.Namespace, out: Output) -> int:
-    """Hold predictions against measured times."""
+    """Compare predictions with measured times."""
     device, timer = gpu.start(args)
     name = torch.cuda.get_device_name()
     ep = args.ep or CHECK_EP

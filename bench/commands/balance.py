@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lplb_triton import Status
 from lplb_triton.bench import balance, options, output, plots, tables
@@ -18,10 +18,10 @@ from lplb_triton.bench.machine import environment
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import FAILED, OK, Output
 from lplb_triton.bench.progress import progress
-from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, resolve_backend
+from lplb_triton.solver import DEFAULT_MAX_ITERATIONS
 from lplb_triton.traces import trace as traces
 
-__all__ = ["DEFAULT_OUT", "add", "choose_device", "run"]
+__all__ = ["DEFAULT_OUT", "add", "run"]
 
 DEFAULT_OUT = "lplb-bench-results"
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, out: Output, option: str = "--trace") -> int:
     tables.require("rich")
     if folder is not None:
         tables.require("matplotlib")
-    device, backend = choose_device(args.device, args.backend)
+    device, backend = options.choose_device(args.device, args.backend)
     trace, source = options.load_trace(args.trace, option)
     chosen = balance.Options(
         ep=args.ep,
@@ -90,18 +90,8 @@ def run(args: argparse.Namespace, out: Output, option: str = "--trace") -> int:
     output.check_files([(labels[k], path) for k, path in paths.items()], [(option, args.trace)])
 
     begin = time.perf_counter()
-    names = [
-        (f"EP {ep}, {name}" + (f", {slots} slots" if slots else ""), len(layers))
-        for ep, name, slots in balance.combinations(chosen)
-    ]
-    with progress(names, args.progress) as advance:
-        cells = balance.run(trace, chosen, advance)
+    cells = _balance_trace(args, trace, chosen, layers)
     seconds = time.perf_counter() - begin
-    if all(cell.reason is not None for cell in cells):
-        raise UsageError(
-            "; ".join(dict.fromkeys(f"{cell.placement}: {cell.reason}" for cell in cells))
-        )
-
     time_label = _time_label(backend, device)
     report = {
         "command": "balance",
@@ -116,13 +106,7 @@ def run(args: argparse.Namespace, out: Output, option: str = "--trace") -> int:
     }
     tested = sum(part.stop - part.split for part in parts)
     title = f"{source}: {trace.experts} experts, {len(layers)} layers, {tested} test batches"
-    files = output.Files()
-    if "png" in paths:
-        files.add("picture", paths["png"], plots.balance_png(cells, title=title))
-    if paths["json"] != "-":
-        files.add("figures", paths["json"], output.json_text(report))
-    if "html" in paths:
-        files.add("report", paths["html"], reports.html(report))
+    files = _write_files(paths, report, cells, title)
     target = out.console(args.json)
     tables.show_balance(target, cells, title=title, time_label=time_label)
     if paths["json"] == "-":
@@ -132,6 +116,43 @@ def run(args: argparse.Namespace, out: Output, option: str = "--trace") -> int:
         output.say(f"{bad} LPs were not certified within {chosen.tolerance:g}")
     files.close(target)
     return FAILED if bad else OK
+
+
+def _balance_trace(
+    args: argparse.Namespace,
+    trace: traces.Trace,
+    chosen: balance.Options,
+    layers: tuple[int, ...],
+) -> tuple[balance.Cell, ...]:
+    """Compare every combination, or raise a message that says why all of them are impossible."""
+    names = [
+        (f"EP {ep}, {name}" + (f", {slots} slots" if slots else ""), len(layers))
+        for ep, name, slots in balance.combinations(chosen)
+    ]
+    with progress(names, args.progress) as advance:
+        cells = balance.run(trace, chosen, advance)
+    if all(cell.reason is not None for cell in cells):
+        raise UsageError(
+            "; ".join(dict.fromkeys(f"{cell.placement}: {cell.reason}" for cell in cells))
+        )
+    return cells
+
+
+def _write_files(
+    paths: Mapping[str, Path | str],
+    report: dict[str, Any],
+    cells: Sequence[balance.Cell],
+    title: str,
+) -> output.Files:
+    """Write the files that are asked for; the JSON may go to standard output instead."""
+    files = output.Files()
+    if "png" in paths:
+        files.add("picture", paths["png"], plots.balance_png(cells, title=title))
+    if paths["json"] != "-":
+        files.add("figures", paths["json"], output.json_text(report))
+    if "html" in paths:
+        files.add("report", paths["html"], reports.html(report))
+    return files
 
 
 def _paths(args: argparse.Namespace) -> tuple[Path | None, dict[str, Path | str]]:
@@ -166,34 +187,6 @@ def _check(
             f"argument --layers: the trace has layers 0 to {trace.layers - 1}, got {max(layers)}"
         )
     return parts, layers
-
-
-def choose_device(device: str | None, backend: str | None) -> tuple[str, str]:
-    """Choose where and by what to solve.
-
-    Parameters
-    ----------
-    device, backend
-        As given, or None.
-
-    Returns
-    -------
-    tuple of str
-        Device and backend.
-
-    Raises
-    ------
-    UsageError
-        If what was asked for isn't there.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("argument --device: cuda was asked for, but torch finds no GPU")
-    try:
-        return device, resolve_backend(backend, torch.device(device))
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"argument --backend: {error}") from error
 
 
 def _time_label(backend: str, device: str) -> str:

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
-from lplb_triton.bench import options, output, run_ep, tables
+from lplb_triton.bench import options, output, tables
 from lplb_triton.bench.commands.gpu import check_gpu
+from lplb_triton.bench.ep.schedule import describe_outcome, run_sections
+from lplb_triton.bench.ep.sections import SECTIONS
+from lplb_triton.bench.ep.sizes import KINDS, N_COUNTS, SIZES
 from lplb_triton.bench.machine import communication, environment
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import FAILED, OK, Output, say
@@ -56,19 +59,19 @@ def add(commands: Any) -> None:
         "--ranks", type=options.count, metavar="N", help="GPUs to use (default: all; 2 on a cpu)"
     )
     sub.add_argument(
-        "--sections", type=options.names(run_ep.SECTIONS), default=tuple(run_ep.SECTIONS),
-        metavar="NAME[,NAME...]", help=f"default {','.join(run_ep.SECTIONS)}",
+        "--sections", type=options.names(SECTIONS), default=tuple(SECTIONS),
+        metavar="NAME[,NAME...]", help=f"default {','.join(SECTIONS)}",
     )  # fmt: skip
     sub.add_argument(
-        "--kinds", type=options.names(run_ep.KINDS), metavar="NAME[,NAME...]",
-        help=f"back ends (default {','.join(run_ep.KINDS)}; distributed on a cpu)",
+        "--kinds", type=options.names(KINDS), metavar="NAME[,NAME...]",
+        help=f"back ends (default {','.join(KINDS)}; distributed on a cpu)",
     )  # fmt: skip
     for name, text in (
         ("epochs", "sums to verify, eagerly and again under graph replay"),
         ("tokens", "tokens of a whole run on each rank"),
         ("replays", "timed replays of each graph"),
     ):
-        standard = ", ".join(f"{getattr(s, name)} on {on}" for on, s in run_ep.SIZES.items())
+        standard = ", ".join(f"{getattr(s, name)} on {on}" for on, s in SIZES.items())
         sub.add_argument(
             f"--{name}", type=options.count, metavar="N", help=f"{text} (default {standard})"
         )
@@ -90,8 +93,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         check_gpu()
     ranks = _ranks(args.ranks, on_gpu)
     changed = {n: getattr(args, n) for n in ("epochs", "tokens", "replays") if getattr(args, n)}
-    sizes = dataclasses.replace(run_ep.SIZES[args.device], **changed)
-    kinds = args.kinds or (run_ep.KINDS if on_gpu else ("distributed",))
+    sizes = dataclasses.replace(SIZES[args.device], **changed)
+    kinds = args.kinds or (KINDS if on_gpu else ("distributed",))
     begin = time.perf_counter()
     report: dict[str, Any] = {
         "command": "ep",
@@ -108,14 +111,14 @@ def run(args: argparse.Namespace, out: Output) -> int:
     sections: dict[str, Any] = report["sections"]
 
     def after(name: str, figures: dict[str, Any]) -> None:
-        say(f"{name}: {run_ep.outcome(figures)}")
+        say(f"{name}: {describe_outcome(figures)}")
         sections[name] = figures
         report["seconds"] = time.perf_counter() - begin
         # A run that is cut short keeps the figures of the sections before.
         if args.json not in (None, "-"):
             output.Files().add("figures", args.json, output.json_text(report))
 
-    run_ep.run(
+    run_sections(
         ranks, args.device, sizes, sections=args.sections, kinds=kinds, seconds=args.seconds,
         after=after,
     )  # fmt: skip
@@ -127,9 +130,9 @@ def _ranks(asked: int | None, on_gpu: bool) -> int:
     """Return the number of processes, or raise a message that says what is possible."""
     found = torch.cuda.device_count() if on_gpu else MOST_ON_CPU
     ranks = asked or (found if on_gpu else 2)
-    if ranks < 2 or run_ep.N_COUNTS % ranks:
+    if ranks < 2 or N_COUNTS % ranks:
         raise UsageError(
-            f"argument --ranks: expected at least 2, and a divisor of the {run_ep.N_COUNTS} "
+            f"argument --ranks: expected at least 2, and a divisor of the {N_COUNTS} "
             f"experts, got {ranks}"
         )
     if ranks > found:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from lplb_triton.bench import options, output, placement, plots, tables
-from lplb_triton.bench.commands.balance import choose_device
 from lplb_triton.bench.machine import environment
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import FAILED, OK, Output
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         options.check_divides(args.ep, placement.MOVES_EXPERTS)
     files = [("--json", args.json), ("--markdown", args.markdown), ("--png", args.png)]
     output.check_files(files, [("--trace", args.trace), ("--published", args.published)])
-    device = torch.device(choose_device(args.device, None)[0])
+    device = torch.device(options.choose_device(args.device, None)[0])
     cases, source = _cases(args)
     possible, left_out = _combinations(args, cases[0].history.shape[1])
     begin = time.perf_counter()

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from lplb_triton.bench import corpus, options, output, tables
-from lplb_triton.bench.commands.balance import choose_device
 from lplb_triton.bench.machine import environment
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import FAILED, OK, Output
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         )
     options.fill(args, {"batches": corpus.BATCHES})
     tables.require("rich")
-    device, backend = choose_device(args.device, args.backend)
+    device, backend = options.choose_device(args.device, args.backend)
     tolerances = (args.tolerance, args.tolerance / 10)
     if backend == "triton" and tolerances[1] < MIN_TOLERANCE:
         raise UsageError(

@@ -108,7 +108,7 @@ def row(checked: Checked, timer: Timer) -> Row:
     checked
         From `check`.
     timer
-        `lplb_triton.bench.timing.GraphTimer` on a GPU.
+        `lplb_triton.bench.measure.timer.GraphTimer` on a GPU.
 
     Returns
     -------
@@ -146,7 +146,7 @@ def run_row(checked: Checked, timer: Timer, seed: int) -> Row:
     checked
         From `check`; its batches have equally many tokens.
     timer
-        `lplb_triton.bench.timing.GraphTimer` on a GPU.
+        `lplb_triton.bench.measure.timer.GraphTimer` on a GPU.
     seed
         Of the order of the ids.
 

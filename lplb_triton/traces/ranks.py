@@ -15,11 +15,11 @@ import torch.distributed as dist
 from lplb_triton._checks import check_integer
 from lplb_triton.traces.trace import Trace, load, save
 
-__all__ = ["group_is_up", "merge", "merge_into", "own_rank", "rank_path", "run_id", "some"]
+__all__ = ["group_is_up", "list_some", "merge", "merge_into", "own_rank", "rank_path", "run_id"]
 
 
 def rank_path(path: str | os.PathLike[str], rank: int) -> Path:
-    """Where one of several processes writes: ``trace.npz`` becomes ``trace.rank00003.npz``."""
+    """Return the path of one rank's file: ``trace.rank00003.npz`` for ``trace.npz``."""
     whole = Path(path)
     return whole.with_name(f"{whole.stem}.rank{rank:05d}{whole.suffix}")
 
@@ -68,13 +68,13 @@ def merge(paths: Sequence[str | os.PathLike[str]]) -> Trace:
         if sizes != (world_size, trace.layers, trace.experts):
             raise ValueError(f"{path}: other ranks, layers or experts than in {paths[0]}")
         traces[rank] = trace
-        if _run_of(trace) != _run_of(next(iter(traces.values()))):
+        if _get_run(trace) != _get_run(next(iter(traces.values()))):
             raise ValueError(f"{path}: of another run than {paths[0]}")
     absent = (rank for rank in range(sizes[0] if sizes else 1) if rank not in traces)
     missing = list(itertools.islice(absent, 9))
     if missing:
-        raise ValueError(f"paths must hold every rank's file; missing: {some(missing)}")
-    return _together([trace for _, trace in sorted(traces.items())])
+        raise ValueError(f"paths must hold every rank's file; missing: {list_some(missing)}")
+    return _merge_traces([trace for _, trace in sorted(traces.items())])
 
 
 def merge_into(
@@ -133,12 +133,12 @@ def _read_rank(path: str | os.PathLike[str], trace: Trace) -> tuple[int, int]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _run_of(trace: Trace) -> object:
+def _get_run(trace: Trace) -> object:
     return trace.meta["recorder"].get("run")
 
 
-def _together(traces: list[Trace]) -> Trace:
-    """One trace of those of all ranks, in order of ranks."""
+def _merge_traces(traces: list[Trace]) -> Trace:
+    """Merge the traces of all ranks, which come in order of ranks."""
     every = [set(trace.steps.tolist()) for trace in traces]
     common = set.intersection(*every)
     if not common:
@@ -203,7 +203,7 @@ def run_id() -> str | None:
     return found.decode()
 
 
-def some(numbers: Iterable[int]) -> str:
+def list_some(numbers: Iterable[int]) -> str:
     """Write numbers for a message, the first eight of them."""
     found = [str(number) for number in numbers]
     return ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton._checks import check_integer
-from lplb_triton.traces.ranks import group_is_up, merge, own_rank, rank_path, run_id, some
+from lplb_triton.traces.ranks import group_is_up, list_some, merge, own_rank, rank_path, run_id
 from lplb_triton.traces.trace import Trace, check_writable, save
 
 __all__ = ["Recorder", "merge", "rank_path"]
@@ -107,8 +107,8 @@ class Recorder:
         self.every = check_integer("every", every)
         self.max_batches = check_integer("max_batches", max_batches, 2)
         self._flush_every = check_integer("flush_every", flush_every)
-        # Whether this was made before the process group that it belongs to can only be seen later.
-        self._alone = rank is None and not group_is_up()
+        # Only a later call can tell whether the process group was initialised after this was made.
+        self._made_before_group = rank is None and not group_is_up()
         self._rank, self._world_size = own_rank(rank, world_size)
         if Path(path).suffix != ".npz":
             raise ValueError(f"path must end in .npz, got {str(path)!r}")
@@ -117,7 +117,7 @@ class Recorder:
         self.path = Path(own).absolute()
         check_writable(self.path)
         self._meta = copy.deepcopy(meta or {})
-        # A trace says at once what it can't hold.
+        # This raises at once if a trace can't hold such a meta.
         Trace(np.zeros((1, 1, 1, 1), np.int32), np.zeros(1, np.int64), self._meta)
         if "recorder" in self._meta:
             raise ValueError("meta must not have the key 'recorder', which is the recorder's own")
@@ -130,9 +130,9 @@ class Recorder:
         # Calls of add by layer, in this batch and in all, and ids of this batch.
         self._adds, self._all_adds, self._ids = ([0] * self.layers for _ in range(3))
         self._closed = False
-        # Batches that no file has; shared with what tells at the end that they are lost.
+        # Batches that no file has; shared with the finalizer, which warns that they are lost.
         self._unwritten = [0]
-        weakref.finalize(self, _tell_of_loss, self.path, self._unwritten)
+        weakref.finalize(self, _warn_of_loss, self.path, self._unwritten)
 
     def __enter__(self) -> Recorder:
         """Return the recorder."""
@@ -224,7 +224,7 @@ class Recorder:
     def _count(self, layer: int, topk_ids: torch.Tensor) -> None:
         if self._buffer is None:
             shape = (self._flush_every, self.layers, self.n_experts + _MORE_BINS)
-            # What is made in inference mode can't be changed outside of it.
+            # A tensor made in inference mode can't be changed outside of it.
             with torch.inference_mode(False):
                 self._buffer = torch.zeros(shape, dtype=torch.int32, device=topk_ids.device)
                 self._one = torch.ones(1, dtype=torch.int32, device=topk_ids.device)
@@ -246,7 +246,7 @@ class Recorder:
             recorder was made, so that all ranks would write one file.
         """
         self._check_open()
-        if self._alone and group_is_up() and dist.get_world_size() > 1:
+        if self._made_before_group and group_is_up() and dist.get_world_size() > 1:
             raise RuntimeError(
                 "torch.distributed was initialised after the recorder was made, so every rank "
                 f"would write {self.path}: make the recorder later, or give rank and world_size"
@@ -271,7 +271,7 @@ class Recorder:
 
     def _shortfall(self, layers: list[int]) -> str:
         few = "no call" if self._adds_per_step == 1 else f"fewer than {self._adds_per_step} calls"
-        return f"batch {self._batch} had {few} of add for layers {some(layers)}"
+        return f"batch {self._batch} had {few} of add for layers {list_some(layers)}"
 
     def _begin_batch(self) -> None:
         self._adds, self._ids = [0] * self.layers, [0] * self.layers
@@ -324,7 +324,7 @@ class Recorder:
             return np.zeros((ended, self.layers, self.n_experts + _MORE_BINS), dtype=np.int32)
         counts: np.ndarray[Any, np.dtype[np.int32]]
         counts = self._buffer[:ended].to("cpu", copy=True).numpy()
-        # A batch that goes on lies behind the ended ones; it becomes the first.
+        # The counts of a batch that has not ended lie behind the others; they become the first.
         rest = self._buffer[ended : ended + any(self._adds)].clone()
         self._buffer.zero_()
         self._buffer[: len(rest)] = rest
@@ -417,7 +417,9 @@ class Recorder:
 
     def _never_added(self) -> list[str]:
         never = [layer for layer, adds in enumerate(self._all_adds) if not adds]
-        return [f"add was never called for layers {some(never)}: they count 0"] if never else []
+        return (
+            [f"add was never called for layers {list_some(never)}: they count 0"] if never else []
+        )
 
     def _write(self, path: Path, bad: Exception | None = None, *notes: str) -> None:
         if not self._steps:
@@ -452,7 +454,7 @@ class Recorder:
         )
 
 
-def _tell_of_loss(path: Path, unwritten: list[int]) -> None:
+def _warn_of_loss(path: Path, unwritten: list[int]) -> None:
     if unwritten[0]:
         _log.warning(
             "the recorder of %s was not closed: %d batches are lost. Use it in a `with` block, or "

@@ -1,0 +1,159 @@
+"""The time of one rank's expert products, as a model with four fitted numbers.
+
+torch's grouped product for Hopper GPUs works on tiles of the output, each computed by a pair of
+SMs; all pairs together compute one *wave* of tiles, and a last wave costs as much when it isn't
+full. With ``waves`` from the rows of every expert, padded to whole tiles, a rank takes
+
+    base + for both products: norm(waves * depth * step, weights of active experts / bandwidth)
+         + activations / bandwidth
+
+where ``depth`` is the length of the sum (``hidden``, then ``inner``) and ``norm(a, b)`` is
+``(a^4 + b^4)^(1/4)``, the larger of the two, and somewhat more where they are close. Tiles are
+256 x 256, or 128 x 128 if the rank's experts have 128 rows or fewer on average; each has a
+``step``. The four numbers are fitted to measured times: of this machine's GPU, or of
+the table in `lplb_triton.bench.advise.table`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lplb_triton.bench.advise.models import BYTES
+
+__all__ = ["PAIRS", "Floats", "GemmModel", "Point", "fit"]
+
+Floats = NDArray[np.float64]
+# Of torch's kernels: average rows of a rank's experts up to which tiles are narrow, and the sides
+# of a pair's tile.
+FEW_ROWS, NARROW, WIDE = 128, 128, 256
+# Pairs of SMs of an H100.
+PAIRS = 66
+NORM = 4
+# Values of width inner that the activation moves for a row: silu reads and writes, the product
+# reads two and writes.
+MOVED = 5
+
+
+class Point(NamedTuple):
+    """A measured time: microseconds of a rank whose experts have ``rows``."""
+
+    hidden: int
+    inner: int
+    rows: list[int]
+    us: float
+
+
+class _Work(NamedTuple):
+    """What ranks have to do: ``[...]``, and ``[..., 2]`` for the two products."""
+
+    narrow: NDArray[np.bool_]
+    depth: Floats  # of the sums, times waves
+    read: Floats  # bytes of weights
+    moved: Floats  # bytes of the activation
+
+
+def _work(hidden: int, inner: int, rows: Floats, pairs: int) -> _Work:
+    total = rows.sum(-1)
+    narrow = total // rows.shape[-1] <= FEW_ROWS
+    side = np.where(narrow, NARROW, WIDE)
+    tiles = np.ceil(rows / side[..., None]).sum(-1)
+    depth, read = [], []
+    for length, columns in ((hidden, 2 * inner), (inner, hidden)):
+        depth.append(np.ceil(tiles * np.ceil(columns / side) / pairs) * length)
+        read.append((rows > 0).sum(-1) * float(BYTES * length * columns))
+    return _Work(narrow, np.stack(depth, -1), np.stack(read, -1), total * (MOVED * BYTES * inner))
+
+
+@dataclass(frozen=True)
+class GemmModel:
+    """Time of one rank's expert products; see the head of this file.
+
+    Attributes
+    ----------
+    base
+        Microseconds.
+    bandwidth
+        Bytes a microsecond.
+    narrow, wide
+        Nanoseconds that a wave of tiles of 128 x 128 or 256 x 256 takes for a step of the sum.
+    error, worst
+        Of the fit: root mean square and largest relative difference from measured times.
+    source
+        What it was fitted to.
+    pairs
+        Of SMs.
+    """
+
+    base: float
+    bandwidth: float
+    narrow: float
+    wide: float
+    error: float
+    worst: float
+    source: str
+    pairs: int = PAIRS
+
+    def __call__(self, hidden: int, inner: int, rows: Floats) -> Floats:
+        """Microseconds of ranks whose experts have ``rows`` ``[..., experts]`` tokens."""
+        times = self._times(_work(hidden, inner, rows, self.pairs))
+        return np.where(rows.sum(-1) > 0, times, 0.0)
+
+    def _times(self, work: _Work) -> Floats:
+        compute = work.depth * np.where(work.narrow, self.narrow, self.wide)[..., None] / 1e3
+        products = (compute**NORM + (work.read / self.bandwidth) ** NORM) ** (1 / NORM)
+        times: Floats = self.base + products.sum(-1) + work.moved / self.bandwidth
+        return times
+
+
+def fit(points: Sequence[Point], source: str, pairs: int = PAIRS) -> GemmModel:
+    """Fit a model to measured times, by the logarithm of their quotient.
+
+    Parameters
+    ----------
+    points
+        Measured; sizes of experts may differ.
+    source
+        Kept in the model.
+    pairs
+        Pairs of SMs.
+
+    Returns
+    -------
+    GemmModel
+    """
+    from scipy.optimize import minimize  # slow to import, needed here only
+
+    each = [_work(p.hidden, p.inner, np.array(p.rows, dtype=np.float64), pairs) for p in points]
+    work = _Work(*(np.stack(part) for part in zip(*each, strict=True)))
+    measured = np.array([p.us for p in points])
+
+    def model(logs: Floats, error: float = 0.0, worst: float = 0.0) -> GemmModel:
+        base, bandwidth, narrow, wide = (float(v) for v in np.exp(logs))
+        return GemmModel(base, bandwidth, narrow, wide, error, worst, source, pairs)
+
+    def cost(logs: Floats) -> float:
+        return float((np.log(model(logs)._times(work) / measured) ** 2).sum())
+
+    # Starts around the speed of the fastest measurements.
+    step = 1e3 * measured / work.depth.sum(-1)
+    least = float(step.min())
+    narrow, wide = (float(step[k].min()) if k.any() else least for k in (work.narrow, ~work.narrow))
+    best = min(
+        (
+            minimize(
+                cost,
+                np.log([part * measured.min(), (work.read.sum(-1) / measured).max(), narrow, wide]),
+                method="Nelder-Mead",
+                options={"maxiter": 4000, "maxfev": 4000, "xatol": 1e-4, "fatol": 1e-8},
+            )
+            for part in (0.1, 0.5)
+        ),
+        key=lambda found: float(found.fun),
+    )
+    off = np.abs(model(best.x)._times(work) / measured - 1)
+    return model(best.x, float(np.sqrt((off**2).mean())), float(off.max()))

@@ -1,0 +1,170 @@
+"""What a comparison measured, and the figures of it that are shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from lplb_triton import Placement, Status
+from lplb_triton.bench.balance.history import Stretch
+
+__all__ = ["VARIANTS", "Cell", "Example", "FloatArray", "LayerResult", "imbalance"]
+
+FloatArray = npt.NDArray[np.float64]
+VARIANTS = ("none", "reordered", "even", "lp", "integer")
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One layer over the test batches of one stretch.
+
+    Attributes
+    ----------
+    layer
+        Index in the trace.
+    stretch
+        Which batches.
+    placement
+        Made from the history of the stretch.
+    loads
+        By variant, float64 [test batches, ep_size], tokens on each rank.
+    bound
+        float64 [test batches], load of the most loaded rank that no split over these copies can
+        beat.
+    gap, iterations, status
+        Of each LP, [test batches * groups]; empty where there are no replicas.
+    seconds
+        Wall time of the one call that solved them all, after a warm-up.
+    """
+
+    layer: int
+    stretch: Stretch
+    placement: Placement
+    loads: dict[str, FloatArray]
+    bound: FloatArray
+    gap: FloatArray
+    iterations: npt.NDArray[np.int64]
+    status: npt.NDArray[np.int64]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """The rank loads of one batch."""
+
+    layer: int
+    batch: int
+    loads: dict[str, FloatArray]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of EP size, slots and placement.
+
+    Attributes
+    ----------
+    ep, slots, placement
+        The combination; ``slots`` is 0 for the placement ``"none"``.
+    results
+        One entry for each stretch of each layer, layers first; empty if not applicable.
+    reason
+        Why the combination is impossible, or ``None``.
+    """
+
+    ep: int
+    slots: int
+    placement: str
+    results: tuple[LayerResult, ...] = field(default=(), repr=False)
+    reason: str | None = None
+
+    def imbalance(self, variant: str) -> FloatArray:
+        """Imbalance of every test batch of every layer.
+
+        Parameters
+        ----------
+        variant
+            One of `VARIANTS`.
+
+        Returns
+        -------
+        numpy.ndarray
+            float64 [layers, test batches], the batches of all stretches in order.
+        """
+        by_layer: dict[int, list[FloatArray]] = {}
+        for result in self.results:
+            by_layer.setdefault(result.layer, []).append(imbalance(result.loads[variant]))
+        return np.stack([np.concatenate(parts) for parts in by_layer.values()])
+
+    def bound(self) -> FloatArray:
+        """Imbalance that no split over these copies can beat, [layers, test batches] float64."""
+        by_layer: dict[int, list[FloatArray]] = {}
+        for result in self.results:
+            mean = result.loads["even"].mean(1)
+            by_layer.setdefault(result.layer, []).append(_ratio(result.bound, mean))
+        return np.stack([np.concatenate(parts) for parts in by_layer.values()])
+
+    def gap(self) -> FloatArray:
+        """Certified relative gaps of all LPs, float64."""
+        return np.concatenate([result.gap for result in self.results])
+
+    def iterations(self) -> npt.NDArray[np.int64]:
+        """Interior-point iterations of all LPs."""
+        return np.concatenate([result.iterations for result in self.results])
+
+    def status(self) -> npt.NDArray[np.int64]:
+        """`lplb_triton.Status` of all LPs."""
+        return np.concatenate([result.status for result in self.results])
+
+    @property
+    def all_certified(self) -> bool:
+        """Whether every LP reached the tolerance (true also where there is none)."""
+        return self.reason is not None or bool((self.status() == Status.CERTIFIED).all())
+
+    def microseconds(self) -> float | None:
+        """Median over the solve calls of wall time per LP in microseconds; None without LPs."""
+        times = [1e6 * r.seconds / len(r.gap) for r in self.results if len(r.gap)]
+        return float(np.median(times)) if times else None
+
+    def worst(self) -> Example:
+        """Return the test batch that an even split leaves the most imbalanced."""
+        layer, at = np.unravel_index(int(self.imbalance("even").argmax()), self._shape())
+        layers = list(dict.fromkeys(result.layer for result in self.results))
+        offset = int(at)
+        for result in self.results:
+            if result.layer != layers[int(layer)]:
+                continue
+            size = result.stretch.stop - result.stretch.split
+            if offset < size:
+                loads = {name: values[offset] for name, values in result.loads.items()}
+                return Example(result.layer, result.stretch.split + offset, loads)
+            offset -= size
+        raise RuntimeError("results do not hold the batches they were indexed by")
+
+    def _shape(self) -> tuple[int, ...]:
+        return self.imbalance("even").shape
+
+
+def imbalance(loads: npt.NDArray[np.floating] | npt.NDArray[np.integer]) -> FloatArray:
+    """Largest over mean rank load.
+
+    Parameters
+    ----------
+    loads
+        [batches, ranks].
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 [batches]; 1 for a batch without tokens.
+    """
+    mean = loads.mean(axis=1, dtype=np.float64)
+    largest = loads.max(axis=1).astype(np.float64)
+    return _ratio(largest, mean)
+
+
+def _ratio(largest: FloatArray, mean: FloatArray) -> FloatArray:
+    ratio = np.ones_like(mean)
+    np.divide(largest, mean, out=ratio, where=mean > 0)
+    return ratio
