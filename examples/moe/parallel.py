@@ -9,7 +9,8 @@ through them:
 4. ``combine``              the outputs back, weighted and added up
 
 Two transports in `moe.transports` have these functions (``dispatch``, ``combine``, ``close``):
-`AllToAll`, with torch.distributed, and `DeepEP`, with DeepEP's ``ElasticBuffer`` where ``deep_ep`` is installed.
+`AllToAll`, with torch.distributed, and `DeepEP`, with DeepEP's ``ElasticBuffer`` where
+``deep_ep`` is installed.
 """
 
 from __future__ import annotations
