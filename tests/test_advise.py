@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_bench_balance import make_trace
-from test_timing import FakeTimer
+from helpers.timers import FakeTimer
+from helpers.traces import make_trace
 
 from lplb_triton.bench import advise, cli, machine, placement
 from lplb_triton.bench.advise import GemmModel, Model, Point, gpu_times, overhead, table

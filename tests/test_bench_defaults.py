@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from test_bench_balance import make_trace
+from helpers.traces import make_trace
 
 from lplb_triton import Placement
 from lplb_triton.bench import advise, balance, placement, report, workloads

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_bench_balance import make_trace
-from test_timing import FakeTimer
+from helpers.timers import FakeTimer
+from helpers.traces import make_trace
 
 from lplb_triton import Placement, chain, place
 from lplb_triton.bench import balance, cli, options, output, workloads

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_bench_balance import make_trace
+from helpers.traces import make_trace
 
 from lplb_triton import SolveError
 from lplb_triton.bench import cli, output, tables, workloads

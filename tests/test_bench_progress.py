@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from test_bench_balance import make_trace
+from helpers.traces import make_trace
 
 from lplb_triton.bench import cli
 from lplb_triton.bench.progress import progress

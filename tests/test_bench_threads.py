@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_bench_balance import make_trace
+from helpers.traces import make_trace
 
 from lplb_triton import _threads, place
 from lplb_triton.bench import cli

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 # `Ranks` and `error_of` stand for several ranks in one process.
-from test_sync_kernel import FAILED, Ranks, error_of
+from helpers.peers import FAILED, Ranks, error_of
 
 from lplb_triton.sync._channels import CHANNELS, Channels, Stream, describe_mismatch
 

@@ -27,8 +27,13 @@ from lplb_triton.traces.record import Recorder
 
 # As when a script is run.
 sys.path.append(str(ROOT / "examples"))
-moe, moe_ep = map(importlib.import_module, ("train_moe", "train_moe_ep"))
-SCRIPTS = {"train_moe": (moe.Config, moe._HELP), "train_moe_ep": (moe_ep.Settings, moe_ep.HELP)}
+moe, moe_ep, moe_settings = map(
+    importlib.import_module, ("train_moe", "train_moe_ep", "moe.settings")
+)
+SCRIPTS = {
+    "train_moe": (moe.Config, moe_settings.HELP),
+    "train_moe_ep": (moe_ep.Settings, moe_ep.HELP),
+}
 # Run on a small trace; the other commands need a GPU or minutes.
 QUICK = ("advise", "balance", "record", "report")
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from reference_masks import DOUBLE, SHAPES, SLACK, draw_mask, draw_sets, hold
+from helpers.reference_masks import DOUBLE, SHAPES, SLACK, draw_mask, draw_sets, hold
 
 from lplb_triton import Balancer, Placement, Problem, Status, chain
 from lplb_triton.reference import as_plan, levelling

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from reference_masks import DOUBLE, SHAPES, SLACK, draw_mask, hold
+from helpers.reference_masks import DOUBLE, SHAPES, SLACK, draw_mask, hold
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 

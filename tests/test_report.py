@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from helpers.traces import make_trace
 from PIL import Image
-from test_bench_balance import make_trace
 
 from lplb_triton.bench import balance, charts, cli, report
 from lplb_triton.traces import trace as traces

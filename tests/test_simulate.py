@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_timing import FakeTimer
+from helpers.timers import FakeTimer
 
 from lplb_triton import Placement
 from lplb_triton.bench import cli, tables

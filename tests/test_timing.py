@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.timers import FakeTimer
 
 import lplb_triton
 from lplb_triton import Balancer
@@ -21,37 +22,6 @@ from lplb_triton.bench.measure.timer import GraphTimer, WrongAnswerError, statis
 from lplb_triton.bench.measure.workload import PUBLISHED_FAMILIES, check_plan, draw_workload
 
 SMALL = {"per_family": 1, "seed": 0}
-
-
-class FakeTimer:
-    """Calls every launch once, in whatever rounds; the n-th timed call takes n microseconds."""
-
-    def __init__(self):
-        self.calls, self.called = 0, []
-
-    def call(self, launch):
-        if not any(launch is other for other in self.called):
-            launch()
-            self.called.append(launch)
-
-    def rotation(self, launches):
-        for launch in launches:
-            self.call(launch)
-        return 7.0
-
-    def per_call(self, launch, about_us):
-        self.call(launch)
-        self.calls += 1
-        return float(self.calls)
-
-    def by_batch(self, launch, counts, batches):
-        times = []
-        for batch in batches:
-            counts.copy_(batch)
-            launch()
-            self.calls += 1
-            times.append(float(self.calls))
-        return times
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_bench_balance import make_trace
-from test_timing import FakeTimer
+from helpers.timers import FakeTimer
+from helpers.traces import make_trace
 
 from lplb_triton import Balancer, Status
 from lplb_triton.bench import cli

@@ -1,6 +1,6 @@
 """The MoE training example: routing, recording and a few small steps on the CPU."""
 
-import importlib.util
+import importlib
 import json
 import sys
 from dataclasses import asdict, replace
@@ -9,32 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.texts import write_text
 
 from lplb_triton.traces import trace as traces
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "examples" / "train_moe.py"
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_moe_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their own module up while they are being defined.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-moe = load_script()
-
-
-def write_text(folder, files=8, words=400):
-    rng = np.random.default_rng(0)
-    for index in range(files):
-        # Each file prefers words of its own, so that the source ranks differ.
-        vocabulary = ["def", "return", "self", *(f"word{chr(97 + index)}{i}" for i in range(5))]
-        (folder / f"{index}.txt").write_text(" ".join(rng.choice(vocabulary, words)))
-    return str(folder)
+# As when the script is run.
+sys.path.append(str(ROOT / "examples"))
+moe, corpus_of, experts = map(importlib.import_module, ("train_moe", "moe.corpus", "moe.experts"))
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +142,7 @@ def test_bias_rate_zero_leaves_the_bias_alone(config):
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_moe_equals_a_loop_over_tokens(config, grouped):
-    if grouped and moe._grouped_mm() is None:
+    if grouped and experts.find_grouped_mm() is None:
         pytest.skip("this torch has no grouped matrix product")
     torch.manual_seed(0)
     block = moe.MoE(config, grouped)
@@ -211,7 +195,7 @@ def test_experts_without_rows(config):
 
 
 def test_check_grouped():
-    if moe._grouped_mm() is None:
+    if experts.find_grouped_mm() is None:
         pytest.skip("this torch has no grouped matrix product")
     moe.check_grouped(torch.device("cpu"))
 
@@ -220,7 +204,7 @@ def test_check_grouped_finds_a_wrong_product(monkeypatch):
     def wrong(x, weight, offs):
         return x @ weight[0]
 
-    monkeypatch.setattr(moe, "_grouped_mm", lambda: wrong)
+    monkeypatch.setattr(experts, "find_grouped_mm", lambda: wrong)
     with pytest.raises(RuntimeError, match="expert-matmul loop"):
         moe.check_grouped(torch.device("cpu"))
 
@@ -255,10 +239,10 @@ def test_bytes_only_vocabulary_keeps_every_byte(config, tmp_path):
 
 
 def test_standard_library_is_the_default_text():
-    documents = moe.read_documents(None, 50_000, seed=0)
+    documents = corpus_of.read_documents(None, 50_000, seed=0)
     assert sum(map(len, documents)) == 50_000
-    assert documents == moe.read_documents(None, 50_000, seed=0)
-    assert documents != moe.read_documents(None, 50_000, seed=1)
+    assert documents == corpus_of.read_documents(None, 50_000, seed=0)
+    assert documents != corpus_of.read_documents(None, 50_000, seed=1)
 
 
 def test_text_errors(config, tmp_path):

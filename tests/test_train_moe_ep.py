@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import run_ranks
-from test_train_moe import write_text
+from helpers.texts import write_text
 
 from lplb_triton import Placement
 from lplb_triton.traces.trace import load as load_trace

@@ -1,0 +1,1 @@
+"""What the training examples share: settings, text, model, expert parallelism, one run."""
