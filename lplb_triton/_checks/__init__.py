@@ -18,6 +18,7 @@ from lplb_triton._checks.tensors import (
 from lplb_triton._checks.values import (
     MAX_TIMEOUT,
     check_choice,
+    check_flag,
     check_integer,
     check_max_iterations,
     check_timeout,
@@ -39,6 +40,7 @@ __all__ = [
     "check_counts",
     "check_dense_size",
     "check_device",
+    "check_flag",
     "check_floating_point",
     "check_id_values",
     "check_ids",

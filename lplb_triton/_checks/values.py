@@ -44,6 +44,13 @@ def check_integer(name: str, value: object, minimum: int = 1) -> int:
     return number
 
 
+def check_flag(name: str, value: object) -> bool:
+    """Return a bool, or raise naming the argument."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return value
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise a ValueError naming ``name`` unless the value is one of ``choices``."""
     if value not in choices:

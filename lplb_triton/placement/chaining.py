@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lplb_triton._checks import check_integer, nearest_divisors, on_host, would_do
+from lplb_triton._checks import check_flag, check_integer, nearest_divisors, on_host, would_do
 from lplb_triton.placement import Placement
+from lplb_triton.placement.home import choose_home_slots
 from lplb_triton.placement.moves import number_domains
 
 __all__ = ["chain"]
@@ -39,6 +40,7 @@ def chain(
     *,
     redundant_per_rank: int = 1,
     ranks_per_domain: int | None = None,
+    keep_home: bool = False,
 ) -> Placement:
     """Place and replicate experts along a closed walk over the ranks, by their mean loads.
 
@@ -58,6 +60,11 @@ def chain(
     ranks_per_domain : int or None
         Consecutive ranks that form a node or NVLink domain; divides `ep_size`. All copies of an
         expert then lie in one domain, and the domains are the groups of the placement.
+    keep_home : bool
+        Whether the first ``n_logical / ep_size`` slots of rank r hold experts
+        ``r * n_logical / ep_size`` and following, in order, as frameworks shard them. Only the
+        redundant slots are chosen then: every further copy lies on a nearly empty rank far from
+        the expert's other copies, and another such placement moves nothing but copies.
 
     Returns
     -------
@@ -80,6 +87,13 @@ def chain(
     spare = check_integer("redundant_per_rank", redundant_per_rank, 0)
     n_domains = int(number_domains(ranks, ranks_per_domain)[-1]) + 1
     size = ranks // n_domains
+    if check_flag("keep_home", keep_home):
+        slots_at_home = [
+            part[0] + choose_home_slots(weight[part], size, spare, spread_out=True)
+            for part in np.arange(n_logical).reshape(n_domains, -1)
+        ]
+        flat = np.concatenate(slots_at_home).reshape(-1)
+        return Placement(flat, ranks, n_logical=n_logical, n_group=n_domains)
     domains = np.arange(n_logical).reshape(1, -1)
     if n_domains > 1:
         even = Placement.from_history(torch.from_numpy(weight), n_domains, redundant_per_rank=0)

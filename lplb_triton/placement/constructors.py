@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from lplb_triton._checks import check_integer, nearest_divisors, nearest_multiples, would_do
 from lplb_triton.eplb import checked_weight, rebalance
 from lplb_triton.placement.arguments import to_loads
+from lplb_triton.placement.home import choose_home_slots
 
-__all__ = ["copy_over_topology", "replicate_by_history"]
+__all__ = ["copy_over_topology", "replicate_at_home", "replicate_by_history"]
 
 
 def copy_over_topology(
@@ -141,3 +142,25 @@ def replicate_by_history(
         weight.unsqueeze(0), n_logical + redundant * ep_size, num_groups, num_nodes, ep_size
     )
     return phy2log[0], n_logical
+
+
+def replicate_at_home(
+    load: torch.Tensor | NDArray[np.floating],
+    ep_size: int,
+    redundant_per_rank: int,
+    num_groups: int,
+    num_nodes: int,
+) -> NDArray[np.int64]:
+    """Return the slot map of `Placement.from_history` with experts at home, ``[n_physical]``."""
+    weight = checked_weight("load", to_loads("load", load), "[n_logical]").double().numpy()
+    ep_size = check_integer("ep_size", ep_size)
+    redundant = check_integer("redundant_per_rank", redundant_per_rank, 0)
+    for name, value in (("num_groups", num_groups), ("num_nodes", num_nodes)):
+        if check_integer(name, value) != 1:
+            raise ValueError(f"{name} must be 1 where experts stay at home, got {value}")
+    if len(weight) % ep_size:
+        raise ValueError(
+            f"ep_size must divide the number of logical experts, {len(weight)}, got {ep_size}"
+            f"{would_do(nearest_divisors(len(weight), ep_size))}"
+        )
+    return choose_home_slots(weight, ep_size, redundant, spread_out=False).reshape(-1)

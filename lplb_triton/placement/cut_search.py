@@ -55,6 +55,8 @@ PERFECT = 1e-4
 # Chance that the slot of a swap is drawn by load, and chance that a trial gives a redundant slot to
 # another expert instead of a swap.
 BY_LOAD_CHANCE, REASSIGN_CHANCE = 0.3, 0.4
+# Chance that a trial changes one slot only where experts stay at home.
+REASSIGN_HOME_CHANCE = 0.5
 
 
 class _Change(NamedTuple):
@@ -77,6 +79,7 @@ class CutSearch:
         price: _Float,
         domain: _Int,
         rng: np.random.Generator,
+        fixed: _Bool | None = None,
     ) -> None:
         self.rng, self.ranks = rng, start.ep_size
         self.price = price  # [E, G] score that a copy on a rank costs
@@ -85,6 +88,8 @@ class CutSearch:
         self.load_t = np.ascontiguousarray(load.T)
         self.expert: _Int = start.phy2log.numpy().astype(np.int64)  # of each slot
         self.rank: _Int = start.rank_of_slot.numpy().astype(np.int64)  # of each slot
+        # Slots whose experts stay, or None.
+        self.fixed = fixed
         self.copies: _Int = np.zeros((load.shape[1], self.ranks), dtype=np.int64)
         np.add.at(self.copies, (self.expert, self.rank), 1)
         self.cuts: _Bool = np.zeros((0, self.ranks), dtype=np.bool_)  # [P, G]
@@ -225,6 +230,8 @@ class CutSearch:
         if not inner.size or not outer.size:
             return None
         heavy = int(inner[_draw_index(rng, self.load[batch, self.expert[inner]])])
+        if self.fixed is not None:
+            return self.propose_copy(heavy, in_cut)
         if rng.random() < REASSIGN_CHANCE:
             same = self.domain[self.rank[outer]] == self.domain[self.rank[heavy]]
             spare = outer[same & (self.copies.sum(1)[self.expert[outer]] > 1)]
@@ -241,6 +248,27 @@ class CutSearch:
         if crossing and (self.copies[[mover, other]].sum(1) > 1).any():
             return None
         return _Change([there, here], [mover, other])
+
+    def propose_copy(self, heavy: int, in_cut: _Bool) -> _Change | None:
+        """Draw a change of slots that are not fixed: one outside the cut gets a heavy expert.
+
+        In half of the trials the expert that was there moves to a slot inside the cut.
+        """
+        assert self.fixed is not None
+        rng, expert = self.rng, int(self.expert[heavy])
+        domain = self.domain[self.rank[heavy]]
+        same = ~self.fixed & (self.domain[self.rank] == domain)
+        outer = np.flatnonzero(~in_cut & same)
+        if not outer.size:
+            return None
+        there = int(outer[rng.integers(outer.size)])
+        inner = np.flatnonzero(in_cut & same)
+        if not inner.size or rng.random() < REASSIGN_HOME_CHANCE:
+            return _Change([there], [expert])
+        here, other = int(inner[rng.integers(inner.size)]), int(self.expert[there])
+        if self.copies[other, self.rank[here]]:
+            return None
+        return _Change([there, here], [expert, other])
 
     def apply_change(self, change: _Change) -> _Change:
         """Put experts into slots, and return the change that undoes it."""

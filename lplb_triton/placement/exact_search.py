@@ -67,11 +67,16 @@ class ExactSearch:
         price: torch.Tensor,
         domain: torch.Tensor,
         generator: torch.Generator,
+        fixed: torch.Tensor | None = None,
     ) -> None:
         device = load.device
         self.load, self.generator = load, generator  # [B, E]
         self.price = price.to(device)  # [E, G] score that a copy on a rank costs
         self.domain = domain.to(device)  # [G] domain of each rank
+        # [S] slots whose experts stay.
+        self.fixed = (
+            torch.zeros(start.n_physical, dtype=torch.bool) if fixed is None else fixed
+        ).to(device)
         self.ranks, self.columns = start.ep_size, max(1, start.n_physical - start.n_logical)
         self.expert, self.rank = (
             start.phy2log.long().to(device),
@@ -183,6 +188,8 @@ class ExactSearch:
         home = domain[self.copies.argmax(1)]
         barred = (self.copies > 0) | (home.unsqueeze(1) != domain)
         reassign = reassign.masked_fill(barred[:, rank] | (count[expert] < 2), torch.inf)
+        swap = swap.masked_fill(self.fixed | self.fixed.unsqueeze(1), torch.inf)
+        reassign = reassign.masked_fill(self.fixed, torch.inf)
         return torch.cat([swap.flatten(), reassign.flatten()])
 
     def decode_changes(self, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,9 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from lplb_triton import topologies
-from lplb_triton._checks import check_integer, nearest_divisors, would_do
+from lplb_triton._checks import check_flag, check_integer, nearest_divisors, would_do
 from lplb_triton.placement.arguments import check_batch, count_copies, to_int_array
-from lplb_triton.placement.constructors import copy_over_topology, replicate_by_history
+from lplb_triton.placement.constructors import (
+    copy_over_topology,
+    replicate_at_home,
+    replicate_by_history,
+)
 from lplb_triton.placement.programs import ProgramBuilder
 from lplb_triton.placement.structure import Structure, build_structure
 from lplb_triton.problem import Problem
@@ -252,6 +256,7 @@ class Placement:
         redundant_per_rank: int = 1,
         num_groups: int = 1,
         num_nodes: int = 1,
+        keep_home: bool = False,
     ) -> Placement:
         """Place and replicate experts with EPLB by a load history.
 
@@ -267,6 +272,11 @@ class Placement:
         num_groups, num_nodes : int
             EPLB's expert groups and nodes. If nodes divide groups, groups are packed onto nodes:
             `num_groups` must divide ``n_logical`` then, and `num_nodes` must divide `ep_size`.
+        keep_home : bool
+            Whether the first ``n_logical / ep_size`` slots of rank r hold experts
+            ``r * n_logical / ep_size`` and following, in order, as frameworks shard them. Only the
+            redundant slots are chosen then: further copies go to hot experts of loaded ranks and
+            lie on the least loaded ranks. Groups and nodes must be 1.
 
         Returns
         -------
@@ -278,6 +288,9 @@ class Placement:
         TypeError, ValueError
             Naming the argument.
         """
+        if check_flag("keep_home", keep_home):
+            at_home = replicate_at_home(load, ep_size, redundant_per_rank, num_groups, num_nodes)
+            return cls(at_home, ep_size, n_logical=len(load))
         slots, n_logical = replicate_by_history(
             load, ep_size, redundant_per_rank, num_groups, num_nodes
         )

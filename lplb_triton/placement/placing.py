@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lplb_triton._checks import check_integer
+from lplb_triton._checks import check_flag, check_integer
 from lplb_triton._threads import one_thread
 from lplb_triton.placement import Placement
 from lplb_triton.placement.chaining import chain, check_load, check_ranks, scale_rows
 from lplb_triton.placement.cut_search import CutSearch
 from lplb_triton.placement.exact_search import CANDIDATES, ExactSearch
+from lplb_triton.placement.home import is_at_home
 from lplb_triton.placement.moves import check_same_sizes, keep_slots, number_domains
 from lplb_triton.solver import solve
 
@@ -61,6 +62,7 @@ def place(
     dispersion: float = 0.2,
     device: torch.device | str | None = None,
     seed: int = 0,
+    keep_home: bool = False,
 ) -> Placement:
     """Place and replicate experts so that the program's optimum is low over recorded batches.
 
@@ -112,6 +114,10 @@ def place(
         Seed of the random choices. The placement depends on nothing else but the arguments (and
         on the rounding of the processor at hand: where several processes need it, compute it in
         one and broadcast it).
+    keep_home : bool
+        Whether the first ``n_logical / ep_size`` slots of rank r hold experts
+        ``r * n_logical / ep_size`` and following, in order, as frameworks shard them (also in
+        `previous`). Only the redundant slots are chosen then.
 
     Returns
     -------
@@ -144,6 +150,7 @@ def place(
     dispersion = _check_number("dispersion", dispersion, MAX_DISPERSION)
     penalty = _check_number("move_penalty", move_penalty)
     rng = np.random.default_rng(check_integer("seed", seed, 0))
+    stay = check_flag("keep_home", keep_home)
     domain = number_domains(n_ranks, ranks_per_domain)
     load = load[load.sum(1) > 0]
     load = load / load.sum(1, keepdims=True) * n_ranks
@@ -154,10 +161,16 @@ def place(
     elif penalty:
         raise ValueError("move_penalty needs previous, the placement that moves start from")
     else:
-        start = _choose_start(torch.from_numpy(mean), counts, n_ranks, redundant, ranks_per_domain)
+        start = _choose_start(
+            torch.from_numpy(mean), counts, n_ranks, redundant, ranks_per_domain, stay
+        )
+    if stay and not is_at_home(start):
+        raise ValueError("previous must have every expert at home, see keep_home")
     if n_ranks == 1 or not len(load) or not n_trials:
         return start
-    search = _Search(load, counts, _price_moves(start, penalty), domain, where, rng)
+    fixed = np.arange(start.n_physical) % start.slots_per_rank < n_logical // n_ranks
+    price = _price_moves(start, penalty)
+    search = _Search(load, counts, price, domain, where, rng, fixed if stay else None)
     best = search.improve(start, n_samples, n_trials, dispersion)
     phy2log = keep_slots(best.phy2log.long()[None], start.phy2log.long()[None], n_ranks)[0]
     return Placement(phy2log, n_ranks, n_logical=n_logical, n_group=start.n_group)
@@ -191,10 +204,30 @@ def _choose_start(
     ranks: int,
     redundant: int,
     ranks_per_domain: int | None,
+    stay: bool,
 ) -> Placement:
-    """Choose the better placement to start from of EPLB's and the chained one."""
+    """Choose the better placement to start from of EPLB's and the chained one.
+
+    If experts are to ``stay`` at home, it is the better of two that keep them there.
+    """
     n_domains = ranks // (ranks_per_domain or ranks)
     n_logical = len(mean)
+    free = np.zeros((n_logical, ranks), dtype=np.float32)
+    if stay:
+        starts = [
+            chain(
+                mean,
+                ranks,
+                redundant_per_rank=redundant,
+                ranks_per_domain=ranks_per_domain,
+                keep_home=True,
+            )
+        ]
+        if n_domains == 1:
+            starts.append(
+                Placement.from_history(mean, ranks, redundant_per_rank=redundant, keep_home=True)
+            )
+        return min(starts, key=lambda one: _compute_cost(one, counts, free))
     # With groups of one expert each, EPLB packs single experts onto domains by load.
     groups = n_logical if n_domains > 1 else 1
     eplb = Placement.from_history(
@@ -206,7 +239,6 @@ def _choose_start(
     if redundant * ranks > n_logical * (ranks // n_domains - 1):
         return eplb
     chained = chain(mean, ranks, redundant_per_rank=redundant, ranks_per_domain=ranks_per_domain)
-    free = np.zeros((n_logical, ranks), dtype=np.float32)
     return min((chained, eplb), key=lambda one: _compute_cost(one, counts, free))
 
 
@@ -303,6 +335,8 @@ class _Search(NamedTuple):
     """Where to search."""
     rng: np.random.Generator
     """Source of all random choices."""
+    fixed: NDArray[np.bool_] | None
+    """``[n_physical]`` slots whose experts stay at home, or None."""
 
     def improve(
         self, start: Placement, n_samples: int, n_trials: int, dispersion: float
@@ -324,7 +358,7 @@ class _Search(NamedTuple):
     def run(self, start: Placement, batches: _Float, n_trials: int) -> tuple[Placement, float, int]:
         """Search by cuts or exactly; return the placement, its mean excess and the trials used."""
         if self.device.type == "cpu":
-            by_cuts = CutSearch(start, batches, self.price, self.domain, self.rng)
+            by_cuts = CutSearch(start, batches, self.price, self.domain, self.rng, self.fixed)
             with one_thread():
                 found, excess = by_cuts.run(n_trials)
             return found, excess, by_cuts.trial
@@ -335,6 +369,7 @@ class _Search(NamedTuple):
             torch.from_numpy(self.price),
             torch.from_numpy(self.domain),
             torch.Generator(self.device).manual_seed(seed),
+            None if self.fixed is None else torch.from_numpy(self.fixed),
         )
         found, excess = exact.run(max(1, n_trials // CANDIDATES))
         return found, excess, exact.steps * CANDIDATES
