@@ -24,12 +24,14 @@ def trace():
 
 
 def test_chosen_batches_are_after_their_history(trace):
+    """Each stretch's chosen batches come after the batches of its history."""
     chosen = chosen_batches(trace, 2)
     assert chosen[:4] == [(0, 3, 0, 3), (0, 5, 0, 3), (1, 3, 0, 3), (1, 5, 0, 3)]
     assert chosen[4:6] == [(0, 9, 6, 9), (0, 11, 6, 9)]
 
 
 def test_slot_tokens_add_up_and_the_lp_levels_ranks():
+    """Slot tokens add up to the counts, and the LP's largest rank is below EPLB's."""
     rng = np.random.default_rng(1)
     load = torch.from_numpy(rng.lognormal(0, 1.2, 32))
     placement = Placement.from_history(load, 4, redundant_per_rank=2)
@@ -48,6 +50,7 @@ def test_slot_tokens_add_up_and_the_lp_levels_ranks():
 
 
 def test_dry_run(trace):
+    """A row has the slowest rank's times and the imbalance of every balance."""
     seen = []
     row = simulate_row(
         trace, 4, FakeTimer(), "cpu", tokens=64, hidden=16, inner=8, per_stretch=1,
@@ -66,6 +69,7 @@ def test_dry_run(trace):
 
 
 def test_command(monkeypatch, capsys):
+    """The command reports a row for each EP size and refuses one that does not divide."""
     monkeypatch.setattr(gpu, "start", lambda args: (torch.device("cpu"), FakeTimer()))
     arguments = "simulate --ep 8 --slots 1 --tokens 256 --hidden 16 --inner 8 --json -"
     assert cli.main(arguments.split()) == 0

@@ -12,6 +12,7 @@ from lplb_triton.sync._distributed import device_error
 
 @pytest.mark.parametrize(("n_ranks", "n"), [(1, 5), (2, 16), (3, 20), (9, 300)])
 def test_sums_and_what_is_sent(n_ranks, n):
+    """Every rank gets exact sums and rows, and sends just the words that are expected."""
     torch.manual_seed(n)
     ranks = Ranks(n_ranks, 4 * -(-n // 4), timeout=0.05)
     epochs = 4 if n_ranks < 9 else 2
@@ -56,6 +57,7 @@ def test_sums_that_int32_does_not_hold():
 
 
 def test_a_rank_may_be_one_epoch_ahead_but_not_two():
+    """A rank one epoch ahead is summed, and one further ahead counts as missing."""
     ranks = Ranks(2, 8, timeout=0.02)
     counts = torch.arange(8, dtype=torch.int32).reshape(2, 4)
     ranks.publish(1, counts[1], 1)
@@ -72,6 +74,7 @@ def test_a_rank_may_be_one_epoch_ahead_but_not_two():
 
 
 def test_missing_ranks_are_named_and_the_endpoint_is_poisoned():
+    """After a timeout missing ranks are named, and nothing is sent again."""
     ranks = Ranks(4, 8, timeout=0.05)
     counts = torch.arange(1, 9, dtype=torch.int32)
     for rank in range(4):
@@ -98,6 +101,7 @@ def test_missing_ranks_are_named_and_the_endpoint_is_poisoned():
 
 @pytest.mark.parametrize("what", ["version", "size"])
 def test_another_call_is_no_part_of_the_sum(what):
+    """A rank with another version or size is named, and its counts are not summed."""
     ranks = Ranks(3, 8, timeout=0.05)
     counts = torch.arange(1, 9, dtype=torch.int32)
     for rank in range(3):
@@ -128,6 +132,7 @@ def test_another_call_is_no_part_of_the_sum(what):
     ],
 )
 def test_one_word_that_is_missing_is_missed(n, n_ranks, rank, word):
+    """One word of an old epoch makes its rank count as missing."""
     ranks = Ranks(n_ranks, n, timeout=0.01)
     counts = torch.arange(n, dtype=torch.int32)
     for sender in range(n_ranks):
@@ -141,6 +146,7 @@ def test_one_word_that_is_missing_is_missed(n, n_ranks, rank, word):
 
 
 def test_another_call_ends_the_wait_for_those_who_are_late():
+    """A mismatched call fails at once instead of waiting for others."""
     ranks = Ranks(3, 8, timeout=60.0)
     counts = torch.arange(8, dtype=torch.int32)
     ranks.publish(1, counts, 1, version=78)
@@ -151,6 +157,7 @@ def test_another_call_ends_the_wait_for_those_who_are_late():
 
 
 def test_two_calls_at_once_on_one_channel_are_found():
+    """A channel that is in use by another call fails, and the error says so."""
     ranks = Ranks(1, 8, timeout=0.05)
     counts = torch.ones(8, dtype=torch.int32)
     ranks.endpoints[0]._gates[3] = 1
@@ -174,6 +181,7 @@ def test_the_first_fault_is_the_one_that_is_told():
 
 
 def test_epochs_may_wrap_around():
+    """Sums stay right when the epoch passes the largest int32."""
     ranks = Ranks(2, 8, timeout=0.05)
     last = 2**31 - 1
     for endpoint in ranks.endpoints:
@@ -187,6 +195,7 @@ def test_epochs_may_wrap_around():
 
 @pytest.mark.parametrize("gather", [False, True])
 def test_rows_gathered_elsewhere(gather):
+    """Rows gathered by another library are summed, and one of another version is named."""
     n_ranks, n = 130, 20
     status = torch.zeros(kernels.status_words(n_ranks), dtype=torch.int64)
     if DEVICE.type == "cuda":

@@ -164,6 +164,7 @@ def calls_of(function):
 
 
 def test_calls_of_an_update():
+    """An update of a solver's maps takes fewer than 500 function calls, a repeated one 300."""
     first, second = deepseek_maps(0, 1), deepseek_maps(1, 1)
     solver = LPLBSolver(first[0][0].clone(), first[1][0].clone(), 32, backend="torch")
     placement = Placement(second[0][0], 32)
