@@ -44,6 +44,7 @@ def fake_gpu(monkeypatch):
 
 
 def test_statistics():
+    """Statistics are numpy's percentiles, and the mean, median and largest value."""
     found = statistics([3.0, 1.0, 2.0, 100.0])
     assert found["median"] == 2.5
     assert found["max"] == 100.0
@@ -53,6 +54,7 @@ def test_statistics():
 
 
 def test_workload(workload):
+    """A workload has every published family with its optimum, and the same seed draws it again."""
     assert workload.families == list(PUBLISHED_FAMILIES)
     assert len(workload) == len(workload.optima) == len(workload.counts) == 6
     assert workload.highs_us > 0
@@ -63,6 +65,7 @@ def test_workload(workload):
 
 
 def test_smallest_sweeps():
+    """The fewest sweeps that suffice are found in at most 14 calls, or -1 if none do."""
     needed = np.array([0, 1, 7, 64, 65, 1000])
     asked = []
 
@@ -79,6 +82,7 @@ def test_smallest_sweeps():
 
 
 def test_solve_row(workload):
+    """A row has each launch's median over three rounds, and the gaps and iterations."""
     timer, seen = FakeTimer(), []
     row = solve_times.solve_row(
         workload, timer, "cpu", tolerance=1e-3, progress=lambda: seen.append(None)
@@ -95,6 +99,8 @@ def test_solve_row(workload):
 
 
 def test_a_disturbance_meets_a_launch_in_one_round_only(workload):
+    """Several disturbed calls in a row do not change any launch's median."""
+
     class Disturbed(FakeTimer):
         def per_call(self, launch, about_us):
             super().per_call(launch, about_us)
@@ -105,6 +111,7 @@ def test_a_disturbance_meets_a_launch_in_one_round_only(workload):
 
 
 def test_nothing_is_timed_before_the_gate(workload, monkeypatch):
+    """A wrong answer is reported with its instance before the timer is called."""
     solve = Balancer.solve
 
     def broken(self, counts, **kwargs):
@@ -130,6 +137,7 @@ def test_nothing_is_timed_before_the_gate(workload, monkeypatch):
     ],
 )
 def test_gate(workload, change, message):
+    """A plan passes the gate, and each way to be wrong is refused with its reason."""
     problem = workload.single(1, "cpu")
     problem = lplb_triton.Problem(problem.weights.double(), problem.fixed.double(), problem.mask)
     solution = lplb_triton.solve(problem)
@@ -139,6 +147,7 @@ def test_gate(workload, change, message):
 
 
 def test_groups_row():
+    """A row has the times of groups solved together and of the slowest one alone."""
     row = solve_times.groups_row(FakeTimer(), "cpu", tolerance=1e-3, per_family=1, n_group=2)
     assert (row["groups"], row["batches"]) == (2, 6)
     # Three rounds of six launches together, then of twelve alone; of two the last is the slowest.
@@ -148,6 +157,7 @@ def test_groups_row():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, not interpreted")
 def test_peer_row(workload):
+    """A row has the times and failures of both peers, and no times of lplb on a CPU."""
     row = peer_row(workload, FakeTimer(), "cpu", tolerance=1e-3, max_sweeps=32)
     affine, edge = row["affine_scaling"], row["edge_balancing"]
     assert affine["us"]["max"] == 12
@@ -159,6 +169,7 @@ def test_peer_row(workload):
 
 
 def test_peers_of_other_placements():
+    """Peers that need two copies per expert say so for other placements."""
     several = draw_workload("random:4:3", **SMALL)
     row = peer_row(several, FakeTimer(), "cpu", tolerance=1e-3)
     for name in ("affine_scaling", "edge_balancing", "lplb"):
@@ -166,6 +177,7 @@ def test_peers_of_other_placements():
 
 
 def test_violations_of_the_standard_form(workload):
+    """An even split violates nothing, and each broken constraint is measured."""
     columns, ranks = 5, 5
     x = torch.zeros(6, 2 * columns + ranks + 2, dtype=torch.float64)
     x[:, : 2 * columns] = 0.5
@@ -184,6 +196,7 @@ def test_violations_of_the_standard_form(workload):
 
 
 def test_pipeline_row():
+    """A row has the bytes a run must move and the time that they take at the bandwidth."""
     row = pipeline_times.pipeline_row(
         "cube", 24, FakeTimer(), "cpu", tolerance=1e-3, bandwidth=1e9, per_family=1
     )
@@ -196,6 +209,7 @@ def test_pipeline_row():
 
 
 def test_routed_batches():
+    """Routed tokens have eight different experts, and families differ in their spread."""
     batches = pipeline_times.route(32, 64, 2, 1)
     assert len(batches) == 12
     assert all(idx.shape == (32, 8) and idx.dtype == torch.int64 for idx in batches)
@@ -205,6 +219,7 @@ def test_routed_batches():
 
 
 def test_ids_are_checked():
+    """Ids of another expert, of padding, or with wrong rank loads are refused."""
     rng = np.random.default_rng(0)
     placement = pipeline_times.pipeline_placement("cube", rng)
     balancer = Balancer(placement, device="cpu")
@@ -226,6 +241,7 @@ def test_ids_are_checked():
 
 @pytest.mark.slow
 def test_first_call_in_fresh_processes():
+    """First calls are timed in new processes, and one that fails raises."""
     row = first_call_row("cube", "cpu")
     assert row["cold_s"] > 0 and row["warm_s"] > 0
     with pytest.raises(RuntimeError, match="first call of nothing"):
@@ -234,6 +250,7 @@ def test_first_call_in_fresh_processes():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, not interpreted")
 def test_solve_command(fake_gpu, tmp_path, capsys):
+    """`solve` writes a row for each shape as JSON and as Markdown."""
     common = ["solve", "--no-traffic", "--shapes", "ring:5,random:4:3", "--per-family", "1"]
     report_path, text_path = tmp_path / "solve.json", tmp_path / "solve.md"
     assert cli.main([*common, "--json", str(report_path), "--markdown", str(text_path)]) == cli.OK
@@ -250,6 +267,7 @@ def test_solve_command(fake_gpu, tmp_path, capsys):
 
 
 def test_solve_command_without_peers(fake_gpu, capsys):
+    """`solve --no-peers` leaves peers out and times groups of a cube."""
     arguments = ["solve", "--no-traffic", "--shapes", "cube", "--per-family", "1", "--no-peers"]
     assert cli.main([*arguments, "--json", "-"]) == cli.OK
     captured = capsys.readouterr()
@@ -260,6 +278,7 @@ def test_solve_command_without_peers(fake_gpu, capsys):
 
 
 def test_pipeline_command(fake_gpu, capsys):
+    """`pipeline` prints a line for each number of tokens and one for first calls."""
     arguments = ["pipeline", "--shapes", "cube", "--tokens", "16,32", "--no-traffic"]
     arguments += ["--markdown", "-"]
     assert cli.main(arguments) == cli.OK
@@ -283,6 +302,7 @@ def small_runs(monkeypatch):
 
 
 def test_pipeline_on_a_trace(fake_gpu, monkeypatch, capsys):
+    """`pipeline` times whole runs and solves on every layer of the packaged trace."""
     arguments = small_runs(monkeypatch)
     assert cli.main([*arguments, "--json", "-"]) == cli.OK
     captured = capsys.readouterr()
@@ -302,6 +322,7 @@ def test_pipeline_on_a_trace(fake_gpu, monkeypatch, capsys):
 
 
 def test_uncertified_runs_fail_the_command(fake_gpu, monkeypatch, capsys):
+    """`pipeline` fails if batches of a trace are not certified."""
     check = traffic.check
 
     def admit(prepared, device, tolerance):
@@ -313,6 +334,8 @@ def test_uncertified_runs_fail_the_command(fake_gpu, monkeypatch, capsys):
 
 
 def test_a_wrong_answer_ends_a_command(fake_gpu, monkeypatch, capsys):
+    """A wrong answer makes `solve` and `pipeline` fail without times."""
+
     def refuse(*args, **kwargs):
         raise WrongAnswerError("so and so")
 
@@ -327,6 +350,8 @@ def test_a_wrong_answer_ends_a_command(fake_gpu, monkeypatch, capsys):
 
 
 def test_more_than_one_allocation_is_reported(fake_gpu, monkeypatch, capsys):
+    """`pipeline` fails if a run allocates memory twice."""
+
     def pipeline_row(*args, **kwargs):
         return {**row, "allocations_per_call": 2.0}
 
@@ -353,6 +378,7 @@ def test_more_than_one_allocation_is_reported(fake_gpu, monkeypatch, capsys):
     ],
 )
 def test_wrong_usage(arguments, message, capsys):
+    """A wrong option is refused as wrong usage, with its name or value."""
     try:
         code = cli.main(arguments)
     except SystemExit as stop:
@@ -362,6 +388,7 @@ def test_wrong_usage(arguments, message, capsys):
 
 
 def test_a_gpu_is_needed(monkeypatch, capsys):
+    """Timing commands are refused without a GPU and with interpreted kernels."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for command in ("solve", "pipeline"):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -373,6 +400,7 @@ def test_a_gpu_is_needed(monkeypatch, capsys):
 
 
 def test_markdown():
+    """A grid becomes a Markdown table with its title and notes."""
     grid = tables.Grid("Title", ("name", "us"), [("a", "1.0"), ("b", "2.0")], ("A note.",))
     assert tables.markdown([grid]) == (
         "### Title\n\n| name | us |\n| --- | --- |\n| a | 1.0 |\n| b | 2.0 |\n\nA note.\n"
@@ -381,6 +409,7 @@ def test_markdown():
 
 @pytest.mark.gpu
 def test_graph_timer():
+    """A graph's time per call is plausible, and the timer survives a launch that raises."""
     timer = GraphTimer(torch.device("cuda"))
     x = torch.zeros(1 << 20, device="cuda")
     x.add_(1)
@@ -401,6 +430,7 @@ def _fail(x):
 
 @pytest.mark.gpu
 def test_solve_on_a_gpu(capsys):
+    """Times of `solve` and both peers on a GPU are plausible."""
     arguments = [
         "solve",
         "--no-traffic",
@@ -423,6 +453,7 @@ def test_solve_on_a_gpu(capsys):
 
 @pytest.mark.gpu
 def test_pipeline_on_a_gpu(capsys):
+    """A run on a GPU allocates once and takes longer than its memory traffic."""
     arguments = ["pipeline", "--shapes", "cube", "--tokens", "128", "--no-first-call"]
     assert cli.main([*arguments, "--json", "-"]) == cli.OK
     report = json.loads(capsys.readouterr().out)

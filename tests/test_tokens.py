@@ -31,6 +31,7 @@ def random_cumulative(rng, placement):
 
 
 def test_quotas_are_within_one_token_on_500_cases():
+    """Quotas sum up to the counts, each within one token of its share."""
     rng = np.random.default_rng(0)
     shapes = ["ring:8", "cube", "eplb:16:2", "random:7:3", "eplb:2:1"]
     for case in range(500):
@@ -57,6 +58,7 @@ def test_quotas_are_within_one_token_on_500_cases():
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_rounding_cancels_over_64_ranks(seed, tokens, limit):
+    """Quotas of 64 ranks keep the largest load near the plan's."""
     rng = np.random.default_rng(seed)
     popularity = rng.lognormal(0.0, 1.0, 256)
     placement = Placement.from_history(torch.from_numpy(popularity), 64, redundant_per_rank=2)
@@ -82,6 +84,7 @@ def test_rounding_cancels_over_64_ranks(seed, tokens, limit):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("shape", ["ring:5", "cube", "eplb:16:2", "random:7:3"])
 def test_kernel_equals_twin_bit_for_bit(shape, dtype):
+    """Kernel and twin count and select the same, for any size and number of SMs."""
     rng = np.random.default_rng(1)
     placement = shape_placement(shape, rng)
     rank = placement.ep_size - 1
@@ -109,6 +112,7 @@ def test_kernel_equals_twin_bit_for_bit(shape, dtype):
 
 
 def test_copies_are_spread_over_the_batch():
+    """Every prefix of a batch has a copy's share of its tokens, to within two."""
     rng = np.random.default_rng(2)
     placement = shape_placement("cube", rng)
     balancer = Balancer(placement, device="cpu")
@@ -129,6 +133,7 @@ def test_copies_are_spread_over_the_batch():
 
 
 def test_many_copies_are_spread_too():
+    """With nine copies every prefix has each copy's share to within six tokens."""
     rng = np.random.default_rng(3)
     phy2log = np.concatenate([np.zeros(9, dtype=int), np.arange(1, 8)])
     placement = Placement.from_phy2log(rng.permutation(phy2log), 16, n_logical=8)
@@ -144,6 +149,7 @@ def test_many_copies_are_spread_too():
 
 
 def test_few_tokens_and_equal_loads_families_solve():
+    """Few, equal or no tokens are certified and no worse than an even split."""
     rng = np.random.default_rng(4)
     placement = shape_placement("hypercube", rng)
     balancer = Balancer(placement, device="cpu")

@@ -40,6 +40,7 @@ def expected(loads):
 
 
 def test_drawn_loads():
+    """Eleven load sets are drawn, of equal size, and the same seed draws them again."""
     found = drawn(256, 5, 7)
     assert [each.kind for each in found] == ["jitter"] * 9 + ["rotating", "burst"]
     assert len({each.name for each in found}) == 11
@@ -51,6 +52,7 @@ def test_drawn_loads():
 
 
 def test_spread_of_the_jitter_families():
+    """Popularity and jitter of a family have the spread that its name says."""
     for each in drawn(512, 4, 0)[:9]:
         sigma, spread = (float(part.split()[-1]) for part in each.name.split(","))
         popularity = each.history[0].log()
@@ -62,6 +64,7 @@ def test_spread_of_the_jitter_families():
 
 
 def test_rotating_and_burst():
+    """Rotating loads shift by three experts a batch, and a burst raises three experts."""
     rotating, burst = drawn(64, 4, 0)[-2:]
     for at, batch in enumerate(rotating.batches):
         wanted = torch.roll(expected(rotating), 3 * at)
@@ -72,6 +75,7 @@ def test_rotating_and_burst():
 
 
 def test_recorded_loads():
+    """Each layer's history is the first half of a trace, and its batches are the rest."""
     trace = make_trace(batches=9, layers=2)
     totals = trace.totals()
     for layer, loads in enumerate(recorded(trace, "it")):
@@ -86,6 +90,7 @@ def test_recorded_loads():
 
 
 def test_default_cases():
+    """Default cases are distinct and possible, and cover all slots and numbers of experts."""
     assert len(set(CASES)) == len(CASES) <= 24
     assert [str(case) for case in CASES if case.refusal()] == []
     assert {case.slots for case in CASES} == {1, 2, 4}
@@ -93,6 +98,7 @@ def test_default_cases():
 
 
 def test_product():
+    """A product of sizes has all possible cases, and tells why others are left out."""
     cases, left_out = product(None, (64, 72), ("eplb", "cube"), (1, 2))
     assert [(c.experts, c.ep, c.placement, c.slots) for c in cases] == [
         (256, 64, "eplb", 1),
@@ -108,6 +114,7 @@ def test_product():
 
 
 def test_prepared_optima(prepared):
+    """Prepared optima are between the mean load and its double, and all solves are certified."""
     checked = traffic.check(prepared, "cpu", 1e-3)
     assert prepared.optima.shape == (3, 1)
     mean = 32768 * 8 / 4
@@ -117,6 +124,7 @@ def test_prepared_optima(prepared):
 
 
 def test_every_group_is_checked():
+    """A wrong optimum of any one group is found and named."""
     case = Case(64, 16, "cube", 2)
     one = prepare(case, drawn(64, 2, 0)[0])
     assert one.optima.shape == (2, 2)
@@ -151,17 +159,20 @@ def admit(solution):
     ],
 )
 def test_wrong_answers(prepared, monkeypatch, change):
+    """Every wrong bound, load or status is reported with its batch and group."""
     altered(monkeypatch, change)
     with pytest.raises(WrongAnswerError, match="sigma 0.5, jitter 0.2, batch 0, group 0"):
         traffic.check(prepared, "cpu", 1e-3)
 
 
 def test_admitted_gaps_are_counted(prepared, monkeypatch):
+    """A plan that admits its gap is counted as uncertified."""
     altered(monkeypatch, lambda s: admit(replace(s, lower_bound=s.lower_bound * 0.9)))
     assert traffic.check(prepared, "cpu", 1e-3).uncertified == 3
 
 
 def test_a_batch_is_timed_with_its_own_counts(prepared, monkeypatch):
+    """Each batch is solved with its own counts when it is timed."""
     seen = []
     monkeypatch.setattr(
         traffic, "run_solver", lambda balancer: lambda counts: seen.append(counts.clone())
@@ -173,6 +184,7 @@ def test_a_batch_is_timed_with_its_own_counts(prepared, monkeypatch):
 
 
 def test_pooled():
+    """Rows of one kind are pooled, with the times of each number of steps."""
     sizes = {"experts": 8, "ep": 2, "placement": "eplb", "slots": 1, "worst_gap": 0.1}
     common = {**sizes, "uncertified": 1}
     rows = [
@@ -190,6 +202,7 @@ def test_pooled():
 
 
 def test_table_of_stages():
+    """The table has each stage's percentage of batches, and no time where there are none."""
     found = {"experts": 256, "ep": 64, "placement": "eplb", "slots": 2, "kind": "jitter"}
     us = statistics([5.0])
     found |= {"batches": 400, "us": us, "worst_gap": 9e-4, "uncertified": 0}
@@ -204,6 +217,7 @@ def test_table_of_stages():
 
 
 def test_whole_runs(prepared, monkeypatch):
+    """Runs are timed on ids with the batch's counts, and wrong ids are refused."""
     checked, seen = traffic.check(prepared, "cpu", 1e-3), []
     run = Balancer.run
 
@@ -231,6 +245,7 @@ def test_whole_runs(prepared, monkeypatch):
 
 @pytest.mark.slow
 def test_processes_prepare_the_same():
+    """Two processes prepare the same placements, optima and batches as one."""
     case = Case(16, 4, "place", 1)
     jobs = [(case, loads) for loads in drawn(16, 2, 0)[:3]]
     with (
@@ -244,6 +259,7 @@ def test_processes_prepare_the_same():
 
 
 def test_command(fake_gpu, tmp_path, capsys):
+    """The command times own and drawn traffic, and lists the cases it leaves out."""
     traces.save(tmp_path / "mine.npz", make_trace(batches=6, layers=2))
     report_path, text_path = tmp_path / "o.json", tmp_path / "o.md"
     arguments = [*SMALL, "--placement", "eplb,chain,cube", "--trace", str(tmp_path / "mine.npz")]
@@ -270,6 +286,7 @@ def test_command(fake_gpu, tmp_path, capsys):
 
 
 def test_real_traffic_comes_first(fake_gpu, capsys):
+    """Tables of traffic come before those of load families."""
     arguments = [each for each in SMALL if each != "--no-families"]
     arguments += ["--shapes", "ring:5", "--per-family", "1", "--no-peers", "--markdown", "-"]
     assert cli.main(arguments) == cli.OK
@@ -285,6 +302,7 @@ def test_real_traffic_comes_first(fake_gpu, capsys):
 
 
 def test_uncertified_batches_fail_the_command(fake_gpu, monkeypatch, capsys):
+    """The command fails if batches are not certified, and counts them."""
     altered(monkeypatch, admit)
     assert cli.main(SMALL) == cli.FAILED
     assert "22 batches were not certified within 0.001" in capsys.readouterr().err
@@ -308,6 +326,7 @@ def test_uncertified_batches_fail_the_command(fake_gpu, monkeypatch, capsys):
     ],
 )
 def test_refused_before_any_work(fake_gpu, tmp_path, monkeypatch, capsys, arguments, message):
+    """Options that do not fit together are refused before anything is prepared."""
     monkeypatch.chdir(tmp_path)
     traces.save(tmp_path / "t.npz", make_trace(batches=4, layers=1))
     traces.save(tmp_path / "one.npz", make_trace(batches=1, layers=1))
@@ -321,6 +340,7 @@ def test_refused_before_any_work(fake_gpu, tmp_path, monkeypatch, capsys, argume
 
 
 def test_default_subset(fake_gpu, monkeypatch):
+    """Without options every default case gets all its loads."""
     chosen = []
 
     def time_traffic(args, plan, device, timer):
@@ -340,6 +360,7 @@ def test_default_subset(fake_gpu, monkeypatch):
 
 @pytest.mark.gpu
 def test_batches_on_a_gpu():
+    """Each batch is copied and timed once on a GPU."""
     timer = GraphTimer(torch.device("cuda"))
     counts = torch.zeros(1, dtype=torch.int32, device="cuda")
     seen = torch.zeros(3, dtype=torch.int32, device="cuda")
@@ -357,6 +378,7 @@ def test_batches_on_a_gpu():
 
 @pytest.mark.gpu
 def test_command_on_a_gpu(capsys):
+    """Times of drawn and recorded loads on a GPU are plausible."""
     arguments = ["solve", "--no-families", "--ep", "8", "--slots", "1", "--batches", "2"]
     assert cli.main([*arguments, "--json", "-"]) == cli.OK
     rows = json.loads(capsys.readouterr().out)["traffic"]["rows"]

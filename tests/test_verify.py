@@ -15,6 +15,7 @@ from lplb_triton.testing import instances, verify
 
 
 def test_command(tmp_path, capsys):
+    """The command compares three parts at two tolerances, and all are certified."""
     path = tmp_path / "deep" / "verify.json"
     common = ["verify", "--device", "cpu", "--backend", "torch", "--instances", "17"]
     common += ["--batches", "1", "--most-ranks", "8"]
@@ -38,6 +39,7 @@ def test_command(tmp_path, capsys):
     [["--instances", "3,4"], ["--instances", "0"], ["--tolerance", "2"]],
 )
 def test_wrong_usage(arguments, capsys):
+    """A wrong option is refused as wrong usage by its name."""
     try:
         code = cli.main(["verify", *arguments])
     except SystemExit as stop:
@@ -57,6 +59,7 @@ def small_parts(n_batches=1):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs on the GPU, see below")
 def test_kernel_on_real_traffic_and_hard_placements():
+    """The kernel certifies traffic and hard placements within 1e-3."""
     pytest.importorskip("triton")
     for verdict in verify.compare(small_parts(), tolerances=(1e-3,), backend="triton"):
         assert verdict.from_counts and verdict.instances > 20
@@ -65,12 +68,14 @@ def test_kernel_on_real_traffic_and_hard_placements():
 
 @pytest.mark.gpu
 def test_kernel_on_all_traffic_and_hard_placements():
+    """The kernel on a GPU certifies all of the corpus within 1e-3."""
     parts = [corpus.real(1, 1), corpus.hard(2, 1)]
     for verdict in verify.compare(parts, tolerances=(1e-3,), backend="triton", device="cuda"):
         assert verdict.sound and verdict.not_certified == 0
 
 
 def test_cases_of_real_traffic():
+    """Real traffic covers all EP sizes, has extreme batches, and is drawn the same again."""
     assert [str(case) for case in corpus.CASES if case.refusal()] == []
     for placement in ("eplb", "chain"):
         here = [case for case in corpus.CASES if case.placement == placement]
@@ -102,6 +107,7 @@ def copies_of(placement):
 
 @pytest.mark.parametrize("name", corpus.HARD)
 def test_hard_placements(name):
+    """A hard placement has the copies or connected parts that its shape says."""
     shape = corpus.HARD[name]
     (instance,) = corpus.hard(2, 3, {name: shape}).instances
     held, n = copies_of(instance.placement), len(instances.FAMILIES)
@@ -122,6 +128,7 @@ def test_hard_placements(name):
 
 
 def test_parts():
+    """Parts are as large as asked for, and their steps count their instances."""
     assert [part.name for part in corpus.parts(17, 0)] == ["random"]
     random, real, hard = corpus.parts(17, 0, 1, 16)
     assert random.as_problems and not real.as_problems and not hard.as_problems
@@ -142,6 +149,7 @@ def test_parts():
     ],
 )
 def test_what_must_be_certified(part, tolerance, not_certified, good):
+    """All must be certified at 1e-3, and 999 of 1000 random programs at 1e-4."""
     verdict = verify.Verdict(tolerance, True, part, 2040, not_certified=not_certified)
     assert command._is_good(verdict, 1e-3) == good
     verdict.infeasible = 1
@@ -149,6 +157,7 @@ def test_what_must_be_certified(part, tolerance, not_certified, good):
 
 
 def test_share_that_was_certified():
+    """A share of certified instances is rounded down, so 100% means all."""
     assert verify.Verdict(1e-4, instances=1000, not_certified=1).certified == 0.999
     assert verify.Verdict(1e-4).certified == 1
     shown = [format_share(1 - bad / 10**5) for bad in (0, 1, 10, 10**5)]
@@ -156,6 +165,7 @@ def test_share_that_was_certified():
 
 
 def test_kernels_count_steps(capsys):
+    """Tables say iterations for problems and steps for counts."""
     verdicts = [
         verify.Verdict(1e-3, False, "random", 4, max_iterations=7, total_iterations=10),
         verify.Verdict(1e-3, True, "random", 4, max_iterations=2, total_iterations=3),
@@ -185,6 +195,7 @@ def _worse(field, change):
     ],
 )
 def test_a_wrong_answer_is_counted(monkeypatch, field, change, counted):
+    """Every kind of wrong answer is counted, and all but a wide gap are unsound."""
     monkeypatch.setattr(verify, "solve", _worse(field, change))
     (verdict,) = verify.verify(17, tolerances=(1e-3,))
     assert getattr(verdict, counted) > 0
@@ -192,6 +203,7 @@ def test_a_wrong_answer_is_counted(monkeypatch, field, change, counted):
 
 
 def test_highs_on_a_problem_solved_by_hand():
+    """HiGHS finds the optimum of a program solved by hand."""
     mask = np.array([[True, False], [True, True], [False, True]])
     optimum = verify.highs_optimum(np.array([6.0, 3.0]), np.array([0.0, 1.0, 2.0]), mask)
     assert optimum == pytest.approx(4.0)
