@@ -5,11 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from helpers.layout import fields_of
 
 from lplb_triton import Balancer, Placement, _steps, solve, topologies
 from lplb_triton._backends.edges import FEW_COPIES
 from lplb_triton._backends.tables import DeviceTables
-from lplb_triton._layout import COPIES_AT_ONCE, RANK_CELLS, Extent
+from lplb_triton._layout import COPIES_AT_ONCE, RANK_CELLS, SHARE_ONE, Extent
 from lplb_triton.kernels.solve import levelling
 from lplb_triton.kernels.solve.group_tables import Extents
 from lplb_triton.testing.instances import corpus, draw_loads, shape_placement
@@ -38,11 +39,11 @@ def edges_of(placement):
         rank_of = dict(zip(number[ranks, columns].tolist(), ranks.tolist(), strict=True))
         groups.append([])
         for row in classes[:n]:
-            words = np.ascontiguousarray(row[row != -1]).view(np.uint16).reshape(-1, 4)
-            for second, first, *cells in words.tolist():
+            words = fields_of(row[row != -1]).tolist()
+            for second, first, *cells in words:
                 assert [second, first] == [rank_of[cell] for cell in cells]
                 assert len({column_of[cell] for cell in cells}) == 1
-            groups[-1].append([(b, a, column_of[cell]) for a, b, cell, _ in words.tolist()])
+            groups[-1].append([(b, a, column_of[cell]) for a, b, cell, _ in words])
     return groups
 
 
@@ -233,7 +234,7 @@ def test_columns_of_many_experts_and_of_many_copies(placement):
         )
         assert float(loads.max()) <= optimum * (1 + 1.1e-3)
         cumulative = balancer.cumulative_shares(solution.shares)
-        assert int(cumulative.max()) == 1 << 24
+        assert int(cumulative.max()) == SHARE_ONE
 
 
 def test_the_table_has_room_for_any_placement_of_its_sizes():

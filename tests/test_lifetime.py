@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import run_ranks
-from test_sync import count, ids_of, placement_of
+from helpers.batches import count, ids_of, placement_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_sync import placement_of
+from helpers.batches import EXPERTS, placement_of
 
 from lplb_triton import Balancer
 from lplb_triton.sync import SyncError
 
-RANKS, TIMEOUT, EXPERTS = 2, 8.0, 32
+RANKS, TIMEOUT = 2, 8.0
 
 
 def batch(seed, rank):

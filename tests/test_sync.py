@@ -12,31 +12,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from gloo import context, run_ranks
+from helpers.batches import EXPERTS, count, ids_of, placement_of
 
 from lplb_triton import Balancer, Placement, sync
 from lplb_triton.sync import _connect, _rendezvous
 from lplb_triton.sync._connect import deep_ep_domain, shared_communicators, split_group
 from lplb_triton.sync._hierarchical import HierarchicalCommunicator
 
-EXPERTS, BOUND = 32, 4.0
-
-
-def placement_of(ranks, seed=0):
-    load = torch.from_numpy(np.random.default_rng(seed).lognormal(0, 1, EXPERTS))
-    return Placement.from_history(load, ranks, redundant_per_rank=2)
-
-
-def ids_of(rank, batch):
-    """Rank 1 has no tokens in even batches, nobody has any in batch 2, 3 has few."""
-    if batch == 2 or (rank == 1 and batch % 2 == 0):
-        return torch.empty(0, 4, dtype=torch.int64)
-    rng = np.random.default_rng(100 * rank + batch)
-    rows = 300 if batch != 3 else rank
-    return torch.from_numpy((rng.random((rows, 4)) ** 2 * (EXPERTS + 1)).astype(np.int64) - 1)
-
-
-def count(ids, n):
-    return torch.bincount(ids[ids >= 0].reshape(-1), minlength=n)
+BOUND = 4.0
 
 
 def check_quotas(group, rank, ranks):

@@ -45,7 +45,7 @@ def test_the_pipeline_exchanges_counts(make, quotas):
             team.ranks.publish(rank, counts[rank], epoch)
         for rank, balancer in enumerate(team.balancers):
             # But for its own, which it has to send.
-            sent = [team.ranks.slots(at)[epoch % 2, rank] for at in range(n_ranks)]
+            sent = [team.ranks.row(at, rank, epoch) for at in range(n_ranks)]
             messages = torch.stack(sent)
             for row in sent:
                 row.zero_()
