@@ -101,7 +101,7 @@ def test_tight_tolerances_on_few_ranks(seed, fewest):
 
 
 def test_iterations_are_steps_by_potentials():
-    """A slope along a path needs one step by potentials, and a flat path needs none."""
+    """A slope along a path needs one step by potentials; peaks at its ends alone need none."""
     # The even split of a path is level but for the fixed loads, in one instance a gentle slope.
     mask = torch.from_numpy(draw_mask("path", None))
     fixed = torch.full((2, 33), 100.0)

@@ -159,7 +159,7 @@ def test_flows_are_the_tokens_of_the_plan():
 
 
 def test_from_json(result, tmp_path, capsys):
-    """A report made from JSON equals the first one, and files that are none are refused."""
+    """A report made from JSON equals the first one, and a file without a report is refused."""
     assert cli.main(["report", str(result / "balance.json"), "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == f"report: {tmp_path / 'report.html'}"
     assert (tmp_path / "report.html").read_bytes() == (result / "report.html").read_bytes()

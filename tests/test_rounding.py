@@ -167,7 +167,7 @@ def test_several_copies_on_a_rank_divide_its_share(backend):
     ],
 )
 def test_starts_that_are_none(start, error, message):
-    """A start of a wrong type, shape or value is refused by name."""
+    """A start of a wrong type, shape, dtype or sign is refused by name."""
     mask = torch.ones(1, 2, 1, dtype=torch.bool)
     with pytest.raises(error, match=f"^{message}$"):
         Problem(torch.ones(1, 1), torch.ones(1, 2), mask, start)

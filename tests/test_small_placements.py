@@ -120,7 +120,7 @@ def test_eplb_ends_for_every_small_size():
     ],
 )
 def test_reported_calls_of_place(arguments):
-    """`place` ends and wastes no slot for sizes with room for every expert on every rank."""
+    """`place` ends and wastes no slot if redundant slots are as many as originals or more."""
     found = place(**arguments)
     n = arguments["history"].shape[-1]
     check_slots(found, n, arguments["ep_size"], arguments["redundant_per_rank"])

@@ -378,7 +378,7 @@ def test_more_than_one_allocation_is_reported(fake_gpu, monkeypatch, capsys):
     ],
 )
 def test_wrong_usage(arguments, message, capsys):
-    """A wrong option is refused as wrong usage, with its name or value."""
+    """A wrong option is refused as wrong usage, and the message says what is wrong."""
     try:
         code = cli.main(arguments)
     except SystemExit as stop:

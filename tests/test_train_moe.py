@@ -223,7 +223,7 @@ def test_check_grouped_finds_a_wrong_product(monkeypatch):
 
 
 def test_rank_imbalance():
-    """Imbalance is the mean over layers of the largest rank load by the mean."""
+    """Imbalance is the largest rank load over the mean load, averaged over layers."""
     counts = torch.zeros(2, 3, 64, dtype=torch.int32)
     counts[:] = 1
     assert moe.rank_imbalance(counts).item() == 1
