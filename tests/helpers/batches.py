@@ -9,12 +9,13 @@ EXPERTS = 32
 
 
 def placement_of(ranks, seed=0):
+    """EPLB's placement for drawn loads, with two redundant slots on each rank."""
     load = torch.from_numpy(np.random.default_rng(seed).lognormal(0, 1, EXPERTS))
     return Placement.from_history(load, ranks, redundant_per_rank=2)
 
 
 def ids_of(rank, batch):
-    """Rank 1 has no tokens in even batches, nobody has any in batch 2, 3 has few."""
+    """A rank's ids: rank 1 has none in even batches, no rank has any in batch 2, few in 3."""
     if batch == 2 or (rank == 1 and batch % 2 == 0):
         return torch.empty(0, 4, dtype=torch.int64)
     rng = np.random.default_rng(100 * rank + batch)
@@ -23,4 +24,5 @@ def ids_of(rank, batch):
 
 
 def count(ids, n):
+    """Tokens of each of ``n`` experts; an id of -1 counts for none."""
     return torch.bincount(ids[ids >= 0].reshape(-1), minlength=n)
