@@ -206,6 +206,7 @@ def test_negative_integers(caplog):
 
 def test_stands_in_for_the_abstract_class():
     """The policy implements the method of an abstract base class such as vLLM's."""
+
     class Abstract(abc.ABC):
         @classmethod
         @abc.abstractmethod

@@ -157,6 +157,7 @@ def test_errors_of_the_solver_are_a_failed_check(folder, capsys, monkeypatch):
 
 def test_memory_that_is_not_there(folder, capsys, monkeypatch):
     """A lack of memory is told in one line, and other runtime errors are raised."""
+
     def numpy_fails(*args, **kwargs):
         np.zeros(2**50)
 
@@ -179,6 +180,7 @@ def test_memory_that_is_not_there(folder, capsys, monkeypatch):
 
 def test_ctrl_c_while_options_are_read(capsys, monkeypatch):
     """An interrupt while options are read is exit code 130."""
+
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 

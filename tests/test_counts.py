@@ -177,6 +177,7 @@ class TestReports:
 
 def test_sums_over_ranks_that_are_too_large():
     """Sums over the ranks that int32 can't hold are refused, and no solve is counted."""
+
     class TooMany:
         """Sums as an exchange leaves those that int32 doesn't hold."""
 

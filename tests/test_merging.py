@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gloo import run_ranks
-from test_record import counted, draw, feed
+from helpers.recorded import counted, draw, feed
 
 from lplb_triton.bench import cli
 from lplb_triton.traces.record import Recorder, merge, rank_path
