@@ -244,7 +244,7 @@ def test_integer_loads_are_near_the_plan():
 
 
 def test_integer_loads_without_a_choice():
-    """Experts with one copy load its rank, and a batch without tokens has no load."""
+    """Experts with one copy stay on its rank, and a batch without tokens has no load."""
     counts = torch.tensor([[[3, 1, 0, 5]], [[0, 0, 0, 0]]])
     placement = Placement.from_phy2log(torch.tensor([0, 1, 2, 3, 0, 0]), 2)
     solution = solve(placement.problem(counts.sum(1)))
