@@ -100,6 +100,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 def test_the_same_whatever_the_defaults(call):
+    """Results are the same, and on the CPU, under another default device and dtype."""
     expected = call()
     with other_defaults():
         found = call()
@@ -111,6 +112,7 @@ def test_the_same_whatever_the_defaults(call):
 
 
 def test_tables_of_peers():
+    """The tables of edge balancing are the same under another default device and dtype."""
     pytest.importorskip("triton")
     from lplb_triton.bench import peers
 

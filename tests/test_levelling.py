@@ -121,6 +121,7 @@ def test_ends_of_cells(placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
 def test_the_first_plan_splits_evenly_over_ranks(placement):
+    """The first plan splits every column evenly over the ranks that hold it."""
     counts = torch.arange(1, placement.n_logical + 1, dtype=torch.float64)
     views = tables_of(placement)
     experts, parts = (views[name] for name in ("rank_experts", "rank_parts"))
@@ -134,6 +135,7 @@ def test_the_first_plan_splits_evenly_over_ranks(placement):
 
 
 def test_more_cells_than_an_edge_can_number():
+    """A placement with more than 65536 cells is refused."""
     # An expert for each of 83 neighbours of each of 400 ranks.
     neighbour = (np.arange(400)[:, None] + np.arange(1, 84)) % 400
     experts = np.arange(400 * 83).reshape(400, 83)
@@ -155,6 +157,7 @@ def test_more_cells_than_an_edge_can_number():
     ids=repr,
 )
 def test_nothing_depends_on_what_memory_held(monkeypatch, placement):
+    """A solution does not depend on the contents of uninitialized memory."""
     counts = torch.arange(3, 3 + placement.n_logical, dtype=torch.int32)
     fresh = torch.empty
     found = []
@@ -217,6 +220,7 @@ def test_counts_of_a_failed_exchange_are_invalid_at_once(monkeypatch, placement,
     ids=repr,
 )
 def test_columns_of_many_experts_and_of_many_copies(placement):
+    """Columns of many experts or copies reach HiGHS's optimum within the tolerance."""
     rng = np.random.default_rng(0)
     balancer = Balancer(placement, device="cpu", backend="triton")
     for family in ("normal", "zipf"):
@@ -253,6 +257,7 @@ def test_the_table_has_room_for_any_placement_of_its_sizes():
 
 @pytest.mark.parametrize("shape", ["ring:8", "cube", "eplb:24:1", "chain:16:1"])
 def test_most_plans_need_no_iteration(shape):
+    """Levelling alone certifies these plans, with bounds that enclose HiGHS's optimum."""
     rng = np.random.default_rng(5)
     placement = shape_placement(shape, rng)
     balancer = Balancer(placement, device="cpu", backend="triton")
@@ -329,6 +334,7 @@ def test_bounds_where_there_is_much_of_everything(device, shape):
 
 
 def test_several_groups_have_edges_of_their_own():
+    """Each of two groups has edges of its own and needs no iteration."""
     placement = Placement.from_topology(topologies.ring(4), 2 * 12, 2 * 8, 8)
     assert placement.n_group == 2
     balancer = Balancer(placement, device="cpu", backend="triton")
@@ -339,6 +345,7 @@ def test_several_groups_have_edges_of_their_own():
 
 
 def test_batches_from_counts_agree_with_their_programs():
+    """A batch of counts has the largest loads of its programs within the tolerance."""
     rng = np.random.default_rng(3)
     placement = shape_placement("ring:8", rng)
     counts = torch.stack([draw_loads(f, rng, placement.n_logical) for f in ("normal", "zipf")])

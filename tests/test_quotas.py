@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_tokens import ONE, random_cumulative, structure_tensors
+from helpers.shares import ONE, random_cumulative, structure_tensors
 
 from lplb_triton import Balancer, Placement, kernels, reference
 

@@ -9,26 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.recorded import counted, draw, feed
 
 from lplb_triton.traces.record import Recorder
 from lplb_triton.traces.trace import load
-
-
-def draw(batches, layers, experts, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-1, experts, (batches, layers, 16, 2), generator=generator)
-
-
-def feed(recorder, ids):
-    for batch in ids:
-        for layer, topk in enumerate(batch):
-            recorder.add(layer, topk)
-        recorder.step()
-
-
-def counted(ids, experts):
-    flat = ids.reshape(*ids.shape[:2], -1)
-    return np.stack([(flat == e).sum(2).numpy() for e in range(experts)], axis=-1)
 
 
 def assert_holds(path, ids, experts):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gloo import run_ranks
-from test_balancer import DEVICE, check_answer, placement_of, random_ids
+from helpers.balancers import DEVICE, check_answer, placement_of, random_ids
 
 from lplb_triton import Balancer, Placement, SolveError, Status, solve
 from lplb_triton._backends.interior_point import solve_counts

@@ -3,31 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from helpers.shares import ONE, random_cumulative, structure_tensors
 
 from lplb_triton import Balancer, Placement, reference
 from lplb_triton.testing.instances import draw_loads, shape_placement
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ONE = 1 << 24
-
-
-def structure_tensors(placement):
-    s = placement.structure
-    return {name: torch.tensor(getattr(s, name)) for name in s._fields}
-
-
-def random_cumulative(rng, placement):
-    """Cumulative shares of arbitrary plans, some copies with nothing, some with everything."""
-    t = structure_tensors(placement)
-    out = []
-    for length in t["copy_start"].diff().tolist():
-        part = rng.dirichlet(np.full(length, rng.choice([0.05, 1.0])))
-        part[rng.random(length) < 0.2] = 0
-        part = part / part.sum() if part.sum() > 0 else np.eye(length)[0]
-        units = np.floor(np.cumsum(part) * ONE).astype(np.int64)
-        units[-1] = ONE
-        out.append(units)
-    return torch.from_numpy(np.minimum(np.concatenate(out), ONE)).int()
 
 
 def test_quotas_are_within_one_token_on_500_cases():
