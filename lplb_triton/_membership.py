@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
@@ -87,9 +88,13 @@ class Membership:
         purpose: str,
         group: dist.ProcessGroup | None,
         sync: str | Communicator,
+        warmup: Callable[[], None],
         domain_size: int | None = None,
     ) -> None:
-        """Take rank 0's placement, this rank's number and a communicator; collective."""
+        """Take rank 0's placement, this rank's number and a communicator; collective.
+
+        ``warmup`` is `Balancer.warmup`. It is not kept, since the balancer owns this object.
+        """
         layer, communicator = self.layer, None
         if group is not None and group.size() != layer.placement.ep_size:
             raise ValueError(f"group must have {layer.placement.ep_size} ranks, got {group.size()}")
@@ -107,12 +112,14 @@ class Membership:
         self.backend.follow_communicator()
         self.write_idle(agreed)
         if communicator is not None and communicator.waits_on_device:
-            self._load_kernels(purpose, communicator, limit)
+            self._load_kernels(purpose, communicator, warmup, limit)
 
-    def _load_kernels(self, purpose: str, communicator: Communicator, limit: float) -> None:
+    def _load_kernels(
+        self, purpose: str, communicator: Communicator, warmup: Callable[[], None], limit: float
+    ) -> None:
         """Load all kernels on all ranks, before any kernel waits for another rank."""
         try:
-            self.backend.warmup()
+            warmup()
             barrier(communicator.group, f"{purpose}, kernels loaded", limit)
         except BaseException:
             self._release(local=True)

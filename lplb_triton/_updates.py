@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lplb_triton._consensus import LayerPlacement, agree_on_placements
 from lplb_triton._membership import wait_for_device
 from lplb_triton.placement import Placement
+from lplb_triton.placement.moves import require_placement
 
 if TYPE_CHECKING:
     from lplb_triton.balancer import Balancer
@@ -73,8 +74,10 @@ def update_placements(
 
 def _find_refusal(old: Placement, placement: object) -> Exception | None:
     """Return the error for a placement that can't replace ``old``, or None."""
-    if not isinstance(placement, Placement):
-        return TypeError(f"placement must be a Placement, got {type(placement).__name__}")
+    try:
+        placement = require_placement("placement", placement)
+    except TypeError as error:
+        return error
     for name in ("n_logical", "n_physical", "ep_size", "n_group", "max_columns"):
         if getattr(placement, name) != getattr(old, name):
             return ValueError(

@@ -27,6 +27,7 @@ from lplb_triton._steps import BatchSteps
 from lplb_triton._torch_op import is_plain, opaque, register
 from lplb_triton._updates import update_placements
 from lplb_triton.placement import Placement
+from lplb_triton.placement.moves import require_placement
 from lplb_triton.solver import (
     DEFAULT_MAX_ITERATIONS,
     DEFAULT_TOLERANCE,
@@ -168,8 +169,7 @@ class Balancer(BatchSteps):
         quotas: str = "local",
         solver: str = "levelling",
     ) -> None:
-        if not isinstance(placement, Placement):
-            raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
+        placement = require_placement("placement", placement)
         check_max_iterations(max_iterations)
         device = resolve_device(device)
         chosen = resolve_backend(backend, device)
@@ -191,7 +191,7 @@ class Balancer(BatchSteps):
             tolerance=tolerance, max_iterations=max_iterations,
         )  # fmt: skip
         self._set_up(layer, backend, rank, sync, timeout)
-        self._membership.join("making a Balancer", group, sync)
+        self._membership.join("making a Balancer", group, sync, self.warmup)
 
     def _set_up(
         self,
@@ -254,7 +254,7 @@ class Balancer(BatchSteps):
         if group is None and layer.quotas == "global":
             raise ValueError("group must not be None with quotas='global'")
         sync = member.sync if sync is None else sync
-        member.join("Balancer.set_group", group, sync, domain_size)
+        member.join("Balancer.set_group", group, sync, self.warmup, domain_size)
 
     def close(self) -> None:
         """Release the communicator; the last balancer that shares it closes it.

@@ -25,14 +25,14 @@ import numpy.typing as npt
 import torch
 
 from lplb_triton._checks import (
-    check_tensor,
+    check_real,
     nearest_divisors,
     nearest_multiples,
     on_host,
     would_do,
 )
 
-__all__ = ["checked_weight", "rebalance", "rebalance_experts"]
+__all__ = ["check_weight", "rebalance", "rebalance_experts"]
 
 _IntArray = npt.NDArray[np.int64]
 
@@ -98,7 +98,7 @@ def rebalance_experts(
     ``torch.sort``, which may differ between processors and versions of torch: where several
     processes need the same placement, compute it in one and broadcast it.
     """
-    load = checked_weight("weight", weight, "[num_layers, num_experts]")
+    load = check_weight("weight", weight, "[num_layers, num_experts]")
     n_logical = load.shape[1]
     n_physical = _positive_int("num_replicas", num_replicas)
     n_groups = _positive_int("num_groups", num_groups)
@@ -162,14 +162,12 @@ def rebalance(
     return phy2log, log2phy, logcnt
 
 
-def checked_weight(name: str, weight: object, shape: str) -> torch.Tensor:
+def check_weight(name: str, weight: object, shape: str) -> torch.Tensor:
     """Return loads of a stated shape as float32 on the CPU, or raise naming ``name``.
 
     Strides are kept: ``torch.sum`` rounds by layout.
     """
-    weight = check_tensor(name, weight)
-    if weight.is_complex():
-        raise TypeError(f"{name} must have a real dtype, got {weight.dtype}")
+    weight = check_real(name, weight)
     if weight.ndim != shape.count(",") + 1 or weight.numel() == 0:
         raise ValueError(
             f"{name} must have shape {shape}, without an axis of length 0, got {list(weight.shape)}"
