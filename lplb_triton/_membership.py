@@ -35,7 +35,7 @@ class Membership:
     backend : Backend
         Its tables are written here.
     layer_id : tuple of int
-        Tells the layer from others of this process.
+        Distinguishes the layer from others of this process.
     own_rank : int or None
         The rank that the caller has given; None takes the group's.
     sync : str or Communicator
@@ -72,7 +72,7 @@ class Membership:
 
     @property
     def ranks(self) -> tuple[int, ...] | None:
-        """Global ranks of the group, or of the one that was lost; None without either."""
+        """Global ranks of the layer's group, or `saved_ranks` if it has no group now."""
         if self.layer.group is None:
             return self.saved_ranks
         return tuple(dist.get_process_group_ranks(self.layer.group))
@@ -181,7 +181,7 @@ class Membership:
             release(communicator, local)
 
     def _is_shared(self, communicator: Communicator | None) -> TypeGuard[Communicator]:
-        """Whether there is a communicator that balancers share, not one that the caller gave."""
+        """Whether ``communicator`` exists and was made by `_acquire`, not given by the caller."""
         return communicator is not None and not isinstance(self.sync, Communicator)
 
 

@@ -26,7 +26,7 @@ def update_placements(
 ) -> list[Placement]:
     """Write other placements of the same sizes into the device tables; collective.
 
-    However many layers there are, the ranks wait for one another once, and for the device twice.
+    The ranks wait for one another once, and for the device twice, however many layers there are.
 
     Parameters
     ----------
@@ -40,8 +40,8 @@ def update_placements(
         What is wrong with this rank's arguments. It is raised here once the other ranks know of it,
         and they raise too.
     also : callable
-        Called with the placements agreed on while the device is idle, to write what else belongs
-        to them.
+        Called with the placements agreed on, while the device is idle, to write other data that
+        depends on them.
 
     Returns
     -------

@@ -165,7 +165,7 @@ def rebalance(
 def check_weight(name: str, weight: object, shape: str) -> torch.Tensor:
     """Return loads of a stated shape as float32 on the CPU, or raise naming ``name``.
 
-    Strides are kept: ``torch.sum`` rounds by layout.
+    Strides are kept, since the rounding of ``torch.sum`` depends on the layout.
     """
     weight = check_real(name, weight)
     if weight.ndim != shape.count(",") + 1 or weight.numel() == 0:
@@ -186,7 +186,7 @@ def check_weight(name: str, weight: object, shape: str) -> torch.Tensor:
 
 
 def _positive_int(name: str, value: Any) -> int:
-    """Return an int of at least 1, or raise naming ``name``; EPLB takes any kind of index."""
+    """Return an int of at least 1, or raise naming ``name``; anything with `__index__` will do."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -199,7 +199,7 @@ def _positive_int(name: str, value: Any) -> int:
 def _experts_by_node(load: torch.Tensor, n_groups: int, n_nodes: int) -> torch.Tensor:
     """Pack expert groups onto nodes, and list the experts node by node.
 
-    Takes ``[num_layers, num_experts]`` loads and gives expert ids of that shape.
+    Takes ``[num_layers, num_experts]`` loads and returns expert ids of that shape.
     """
     n_layers, n_experts = load.shape
     group_size = n_experts // n_groups
@@ -213,8 +213,8 @@ def _experts_by_node(load: torch.Tensor, n_groups: int, n_nodes: int) -> torch.T
 def _pack(load: torch.Tensor, n_packs: int) -> torch.Tensor:
     """Distribute the items of each row evenly over packs, heaviest first.
 
-    Takes float32 ``[X, n]`` and gives int64 ``[X, n]``: the item in each slot, pack ``p`` owning
-    the slots ``p * n / n_packs`` and following.
+    Takes float32 ``[X, n]`` and returns int64 ``[X, n]``: the item in each slot. Pack ``p`` owns
+    the ``n / n_packs`` slots from ``p * n / n_packs`` on.
     """
     n_rows, n_items = load.shape
     capacity = n_items // n_packs
@@ -252,8 +252,8 @@ def _replicate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Give each copy beyond one per expert to the expert with the largest load per copy.
 
-    Takes float32 ``[X, n]`` and gives int64 ``[X, n_copies]`` twice, the expert of each copy and
-    which of the expert's copies it is, and int64 ``[X, n]``, the copies of each expert.
+    Takes float32 ``[X, n]``. Returns the expert of each copy and its number among the expert's
+    copies, both int64 ``[X, n_copies]``, and the number of copies of each expert, int64 ``[X, n]``.
     """
     n_rows, n_experts = load.shape
     expert_of_copy = torch.arange(n_copies, device=_CPU).repeat(n_rows, 1)
