@@ -1,11 +1,13 @@
 """Move plans: what is written, where it is read, and what crosses domains."""
 
+import pickle
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 
-from lplb_triton import Placement, chain, plan_moves
+from lplb_triton import MovePlan, Placement, chain, plan_moves
 from lplb_triton.placement.moves import keep_slots
 
 
@@ -87,3 +89,15 @@ def test_repr_has_numbers_only():
     plan = plan_moves(old, new, ranks_per_domain=2)
     assert repr(plan) == "MovePlan(2 slots to write, 2 moved, 2 crossing)"
     assert plan == plan and plan != plan_moves(old, new) and len({plan}) == 1
+
+
+def test_plans_saved_under_the_old_module_name_load():
+    """A pickle that names `lplb_triton.moves.MovePlan` loads as a `MovePlan`."""
+    plan = plan_moves(chain(torch.arange(8.0), 4), chain(torch.arange(8.0).flip(0), 4))
+    saved = pickle.dumps(plan, protocol=2)
+    new, old = (
+        f"clplb_triton{path}\nMovePlan\n".encode() for path in (".placement.moves", ".moves")
+    )
+    assert saved.count(new) == 1
+    loaded = pickle.loads(saved.replace(new, old))
+    assert type(loaded) is MovePlan and torch.equal(loaded.expert, plan.expert)

@@ -15,6 +15,7 @@ __all__ = [
     "check_ids",
     "check_load_dtype",
     "check_load_values",
+    "check_real",
     "check_tensor",
     "counts_to_int32",
 ]
@@ -48,6 +49,14 @@ def check_floating_point(name: str, value: object) -> torch.Tensor:
     tensor = check_tensor(name, value)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating-point, got {tensor.dtype}")
+    return tensor
+
+
+def check_real(name: str, value: object) -> torch.Tensor:
+    """Return a tensor that isn't complex, or raise a TypeError naming ``name``."""
+    tensor = check_tensor(name, value)
+    if tensor.is_complex():
+        raise TypeError(f"{name} must have a real dtype, got {tensor.dtype}")
     return tensor
 
 

@@ -31,7 +31,7 @@ GRACE = 2.0
 
 
 class DistributedCommunicator(Communicator):
-    """All-gather by torch.distributed; the reference that the other back ends are held to."""
+    """All-gather by torch.distributed; the reference for the results of the other back ends."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class DistributedCommunicator(Communicator):
         self._raise_on_failure()
 
     def bind(self, channel: int) -> None:
-        """See `Communicator.bind`: there is one order for all streams."""
+        """Do nothing: torch.distributed has one order for the calls of all streams."""
 
     def prepare(self, n: int) -> None:
         """See `Communicator.prepare`."""
@@ -182,7 +182,7 @@ class DistributedCommunicator(Communicator):
         return self._error is not None or bool(self._status_view[0])
 
     def _release(self, failed: bool) -> None:
-        """Nothing is held."""
+        """Do nothing: the ranks share no memory."""
 
 
 def mismatch_error(

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class PeerCommunicator(Communicator):
-    """The protocol of docs/sync.md on any memory that all ranks of the group can write to.
+    """Exchange by the protocol of docs/sync.md, in memory that all ranks of the group can write.
 
-    ``memory`` is this rank's buffer with the addresses of all; ``capacity`` the most counts that
-    a call may have.
+    ``memory`` is this rank's buffer with the addresses of all ranks' buffers; ``capacity`` is the
+    most counts that a call may have.
     """
 
     waits_on_device = True
