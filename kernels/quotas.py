@@ -12,18 +12,18 @@ import triton
 import triton.language as tl
 
 from lplb_triton.kernels.launch import KernelCall, launch_call
-from lplb_triton.kernels.rounding import SHARE_BITS, rounding_offset
+from lplb_triton.kernels.rounding import SHARE_BITS, compute_rounding_offset
 
 
 @triton.jit
-def _overlap(begin, size, other_begin, other_size):
+def _measure_overlap(begin, size, other_begin, other_size):
     """Return the length of the intersection of two intervals."""
     end = tl.minimum(begin + size, other_begin + other_size)
     return tl.maximum(end - tl.maximum(begin, other_begin), 0)
 
 
 @triton.jit
-def _global_end(cumulative_ptr, first, j, n_copies, total, offset):
+def _compute_global_quota_end(cumulative_ptr, first, j, n_copies, total, offset):
     """Count all ranks' tokens of an expert that go to copies up to ``j`` (equation 15)."""
     inner = (j >= 0) & (j < n_copies - 1)
     share = tl.load(cumulative_ptr + first + j, mask=inner, other=0).to(tl.int64)
@@ -58,12 +58,12 @@ def _match_nodes(
         offered = tl.sum(tl.where(node == at, supply, 0), 0) - home
         matched = tl.minimum(offered, tl.sum(wanted, 0))
         begin = tl.cumsum(wanted, 0) - wanted
-        rest -= _overlap(begin, wanted, 0, matched)
+        rest -= _measure_overlap(begin, wanted, 0, matched)
         if at < rank // ranks_per_node:
             left_before += offered - matched
         if at == rank // ranks_per_node:
-            own_matched = _overlap(own_before, own, 0, matched)
-            here = _overlap(begin, wanted, own_before, own_matched)
+            own_matched = _measure_overlap(own_before, own, 0, matched)
+            here = _measure_overlap(begin, wanted, own_before, own_matched)
             quota += here
             on_node += tl.sum(here, 0)
             left_before += tl.maximum(own_before - matched, 0)
@@ -105,15 +105,15 @@ def divide_quotas_kernel(
 
     # Equation 15: what each copy takes of all ranks' tokens.
     total = tl.sum(supply, 0).to(tl.int64)
-    offset = rounding_offset(0, expert.to(tl.int64))
-    end = _global_end(cumulative_ptr, first, j, n_copies, total, offset)
-    begin = _global_end(cumulative_ptr, first, j - 1, n_copies, total, offset)
+    offset = compute_rounding_offset(0, expert.to(tl.int64))
+    end = _compute_global_quota_end(cumulative_ptr, first, j, n_copies, total, offset)
+    begin = _compute_global_quota_end(cumulative_ptr, first, j - 1, n_copies, total, offset)
     demand = tl.where(there, end - begin, 0)
 
     # Equation 16: own rank first, its copies in order.
     from_holder = tl.load(gathered_ptr + holder * n_logical + expert, mask=there, other=0)
     index = tl.load(copy_index_ptr + first + j, mask=there, other=0)
-    taken_before = begin - _global_end(
+    taken_before = begin - _compute_global_quota_end(
         cumulative_ptr, first, j - index - 1, n_copies, total, offset
     )
     at_home = tl.minimum(tl.maximum(from_holder - taken_before, 0), demand)
@@ -129,11 +129,11 @@ def divide_quotas_kernel(
 
     # Then the other nodes.
     begin = tl.cumsum(rest, 0) - rest
-    quota += _overlap(begin, rest, left_before, own)
+    quota += _measure_overlap(begin, rest, left_before, own)
 
     # Equation 17: the share that this rank's rounding turns into this quota.
     end = tl.cumsum(quota, 0).to(tl.int64)
-    offset = rounding_offset(rank.to(tl.int64), expert.to(tl.int64))
+    offset = compute_rounding_offset(rank.to(tl.int64), expert.to(tl.int64))
     size = tl.maximum(count, 1).to(tl.int64)
     share = ((end << SHARE_BITS) - offset + size - 1) // size
     share = tl.where(end > 0, share, 0).to(tl.int32)

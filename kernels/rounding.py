@@ -18,6 +18,6 @@ OFFSET_BY_EXPERT = tl.constexpr(_layout.OFFSET_BY_EXPERT)
 
 
 @triton.jit
-def rounding_offset(rank, expert):
+def compute_rounding_offset(rank, expert):
     """Return where a rank's rounding of an expert begins (equation 13); both int64."""
     return (expert * OFFSET_BY_EXPERT + rank * OFFSET_BY_RANK + SHARE_HALF) & SHARE_MASK

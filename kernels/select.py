@@ -1,7 +1,7 @@
 """Rewrite logical ids into physical ids: the kernel, and its launcher.
 
-The batch is cut into chunks as count.py does, whose positions of tokens are needed here. Equation
-numbers refer to docs/method.md.
+The batch is cut into the same chunks as in count.py, whose running sums say at which position each
+chunk's tokens begin. Equation numbers refer to docs/method.md.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from lplb_triton.kernels.count import pad_experts
 from lplb_triton.kernels.launch import KernelCall, launch_call, supports_pdl
 from lplb_triton.kernels.pdl import await_previous
 from lplb_triton.kernels.report import BAD_CUMULATIVE, BAD_RUNNING, REPORT_INPUT, write_report
-from lplb_triton.kernels.rounding import SHARE_BITS, SHARE_MASK, rounding_offset
+from lplb_triton.kernels.rounding import SHARE_BITS, SHARE_MASK, compute_rounding_offset
 
 # Ids that one program handles at a time. The kernel compares all pairs of them.
 SELECT_BLOCK = 256
 
 
 @triton.jit
-def _quota_end(cumulative_ptr, copy, count, offset):
+def _compute_quota_end(cumulative_ptr, copy, count, offset):
     """Count this rank's tokens of an expert that go to ``copy`` or an earlier one (equation 12)."""
     share = tl.load(cumulative_ptr + copy).to(tl.int64)
     return (count * share + offset) >> SHARE_BITS
@@ -42,7 +42,7 @@ def _find_copy(cumulative_ptr, low, high, position, count, offset, steps, INTEGE
     for _ in range(steps):
         inner = low < high
         middle = (low + high) // 2
-        middle_end = _quota_end(cumulative_ptr, middle, count, offset)
+        middle_end = _compute_quota_end(cumulative_ptr, middle, count, offset)
         quota = (middle_end - low_end).to(INTEGER)
         divisor = tl.maximum(size, 1).to(INTEGER)
         scaled = position * quota + size // 2
@@ -67,7 +67,7 @@ def _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count,
     write_report(report_ptr, REPORT_INPUT, BAD_RUNNING, known & (position >= count))
     first_end = tl.load(cumulative_ptr + low)
     bad = (first_end < 0) | (first_end > SHARE_MASK + 1)
-    bad |= _quota_end(cumulative_ptr, high, count.to(tl.int64), offset) != count
+    bad |= _compute_quota_end(cumulative_ptr, high, count.to(tl.int64), offset) != count
     write_report(report_ptr, REPORT_INPUT, BAD_CUMULATIVE, known & bad)
 
 
@@ -133,7 +133,7 @@ def select_kernel(
         if block + BLOCK < end:
             seen += tl.histogram(e, BINS, mask=known)
 
-        offset = rounding_offset(rank.to(tl.int64), e.to(tl.int64))
+        offset = compute_rounding_offset(rank.to(tl.int64), e.to(tl.int64))
         if CHECK:
             _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count, offset)
         most = n_ids
@@ -160,7 +160,7 @@ class SelectTables(NamedTuple):
     """[1] halvings that the largest number of copies takes."""
 
 
-# Where the arguments that change from batch to batch are among those of `select_call`.
+# Positions of the arguments that change from batch to batch, among those of `select_call`.
 SELECT_IDX_AT, SELECT_OUT_AT = 0, 1
 SELECT_N_IDS_AT = 5 + len(SelectTables._fields)
 SELECT_CHUNK_AT = SELECT_N_IDS_AT + 1

@@ -22,11 +22,11 @@ from lplb_triton.kernels.count import load_counts
 from lplb_triton.kernels.solve.certificate import BOUND_ALLOWANCE, check_first_bound
 from lplb_triton.kernels.solve.group_tables import load_copy_parts, load_rank_experts, load_tables
 from lplb_triton.kernels.solve.levelling import (
-    FIRST_SWEEPS,
-    ROUNDED_PART,
+    MAX_FIRST_SWEEPS,
+    ROUNDED_FRACTION,
+    choose_aimed_gap,
     compute_loads,
-    gap_to_aim_at,
-    level,
+    level_plan,
     round_plan,
 )
 from lplb_triton.kernels.solve.potentials import level_by_steps
@@ -198,10 +198,10 @@ def _level_even_split(
 ):  # fmt: skip
     """Level the split that is even over ranks, which is in x (equation 18); returns a bound."""
     extents = loaded.extents
-    return level(
+    return level_plan(
         first.peak, bound, first.load, weights, first.fixed, is_rank, sizes.n_ranks, aimed_gap,
         scratch.x, scratch.loads, tables.edges, extents.n_classes,
-        tl.minimum(extents.most_sweeps, FIRST_SWEEPS), sizes.width, loaded.first_ranks,
+        tl.minimum(extents.most_sweeps, MAX_FIRST_SWEEPS), sizes.width, loaded.first_ranks,
         tables.cells, loaded.start, loaded.n_copies, extents.most_copies, G, LANES,
     )  # fmt: skip
 
@@ -289,7 +289,7 @@ def solve_by_cells(
     is_cell = cell < extents.n_cells
     scratch = _divide_scratch(scratch_ptr, sizes)
     target = tolerance - BOUND_ALLOWANCE
-    aimed_gap = gap_to_aim_at(target, sizes.n_ranks)
+    aimed_gap = choose_aimed_gap(target, sizes.n_ranks)
     tl.store(scratch.weights + col, weights, mask=col < sizes.n_columns)
     tl.debug_barrier()
     cell_weights = tl.load(scratch.weights + loaded.cell_column, mask=is_cell, other=0.0)
@@ -314,7 +314,7 @@ def solve_by_cells(
         max_load = _round_and_store(
             cumulative_ptr, scratch, tables, sizes, loaded, cell_weights, is_cell, first.fixed, G
         )
-        if may_step & (max_load - bound > max_load * (target * ROUNDED_PART)):
+        if may_step & (max_load - bound > max_load * (target * ROUNDED_FRACTION)):
             # Invalid counts don't come here: this is False, of the right type.
             may_step = first.invalid
             unjudged = 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lplb_triton import _layout
 from lplb_triton.kernels.count import await_counts, load_counts, sum_rows
 from lplb_triton.kernels.exchange import exchange_counts
 from lplb_triton.kernels.pdl import await_previous, start_dependents
@@ -28,6 +29,8 @@ from lplb_triton.kernels.solve.certificate import (
     store_certificate,
 )
 from lplb_triton.kernels.solve.group_tables import (
+    IN_PAIRS,
+    MOST_SWEEPS,
     Sizes,
     Tables,
     load_copy_parts,
@@ -39,9 +42,17 @@ from lplb_triton.kernels.solve.levelling import COPIES_AT_ONCE, RANK_CELLS
 from lplb_triton.kernels.solve.pairs import load_pair_counts, load_pairs, solve_pairs
 from lplb_triton.kernels.solve.rows import ROW_WORDS
 
+N_CELL_FIELDS = tl.constexpr(_layout.N_CELL_FIELDS)
+N_EXTENTS = tl.constexpr(_layout.N_EXTENTS)
+# Words of scratch by rank, column, cell and row.
+SCRATCH_BY_RANK = tl.constexpr(_layout.SCRATCH_BY_RANK)
+SCRATCH_BY_COLUMN = tl.constexpr(_layout.SCRATCH_BY_COLUMN)
+SCRATCH_BY_CELL = tl.constexpr(_layout.SCRATCH_BY_CELL)
+SCRATCH_BY_ROW = tl.constexpr(_layout.SCRATCH_BY_ROW)
+
 
 @triton.jit
-def _tables_of_group(tables, sizes, group, most_classes, MEMBERS: tl.constexpr):
+def _move_tables_to_group(tables, sizes, group, most_classes, MEMBERS: tl.constexpr):
     """Move the addresses of tables from the first group to ``group``; returns `Tables`.
 
     ``most_classes`` is the first size of a group's table of edges.
@@ -50,7 +61,7 @@ def _tables_of_group(tables, sizes, group, most_classes, MEMBERS: tl.constexpr):
     n_shared = sizes.n_shared
     rank_experts = tables.rank_experts + group * n_ranks * n_slots
     rank_parts = tables.rank_parts + group * n_ranks * n_slots
-    cells = tables.cells + group * 4 * n_shared
+    cells = tables.cells + group * N_CELL_FIELDS * n_shared
     cell_start = tables.cell_start + group * (n_columns + 1)
     rows = tables.rows + group * tl.maximum(n_shared // 2, 1) * ROW_WORDS
     # lplb_triton/_backends/cells.py sizes the table of each rank's cells likewise.
@@ -62,7 +73,7 @@ def _tables_of_group(tables, sizes, group, most_classes, MEMBERS: tl.constexpr):
     shared_copies = tables.shared_copies + group * n_shared
     shared_cells = tables.shared_cells + group * n_shared
     edges = tables.edges + group * most_classes * sizes.width
-    extents = tables.extents + group * 8
+    extents = tables.extents + group * N_EXTENTS
     copy_parts = tables.copy_parts + group * n_ranks * n_slots
     slot_cells = tables.slot_cells + group * n_ranks * n_slots
     return Tables(
@@ -191,7 +202,7 @@ def solve_counts_kernel(
     counts_ptr,  # [n_logical] int32, tokens of each expert
     rank_experts_ptr,  # [n_group, n_ranks, n_slots] int32, experts of each rank
     rank_parts_ptr,  # [n_group, n_ranks, n_slots] float32, their parts of the even split over ranks
-    extents_ptr,  # [n_group, 8] int32, numbers of each group
+    extents_ptr,  # [n_group, N_EXTENTS] int32, numbers of each group
     pairs_ptr,  # [n_group, PAIRS, n_ranks] int64, edges of each rank, as for `load_pairs`
     cumulative_ptr,  # [n_physical] int32, written for the copies of replicated experts
     stats_ptr,  # [3, n_group] float32, written: largest load, lower bound, gap
@@ -212,9 +223,9 @@ def solve_counts_kernel(
     most_classes,  # classes in a group's table of edges
     width,  # edges of a class there
     # Tables that only some solves read.
-    cells_ptr,  # [n_group, 4, n_shared] int32, rank and column of each cell, and more
+    cells_ptr,  # [n_group, N_CELL_FIELDS, n_shared] int32, rank and column of each cell, and more
     cell_start_ptr,  # [n_group, n_columns + 1] int32, first cell of each column
-    rows_ptr,  # [n_group, 12 n_rows] int32, cells in rows of eight
+    rows_ptr,  # [n_group, ROW_WORDS n_rows] int32, cells in rows of eight
     rank_cells_ptr,  # [n_group, n, n_ranks] int32, cells of each rank
     first_members_ptr,  # [n_group, MEMBERS, n_columns] int32, first experts of each column
     first_ranks_ptr,  # [n_group, COPIES_AT_ONCE, n_columns] int32, ranks of the first cells
@@ -224,7 +235,7 @@ def solve_counts_kernel(
     shared_cells_ptr,  # [n_group, n_shared] int32, cells of these copies
     copy_index_ptr,  # [n_physical] int32, position among the copies of an expert on one rank
     copy_multiplicity_ptr,  # [n_physical] int32, number of these copies
-    edges_ptr,  # [n_group, most_classes, width] int64, as for `levelling.sweep`
+    edges_ptr,  # [n_group, most_classes, width] int64, as for `levelling.level_edges`
     copy_parts_ptr,  # [n_group, n_ranks, n_slots] float32, parts of the even split over copies
     slot_cells_ptr,  # [n_group, n_ranks, n_slots] int32, cells of the experts of each rank
     report_ptr,  # [2] int64, told of counts that are invalid
@@ -286,14 +297,19 @@ def solve_counts_kernel(
             column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr, edges_ptr,
             extents_ptr, copy_index_ptr, copy_multiplicity_ptr,
         )  # fmt: skip
-        tables = _tables_of_group(tables, sizes, group, most_classes, MEMBERS)
+        tables = _move_tables_to_group(tables, sizes, group, most_classes, MEMBERS)
         # The launcher's `solve_scratch` computes this size too.
-        n_scratch = 4 * n_ranks + n_columns + 4 * n_shared + 2 * R
+        n_scratch = (
+            SCRATCH_BY_RANK * n_ranks
+            + SCRATCH_BY_COLUMN * n_columns
+            + SCRATCH_BY_CELL * n_shared
+            + SCRATCH_BY_ROW * R
+        )
         scratch_ptr += group * (n_scratch + LANES)
         expert, part = load_rank_experts(tables, sizes, G, S)
         if PAIRS > 0:
-            in_pairs = tl.load(tables.extents + 7)
-            most_sweeps = tl.load(tables.extents + 6)
+            in_pairs = tl.load(tables.extents + IN_PAIRS)
+            most_sweeps = tl.load(tables.extents + MOST_SWEEPS)
             pairs_ptr += group * PAIRS * n_ranks
             words, partners = load_pairs(pairs_ptr, n_ranks, G, PAIRS)
         else:
