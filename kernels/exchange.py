@@ -115,8 +115,8 @@ def _await_rows(
     """Add up all ranks' rows as they arrive, and copy them if GATHER.
 
     The headers are read with every read of a tile of counts, and the wait ends early when one
-    belongs to another call. ``timeout_ms`` is a number of reads where there is no clock. Returns how
-    many words of the last read had not arrived, and by lane whether the rank has sent another
+    belongs to another call. ``timeout_ms`` is a number of reads where there is no clock. Returns
+    how many words of the last read had not arrived, and by lane whether the rank has sent another
     version or another ``call``, its version, and its call.
     """
     header_ptr = rows_ptr + tl.arange(0, LANES) * row_words
@@ -227,8 +227,8 @@ def exchange_counts(
 ):
     """Sum counts over the ranks, by one program.
 
-    A buffer is [CHANNELS, 2, n_ranks, HEADER + capacity] int64, at first zero. Other threads may read
-    after a barrier what is written here.
+    A buffer is [CHANNELS, 2, n_ranks, HEADER + capacity] int64, at first zero. Other threads may
+    read after a barrier what is written here.
     """
     lane = tl.arange(0, LANES)
     present = lane < n_ranks

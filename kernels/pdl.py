@@ -17,7 +17,7 @@ def start_dependents(PDL: tl.constexpr):
 def await_previous(PDL: tl.constexpr):
     """Wait until the kernel before has ended and its writes can be read.
 
-    Every program has to wait: if a kernel ended before the one ahead of it did, a third kernel could
+    Every program has to wait: if a kernel ended before the one ahead of it did, a third one could
     overtake both.
     """
     if PDL:

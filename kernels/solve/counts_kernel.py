@@ -1,7 +1,7 @@
 """The kernel that solves a batch straight from its counts by logical expert.
 
-One program solves one group of ranks. Groups of pairs go the quick way of pairs.py, all others the
-way of cells.py. Equation numbers refer to docs/method.md.
+One program solves one group of ranks. Groups whose columns are pairs are solved by
+pairs.py, in registers, all others by cells.py. Equation numbers refer to docs/method.md.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ def _move_tables_to_group(tables, sizes, group, most_classes, MEMBERS: tl.conste
 
 @triton.jit
 def _solve_pairs_or_cells(
-    words,  # by class and rank, from `load_pairs`, as the next
-    partners,
+    words,  # by class and rank, from `load_pairs`
+    partners,  # by class and rank, from `load_pairs`
     counts_ptr,  # [n_logical] int32
     counts,  # [G S] float32, counts of the experts of each rank's slots
     part,  # [G S] float32, from `load_rank_experts`
     complete,  # bool, whether all counts are there
-    in_pairs,  # whether the group is one of pairs
+    in_pairs,  # whether the group's columns are pairs
     most_sweeps,
     tolerance,
     max_iterations,
@@ -108,7 +108,7 @@ def _solve_pairs_or_cells(
     PAIRS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Solve a group as pairs if it is one of pairs, and by cells if that isn't good enough.
+    """Solve a group as pairs if its columns are pairs; otherwise, or if that fails, by cells.
 
     Returns the largest load, a bound, steps by potentials, and whether counts are invalid.
     """
@@ -177,15 +177,88 @@ def _solve_by_loaded_cells(
 
 
 @triton.jit
+def _await_all_counts(
+    counts_ptr,  # as the arguments of `solve_counts_kernel`
+    total_ptr,
+    gathered_ptr,
+    addresses_ptr,
+    gates_ptr,
+    epochs_ptr,
+    version_ptr,
+    status_ptr,
+    own_rank,
+    n_peers,
+    capacity,
+    timeout_ms,
+    opening,
+    channel,
+    n_logical,
+    n_sums,
+    PDL: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATHER: tl.constexpr,
+    ON_GPU: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Wait for this rank's counts, and sum them over the ranks if CHANNELS > 0.
+
+    Returns the address of the counts to solve for, and whether all of them are there.
+    """
+    complete = tl.full((), 1, tl.int1)
+    if n_sums > 0:
+        complete = await_counts(counts_ptr, n_logical, BLOCK)
+    if CHANNELS > 0:
+        # Only this program waits for other ranks. The next kernel of the stream, which would wait
+        # for this one, may start once the exchange has ended. Until then it occupies nothing of the
+        # GPU, so that whatever another rank needs to reach the exchange can run (docs/sync.md).
+        exchange_counts(
+            counts_ptr, total_ptr, gathered_ptr,
+            addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
+            own_rank, n_peers, capacity, timeout_ms, opening, channel, n_logical, complete,
+            CHANNELS, BLOCK, GATHER, ON_GPU, LANES,
+        )  # fmt: skip
+        start_dependents(PDL)
+        tl.debug_barrier()
+        counts_ptr = total_ptr
+    return counts_ptr, complete
+
+
+@triton.jit
 def _count_solve(certified_ptr, solves_ptr, uncertified_ptr, status):
     """Add a group's status to the counters [1], int32 or int64."""
     certified = (status == STATUS_CERTIFIED).to(tl.int32)
     one = tl.full((), 1, solves_ptr.dtype.element_ty)
-    # Relaxed: readers come after this launch anyway, and a fence takes time.
+    # Relaxed order is enough, since counters are read after this launch; a fence takes time.
     tl.atomic_add(certified_ptr, certified.to(certified_ptr.dtype.element_ty), sem="relaxed")
     tl.atomic_add(solves_ptr, one, sem="relaxed")
     uncertified = (status == STATUS_GAP).to(uncertified_ptr.dtype.element_ty)
     tl.atomic_add(uncertified_ptr, uncertified, sem="relaxed")
+
+
+@triton.jit
+def _write_outcome(
+    stats_ptr,  # as the arguments of `solve_counts_kernel`
+    ints_ptr,
+    report_ptr,
+    certified_ptr,
+    solves_ptr,
+    uncertified_ptr,
+    group,
+    n_group,
+    tolerance,
+    max_load,
+    bound,
+    steps,
+    invalid,  # bool, whether counts are invalid
+):
+    """Certify a group's plan, write its certificate and reports, and add to the counters."""
+    max_load, lower_bound, gap, status = certify(max_load, bound, tolerance, invalid)
+    store_certificate(
+        stats_ptr, ints_ptr, group, n_group, max_load, lower_bound, gap, steps, status
+    )
+    write_report(report_ptr, REPORT_INPUT, BAD_COUNTS, invalid)
+    _count_solve(certified_ptr, solves_ptr, uncertified_ptr, status)
 
 
 @triton.jit(
@@ -238,7 +311,7 @@ def solve_counts_kernel(
     edges_ptr,  # [n_group, most_classes, width] int64, as for `levelling.level_edges`
     copy_parts_ptr,  # [n_group, n_ranks, n_slots] float32, parts of the even split over copies
     slot_cells_ptr,  # [n_group, n_ranks, n_slots] int32, cells of the experts of each rank
-    report_ptr,  # [2] int64, told of counts that are invalid
+    report_ptr,  # [2] int64, written if counts are invalid, see report.py
     # An exchange with other ranks, as for `exchange_counts`; read only if CHANNELS > 0.
     total_ptr,  # [n_logical] int32, written: counts of all ranks
     gathered_ptr,  # [n_peers, n_logical] int32, written if GATHER: counts of each rank
@@ -251,7 +324,7 @@ def solve_counts_kernel(
     n_peers,  # how many these are
     capacity,  # most counts that the buffers hold
     timeout_ms,
-    opening,  # how the channel came to be
+    opening,  # how the channel was opened
     channel,
     # Sizes that the kernel is compiled for.
     G: tl.constexpr,  # ranks, padded
@@ -262,7 +335,7 @@ def solve_counts_kernel(
     MEMBERS: tl.constexpr,  # experts of a column that are loaded at once
     ROWS: tl.constexpr,  # rows of ``running`` that a program sums at once
     EXPERTS: tl.constexpr,  # experts whose counts a program sums
-    PAIRS: tl.constexpr,  # classes of edges in ``pairs``, 0 for a kernel without the way of pairs
+    PAIRS: tl.constexpr,  # classes of edges in ``pairs``, 0 for a kernel that solves no pairs
     LANES: tl.constexpr,  # threads
     PDL: tl.constexpr,  # whether kernels may start before the one ahead of them has ended
     CHANNELS: tl.constexpr,  # channels of the exchange, 0 if there is none
@@ -275,7 +348,7 @@ def solve_counts_kernel(
     Programs 0 .. n_sums - 1 turn counts by program into running sums and totals, as
     `running_sum_kernel` does, while the others load tables. Program ``n_sums + group`` waits for
     the totals, solves the group and writes the cumulative share of every copy (equation 12).
-    Programs that sum wait for none, so the waiting ends whatever else is on the GPU.
+    Programs that sum wait for no other program, so this wait ends whatever else is on the GPU.
 
     With CHANNELS > 0, for one group and n_sums > 0, the counts are those of this rank, and the
     group's program sums them over the ranks before it solves.
@@ -316,22 +389,12 @@ def solve_counts_kernel(
             loaded = load_tables(tables, sizes, G, C, COPIES, MEMBERS)
             copy_part = load_copy_parts(tables, sizes, G, S)
         await_previous(PDL)
-        complete = tl.full((), 1, tl.int1)
-        if n_sums > 0:
-            complete = await_counts(counts_ptr, n_logical, BLOCK)
-        if CHANNELS > 0:
-            # Only this program waits for other ranks. The next kernel of the stream, which would
-            # wait for this one, doesn't occupy the GPU before they have come: so whatever a rank
-            # needs in order to come can run, however many streams wait (docs/sync.md).
-            exchange_counts(
-                counts_ptr, total_ptr, gathered_ptr,
-                addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
-                own_rank, n_peers, capacity, timeout_ms, opening, channel, n_logical, complete,
-                CHANNELS, BLOCK, GATHER, ON_GPU, LANES,
-            )  # fmt: skip
-            start_dependents(PDL)
-            tl.debug_barrier()
-            counts_ptr = total_ptr
+        counts_ptr, complete = _await_all_counts(
+            counts_ptr, total_ptr, gathered_ptr,
+            addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
+            own_rank, n_peers, capacity, timeout_ms, opening, channel, n_logical, n_sums,
+            PDL, CHANNELS, BLOCK, GATHER, ON_GPU, LANES,
+        )  # fmt: skip
         counts = load_counts(counts_ptr, expert)
         if PAIRS > 0:
             max_load, bound, steps, invalid = _solve_pairs_or_cells(
@@ -345,10 +408,7 @@ def solve_counts_kernel(
                 tables, cumulative_ptr, scratch_ptr, n_scratch, sizes,
                 G, C, R, S, COPIES, MEMBERS, LANES,
             )  # fmt: skip
-        max_load, lower_bound, gap, status = certify(max_load, bound, tolerance, invalid)
-        store_certificate(
-            stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
-            max_load, lower_bound, gap, steps, status,
+        _write_outcome(
+            stats_ptr, ints_ptr, report_ptr, certified_ptr, solves_ptr, uncertified_ptr,
+            group, tl.num_programs(0) - n_sums, tolerance, max_load, bound, steps, invalid,
         )  # fmt: skip
-        write_report(report_ptr, REPORT_INPUT, BAD_COUNTS, invalid)
-        _count_solve(certified_ptr, solves_ptr, uncertified_ptr, status)

@@ -91,7 +91,7 @@ class Direction(NamedTuple):
 
 @triton.jit
 def _find_step_length(rate):
-    """Find the longest step, at most 1, from the largest relative decrease ``rate`` (equation 9)."""
+    """Find the longest step, at most 1, from the largest relative decrease (equation 9)."""
     return 1.0 / tl.maximum(rate, 1.0)
 
 
@@ -104,8 +104,8 @@ def _find_largest(by_copy, by_rank):
 @triton.jit
 def _compute_dual_bound(y, fixed, weights, copy):
     """Find a load that no plan can beat from any multipliers ``y`` >= 0, [G] (equation 3)."""
-    # Where there is no copy, the sum of all y takes the place of y, since no y exceeds it. (A column
-    # without copies has no weight.)
+    # Where there is no copy, the sum of all y takes the place of y, since no y exceeds it. (A
+    # column without copies has no weight.)
     total, fixed_part = tl.reduce((y, y * fixed), 0, add2)
     cheapest = tl.min(tl.where(copy, y[:, None], total), 0, keep_dims=True)
     return (fixed_part + tl.sum(weights * cheapest)) / total

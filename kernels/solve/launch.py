@@ -68,8 +68,8 @@ class SolveTables(NamedTuple):
     """Cells of ``rank_experts``, -1 if one rank holds all copies."""
 
 
-# How many of the tables every solve reads. They come first among a kernel's arguments, together with
-# all else that every solve needs, since arguments are read through a cache line by line.
+# How many of the tables every solve reads. They come first among a kernel's arguments, together
+# with all else that every solve needs, since arguments are read through a cache line by line.
 FIRST_TABLES = 4
 
 
@@ -139,7 +139,7 @@ def choose_counts_warps(ranks: int, rows: int) -> int:
 
 
 def make_options(warps: int) -> dict[str, Any]:
-    """Return compile options: so many warps, all registers they may have, and no fused multiply-add.
+    """Return compile options: that many warps, all their registers, no fused multiply-add.
 
     Without ``maxnreg`` ptxas takes half of the registers for the largest tiles, and spills. A
     thread that fuses its own product into a sum over lanes rounds differently from the lane that

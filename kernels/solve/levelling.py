@@ -216,10 +216,10 @@ def level_edges(
 ):
     """Level all edges once, one class after the other (equation 18).
 
-    A word of edges holds four fields of FIELD_BITS bits, from the lowest: the edge's second rank, its
-    first rank, its second cell and its first cell; -1 is no edge. The tiles have one element per
-    thread. The next class's edges are loaded before this class moves tokens, so that their latency
-    is hidden. All warps execute the instructions of a class even if it has edges for few of them.
+    A word of edges holds four fields, from the lowest: the edge's second rank, its first rank, its
+    second cell and its first cell; -1 is no edge. The tiles have one element per thread. The next
+    class's edges are loaded before this class moves tokens, so that their latency is hidden. All
+    warps execute the instructions of a class even if it has edges for few of them.
     """
     lane = tl.arange(0, LANES)
     ptrs = edges_ptr + lane
@@ -266,8 +266,8 @@ def sweep_until_bound_is_due(
     """Sweep until the bound of equation 19 should be computed.
 
     It is due after the first sweep, after ``most_sweeps``, and when the peak is steady and half as
-    many sweeps again have been made as when it was last due. Sweeps also end when the peak is within
-    the aimed gap of ``bound``. Returns the number of sweeps so far and the peak.
+    many sweeps again have been made as when it was last due. Sweeps also end when the peak is
+    within the aimed gap of ``bound``. Returns the number of sweeps so far and the peak.
     """
     sweeps_at_last_bound = sweeps
     due = sweeps < 0

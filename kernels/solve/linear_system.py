@@ -193,7 +193,8 @@ def _build_normal_matrix(product, slack, is_rank, G: tl.constexpr):
     """Build the matrix M + rho 1 1^T of equations 5 and 7 from ``V V^T``, [G, G].
 
     ``slack`` [G] is ``s / y``. In the padding the matrix is the identity. The diagonal comes from
-    row sums of the other entries, without subtraction. Adding rho changes no solution, since dy sums to 0.
+    row sums of the other entries, without subtraction. Adding rho changes no solution, since dy
+    sums to 0.
     """
     off_diagonal = tl.arange(0, G)[:, None] != tl.arange(0, G)[None, :]
     product = tl.where(off_diagonal, product, 0.0)

@@ -280,8 +280,8 @@ def level_by_steps(
 ):
     """Improve a plan by steps by potentials, with up to MAX_LATER_SWEEPS sweeps after each.
 
-    Returns a bound and the number of steps. Few batches need this. Since it is not inlined, it takes
-    no registers from the rest of the kernel, which compiles sooner.
+    Returns a bound and the number of steps. Few batches need this. Since it is not inlined, it
+    takes no registers from the rest of the kernel, which compiles sooner.
     """
     rows = load_rows(rows_ptr, weights_ptr, n_rows, most_copies, R)
     rank_cells = load_cells_of_ranks(rank_cells_ptr, most_cells, n_ranks, G)
@@ -312,7 +312,8 @@ def level_by_steps(
                 bound = tl.maximum(bound, cut)
         tl.debug_barrier()
     if (peak <= first_peak) == 0:
-        # A step may raise the peak. The plan from before the first step is better, or the peak is NaN.
+        # The plan from before the first step is better, since a step may raise the peak. Or the
+        # peak is NaN.
         _store_tokens(x_ptr, units_ptr, rows)
     tl.debug_barrier()
     return bound, steps

@@ -63,8 +63,9 @@ class RankCells(NamedTuple):
 def number_rows(R: tl.constexpr):
     """Give each cell the number of its row, [R, 8] int32.
 
-    The numbers come from a division. Otherwise Triton sees that they are contiguous along rows, gives
-    what is loaded from there a layout to suit, and converts that to the layout of all other tiles.
+    The numbers come from a division. Otherwise Triton sees that they are contiguous along rows,
+    gives what is loaded from there a layout to suit, and converts that to the layout of all other
+    tiles.
     """
     entry = tl.arange(0, R)[:, None] * ROW_CELLS + tl.arange(0, ROW_CELLS)[None, :]
     return entry // ROW_CELLS

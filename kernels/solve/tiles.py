@@ -13,8 +13,8 @@ from lplb_triton import _layout
 
 # Shares are whole units of 2**-24 (equation 11).
 SHARE_ONE = tl.constexpr(_layout.SHARE_ONE)
-# Running sums of shares are of fine units, 2**-30, before they are rounded to units: 2**FINE_BITS of
-# them are a unit.
+# Running sums of shares are of fine units, 2**-30, before they are rounded to units: 2**FINE_BITS
+# of them are a unit.
 FINE_BITS = tl.constexpr(6)
 FINE_HALF = tl.constexpr(1 << 5)
 FINE_ONE = tl.constexpr(1 << 30)
