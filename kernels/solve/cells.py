@@ -211,7 +211,7 @@ def _level_even_split(
 
 @triton.jit
 def _make_first_plan(
-    scratch, tables, sizes, loaded, weights, first, has_plan, is_cell, bound, aimed_gap,
+    scratch, tables, sizes, loaded, weights, first, has_plan, is_rank, is_cell, bound, aimed_gap,
     cumulative_ptr, G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Write to x a level plan, or the plan of pairs if there is one.
@@ -221,7 +221,6 @@ def _make_first_plan(
     """
     col = tl.arange(0, C)
     cell = tl.arange(0, COPIES)
-    is_rank = tl.arange(0, G) < sizes.n_ranks
     tl.store(scratch.weights + col, weights, mask=col < sizes.n_columns)
     tl.debug_barrier()
     cell_weights = tl.load(scratch.weights + loaded.cell_column, mask=is_cell, other=0.0)
@@ -311,15 +310,15 @@ def solve_by_cells(
     a smaller peak, it replaces the plan in the same way. Returns the largest load, a bound and the
     number of steps.
     """
-    cell = tl.arange(0, COPIES)
+    is_rank = tl.arange(0, G) < sizes.n_ranks
     extents = loaded.extents
-    is_cell = cell < extents.n_cells
+    is_cell = tl.arange(0, COPIES) < extents.n_cells
     scratch = _divide_scratch(scratch_ptr, sizes)
     target = tolerance - BOUND_ALLOWANCE
     aimed_gap = choose_aimed_gap(target, sizes.n_ranks)
     cell_weights, bound = _make_first_plan(
-        scratch, tables, sizes, loaded, weights, first, has_plan, is_cell, bound, aimed_gap,
-        cumulative_ptr, G, C, COPIES, LANES,
+        scratch, tables, sizes, loaded, weights, first, has_plan, is_rank, is_cell, bound,
+        aimed_gap, cumulative_ptr, G, C, COPIES, LANES,
     )  # fmt: skip
     steps = max_steps * 0
     # Variables of a loop keep the type that they have before it; the value doesn't matter.

@@ -44,7 +44,7 @@ from lplb_triton.kernels.solve.rows import ROW_WORDS
 
 N_CELL_FIELDS = tl.constexpr(_layout.N_CELL_FIELDS)
 N_EXTENTS = tl.constexpr(_layout.N_EXTENTS)
-# Words of scratch by rank, column, cell and row.
+# Words of a group's scratch for each rank, column, cell and row.
 SCRATCH_BY_RANK = tl.constexpr(_layout.SCRATCH_BY_RANK)
 SCRATCH_BY_COLUMN = tl.constexpr(_layout.SCRATCH_BY_COLUMN)
 SCRATCH_BY_CELL = tl.constexpr(_layout.SCRATCH_BY_CELL)
@@ -108,8 +108,9 @@ def _solve_pairs_or_cells(
     PAIRS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Solve a group as pairs if its columns are pairs; otherwise, or if that fails, by cells.
+    """Solve a group as pairs, if its columns are pairs, or else by cells.
 
+    A plan of pairs that isn't good enough is improved by cells.
     Returns the largest load, a bound, steps by potentials, and whether counts are invalid.
     """
     pair_counts = load_pair_counts(counts_ptr, words, PAIRS * ((G + 31) // 32))
@@ -245,7 +246,7 @@ def _write_outcome(
     solves_ptr,
     uncertified_ptr,
     group,
-    n_group,
+    n_sums,
     tolerance,
     max_load,
     bound,
@@ -254,6 +255,7 @@ def _write_outcome(
 ):
     """Certify a group's plan, write its certificate and reports, and add to the counters."""
     max_load, lower_bound, gap, status = certify(max_load, bound, tolerance, invalid)
+    n_group = tl.num_programs(0) - n_sums
     store_certificate(
         stats_ptr, ints_ptr, group, n_group, max_load, lower_bound, gap, steps, status
     )
@@ -410,5 +412,5 @@ def solve_counts_kernel(
             )  # fmt: skip
         _write_outcome(
             stats_ptr, ints_ptr, report_ptr, certified_ptr, solves_ptr, uncertified_ptr,
-            group, tl.num_programs(0) - n_sums, tolerance, max_load, bound, steps, invalid,
+            group, n_sums, tolerance, max_load, bound, steps, invalid,
         )  # fmt: skip

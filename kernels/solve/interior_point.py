@@ -225,7 +225,7 @@ def _judge_full_step(program, direction, y, best, best_load, bound, aimed_gap):
     plan = tl.maximum(direction.x_full, 0.0)
     plan *= reciprocal(tl.where(program.heavy, sum_columns(plan), 1.0))
     loads = program.base + tl.sum(program.active_weights * plan, 1)
-    # Triton's maximum ignores NaN and a sum doesn't, so the sum tells a broken iterate.
+    # Triton's maximum ignores NaN and a sum doesn't, so the sum shows a broken iterate.
     new_load, load_sum = tl.reduce((loads, loads), 0, max_add)
     new_y = tl.where(program.is_rank, tl.maximum(y + direction.dy, 0.0), 0.0)
     new_bound = _compute_dual_bound(new_y, program.fixed, program.weights, program.copy)

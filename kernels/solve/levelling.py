@@ -211,7 +211,7 @@ def level_edges(
     edges_ptr,  # [n_classes + 1, width] int64, see below
     n_classes,
     width,  # most edges of a class
-    fraction,  # of the difference between two ranks, that moves; 0.5 levels them
+    fraction,  # how much of the difference between two ranks moves; 0.5 levels them
     LANES: tl.constexpr,  # number of threads
 ):
     """Level all edges once, one class after the other (equation 18).

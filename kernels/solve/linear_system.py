@@ -53,7 +53,7 @@ def _split_rows(panel):
 
 @triton.jit
 def _take_slice(tile, chosen, axis: tl.constexpr):
-    """Take the one slice of ``tile`` along ``axis`` where ``chosen`` is true, by its bits."""
+    """Take the one slice of a tile where ``chosen`` is true, by a sum of bits along ``axis``."""
     bits = tl.where(chosen, tile.to(tl.int32, bitcast=True), 0)
     return tl.sum(bits, axis).to(tl.float32, bitcast=True)
 

@@ -157,7 +157,7 @@ def _level_edges_of_pairs(
     x,  # by class and rank, tokens that the rank has of its edge
     partners,  # by class and rank
     weights,  # by class and rank
-    fraction,  # of the difference between two ranks, that moves; 0.5 levels them
+    fraction,  # how much of the difference between two ranks moves; 0.5 levels them
     G: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
@@ -215,7 +215,7 @@ def _level_pairs(
         loads, x = _level_edges_of_pairs(loads, x, partners, weights, fraction, G, CLASSES)
         sweeps += 1
         if sweeps > EXACT_SWEEPS:
-            # Finding the peak takes longer than a sweep, so later on there are two sweeps to each.
+            # Finding the peak takes longer than a sweep, so later on it is found every other sweep.
             loads, x = _level_edges_of_pairs(loads, x, partners, weights, fraction, G, CLASSES)
             sweeps += 1
         due = (sweeps == 1) | (sweeps >= most_sweeps)

@@ -312,8 +312,7 @@ def level_by_steps(
                 bound = tl.maximum(bound, cut)
         tl.debug_barrier()
     if (peak <= first_peak) == 0:
-        # The plan from before the first step is better, since a step may raise the peak. Or the
-        # peak is NaN.
+        # Steps may raise the peak: the plan from before them is better, or the peak is NaN.
         _store_tokens(x_ptr, units_ptr, rows)
     tl.debug_barrier()
     return bound, steps
