@@ -32,6 +32,35 @@ def _compute_global_quota_end(cumulative_ptr, first, j, n_copies, total, offset)
 
 
 @triton.jit
+def _match_ranks(
+    supply_ptrs, cumulative_ptr, copy_index_ptr, there, begin, demand, first, j, n_copies, total,
+    offset,
+):  # fmt: skip
+    """Match ranks with the copies that they hold, in order of copies (equation 16).
+
+    All arguments from ``there`` to ``demand`` are by copy: ``begin`` is the sum of what the copies
+    before take, ``supply_ptrs`` are the addresses of the holder's counts. Returns, by copy, the
+    tokens that its rank keeps.
+    """
+    supply = tl.load(supply_ptrs, mask=there, other=0)
+    index = tl.load(copy_index_ptr + first + j, mask=there, other=0)
+    taken_before = begin - _compute_global_quota_end(
+        cumulative_ptr, first, j - index - 1, n_copies, total, offset
+    )
+    return tl.minimum(tl.maximum(supply - taken_before, 0), demand)
+
+
+@triton.jit
+def _make_shares(quota, count, rank, expert):
+    """Make the cumulative shares that turn a rank's ``count`` into ``quota``, by copy (17)."""
+    end = tl.cumsum(quota, 0).to(tl.int64)
+    offset = compute_rounding_offset(rank.to(tl.int64), expert.to(tl.int64))
+    size = tl.maximum(count, 1).to(tl.int64)
+    share = ((end << SHARE_BITS) - offset + size - 1) // size
+    return tl.where(end > 0, share, 0).to(tl.int32)
+
+
+@triton.jit
 def _match_nodes(
     supply, holder, there, demand, at_home, quota, kept, count, rank, n_ranks, ranks_per_node,
     RANKS: tl.constexpr,
@@ -111,12 +140,10 @@ def divide_quotas_kernel(
     demand = tl.where(there, end - begin, 0)
 
     # Equation 16: own rank first, its copies in order.
-    from_holder = tl.load(gathered_ptr + holder * n_logical + expert, mask=there, other=0)
-    index = tl.load(copy_index_ptr + first + j, mask=there, other=0)
-    taken_before = begin - _compute_global_quota_end(
-        cumulative_ptr, first, j - index - 1, n_copies, total, offset
-    )
-    at_home = tl.minimum(tl.maximum(from_holder - taken_before, 0), demand)
+    at_home = _match_ranks(
+        gathered_ptr + holder * n_logical + expert, cumulative_ptr, copy_index_ptr, there, begin,
+        demand, first, j, n_copies, total, offset,
+    )  # fmt: skip
     quota = tl.where(holder == rank, at_home, 0)
     kept = tl.sum(quota, 0)
     rest = demand - at_home
@@ -131,12 +158,8 @@ def divide_quotas_kernel(
     begin = tl.cumsum(rest, 0) - rest
     quota += _measure_overlap(begin, rest, left_before, own)
 
-    # Equation 17: the share that this rank's rounding turns into this quota.
-    end = tl.cumsum(quota, 0).to(tl.int64)
-    offset = compute_rounding_offset(rank.to(tl.int64), expert.to(tl.int64))
-    size = tl.maximum(count, 1).to(tl.int64)
-    share = ((end << SHARE_BITS) - offset + size - 1) // size
-    share = tl.where(end > 0, share, 0).to(tl.int32)
+    # Equation 17: the shares that this rank's rounding turns into these quotas.
+    share = _make_shares(quota, count, rank, expert)
     tl.store(mine_ptr + first + j, share, mask=there)
     tl.atomic_add(traffic_ptr, kept.to(tl.int64), sem="relaxed")
     tl.atomic_add(traffic_ptr + 1, on_node.to(tl.int64), sem="relaxed")
