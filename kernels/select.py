@@ -20,6 +20,8 @@ from lplb_triton.kernels.rounding import SHARE_BITS, SHARE_MASK, compute_roundin
 
 # Ids that one program handles at a time. The kernel compares all pairs of them.
 SELECT_BLOCK = 256
+# uint32 holds the square of any count below this.
+WIDE_COUNT = tl.constexpr(1 << 16)
 
 
 @triton.jit
@@ -55,6 +57,31 @@ def _find_copy(cumulative_ptr, low, high, position, count, offset, steps, INTEGE
         high = tl.where(left, middle, high)
         low = tl.where(right, middle + 1, low)
     return low
+
+
+@triton.jit
+def _find_copies(cumulative_ptr, low, high, position, count, offset, steps, n_ids):
+    """Find copies as `_find_copy` does, in uint32 if counts, at most ``n_ids`` each, allow it."""
+    most = n_ids
+    if n_ids >= WIDE_COUNT:
+        most = tl.max(count)
+    if most < WIDE_COUNT:
+        low = _find_copy(cumulative_ptr, low, high, position, count, offset, steps, tl.uint32)
+    else:
+        low = _find_copy(cumulative_ptr, low, high, position, count, offset, steps, tl.int64)
+    return low
+
+
+@triton.jit
+def _count_equal_ahead(expert, known, earlier):
+    """Count the tokens of a block that are ahead of each one and have its expert.
+
+    All pairs are compared, so the result does not depend on timing. ``earlier`` [BLOCK, BLOCK] is
+    whether the first token of a pair is ahead of the second.
+    """
+    tag = tl.where(known, expert, -1)
+    same = (tag[:, None] == tag[None, :]) & earlier
+    return tl.sum(same.to(tl.int32), 0)
 
 
 @triton.jit
@@ -119,10 +146,7 @@ def select_kernel(
         e = tl.where(known, ids, 0).to(tl.int32)
         low = tl.load(copy_start_ptr + e)
         high = tl.load(copy_start_ptr + e + 1) - 1
-        # Rank within the block by comparing all pairs: stable, hence deterministic.
-        tag = tl.where(known, e, -1)
-        same = (tag[:, None] == tag[None, :]) & earlier
-        position = tl.sum(same.to(tl.int32), 0)
+        position = _count_equal_ahead(e, known, earlier)
         if block == begin:
             # The work before this overlaps with the solve, whose end this waits for.
             await_previous(PDL)
@@ -136,13 +160,7 @@ def select_kernel(
         offset = compute_rounding_offset(rank.to(tl.int64), e.to(tl.int64))
         if CHECK:
             _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count, offset)
-        most = n_ids
-        if n_ids >= 65536:
-            most = tl.max(count)
-        if most < 65536:
-            low = _find_copy(cumulative_ptr, low, high, position, count, offset, steps, tl.uint32)
-        else:
-            low = _find_copy(cumulative_ptr, low, high, position, count, offset, steps, tl.int64)
+        low = _find_copies(cumulative_ptr, low, high, position, count, offset, steps, n_ids)
         slot = tl.load(copy_slot_ptr + low)
         physical = tl.where(known, slot, -1).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, physical, mask=at < end)
