@@ -20,7 +20,7 @@ from lplb_triton.kernels.rounding import SHARE_BITS, SHARE_MASK, compute_roundin
 
 # Ids that one program handles at a time. The kernel compares all pairs of them.
 SELECT_BLOCK = 256
-# uint32 holds the square of any count below this.
+# uint32 holds the square of every count below this.
 WIDE_COUNT = tl.constexpr(1 << 16)
 
 
@@ -86,7 +86,7 @@ def _count_equal_ahead(expert, known, earlier):
 
 @triton.jit
 def _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count, offset):
-    """Report positions that are no less than their counts, and shares that are none.
+    """Report positions that are not below their counts, and values that can't be shares.
 
     The shares of an expert's first copy must be in range, and those of its last one must end at
     the count.

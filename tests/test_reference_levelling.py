@@ -272,6 +272,7 @@ def test_the_even_split_is_taken_if_it_is_better(monkeypatch):
 
 
 def test_a_start_is_divided_by_its_sums():
+    """A start whose shares do not add up to 1 is divided by its column sums."""
     mask = torch.ones(1, 2, 1, dtype=torch.bool)
     start = torch.tensor([[[3.0], [1.0]]]) / 8
     problem = Problem(torch.tensor([[4.0]]), torch.tensor([[1.0, 3.0]]), mask, start)

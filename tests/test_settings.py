@@ -95,6 +95,7 @@ def test_solves_and_ids(setting, backend):
 
 
 def test_quotas_under_a_default_device():
+    """Rounding offsets are on the CPU, whatever the default device."""
     with torch.device("meta"):
         offsets = reference.compute_rounding_offsets(3, 5)
     assert offsets.tolist() == reference.compute_rounding_offsets(3, 5).tolist()
