@@ -61,7 +61,7 @@ def _tag_words(number, epoch):
 
 @triton.jit
 def _has_arrived(word, epoch):
-    """Whether a word is of this epoch."""
+    """Tell whether words belong to this epoch."""
     return (word >> 32).to(tl.int32) == epoch
 
 
@@ -309,7 +309,7 @@ def sum_over_ranks_kernel(
 
 
 class Channel(NamedTuple):
-    """Where an exchange happens: calls of one channel come in the same order on every rank."""
+    """One of the channels of an exchange, whose calls are in the same order on every rank."""
 
     number: int
     opening: int = 0
@@ -342,7 +342,7 @@ class Exchange(NamedTuple):
     timeout_ms: int
 
     def args(self, channel: Channel) -> tuple[Any, ...]:
-        """Run-time arguments of a kernel that does the exchange, the channel's last."""
+        """Return the run-time arguments of a kernel that does the exchange, the channel's last."""
         gathered = self.total if self.gathered is None else self.gathered
         return (
             self.total, gathered, *self[2:7],
@@ -351,7 +351,7 @@ class Exchange(NamedTuple):
         )  # fmt: skip
 
     def constants(self) -> tuple[int, ...]:
-        """Channels, block, whether to gather, and whether this is a GPU."""
+        """Return the compile-time arguments: CHANNELS, BLOCK, GATHER and ON_GPU."""
         return (
             self.gates.numel(),
             choose_block(self.total.numel()),
@@ -367,7 +367,7 @@ def choose_block(n: int) -> int:
 
 
 def channel_words(n_ranks: int, capacity: int) -> int:
-    """64-bit words of one channel in a rank's buffer."""
+    """Return the number of 64-bit words of one channel in a rank's buffer."""
     return 2 * n_ranks * (_layout.HEADER_WORDS + capacity)
 
 

@@ -1,4 +1,4 @@
-"""How kernels are compiled and launched; knows no kernel in particular."""
+"""Compile and launch any kernel."""
 
 from __future__ import annotations
 
