@@ -291,6 +291,35 @@ def test_layout_names_what_there_is():
         assert (ROOT / line.split()[0]).is_dir(), line
 
 
+def test_the_map_names_every_kernel_file():
+    """Every file of kernels/ is in the map of docs/kernels.md, and the map names no other."""
+    paths = [path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels").rglob("*.py")]
+    there = {path.as_posix() for path in paths if path.name != "__init__.py"}
+    code = pages.code_by_heading("docs/kernels.md")
+    heading, named = "", set()
+    for kind, content in code:
+        heading = content if kind == "heading" else heading
+        if heading == "The map" and kind == "code" and content.endswith(".py"):
+            named.add(content)
+    assert there == {name for name in named if not name.startswith("lplb_triton/")}
+    for name in named - there:
+        assert (ROOT / name).is_file(), name
+
+
+def test_functions_of_equations_exist():
+    """Every function that the table of docs/method.md names is defined in the file it names."""
+    text = (ROOT / "docs/method.md").read_text()
+    rows = re.findall(r"^\| \(\d.*$", text, re.MULTILINE)
+    assert len(rows) > 20
+    for row in rows:
+        kernel, twin = row.strip("| ").split(" | ")[2:]
+        for folder, cell in (("kernels", kernel), ("lplb_triton/reference", twin)):
+            for file, name in re.findall(r"`(\S+\.py): (\w+)`", cell):
+                path = ROOT / (file if file.startswith("lplb_triton/") else f"{folder}/{file}")
+                pattern = rf"^ *(def|class) {name}\b"
+                assert re.search(pattern, path.read_text(), re.MULTILINE), f"{file}: {name}"
+
+
 def documented(heading, name):
     """What a name of docs/api.md under a heading is."""
     handle = typing.get_type_hints(lplb_triton.Replicas.sync_weights)["return"]

@@ -8,7 +8,7 @@ import torch
 from helpers.layout import fields_of
 
 from lplb_triton import Balancer, Placement, _steps, solve, topologies
-from lplb_triton._backends.edges import FEW_COPIES
+from lplb_triton._backends.edges import MAX_COPIES_ALL_JOINED
 from lplb_triton._backends.tables import DeviceTables
 from lplb_triton._layout import COPIES_AT_ONCE, RANK_CELLS, SHARE_ONE, Extent
 from lplb_triton.kernels.solve import levelling
@@ -60,7 +60,7 @@ def test_edges(placement):
         for column, pairs in joined.items():
             ranks = np.flatnonzero(mask[:, column]).tolist()
             assert {rank for pair in pairs for rank in pair} == set(ranks)
-            if len(ranks) <= FEW_COPIES:
+            if len(ranks) <= MAX_COPIES_ALL_JOINED:
                 assert sorted(pairs) == list(itertools.combinations(ranks, 2))
                 continue
             reached = {ranks[0]}

@@ -9,7 +9,7 @@ import torch
 from helpers.reference_masks import DOUBLE, SHAPES, SLACK, draw_mask, draw_sets, hold
 
 from lplb_triton import Balancer, Placement, Problem, Status, chain
-from lplb_triton.reference import as_plan, levelling
+from lplb_triton.reference import levelling, make_plan
 from lplb_triton.testing.instances import shape_placement
 from lplb_triton.testing.verify import highs_optimum
 
@@ -278,13 +278,13 @@ def test_the_even_split_is_taken_if_it_is_better(monkeypatch):
 
 
 def test_a_start_is_divided_by_its_sums():
-    """A start whose shares do not sum up to one is divided by its sums."""
+    """A start whose shares do not add up to 1 is divided by its column sums."""
     mask = torch.ones(1, 2, 1, dtype=torch.bool)
     start = torch.tensor([[[3.0], [1.0]]]) / 8
     problem = Problem(torch.tensor([[4.0]]), torch.tensor([[1.0, 3.0]]), mask, start)
     solution = solve(problem)
     assert float(solution.max_load[0]) == 4
-    assert torch.equal(as_plan(start, mask, start), solution.shares)
+    assert torch.equal(make_plan(start, mask, start), solution.shares)
 
 
 def test_masks_that_differ():

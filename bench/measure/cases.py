@@ -15,9 +15,9 @@ from lplb_triton.bench.balance import make_placement
 from lplb_triton.bench.placement import impossible
 
 __all__ = [
-    "Case",
     "STEPS",
     "TRIALS",
+    "Case",
 ]
 
 

@@ -24,8 +24,8 @@ from lplb_triton.bench.measure.timer import Floats
 from lplb_triton.traces.trace import Trace
 
 __all__ = [
-    "Loads",
     "TOP_K",
+    "Loads",
 ]
 
 

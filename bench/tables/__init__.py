@@ -17,10 +17,10 @@ from lplb_triton.bench.tables.simulate import simulate_grids
 from lplb_triton.bench.tables.solve import solve_grids
 
 __all__ = [
-    "Grid",
     "LABELS",
-    "MissingExtraError",
     "PARTS",
+    "Grid",
+    "MissingExtraError",
     "advice_check_grids",
     "advise_grids",
     "console",

@@ -10,8 +10,8 @@ __all__ = [
     "format_at_most",
     "format_or_na",
     "format_percent",
-    "format_spread",
     "format_share",
+    "format_spread",
     "format_us",
 ]
 

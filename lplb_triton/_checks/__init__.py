@@ -2,8 +2,6 @@
 
 from lplb_triton._checks.sizes import check_dense_size, check_placement_size, check_problem_size
 from lplb_triton._checks.tensors import (
-    INVALID_COUNT,
-    MAX_COUNT,
     check_counter,
     check_counts,
     check_device,
@@ -33,8 +31,6 @@ from lplb_triton._checks.values import (
 )
 
 __all__ = [
-    "INVALID_COUNT",
-    "MAX_COUNT",
     "MAX_TIMEOUT",
     "check_choice",
     "check_counter",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lplb_triton._checks import MAX_COUNT
 from lplb_triton._layout import (
     GATHERED_HEADER_WORDS,
+    MAX_COUNT,
     NO_COUNT,
     STATUS_CHANNEL,
     STATUS_EPOCH,
