@@ -42,9 +42,9 @@ __all__ = [
     "HARD",
     "Islands",
     "Wide",
-    "hard",
-    "parts",
-    "real",
+    "make_hard_part",
+    "make_parts",
+    "make_traffic_part",
 ]
 
 # Batches of a load set or of a load family on each placement, where nothing is said.
@@ -86,11 +86,13 @@ CASES = tuple(
 FEWEST_RANKS = min(case.ep for case in CASES)
 
 
-def _batches(n: int, ranks: int) -> int:
+def _count_batches(n: int, ranks: int) -> int:
     return n if ranks < MANY_RANKS else max(1, n // 4)
 
 
-def _extremes(placement: Placement, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+def _make_extreme_batches(
+    placement: Placement, rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
     """Batches without tokens, and with all of them for one expert: of most copies, and any."""
     copies = torch.bincount(placement.phy2log.long(), minlength=placement.n_logical)
     found = {"no tokens": torch.zeros(placement.n_logical, dtype=torch.int32)}
@@ -103,7 +105,7 @@ def _extremes(placement: Placement, rng: np.random.Generator) -> dict[str, torch
     return found
 
 
-def real(n_batches: int, seed: int, cases: Sequence[Case] = CASES) -> Part:
+def make_traffic_part(n_batches: int, seed: int, cases: Sequence[Case] = CASES) -> Part:
     """Return real traffic on placements made from the history of each load set.
 
     Parameters
@@ -123,16 +125,16 @@ def real(n_batches: int, seed: int, cases: Sequence[Case] = CASES) -> Part:
     trace = traces.packaged()
     jobs: list[tuple[Case, Loads]] = []
     for case in cases:
-        n = _batches(n_batches, case.ep)
-        found = traffic_loads.drawn(case.experts, n, seed)
+        n = _count_batches(n_batches, case.ep)
+        found = traffic_loads.draw_load_sets(case.experts, n, seed)
         if case.experts == trace.experts:
-            found = traffic_loads.recorded(trace, "packaged trace", n) + found
+            found = traffic_loads.split_trace(trace, "packaged trace", n) + found
         jobs += [(case, loads) for loads in found]
     steps = Counter(str(case) for case, _ in jobs)
-    return Part("traffic", list(steps.items()), _real(jobs, seed))
+    return Part("traffic", list(steps.items()), _generate_traffic(jobs, seed))
 
 
-def _real(jobs: Sequence[tuple[Case, Loads]], seed: int) -> Iterator[Instance]:
+def _generate_traffic(jobs: Sequence[tuple[Case, Loads]], seed: int) -> Iterator[Instance]:
     seen: set[Case] = set()
     for case, loads in jobs:
         if case.placement == "place":
@@ -144,7 +146,7 @@ def _real(jobs: Sequence[tuple[Case, Loads]], seed: int) -> Iterator[Instance]:
         rows = list(loads.batches)
         names = [f"{loads.kind}, {loads.name}"] * len(rows)
         if case not in seen:
-            more = _extremes(placement, np.random.default_rng(seed))
+            more = _make_extreme_batches(placement, np.random.default_rng(seed))
             names, rows = names + list(more), rows + list(more.values())
         seen.add(case)
         yield Instance(str(case), names, placement, torch.stack(rows))
@@ -175,7 +177,7 @@ class Wide(NamedTuple):
             if open_slots and expert % 3 == 0:
                 held[open_slots.pop()].append(expert)
             expert += 1
-        return _placed(held, rng)
+        return _make_placement(held, rng)
 
 
 class Islands(NamedTuple):
@@ -205,10 +207,10 @@ class Islands(NamedTuple):
             while len(slots) < self.slots:
                 slots.append(expert)
                 expert += 1
-        return _placed(held, rng)
+        return _make_placement(held, rng)
 
 
-def _placed(held: Sequence[Sequence[int]], rng: np.random.Generator) -> Placement:
+def _make_placement(held: Sequence[Sequence[int]], rng: np.random.Generator) -> Placement:
     """Name the experts of each rank's slots anew, in random order."""
     flat = np.array([expert for slots in held for expert in slots])
     n_logical = int(flat.max()) + 1
@@ -232,7 +234,7 @@ HARD: Mapping[str, Wide | Islands] = {
 }
 
 
-def hard(n_batches: int, seed: int, shapes: Mapping[str, Wide | Islands] = HARD) -> Part:
+def make_hard_part(n_batches: int, seed: int, shapes: Mapping[str, Wide | Islands] = HARD) -> Part:
     """Return placements that look for trouble, under loads that do.
 
     Parameters
@@ -250,26 +252,28 @@ def hard(n_batches: int, seed: int, shapes: Mapping[str, Wide | Islands] = HARD)
     -------
     Part
     """
-    return Part("hard", [(name, 1) for name in shapes], _hard(n_batches, seed, shapes))
+    return Part("hard", [(name, 1) for name in shapes], _generate_hard(n_batches, seed, shapes))
 
 
-def _hard(n_batches: int, seed: int, shapes: Mapping[str, Wide | Islands]) -> Iterator[Instance]:
+def _generate_hard(
+    n_batches: int, seed: int, shapes: Mapping[str, Wide | Islands]
+) -> Iterator[Instance]:
     for index, (name, shape) in enumerate(shapes.items()):
         rng = np.random.default_rng([seed, index])
         placement = shape.placement(rng)
         copies = torch.bincount(placement.phy2log.long(), minlength=placement.n_logical)
         names, rows = [], []
         for family in FAMILIES:
-            for at in range(_batches(n_batches, shape.ranks)):
-                drawn = draw_loads(family, rng, placement.n_logical)
+            for at in range(_count_batches(n_batches, shape.ranks)):
+                counts = draw_loads(family, rng, placement.n_logical)
                 names.append(family)
-                rows.append(drawn * copies.int() if at % 2 == 0 else drawn)
-        more = _extremes(placement, rng)
+                rows.append(counts * copies.int() if at % 2 == 0 else counts)
+        more = _make_extreme_batches(placement, rng)
         names, rows = names + list(more), rows + list(more.values())
         yield Instance(name, names, placement, torch.stack(rows))
 
 
-def parts(
+def make_parts(
     n_instances: int, seed: int, n_batches: int = 0, most_ranks: int | None = None
 ) -> list[Part]:
     """Return what `lplb-bench verify` solves.
@@ -281,7 +285,7 @@ def parts(
     seed
         Seed of everything drawn.
     n_batches
-        As for `real` and `hard`; 0 for random programs alone.
+        As for `make_traffic_part` and `make_hard_part`; 0 for random programs alone.
     most_ranks
         Placements with more are left out of these two.
 
@@ -294,5 +298,8 @@ def parts(
         most = np.inf if most_ranks is None else most_ranks
         cases = [case for case in CASES if case.ep <= most]
         shapes = {name: shape for name, shape in HARD.items() if shape.ranks <= most}
-        found += [real(n_batches, seed, cases), hard(n_batches, seed, shapes)]
+        found += [
+            make_traffic_part(n_batches, seed, cases),
+            make_hard_part(n_batches, seed, shapes),
+        ]
     return found

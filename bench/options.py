@@ -66,6 +66,9 @@ MOST = 2**31 - 1
 # Numbers of layers and of seeds that a range may have.
 MOST_LAYERS = 10**6
 
+# Limits on the experts of a layer, and on the widths of the model and of an expert.
+MOST_EXPERTS, MOST_WIDTH = 2**14, 2**17
+
 
 # A parser, or a group of its options.
 Arguments: TypeAlias = argparse.ArgumentParser | argparse._ArgumentGroup

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lplb_triton import Placement, chain, place, plan_moves, rebalance_experts, solve
-from lplb_triton.bench.balance import BY_HISTORY, fold_sources, integer_loads, stretches
+from lplb_triton.bench.balance import BY_HISTORY, compute_token_loads, find_stretches, merge_sources
 from lplb_triton.testing.verify import solve_counts
 from lplb_triton.traces.trace import Trace
 
@@ -26,12 +26,12 @@ __all__ = [
     "SEEDS",
     "Case",
     "PublishedError",
-    "impossible",
+    "explain_impossible",
     "judge",
     "make_by_history",
     "measure",
-    "moves_row",
-    "published_row",
+    "measure_moves",
+    "time_published",
     "run",
     "synthetic_cases",
     "trace_cases",
@@ -102,7 +102,7 @@ def trace_cases(
     counts = torch.from_numpy(trace.counts.astype(np.int64))
     found = []
     for layer in range(trace.layers) if layers is None else layers:
-        for part in stretches(trace.steps, history):
+        for part in find_stretches(trace.steps, history):
             seen = counts[part.start : part.split, layer].sum(1)
             name = f"layer {layer}, batches {part.start}-{part.stop - 1}"
             test = counts[part.split : part.stop, layer]
@@ -175,7 +175,7 @@ def judge(placement: Placement, test: torch.Tensor, device: torch.device) -> dic
         solution = solve(placement.problem(counts))
     solution.check()
     mean = counts.sum(1).double() / placement.ep_size
-    whole = integer_loads(placement, fold_sources(test, placement.ep_size), solution)
+    whole = compute_token_loads(placement, merge_sources(test, placement.ep_size), solution)
     return {
         "even": float((placement.even_loads(counts).amax(1) / mean).mean()) - 1,
         "lp": float((solution.max_load.double().cpu() / mean).mean()) - 1,
@@ -183,7 +183,7 @@ def judge(placement: Placement, test: torch.Tensor, device: torch.device) -> dic
     }
 
 
-def impossible(experts: int, ep: int, slots: int) -> str | None:
+def explain_impossible(experts: int, ep: int, slots: int) -> str | None:
     """Why experts can't be placed with so many copies, or None where they can."""
     if experts % ep:
         return f"EP size {ep} does not divide the {experts} experts"
@@ -260,7 +260,7 @@ def run(
     rows: list[dict[str, Any]] = []
     for n_ranks in ep:
         for spare in slots:
-            if impossible(cases[0].history.shape[1], n_ranks, spare) is not None:
+            if explain_impossible(cases[0].history.shape[1], n_ranks, spare) is not None:
                 continue
             if device.type != "cpu" and not rows:
                 # Kernels are compiled by the first search.
@@ -278,7 +278,7 @@ def run(
     return rows
 
 
-def moves_row(
+def measure_moves(
     ep: int,
     slots: int,
     penalty: float,
@@ -339,7 +339,7 @@ def moves_row(
     return {"ep": ep, "slots": slots, "penalty": penalty, "methods": means}
 
 
-def published_row(
+def time_published(
     path: Path, layers: int = 58, experts: int = 256, repeats: int = 5
 ) -> dict[str, Any]:
     """Time `lplb_triton.rebalance_experts` against the file it follows, and compare results.

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lplb_triton import Placement, solve
-from lplb_triton.bench.balance import imbalance, integer_loads, make_placement, stretches
+from lplb_triton.bench.balance import compute_token_loads, find_stretches, imbalance, make_placement
 from lplb_triton.bench.placement import METHODS, Case, make_by_history
+from lplb_triton.bench.types import Floats
 from lplb_triton.testing.instances import FAMILIES
 from lplb_triton.testing.verify import SLACK, highs_optimum
 from lplb_triton.traces import trace as traces
@@ -34,8 +34,6 @@ __all__ = [
     "passed",
     "run",
 ]
-
-Floats = NDArray[np.float64]
 
 PLACEMENTS = (
     *("none", "eplb", "chain", "place"),
@@ -154,7 +152,7 @@ def _replay(rng: np.random.Generator, s: Settings) -> _Rates:
     recorded = traces.packaged()
     if recorded.experts % s.experts:
         raise ValueError(f"experts must divide the {recorded.experts} that the trace has")
-    available = stretches(recorded.steps, 0.5)[0].stop
+    available = find_stretches(recorded.steps, 0.5)[0].stop
     if HISTORY + s.batches > available:
         raise ValueError(
             f"batches must be at most {available - HISTORY} for the workload replay, which has no "
@@ -332,7 +330,7 @@ def judge(placement: Placement, test: torch.Tensor, tolerance: float) -> dict[st
         problem = placement.problem(counts)
         solution = solve(problem, tolerance=tolerance, backend="torch")
         lp = placement.rank_loads(counts, solution)
-        tokens = integer_loads(placement, test, solution).double()
+        tokens = compute_token_loads(placement, test, solution).double()
         masks = problem.mask.expand(problem.n_instances, -1, -1).numpy()
         jobs = zip(problem.weights.numpy(), problem.fixed.numpy(), masks, strict=True)
         optima = np.array([highs_optimum(*job) for job in jobs], dtype=np.float64)

@@ -17,7 +17,7 @@ from scipy.optimize import linprog
 from lplb_triton import Placement, Status, place, solve, topologies
 from lplb_triton.bench import balance, cli, output, plots, tables
 from lplb_triton.bench.commands import balance as command_balance
-from lplb_triton.bench.measure.simulate import slot_tokens
+from lplb_triton.bench.measure.simulate import split_tokens
 from lplb_triton.placement import placing
 from lplb_triton.traces import trace as traces
 
@@ -192,10 +192,10 @@ def test_counts_that_shares_cannot_carry_are_refused(counts, error, message):
     placement = Placement.from_phy2log(torch.tensor([0, 1, 2, 3, 0, 0]), 2)
     solution = solve(placement.problem(torch.ones(1, 4)))
     with pytest.raises(error, match=message):
-        balance.integer_loads(placement, counts, solution)
+        balance.compute_token_loads(placement, counts, solution)
     for split in ("lplb", "even"):
         with pytest.raises(error, match=message):
-            slot_tokens(placement, counts[0, 0], split, 1e-3)
+            split_tokens(placement, counts[0, 0], split, 1e-3)
 
 
 def test_the_largest_counts_are_whole_tokens():
@@ -203,7 +203,7 @@ def test_the_largest_counts_are_whole_tokens():
     counts = torch.tensor([[[2**31 - 1, 5, 0, 2**31 - 1]]])
     placement = Placement.from_phy2log(torch.tensor([0, 1, 3, 2, 3, 0]), 2)
     solution = solve(placement.problem(counts[0]), tolerance=1e-6)
-    whole = balance.integer_loads(placement, counts, solution)
+    whole = balance.compute_token_loads(placement, counts, solution)
     assert whole.sum() == 2 * (2**31 - 1) + 5
     assert (whole - placement.rank_loads(counts[0], solution)).abs().max() <= 2
 
@@ -228,7 +228,7 @@ def test_integer_loads_are_near_the_plan():
     ):
         totals = counts.sum(1)
         solution = solve(placement.problem(totals))
-        whole = balance.integer_loads(placement, counts, solution)
+        whole = balance.compute_token_loads(placement, counts, solution)
         assert whole.dtype == torch.int64
         assert whole.shape == (6, 8)
         assert torch.equal(whole.sum(1), totals.sum(1))
@@ -241,7 +241,7 @@ def test_integer_loads_without_a_choice():
     counts = torch.tensor([[[3, 1, 0, 5]], [[0, 0, 0, 0]]])
     placement = Placement.from_phy2log(torch.tensor([0, 1, 2, 3, 0, 0]), 2)
     solution = solve(placement.problem(counts.sum(1)))
-    whole = balance.integer_loads(placement, counts, solution)
+    whole = balance.compute_token_loads(placement, counts, solution)
     assert whole.sum(1).tolist() == [9, 0]
     # Experts 1 and 2 have one copy, on rank 0; expert 3 is on rank 1.
     assert whole[0, 0] >= 1 and whole[0, 1] >= 5
@@ -249,10 +249,10 @@ def test_integer_loads_without_a_choice():
 
 def test_fold_sources():
     counts = torch.arange(2 * 6 * 3).reshape(2, 6, 3)
-    folded = balance.fold_sources(counts, 3)
+    folded = balance.merge_sources(counts, 3)
     assert torch.equal(folded, counts[:, ::2] + counts[:, 1::2])
     for ep in (4, 6, 12):
-        assert balance.fold_sources(counts, ep) is counts
+        assert balance.merge_sources(counts, ep) is counts
 
 
 def test_imbalance():
@@ -262,16 +262,16 @@ def test_imbalance():
 
 def test_stretches():
     steps = np.r_[0:10, 100:104, 50:52].astype(np.int64)
-    cut = balance.stretches(steps, 0.5)
+    cut = balance.find_stretches(steps, 0.5)
     assert [(s.start, s.split, s.stop) for s in cut] == [(0, 5, 10), (10, 12, 14), (14, 15, 16)]
-    assert [s.split - s.start for s in balance.stretches(steps, 1)] == [1, 1, 1]
+    assert [s.split - s.start for s in balance.find_stretches(steps, 1)] == [1, 1, 1]
     # Every third step recorded is no gap.
-    assert len(balance.stretches(np.arange(0, 30, 3), 0.25)) == 1
+    assert len(balance.find_stretches(np.arange(0, 30, 3), 0.25)) == 1
     for history in (2, 0, 1.0, 0.0, -0.5):
         with pytest.raises(ValueError, match="history"):
-            balance.stretches(steps, history)
+            balance.find_stretches(steps, history)
     with pytest.raises(ValueError, match="history"):
-        balance.stretches(np.zeros(1, dtype=np.int64), 0.5)
+        balance.find_stretches(np.zeros(1, dtype=np.int64), 0.5)
 
 
 def test_each_stretch_has_its_own_history():

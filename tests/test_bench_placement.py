@@ -75,7 +75,7 @@ def test_command_writes_every_output(trace, tmp_path, capsys):
 def test_moves_are_counted(monkeypatch):
     for name, value in (("SYNTHETIC_HISTORY", 24), ("SYNTHETIC_TEST", 8), ("DRIFT_STEPS", 1)):
         monkeypatch.setattr(placement, name, value)
-    found = placement.moves_row(8, 1, 1.0, torch.device("cpu"), trials=20)["methods"]
+    found = placement.measure_moves(8, 1, 1.0, torch.device("cpu"), trials=20)["methods"]
     assert found["priced"]["moved"] == 0 < found["eplb"]["moved"]
 
 

@@ -9,14 +9,14 @@ import torch
 from lplb_triton.bench.advise.gemm import GemmModel
 from lplb_triton.bench.advise.gpu_times import time_rank
 from lplb_triton.bench.advise.models import Model
-from lplb_triton.bench.measure.simulate import slot_tokens
+from lplb_triton.bench.measure.simulate import split_tokens
 from lplb_triton.bench.measure.timer import Timer
 from lplb_triton.bench.placement import Case, make_by_history
 
-__all__ = ["check_row"]
+__all__ = ["compare_times"]
 
 
-def check_row(
+def compare_times(
     name: str,
     model: Model,
     gemm: GemmModel,
@@ -56,7 +56,7 @@ def check_row(
     counts = (counts * (tokens * model.top_k * ep / counts.sum())).round().long()
     row: dict[str, Any] = {"model": name, "ep": ep, "tokens": tokens}
     for split, balance in (("even", "even"), ("lp", "lplb")):
-        rows = slot_tokens(placement, counts, balance, 1e-3)
+        rows = split_tokens(placement, counts, balance, 1e-3)
         ranks = [
             {"rows": rank, "us": time_rank(rank, weights, timer, device)} for rank in rows.tolist()
         ]

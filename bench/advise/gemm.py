@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lplb_triton.bench.advise.models import BYTES
+from lplb_triton.bench.types import Floats
 
-__all__ = ["PAIRS", "Floats", "GemmModel", "Point", "fit"]
+__all__ = ["PAIRS", "GemmModel", "Point", "fit"]
 
-Floats = NDArray[np.float64]
 # Of torch's kernels: average rows of a rank's experts up to which tiles are narrow, and the sides
 # of a pair's tile.
 FEW_ROWS, NARROW, WIDE = 128, 128, 256
@@ -57,7 +57,7 @@ class _Work(NamedTuple):
     moved: Floats  # bytes of the activation
 
 
-def _work(hidden: int, inner: int, rows: Floats, pairs: int) -> _Work:
+def _count_work(hidden: int, inner: int, rows: Floats, pairs: int) -> _Work:
     total = rows.sum(-1)
     narrow = total // rows.shape[-1] <= FEW_ROWS
     side = np.where(narrow, NARROW, WIDE)
@@ -100,7 +100,7 @@ class GemmModel:
 
     def __call__(self, hidden: int, inner: int, rows: Floats) -> Floats:
         """Microseconds of ranks whose experts have ``rows`` ``[..., experts]`` tokens."""
-        times = self._times(_work(hidden, inner, rows, self.pairs))
+        times = self._times(_count_work(hidden, inner, rows, self.pairs))
         return np.where(rows.sum(-1) > 0, times, 0.0)
 
     def _times(self, work: _Work) -> Floats:
@@ -128,7 +128,9 @@ def fit(points: Sequence[Point], source: str, pairs: int = PAIRS) -> GemmModel:
     """
     from scipy.optimize import minimize  # slow to import, needed here only
 
-    each = [_work(p.hidden, p.inner, np.array(p.rows, dtype=np.float64), pairs) for p in points]
+    each = [
+        _count_work(p.hidden, p.inner, np.array(p.rows, dtype=np.float64), pairs) for p in points
+    ]
     work = _Work(*(np.stack(part) for part in zip(*each, strict=True)))
     measured = np.array([p.us for p in points])
 

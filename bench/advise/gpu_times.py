@@ -81,8 +81,8 @@ def time_rank(
     launch()
     # The start of a graph doesn't show beside work of half a millisecond (at 600 TFLOP/s).
     if total * 2 * (w_in[0].numel() + w_out[0].numel()) > 3e11:
-        took = timer.rotation([launch])
+        took = timer.time_rotation([launch])
     else:
-        took = timer.per_call(launch, 100.0)
+        took = timer.time_call(launch, 100.0)
     time.sleep(REST * (time.perf_counter() - begun))
     return took

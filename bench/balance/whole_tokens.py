@@ -7,10 +7,10 @@ import torch
 from lplb_triton import Placement, Solution, reference
 from lplb_triton.traces.trace import MOST_TOKENS
 
-__all__ = ["check_tokens", "fold_sources", "integer_loads"]
+__all__ = ["check_tokens", "merge_sources", "compute_token_loads"]
 
 
-def fold_sources(counts: torch.Tensor, ep: int) -> torch.Tensor:
+def merge_sources(counts: torch.Tensor, ep: int) -> torch.Tensor:
     """Let consecutive recorded sources share a rank where there are more of them than ranks.
 
     Parameters
@@ -59,7 +59,9 @@ def check_tokens(name: str, counts: torch.Tensor) -> None:
             raise ValueError(f"{name} must be in [0, {MOST_TOKENS}] (int32), got {wrong}")
 
 
-def integer_loads(placement: Placement, counts: torch.Tensor, solution: Solution) -> torch.Tensor:
+def compute_token_loads(
+    placement: Placement, counts: torch.Tensor, solution: Solution
+) -> torch.Tensor:
     """Rank loads in whole tokens when every source rank rounds its own quotas.
 
     Each source splits its own tokens of an expert by the cumulative shares of the expert's

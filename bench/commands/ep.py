@@ -122,7 +122,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         ranks, args.device, sizes, sections=args.sections, kinds=kinds, seconds=args.seconds,
         after=after,
     )  # fmt: skip
-    output.finish(args, out, report, tables.ep_grids(report))
+    output.finish(args, out, report, tables.make_ep_grids(report))
     return FAILED if any("failed" in row for row in sections.values()) else OK
 
 

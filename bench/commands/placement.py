@@ -18,8 +18,6 @@ from lplb_triton.bench.progress import progress
 
 __all__ = ["add", "run"]
 
-MOST_EXPERTS = 2**14
-
 
 def add(commands: Any) -> None:
     """Add the parser."""
@@ -45,7 +43,7 @@ def add(commands: Any) -> None:
         "--trace", type=Path, metavar="PATH", help=".npz or .json (default: the packaged trace)"
     )
     source.add_argument(
-        "--synthetic", type=partial(options.count, most=MOST_EXPERTS), metavar="EXPERTS",
+        "--synthetic", type=partial(options.count, most=options.MOST_EXPERTS), metavar="EXPERTS",
         help="lognormal(0, 1) loads with lognormal(0, 0.3) jitter instead of a trace",
     )  # fmt: skip
     sub.add_argument(
@@ -98,11 +96,11 @@ def run(args: argparse.Namespace, out: Output) -> int:
     moves = []
     if args.moves is not None:
         common = (args.slots[0], args.moves, device, args.trials)
-        moves = [placement.moves_row(ep, *common) for ep in args.ep]
+        moves = [placement.measure_moves(ep, *common) for ep in args.ep]
     published = None
     if args.published is not None:
         try:
-            published = placement.published_row(args.published)
+            published = placement.time_published(args.published)
         except placement.PublishedError as error:
             raise UsageError(f"argument --published: {error}") from error
     report = {
@@ -120,7 +118,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if args.png is not None:
         picture = output.Files()
         picture.add("picture", args.png, plots.placement_png(rows, title=source))
-    output.finish(args, out, report, tables.placement_grids(report))
+    output.finish(args, out, report, tables.make_placement_grids(report))
     if picture is not None:
         picture.close(out.console(args.json, args.markdown))
     return OK if published is None or published["same"] else FAILED
@@ -147,7 +145,7 @@ def _combinations(
     left_out: list[dict[str, Any]] = []
     for ep in args.ep:
         for slots in args.slots:
-            reason = placement.impossible(experts, ep, slots)
+            reason = placement.explain_impossible(experts, ep, slots)
             if reason is None:
                 possible.append((ep, slots))
             else:

@@ -7,9 +7,10 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from lplb_triton.bench.ep.sizes import N_COUNTS, PER_GRAPH, Row
+from lplb_triton.bench.ep.sizes import N_COUNTS, PER_GRAPH
 from lplb_triton.bench.ep.worker import Worker
 from lplb_triton.bench.measure.timer import WrongAnswerError
+from lplb_triton.bench.types import Row
 
 __all__ = ["time_exchange"]
 

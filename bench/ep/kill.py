@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton import sync
-from lplb_triton.bench.ep.sizes import N_COUNTS, Row
+from lplb_triton.bench.ep.sizes import N_COUNTS
 from lplb_triton.bench.ep.worker import Worker
 from lplb_triton.bench.measure.timer import WrongAnswerError
+from lplb_triton.bench.types import Row
 
 __all__ = ["kill_one"]
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from lplb_triton import Balancer, Placement, solve
-from lplb_triton.bench.ep.sizes import N_COUNTS, Row
+from lplb_triton.bench.ep.sizes import N_COUNTS
 from lplb_triton.bench.ep.worker import Worker
-from lplb_triton.bench.measure.timer import WrongAnswerError, statistics
+from lplb_triton.bench.measure.timer import WrongAnswerError, compute_statistics
+from lplb_triton.bench.types import Row
 from lplb_triton.solution import SHARE_BITS
 
 __all__ = ["check_loads"]
@@ -61,7 +62,7 @@ def check_loads(worker: Worker, balancer: Balancer, batches: Sequence[torch.Tens
             raise WrongAnswerError(f"traffic says {sent}, {kept} of {everything} were kept")
     return {
         "batches": len(batches),
-        "imbalance": statistics(imbalance),
+        "imbalance": compute_statistics(imbalance),
         "over_bound": max(over_bound),
         "kept_on_rank": kept / everything,
     }

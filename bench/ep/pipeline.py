@@ -10,13 +10,14 @@ import torch
 
 from lplb_triton import Balancer, Placement, topologies
 from lplb_triton.bench.ep.loads import check_loads
-from lplb_triton.bench.ep.sizes import N_COUNTS, Row
+from lplb_triton.bench.ep.sizes import N_COUNTS
 from lplb_triton.bench.ep.worker import Worker
+from lplb_triton.bench.measure.loads import TOP_K
 from lplb_triton.bench.measure.timer import WrongAnswerError
+from lplb_triton.bench.types import Row
 
 __all__ = ["make_placements", "time_pipeline"]
 
-TOP_K = 8
 # Batches of the whole run, and how often a CUDA graph holds each: ranks never start a replay at
 # the same time, and the more calls share the difference the less it counts.
 N_BATCHES, ROUNDS = 8, 5

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch.multiprocessing as mp
 
 from lplb_triton.bench.ep.sections import SECTIONS
-from lplb_triton.bench.ep.sizes import Job, Row
+from lplb_triton.bench.ep.sizes import Job
 from lplb_triton.bench.ep.worker import Worker
+from lplb_triton.bench.types import Row
 
 __all__ = ["blocked_interrupts", "run_section"]
 

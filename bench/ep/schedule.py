@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from lplb_triton.bench.ep.processes import run_section
 from lplb_triton.bench.ep.sections import SECTIONS, reason_to_skip
-from lplb_triton.bench.ep.sizes import KINDS, Job, Row, Sizes
+from lplb_triton.bench.ep.sizes import KINDS, Job, Sizes
+from lplb_triton.bench.types import Row
 
 __all__ = ["describe_outcome", "run_sections"]
 

@@ -10,9 +10,10 @@ from lplb_triton.bench.ep import train
 from lplb_triton.bench.ep.exchange import time_exchange
 from lplb_triton.bench.ep.kill import kill_one
 from lplb_triton.bench.ep.pipeline import time_pipeline
-from lplb_triton.bench.ep.sizes import KINDS, Row
+from lplb_triton.bench.ep.sizes import KINDS
 from lplb_triton.bench.ep.verify import verify_sync
 from lplb_triton.bench.ep.worker import Worker
+from lplb_triton.bench.types import Row
 
 __all__ = ["SECTIONS", "Section", "reason_to_skip"]
 

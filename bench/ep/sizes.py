@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-__all__ = ["KINDS", "N_COUNTS", "PER_GRAPH", "SIZES", "TIMEOUT", "Job", "Row", "Sizes"]
+from lplb_triton.bench.types import Row
+
+__all__ = ["KINDS", "N_COUNTS", "PER_GRAPH", "SIZES", "TIMEOUT", "Job", "Sizes"]
 
 N_COUNTS = 256
 # Exchanges in one CUDA graph.
@@ -13,7 +14,6 @@ PER_GRAPH = 100
 # Limit on waits of the exchange, and of NCCL, in seconds.
 TIMEOUT = 60.0
 KINDS = ("symmetric", "nvshmem", "distributed", "hierarchical")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lplb_triton.bench.ep.sizes import Row
 from lplb_triton.bench.ep.worker import Worker
+from lplb_triton.bench.types import Row
 
 __all__ = ["EXAMPLES", "SKEWED", "train"]
 

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton import sync
-from lplb_triton.bench.ep.sizes import N_COUNTS, TIMEOUT, Job, Row
+from lplb_triton.bench.ep.sizes import N_COUNTS, TIMEOUT, Job
 from lplb_triton.bench.measure.pipeline import host_seconds
-from lplb_triton.bench.measure.timer import statistics
+from lplb_triton.bench.measure.timer import compute_statistics, make_event
+from lplb_triton.bench.types import Row
 
 __all__ = ["Worker"]
 
@@ -97,7 +98,7 @@ class Worker:
             # All ranks wait for each other, so that no clock includes the delay of another rank.
             dist.all_reduce(self.start)
             if self.on_gpu:
-                begin, end = _timing_event(), _timing_event()
+                begin, end = make_event(), make_event()
                 begin.record()
                 replay()
                 end.record()
@@ -118,7 +119,7 @@ class Worker:
     def summarize(self, microseconds: list[float]) -> Row:
         """Return statistics of this rank's times, and of the slowest rank's."""
         slowest = self.slowest(microseconds)
-        return {"rank 0": statistics(microseconds), "slowest": statistics(slowest)}
+        return {"rank 0": compute_statistics(microseconds), "slowest": compute_statistics(slowest)}
 
     def slowest(self, times: list[float]) -> list[float]:
         """Largest of every entry over the ranks."""
@@ -137,7 +138,3 @@ class Worker:
         summed = torch.tensor([value], dtype=torch.int64, device=self.device)
         dist.all_reduce(summed)
         return int(summed)
-
-
-def _timing_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

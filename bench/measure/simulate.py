@@ -25,24 +25,24 @@ import torch
 from torch.nn import functional
 
 from lplb_triton import Placement, reference, solve
-from lplb_triton.bench.balance import check_tokens, make_placement, stretches
+from lplb_triton.bench.balance import check_tokens, find_stretches, make_placement
 from lplb_triton.bench.measure.timer import Timer
 from lplb_triton.solution import SHARE_BITS
 from lplb_triton.traces.trace import Trace
 
 __all__ = [
     "BALANCES",
-    "chosen_batches",
+    "choose_batches",
     "draw_experts",
     "run_experts",
-    "simulate_row",
-    "slot_tokens",
+    "simulate_ep_size",
+    "split_tokens",
 ]
 
 BALANCES = ("none", "eplb", "lplb", "even")
 
 
-def chosen_batches(trace: Trace, per_stretch: int) -> list[tuple[int, int, int, int]]:
+def choose_batches(trace: Trace, per_stretch: int) -> list[tuple[int, int, int, int]]:
     """Choose test batches, evenly spread over the second half of each stretch of the trace.
 
     Parameters
@@ -58,14 +58,14 @@ def chosen_batches(trace: Trace, per_stretch: int) -> list[tuple[int, int, int, 
         Placements are made from the batches from ``start`` to ``split``.
     """
     chosen = []
-    for part in stretches(trace.steps, 0.5):
+    for part in find_stretches(trace.steps, 0.5):
         tested = np.linspace(part.split, part.stop - 1, per_stretch).round().astype(int)
         for layer in range(trace.layers):
             chosen += [(layer, int(batch), part.start, part.split) for batch in tested]
     return chosen
 
 
-def slot_tokens(
+def split_tokens(
     placement: Placement, counts: torch.Tensor, balance: str, tolerance: float
 ) -> torch.Tensor:
     """Tokens of every slot.
@@ -174,7 +174,7 @@ def run_experts(
     return product
 
 
-def simulate_row(
+def simulate_ep_size(
     trace: Trace,
     ep: int,
     timer: Timer,
@@ -225,7 +225,7 @@ def simulate_row(
         If ``ep`` doesn't divide the experts.
     """
     totals = torch.from_numpy(trace.totals())
-    chosen = chosen_batches(trace, per_stretch)
+    chosen = choose_batches(trace, per_stretch)
     widest = trace.experts // ep + slots
     w_in, w_out = draw_experts(hidden, inner, widest, device)
     row_of_x = _normal((1, hidden), torch.Generator("cpu").manual_seed(0))
@@ -241,9 +241,9 @@ def simulate_row(
             (ep, trace.experts // ep), tokens * ep // trace.experts, dtype=torch.int64, device="cpu"
         )
         per_slot = {
-            "none": slot_tokens(in_order, counts, "none", tolerance),
-            "eplb": slot_tokens(replicated, counts, "eplb", tolerance),
-            "lplb": slot_tokens(replicated, counts, "lplb", tolerance),
+            "none": split_tokens(in_order, counts, "none", tolerance),
+            "eplb": split_tokens(replicated, counts, "eplb", tolerance),
+            "lplb": split_tokens(replicated, counts, "lplb", tolerance),
             "even": even,
         }
         largest = max(int(table.sum(1).max()) for table in per_slot.values())
@@ -260,7 +260,7 @@ def simulate_row(
                     continue
                 launch = partial(run_experts, x[:rows], w_in[:n], w_out[:n], ends[rank].to(device))
                 launch()
-                times.append(timer.per_call(launch, 1e3))
+                times.append(timer.time_call(launch, 1e3))
             load = table.sum(1).double()
             ratio = float(load.max() / load.mean())
             found[balance].append((max(times), sum(times) / len(times), ratio))

@@ -7,11 +7,11 @@ import torch
 __all__ = [
     "check_loads",
     "color_edges",
-    "two_copy_ranks",
+    "find_copy_ranks",
 ]
 
 
-def two_copy_ranks(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def find_copy_ranks(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Ranks of the two copies of every column.
 
     Parameters

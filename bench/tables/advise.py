@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
 from lplb_triton.bench.tables.cells import format_us
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = [
-    "advice_check_grids",
-    "advise_grids",
+    "make_advice_check_grids",
+    "make_advise_grids",
 ]
 
 
-def advise_grids(report: dict[str, Any]) -> list[Grid]:
+def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench advise``.
 
     Parameters
@@ -103,7 +101,7 @@ def _recommendation(report: dict[str, Any]) -> str:
     )
 
 
-def advice_check_grids(report: dict[str, Any]) -> list[Grid]:
+def make_advice_check_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench advise --check``.
 
     Parameters

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 __all__ = [
-    "case_name",
+    "format_case",
     "format_at_most",
     "format_or_na",
     "format_percent",
@@ -31,7 +31,7 @@ def format_spread(statistics: dict[str, float]) -> tuple[str, ...]:
     return tuple(format_us(statistics[name]) for name in ("median", "p99", "max"))
 
 
-def case_name(row: dict[str, Any]) -> str:
+def format_case(row: dict[str, Any]) -> str:
     """Return the name of a case of real traffic, such as ``256/64 chain+1``."""
     return f"{row['experts']}/{row['ep']} {row['placement']}+{row['slots']}"
 

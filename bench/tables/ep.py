@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
 from lplb_triton.bench.tables.cells import format_or_na, format_us
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = [
-    "ep_grids",
+    "make_ep_grids",
 ]
 
 
-def ep_grids(report: dict[str, Any]) -> list[Grid]:
+def make_ep_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench ep``.
 
     Parameters

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
-from lplb_triton.bench.tables.cells import case_name, format_us
+from lplb_triton.bench.tables.cells import format_case, format_us
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = [
-    "pipeline_grids",
+    "make_pipeline_grids",
 ]
 
 
-def pipeline_grids(report: dict[str, Any]) -> list[Grid]:
+def make_pipeline_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench pipeline``.
 
     Parameters
@@ -84,7 +82,7 @@ def _run_grid(traffic: dict[str, Any]) -> Grid:
         ),
         [
             (
-                *(case_name(row), row["kind"], str(row["batches"])),
+                *(format_case(row), row["kind"], str(row["batches"])),
                 *(format_us(row["us"][name]) for name in ("median", "p95", "p99", "max")),
                 *(format_us(solved["us"][name]) for name in ("median", "p99")),
             )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = [
-    "placement_grids",
-    "workloads_grids",
+    "make_placement_grids",
+    "make_workloads_grids",
 ]
 
 
-def placement_grids(report: dict[str, Any]) -> list[Grid]:
+def make_placement_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench placement``.
 
     Parameters
@@ -113,7 +111,7 @@ def placement_grids(report: dict[str, Any]) -> list[Grid]:
     return grids
 
 
-def workloads_grids(report: dict[str, Any]) -> list[Grid]:
+def make_workloads_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench workloads``: one table an EP size.
 
     Parameters

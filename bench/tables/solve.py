@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
 from lplb_triton.bench.tables.cells import (
-    case_name,
     format_at_most,
+    format_case,
     format_percent,
     format_spread,
     format_us,
@@ -16,12 +14,12 @@ from lplb_triton.bench.tables.cells import (
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = [
-    "solve_grids",
-    "traffic_grids",
+    "make_solve_grids",
+    "make_traffic_grids",
 ]
 
 
-def solve_grids(report: dict[str, Any]) -> list[Grid]:
+def make_solve_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench solve``.
 
     Parameters
@@ -33,7 +31,7 @@ def solve_grids(report: dict[str, Any]) -> list[Grid]:
     -------
     list of Grid
     """
-    grids = [] if report["traffic"] is None else traffic_grids(report["traffic"])
+    grids = [] if report["traffic"] is None else make_traffic_grids(report["traffic"])
     if report["rows"]:
         grids += _family_grids(report)
     groups = report["groups"]
@@ -57,7 +55,7 @@ def solve_grids(report: dict[str, Any]) -> list[Grid]:
     return grids
 
 
-def traffic_grids(traffic: dict[str, Any]) -> list[Grid]:
+def make_traffic_grids(traffic: dict[str, Any]) -> list[Grid]:
     """Lay out recorded traces first, then what was drawn; load sets of a kind together."""
     from lplb_triton.bench.measure.cases import STEPS
     from lplb_triton.bench.measure.loads import DRAWN
@@ -66,7 +64,7 @@ def traffic_grids(traffic: dict[str, Any]) -> list[Grid]:
     stages: list[tuple[str, ...]] = []
     lines: list[tuple[str, ...]] = []
     for row in traffic["pooled"]:
-        head = (case_name(row), row["kind"])
+        head = (format_case(row), row["kind"])
         spread = (format_us(row["us"][name]) for name in ("median", "p95", "p99", "max"))
         times[row["kind"] in DRAWN].append((*head, str(row["batches"]), *spread))
         medians = row["steps_us"]
