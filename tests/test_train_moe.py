@@ -212,11 +212,11 @@ def test_check_grouped_finds_a_wrong_product(monkeypatch):
 def test_rank_imbalance():
     counts = torch.zeros(2, 3, 64, dtype=torch.int32)
     counts[:] = 1
-    assert moe.rank_imbalance(counts).item() == 1
+    assert moe.measure_imbalance(counts).item() == 1
     # All of layer 1 on one of 32 ranks: (1 + 32) / 2.
     counts[1] = 0
     counts[1, :, 0] = 5
-    assert moe.rank_imbalance(counts).item() == 16.5
+    assert moe.measure_imbalance(counts).item() == 16.5
 
 
 def test_corpus_gives_each_source_its_own_text(config):

@@ -1,4 +1,4 @@
-"""Section ``kill``: a rank dies between two batches, and the others notice."""
+"""Section ``kill``: check that the other ranks notice when one dies between two batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lplb_triton.bench.types import Row
 
 __all__ = ["kill_one"]
 
-# Limit on waits of the exchange where one rank is killed, in seconds.
+# Time limit of the exchange in this section, in seconds.
 KILL_TIMEOUT = 3.0
 
 

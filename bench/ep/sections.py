@@ -1,4 +1,4 @@
-"""The sections by name, and where each of them can run."""
+"""Name the sections, and say where each of them can run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["SECTIONS", "Section", "reason_to_skip"]
 
 @dataclass(frozen=True)
 class Section:
-    """A section.
+    """One section of ``lplb-bench ep``.
 
     Attributes
     ----------
     work
-        Runs on every rank, for one variant, and returns the figures.
+        Function that runs on every rank, for one variant, and returns the figures.
     variants
         Back ends or routings.
     seconds

@@ -1,4 +1,4 @@
-"""Section ``train``: training with and without balancing, by ``examples/train_moe_ep.py``."""
+"""Section ``train``: train with and without balancing, by ``examples/train_moe_ep.py``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lplb_triton.bench.types import Row
 
 __all__ = ["EXAMPLES", "SKEWED", "train"]
 
-# Difference of losses, in nats, that no order of sums excuses.
+# Limit, in nats, on the difference of losses that the order of sums may explain.
 MOST_NOISE = 0.1
-# Skewed routing means at least this imbalance where experts lie in order.
+# Least imbalance of skewed routing with experts in order.
 SKEWED = 1.4
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -26,7 +26,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 def train(worker: Worker, routing: str) -> Row:
     """Train with every balance and compare; ``routing`` is skewed, learned or even.
 
-    Even routing gives every expert the same number of tokens: what a perfect balance costs.
+    Even routing gives every expert the same number of tokens, which shows the time with a perfect
+    balance.
     """
     sys.path.append(str(EXAMPLES))
     script = importlib.import_module("train_moe_ep")
@@ -45,7 +46,7 @@ def train(worker: Worker, routing: str) -> Row:
     (backwards,) = trained(replace(settings, balance="none", reverse_sums=True))
     for made in runs:
         made.step_ms, made.moe_ms = worker.slowest(made.step_ms), worker.slowest(made.moe_ms)
-    rows = script.report(settings, runs, worker.ranks, worker.device)["medians"]
+    rows = script.make_report(settings, runs, worker.ranks, worker.device)["medians"]
     noise = _distance(backwards.losses, runs[0].losses)
     for summary, made in zip(rows, runs, strict=True):
         difference = _distance(made.losses, runs[0].losses)
@@ -73,5 +74,5 @@ def train(worker: Worker, routing: str) -> Row:
 
 
 def _distance(losses: Sequence[float], others: Sequence[float]) -> float:
-    """Root of the mean square of two curves' difference."""
+    """Return the root mean square of the difference of two curves."""
     return float(np.sqrt(np.mean(np.square(np.subtract(losses, others)))))

@@ -1,4 +1,4 @@
-"""Section ``verify``: the sums of many epochs, with ranks that are late at random."""
+"""Section ``verify``: check the sums of many epochs while ranks are delayed at random."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["verify_sync"]
 
 
 def verify_sync(worker: Worker, kind: str) -> Row:
-    """Compare every sum of many epochs with what it must be, eagerly and under graph replay."""
+    """Compare every sum of many epochs with the expected one, eagerly and under graph replay."""
     batches = 500
     draw = torch.Generator("cpu").manual_seed(0)
     counts = torch.randint(
@@ -41,11 +41,13 @@ def verify_sync(worker: Worker, kind: str) -> Row:
             replay: Callable[[], object] | None = None
             if mode == "graph":
 
-                def late(i: int) -> None:
+                def exchange_late(i: int) -> None:
                     worker.delay()
                     exchange(i)
 
-                replay = worker.make_repeatable([partial(late, i) for i in range(per_round)])
+                replay = worker.make_repeatable(
+                    [partial(exchange_late, i) for i in range(per_round)]
+                )
             while done < worker.job.sizes.epochs:
                 totals.fill_(-9)
                 if replay is None:

@@ -140,7 +140,7 @@ def find_largest_violations(workload: Workload, x: torch.Tensor) -> Floats:
 def _make_launches(
     solve: Callable[..., object], weights: torch.Tensor, fixed: torch.Tensor, *more: torch.Tensor
 ) -> list[Launch]:
-    """Make one launch per instance and run it: rows that differ in alignment are compiled anew."""
+    """Make one launch per instance, and run it once: its alignment may need a new compilation."""
     tables = (weights, fixed, *more)
     launches: list[Launch] = [
         partial(solve, *(table[index : index + 1] for table in tables))
@@ -252,7 +252,7 @@ def _time_lplb(workload: Workload, timer: Timer, device: torch.device | str) -> 
         times = time_in_rounds(timer, launches, rotated)
     except Exception as error:  # An error of the other package must not end the run.
         return f"not timed: {type(error).__name__}: {error}"
-    # LPLB counts its solutions; for the others it returns 0.5 everywhere.
+    # Where LPLB's own test of a solution fails, its answer is 0.5 everywhere.
     return {
         "us": compute_statistics(times),
         "rotated_us": rotated,

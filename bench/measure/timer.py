@@ -65,7 +65,7 @@ class GraphTimer:
         Timed replays of each graph.
     """
 
-    # Limits on the launches in a graph that repeats one, and the time that such a graph should take.
+    # Least and most launches in a graph that repeats one, and the time that it should take.
     MIN_CALLS, MAX_CALLS, GRAPH_US = 4, 10, 500.0
     # Timed replays of a graph in each of the rounds through all batches.
     BATCH_REPLAYS = 7

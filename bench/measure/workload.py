@@ -184,7 +184,7 @@ def check_plan(
 
 
 def make_solver(balancer: Balancer) -> Callable[[torch.Tensor], object]:
-    """Return what solves as `Balancer.run` does: to shares by copy and a certificate, in one launch.
+    """Return the solve of `Balancer.run`: to shares by copy and a certificate, in one launch.
 
     `Balancer.solve` needs a second launch, which spreads the shares over ranks and columns.
 

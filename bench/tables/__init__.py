@@ -1,4 +1,4 @@
-"""Tables that the commands print: one module for each command, one for drawing them."""
+"""Make the tables that the commands print: a module for each command, and `grid` to draw them."""
 
 from lplb_triton.bench.tables.advise import make_advice_check_grids, make_advise_grids
 from lplb_triton.bench.tables.balance import LABELS, PARTS, show_balance, show_verdicts

@@ -1,4 +1,4 @@
-"""Tables of `lplb-bench pipeline`."""
+"""Make the tables of `lplb-bench pipeline`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make_pipeline_grids(report: dict[str, Any]) -> list[Grid]:
     Parameters
     ----------
     report
-        What the command writes as JSON.
+        Content of the JSON file that the command writes.
 
     Returns
     -------
@@ -27,7 +27,7 @@ def make_pipeline_grids(report: dict[str, Any]) -> list[Grid]:
     rows = report["rows"]
     parts = ("count", "solve", "select", "floor", "host")
     spread = ("median", "p99", "max")
-    grids = [] if report["traffic"] is None else [_run_grid(report["traffic"])]
+    grids = [] if report["traffic"] is None else [_make_run_grid(report["traffic"])]
     grids.append(
         Grid(
             "Whole run without load sync, microseconds",
@@ -73,7 +73,7 @@ def make_pipeline_grids(report: dict[str, Any]) -> list[Grid]:
     return grids
 
 
-def _run_grid(traffic: dict[str, Any]) -> Grid:
+def _make_run_grid(traffic: dict[str, Any]) -> Grid:
     return Grid(
         "Whole run on a recorded trace, without load sync, microseconds",
         (

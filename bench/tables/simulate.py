@@ -1,4 +1,4 @@
-"""Tables of `lplb-bench simulate`."""
+"""Make the tables of `lplb-bench simulate`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make_simulate_grids(report: dict[str, Any]) -> list[Grid]:
     Parameters
     ----------
     report
-        What the command writes as JSON.
+        Content of the JSON file that the command writes.
 
     Returns
     -------
