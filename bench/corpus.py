@@ -1,9 +1,9 @@
-"""What the solver is held against HiGHS on, in parts.
+"""Make the instances on which the solver is compared with HiGHS, in parts.
 
 ===========  =====================================================================================
 ``random``   random programs of every shape and load family (`lplb_triton.testing.instances`)
 ``traffic``  the packaged trace and drawn traffic, on placements made from their history
-``hard``     experts with 5 to 60 copies; copies that join no more than a few ranks each; none
+``hard``     experts with 5 to 60 copies; copies that connect only a few ranks each; no copies
 ===========  =====================================================================================
 
 Among the batches of the last two are some without tokens, and some whose tokens all go to one
@@ -47,11 +47,11 @@ __all__ = [
     "make_traffic_part",
 ]
 
-# Batches of a load set or of a load family on each placement, where nothing is said.
+# Batches of a load set or of a load family on each placement, by default.
 BATCHES = 8
-# From so many ranks on a quarter of them.
+# With at least so many ranks, a quarter of the batches is made.
 MANY_RANKS = 128
-# Effort of `place`, which is only asked for few ranks.
+# Trials of `place`, which is used for few ranks only.
 TRIALS = 30
 
 # EPLB and chain on every number of ranks, with one redundant slot and with two.
@@ -93,7 +93,7 @@ def _count_batches(n: int, ranks: int) -> int:
 def _make_extreme_batches(
     placement: Placement, rng: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    """Batches without tokens, and with all of them for one expert: of most copies, and any."""
+    """Make batches without tokens, and with all tokens for one expert: of most copies, or any."""
     copies = torch.bincount(placement.phy2log.long(), minlength=placement.n_logical)
     found = {"no tokens": torch.zeros(placement.n_logical, dtype=torch.int32)}
     for name, expert in (
@@ -106,15 +106,15 @@ def _make_extreme_batches(
 
 
 def make_traffic_part(n_batches: int, seed: int, cases: Sequence[Case] = CASES) -> Part:
-    """Return real traffic on placements made from the history of each load set.
+    """Make the part with real traffic on placements made from the history of each load set.
 
     Parameters
     ----------
     n_batches
-        Of each load set; a quarter from 128 ranks on. The first load set of a case has batches
-        without tokens, and with all of them for one expert, besides.
+        Batches of each load set; a quarter from 128 ranks on. The first load set of a case also
+        has batches without tokens, and with all tokens for one expert.
     seed
-        Of what is drawn.
+        Seed of the drawn load sets.
     cases
         Placements.
 
@@ -153,16 +153,16 @@ def _generate_traffic(jobs: Sequence[tuple[Case, Loads]], seed: int) -> Iterator
 
 
 class Wide(NamedTuple):
-    """Experts with many copies, and others with one or two on what is left of the slots."""
+    """Placement with experts of many copies; others have one or two copies on the other slots."""
 
     ranks: int
     slots: int
-    """Of a rank, all of them."""
+    """All slots of a rank."""
     copies: tuple[int, ...]
-    """Of each such expert, on as many different ranks."""
+    """Copies of each such expert, all on different ranks."""
 
     def placement(self, rng: np.random.Generator) -> Placement:
-        """Draw which ranks hold the copies."""
+        """Draw the ranks of the copies."""
         held: list[list[int]] = [[] for _ in range(self.ranks)]
         for expert, copies in enumerate(self.copies):
             free = [rank for rank, slots in enumerate(held) if len(slots) < self.slots]
@@ -181,16 +181,16 @@ class Wide(NamedTuple):
 
 
 class Islands(NamedTuple):
-    """Ranks whose copies join them in several components, the rest without any copy."""
+    """Placement whose copies connect ranks to several components; the other ranks have none."""
 
     ranks: int
     slots: int
-    """Of a rank, all of them."""
+    """All slots of a rank."""
     sizes: tuple[int, ...]
-    """Ranks of each component: a ring, where there are three slots an expert on all of it too."""
+    """Ranks of each component, a ring; with three slots a rank also an expert on all its ranks."""
 
     def placement(self, rng: np.random.Generator) -> Placement:
-        """Draw which ranks are joined."""
+        """Draw the ranks of the components."""
         held: list[list[int]] = [[] for _ in range(self.ranks)]
         order, expert = rng.permutation(self.ranks).tolist(), 0
         for size in self.sizes:
@@ -211,7 +211,7 @@ class Islands(NamedTuple):
 
 
 def _make_placement(held: Sequence[Sequence[int]], rng: np.random.Generator) -> Placement:
-    """Name the experts of each rank's slots anew, in random order."""
+    """Make a placement of the experts in each rank's slots, renumbered in random order."""
     flat = np.array([expert for slots in held for expert in slots])
     n_logical = int(flat.max()) + 1
     return Placement.from_phy2log(rng.permutation(n_logical)[flat], len(held), n_logical=n_logical)
@@ -235,16 +235,16 @@ HARD: Mapping[str, Wide | Islands] = {
 
 
 def make_hard_part(n_batches: int, seed: int, shapes: Mapping[str, Wide | Islands] = HARD) -> Part:
-    """Return placements that look for trouble, under loads that do.
+    """Make the part with hard placements under uneven loads.
 
     Parameters
     ----------
     n_batches
-        Of each load family, half of them with each expert as many times as popular as it has
-        copies; a quarter from 128 ranks on. Besides, batches without tokens, and with all of
-        them for one expert.
+        Batches of each load family; in half of them the load of an expert is multiplied by its
+        number of copies; a quarter from 128 ranks on. There are also batches without tokens, and
+        with all tokens for one expert.
     seed
-        Of placements and loads.
+        Seed of placements and loads.
     shapes
         Placements by name.
 
@@ -276,7 +276,7 @@ def _generate_hard(
 def make_parts(
     n_instances: int, seed: int, n_batches: int = 0, most_ranks: int | None = None
 ) -> list[Part]:
-    """Return what `lplb-bench verify` solves.
+    """Make the parts that `lplb-bench verify` solves.
 
     Parameters
     ----------
@@ -287,7 +287,7 @@ def make_parts(
     n_batches
         As for `make_traffic_part` and `make_hard_part`; 0 for random programs alone.
     most_ranks
-        Placements with more are left out of these two.
+        Limit on the ranks of the placements of these two.
 
     Returns
     -------

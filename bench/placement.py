@@ -42,7 +42,7 @@ METHODS = BY_HISTORY
 SEEDS = tuple(range(10))
 SYNTHETIC_HISTORY, SYNTHETIC_TEST = 512, 256
 SPREAD, JITTER = 1.0, 0.3
-# Tokens of a synthetic batch, so that whole tokens mean something.
+# Tokens of a synthetic batch, large enough for whole tokens to approximate the loads.
 SYNTHETIC_TOKENS = 1_000_000
 # Drift between two placements: standard deviation of the logarithm of each expert's mean.
 DRIFT, DRIFT_STEPS = 0.1, 4
@@ -51,7 +51,7 @@ MOVES_EXPERTS = 256
 
 
 class PublishedError(ValueError):
-    """Someone else's file can't be run, or is not what it should be."""
+    """The published file can't be run, or has no such function."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Case:
 def trace_cases(
     trace: Trace, history: float | int, layers: Sequence[int] | None = None
 ) -> tuple[Case, ...]:
-    """Cut every layer of a trace into history and test, each stretch without a gap by itself.
+    """Cut every layer of a trace into history and test, each stretch without a gap separately.
 
     Parameters
     ----------
@@ -113,7 +113,7 @@ def trace_cases(
 
 
 def synthetic_cases(experts: int = 256, seeds: Sequence[int] = SEEDS) -> tuple[Case, ...]:
-    """Lognormal(0, 1) mean loads with lognormal(0, 0.3) jitter from batch to batch.
+    """Draw lognormal(0, 1) mean loads with lognormal(0, 0.3) jitter from batch to batch.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ def synthetic_cases(experts: int = 256, seeds: Sequence[int] = SEEDS) -> tuple[C
 
 
 def _tokens(load: np.ndarray[Any, np.dtype[np.float64]]) -> torch.Tensor:
-    """Scale each batch to the same number of tokens, whole ones."""
+    """Scale each batch to the same number of tokens, and round to whole tokens."""
     return torch.from_numpy((load / load.sum(1, keepdims=True) * SYNTHETIC_TOKENS).round()).long()
 
 
@@ -163,7 +163,7 @@ def make_by_history(
 
 
 def judge(placement: Placement, test: torch.Tensor, device: torch.device) -> dict[str, float]:
-    """Mean excess of a placement over a perfect balance: even split, program, whole tokens."""
+    """Compute the mean excess over a perfect balance: even split, LP, and LP in whole tokens."""
     counts = test.sum(1)
     some = counts.sum(1) > 0
     counts, test = counts[some], test[some]
@@ -184,7 +184,7 @@ def judge(placement: Placement, test: torch.Tensor, device: torch.device) -> dic
 
 
 def explain_impossible(experts: int, ep: int, slots: int) -> str | None:
-    """Why experts can't be placed with so many copies, or None where they can."""
+    """Say why experts can't be placed with so many copies, or return None where they can."""
     if experts % ep:
         return f"EP size {ep} does not divide the {experts} experts"
     most = experts - experts // ep
@@ -397,7 +397,7 @@ def _published_function(path: Path) -> Callable[..., Any]:
     module = importlib.util.module_from_spec(spec)
 
     def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
-        # Someone else's program may end in any way; none of them is ours.
+        # The published program may raise any error.
         try:
             return function(*arguments)
         except (Exception, SystemExit) as error:

@@ -1,7 +1,7 @@
-"""Predict whether balancing pays for a model, a batch size and a load; no printing.
+"""Predict whether balancing pays for a model, a batch size and a load; nothing here prints.
 
-The time of a layer is that of the expert products of its slowest rank, which `gemm` models.
-Everything made from it is a prediction. Communication, routing and attention are left out.
+The time of a layer is the time of the expert products on its slowest rank, which `gemm` models.
+All figures are predictions. Communication, routing and attention are left out.
 """
 
 from __future__ import annotations

@@ -32,17 +32,17 @@ def compare_times(
     Parameters
     ----------
     name, model
-        Which.
+        Name and sizes of the model.
     gemm
-        What predicts.
+        Model of the times.
     case
         Loads.
     ep, tokens
         Ranks, and tokens of each.
     weights
-        Of all experts of a rank, the slot included.
+        Weights of all experts of a rank, including the redundant slot.
     timer, device
-        What times a launch, and where.
+        Timer of the launches, and the device that they run on.
 
     Returns
     -------

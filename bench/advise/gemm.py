@@ -1,4 +1,4 @@
-"""The time of one rank's expert products, as a model with four fitted numbers.
+"""Model the time of one rank's expert products with four fitted parameters.
 
 torch's grouped product for Hopper GPUs works on tiles of the output, each computed by a pair of
 SMs; all pairs together compute one *wave* of tiles, and a last wave costs as much when it isn't
@@ -10,7 +10,7 @@ full. With ``waves`` from the rows of every expert, padded to whole tiles, a ran
 where ``depth`` is the length of the sum (``hidden``, then ``inner``) and ``norm(a, b)`` is
 ``(a^4 + b^4)^(1/4)``, the larger of the two, and somewhat more where they are close. Tiles are
 256 x 256, or 128 x 128 if the rank's experts have 128 rows or fewer on average; each has a
-``step``. The four numbers are fitted to measured times: of this machine's GPU, or of
+``step``. The four parameters are fitted to times measured on this machine's GPU, or to
 the table in `lplb_triton.bench.advise.table`.
 """
 
@@ -49,7 +49,7 @@ class Point(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What ranks have to do: ``[...]``, and ``[..., 2]`` for the two products."""
+    """Work of ranks: ``[...]``, and ``[..., 2]`` for the two products."""
 
     narrow: NDArray[np.bool_]
     depth: Floats  # of the sums, times waves

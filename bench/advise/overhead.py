@@ -1,4 +1,4 @@
-"""What balancing a batch costs, from measured times."""
+"""Predict the cost of balancing a batch from measured times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SYNC_US = 4.6
 
 
 def predict_overhead_us(ep: int, tokens: int) -> dict[str, float]:
-    """Time of ``run`` from figures measured on H100s; see the head of this file.
+    """Predict the time of ``run`` from figures measured on H100s; see the head of this file.
 
     Parameters
     ----------

@@ -161,7 +161,7 @@ def _place_and_split(
 def _predict_row(
     layer: _Layer, parts: Mapping[str, Floats], tokens: int, spare: int
 ) -> dict[str, Any]:
-    """Figures of one placement; ``parts`` by ``in_order``, ``even`` and ``lp``."""
+    """Predict the figures of one placement; ``parts`` by ``in_order``, ``even`` and ``lp``."""
     model = layer.model
     curve = [layer.saving_us(parts, size) for size in GRID]
     costs = [sum(predict_overhead_us(layer.ep, size).values()) for size in GRID]
@@ -188,7 +188,7 @@ def _split_batches(placement: Placement, case: Case, split: str, tolerance: floa
     found = []
     for counts in case.test[chosen].sum(1).double():
         if float(counts.sum()) > 0:
-            # Enough tokens for rounding not to matter; the parts hold for every batch size.
+            # With so many tokens rounding is negligible, and the parts apply to every batch size.
             scaled = (counts * (1e8 / counts.sum())).round().long()
             found.append(split_tokens(placement, scaled, split, tolerance).double().numpy() / 1e8)
     if not found:

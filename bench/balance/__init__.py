@@ -1,4 +1,4 @@
-"""Replay recorded expert loads through placements and the solver; no printing, no plotting.
+"""Replay recorded expert loads through placements and the solver; nothing here prints or plots.
 
 For every combination of an EP size, a number of redundant slots and a placement, the experts are
 placed by the first batches of the trace and the following ones are balanced. Five ways are

@@ -128,8 +128,8 @@ def _replay_cell(
     progress: Callable[[], None] | None,
 ) -> Cell:
     ep, name, slots = combination
-    # Sizes decide whether a placement exists, loads don't: ask before any work. What is made from
-    # the history exists wherever EPLB's placement does.
+    # Only the sizes decide whether a placement exists, so check that before any work. Placements
+    # made from the history exist wherever EPLB's does.
     family = "eplb" if name in BY_HISTORY else name
     try:
         make_placement(family, torch.from_numpy(np.ones(trace.experts)), ep, slots)

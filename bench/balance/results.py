@@ -1,4 +1,4 @@
-"""What a comparison measured, and the figures of it that are shown."""
+"""Results of a comparison, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class Cell:
 
 
 def imbalance(loads: npt.NDArray[np.floating] | npt.NDArray[np.integer]) -> Floats:
-    """Largest over mean rank load.
+    """Compute the largest over the mean rank load.
 
     Parameters
     ----------

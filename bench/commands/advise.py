@@ -22,7 +22,7 @@ from lplb_triton.traces import trace as traces
 __all__ = ["add", "run", "sizes"]
 
 CHECK_TOKENS, CHECK_ERROR = (256, 1024, 4096, 8192), 0.15
-# The smallest of the models that --check measures has eight experts.
+# Ranks of --check: the smallest of its models has eight experts.
 CHECK_EP = 8
 DEFAULT_MODEL = "deepseek-v3"
 TOKENS = 4096
@@ -30,7 +30,7 @@ FIELDS = ("hidden", "inner", "experts", "top_k")
 
 
 class Sizes(NamedTuple):
-    """Sizes of a layer, and where each comes from."""
+    """Sizes of a layer, and the source of each."""
 
     model: advise.Model
     source: dict[str, str]
@@ -190,7 +190,7 @@ def _make_cases(
 
 
 def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Sizes:
-    """Put the sizes of the layer together, none of them silently.
+    """Choose the sizes of the layer, and say where each comes from.
 
     Parameters
     ----------
@@ -217,7 +217,7 @@ def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Si
         known.update(advise.MODELS[model]._asdict())
         source.update(dict.fromkeys(FIELDS, model))
     options_given = {k: getattr(args, k) for k in FIELDS if getattr(args, k) is not None}
-    for field, value in ({} if trace is None else _recorded(trace)).items():
+    for field, value in ({} if trace is None else _read_sizes(trace)).items():
         label = field.replace("_", "-")
         if options_given.get(field, value) != value:
             raise UsageError(f"argument --{label}: the trace {name} has {field} {value}")
@@ -244,7 +244,7 @@ def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Si
     return Sizes(found, {field: source[field] for field in FIELDS})
 
 
-def _recorded(trace: traces.Trace) -> dict[str, int]:
+def _read_sizes(trace: traces.Trace) -> dict[str, int]:
     """Return the sizes that a trace records."""
     found = {"experts": trace.experts}
     top_k = trace.meta.get("top_k")
@@ -256,7 +256,7 @@ def _recorded(trace: traces.Trace) -> dict[str, int]:
 def _gemm(
     args: argparse.Namespace, model: advise.Model, ep: int, slots: int
 ) -> tuple[advise.GemmModel, list[advise.Point], str]:
-    """Model of a rank's time, what it was fitted to, and where."""
+    """Fit or load the model of a rank's time; return it with its measurements and device."""
     on_gpu = torch.cuda.is_available() if args.gemm is None else args.gemm == "gpu"
     if not on_gpu:
         return advise.packaged(model.hidden, model.inner), [], "cpu"

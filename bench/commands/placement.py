@@ -87,8 +87,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     files = [("--json", args.json), ("--markdown", args.markdown), ("--png", args.png)]
     output.check_files(files, [("--trace", args.trace), ("--published", args.published)])
     device = torch.device(options.choose_device(args.device, None)[0])
-    cases, source = _cases(args)
-    possible, left_out = _combinations(args, cases[0].history.shape[1])
+    cases, source = _make_cases(args)
+    possible, left_out = _find_combinations(args, cases[0].history.shape[1])
     begin = time.perf_counter()
     names = [(f"EP {ep}, {slots} slots", len(cases)) for ep, slots in possible]
     with progress(names, args.progress) as advance:
@@ -124,8 +124,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return OK if published is None or published["same"] else FAILED
 
 
-def _cases(args: argparse.Namespace) -> tuple[tuple[placement.Case, ...], str]:
-    """Return the loads, and what they are."""
+def _make_cases(args: argparse.Namespace) -> tuple[tuple[placement.Case, ...], str]:
+    """Make the cases; return them with a description."""
     if args.synthetic is not None:
         return placement.synthetic_cases(args.synthetic, args.seeds), (
             f"{args.synthetic} experts, synthetic"
@@ -137,7 +137,7 @@ def _cases(args: argparse.Namespace) -> tuple[tuple[placement.Case, ...], str]:
         raise UsageError(f"arguments --trace, --history, --layers: {error}") from error
 
 
-def _combinations(
+def _find_combinations(
     args: argparse.Namespace, experts: int
 ) -> tuple[list[tuple[int, int]], list[dict[str, Any]]]:
     """Find the combinations that can be laid out, and why the others can't."""

@@ -32,13 +32,13 @@ __all__ = [
 ]
 
 
-# Of each load family, and of each stretch of the trace.
+# Limit on instances of a load family, and on batches of a stretch of the trace.
 MOST_INSTANCES = 10**5
 
-# Of the processes that prepare cases.
+# Limit on the processes that prepare cases.
 MOST_PROCESSES = 1024
 
-# What `solve` takes where nothing is said, by what it is for.
+# Defaults of the options of `solve`, by what they apply to.
 FAMILY_DEFAULTS = {"shapes": SOLVE_SHAPES, "per_family": 34, "peers": True}
 
 CASE_DEFAULTS = {"ep": options.EP, "placement": ("eplb",), "slots": options.SLOTS}
@@ -207,7 +207,7 @@ def _time_families(
 
 
 class _Traffic(NamedTuple):
-    """What of real traffic to time."""
+    """Load sets of real traffic to time, and cases that are left out."""
 
     jobs: list[tuple[traffic_cases.Case, traffic_loads.Loads]]
     left_out: list[tuple[traffic_cases.Case, str]]
@@ -226,9 +226,9 @@ def _plan_traffic(args: argparse.Namespace) -> _Traffic:
         except ValueError as error:
             raise UsageError(f"argument --trace: {error}") from error
     found = [each for loads in known.values() for each in loads]
-    # Of traces that were asked for; the packaged one comes where its number of experts does.
+    # Experts of the given traces; the packaged one is used by the cases that have as many experts.
     own = list(dict.fromkeys(loads[0].experts for loads in list(known.values())[1:]))
-    cases, left_out = _cases(args, own)
+    cases, left_out = _choose_cases(args, own)
     if args.drawn is not False:
         n_batches = args.batches or traffic_loads.BATCHES
         for experts in dict.fromkeys(case.experts for case in cases):
@@ -245,10 +245,10 @@ def _plan_traffic(args: argparse.Namespace) -> _Traffic:
     return _Traffic(jobs, left_out)
 
 
-def _cases(
+def _choose_cases(
     args: argparse.Namespace, own: list[int]
 ) -> tuple[list[traffic_cases.Case], list[tuple[traffic_cases.Case, str]]]:
-    """Cases to time, and those that were asked for but can't be placed."""
+    """Choose the cases to time; return also those that were asked for but can't be placed."""
     if not options.given(args, (*CASE_DEFAULTS, "experts")):
         shapes = dict.fromkeys(
             (case.ep, case.placement, case.slots) for case in traffic_cases.CASES
@@ -279,7 +279,7 @@ def _cases(
 def _time_traffic(
     args: argparse.Namespace, plan: _Traffic, device: torch.device, timer: Timer
 ) -> dict[str, Any]:
-    """Check everything, then time it, so that nothing else wants the cores meanwhile."""
+    """Check everything before timing anything, so that nothing else uses the cores then."""
     steps = Counter(str(case) for case, _ in plan.jobs)
     names = [(f"{what} {name}", n) for what in ("check", "time") for name, n in steps.items()]
     trials, processes = (

@@ -39,11 +39,11 @@ def train(worker: Worker, routing: str) -> Row:
         even_routing=routing == "even",
     )
 
-    def trained(settings: Any) -> Any:
+    def train_runs(settings: Any) -> Any:
         return script.train(settings, worker.device, worker.group, lambda line: None)
 
-    runs = trained(settings)
-    (backwards,) = trained(replace(settings, balance="none", reverse_sums=True))
+    runs = train_runs(settings)
+    (backwards,) = train_runs(replace(settings, balance="none", reverse_sums=True))
     for made in runs:
         made.step_ms, made.moe_ms = worker.slowest(made.step_ms), worker.slowest(made.moe_ms)
     rows = script.make_report(settings, runs, worker.ranks, worker.device)["medians"]

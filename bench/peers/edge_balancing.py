@@ -1,4 +1,4 @@
-"""Coloured edge balancing: levelling of pairs, without a bound."""
+"""Coloured edge balancing, which levels pairs of ranks and gives no bound."""
 
 # Bodies of kernels are Triton's language, not Python's, and their compile-time constants are
 # written in capitals, as in Triton itself; launchers are typed and named like everything else.

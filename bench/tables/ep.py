@@ -101,8 +101,8 @@ def _make_sync_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid
             lines,
             (
                 f"{_describe_replays(options, rows)} with gather: every rank's counts too. "
-                "all-reduce: torch.distributed's of 256 int32. These and the speed-up are medians of the "
-                "slowest.",
+                "all-reduce: torch.distributed's of 256 int32. These and the speed-up are medians "
+                "of the slowest.",
             ),
         )
     ]
