@@ -99,10 +99,10 @@ def test_overheads(monkeypatch):
     """Overheads are interpolated between measured sizes, and in proportion beyond them."""
     monkeypatch.setattr(overhead, "SYNC_US", 6.0)
     monkeypatch.setattr(overhead, "RUN_US", {8: (9.0, 10.0, 16.0), 32: (15.0, 17.0, 25.0)})
-    assert advise.overhead_us(8, 4096) == pytest.approx({"sync": 6.0, "run": 10.0})
-    assert advise.overhead_us(64, 128)["run"] == pytest.approx(2 * 15.0)
-    assert advise.overhead_us(8, 32768)["run"] == pytest.approx(2 * 16.0)
-    assert 9.0 < advise.overhead_us(16, 1000)["run"] < 17.0
+    assert advise.predict_overhead_us(8, 4096) == pytest.approx({"sync": 6.0, "run": 10.0})
+    assert advise.predict_overhead_us(64, 128)["run"] == pytest.approx(2 * 15.0)
+    assert advise.predict_overhead_us(8, 32768)["run"] == pytest.approx(2 * 16.0)
+    assert 9.0 < advise.predict_overhead_us(16, 1000)["run"] < 17.0
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_dry_run_of_the_measurements(monkeypatch):
     assert [sum(p.rows) for p in points] == [16] * 3 + [64] * 3
     assert [p.us for p in points] == [1, 2, 3, 4, 5, 6] and points[0].rows == [4, 3, 3, 3, 3]
     assert advise.fit(points, model.source) == model
-    row = advise.check_row("small", SMALL, exact(), case(), 8, 16, weights, FakeTimer(), "cpu")
+    row = advise.compare_times("small", SMALL, exact(), case(), 8, 16, weights, FakeTimer(), "cpu")
     assert row["even"]["measured_us"] == 8 and row["lp"]["measured_us"] == 16
     assert row["lp"]["error"] == pytest.approx(row["lp"]["predicted_us"] / 16 - 1)
     for k, split in enumerate(("even", "lp")):

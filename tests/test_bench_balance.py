@@ -191,16 +191,16 @@ def test_refused_in_the_command(tmp_path, capsys):
 def test_stretches():
     """A gap between steps or a step back begins a stretch with a history of its own."""
     steps = np.r_[0:10, 100:104, 50:52].astype(np.int64)
-    cut = balance.stretches(steps, 0.5)
+    cut = balance.find_stretches(steps, 0.5)
     assert [(s.start, s.split, s.stop) for s in cut] == [(0, 5, 10), (10, 12, 14), (14, 15, 16)]
-    assert [s.split - s.start for s in balance.stretches(steps, 1)] == [1, 1, 1]
+    assert [s.split - s.start for s in balance.find_stretches(steps, 1)] == [1, 1, 1]
     # Every third step recorded is no gap.
-    assert len(balance.stretches(np.arange(0, 30, 3), 0.25)) == 1
+    assert len(balance.find_stretches(np.arange(0, 30, 3), 0.25)) == 1
     for history in (2, 0, 1.0, 0.0, -0.5):
         with pytest.raises(ValueError, match="history"):
-            balance.stretches(steps, history)
+            balance.find_stretches(steps, history)
     with pytest.raises(ValueError, match="history"):
-        balance.stretches(np.zeros(1, dtype=np.int64), 0.5)
+        balance.find_stretches(np.zeros(1, dtype=np.int64), 0.5)
 
 
 def test_each_stretch_has_its_own_history():

@@ -7,7 +7,7 @@ from helpers.traces import make_trace
 
 from lplb_triton import Placement, solve, topologies
 from lplb_triton.bench import balance
-from lplb_triton.bench.measure.simulate import slot_tokens
+from lplb_triton.bench.measure.simulate import split_tokens
 
 
 @pytest.mark.parametrize(
@@ -29,10 +29,10 @@ def test_counts_that_shares_cannot_carry_are_refused(counts, error, message):
     placement = Placement.from_phy2log(torch.tensor([0, 1, 2, 3, 0, 0]), 2)
     solution = solve(placement.problem(torch.ones(1, 4)))
     with pytest.raises(error, match=message):
-        balance.integer_loads(placement, counts, solution)
+        balance.compute_token_loads(placement, counts, solution)
     for split in ("lplb", "even"):
         with pytest.raises(error, match=message):
-            slot_tokens(placement, counts[0, 0], split, 1e-3)
+            split_tokens(placement, counts[0, 0], split, 1e-3)
 
 
 def test_the_largest_counts_are_whole_tokens():
@@ -40,7 +40,7 @@ def test_the_largest_counts_are_whole_tokens():
     counts = torch.tensor([[[2**31 - 1, 5, 0, 2**31 - 1]]])
     placement = Placement.from_phy2log(torch.tensor([0, 1, 3, 2, 3, 0]), 2)
     solution = solve(placement.problem(counts[0]), tolerance=1e-6)
-    whole = balance.integer_loads(placement, counts, solution)
+    whole = balance.compute_token_loads(placement, counts, solution)
     assert whole.sum() == 2 * (2**31 - 1) + 5
     assert (whole - placement.rank_loads(counts[0], solution)).abs().max() <= 2
 
@@ -55,7 +55,7 @@ def test_integer_loads_are_near_the_plan():
     ):
         totals = counts.sum(1)
         solution = solve(placement.problem(totals))
-        whole = balance.integer_loads(placement, counts, solution)
+        whole = balance.compute_token_loads(placement, counts, solution)
         assert whole.dtype == torch.int64
         assert whole.shape == (6, 8)
         assert torch.equal(whole.sum(1), totals.sum(1))
@@ -69,7 +69,7 @@ def test_integer_loads_without_a_choice():
     counts = torch.tensor([[[3, 1, 0, 5]], [[0, 0, 0, 0]]])
     placement = Placement.from_phy2log(torch.tensor([0, 1, 2, 3, 0, 0]), 2)
     solution = solve(placement.problem(counts.sum(1)))
-    whole = balance.integer_loads(placement, counts, solution)
+    whole = balance.compute_token_loads(placement, counts, solution)
     assert whole.sum(1).tolist() == [9, 0]
     # Experts 1 and 2 have one copy, on rank 0; expert 3 is on rank 1.
     assert whole[0, 0] >= 1 and whole[0, 1] >= 5
@@ -78,10 +78,10 @@ def test_integer_loads_without_a_choice():
 def test_fold_sources():
     """Sources are summed down to one per rank where the ranks divide them."""
     counts = torch.arange(2 * 6 * 3).reshape(2, 6, 3)
-    folded = balance.fold_sources(counts, 3)
+    folded = balance.merge_sources(counts, 3)
     assert torch.equal(folded, counts[:, ::2] + counts[:, 1::2])
     for ep in (4, 6, 12):
-        assert balance.fold_sources(counts, ep) is counts
+        assert balance.merge_sources(counts, ep) is counts
 
 
 def test_imbalance():

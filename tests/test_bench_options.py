@@ -70,7 +70,7 @@ def folder(tmp_path, monkeypatch):
         return torch.device("cpu"), FakeTimer()
 
     monkeypatch.setattr(gpu, "start", start)
-    monkeypatch.setattr(pipeline, "copy_bandwidth", lambda timer, device: 1e12)
+    monkeypatch.setattr(pipeline, "measure_copy_bandwidth", lambda timer, device: 1e12)
     monkeypatch.setattr(
         schedule, "run_section", lambda job, seconds: {"seconds": 1.0, "failed": "-"}
     )

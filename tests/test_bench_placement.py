@@ -79,7 +79,7 @@ def test_moves_are_counted(monkeypatch):
     """At a penalty of 1, priced placements move nothing where EPLB moves weights."""
     for name, value in (("SYNTHETIC_HISTORY", 24), ("SYNTHETIC_TEST", 8), ("DRIFT_STEPS", 1)):
         monkeypatch.setattr(placement, name, value)
-    found = placement.moves_row(8, 1, 1.0, torch.device("cpu"), trials=20)["methods"]
+    found = placement.measure_moves(8, 1, 1.0, torch.device("cpu"), trials=20)["methods"]
     assert found["priced"]["moved"] == 0 < found["eplb"]["moved"]
 
 

@@ -27,7 +27,7 @@ def on_device(*tables):
 
 def rank_loads(mask, weights, fixed, shares):
     """Loads [B, G] when the first copies take ``shares`` [B, C]."""
-    first, second = peers.two_copy_ranks(mask)
+    first, second = peers.find_copy_ranks(mask)
     used = first >= 0
     moved = (weights * shares.double().cpu())[:, used]
     loads = fixed.clone()
@@ -70,7 +70,7 @@ def affine_scaling(weights, fixed, first, second, steps, big_m, step_factor=0.99
 def test_affine_scaling_takes_the_steps_of_float64(shape, families, steps):
     """Affine scaling takes the steps of the same method in float64."""
     mask, weights, fixed = programs(shape, families)
-    first, second = (ends.numpy() for ends in peers.two_copy_ranks(mask))
+    first, second = (ends.numpy() for ends in peers.find_copy_ranks(mask))
     x = peers.AffineScaling(mask, DEVICE, steps=steps).solve(*on_device(weights, fixed)).cpu()
     for row in range(len(families)):
         a, b, expected = affine_scaling(
@@ -84,7 +84,7 @@ def test_affine_scaling_takes_the_steps_of_float64(shape, families, steps):
 def test_affine_scaling_ends_where_float64_does():
     """Affine scaling ends at the load of the float64 method, near HiGHS's optimum."""
     mask, weights, fixed = programs("ring:5", ("normal", "lognormal", "zipf"), seed=3)
-    first, second = (ends.numpy() for ends in peers.two_copy_ranks(mask))
+    first, second = (ends.numpy() for ends in peers.find_copy_ranks(mask))
     x = peers.AffineScaling(mask, DEVICE).solve(*on_device(weights, fixed)).cpu()
     columns = weights.shape[1]
     largest = rank_loads(mask, weights, fixed, x[:, :columns]).amax(1)
@@ -180,7 +180,7 @@ def edge_balancing(weights, fixed, first, second, colors, sweeps):
 def test_edge_balancing_is_that_of_float64(shape):
     """Edge balancing moves the same tokens as the method in float64."""
     mask, weights, fixed = programs(shape, ("normal", "one hot expert", "sparse"))
-    first, second = peers.two_copy_ranks(mask)
+    first, second = peers.find_copy_ranks(mask)
     colors = peers.color_edges(first, second).numpy()
     peer = peers.EdgeBalancing(mask, DEVICE)
     sweeps = torch.tensor([0, 1, 6], dtype=torch.int32, device=DEVICE)
@@ -214,7 +214,7 @@ def test_edge_balancing_descends_to_the_optimum():
 def test_padding_has_no_ranks():
     """A column without ranks has no ends and no colour, and the others are solved."""
     mask = torch.tensor([[1, 0], [1, 0], [0, 0]], dtype=torch.bool)
-    first, second = peers.two_copy_ranks(mask)
+    first, second = peers.find_copy_ranks(mask)
     assert (first.tolist(), second.tolist()) == ([0, -1], [1, -1])
     assert peers.color_edges(first, second).tolist() == [0, -1]
     peer = peers.EdgeBalancing(mask, DEVICE)
@@ -248,7 +248,7 @@ def test_only_two_copies():
         with pytest.raises(ValueError, match="two copies, column 0 has 3"):
             make(three, DEVICE)
     with pytest.raises(ValueError, match="mask must be bool"):
-        peers.two_copy_ranks(three.int())
+        peers.find_copy_ranks(three.int())
     large, _, _ = programs("torus:8x8", ("normal",))
     with pytest.raises(ValueError, match="192 ranks and columns"):
         peers.AffineScaling(large, DEVICE)

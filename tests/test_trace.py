@@ -8,7 +8,7 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from lplb_triton.bench.balance import stretches
+from lplb_triton.bench.balance import find_stretches
 from lplb_triton.traces import trace as traces
 from lplb_triton.traces.trace import FORMAT_VERSION, Trace, load, packaged, save
 
@@ -377,7 +377,7 @@ def test_packaged_trace_keeps_its_promises():
     assert trace.counts.max() <= tokens
 
     # One stretch of early and one of late training, the late one up to the end of the run.
-    early, late = (trace.steps[part.start : part.stop] for part in stretches(trace.steps, 0.5))
+    early, late = (trace.steps[part.start : part.stop] for part in find_stretches(trace.steps, 0.5))
     done = trace.meta["steps_done"]
     assert min(len(early), len(late)) >= 100
     assert early[-1] < done / 3

@@ -226,11 +226,11 @@ def test_rank_imbalance():
     """Imbalance is the largest rank load over the mean load, averaged over layers."""
     counts = torch.zeros(2, 3, 64, dtype=torch.int32)
     counts[:] = 1
-    assert moe.rank_imbalance(counts).item() == 1
+    assert moe.measure_imbalance(counts).item() == 1
     # All of layer 1 on one of 32 ranks: (1 + 32) / 2.
     counts[1] = 0
     counts[1, :, 0] = 5
-    assert moe.rank_imbalance(counts).item() == 16.5
+    assert moe.measure_imbalance(counts).item() == 16.5
 
 
 def test_corpus_gives_each_source_its_own_text(config):

@@ -77,10 +77,10 @@ def check_runs(settings, group, folder):
     (reversed_,) = script.train(reverse, torch.device("cpu"), group, quiet)
     close(reversed_, none, slice(5))
     if dist.get_rank() == 0:
-        summary = script.report(settings, [none, eplb, lplb], RANKS, torch.device("cpu"))
+        summary = script.make_report(settings, [none, eplb, lplb], RANKS, torch.device("cpu"))
         assert [row["balance"] for row in summary["medians"]] == ["none", "eplb", "lplb"]
         assert str(folder) not in json.dumps(summary)
-        script.draw([none, lplb], folder / "curves.png")
+        script.draw_curves([none, lplb], folder / "curves.png")
         assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 

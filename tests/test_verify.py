@@ -54,7 +54,10 @@ def small_parts(n_batches=1):
     names = [name for name, shape in corpus.HARD.items() if shape.ranks <= 16]
     names.append("12 to 60 copies on 64 ranks")
     shapes = {name: corpus.HARD[name] for name in names}
-    return [corpus.real(n_batches, 0, cases), corpus.hard(n_batches, 0, shapes)]
+    return [
+        corpus.make_traffic_part(n_batches, 0, cases),
+        corpus.make_hard_part(n_batches, 0, shapes),
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs on the GPU, see below")
@@ -69,19 +72,19 @@ def test_kernel_on_real_traffic_and_hard_placements():
 @pytest.mark.gpu
 def test_kernel_on_all_traffic_and_hard_placements():
     """The kernel on a GPU certifies all of the corpus within 1e-3."""
-    parts = [corpus.real(1, 1), corpus.hard(2, 1)]
+    parts = [corpus.make_traffic_part(1, 1), corpus.make_hard_part(2, 1)]
     for verdict in verify.compare(parts, tolerances=(1e-3,), backend="triton", device="cuda"):
         assert verdict.sound and verdict.not_certified == 0
 
 
 def test_cases_of_real_traffic():
     """Real traffic covers all EP sizes, has extreme batches, and is drawn the same again."""
-    assert [str(case) for case in corpus.CASES if case.refusal()] == []
+    assert [str(case) for case in corpus.CASES if case.explain_impossible()] == []
     for placement in ("eplb", "chain"):
         here = [case for case in corpus.CASES if case.placement == placement]
         assert {case.ep for case in here} == {8, 16, 32, 64, 72, 96, 128, 144, 256}
         assert {case.slots for case in here} == {1, 2}
-    part = corpus.real(8, 0, [Case(256, 8, "eplb", 1), Case(256, 128, "eplb", 1)])
+    part = corpus.make_traffic_part(8, 0, [Case(256, 8, "eplb", 1), Case(256, 128, "eplb", 1)])
     assert part.steps == [(f"256 experts, EP {ep}, eplb, 1 slot", 15) for ep in (8, 128)]
     found = list(part.instances)
     assert [len(each.counts) for each in found] == [11] + 14 * [8] + [5] + 14 * [2]
@@ -92,7 +95,7 @@ def test_cases_of_real_traffic():
     ]
     none, most, one = found[0].counts[-3:]
     assert none.sum() == 0 and most.count_nonzero() == one.count_nonzero() == 1
-    again = corpus.real(8, 0, [Case(256, 8, "eplb", 1)]).instances
+    again = corpus.make_traffic_part(8, 0, [Case(256, 8, "eplb", 1)]).instances
     for each, other in zip(again, found, strict=False):
         assert each.placement == other.placement and torch.equal(each.counts, other.counts)
 
@@ -109,7 +112,7 @@ def copies_of(placement):
 def test_hard_placements(name):
     """A hard placement has the copies or connected parts that its shape says."""
     shape = corpus.HARD[name]
-    (instance,) = corpus.hard(2, 3, {name: shape}).instances
+    (instance,) = corpus.make_hard_part(2, 3, {name: shape}).instances
     held, n = copies_of(instance.placement), len(instances.FAMILIES)
     assert held.shape[1] == shape.ranks and instance.placement.slots_per_rank == shape.slots
     assert len(instance.counts) == n * (1 if shape.ranks >= 128 else 2) + 3
@@ -129,8 +132,8 @@ def test_hard_placements(name):
 
 def test_parts():
     """Parts are as large as asked for, and their steps count their instances."""
-    assert [part.name for part in corpus.parts(17, 0)] == ["random"]
-    random, real, hard = corpus.parts(17, 0, 1, 16)
+    assert [part.name for part in corpus.make_parts(17, 0)] == ["random"]
+    random, real, hard = corpus.make_parts(17, 0, 1, 16)
     assert random.as_problems and not real.as_problems and not hard.as_problems
     assert max(case.ep for case in corpus.CASES if (str(case), 15) in real.steps) == 16
     assert {corpus.HARD[name].ranks for name, _ in hard.steps} == {8, 16}
