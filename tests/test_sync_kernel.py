@@ -7,7 +7,7 @@ from helpers.peers import DEVICE, FAILED, Ranks, Sync, error_of
 from lplb_triton import kernels
 from lplb_triton.sync import SyncError
 from lplb_triton.sync._channels import CHANNELS
-from lplb_triton.sync._distributed import device_error
+from lplb_triton.sync._faults import fault_error
 
 
 @pytest.mark.parametrize(("n_ranks", "n"), [(1, 5), (2, 16), (3, 20), (9, 300)])
@@ -209,4 +209,4 @@ def test_rows_gathered_elsewhere(gather):
         else:
             assert (total == FAILED).all()
             assert not gather or torch.equal(gathered[1], own) and (gathered[bad] == 0).all()
-            assert device_error(Sync(1, 1.0), status.numpy()).ranks == (bad,)
+            assert fault_error(Sync(1, 1.0), status.numpy()).ranks == (bad,)
