@@ -209,7 +209,7 @@ class _Entry:
     form: str
     n_sizes: int
     build: Callable[..., torch.Tensor]
-    # The number of ranks is computed from the sizes, so that it is checked before the table is made.
+    # The ranks follow from the sizes, so that their limit is checked before the table is made.
     count_ranks: Callable[..., int]
 
 
