@@ -34,6 +34,4 @@ counts = torch.bincount(logical_ids.flatten().cpu(), minlength=EXPERTS)
 even = placement.even_loads(counts)[0]  # rank loads if an expert's copies share its tokens evenly
 print(f"imbalance before: {measure_imbalance(logical_ids, EXPERTS):.3f}, without copies")
 print(f"imbalance, even split: {float(even.max() / even.mean()):.3f}")
-print(
-    f"imbalance after:  {measure_imbalance(physical_ids, placement.n_physical):.3f}, split by the LP"
-)
+print(f"imbalance after:  {measure_imbalance(physical_ids, placement.n_physical):.3f}, by the LP")
