@@ -248,7 +248,7 @@ BEFORE = {
 AFTER = {
     ("README.md", "lplb_triton"): balanced_a_batch,
     ("docs/placement.md", "Moves"): moved,
-    ("docs/quickstart.md", "A first program"): improved_a_batch,
+    ("docs/quickstart.md", "A first script"): improved_a_batch,
     ("docs/quickstart.md", "A script that uses EPLB or LPLB"): planned_a_batch,
     ("docs/quickstart.md", "The linear program alone"): solved_counts,
     ("docs/serving.md", "vLLM"): registered,

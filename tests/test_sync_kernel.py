@@ -10,7 +10,7 @@ from lplb_triton._layout import HEADER_WORDS, MAX_COUNT
 from lplb_triton.kernels.exchange import BUSY, POISONED
 from lplb_triton.sync import SyncError
 from lplb_triton.sync._channels import CHANNELS
-from lplb_triton.sync._distributed import device_error
+from lplb_triton.sync._faults import fault_error
 
 
 @pytest.mark.parametrize(("n_ranks", "n"), [(1, 5), (2, 16), (3, 20), (9, 300)])
@@ -221,4 +221,4 @@ def test_rows_gathered_elsewhere(gather):
         else:
             assert (total == FAILED).all()
             assert not gather or torch.equal(gathered[1], own) and (gathered[bad] == 0).all()
-            assert device_error(Sync(1, 1.0), status.numpy()).ranks == (bad,)
+            assert fault_error(Sync(1, 1.0), status.numpy()).ranks == (bad,)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from lplb_triton.sync._base import Communicator, SyncError
 from lplb_triton.sync._channels import CHANNELS, Channels, Stream
-from lplb_triton.sync._distributed import device_error
+from lplb_triton.sync._faults import fault_error
 from lplb_triton.sync._rendezvous import barrier
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class PeerCommunicator(Communicator):
         """Raise the error of the first call that failed, if the host can see one already."""
         if self._error is None and self.endpoint.failed():
             openings = self._channels.openings
-            self._error = device_error(self, self.endpoint.status_view, openings)
+            self._error = fault_error(self, self.endpoint.status_view, openings)
         if self._error is not None:
             raise self._error
 

@@ -7,7 +7,7 @@ from helpers.layout import message_word
 from lplb_triton import Balancer, Placement, kernels, reference, topologies
 from lplb_triton._layout import NO_COUNT
 from lplb_triton.sync._channels import Channels
-from lplb_triton.sync._distributed import device_error
+from lplb_triton.sync._faults import fault_error
 from lplb_triton.sync._peer import Endpoint, PeerCommunicator
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -71,7 +71,7 @@ class Sync:
 
 def error_of(ranks, rank, openings=None):
     status = ranks.endpoints[rank].status_view
-    return device_error(Sync(rank, 0.05), status, openings or {})
+    return fault_error(Sync(rank, 0.05), status, openings or {})
 
 
 class Member(PeerCommunicator):
