@@ -1,4 +1,4 @@
-"""Charts of a report as text: SVG, and PNG in the address of an image."""
+"""Draw the charts of a report as text: SVG, and PNG in a data URL."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def draw_copies(ep: int, example: Mapping[str, Any]) -> str:
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> str:
-    """Encode ``[height, width, 3]`` as the address of an inline PNG."""
+    """Encode ``[height, width, 3]`` as the data URL of a PNG."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         body = kind + data

@@ -1,9 +1,9 @@
-"""What the solver is held against HiGHS on, in parts.
+"""Make the instances on which the solver is compared with HiGHS, in parts.
 
 ===========  =====================================================================================
 ``random``   random programs of every shape and load family (`lplb_triton.testing.instances`)
 ``traffic``  the packaged trace and drawn traffic, on placements made from their history
-``hard``     experts with 5 to 60 copies; copies that join no more than a few ranks each; none
+``hard``     experts with 5 to 60 copies; copies that connect only a few ranks each; no copies
 ===========  =====================================================================================
 
 Among the batches of the last two are some without tokens, and some whose tokens all go to one
@@ -42,16 +42,16 @@ __all__ = [
     "HARD",
     "Islands",
     "Wide",
-    "hard",
-    "parts",
-    "real",
+    "make_hard_part",
+    "make_parts",
+    "make_traffic_part",
 ]
 
-# Batches of a load set or of a load family on each placement, where nothing is said.
+# Batches of a load set or of a load family on each placement, by default.
 BATCHES = 8
-# From so many ranks on a quarter of them.
+# With at least so many ranks, a quarter of the batches is made.
 MANY_RANKS = 128
-# Effort of `place`, which is only asked for few ranks.
+# Trials of `place`, which is used for few ranks only.
 TRIALS = 30
 
 # EPLB and chain on every number of ranks, with one redundant slot and with two.
@@ -86,12 +86,14 @@ CASES = tuple(
 FEWEST_RANKS = min(case.ep for case in CASES)
 
 
-def _batches(n: int, ranks: int) -> int:
+def _count_batches(n: int, ranks: int) -> int:
     return n if ranks < MANY_RANKS else max(1, n // 4)
 
 
-def _extremes(placement: Placement, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-    """Batches without tokens, and with all of them for one expert: of most copies, and any."""
+def _make_extreme_batches(
+    placement: Placement, rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """Make batches without tokens, and with all tokens for one expert: of most copies, or any."""
     copies = torch.bincount(placement.phy2log.long(), minlength=placement.n_logical)
     found = {"no tokens": torch.zeros(placement.n_logical, dtype=torch.int32)}
     for name, expert in (
@@ -103,16 +105,16 @@ def _extremes(placement: Placement, rng: np.random.Generator) -> dict[str, torch
     return found
 
 
-def real(n_batches: int, seed: int, cases: Sequence[Case] = CASES) -> Part:
-    """Return real traffic on placements made from the history of each load set.
+def make_traffic_part(n_batches: int, seed: int, cases: Sequence[Case] = CASES) -> Part:
+    """Make the part with real traffic on placements made from the history of each load set.
 
     Parameters
     ----------
     n_batches
-        Of each load set; a quarter from 128 ranks on. The first load set of a case has batches
-        without tokens, and with all of them for one expert, besides.
+        Batches of each load set; a quarter from 128 ranks on. The first load set of a case also
+        has batches without tokens, and with all tokens for one expert.
     seed
-        Of what is drawn.
+        Seed of the drawn load sets.
     cases
         Placements.
 
@@ -123,16 +125,16 @@ def real(n_batches: int, seed: int, cases: Sequence[Case] = CASES) -> Part:
     trace = traces.packaged()
     jobs: list[tuple[Case, Loads]] = []
     for case in cases:
-        n = _batches(n_batches, case.ep)
-        found = traffic_loads.drawn(case.experts, n, seed)
+        n = _count_batches(n_batches, case.ep)
+        found = traffic_loads.draw_load_sets(case.experts, n, seed)
         if case.experts == trace.experts:
-            found = traffic_loads.recorded(trace, "packaged trace", n) + found
+            found = traffic_loads.split_trace(trace, "packaged trace", n) + found
         jobs += [(case, loads) for loads in found]
     steps = Counter(str(case) for case, _ in jobs)
-    return Part("traffic", list(steps.items()), _real(jobs, seed))
+    return Part("traffic", list(steps.items()), _generate_traffic(jobs, seed))
 
 
-def _real(jobs: Sequence[tuple[Case, Loads]], seed: int) -> Iterator[Instance]:
+def _generate_traffic(jobs: Sequence[tuple[Case, Loads]], seed: int) -> Iterator[Instance]:
     seen: set[Case] = set()
     for case, loads in jobs:
         if case.placement == "place":
@@ -144,23 +146,23 @@ def _real(jobs: Sequence[tuple[Case, Loads]], seed: int) -> Iterator[Instance]:
         rows = list(loads.batches)
         names = [f"{loads.kind}, {loads.name}"] * len(rows)
         if case not in seen:
-            more = _extremes(placement, np.random.default_rng(seed))
+            more = _make_extreme_batches(placement, np.random.default_rng(seed))
             names, rows = names + list(more), rows + list(more.values())
         seen.add(case)
         yield Instance(str(case), names, placement, torch.stack(rows))
 
 
 class Wide(NamedTuple):
-    """Experts with many copies, and others with one or two on what is left of the slots."""
+    """Placement with experts of many copies; others have one or two copies on the other slots."""
 
     ranks: int
     slots: int
-    """Of a rank, all of them."""
+    """All slots of a rank."""
     copies: tuple[int, ...]
-    """Of each such expert, on as many different ranks."""
+    """Copies of each such expert, all on different ranks."""
 
     def placement(self, rng: np.random.Generator) -> Placement:
-        """Draw which ranks hold the copies."""
+        """Draw the ranks of the copies."""
         held: list[list[int]] = [[] for _ in range(self.ranks)]
         for expert, copies in enumerate(self.copies):
             free = [rank for rank, slots in enumerate(held) if len(slots) < self.slots]
@@ -175,20 +177,20 @@ class Wide(NamedTuple):
             if open_slots and expert % 3 == 0:
                 held[open_slots.pop()].append(expert)
             expert += 1
-        return _placed(held, rng)
+        return _make_placement(held, rng)
 
 
 class Islands(NamedTuple):
-    """Ranks whose copies join them in several components, the rest without any copy."""
+    """Placement whose copies connect ranks to several components; the other ranks have none."""
 
     ranks: int
     slots: int
-    """Of a rank, all of them."""
+    """All slots of a rank."""
     sizes: tuple[int, ...]
-    """Ranks of each component: a ring, where there are three slots an expert on all of it too."""
+    """Ranks of each component, a ring; with three slots a rank also an expert on all its ranks."""
 
     def placement(self, rng: np.random.Generator) -> Placement:
-        """Draw which ranks are joined."""
+        """Draw the ranks of the components."""
         held: list[list[int]] = [[] for _ in range(self.ranks)]
         order, expert = rng.permutation(self.ranks).tolist(), 0
         for size in self.sizes:
@@ -205,11 +207,11 @@ class Islands(NamedTuple):
             while len(slots) < self.slots:
                 slots.append(expert)
                 expert += 1
-        return _placed(held, rng)
+        return _make_placement(held, rng)
 
 
-def _placed(held: Sequence[Sequence[int]], rng: np.random.Generator) -> Placement:
-    """Name the experts of each rank's slots anew, in random order."""
+def _make_placement(held: Sequence[Sequence[int]], rng: np.random.Generator) -> Placement:
+    """Make a placement of the experts in each rank's slots, renumbered in random order."""
     flat = np.array([expert for slots in held for expert in slots])
     n_logical = int(flat.max()) + 1
     return Placement.from_phy2log(rng.permutation(n_logical)[flat], len(held), n_logical=n_logical)
@@ -232,17 +234,17 @@ HARD: Mapping[str, Wide | Islands] = {
 }
 
 
-def hard(n_batches: int, seed: int, shapes: Mapping[str, Wide | Islands] = HARD) -> Part:
-    """Return placements that look for trouble, under loads that do.
+def make_hard_part(n_batches: int, seed: int, shapes: Mapping[str, Wide | Islands] = HARD) -> Part:
+    """Make the part with hard placements under uneven loads.
 
     Parameters
     ----------
     n_batches
-        Of each load family, half of them with each expert as many times as popular as it has
-        copies; a quarter from 128 ranks on. Besides, batches without tokens, and with all of
-        them for one expert.
+        Batches of each load family; in half of them the load of an expert is multiplied by its
+        number of copies; a quarter from 128 ranks on. There are also batches without tokens, and
+        with all tokens for one expert.
     seed
-        Of placements and loads.
+        Seed of placements and loads.
     shapes
         Placements by name.
 
@@ -250,29 +252,31 @@ def hard(n_batches: int, seed: int, shapes: Mapping[str, Wide | Islands] = HARD)
     -------
     Part
     """
-    return Part("hard", [(name, 1) for name in shapes], _hard(n_batches, seed, shapes))
+    return Part("hard", [(name, 1) for name in shapes], _generate_hard(n_batches, seed, shapes))
 
 
-def _hard(n_batches: int, seed: int, shapes: Mapping[str, Wide | Islands]) -> Iterator[Instance]:
+def _generate_hard(
+    n_batches: int, seed: int, shapes: Mapping[str, Wide | Islands]
+) -> Iterator[Instance]:
     for index, (name, shape) in enumerate(shapes.items()):
         rng = np.random.default_rng([seed, index])
         placement = shape.placement(rng)
         copies = torch.bincount(placement.phy2log.long(), minlength=placement.n_logical)
         names, rows = [], []
         for family in FAMILIES:
-            for at in range(_batches(n_batches, shape.ranks)):
-                drawn = draw_loads(family, rng, placement.n_logical)
+            for at in range(_count_batches(n_batches, shape.ranks)):
+                counts = draw_loads(family, rng, placement.n_logical)
                 names.append(family)
-                rows.append(drawn * copies.int() if at % 2 == 0 else drawn)
-        more = _extremes(placement, rng)
+                rows.append(counts * copies.int() if at % 2 == 0 else counts)
+        more = _make_extreme_batches(placement, rng)
         names, rows = names + list(more), rows + list(more.values())
         yield Instance(name, names, placement, torch.stack(rows))
 
 
-def parts(
+def make_parts(
     n_instances: int, seed: int, n_batches: int = 0, most_ranks: int | None = None
 ) -> list[Part]:
-    """Return what `lplb-bench verify` solves.
+    """Make the parts that `lplb-bench verify` solves.
 
     Parameters
     ----------
@@ -281,9 +285,9 @@ def parts(
     seed
         Seed of everything drawn.
     n_batches
-        As for `real` and `hard`; 0 for random programs alone.
+        As for `make_traffic_part` and `make_hard_part`; 0 for random programs alone.
     most_ranks
-        Placements with more are left out of these two.
+        Limit on the ranks of the placements of these two.
 
     Returns
     -------
@@ -294,5 +298,8 @@ def parts(
         most = np.inf if most_ranks is None else most_ranks
         cases = [case for case in CASES if case.ep <= most]
         shapes = {name: shape for name, shape in HARD.items() if shape.ranks <= most}
-        found += [real(n_batches, seed, cases), hard(n_batches, seed, shapes)]
+        found += [
+            make_traffic_part(n_batches, seed, cases),
+            make_hard_part(n_batches, seed, shapes),
+        ]
     return found

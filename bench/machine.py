@@ -1,4 +1,4 @@
-"""What a run was made with: hardware and versions."""
+"""Describe the hardware and the versions of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def environment(device: str) -> dict[str, Any]:
     Parameters
     ----------
     device
-        ``"cuda"`` to look at the GPU too.
+        ``"cuda"`` to describe the GPU too.
 
     Returns
     -------
@@ -48,7 +48,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def communication(device: str) -> dict[str, Any]:
-    """Return versions of what GPUs talk through."""
+    """Return the versions of the libraries through which GPUs communicate."""
     on_gpu = device == "cuda"
     return {
         "nccl": _nccl_version() if on_gpu else None,
@@ -76,7 +76,7 @@ def machine_line(report: dict[str, Any]) -> str:
 
 
 def pairs() -> int:
-    """Pairs of SMs of the GPU."""
+    """Return the number of pairs of SMs of the GPU."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return int(properties.multi_processor_count) // 2
 
@@ -95,7 +95,7 @@ def _version(package: str) -> str | None:
 
 
 def _driver_version() -> str | None:
-    """Version of the NVIDIA driver, if nvidia-smi tells it."""
+    """Return the version of the NVIDIA driver, if nvidia-smi knows it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)

@@ -52,7 +52,7 @@ __all__ = [
     "trace_options",
 ]
 
-# What every command takes where nothing is said.
+# Defaults that the commands share.
 EP, SLOTS, HISTORY = (32,), (1, 2), 0.5
 BALANCE_DEFAULTS: Mapping[str, Any] = {
     "ep": EP,
@@ -61,10 +61,13 @@ BALANCE_DEFAULTS: Mapping[str, Any] = {
     "history": HISTORY,
     "tolerance": DEFAULT_TOLERANCE,
 }
-# Sizes are counted in int32, as tokens are.
+# Largest integer of an option: sizes are int32, as tokens are.
 MOST = 2**31 - 1
 # Numbers of layers and of seeds that a range may have.
 MOST_LAYERS = 10**6
+
+# Limits on the experts of a layer, and on the widths of the model and of an expert.
+MOST_EXPERTS, MOST_WIDTH = 2**14, 2**17
 
 
 # A parser, or a group of its options.
@@ -72,7 +75,7 @@ Arguments: TypeAlias = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
 class UsageError(Exception):
-    """Reported as one line, with exit code 2."""
+    """Wrong usage, reported in one line with exit code 2."""
 
 
 def add_command(
@@ -116,7 +119,7 @@ def add_command(
 
 
 def output_files() -> argparse.ArgumentParser:
-    """Options of the files that most commands write."""
+    """Return the options of the files that most commands write."""
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("output")
     group.add_argument(
@@ -131,7 +134,7 @@ def output_files() -> argparse.ArgumentParser:
 
 
 def progress_option() -> argparse.ArgumentParser:
-    """Whether to show what is being worked on."""
+    """Return the option that decides whether progress is shown."""
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, default=None,
@@ -142,7 +145,7 @@ def progress_option() -> argparse.ArgumentParser:
 
 
 def solver_options() -> argparse.ArgumentParser:
-    """Options of the solver, and of the files that ``balance`` writes."""
+    """Return the options of the solver, and of the files that ``balance`` writes."""
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("solver and output")
     group.add_argument(
@@ -253,7 +256,7 @@ def refuse(args: argparse.Namespace, candidates: Iterable[str], why: str) -> Non
 
 
 def fill(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
-    """Set what was not given."""
+    """Set the options that were not given."""
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -406,18 +409,18 @@ def check_divides(sizes: Sequence[int], experts: int) -> None:
 
 
 def load_trace(path: Path | None, option: str = "--trace") -> tuple[traces.Trace, str]:
-    """Load the trace that came by an option, or the packaged one, and say what it is."""
+    """Load the trace of an option, or the packaged one; return it with its name."""
     try:
         if path is None:
             return traces.packaged(), "packaged trace"
-        # A name that is no text is shown as one.
+        # Bytes of the name that are no text are shown as question marks.
         return traces.load(path), path.name.encode(errors="replace").decode()
     except (OSError, ValueError) as error:
         raise UsageError(f"argument {option}: {error}") from error
 
 
 def choose_device(device: str | None, backend: str | None) -> tuple[str, str]:
-    """Choose where and by what to solve.
+    """Choose the device and the back end of the solver.
 
     Parameters
     ----------

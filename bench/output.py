@@ -1,4 +1,4 @@
-"""Where results go: files first, then the terminal; no figures are made here."""
+"""Write results: files first, then the terminal."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Stream:
 
     @property
     def encoding(self) -> str:
-        """Encoding of the stream."""
+        """Return the encoding of the stream."""
         return getattr(getattr(sys, self._name), "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Say whether the stream is a terminal."""
         stream = getattr(sys, self._name)
         return stream is not None and bool(stream.isatty())
 
@@ -105,7 +105,7 @@ class Output:
         self._stdout = Stream("stdout")
 
     def console(self, *paths: str | None) -> Console:
-        """Where tables go: standard error if a file goes to standard output."""
+        """Return the console for tables: standard error if a file goes to standard output."""
         stream = Stream("stderr") if "-" in paths else self._stdout
         return tables.console(file=cast("IO[str]", stream))
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lplb_triton import Placement, chain, place, plan_moves, rebalance_experts, solve
-from lplb_triton.bench.balance import BY_HISTORY, fold_sources, integer_loads, stretches
+from lplb_triton.bench.balance import BY_HISTORY, compute_token_loads, find_stretches, merge_sources
 from lplb_triton.testing.verify import solve_counts
 from lplb_triton.traces.trace import Trace
 
@@ -26,12 +26,12 @@ __all__ = [
     "SEEDS",
     "Case",
     "PublishedError",
-    "impossible",
+    "explain_impossible",
     "judge",
     "make_by_history",
     "measure",
-    "moves_row",
-    "published_row",
+    "measure_moves",
+    "time_published",
     "run",
     "synthetic_cases",
     "trace_cases",
@@ -42,7 +42,7 @@ METHODS = BY_HISTORY
 SEEDS = tuple(range(10))
 SYNTHETIC_HISTORY, SYNTHETIC_TEST = 512, 256
 SPREAD, JITTER = 1.0, 0.3
-# Tokens of a synthetic batch, so that whole tokens mean something.
+# Tokens of a synthetic batch, large enough for whole tokens to approximate the loads.
 SYNTHETIC_TOKENS = 1_000_000
 # Drift between two placements: standard deviation of the logarithm of each expert's mean.
 DRIFT, DRIFT_STEPS = 0.1, 4
@@ -51,7 +51,7 @@ MOVES_EXPERTS = 256
 
 
 class PublishedError(ValueError):
-    """Someone else's file can't be run, or is not what it should be."""
+    """The published file can't be run, or has no such function."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Case:
 def trace_cases(
     trace: Trace, history: float | int, layers: Sequence[int] | None = None
 ) -> tuple[Case, ...]:
-    """Cut every layer of a trace into history and test, each stretch without a gap by itself.
+    """Cut every layer of a trace into history and test, each stretch without a gap separately.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def trace_cases(
     counts = torch.from_numpy(trace.counts.astype(np.int64))
     found = []
     for layer in range(trace.layers) if layers is None else layers:
-        for part in stretches(trace.steps, history):
+        for part in find_stretches(trace.steps, history):
             seen = counts[part.start : part.split, layer].sum(1)
             name = f"layer {layer}, batches {part.start}-{part.stop - 1}"
             test = counts[part.split : part.stop, layer]
@@ -113,7 +113,7 @@ def trace_cases(
 
 
 def synthetic_cases(experts: int = 256, seeds: Sequence[int] = SEEDS) -> tuple[Case, ...]:
-    """Lognormal(0, 1) mean loads with lognormal(0, 0.3) jitter from batch to batch.
+    """Draw lognormal(0, 1) mean loads with lognormal(0, 0.3) jitter from batch to batch.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ def synthetic_cases(experts: int = 256, seeds: Sequence[int] = SEEDS) -> tuple[C
 
 
 def _tokens(load: np.ndarray[Any, np.dtype[np.float64]]) -> torch.Tensor:
-    """Scale each batch to the same number of tokens, whole ones."""
+    """Scale each batch to the same number of tokens, and round to whole tokens."""
     return torch.from_numpy((load / load.sum(1, keepdims=True) * SYNTHETIC_TOKENS).round()).long()
 
 
@@ -163,7 +163,7 @@ def make_by_history(
 
 
 def judge(placement: Placement, test: torch.Tensor, device: torch.device) -> dict[str, float]:
-    """Mean excess of a placement over a perfect balance: even split, program, whole tokens."""
+    """Compute the mean excess over a perfect balance: even split, LP, and LP in whole tokens."""
     counts = test.sum(1)
     some = counts.sum(1) > 0
     counts, test = counts[some], test[some]
@@ -175,7 +175,7 @@ def judge(placement: Placement, test: torch.Tensor, device: torch.device) -> dic
         solution = solve(placement.problem(counts))
     solution.check()
     mean = counts.sum(1).double() / placement.ep_size
-    whole = integer_loads(placement, fold_sources(test, placement.ep_size), solution)
+    whole = compute_token_loads(placement, merge_sources(test, placement.ep_size), solution)
     return {
         "even": float((placement.even_loads(counts).amax(1) / mean).mean()) - 1,
         "lp": float((solution.max_load.double().cpu() / mean).mean()) - 1,
@@ -183,8 +183,8 @@ def judge(placement: Placement, test: torch.Tensor, device: torch.device) -> dic
     }
 
 
-def impossible(experts: int, ep: int, slots: int) -> str | None:
-    """Why experts can't be placed with so many copies, or None where they can."""
+def explain_impossible(experts: int, ep: int, slots: int) -> str | None:
+    """Say why experts can't be placed with so many copies, or return None where they can."""
     if experts % ep:
         return f"EP size {ep} does not divide the {experts} experts"
     most = experts - experts // ep
@@ -260,7 +260,7 @@ def run(
     rows: list[dict[str, Any]] = []
     for n_ranks in ep:
         for spare in slots:
-            if impossible(cases[0].history.shape[1], n_ranks, spare) is not None:
+            if explain_impossible(cases[0].history.shape[1], n_ranks, spare) is not None:
                 continue
             if device.type != "cpu" and not rows:
                 # Kernels are compiled by the first search.
@@ -278,7 +278,7 @@ def run(
     return rows
 
 
-def moves_row(
+def measure_moves(
     ep: int,
     slots: int,
     penalty: float,
@@ -339,7 +339,7 @@ def moves_row(
     return {"ep": ep, "slots": slots, "penalty": penalty, "methods": means}
 
 
-def published_row(
+def time_published(
     path: Path, layers: int = 58, experts: int = 256, repeats: int = 5
 ) -> dict[str, Any]:
     """Time `lplb_triton.rebalance_experts` against the file it follows, and compare results.
@@ -397,7 +397,7 @@ def _published_function(path: Path) -> Callable[..., Any]:
     module = importlib.util.module_from_spec(spec)
 
     def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
-        # Someone else's program may end in any way; none of them is ours.
+        # The published program may raise any error.
         try:
             return function(*arguments)
         except (Exception, SystemExit) as error:

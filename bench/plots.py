@@ -1,4 +1,4 @@
-"""Pictures of benchmark results, drawn by matplotlib without a display."""
+"""Draw benchmark results with matplotlib, without a display."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def balance_png(cells: Sequence[Cell], *, title: str) -> bytes:
     if not drawn:
         raise ValueError("cells must hold at least one combination with results")
     figure = _figure(12, 0.7 + 3.7 * len(drawn))
-    # A file's name may hold dollars.
+    # A file name may hold dollar signs, which start a formula in matplotlib.
     figure.suptitle(title, parse_math=False)
     axes = figure.subplots(len(drawn), 2, squeeze=False)
     for (left, right), cell in zip(axes, drawn, strict=True):

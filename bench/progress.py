@@ -44,7 +44,7 @@ def progress(
 
 
 def _step_labels(parts: Sequence[tuple[str, int]]) -> list[str]:
-    """Return what to say during each step."""
+    """Return the line to show during each step."""
     return [
         f"{number} of {len(parts)}: {name}"
         for number, (name, steps) in enumerate(parts, 1)

@@ -16,7 +16,7 @@ import torch
 
 from lplb_triton.bench import charts
 from lplb_triton.bench.balance import Cell, Options
-from lplb_triton.bench.measure.simulate import slot_tokens
+from lplb_triton.bench.measure.simulate import split_tokens
 from lplb_triton.bench.plots import COLORS
 from lplb_triton.bench.tables import LABELS
 from lplb_triton.traces.trace import Trace, parse_json
@@ -62,7 +62,7 @@ def flows(trace: Trace, options: Options, cell: Cell) -> list[dict[str, int]]:
         and result.stretch.split <= example.batch < result.stretch.stop
     )
     totals = torch.from_numpy(trace.totals()[example.batch, example.layer])
-    tokens = slot_tokens(placement, totals, "lplb", options.tolerance).flatten()
+    tokens = split_tokens(placement, totals, "lplb", options.tolerance).flatten()
     ranks = placement.rank_of_slot.tolist()
     found = []
     for expert, (home, *others) in enumerate(placement.log2phy.tolist()):

@@ -1,4 +1,4 @@
-"""Workloads that balancing is judged on, each with its exact optimum beside it.
+"""Workloads for comparing balancing methods, each with its exact optimum.
 
 A workload is a history that placements are made from and a few test batches of token counts by
 source rank and expert. Everything is drawn from a seed. The last workload has no batches of its
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lplb_triton import Placement, solve
-from lplb_triton.bench.balance import imbalance, integer_loads, make_placement, stretches
+from lplb_triton.bench.balance import compute_token_loads, find_stretches, imbalance, make_placement
 from lplb_triton.bench.placement import METHODS, Case, make_by_history
+from lplb_triton.bench.types import Floats
 from lplb_triton.testing.instances import FAMILIES
 from lplb_triton.testing.verify import SLACK, highs_optimum
 from lplb_triton.traces import trace as traces
@@ -35,8 +35,6 @@ __all__ = [
     "run",
 ]
 
-Floats = NDArray[np.float64]
-
 PLACEMENTS = (
     *("none", "eplb", "chain", "place"),
     *("ring:8", "cube", "hypercube", "torus:4x8", "torus:8x8"),
@@ -44,9 +42,9 @@ PLACEMENTS = (
 ADVERSARIAL = "adversarial"
 HISTORY = 32
 ZIPF_TARGET = 2.0
-# A burst is so many times as large as a usual batch.
+# Factor of the tokens of a burst over those of a usual batch.
 BURST = 8
-# So many are hot in a burst.
+# Hot experts of a burst, and so the least number of experts.
 FEWEST_EXPERTS = 8
 # The adversary may give half of all tokens to as many experts as there are ranks; it tries
 # TRIES exchanges at once, ROUNDS times.
@@ -79,7 +77,7 @@ class Settings:
 
 
 class _Rates(NamedTuple):
-    """What batches are drawn from: loads by expert in any unit, and the weight of each source."""
+    """Rates of the batches: loads by expert in any unit, and the weight of each source."""
 
     history: Floats
     test: Floats
@@ -154,18 +152,19 @@ def _replay(rng: np.random.Generator, s: Settings) -> _Rates:
     recorded = traces.packaged()
     if recorded.experts % s.experts:
         raise ValueError(f"experts must divide the {recorded.experts} that the trace has")
-    available = stretches(recorded.steps, 0.5)[0].stop
+    available = find_stretches(recorded.steps, 0.5)[0].stop
     if HISTORY + s.batches > available:
         raise ValueError(
             f"batches must be at most {available - HISTORY} for the workload replay, which has no "
             f"more recorded, got {s.batches}"
         )
-    # The first stretch of recorded batches, folded where fewer experts are asked for.
+    # The first stretch of recorded batches; for fewer experts, several recorded ones are summed.
     shares = recorded.totals()[: HISTORY + s.batches, 0].reshape(-1, s.experts, 1).astype(float)
     if recorded.experts != s.experts:
         shares = shares.reshape(HISTORY + s.batches, s.experts, -1).sum(2, keepdims=True)
     rates = shares[..., 0]
-    # A gamma of mean 1 and variance 1/4 on every count: far more than sampling gives.
+    # Every count is multiplied by a gamma variable of mean 1 and variance 1/4, which varies it far
+    # more than sampling does.
     return _Rates(rates[:HISTORY], rates[HISTORY:] * rng.gamma(4.0, 0.25, rates[HISTORY:].shape))
 
 
@@ -298,7 +297,7 @@ def adversary(placement: Placement, settings: Settings) -> torch.Tensor:
 
 
 def _lp_loads(placement: Placement, counts: torch.Tensor) -> torch.Tensor:
-    """Rank loads under the LP, ``[batches, ranks]``; the even ones where nothing has a copy."""
+    """Compute rank loads under the LP, ``[batches, ranks]``; without any copies, the even ones."""
     if placement.n_physical == placement.n_logical:
         return placement.even_loads(counts)
     return placement.rank_loads(counts, solve(placement.problem(counts)))
@@ -332,7 +331,7 @@ def judge(placement: Placement, test: torch.Tensor, tolerance: float) -> dict[st
         problem = placement.problem(counts)
         solution = solve(problem, tolerance=tolerance, backend="torch")
         lp = placement.rank_loads(counts, solution)
-        tokens = integer_loads(placement, test, solution).double()
+        tokens = compute_token_loads(placement, test, solution).double()
         masks = problem.mask.expand(problem.n_instances, -1, -1).numpy()
         jobs = zip(problem.weights.numpy(), problem.fixed.numpy(), masks, strict=True)
         optima = np.array([highs_optimum(*job) for job in jobs], dtype=np.float64)
@@ -355,7 +354,7 @@ def judge(placement: Placement, test: torch.Tensor, tolerance: float) -> dict[st
 
 
 def passed(found: dict[str, Any], tolerance: float) -> bool:
-    """Whether the LP was never worse than the even split and never far from HiGHS."""
+    """Say whether the LP was never worse than the even split and always near HiGHS's optimum."""
     near = -SLACK <= found["distance"] <= tolerance + SLACK
     return bool(near and found["worse_than_even"] == 0)
 

@@ -30,5 +30,8 @@ logical_ids = draw_ids(history * torch.randn(EXPERTS).mul(0.3).exp()).to(balance
 physical_ids = balancer.run(logical_ids)  # every id becomes the slot of one of its copies
 
 print(f"first token: experts {logical_ids[0].tolist()} -> slots {physical_ids[0].tolist()}")
-print(f"imbalance before: {measure_imbalance(logical_ids, EXPERTS):.3f}")
-print(f"imbalance after:  {measure_imbalance(physical_ids, placement.n_physical):.3f}")
+counts = torch.bincount(logical_ids.flatten().cpu(), minlength=EXPERTS)
+even = placement.even_loads(counts)[0]  # rank loads if an expert's copies share its tokens evenly
+print(f"imbalance before: {measure_imbalance(logical_ids, EXPERTS):.3f}, without copies")
+print(f"imbalance, even split: {float(even.max() / even.mean()):.3f}")
+print(f"imbalance after:  {measure_imbalance(physical_ids, placement.n_physical):.3f}, by the LP")

@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from moe.corpus import Corpus, build_corpus, draw_begins
 from moe.experts import check_grouped, find_grouped_mm
-from moe.model import MoE, MoELanguageModel, learning_rate, make_optimizer, pick_device
+from moe.model import MoE, MoELanguageModel, compute_learning_rate, make_optimizer, pick_device
 from moe.settings import Config, parse_arguments
 from torch import Tensor, nn
 from torch.nn import functional
@@ -149,8 +149,8 @@ class Recorder:
         return traces.Trace(counts=counts, steps=steps, meta=dict(meta))
 
 
-def rank_imbalance(counts: Tensor) -> Tensor:
-    """Largest over mean rank load with the experts laid out contiguously.
+def measure_imbalance(counts: Tensor) -> Tensor:
+    """Measure the largest over the mean rank load with the experts in order over the ranks.
 
     Parameters
     ----------
@@ -170,7 +170,7 @@ def rank_imbalance(counts: Tensor) -> Tensor:
 
 
 def _describe(config: Config, corpus: Corpus, device: torch.device, grouped: bool, done: int):
-    """Say what a reader of the trace needs to know, with no paths of the machine."""
+    """Describe the run for a reader of the trace, without paths of this machine."""
     settings = asdict(config)
     for name in ("text", "record", "device"):
         del settings[name]
@@ -228,7 +228,7 @@ def train_step(
     """
     device = batch.device
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+        group["lr"] = compute_learning_rate(config, step)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         logits, counts, aux = model(batch[:, :-1])
     loss = functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
@@ -245,8 +245,8 @@ def train_step(
 def train(config: Config, log: Callable[[str], object] = print) -> Result:
     """Train the model and record what the settings ask for.
 
-    Nothing waits for the device between two progress lines: losses, imbalances and counts stay
-    there until the end.
+    The host waits for the device only at progress lines; losses, imbalances and counts stay on
+    the device until the end.
 
     Parameters
     ----------
@@ -298,7 +298,7 @@ def train(config: Config, log: Callable[[str], object] = print) -> Result:
         if recorder is not None:
             recorder.add(step, counts)
         losses[step] = loss
-        imbalance[step] = rank_imbalance(counts)
+        imbalance[step] = measure_imbalance(counts)
 
         done = step + 1
         if done % config.log_every and done < config.steps:

@@ -43,7 +43,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Its functions keep the default group that there is when it is imported: none, at this place.
+# torch.distributed.nn stores the default group at import, so import it before there is one.
 import torch.distributed.nn
 import torch.multiprocessing as mp
 from moe.corpus import build_corpus, draw_begins
@@ -62,7 +62,7 @@ def train(
     group: dist.ProcessGroup,
     log: Callable[[str], object] = print,
 ) -> list[Run]:
-    """Make all runs of the settings, one after the other; collective.
+    """Train every run of the settings, one after the other; collective.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def train(
         trainer = Trainer(settings, balance, device, group, say)
         if settings.resume:
             trainer.load_checkpoint(Path(settings.resume))
-        # What was recorded is written also if training fails.
+        # The recorder writes its file even if training fails.
         with trainer.recorder or nullcontext():
             runs.append(trainer.train(tokens, begins))
         trainer.close()
@@ -102,8 +102,8 @@ def train(
     return runs
 
 
-def report(settings: Settings, runs: Sequence[Run], ranks: int, device: torch.device) -> dict:
-    """Sum the runs up: medians over the steps after the first ``skip``."""
+def make_report(settings: Settings, runs: Sequence[Run], ranks: int, device: torch.device) -> dict:
+    """Summarize the runs by medians over the steps after the first ``skip``."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     chosen = asdict(settings)
     for name in ("text", "checkpoint", "resume", "record", "out"):
@@ -112,7 +112,7 @@ def report(settings: Settings, runs: Sequence[Run], ranks: int, device: torch.de
     for run in runs:
         row: dict[str, Any] = {"balance": run.balance, "final_loss": run.losses[-1]}
         for name in ("step_ms", "moe_ms", "imbalance", "unbalanced"):
-            # The last is left out of nothing: short runs keep at least one step.
+            # A run of fewer steps keeps its last one.
             values = getattr(run, name)
             row[name] = statistics.median(values[min(settings.skip, len(values) - 1) :])
         summary.append(row)
@@ -127,7 +127,7 @@ def report(settings: Settings, runs: Sequence[Run], ranks: int, device: torch.de
     }
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
+def draw_curves(runs: Sequence[Run], path: Path) -> None:
     """Draw loss and imbalance over the steps."""
     tables.require("matplotlib")
     from matplotlib.figure import Figure
@@ -143,8 +143,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def work(rank: int, settings: Settings, store: str | None) -> None:
-    """Be one rank: of `--processes` if there is a ``store``, else of torchrun's."""
+def run_rank(rank: int, settings: Settings, store: str | None) -> None:
+    """Run one rank: one of ``--processes`` if there is a ``store``, else one of torchrun's."""
     minutes = timedelta(minutes=10)
     if store is not None:
         torch.set_num_threads(1)
@@ -164,7 +164,7 @@ def work(rank: int, settings: Settings, store: str | None) -> None:
     try:
         runs = train(settings, device, dist.group.WORLD, lambda line: print(line, flush=True))
         if dist.get_rank() == 0:
-            summary = report(settings, runs, dist.get_world_size(), device)
+            summary = make_report(settings, runs, dist.get_world_size(), device)
             for row in summary["medians"]:
                 print(
                     f"{row['balance']:5s} step {row['step_ms']:.2f} ms, MoE layers "
@@ -173,10 +173,10 @@ def work(rank: int, settings: Settings, store: str | None) -> None:
             if settings.out is not None:
                 folder = Path(settings.out)
                 (folder / "train.json").write_text(json.dumps(summary, indent=1) + "\n")
-                draw(runs, folder / "curves.png")
+                draw_curves(runs, folder / "curves.png")
     finally:
-        # gloo's threads end with their group, if nothing keeps it. Else they let tensors go while
-        # the interpreter ends, which now and then aborts (pytorch/pytorch issue 190489).
+        # Free all references to the group, so that gloo's threads end with it. Otherwise they free
+        # tensors while the interpreter ends, which can abort (pytorch/pytorch issue 190489).
         gc.collect()
         dist.destroy_process_group()
 
@@ -204,12 +204,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in ("train.json", "curves.png"):
                 traces.check_writable(Path(settings.out) / name)
         if "LOCAL_RANK" in os.environ and not settings.processes:
-            work(int(os.environ["LOCAL_RANK"]), settings, None)
+            run_rank(int(os.environ["LOCAL_RANK"]), settings, None)
             return 0
         settings.model(max(settings.processes, 1))
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(
-                work, (settings, str(Path(folder) / "store")), nprocs=max(settings.processes, 1)
+                run_rank, (settings, str(Path(folder) / "store")), nprocs=max(settings.processes, 1)
             )
     except (OSError, ValueError, RuntimeError, mp.ProcessRaisedException) as error:
         print(f"error: {error}", file=sys.stderr)

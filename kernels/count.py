@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lplb_triton import _layout
 from lplb_triton.kernels.launch import KernelCall, launch_call, supports_pdl
 from lplb_triton.kernels.pdl import start_dependents
 from lplb_triton.kernels.report import REPORT_ID, write_report
@@ -23,6 +24,7 @@ SUM_EXPERTS = 4
 # How often a program reads counts that another one has to write, before it gives up. This takes
 # seconds.
 MOST_POLLS = tl.constexpr(1 << 22)
+PENDING_COUNT = tl.constexpr(_layout.PENDING_COUNT)
 
 
 @triton.jit(
@@ -32,7 +34,7 @@ MOST_POLLS = tl.constexpr(1 << 22)
 def count_kernel(
     idx_ptr,  # [n_ids] int32 or int64: logical ids, -1 for none
     by_program_ptr,  # [programs, n_logical] int32: counts by chunk; all of it is written
-    counts_ptr,  # [n_logical] int32: becomes -1, which says that totals are still to come
+    counts_ptr,  # [n_logical] int32: becomes PENDING_COUNT, since totals are still to come
     report_ptr,  # [2] int64, see report.py: any other id outside [0, n_logical), not counted
     n_ids,
     chunk,  # ids of one program
@@ -58,7 +60,8 @@ def count_kernel(
     expert = tl.arange(0, BINS)
     tl.store(by_program_ptr + program * n_logical + expert, bins, mask=expert < n_logical)
     if program == 0:
-        tl.store(counts_ptr + expert, tl.full((BINS,), -1, tl.int32), mask=expert < n_logical)
+        pending = tl.full((BINS,), PENDING_COUNT, tl.int32)
+        tl.store(counts_ptr + expert, pending, mask=expert < n_logical)
 
 
 @triton.jit
@@ -100,9 +103,9 @@ def running_sum_kernel(
 def await_counts(counts_ptr, n, BLOCK: tl.constexpr):
     """Wait until all ``n`` counts are there; returns whether they are, the same in all threads.
 
-    `count_kernel` left -1 in their places. The wait ends after MOST_POLLS reads. Values that a
-    thread reads meanwhile must not be used, since another thread may have read later ones. Loads
-    after this return the counts.
+    `count_kernel` left PENDING_COUNT in their places. The wait ends after MOST_POLLS reads. Values
+    that a thread reads during the wait must not be used, since another thread may have read later
+    ones. Loads after this return the counts.
     """
     complete = tl.full((), 1, tl.int1)
     for first in range(0, n, BLOCK):
@@ -119,15 +122,16 @@ def await_counts(counts_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_counts(counts_ptr, expert):
-    """Load counts of experts, 0 where there is no expert (-1), past any stale line of a cache.
+    """Load counts of experts as float32, 0 where there is no expert (-1).
 
-    Counts below 0, of a failed exchange, become infinite.
+    The load is volatile, or it could return a stale line of a cache. Counts below 0, which are none
+    (see _layout.py), become infinite.
     """
     counts = tl.load(counts_ptr + expert, mask=expert >= 0, other=0, volatile=True)
     return tl.where(counts < 0, float("inf"), counts.to(tl.float32))
 
 
-# Where the arguments that change from batch to batch are among those of `count_call`.
+# Positions of the arguments that change from batch to batch, among those of `count_call`.
 COUNT_IDX_AT, COUNT_N_IDS_AT, COUNT_CHUNK_AT = 0, 4, 5
 
 
@@ -160,9 +164,9 @@ def count_by_program(
 ) -> None:
     """Count contiguous ``idx`` by chunk.
 
-    ``running`` [n_sms, n_logical] int32 is written, and ``counts`` [n_logical] int32 becomes -1
-    until `sum_by_program` or `solve_counts` has summed the rows; ``report`` [2] int64 is memory
-    that kernel and host can reach (pinned on a GPU), see `read_report`.
+    ``running`` [n_sms, n_logical] int32 is written, and ``counts`` [n_logical] int32 becomes
+    PENDING_COUNT until `sum_by_program` or `solve_counts` has summed the rows. ``report`` [2] int64
+    is memory that kernel and host can reach (pinned on a GPU), see `read_report`.
     """
     launch_call(count_call(idx, running, counts, report, chunk))
 

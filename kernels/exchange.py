@@ -1,9 +1,10 @@
 """Sum counts over ranks through memory that all of them can write: the kernel, and its launcher.
 
-A rank's buffer holds, per channel, two slots, each with one row by sender: the version of the
-placement, the number of counts with the way the channel was opened, and the counts. Each is a word
-of 64 bits with the epoch in its upper half. A word tells by itself whether it has arrived, so that
-there is no flag, no fence, and no order among words. docs/sync.md says why the protocol holds.
+A rank's buffer has two slots for each channel, and a slot has a row for each sender. A row holds
+the version of the placement, the number of counts together with how the channel was opened, and the
+counts. Each of these is a word of 64 bits with the epoch in its upper half, so a word shows by
+itself whether it has arrived: there is no flag, no fence, and no order among words. docs/sync.md
+says why the protocol holds.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _tag_words(number, epoch):
 
 @triton.jit
 def _has_arrived(word, epoch):
-    """Whether a word is of this epoch."""
+    """Tell whether words belong to this epoch."""
     return (word >> 32).to(tl.int32) == epoch
 
 
@@ -113,10 +114,10 @@ def _await_rows(
 ):  # fmt: skip
     """Add up all ranks' rows as they arrive, and copy them if GATHER.
 
-    Reads the headers with every read of a tile of counts, and ends early when one belongs to
-    another call. ``timeout_ms`` is a number of reads where there is no clock. Returns how many
-    words of the last read had not arrived, and by lane whether the rank came with another version
-    or ``call``, and with which.
+    The headers are read with every read of a tile of counts, and the wait ends early when one
+    belongs to another call. ``timeout_ms`` is a number of reads where there is no clock. Returns
+    how many words of the last read had not arrived, and by lane whether the rank has sent another
+    version or another ``call``, its version, and its call.
     """
     header_ptr = rows_ptr + tl.arange(0, LANES) * row_words
     lane = tl.arange(0, LANES)
@@ -137,9 +138,9 @@ def _await_rows(
         for first_row in range(0, n_ranks, ROWS):
             row, cell_ptr, mask = tile_rows(rows_ptr, row_words, HEADER, first_row, at, n_ranks, n)
             words = tl.zeros((ROWS, BLOCK), dtype=tl.int64)
-            # If words of the tile before had not arrived in time, no further tile is waited for.
+            # Once words of a tile have not arrived in time, no further tile is waited for.
             waiting = (missing == 0) & (n_mismatched == 0)
-            # Only sums that all threads share decide, so that all threads leave together.
+            # The loop ends by sums that all threads share, so that all threads leave together.
             while waiting:
                 their_version = tl.load(header_ptr, mask=present, other=0, volatile=True)
                 their_call = tl.load(header_ptr + 1, mask=present, other=0, volatile=True)
@@ -214,7 +215,7 @@ def exchange_counts(
     n_ranks,
     capacity,  # counts that a row of the buffers holds
     timeout_ms,
-    opening,  # how the channel came to be, in 15 bits: the same on all ranks
+    opening,  # how the channel was opened, in 15 bits: the same on all ranks
     channel,
     n,  # number of counts, in 16 bits: the same on all ranks
     complete,  # int1: whether this rank's counts are there; if not, it takes no part
@@ -226,8 +227,8 @@ def exchange_counts(
 ):
     """Sum counts over the ranks, by one program.
 
-    A buffer is [CHANNELS, 2, n_ranks, HEADER + capacity] int64, at first zero. What is written here
-    other threads may read after a barrier.
+    A buffer is [CHANNELS, 2, n_ranks, HEADER + capacity] int64, at first zero. Other threads may
+    read after a barrier what is written here.
     """
     lane = tl.arange(0, LANES)
     present = lane < n_ranks
@@ -289,7 +290,7 @@ def sum_over_ranks_kernel(
     n_ranks,
     capacity,  # counts that a row of the buffers holds
     timeout_ms,
-    opening,  # how the channel came to be, in 15 bits: the same on all ranks
+    opening,  # how the channel was opened, in 15 bits: the same on all ranks
     channel,
     n,  # number of counts, in 16 bits: the same on all ranks
     CHANNELS: tl.constexpr,
@@ -308,11 +309,11 @@ def sum_over_ranks_kernel(
 
 
 class Channel(NamedTuple):
-    """Where an exchange happens: calls of one channel come in the same order on every rank."""
+    """One of the channels of an exchange, whose calls are in the same order on every rank."""
 
     number: int
     opening: int = 0
-    """How the channel came to be, in 15 bits; the same on every rank."""
+    """How the channel was opened, in 15 bits; the same on every rank."""
 
 
 FIRST_CHANNEL = Channel(0)
@@ -341,7 +342,7 @@ class Exchange(NamedTuple):
     timeout_ms: int
 
     def args(self, channel: Channel) -> tuple[Any, ...]:
-        """Run-time arguments of a kernel that does the exchange, the channel's last."""
+        """Return the run-time arguments of a kernel that does the exchange, the channel's last."""
         gathered = self.total if self.gathered is None else self.gathered
         return (
             self.total, gathered, *self[2:7],
@@ -350,7 +351,7 @@ class Exchange(NamedTuple):
         )  # fmt: skip
 
     def constants(self) -> tuple[int, ...]:
-        """Channels, block, whether to gather, and whether this is a GPU."""
+        """Return the compile-time arguments: CHANNELS, BLOCK, GATHER and ON_GPU."""
         return (
             self.gates.numel(),
             choose_block(self.total.numel()),
@@ -366,7 +367,7 @@ def choose_block(n: int) -> int:
 
 
 def channel_words(n_ranks: int, capacity: int) -> int:
-    """64-bit words of one channel in a rank's buffer."""
+    """Return the number of 64-bit words of one channel in a rank's buffer."""
     return 2 * n_ranks * (_layout.HEADER_WORDS + capacity)
 
 

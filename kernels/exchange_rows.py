@@ -11,7 +11,7 @@ from lplb_triton import _layout
 # one thread, and no two threads can hold different copies of it.
 WARPS = 4
 # Rows that are written or read at a time. A tile of them has at least as many words as there are
-# threads, so that every word is in one thread.
+# threads, so every word is in one thread only.
 ROWS = tl.constexpr(8)
 MAX_COUNT = tl.constexpr(_layout.MAX_COUNT)
 NO_COUNT = tl.constexpr(_layout.NO_COUNT)
@@ -56,7 +56,7 @@ def write_failure(
     counts_ptr, total_ptr, gathered_ptr, rank, n_ranks, n,
     BLOCK: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
-    """Write what a failed call returns: no totals, and of all counts this rank's only."""
+    """Write what a failed call returns: NO_COUNT as totals, and 0 as the counts of other ranks."""
     for first in range(0, n, BLOCK):
         at = first + tl.arange(0, BLOCK)
         tl.store(total_ptr + at, tl.full((BLOCK,), NO_COUNT, tl.int32), mask=at < n)
@@ -86,5 +86,5 @@ def write_status(
 
 
 def status_words(n_ranks: int) -> int:
-    """int64 words of the status of a group of ranks."""
+    """Return the number of int64 words of the status of a group of ranks."""
     return _layout.STATUS_FIRST + _layout.STATUS_FIELDS * n_ranks

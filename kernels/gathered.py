@@ -26,7 +26,11 @@ FAULT_MISMATCH = tl.constexpr(_layout.FAULT_MISMATCH)
 
 @triton.jit
 def _find_mismatches(rows_ptr, row_words, present, version, n, LANES: tl.constexpr):
-    """Return 1 in the lanes of ranks whose row is of another call, its versions and lengths."""
+    """Find the ranks whose row belongs to another call.
+
+    Returns by lane, int32: 1 for such a rank and 0 for others, the row's version, and its number of
+    counts.
+    """
     header_ptr = rows_ptr + tl.arange(0, LANES) * row_words
     their_version = tl.load(header_ptr + 1, mask=present, other=0)
     their_n = tl.load(header_ptr + 2, mask=present, other=0)

@@ -1,4 +1,4 @@
-"""How kernels are compiled and launched; knows no kernel in particular."""
+"""Compile and launch any kernel."""
 
 from __future__ import annotations
 
@@ -73,11 +73,13 @@ def is_profiled() -> bool:
 
 
 def _key(call: KernelCall) -> tuple[Any, ...]:
+    """Return what the compiled kernel of a call depends on."""
     dtypes = tuple([a.dtype for a in call.args if isinstance(a, torch.Tensor)])
     return call.kernel, call.args[0].device.index, call.constants, dtypes
 
 
 def _compile(call: KernelCall) -> Any:
+    """Compile the kernel of a call for the GPU of its tensors."""
     with use_device(call.args[0].device.index):
         args, grid = (*call.args, *call.constants), (call.grid,)
         return call.kernel.warmup(*args, grid=grid, **call.options)

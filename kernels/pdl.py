@@ -17,8 +17,8 @@ def start_dependents(PDL: tl.constexpr):
 def await_previous(PDL: tl.constexpr):
     """Wait until the kernel before has ended and its writes can be read.
 
-    Every program has to: if a kernel ended before the one ahead of it, a third one could overtake
-    both.
+    Every program has to wait: if a kernel ended before the one ahead of it did, a third one could
+    overtake both.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()

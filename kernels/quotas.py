@@ -12,23 +12,52 @@ import triton
 import triton.language as tl
 
 from lplb_triton.kernels.launch import KernelCall, launch_call
-from lplb_triton.kernels.rounding import SHARE_BITS, rounding_offset
+from lplb_triton.kernels.rounding import SHARE_BITS, compute_rounding_offset
 
 
 @triton.jit
-def _overlap(begin, size, other_begin, other_size):
+def _measure_overlap(begin, size, other_begin, other_size):
     """Return the length of the intersection of two intervals."""
     end = tl.minimum(begin + size, other_begin + other_size)
     return tl.maximum(end - tl.maximum(begin, other_begin), 0)
 
 
 @triton.jit
-def _global_end(cumulative_ptr, first, j, n_copies, total, offset):
+def _compute_global_quota_end(cumulative_ptr, first, j, n_copies, total, offset):
     """Count all ranks' tokens of an expert that go to copies up to ``j`` (equation 15)."""
     inner = (j >= 0) & (j < n_copies - 1)
     share = tl.load(cumulative_ptr + first + j, mask=inner, other=0).to(tl.int64)
     end = tl.where(inner, (total * share + offset) >> SHARE_BITS, 0)
     return tl.where(j == n_copies - 1, total, end).to(tl.int32)
+
+
+@triton.jit
+def _match_ranks(
+    supply_ptrs, cumulative_ptr, copy_index_ptr, there, begin, demand, first, j, n_copies, total,
+    offset,
+):  # fmt: skip
+    """Match ranks with the copies that they hold, in order of copies (equation 16).
+
+    All arguments from ``there`` to ``demand`` are by copy: ``begin`` is the sum of what the copies
+    before take, ``supply_ptrs`` are the addresses of the holder's counts. Returns, by copy, the
+    tokens that its rank keeps.
+    """
+    supply = tl.load(supply_ptrs, mask=there, other=0)
+    index = tl.load(copy_index_ptr + first + j, mask=there, other=0)
+    taken_before = begin - _compute_global_quota_end(
+        cumulative_ptr, first, j - index - 1, n_copies, total, offset
+    )
+    return tl.minimum(tl.maximum(supply - taken_before, 0), demand)
+
+
+@triton.jit
+def _make_shares(quota, count, rank, expert):
+    """Make the cumulative shares that turn a rank's ``count`` into ``quota``, by copy (17)."""
+    end = tl.cumsum(quota, 0).to(tl.int64)
+    offset = compute_rounding_offset(rank.to(tl.int64), expert.to(tl.int64))
+    size = tl.maximum(count, 1).to(tl.int64)
+    share = ((end << SHARE_BITS) - offset + size - 1) // size
+    return tl.where(end > 0, share, 0).to(tl.int32)
 
 
 @triton.jit
@@ -58,12 +87,12 @@ def _match_nodes(
         offered = tl.sum(tl.where(node == at, supply, 0), 0) - home
         matched = tl.minimum(offered, tl.sum(wanted, 0))
         begin = tl.cumsum(wanted, 0) - wanted
-        rest -= _overlap(begin, wanted, 0, matched)
+        rest -= _measure_overlap(begin, wanted, 0, matched)
         if at < rank // ranks_per_node:
             left_before += offered - matched
         if at == rank // ranks_per_node:
-            own_matched = _overlap(own_before, own, 0, matched)
-            here = _overlap(begin, wanted, own_before, own_matched)
+            own_matched = _measure_overlap(own_before, own, 0, matched)
+            here = _measure_overlap(begin, wanted, own_before, own_matched)
             quota += here
             on_node += tl.sum(here, 0)
             left_before += tl.maximum(own_before - matched, 0)
@@ -105,18 +134,16 @@ def divide_quotas_kernel(
 
     # Equation 15: what each copy takes of all ranks' tokens.
     total = tl.sum(supply, 0).to(tl.int64)
-    offset = rounding_offset(0, expert.to(tl.int64))
-    end = _global_end(cumulative_ptr, first, j, n_copies, total, offset)
-    begin = _global_end(cumulative_ptr, first, j - 1, n_copies, total, offset)
+    offset = compute_rounding_offset(0, expert.to(tl.int64))
+    end = _compute_global_quota_end(cumulative_ptr, first, j, n_copies, total, offset)
+    begin = _compute_global_quota_end(cumulative_ptr, first, j - 1, n_copies, total, offset)
     demand = tl.where(there, end - begin, 0)
 
     # Equation 16: own rank first, its copies in order.
-    from_holder = tl.load(gathered_ptr + holder * n_logical + expert, mask=there, other=0)
-    index = tl.load(copy_index_ptr + first + j, mask=there, other=0)
-    taken_before = begin - _global_end(
-        cumulative_ptr, first, j - index - 1, n_copies, total, offset
-    )
-    at_home = tl.minimum(tl.maximum(from_holder - taken_before, 0), demand)
+    at_home = _match_ranks(
+        gathered_ptr + holder * n_logical + expert, cumulative_ptr, copy_index_ptr, there, begin,
+        demand, first, j, n_copies, total, offset,
+    )  # fmt: skip
     quota = tl.where(holder == rank, at_home, 0)
     kept = tl.sum(quota, 0)
     rest = demand - at_home
@@ -129,14 +156,10 @@ def divide_quotas_kernel(
 
     # Then the other nodes.
     begin = tl.cumsum(rest, 0) - rest
-    quota += _overlap(begin, rest, left_before, own)
+    quota += _measure_overlap(begin, rest, left_before, own)
 
-    # Equation 17: the share that this rank's rounding turns into this quota.
-    end = tl.cumsum(quota, 0).to(tl.int64)
-    offset = rounding_offset(rank.to(tl.int64), expert.to(tl.int64))
-    size = tl.maximum(count, 1).to(tl.int64)
-    share = ((end << SHARE_BITS) - offset + size - 1) // size
-    share = tl.where(end > 0, share, 0).to(tl.int32)
+    # Equation 17: the shares that this rank's rounding turns into these quotas.
+    share = _make_shares(quota, count, rank, expert)
     tl.store(mine_ptr + first + j, share, mask=there)
     tl.atomic_add(traffic_ptr, kept.to(tl.int64), sem="relaxed")
     tl.atomic_add(traffic_ptr + 1, on_node.to(tl.int64), sem="relaxed")

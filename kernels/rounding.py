@@ -1,4 +1,4 @@
-"""How shares become whole tokens: the units of shares, and where rounding begins.
+"""The units of shares, and the offset at which their rounding to whole tokens begins.
 
 Equation numbers refer to docs/method.md.
 """
@@ -18,6 +18,6 @@ OFFSET_BY_EXPERT = tl.constexpr(_layout.OFFSET_BY_EXPERT)
 
 
 @triton.jit
-def rounding_offset(rank, expert):
-    """Return where a rank's rounding of an expert begins (equation 13); both int64."""
+def compute_rounding_offset(rank, expert):
+    """Return the offset of a rank's rounding of an expert (equation 13); all are int64."""
     return (expert * OFFSET_BY_EXPERT + rank * OFFSET_BY_RANK + SHARE_HALF) & SHARE_MASK

@@ -1,7 +1,7 @@
 """Rewrite logical ids into physical ids: the kernel, and its launcher.
 
-The batch is cut into chunks as count.py does, whose positions of tokens are needed here. Equation
-numbers refer to docs/method.md.
+The batch is cut into the same chunks as in count.py, whose running sums say at which position each
+chunk's tokens begin. Equation numbers refer to docs/method.md.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from lplb_triton.kernels.count import pad_experts
 from lplb_triton.kernels.launch import KernelCall, launch_call, supports_pdl
 from lplb_triton.kernels.pdl import await_previous
 from lplb_triton.kernels.report import BAD_CUMULATIVE, BAD_RUNNING, REPORT_INPUT, write_report
-from lplb_triton.kernels.rounding import SHARE_BITS, SHARE_MASK, rounding_offset
+from lplb_triton.kernels.rounding import SHARE_BITS, SHARE_MASK, compute_rounding_offset
 
 # Ids that one program handles at a time. The kernel compares all pairs of them.
 SELECT_BLOCK = 256
+# uint32 holds the square of every count below this.
+WIDE_COUNT = tl.constexpr(1 << 16)
 
 
 @triton.jit
-def _quota_end(cumulative_ptr, copy, count, offset):
+def _compute_quota_end(cumulative_ptr, copy, count, offset):
     """Count this rank's tokens of an expert that go to ``copy`` or an earlier one (equation 12)."""
     share = tl.load(cumulative_ptr + copy).to(tl.int64)
     return (count * share + offset) >> SHARE_BITS
@@ -42,7 +44,7 @@ def _find_copy(cumulative_ptr, low, high, position, count, offset, steps, INTEGE
     for _ in range(steps):
         inner = low < high
         middle = (low + high) // 2
-        middle_end = _quota_end(cumulative_ptr, middle, count, offset)
+        middle_end = _compute_quota_end(cumulative_ptr, middle, count, offset)
         quota = (middle_end - low_end).to(INTEGER)
         divisor = tl.maximum(size, 1).to(INTEGER)
         scaled = position * quota + size // 2
@@ -58,8 +60,33 @@ def _find_copy(cumulative_ptr, low, high, position, count, offset, steps, INTEGE
 
 
 @triton.jit
+def _find_copies(cumulative_ptr, low, high, position, count, offset, steps, n_ids):
+    """Find copies as `_find_copy` does, in uint32 if counts, at most ``n_ids`` each, allow it."""
+    most = n_ids
+    if n_ids >= WIDE_COUNT:
+        most = tl.max(count)
+    if most < WIDE_COUNT:
+        low = _find_copy(cumulative_ptr, low, high, position, count, offset, steps, tl.uint32)
+    else:
+        low = _find_copy(cumulative_ptr, low, high, position, count, offset, steps, tl.int64)
+    return low
+
+
+@triton.jit
+def _count_equal_ahead(expert, known, earlier):
+    """Count the tokens of a block that are ahead of each one and have its expert.
+
+    All pairs are compared, so the result does not depend on timing. ``earlier`` [BLOCK, BLOCK] is
+    whether the first token of a pair is ahead of the second.
+    """
+    tag = tl.where(known, expert, -1)
+    same = (tag[:, None] == tag[None, :]) & earlier
+    return tl.sum(same.to(tl.int32), 0)
+
+
+@triton.jit
 def _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count, offset):
-    """Report positions that are no less than their counts, and shares that are none.
+    """Report positions that are not below their counts, and values that can't be shares.
 
     The shares of an expert's first copy must be in range, and those of its last one must end at
     the count.
@@ -67,7 +94,7 @@ def _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count,
     write_report(report_ptr, REPORT_INPUT, BAD_RUNNING, known & (position >= count))
     first_end = tl.load(cumulative_ptr + low)
     bad = (first_end < 0) | (first_end > SHARE_MASK + 1)
-    bad |= _quota_end(cumulative_ptr, high, count.to(tl.int64), offset) != count
+    bad |= _compute_quota_end(cumulative_ptr, high, count.to(tl.int64), offset) != count
     write_report(report_ptr, REPORT_INPUT, BAD_CUMULATIVE, known & bad)
 
 
@@ -119,10 +146,7 @@ def select_kernel(
         e = tl.where(known, ids, 0).to(tl.int32)
         low = tl.load(copy_start_ptr + e)
         high = tl.load(copy_start_ptr + e + 1) - 1
-        # Rank within the block by comparing all pairs: stable, hence deterministic.
-        tag = tl.where(known, e, -1)
-        same = (tag[:, None] == tag[None, :]) & earlier
-        position = tl.sum(same.to(tl.int32), 0)
+        position = _count_equal_ahead(e, known, earlier)
         if block == begin:
             # The work before this overlaps with the solve, whose end this waits for.
             await_previous(PDL)
@@ -133,16 +157,10 @@ def select_kernel(
         if block + BLOCK < end:
             seen += tl.histogram(e, BINS, mask=known)
 
-        offset = rounding_offset(rank.to(tl.int64), e.to(tl.int64))
+        offset = compute_rounding_offset(rank.to(tl.int64), e.to(tl.int64))
         if CHECK:
             _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count, offset)
-        most = n_ids
-        if n_ids >= 65536:
-            most = tl.max(count)
-        if most < 65536:
-            low = _find_copy(cumulative_ptr, low, high, position, count, offset, steps, tl.uint32)
-        else:
-            low = _find_copy(cumulative_ptr, low, high, position, count, offset, steps, tl.int64)
+        low = _find_copies(cumulative_ptr, low, high, position, count, offset, steps, n_ids)
         slot = tl.load(copy_slot_ptr + low)
         physical = tl.where(known, slot, -1).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, physical, mask=at < end)
@@ -160,7 +178,7 @@ class SelectTables(NamedTuple):
     """[1] halvings that the largest number of copies takes."""
 
 
-# Where the arguments that change from batch to batch are among those of `select_call`.
+# Positions of the arguments that change from batch to batch, among those of `select_call`.
 SELECT_IDX_AT, SELECT_OUT_AT = 0, 1
 SELECT_N_IDS_AT = 5 + len(SelectTables._fields)
 SELECT_CHUNK_AT = SELECT_N_IDS_AT + 1

@@ -15,14 +15,14 @@ __all__ = ["LayerPlacement", "agree_on_placements"]
 
 
 class LayerPlacement(NamedTuple):
-    """The placement of one layer, with the number that tells this layer from others."""
+    """The placement of one layer, with the numbers that identify the layer."""
 
     placement: Placement
     layer_id: tuple[int, ...]
 
     @property
     def version(self) -> int:
-        """Checksum in 32 bits that tells this layer with this placement from others."""
+        """Checksum in 32 bits of the layer's id and placement, which is sent with the counts."""
         table = self.placement.phy2log.numpy().tobytes()
         return message_version(table, str((self.layer_id, self.placement.n_group)).encode())
 

@@ -1,4 +1,4 @@
-"""What the host and the kernels must agree on: plain integers, without torch or Triton.
+"""Numbers that the host and the kernels share; this module imports neither torch nor Triton.
 
 Kernels wrap a number that they use as a compile-time constant, ``X = tl.constexpr(_layout.X)``.
 """
@@ -62,12 +62,12 @@ class CellField(enum.IntEnum):
 
 N_CELL_FIELDS = len(CellField)
 
-# Words of ``edges`` and of ``pairs`` have four fields of this many bits, the first one lowest.
+# Words of ``edges`` and of ``pairs`` have four fields of so many bits, field 0 lowest.
 FIELD_BITS = 16
 FIELD_MASK = (1 << FIELD_BITS) - 1
-# A field of ``pairs`` that holds nothing.
+# The value of a field of ``pairs`` that is empty.
 PAIR_FIELD = FIELD_MASK
-# Edges hold the numbers of their cells in a field.
+# The most cells of a group: a field of ``edges`` holds the number of a cell.
 MOST_CELLS = 1 << FIELD_BITS
 
 # Cells of a rank that the kernels sum at once: ``rank_cells`` is padded to whole such blocks.
@@ -76,20 +76,19 @@ RANK_CELLS = 8
 # numbers.
 ROW_CELLS = 8
 ROW_WORDS = ROW_CELLS + 4
-# Copies of a column that are looked at side by side; their ranks have the table ``first_ranks``.
+# Copies of a column whose ranks are loaded at once, from the table ``first_ranks``.
 COPIES_AT_ONCE = 4
-# Members of a column that are looked at side by side, in the table ``first_members`` (a power of
-# two).
+# Members of a column that are loaded at once, from the table ``first_members``; a power of two.
 MEMBERS = 4
 
-# Ranks up to which columns that are pairs are solved in registers, how many ranks a warp takes at
-# once, and how many edges a lane may have: more of them don't stay in registers.
+# Limits of levelling in registers, for placements whose columns are pairs: ranks of a group, ranks
+# of a slice, and edges of a lane, since more of them don't stay in registers.
 PAIR_RANKS = 64
 PAIR_LANES = 32
 PAIR_EDGES = 8
 
-# float32 words of scratch memory of a group for each rank, column, cell and row; one for each
-# thread comes on top.
+# A group's scratch memory has so many float32 words for each rank, column, cell and row, and one
+# more for each thread.
 SCRATCH_BY_RANK = 4
 SCRATCH_BY_COLUMN = 1
 SCRATCH_BY_CELL = 4
@@ -97,9 +96,15 @@ SCRATCH_BY_ROW = 2
 
 # Exchange of counts between ranks.
 
-# The largest count, and the largest sum of counts.
+# The largest count, and the largest sum of counts: they are int32.
 MAX_COUNT = (1 << 31) - 1
-# The sum of a failed exchange, or one that int32 does not hold: no solver takes it for tokens.
+# Negative numbers stand in the place of counts that are not there. No solver takes them for tokens,
+# and a sum over ranks to which one of them belongs is NO_COUNT.
+# A count that the caller gave outside [0, MAX_COUNT].
+INVALID_COUNT = -1
+# A total that the kernels have still to add up; programs of the same launch wait for it.
+PENDING_COUNT = -1
+# The sum of a failed exchange, or a sum over ranks above MAX_COUNT.
 NO_COUNT = -2
 # An exchange through peer memory takes at most so many ranks.
 MAX_RANKS = 128

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
@@ -34,7 +35,7 @@ class Membership:
     backend : Backend
         Its tables are written here.
     layer_id : tuple of int
-        Tells the layer from others of this process.
+        Distinguishes the layer from others of this process.
     own_rank : int or None
         The rank that the caller has given; None takes the group's.
     sync : str or Communicator
@@ -71,7 +72,7 @@ class Membership:
 
     @property
     def ranks(self) -> tuple[int, ...] | None:
-        """Global ranks of the group, or of the one that was lost; None without either."""
+        """Global ranks of the layer's group, or `saved_ranks` if it has no group now."""
         if self.layer.group is None:
             return self.saved_ranks
         return tuple(dist.get_process_group_ranks(self.layer.group))
@@ -87,9 +88,13 @@ class Membership:
         purpose: str,
         group: dist.ProcessGroup | None,
         sync: str | Communicator,
+        warmup: Callable[[], None],
         domain_size: int | None = None,
     ) -> None:
-        """Take rank 0's placement, this rank's number and a communicator; collective."""
+        """Take rank 0's placement, this rank's number and a communicator; collective.
+
+        ``warmup`` is `Balancer.warmup`. It is not kept, since the balancer owns this object.
+        """
         layer, communicator = self.layer, None
         if group is not None and group.size() != layer.placement.ep_size:
             raise ValueError(f"group must have {layer.placement.ep_size} ranks, got {group.size()}")
@@ -107,12 +112,14 @@ class Membership:
         self.backend.follow_communicator()
         self.write_idle(agreed)
         if communicator is not None and communicator.waits_on_device:
-            self._load_kernels(purpose, communicator, limit)
+            self._load_kernels(purpose, communicator, warmup, limit)
 
-    def _load_kernels(self, purpose: str, communicator: Communicator, limit: float) -> None:
+    def _load_kernels(
+        self, purpose: str, communicator: Communicator, warmup: Callable[[], None], limit: float
+    ) -> None:
         """Load all kernels on all ranks, before any kernel waits for another rank."""
         try:
-            self.backend.warmup()
+            warmup()
             barrier(communicator.group, f"{purpose}, kernels loaded", limit)
         except BaseException:
             self._release(local=True)
@@ -174,7 +181,7 @@ class Membership:
             release(communicator, local)
 
     def _is_shared(self, communicator: Communicator | None) -> TypeGuard[Communicator]:
-        """Whether there is a communicator that balancers share, not one that the caller gave."""
+        """Whether ``communicator`` exists and was made by `_acquire`, not given by the caller."""
         return communicator is not None and not isinstance(self.sync, Communicator)
 
 

@@ -18,7 +18,7 @@ __all__ = ["copy_balancer", "load_balancer", "saved_state"]
 
 B = TypeVar("B", bound="Balancer")
 
-# The tensors of a layer that copies and files keep.
+# Tensors of a layer that copies and files keep.
 COUNTERS = ("certified", "solves", "uncertified", "traffic")
 
 
@@ -31,7 +31,7 @@ def copy_balancer(balancer: B) -> B:
 
 
 def saved_state(balancer: Balancer) -> dict[str, Any]:
-    """Return everything that a file keeps; the names in it are those of files made before."""
+    """Return everything that a file keeps; its names are also those in older files."""
     layer, member = balancer._layer, balancer._membership
     return {
         "placement": layer.placement,

@@ -89,8 +89,8 @@ class BatchSteps:
     def solve(self, counts: torch.Tensor, *, certified: torch.Tensor | None = None) -> Solution:
         """Solve the LP of every group for counts summed over all ranks.
 
-        With ``solver="levelling"`` what `run` needs comes from the first of two launches, the
-        shares from the second.
+        With ``solver="levelling"`` this takes two launches: the first one is the solve of `run`,
+        the second one writes the shares.
 
         Parameters
         ----------
@@ -121,7 +121,7 @@ class BatchSteps:
 
     @opaque
     def cumulative_shares(self, shares: torch.Tensor) -> torch.Tensor:
-        """Cumulative shares by copy, as `select` wants them (method.md, equation 12).
+        """Return cumulative shares by copy, which `select` takes (method.md, equation 12).
 
         Parameters
         ----------
@@ -151,7 +151,7 @@ class BatchSteps:
     def select(
         self, idx: torch.Tensor, cumulative: torch.Tensor, running: torch.Tensor
     ) -> torch.Tensor:
-        """Physical ids for given cumulative shares; quotas are met exactly.
+        """Return physical ids for given cumulative shares; quotas are met exactly.
 
         Parameters
         ----------
@@ -165,13 +165,13 @@ class BatchSteps:
         Returns
         -------
         torch.Tensor
-            Like `run`.
+            Physical ids, contiguous, of the shape and dtype of ``idx``.
 
         Raises
         ------
         TypeError, ValueError, RuntimeError
-            As `run` does, also for counts that aren't those of ``idx`` and for what is no
-            cumulative share.
+            As `run` does; also if ``running`` doesn't hold the counts of ``idx``, or if
+            ``cumulative`` holds something else than cumulative shares.
         """
         p, device = self._layer.placement, self._layer.device
         check_ids("idx", idx, device)

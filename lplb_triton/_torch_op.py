@@ -36,9 +36,9 @@ def register(backend: _Runner) -> int:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor may be used without the operators, which only tracing needs.
+    """Whether a call with this tensor can skip the operators.
 
-    It may unless torch.compile is tracing, the tensor is of a subclass, or a dispatch mode is on.
+    It can unless torch.compile is tracing, the tensor is of a subclass, or a dispatch mode is on.
     """
     return (
         not torch.compiler.is_compiling()
@@ -68,7 +68,7 @@ def outside_modes() -> Iterator[None]:
 
 
 def opaque(method: F) -> F:
-    """Decorate a method to work `outside_modes`, unless it is given tensors of a subclass."""
+    """Decorate a method to run `outside_modes`, unless it is given tensors of a subclass."""
 
     @functools.wraps(method)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lplb_triton._consensus import LayerPlacement, agree_on_placements
 from lplb_triton._membership import wait_for_device
 from lplb_triton.placement import Placement
+from lplb_triton.placement.moves import require_placement
 
 if TYPE_CHECKING:
     from lplb_triton.balancer import Balancer
@@ -25,7 +26,7 @@ def update_placements(
 ) -> list[Placement]:
     """Write other placements of the same sizes into the device tables; collective.
 
-    However many layers there are, the ranks wait for one another once, and for the device twice.
+    The ranks wait for one another once, and for the device twice, however many layers there are.
 
     Parameters
     ----------
@@ -39,8 +40,8 @@ def update_placements(
         What is wrong with this rank's arguments. It is raised here once the other ranks know of it,
         and they raise too.
     also : callable
-        Called with the placements agreed on while the device is idle, to write what else belongs
-        to them.
+        Called with the placements agreed on, while the device is idle, to write other data that
+        depends on them.
 
     Returns
     -------
@@ -73,8 +74,10 @@ def update_placements(
 
 def _find_refusal(old: Placement, placement: object) -> Exception | None:
     """Return the error for a placement that can't replace ``old``, or None."""
-    if not isinstance(placement, Placement):
-        return TypeError(f"placement must be a Placement, got {type(placement).__name__}")
+    try:
+        placement = require_placement("placement", placement)
+    except TypeError as error:
+        return error
     for name in ("n_logical", "n_physical", "ep_size", "n_group", "max_columns"):
         if getattr(placement, name) != getattr(old, name):
             return ValueError(

@@ -1,4 +1,4 @@
-"""The per-batch pipeline for any placement: count, sync, solve, select."""
+"""The balancer: for every batch it counts, sums over ranks, solves and selects."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from lplb_triton._steps import BatchSteps
 from lplb_triton._torch_op import is_plain, opaque, register
 from lplb_triton._updates import update_placements
 from lplb_triton.placement import Placement
+from lplb_triton.placement.moves import require_placement
 from lplb_triton.solver import (
     DEFAULT_MAX_ITERATIONS,
     DEFAULT_TOLERANCE,
@@ -52,26 +53,28 @@ class Balancer(BatchSteps):
     Parameters
     ----------
     placement : Placement
-        Where experts are. With a ``group``, rank 0's placement is broadcast and used by all.
+        The expert of every slot. With a ``group``, rank 0's placement is broadcast and used by
+        all.
     group : torch.distributed.ProcessGroup or None
         The EP group to sum counts over. ``None``: counts are global as they are (one process,
         or the caller has summed them).
     rank : int or None
         This rank's number in the EP group; by default the group's, or 0 without one. It only
-        decides how this rank rounds its quotas. Not with ``quotas="global"``.
+        decides how this rank rounds its quotas. It can't be given with ``quotas="global"`` or
+        ``"replicated"``.
     device : torch.device, str or None
-        Where ids live; by default the current GPU, or the CPU if there is none.
+        Device of the ids; by default the current GPU, or the CPU if there is none.
     backend : {"triton", "torch"} or None
         ``None`` takes the Triton kernels on a GPU and the torch twin on a CPU. An explicit
         backend is used or refused, never replaced. The kernels take up to 512 ranks and 2,048
-        redundant slots in a group, and 16,384 logical experts; the twin takes any.
+        redundant slots in a group, and 16,384 logical experts; the twin takes any number.
     tolerance : float
         Certified relative gap of the plans, at least 1e-5.
     max_iterations : int
-        Bound on the steps by potentials of a solve with ``solver="levelling"``, on interior-point
-        iterations with ``solver="interior_point"``. A batch that needs more returns its plan with
-        its true gap and is counted in ``uncertified``; only ``check(certified=True)`` raises for
-        it.
+        The most steps by potentials of a solve with ``solver="levelling"``, the most
+        interior-point iterations with ``solver="interior_point"``. A batch that needs more returns
+        its plan with its true gap and is counted in ``uncertified``; only
+        ``check(certified=True)`` raises for it.
     sync : str or Communicator
         How counts are summed over the group: a name of `lplb_triton.sync.connect`, or a
         communicator made by it. Balancers that give a name share one communicator.
@@ -83,15 +86,15 @@ class Balancer(BatchSteps):
         ``"local"``: each rank rounds its own quotas, so a copy's load over all ranks differs
         from its share by up to one token per rank. ``"global"``: quotas of all ranks together
         are exact, to less than one token per copy, and each rank serves its own rank and then
-        its own node first. Needs a group, and fewer than 2**24 ids in a batch. ``"replicated"``:
-        every rank holds all tokens of the group, as where there is no all-to-all. Counts are not
-        summed, and every rank picks the same copies; a group, if given, only settles on rank 0's
-        placement.
+        its own node first. This needs a group, and fewer than 2**24 ids in a batch.
+        ``"replicated"``: every rank holds all tokens of the group, as in layers without an
+        all-to-all. Counts are not summed, and every rank picks the same copies; a group, if given,
+        is only used to broadcast rank 0's placement.
     solver : {"levelling", "interior_point"}
         ``"levelling"``: plans are made in the kernel that sums the counts. ``"interior_point"``:
-        by the kernel of `lplb_triton.solve`, in a launch of its own between others of torch, which
-        takes longer; for up to 128 ranks in a group, see there. The same on every rank. Both keep
-        the same tolerance, by plans that differ.
+        plans are made by the kernel of `lplb_triton.solve`, which has limits on sizes; it is a
+        launch of its own between torch operations, so a batch takes longer. The solver must be the
+        same on every rank. Both solvers keep the tolerance, but their plans differ.
 
     Attributes
     ----------
@@ -102,7 +105,7 @@ class Balancer(BatchSteps):
         ``[3]`` int64 on the device, with ``quotas="global"``: this rank's tokens that stayed on
         the rank, that stayed on its node, and all of them, since the start.
     communicator : Communicator or None
-        In use for summing counts.
+        Sums the counts; None if counts are not summed.
 
     Raises
     ------
@@ -168,8 +171,7 @@ class Balancer(BatchSteps):
         quotas: str = "local",
         solver: str = "levelling",
     ) -> None:
-        if not isinstance(placement, Placement):
-            raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
+        placement = require_placement("placement", placement)
         check_max_iterations(max_iterations)
         device = resolve_device(device)
         chosen = resolve_backend(backend, device)
@@ -191,7 +193,7 @@ class Balancer(BatchSteps):
             tolerance=tolerance, max_iterations=max_iterations,
         )  # fmt: skip
         self._set_up(layer, backend, rank, sync, timeout)
-        self._membership.join("making a Balancer", group, sync)
+        self._membership.join("making a Balancer", group, sync, self.warmup)
 
     def _set_up(
         self,
@@ -254,7 +256,7 @@ class Balancer(BatchSteps):
         if group is None and layer.quotas == "global":
             raise ValueError("group must not be None with quotas='global'")
         sync = member.sync if sync is None else sync
-        member.join("Balancer.set_group", group, sync, domain_size)
+        member.join("Balancer.set_group", group, sync, self.warmup, domain_size)
 
     def close(self) -> None:
         """Release the communicator; the last balancer that shares it closes it.
@@ -286,7 +288,7 @@ class Balancer(BatchSteps):
         return _saving.copy_balancer(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Keep placement, settings and counters; see the class's notes."""
+        """Return how to make the balancer again from what a file keeps; see the class's notes."""
         return _load, (type(self), _saving.saved_state(self))
 
     @opaque
@@ -322,7 +324,9 @@ class Balancer(BatchSteps):
         n_sms: int | None = None,
         certified: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Physical ids for this batch's logical ids; no host sync, CUDA-graph capturable.
+        """Return physical ids for this batch's logical ids, without a host sync.
+
+        A CUDA graph can capture this call.
 
         Parameters
         ----------

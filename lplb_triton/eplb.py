@@ -25,14 +25,14 @@ import numpy.typing as npt
 import torch
 
 from lplb_triton._checks import (
-    check_tensor,
+    check_real,
     nearest_divisors,
     nearest_multiples,
     on_host,
     would_do,
 )
 
-__all__ = ["checked_weight", "rebalance", "rebalance_experts"]
+__all__ = ["check_weight", "rebalance", "rebalance_experts"]
 
 _IntArray = npt.NDArray[np.int64]
 
@@ -98,7 +98,7 @@ def rebalance_experts(
     ``torch.sort``, which may differ between processors and versions of torch: where several
     processes need the same placement, compute it in one and broadcast it.
     """
-    load = checked_weight("weight", weight, "[num_layers, num_experts]")
+    load = check_weight("weight", weight, "[num_layers, num_experts]")
     n_logical = load.shape[1]
     n_physical = _positive_int("num_replicas", num_replicas)
     n_groups = _positive_int("num_groups", num_groups)
@@ -162,14 +162,12 @@ def rebalance(
     return phy2log, log2phy, logcnt
 
 
-def checked_weight(name: str, weight: object, shape: str) -> torch.Tensor:
+def check_weight(name: str, weight: object, shape: str) -> torch.Tensor:
     """Return loads of a stated shape as float32 on the CPU, or raise naming ``name``.
 
-    Strides are kept: ``torch.sum`` rounds by layout.
+    Strides are kept, since the rounding of ``torch.sum`` depends on the layout.
     """
-    weight = check_tensor(name, weight)
-    if weight.is_complex():
-        raise TypeError(f"{name} must have a real dtype, got {weight.dtype}")
+    weight = check_real(name, weight)
     if weight.ndim != shape.count(",") + 1 or weight.numel() == 0:
         raise ValueError(
             f"{name} must have shape {shape}, without an axis of length 0, got {list(weight.shape)}"
@@ -188,7 +186,7 @@ def checked_weight(name: str, weight: object, shape: str) -> torch.Tensor:
 
 
 def _positive_int(name: str, value: Any) -> int:
-    """Return an int of at least 1, or raise naming ``name``; EPLB takes any kind of index."""
+    """Return an int of at least 1, or raise naming ``name``; anything with `__index__` will do."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -201,7 +199,7 @@ def _positive_int(name: str, value: Any) -> int:
 def _experts_by_node(load: torch.Tensor, n_groups: int, n_nodes: int) -> torch.Tensor:
     """Pack expert groups onto nodes, and list the experts node by node.
 
-    Takes ``[num_layers, num_experts]`` loads and gives expert ids of that shape.
+    Takes ``[num_layers, num_experts]`` loads and returns expert ids of that shape.
     """
     n_layers, n_experts = load.shape
     group_size = n_experts // n_groups
@@ -215,8 +213,8 @@ def _experts_by_node(load: torch.Tensor, n_groups: int, n_nodes: int) -> torch.T
 def _pack(load: torch.Tensor, n_packs: int) -> torch.Tensor:
     """Distribute the items of each row evenly over packs, heaviest first.
 
-    Takes float32 ``[X, n]`` and gives int64 ``[X, n]``: the item in each slot, pack ``p`` owning
-    the slots ``p * n / n_packs`` and following.
+    Takes float32 ``[X, n]`` and returns int64 ``[X, n]``: the item in each slot. Pack ``p`` owns
+    the ``n / n_packs`` slots from ``p * n / n_packs`` on.
     """
     n_rows, n_items = load.shape
     capacity = n_items // n_packs
@@ -254,8 +252,8 @@ def _replicate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Give each copy beyond one per expert to the expert with the largest load per copy.
 
-    Takes float32 ``[X, n]`` and gives int64 ``[X, n_copies]`` twice, the expert of each copy and
-    which of the expert's copies it is, and int64 ``[X, n]``, the copies of each expert.
+    Takes float32 ``[X, n]``. Returns the expert of each copy and its number among the expert's
+    copies, both int64 ``[X, n_copies]``, and the number of copies of each expert, int64 ``[X, n]``.
     """
     n_rows, n_experts = load.shape
     expert_of_copy = torch.arange(n_copies, device=_CPU).repeat(n_rows, 1)

@@ -64,7 +64,7 @@ class Planner:
     ep_size : int or None
         Number of EP ranks; by default the group's size.
     group : torch.distributed.ProcessGroup or None
-        EP group over which workloads are summed; ``None``: workloads are global already.
+        EP group over which workloads are summed; with None, workloads are global already.
     device, backend, tolerance, sync, timeout, quotas
         As for `Balancer`. ``quotas`` applies to `run`; `weighted_select_target` rounds on each
         rank.
@@ -146,7 +146,7 @@ class Planner:
 
     @property
     def phy2log(self) -> torch.Tensor:
-        """Snapshot of the current slot map."""
+        """``[n_routed_experts]`` int32 on the device, a snapshot of the current slot map."""
         return self.balancer.placement.phy2log.to(self.balancer.device)
 
     @property
@@ -198,8 +198,8 @@ class Planner:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Reorder experts by load history and choose anew which of them are replicated.
 
-        Collective over the group: rank 0's result is used by all. Waits for the device.
-        Weights have to be moved by the caller, by the returned map.
+        Collective over the group: all ranks use rank 0's result. Waits for the device. The caller
+        has to move the experts' weights according to the returned map.
 
         Parameters
         ----------
@@ -314,7 +314,7 @@ class Planner:
             ``[n_group, group_size, num_redundants]`` float, share kept by the original, in
             [0, 1] (clamped).
         local_workload_by_sm : torch.Tensor
-            Of `count_workload` for the same ``idx``.
+            The second result of `count_workload` for the same ``idx``.
         n_sms : int
             As given to `count_workload`.
 
@@ -363,7 +363,7 @@ class Planner:
     def run(
         self, idx: torch.Tensor, avail_counter: torch.Tensor, n_sms: int | None = None
     ) -> torch.Tensor:
-        """Physical ids for this batch's logical ids.
+        """Return physical ids for this batch's logical ids.
 
         Parameters
         ----------

@@ -24,15 +24,15 @@ class Problem:
     weights : torch.Tensor
         ``[B, C]``, load of each column, non-negative. Integers or real numbers.
     fixed : torch.Tensor
-        ``[B, G]``, load that each rank has whatever the plan, non-negative.
+        ``[B, G]``, load that each rank has under every plan, non-negative.
     mask : torch.Tensor
         ``[B, G, C]`` or ``[1, G, C]`` bool, whether a rank holds a copy of a column. A column
         with weight needs at least one copy; a column without copies and without weight is
         padding.
     start : torch.Tensor or None
-        ``[B, G, C]`` float, shares of a plan that the answer must not be worse than (but for the
-        rounding of shares); the split that is even over ranks is another one. Columns are divided
-        by their sums.
+        ``[B, G, C]`` float, shares of a plan. The answer is not worse than this plan, nor than the
+        split that is even over ranks, except for the rounding of shares. Columns are divided by
+        their sums.
 
     Raises
     ------
@@ -87,7 +87,7 @@ class Problem:
             self.validate()
 
     def __repr__(self) -> str:
-        """Sizes, dtypes and device in one line."""
+        """Write sizes, dtypes and device in one line."""
         return (
             f"Problem({self.n_instances} instances, {self.group_size} ranks, "
             f"{self.n_columns} columns, weights {self.weights.dtype}, fixed {self.fixed.dtype}, "

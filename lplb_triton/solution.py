@@ -31,8 +31,8 @@ class SolveError(RuntimeError):
 class Solution:
     """Plans and certificates of a batch of programs; everything stays on the device.
 
-    Whatever the status short of `Status.INVALID`, the plan is feasible and never worse than
-    the even split but for the rounding of shares (at most ``G * 2**-24`` of the largest load), and
+    Unless the status is `Status.INVALID`, the plan is feasible, and never worse than the even split
+    except for the rounding of shares (at most ``G * 2**-24`` of the largest load), and
     ``lower_bound <= optimum <= max_load`` holds.
 
     Attributes
@@ -54,7 +54,7 @@ class Solution:
     status : torch.Tensor
         ``[B]`` int32, values of `Status`.
     tolerance : float
-        The relative gap asked for.
+        The relative gap within which an instance counts as certified.
     """
 
     shares: torch.Tensor
@@ -66,7 +66,7 @@ class Solution:
     tolerance: float
 
     def __repr__(self) -> str:
-        """Sizes and device in one line, without a wait for the device."""
+        """Write sizes and device in one line, without a wait for the device."""
         instances, ranks, columns = self.shares.shape
         return (
             f"Solution({instances} instances, {ranks} ranks, {columns} columns, "

@@ -26,7 +26,7 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
     backend : {"triton", "torch"} or None
         ``None`` takes the Triton kernels on a GPU and the torch twin on a CPU.
     device : torch.device
-        Where the data live.
+        Device of the data.
 
     Returns
     -------
@@ -72,7 +72,7 @@ def solve(
         Relative gap at which an instance counts as certified; in [1e-5, 1) for float32,
         [1e-9, 1) for float64.
     max_iterations : int
-        Bound on interior-point iterations; 3 to 8 are usual.
+        The most interior-point iterations; 3 to 8 are usual.
     backend : {"triton", "torch"} or None
         ``None`` takes the Triton kernel on a GPU and the torch twin on a CPU. The kernel takes up
         to 128 ranks, and up to 32,768 pairs of a rank and a column (each number padded to a power
@@ -90,7 +90,7 @@ def solve(
     Raises
     ------
     TypeError, ValueError
-        For a bad argument, by its name, and for a problem that is too large for the kernel.
+        Naming the argument that doesn't fit; also for a problem that is too large for the kernel.
 
     Examples
     --------

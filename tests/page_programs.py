@@ -85,8 +85,17 @@ def script_with_routers(names):
     names["routers"] = [Router(), Router()]
 
 
+def loaded(names):
+    names["history"] = torch.randint(100, (8, 256)).float()
+
+
+def placed_at_home(names):
+    for name in ("placement", "better"):
+        at_home = names[name].phy2log.reshape(32, -1)[:, :8].reshape(-1)
+        assert at_home.tolist() == list(range(256))
+
+
 def placed(names):
-    names["history"] = torch.randint(100, (8, 256))
     names["old"] = chain(names["history"].double().mean(0), 32)
     names["balancer"] = Balancer(names["old"])
 
@@ -233,6 +242,7 @@ def solved(names):
 
 
 BEFORE = {
+    ("docs/placement.md", "Experts at home"): loaded,
     ("docs/placement.md", "Moves"): placed,
     ("docs/serving.md", "vLLM"): vllm,
     ("docs/serving.md", "SGLang: the solver"): engine_with_a_solver,
@@ -247,8 +257,9 @@ BEFORE = {
 }
 AFTER = {
     ("README.md", "lplb_triton"): balanced_a_batch,
+    ("docs/placement.md", "Experts at home"): placed_at_home,
     ("docs/placement.md", "Moves"): moved,
-    ("docs/quickstart.md", "A first program"): improved_a_batch,
+    ("docs/quickstart.md", "A first script"): improved_a_batch,
     ("docs/quickstart.md", "A script that uses EPLB or LPLB"): planned_a_batch,
     ("docs/quickstart.md", "The linear program alone"): solved_counts,
     ("docs/serving.md", "vLLM"): registered,

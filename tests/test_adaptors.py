@@ -60,6 +60,7 @@ def positional(function):
 
 
 def test_signatures():
+    """The adaptors' positional parameters have the names and order of vLLM's and SGLang's."""
     assert positional(LplbEplbPolicy.rebalance_experts) == VLLM_PARAMETERS
     assert positional(sglang.rebalance_experts) == SGLANG_REBALANCE_PARAMETERS
     assert positional(LPLBSolver) == SGLANG_SOLVER_PARAMETERS
@@ -69,6 +70,7 @@ def test_signatures():
 
 
 def test_import_is_light():
+    """The adaptors import, solve and run on a CPU without vLLM, SGLang or Triton."""
     code = (
         "import sys, torch\n"
         "from lplb_triton.integrations import sglang, vllm\n"
@@ -106,6 +108,7 @@ def test_every_new_tensor_names_its_device():
 
 
 def test_the_default_device_decides_nothing():
+    """Results of the adaptors stay on the CPU under another default device."""
     cpu = torch.device("cpu")
     weight = torch.arange(1.0, 17.0, device=cpu).reshape(2, 8)
     ids = torch.arange(8, device=cpu)
@@ -141,6 +144,7 @@ class TestSglangRebalance:
     @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32])
     @pytest.mark.parametrize("steps", [1, 5])
     def test_is_our_eplb(self, dtype, steps):
+        """A rebalance is EPLB's on the tokens of all steps, as int64 maps on the CPU."""
         tokens = torch.randint(0, 1000, (steps, 3, 24)).to(dtype).to(DEVICE)
         for algorithm, groups, nodes, given_groups in (
             (EplbAlgorithm.deepseek, 1, 1, None),
@@ -168,6 +172,7 @@ class TestSglangRebalance:
                 assert mine.device.type == "cpu"
 
     def test_compute_algorithm(self):
+        """`auto` is hierarchical where nodes divide the groups; unknown names are refused."""
         choose = sglang.compute_algorithm
         assert choose("auto", 8, 4) is EplbAlgorithm.deepseek_hierarchical
         assert choose("auto", 8, 3) is EplbAlgorithm.deepseek
@@ -218,6 +223,7 @@ class TestSglangRebalance:
         ],
     )
     def test_active_ranks_errors(self, active, error, message):
+        """Active ranks that are missing, malformed or too few are refused by name."""
         with pytest.raises(error, match=message):
             sglang.rebalance_experts(
                 torch.ones(1, 2, 8), 8, 2, 1, 1, "elasticity_aware", active_ranks=active
@@ -252,6 +258,7 @@ class TestSglangRebalance:
         ],
     )
     def test_errors(self, change, error, message):
+        """A wrong algorithm, load or size is refused with a message that names an argument."""
         arguments = {
             "tokens_per_expert": torch.ones(1, 2, 8),
             "num_physical_experts": 8,

@@ -134,4 +134,5 @@ def check_all(rank, group):
 
 
 def test_ranks_over_gloo(tmp_path):
+    """Solvers on three ranks agree on shares, replicated tokens and updates of all layers."""
     run_ranks(check_all, 3, tmp_path)

@@ -68,6 +68,7 @@ class TestSolver:
         dtype=st.sampled_from([torch.int32, torch.int64]),
     )
     def test_shares_are_optimal(self, seed, ranks, slots, tokens, dtype):
+        """The largest load under a solver's shares is HiGHS's optimum within the tolerance."""
         n_physical = ranks * slots
         experts = int(np.random.default_rng(seed).integers(1, n_physical + 1))
         # On the CPU everywhere: on a GPU every shape would compile kernels of its own.
@@ -90,6 +91,7 @@ class TestSolver:
         assert int(solver.balancer.certified) == int(solver.balancer.solves) == 1
 
     def test_copies_on_one_rank_share_evenly(self):
+        """Copies of an expert on one rank take equal parts of the rank's share."""
         # Expert 0: two slots on rank 0 and one on rank 1; expert 1: both slots on rank 1.
         phy2log = torch.tensor([0, 0, 2, 0, 1, 1]).to(DEVICE)
         log2phy = torch.tensor([[3, 0, 1], [-1, 5, 4], [2, -1, -1]]).to(DEVICE)
@@ -101,6 +103,7 @@ class TestSolver:
         assert float(got[0, 1]) == float(got[0, 2])
 
     def test_no_copies_and_padding_as_wide_as_the_slots(self):
+        """An expert without copies has share 1 in its one slot, and padding has share 0."""
         phy2log = torch.arange(8).to(DEVICE)
         log2phy = torch.full((8, 8), -1).to(DEVICE)
         log2phy[:, 0] = phy2log
@@ -108,6 +111,7 @@ class TestSolver:
         assert torch.equal(prob, (log2phy >= 0).float())
 
     def test_buffer_is_fixed(self):
+        """Every solve writes its shares to one buffer, and equal ids give equal shares."""
         phy2log, log2phy = random_maps(3, 4, 6, 16)
         solver = LPLBSolver(phy2log, log2phy, 4)
         addresses, plans = set(), []
@@ -119,6 +123,7 @@ class TestSolver:
         assert torch.equal(plans[0], plans[2]) and not torch.equal(plans[0], plans[1])
 
     def test_update_in_place(self):
+        """An update keeps every address, and a refused one changes no shares."""
         phy2log, log2phy = random_maps(3, 4, 6, 16)
         other_phy2log, other_log2phy = random_maps(4, 4, 6, 16)
         log2phy, other_log2phy = padded(log2phy), padded(other_log2phy)
@@ -143,6 +148,7 @@ class TestSolver:
         assert torch.equal(solver.solve(ids), after)
 
     def test_maps_are_copied(self):
+        """A solver neither writes to the caller's maps nor reads them later."""
         phy2log, log2phy = random_maps(3, 4, 6, 16)
         log2phy = padded(log2phy)
         given = phy2log.clone(), log2phy.clone()
@@ -155,6 +161,7 @@ class TestSolver:
         assert torch.equal(solver.log2phy, given[1])
 
     def test_maps_of_an_update_may_be_on_the_cpu(self):
+        """An update takes maps on the CPU for a solver on any device."""
         phy2log, log2phy = random_maps(3, 4, 6, 16)
         solver = LPLBSolver(phy2log, padded(log2phy), 4)
         other, rows = random_maps(4, 4, 6, 16)
@@ -162,6 +169,7 @@ class TestSolver:
         assert torch.equal(solver.log2phy, padded(rows))
 
     def test_an_update_to_the_same_maps_writes_nothing(self, monkeypatch):
+        """An update to equal maps writes neither tables nor entries."""
         phy2log, log2phy = random_maps(3, 4, 6, 16)
         log2phy = padded(log2phy)
         solver = LPLBSolver(phy2log, log2phy, 4)
@@ -176,6 +184,7 @@ class TestSolver:
         assert torch.equal(solver.solve(ids), want)
 
     def test_other_rows_for_the_same_placement(self):
+        """Rows in another order for the same placement reorder the shares alike."""
         phy2log, log2phy = random_maps(3, 4, 6, 16)
         log2phy = padded(log2phy)
         solver = LPLBSolver(phy2log, log2phy, 4)
@@ -186,6 +195,7 @@ class TestSolver:
         torch.testing.assert_close(solver.solve(ids), want)
 
     def test_made_under_inference_mode(self):
+        """A solver made under inference mode works inside it and outside."""
         phy2log, log2phy = random_maps(3, 4, 6, 16)
         with torch.inference_mode():
             solver = LPLBSolver(phy2log, log2phy, 4)
@@ -236,6 +246,7 @@ class TestSolver:
         assert torch.equal(phy2log[mapped[held].long()], routed[held].long())
 
     def test_layers_at_once(self):
+        """One call updates the solvers of all layers, and wrong maps or sizes are refused."""
         maps = [random_maps(i, 4, 6, 16) for i in range(4)]
         phy2log, log2phy = (
             torch.stack(m) for m in zip(*((p, padded(r)) for p, r in maps), strict=True)
@@ -259,6 +270,7 @@ class TestSolver:
 
     @pytest.mark.parametrize("ids", [torch.empty(0, 8), torch.full((5, 8), -1), torch.empty(3, 0)])
     def test_no_tokens(self, ids):
+        """A batch without tokens is certified, keeps its ids and has shares that sum to 1."""
         phy2log, log2phy = random_maps(3, 4, 6, 16)
         solver = LPLBSolver(phy2log, log2phy, 4)
         ids = ids.int().to(DEVICE)
@@ -268,6 +280,7 @@ class TestSolver:
         assert int(solver.balancer.certified) == 2
 
     def test_run_meets_the_quotas(self):
+        """A run gives each copy its share of the tokens to within one token."""
         phy2log, log2phy = random_maps(7, 4, 8, 20)
         solver = LPLBSolver(phy2log, log2phy, 4)
         ids = random_ids(8, 500, 20)
@@ -302,6 +315,7 @@ class TestSolver:
         )
 
     def test_not_certified_is_told(self):
+        """A check raises with the number of solves that were not certified."""
         phy2log, log2phy = random_maps(3, 4, 6, 16)
         solver = LPLBSolver(phy2log, log2phy, 4)
         solver.balancer.solves += 2
@@ -337,6 +351,7 @@ class TestSolver:
         ],
     )
     def test_errors(self, change, error, message):
+        """A wrong argument of a solver is refused with a message that names it."""
         arguments = {
             "phy2log": torch.tensor([0, 1, 0, 2]),
             "log2phy": torch.tensor([[0, 2], [1, -1], [3, -1]]),
@@ -346,6 +361,7 @@ class TestSolver:
             LPLBSolver(**(arguments | change))
 
     def test_bad_ids(self, monkeypatch):
+        """Wrong ids are refused under the name topk_ids, at once or in a later call."""
         solver = LPLBSolver(torch.tensor([0, 1]), torch.tensor([[0], [1]]), 2)
         for call in (solver.solve, solver.run):
             with pytest.raises(ValueError, match="^topk_ids must hold ids"):
@@ -369,6 +385,7 @@ class TestSolver:
                 call()
 
     def test_triton_agrees_with_its_twin(self):
+        """Both backends reach the same largest load within the tolerance."""
         phy2log, log2phy = random_maps(9, 4, 6, 16)
         ids = random_ids(10, 120, 16)
         counts = counts_of(ids, 16)
@@ -384,6 +401,7 @@ class TestSolver:
 
     @pytest.mark.gpu
     def test_graph_replays_follow_ids_and_placement(self):
+        """A replayed graph follows ids and placements that were written in place."""
         phy2log, log2phy = random_maps(3, 4, 6, 16)
         rows = padded(log2phy)
         solver = LPLBSolver(phy2log, rows, 4)

@@ -54,6 +54,7 @@ def count_kept(new, old):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64, torch.int32])
 @pytest.mark.parametrize(("groups", "nodes"), [(1, 1), (4, 2), (3, 2)])
 def test_is_our_eplb(dtype, groups, nodes):
+    """Without an old map, the policy returns the placement of this library's EPLB."""
     weight = (100 * draw_load(3, 24)).to(dtype).to(DEVICE)
     got = rebalance(weight, 32, groups, nodes, 8)
     assert got.dtype == torch.int64 and got.shape == (3, 32) and got.device.type == "cpu"
@@ -68,6 +69,7 @@ def test_is_our_eplb(dtype, groups, nodes):
     layers=st.integers(1, 4),
 )
 def test_keeps_as_much_as_any_order_of_ranks_can(seed, ranks, slots, layers):
+    """As many slots keep their expert as under the best order of the ranks' shares."""
     rng = np.random.default_rng(seed)
     experts = int(rng.integers(1, ranks * slots + 1))
     weight = torch.from_numpy(rng.lognormal(0, 2, (layers, experts)))
@@ -87,6 +89,7 @@ def test_keeps_as_much_as_any_order_of_ranks_can(seed, ranks, slots, layers):
 
 
 def test_shares_stay_on_their_node():
+    """Ranks' shares stay on their node, and more slots are kept than by vLLM's own rule."""
     weight, other = draw_load(5, 24), draw_load(5, 24, seed=1)
     old = rebalance(other, 32, 4, 2, 8)
     plain = rebalance(weight, 32, 4, 2, 8)
@@ -96,6 +99,7 @@ def test_shares_stay_on_their_node():
 
 
 def test_same_load_moves_nothing():
+    """An unchanged load returns the old map, whatever the order of its ranks and slots."""
     weight = draw_load(5, 64)
     old = rebalance(weight, 80, 1, 1, 8)
     shuffled = old.reshape(5, 8, 10).flip(-1).roll(3, dims=1).reshape(5, 80)
@@ -122,6 +126,7 @@ def test_ranks_leave_or_join(experts, slots, before, after):
 
 
 def test_other_slots_of_a_rank_bind_nothing(caplog):
+    """An old map that is not whole ranks of slots is ignored with a warning."""
     weight = draw_load(2, 16)
     plain = rebalance(weight, 16, 1, 1, 4)
     old = torch.arange(18).remainder(16).expand(2, -1)
@@ -137,6 +142,7 @@ BAD_LOADS = [float("nan"), float("inf"), -float("inf"), -1.0]
 @pytest.mark.parametrize("bad", [*BAD_LOADS, 3e38])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bad_loads_leave_the_old_map(bad, dtype, caplog):
+    """Bad loads leave the old map as it is, in a tensor of its own, and are logged."""
     old = rebalance(draw_load(3, 16), 24, 1, 1, 4)
     given = old.clone()
     weight = draw_load(3, 16, seed=1).to(dtype).to(DEVICE)
@@ -153,6 +159,7 @@ def test_bad_loads_leave_the_old_map(bad, dtype, caplog):
 
 @pytest.mark.parametrize("bad", BAD_LOADS)
 def test_bad_loads_without_an_old_map_count_as_zero(bad, caplog):
+    """Without an old map, bad loads count as zero, and the log says how many there are."""
     weight = draw_load(3, 16)
     mended = weight.clone()
     weight[1, 5], mended[1, 5] = bad, 0.0
@@ -164,6 +171,7 @@ def test_bad_loads_without_an_old_map_count_as_zero(bad, caplog):
 
 @pytest.mark.parametrize("unfit", ["empty slots", "an expert missing", "no such expert", "size"])
 def test_bad_loads_and_a_map_that_is_no_placement(unfit, caplog):
+    """Bad loads count as zero if the old map is not a placement of these sizes."""
     weight = draw_load(3, 16)
     old = rebalance(weight, 24, 1, 1, 4)
     if unfit == "size":
@@ -180,6 +188,7 @@ def test_bad_loads_and_a_map_that_is_no_placement(unfit, caplog):
 
 
 def test_loads_too_large_for_float32(caplog):
+    """Loads whose sum exceeds float32 are placed as scaled loads are, and are logged."""
     weight = draw_load(2, 16).float()
     weight[1] *= 3e38 / weight[1].max()
     want = rebalance(weight / torch.tensor([[1.0], [64.0]]), 24, 1, 1, 4)
@@ -189,12 +198,15 @@ def test_loads_too_large_for_float32(caplog):
 
 
 def test_negative_integers(caplog):
+    """Negative integers count as bad loads, even where their sum wraps around."""
     weight = torch.full((1, 4), -(2**62))
     assert set(rebalance(weight, 6, 1, 1, 2)[0].tolist()) == {0, 1, 2, 3}
     assert "4 NaN, infinite or negative loads" in caplog.text
 
 
 def test_stands_in_for_the_abstract_class():
+    """The policy implements the method of an abstract base class such as vLLM's."""
+
     class Abstract(abc.ABC):
         @classmethod
         @abc.abstractmethod
@@ -221,6 +233,7 @@ def test_stands_in_for_the_abstract_class():
     ],
 )
 def test_kinds(change, message):
+    """An argument of the wrong type is refused by its name."""
     with pytest.raises(TypeError, match=message):
         rebalance(**(ARGUMENTS | change))
 
@@ -250,6 +263,7 @@ def test_sizes(change, message):
 
 @pytest.mark.parametrize("name", ["num_ranks", "num_nodes", "num_groups", "num_replicas"])
 def test_sizes_from_one(name):
+    """Each size below 1 is refused by its name."""
     with pytest.raises(ValueError, match=f"^{name} must be at least 1, got 0"):
         rebalance(**(ARGUMENTS | {name: 0}))
 

@@ -34,6 +34,7 @@ def predict(model, rows, hidden=64, inner=32):
 
 
 def test_the_model_by_hand():
+    """Predicted times are those worked out by hand for tiles, reads and both together."""
     # Reading takes next to no time here, so that waves are what is left.
     fast = exact(bandwidth=1e12)
     # Columns: 2 * 512 and 512, so 8 and 4 narrow tiles, 4 and 2 wide ones; depths 512 and 512.
@@ -55,6 +56,7 @@ def test_the_model_by_hand():
 
 
 def test_a_fit_finds_what_times_were_made_with():
+    """A fit to the times of a known model predicts that model's times to within 5 %."""
     truth = exact(bandwidth=300.0)
     points = [
         Point(hidden, 32, rows, float(predict(truth, rows, hidden)))
@@ -97,10 +99,10 @@ def test_overheads(monkeypatch):
     """Overheads are interpolated between measured sizes, and in proportion beyond them."""
     monkeypatch.setattr(overhead, "SYNC_US", 6.0)
     monkeypatch.setattr(overhead, "RUN_US", {8: (9.0, 10.0, 16.0), 32: (15.0, 17.0, 25.0)})
-    assert advise.overhead_us(8, 4096) == pytest.approx({"sync": 6.0, "run": 10.0})
-    assert advise.overhead_us(64, 128)["run"] == pytest.approx(2 * 15.0)
-    assert advise.overhead_us(8, 32768)["run"] == pytest.approx(2 * 16.0)
-    assert 9.0 < advise.overhead_us(16, 1000)["run"] < 17.0
+    assert advise.predict_overhead_us(8, 4096) == pytest.approx({"sync": 6.0, "run": 10.0})
+    assert advise.predict_overhead_us(64, 128)["run"] == pytest.approx(2 * 15.0)
+    assert advise.predict_overhead_us(8, 32768)["run"] == pytest.approx(2 * 16.0)
+    assert 9.0 < advise.predict_overhead_us(16, 1000)["run"] < 17.0
 
 
 @pytest.mark.parametrize(
@@ -152,6 +154,7 @@ def test_advice():
      ({"model": SMALL._replace(experts=64)}, "cases must have")],
 )  # fmt: skip
 def test_wrong_sizes(changes, match):
+    """Sizes that do not fit each other are refused by name."""
     arguments = {"model": SMALL, "ep": 8, "slots": (1,), **changes}
     model, ep, slots = (arguments[name] for name in ("model", "ep", "slots"))
     with pytest.raises(ValueError, match=match):
@@ -168,7 +171,7 @@ def test_dry_run_of_the_measurements(monkeypatch):
     assert [sum(p.rows) for p in points] == [16] * 3 + [64] * 3
     assert [p.us for p in points] == [1, 2, 3, 4, 5, 6] and points[0].rows == [4, 3, 3, 3, 3]
     assert advise.fit(points, model.source) == model
-    row = advise.check_row("small", SMALL, exact(), case(), 8, 16, weights, FakeTimer(), "cpu")
+    row = advise.compare_times("small", SMALL, exact(), case(), 8, 16, weights, FakeTimer(), "cpu")
     assert row["even"]["measured_us"] == 8 and row["lp"]["measured_us"] == 16
     assert row["lp"]["error"] == pytest.approx(row["lp"]["predicted_us"] / 16 - 1)
     for k, split in enumerate(("even", "lp")):
@@ -191,6 +194,7 @@ def test_long_launches_are_timed_one_by_one(monkeypatch):
 
 
 def test_command(tmp_path, capsys):
+    """The command takes sizes from options or a trace, and refuses ones that do not fit."""
     path = tmp_path / "advice.json"
     common = "advise --gemm table --ep 8 --experts 64".split()
     assert cli.main([*common, "--json", str(path), "--markdown", "-"]) == cli.OK
@@ -240,6 +244,7 @@ SIZES = ["--hidden", "64", "--inner", "32"]
     ],
 )  # fmt: skip
 def test_sizes_are_never_mixed_silently(recorded, capsys, name, options, message):
+    """Sizes that are missing or contradict the trace are refused by their options' names."""
     base = ["advise", "--gemm", "table", "--ep", "8", "--slots", "1"]
     assert cli.main([*base, "--trace", recorded[name], *options]) == cli.USAGE
     assert message in capsys.readouterr().err
@@ -260,6 +265,7 @@ def test_sizes_are_never_mixed_silently(recorded, capsys, name, options, message
     ],
 )  # fmt: skip
 def test_it_says_where_sizes_come_from(recorded, capsys, name, options, sources, model):
+    """The report and stderr tell which option, model or trace each size comes from."""
     base = ["advise", "--gemm", "table", "--ep", "8", "--slots", "1", "--json", "-"]
     trace = [] if name is None else ["--trace", recorded[name]]
     assert cli.main([*base, *trace, *options]) == cli.OK
@@ -283,6 +289,7 @@ def test_nothing_is_recommended_where_it_does_not_pay(capsys):
 
 
 def test_what_is_recommended():
+    """A placement is recommended unless the whole range of its net saving is negative."""
     low = {"mean": -3.0, "low": -4.0, "high": -1.0}
     row = {"placement": "eplb", "slots": 1, "layer_us": {"lp": 9.0}, "net_us": low}
     best = {"placement": "eplb", "slots": 1}
@@ -314,6 +321,7 @@ def test_command_check(monkeypatch, capsys):
 
 @pytest.mark.gpu
 def test_measured_on_a_gpu(capsys):
+    """With --gemm gpu, the model is fitted to times that are measured on this GPU."""
     arguments = "advise --gemm gpu --hidden 1024 --inner 512 --experts 64 --json -"
     assert cli.main(arguments.split()) == cli.OK
     report = json.loads(capsys.readouterr().out)
@@ -322,6 +330,7 @@ def test_measured_on_a_gpu(capsys):
 
 @pytest.mark.parametrize("command", ["advise", "record", "report", "workloads"])
 def test_help_has_an_example(command, capsys):
+    """The help of each of these commands shows an example of the command."""
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
     assert stop.value.code == 0 and f"lplb-bench {command} " in capsys.readouterr().out

@@ -6,44 +6,17 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from helpers.balancers import DEVICE, check_answer, placement_of, random_ids
 
 import lplb_triton
-from lplb_triton import Balancer, Placement
-from lplb_triton.testing.instances import draw_loads, shape_placement
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def placement_of(seed=0, ranks=8, slots=1, experts=64):
-    load = draw_loads("lognormal", np.random.default_rng(seed), experts)
-    return Placement.from_history(load, ranks, redundant_per_rank=slots)
-
-
-def random_ids(seed, n_logical, shape=(64, 8), dtype=torch.int64, device=DEVICE):
-    rng = np.random.default_rng(seed)
-    skewed = np.floor(rng.random(shape) ** 2 * (n_logical + 1)).astype(np.int64) - 1
-    return torch.from_numpy(skewed).to(dtype).to(device)
-
-
-def check_answer(balancer, idx, out):
-    """Physical ids map back, and rank loads are the certified ones to a few tokens."""
-    placement = balancer.placement
-    idx, out = idx.cpu(), out.cpu().long()
-    assert torch.equal(out < 0, idx < 0)
-    assert torch.equal(placement.phy2log[out[out >= 0]].long(), idx[idx >= 0].long())
-    counts = torch.bincount(idx[idx >= 0].long(), minlength=placement.n_logical)
-    rank = placement.rank_of_slot[out[out >= 0]].long()
-    loads = torch.bincount(rank, minlength=placement.ep_size)
-    solution = lplb_triton.solve(placement.problem(counts))
-    # One token per replicated expert on the rank is all that rounding can add.
-    slack = placement.slots_per_rank + 2e-3 * float(loads.max())
-    assert int(loads.max()) <= float(solution.max_load.max()) + slack
-    assert int(loads.max()) >= float(solution.lower_bound.max()) - 1e-6
+from lplb_triton import Balancer
+from lplb_triton.testing.instances import shape_placement
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("shape", ["cube", "torus:2x2", "eplb:16:2", "random:7:3"])
 def test_run(shape, backend):
+    """A run reaches the optimum to a few tokens, with either dtype and any number of SMs."""
     placement = shape_placement(shape, np.random.default_rng(0))
     balancer = Balancer(placement, backend=backend, device=DEVICE, rank=1)
     for dtype in (torch.int64, torch.int32):
@@ -59,6 +32,7 @@ def test_run(shape, backend):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_empty_and_dropped_batches(backend):
+    """Batches that are empty or all dropped keep their ids, and are certified."""
     balancer = Balancer(placement_of(), backend=backend, device=DEVICE)
     for shape in ((0,), (0, 8), (3, 0)):
         assert balancer.run(torch.empty(shape, dtype=torch.int64, device=DEVICE)).shape == shape
@@ -69,6 +43,7 @@ def test_empty_and_dropped_batches(backend):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_non_contiguous_ids(backend):
+    """Ids in a view give a contiguous answer, equal to that of a contiguous copy."""
     balancer = Balancer(placement_of(), backend=backend, device=DEVICE)
     idx = random_ids(0, 64)
     for view in (idx.t(), idx[::2], idx[:, 1:]):
@@ -78,6 +53,7 @@ def test_non_contiguous_ids(backend):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_new_placement_of_the_same_sizes(backend):
+    """A placement of the same sizes is written in place, and other sizes are refused."""
     balancer = Balancer(placement_of(0), backend=backend, device=DEVICE)
     idx = random_ids(0, 64)
     addresses = {name: view.data_ptr() for name, view in balancer._tables.views.items()}
@@ -96,6 +72,7 @@ def test_new_placement_of_the_same_sizes(backend):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.skipif(DEVICE != "cpu", reason="a CPU raises at once")
 def test_bad_ids_on_a_cpu(backend):
+    """On a CPU, ids out of range are refused at once."""
     balancer = Balancer(placement_of(), backend=backend, device="cpu")
     for bad in (-2, 64):
         with pytest.raises(ValueError, match="^idx"):
@@ -103,6 +80,7 @@ def test_bad_ids_on_a_cpu(backend):
 
 
 def test_snapshots_are_not_live():
+    """Writes to the maps that a placement returns do not change later runs."""
     balancer = Balancer(placement_of(), device=DEVICE)
     idx = random_ids(0, 64)
     before = balancer.run(idx)
@@ -112,6 +90,7 @@ def test_snapshots_are_not_live():
 
 
 def test_many_layers_share_one_workspace():
+    """Balancers of 58 layers share one workspace."""
     layers = [Balancer(placement_of(i), backend="triton", device=DEVICE) for i in range(58)]
     layers[0].run(random_ids(0, 64))
     one = lplb_triton.workspace_bytes(DEVICE)
@@ -121,6 +100,7 @@ def test_many_layers_share_one_workspace():
 
 
 def test_compiled_by_dynamo_as_one_graph():
+    """Dynamo compiles a run into one graph that takes batches of several sizes."""
     balancer = Balancer(placement_of(), device=DEVICE)
 
     def layer(x):
@@ -134,6 +114,7 @@ def test_compiled_by_dynamo_as_one_graph():
 
 
 def test_op_declares_its_effects():
+    """The operators pass torch's checks of their schemas and fake tensors."""
     balancer = Balancer(placement_of(), device=DEVICE)
     idx, counter = random_ids(0, 64), torch.zeros(1, dtype=torch.int32, device=DEVICE)
     ops, checks = torch.ops.lplb_triton, ("test_schema", "test_faketensor")
@@ -143,6 +124,7 @@ def test_op_declares_its_effects():
 
 
 def test_a_dropped_balancer_is_named():
+    """An operator that is called for a freed balancer raises and says so."""
     balancer = Balancer(placement_of(), device=DEVICE)
     handle = balancer._handle
     del balancer
@@ -178,12 +160,14 @@ def test_a_dropped_balancer_is_named():
     ],
 )
 def test_arguments_are_named(call, error, name):
+    """A wrong argument is refused with a message that begins with its name."""
     balancer = Balancer(placement_of(), device=DEVICE)
     with pytest.raises(error, match=f"^{name}"):
         call(balancer)
 
 
 def test_repr_says_what_runs():
+    """The repr tells the backend, the sync and the number of experts."""
     text = repr(Balancer(placement_of(), device="cpu", backend="torch"))
     assert "backend=torch" in text and "sync=none" in text and "64 experts" in text
 
@@ -191,6 +175,7 @@ def test_repr_says_what_runs():
 @pytest.mark.gpu
 class TestOnAGpu:
     def test_bad_ids_raise_at_the_next_call(self):
+        """On a GPU, a bad id maps to -1, and the next call raises once."""
         balancer = Balancer(placement_of(), device="cuda")
         idx = random_ids(0, 64)
         clean = balancer.run(idx)
@@ -206,6 +191,7 @@ class TestOnAGpu:
             balancer.check()
 
     def test_graph_replayed_on_new_ids(self):
+        """A replayed graph follows new ids and placements, and a bad id is reported."""
         balancer = Balancer(placement_of(), device="cuda")
         balancer.warmup()
         static = random_ids(0, 64, (512, 8))
@@ -228,6 +214,7 @@ class TestOnAGpu:
             balancer.check()
 
     def test_run_allocates_its_output_alone_and_never_syncs(self):
+        """A run allocates its output alone and never makes the host wait for the GPU."""
         balancer = Balancer(placement_of(), device="cuda")
         idx = random_ids(0, 64, (512, 8))
         balancer.run(idx)
@@ -273,6 +260,7 @@ class TestOnAGpu:
         assert compiled() == reference
 
     def test_58_layers_two_streams_two_micro_batches(self):
+        """Two streams that interleave 58 layers give the answers of one stream."""
         layers = [Balancer(placement_of(i), device="cuda") for i in range(58)]
         batches = [random_ids(seed, 64, (512, 8)) for seed in (0, 1)]
         expected = [[layer.run(idx) for layer in layers] for idx in batches]
@@ -293,6 +281,7 @@ class TestOnAGpu:
         assert lplb_triton.workspace_bytes("cuda") <= 3 * one
 
     def test_two_graphs_replayed_at_once(self):
+        """Two graphs of one balancer, replayed at once on two streams, give the right ids."""
         balancer = Balancer(placement_of(), device="cuda")
         balancer.warmup()
         batches = [random_ids(seed, 64, (2048, 8)) for seed in (0, 1)]
@@ -313,6 +302,7 @@ class TestOnAGpu:
         assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
 
     def test_stress_against_the_twin(self):
+        """The kernels and the torch twin pick the same copies under the same plan."""
         rng = np.random.default_rng(0)
         for shape in ("cube", "eplb:64:2", "random:32:4"):
             placement = shape_placement(shape, rng)
@@ -330,6 +320,7 @@ class TestOnAGpu:
 
     @pytest.mark.multigpu
     def test_launches_on_the_gpu_of_its_tensors(self):
+        """Kernels are launched on the GPU of their tensors, not on the current one."""
         placement = placement_of()
         balancer = Balancer(placement, device="cuda:1", rank=1)
         idx = random_ids(0, 64, (512, 8)).to("cuda:1")
@@ -347,6 +338,7 @@ class TestOnAGpu:
     # torch's own use of what it has deprecated
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_compiled_with_inductor(self):
+        """A run compiled by Inductor gives the same ids as one that is not compiled."""
         balancer = Balancer(placement_of(), device="cuda")
         compiled = torch.compile(lambda x: balancer.run(x * 1) + 1, fullgraph=True)
         idx = random_ids(0, 64)

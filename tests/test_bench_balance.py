@@ -14,10 +14,9 @@ from helpers.traces import make_trace
 from PIL import Image
 from scipy.optimize import linprog
 
-from lplb_triton import Placement, Status, place, solve, topologies
+from lplb_triton import Status, place
 from lplb_triton.bench import balance, cli, output, plots, tables
 from lplb_triton.bench.commands import balance as command_balance
-from lplb_triton.bench.measure.simulate import slot_tokens
 from lplb_triton.placement import placing
 from lplb_triton.traces import trace as traces
 
@@ -70,6 +69,7 @@ def test_writing_to_what_is_no_file(tmp_path):
 
 
 def test_report(trace_path, tmp_path, capsys):
+    """The command writes figures, a picture and a report, and its figures are consistent."""
     out = tmp_path / "out"
     assert cli.main(command(trace_path, out, "--ep", "8", "--slots", "1,2")) == 0
     shown = capsys.readouterr().out
@@ -132,6 +132,7 @@ def test_report(trace_path, tmp_path, capsys):
     ],
 )
 def test_cell_against_exact_optimum(name, ep, slots):
+    """The bounds and the LP's loads of a cell enclose HiGHS's optimum within the tolerance."""
     trace = make_trace(batches=8)
     options = balance.Options((ep,), (slots,), (name,), history=5, tolerance=TOLERANCE)
     (cell,) = balance.run(trace, options)
@@ -156,6 +157,7 @@ def test_cell_against_exact_optimum(name, ep, slots):
 
 
 def test_place_sees_every_batch_of_the_history(monkeypatch):
+    """`place` is given every batch of the history, not their mean."""
     monkeypatch.setattr(placing, "CPU_EFFORT", (32, 100))
     trace = make_trace(batches=40, layers=1, experts=64)
     (cell,) = balance.run(trace, balance.Options((8,), (1,), ("place",)))
@@ -170,42 +172,9 @@ def test_place_sees_every_batch_of_the_history(monkeypatch):
 
 @pytest.mark.parametrize("name", ["eplb", "chain", "place"])
 def test_too_many_slots_are_impossible(name):
+    """More redundant slots than copies can fill make a cell impossible, with the reason."""
     (cell,) = balance.run(make_trace(batches=4, layers=1), balance.Options((4,), (25,), (name,)))
     assert cell.reason == "25 redundant slots on 4 ranks are more than copies can fill"
-
-
-@pytest.mark.parametrize(
-    ("counts", "error", "message"),
-    [
-        (torch.full((1, 1, 4), 2.0), TypeError, "counts must hold integers, got torch.float32"),
-        (
-            torch.full((1, 1, 4), 2**31),
-            ValueError,
-            r"counts must be in \[0, 2147483647\].*2147483648",
-        ),
-        (torch.full((1, 1, 4), 2**62), ValueError, "counts must be in"),
-        (torch.full((1, 1, 4), -1), ValueError, "counts must be in .* got -1"),
-        (np.ones((1, 1, 4), int), TypeError, "counts must be a torch.Tensor, got ndarray"),
-    ],
-)
-def test_counts_that_shares_cannot_carry_are_refused(counts, error, message):
-    placement = Placement.from_phy2log(torch.tensor([0, 1, 2, 3, 0, 0]), 2)
-    solution = solve(placement.problem(torch.ones(1, 4)))
-    with pytest.raises(error, match=message):
-        balance.integer_loads(placement, counts, solution)
-    for split in ("lplb", "even"):
-        with pytest.raises(error, match=message):
-            slot_tokens(placement, counts[0, 0], split, 1e-3)
-
-
-def test_the_largest_counts_are_whole_tokens():
-    """What int32 holds is exact: int64 has room for it in units of 2**-24."""
-    counts = torch.tensor([[[2**31 - 1, 5, 0, 2**31 - 1]]])
-    placement = Placement.from_phy2log(torch.tensor([0, 1, 3, 2, 3, 0]), 2)
-    solution = solve(placement.problem(counts[0]), tolerance=1e-6)
-    whole = balance.integer_loads(placement, counts, solution)
-    assert whole.sum() == 2 * (2**31 - 1) + 5
-    assert (whole - placement.rank_loads(counts[0], solution)).abs().max() <= 2
 
 
 def test_refused_in_the_command(tmp_path, capsys):
@@ -219,62 +188,23 @@ def test_refused_in_the_command(tmp_path, capsys):
             assert f"got {largest} or more for expert 0 of layer 0" in capsys.readouterr().err
 
 
-def test_integer_loads_are_near_the_plan():
-    trace = make_trace(batches=6, sources=8)
-    counts = torch.from_numpy(trace.counts[:, 0])
-    for placement in (
-        Placement.from_history(counts.sum((0, 1)).double(), 8, redundant_per_rank=2),
-        Placement.from_topology(topologies.ring(4), 40, 32, 8),
-    ):
-        totals = counts.sum(1)
-        solution = solve(placement.problem(totals))
-        whole = balance.integer_loads(placement, counts, solution)
-        assert whole.dtype == torch.int64
-        assert whole.shape == (6, 8)
-        assert torch.equal(whole.sum(1), totals.sum(1))
-        # Each source rounds each copy by less than one token.
-        limit = 8 * placement.slots_per_rank
-        assert (whole - placement.rank_loads(totals, solution)).abs().max() < limit
-
-
-def test_integer_loads_without_a_choice():
-    counts = torch.tensor([[[3, 1, 0, 5]], [[0, 0, 0, 0]]])
-    placement = Placement.from_phy2log(torch.tensor([0, 1, 2, 3, 0, 0]), 2)
-    solution = solve(placement.problem(counts.sum(1)))
-    whole = balance.integer_loads(placement, counts, solution)
-    assert whole.sum(1).tolist() == [9, 0]
-    # Experts 1 and 2 have one copy, on rank 0; expert 3 is on rank 1.
-    assert whole[0, 0] >= 1 and whole[0, 1] >= 5
-
-
-def test_fold_sources():
-    counts = torch.arange(2 * 6 * 3).reshape(2, 6, 3)
-    folded = balance.fold_sources(counts, 3)
-    assert torch.equal(folded, counts[:, ::2] + counts[:, 1::2])
-    for ep in (4, 6, 12):
-        assert balance.fold_sources(counts, ep) is counts
-
-
-def test_imbalance():
-    loads = np.array([[1, 3], [2, 2], [0, 0]])
-    np.testing.assert_allclose(balance.imbalance(loads), [1.5, 1, 1])
-
-
 def test_stretches():
+    """A gap between steps or a step back begins a stretch with a history of its own."""
     steps = np.r_[0:10, 100:104, 50:52].astype(np.int64)
-    cut = balance.stretches(steps, 0.5)
+    cut = balance.find_stretches(steps, 0.5)
     assert [(s.start, s.split, s.stop) for s in cut] == [(0, 5, 10), (10, 12, 14), (14, 15, 16)]
-    assert [s.split - s.start for s in balance.stretches(steps, 1)] == [1, 1, 1]
+    assert [s.split - s.start for s in balance.find_stretches(steps, 1)] == [1, 1, 1]
     # Every third step recorded is no gap.
-    assert len(balance.stretches(np.arange(0, 30, 3), 0.25)) == 1
+    assert len(balance.find_stretches(np.arange(0, 30, 3), 0.25)) == 1
     for history in (2, 0, 1.0, 0.0, -0.5):
         with pytest.raises(ValueError, match="history"):
-            balance.stretches(steps, history)
+            balance.find_stretches(steps, history)
     with pytest.raises(ValueError, match="history"):
-        balance.stretches(np.zeros(1, dtype=np.int64), 0.5)
+        balance.find_stretches(np.zeros(1, dtype=np.int64), 0.5)
 
 
 def test_each_stretch_has_its_own_history():
+    """Each stretch is planned from its own history, as if it were a trace of its own."""
     early, late = make_trace(batches=6, seed=1), make_trace(batches=6, seed=2)
     steps = np.r_[0:6, 100:106]
     both = traces.Trace(np.concatenate([early.counts, late.counts]), steps.astype(np.int64))
@@ -292,6 +222,7 @@ def test_each_stretch_has_its_own_history():
 
 
 def test_batches_without_tokens():
+    """A batch without tokens is certified, and its imbalance and bound are 1."""
     trace = make_trace(batches=6)
     trace.counts[4] = 0
     (cell,) = balance.run(trace, balance.Options((8,), (1,)))
@@ -302,6 +233,7 @@ def test_batches_without_tokens():
 
 
 def test_not_applicable_cells(trace_path, tmp_path, capsys):
+    """Impossible combinations are shown as n/a with the reason, and the others run."""
     out = tmp_path / "out"
     args = ("--ep", "4,5,8", "--placement", "cube,eplb", "--slots", "1,2")
     assert cli.main(command(trace_path, out, *args)) == 0
@@ -318,6 +250,7 @@ def test_not_applicable_cells(trace_path, tmp_path, capsys):
 
 
 def test_no_replicas(trace_path, tmp_path, capsys):
+    """Without redundant slots there is no LP, and its imbalance is the placement's."""
     out = tmp_path / "out"
     args = ("--ep", "8", "--placement", "none,eplb", "--slots", "0")
     assert cli.main(command(trace_path, out, *args)) == 0
@@ -330,6 +263,7 @@ def test_no_replicas(trace_path, tmp_path, capsys):
 
 
 def test_json_to_stdout(trace_path, tmp_path, capsys, monkeypatch):
+    """With --json -, stdout has the JSON alone, stderr the tables, and no file is written."""
     monkeypatch.chdir(tmp_path)
     args = ["balance", "--trace", str(trace_path), "--device", "cpu", "--ep", "8", "--json", "-"]
     assert cli.main([*args, "--layers", "1", "--history", "9"]) == 0
@@ -342,6 +276,7 @@ def test_json_to_stdout(trace_path, tmp_path, capsys, monkeypatch):
 
 
 def test_json_elsewhere(trace_path, tmp_path):
+    """--json writes the figures to its own path, in a new folder, instead of --out."""
     path = tmp_path / "new" / "figures.json"
     assert cli.main(command(trace_path, tmp_path / "out", "--ep", "8", "--json", str(path))) == 0
     assert json.loads(path.read_text())["command"] == "balance"
@@ -350,6 +285,7 @@ def test_json_elsewhere(trace_path, tmp_path):
 
 
 def test_failed_certificate_is_exit_code_1(trace_path, tmp_path, capsys, monkeypatch):
+    """A gap above the tolerance is exit code 1, and the figures are still written."""
     monkeypatch.setattr(command_balance, "DEFAULT_MAX_ITERATIONS", 1)
     out = tmp_path / "out"
     args = ("--ep", "8", "--slots", "2", "--tolerance", "1e-5")
@@ -375,6 +311,7 @@ def test_failed_certificate_is_exit_code_1(trace_path, tmp_path, capsys, monkeyp
 def test_impossible_requests_are_exit_code_2(
     trace_path, tmp_path, capsys, monkeypatch, options, message
 ):
+    """A request that can't be met is exit code 2, with the reason and no figures."""
     monkeypatch.chdir(tmp_path)
     assert cli.main(command(trace_path, "out", *options)) == 2
     assert message in capsys.readouterr().err
@@ -401,6 +338,7 @@ def test_impossible_requests_are_exit_code_2(
     ],
 )
 def test_wrong_options_are_exit_code_2(trace_path, tmp_path, capsys, options, name):
+    """A wrong value is exit code 2 with its option's name, and no folder is made."""
     with pytest.raises(SystemExit) as stop:
         cli.main(command(trace_path, tmp_path / "out", *options))
     assert stop.value.code == 2
@@ -409,6 +347,7 @@ def test_wrong_options_are_exit_code_2(trace_path, tmp_path, capsys, options, na
 
 
 def test_bad_traces_are_exit_code_2(tmp_path, capsys):
+    """A trace that is missing or unreadable is exit code 2 with the file's name."""
     assert cli.main(command(tmp_path / "missing.npz", tmp_path / "out")) == 2
     assert "missing.npz" in capsys.readouterr().err
     (tmp_path / "bad.npz").write_bytes(b"nothing of the kind")
@@ -418,6 +357,7 @@ def test_bad_traces_are_exit_code_2(tmp_path, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_exit_code_2(trace_path, tmp_path, capsys):
+    """`--device cuda` without a GPU is exit code 2 with the option's name."""
     args = ["balance", "--trace", str(trace_path), "--device", "cuda", "--out", str(tmp_path / "o")]
     assert cli.main(args) == 2
     assert "argument --device" in capsys.readouterr().err
@@ -425,6 +365,7 @@ def test_cuda_without_a_gpu_is_exit_code_2(trace_path, tmp_path, capsys):
 
 @pytest.mark.parametrize("module", ["rich", "matplotlib"])
 def test_missing_extra_names_it(trace_path, tmp_path, capsys, monkeypatch, module):
+    """A package that is not installed is named with the extra that brings it."""
     monkeypatch.setitem(sys.modules, module, None)
     assert cli.main(command(trace_path, tmp_path / "out", "--ep", "8")) == 2
     error = capsys.readouterr().err
@@ -433,6 +374,7 @@ def test_missing_extra_names_it(trace_path, tmp_path, capsys, monkeypatch, modul
 
 
 def test_interrupt_leaves_no_file(trace_path, tmp_path, capsys, monkeypatch):
+    """An interrupt while a file is written is exit code 130 and leaves no file."""
     out = tmp_path / "out"
 
     def interrupted(source, target):
@@ -445,11 +387,13 @@ def test_interrupt_leaves_no_file(trace_path, tmp_path, capsys, monkeypatch):
 
 
 def test_picture_needs_results():
+    """A picture of cells without results is refused by the argument's name."""
     with pytest.raises(ValueError, match="cells"):
         plots.balance_png([balance.Cell(8, 1, "cube", reason="no")], title="none")
 
 
 def test_picture_is_repeatable():
+    """The same cells give the same picture, byte for byte."""
     cells = balance.run(make_trace(batches=4), balance.Options((4,), (1,)))
     first, second = (plots.balance_png(cells, title="twice") for _ in range(2))
     assert first == second
@@ -458,6 +402,7 @@ def test_picture_is_repeatable():
 
 
 def test_tables_show_every_figure(capsys):
+    """The table shows the mean, 95th percentile and maximum of every variant."""
     cells = balance.run(make_trace(batches=6), balance.Options((4,), (1, 2)))
     target = tables.console()
     tables.show_balance(target, cells, title="a [title]", time_label="of something")
@@ -473,6 +418,7 @@ def test_tables_show_every_figure(capsys):
 
 
 def test_module_runs_as_a_command():
+    """The package runs as a module, and its help shows an example."""
     done = subprocess.run(
         [sys.executable, "-m", "lplb_triton.bench", "balance", "--help"],
         capture_output=True, text=True, timeout=120, check=False,
@@ -484,6 +430,7 @@ def test_module_runs_as_a_command():
 
 @pytest.mark.gpu
 def test_kernel_on_a_gpu(trace_path, tmp_path):
+    """On a GPU, the command solves with the Triton backend and names the GPU."""
     out = tmp_path / "out"
     args = ["balance", "--trace", str(trace_path), "--device", "cuda", "--out", str(out)]
     assert cli.main([*args, "--ep", "8"]) == 0

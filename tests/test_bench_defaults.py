@@ -9,7 +9,7 @@ from helpers.traces import make_trace
 
 from lplb_triton import Placement
 from lplb_triton.bench import advise, balance, placement, report, workloads
-from lplb_triton.bench.measure.simulate import draw_experts, slot_tokens
+from lplb_triton.bench.measure.simulate import draw_experts, split_tokens
 from lplb_triton.testing import verify
 
 SETTINGS = workloads.Settings(ranks=4, experts=32, batches=2, tokens=64, seed=1)
@@ -76,7 +76,7 @@ def advised():
 
 def split(name):
     counts = torch.from_numpy(np.array([9, 8, 1, 1, 1, 1, 1, 1]))
-    return slot_tokens(Placement.from_phy2log(IDS, 2), counts, name, 1e-3)
+    return split_tokens(Placement.from_phy2log(IDS, 2), counts, name, 1e-3)
 
 
 CALLS = {
@@ -100,6 +100,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 def test_the_same_whatever_the_defaults(call):
+    """Results are the same, and on the CPU, under another default device and dtype."""
     expected = call()
     with other_defaults():
         found = call()
@@ -111,13 +112,14 @@ def test_the_same_whatever_the_defaults(call):
 
 
 def test_tables_of_peers():
+    """The tables of edge balancing are the same under another default device and dtype."""
     pytest.importorskip("triton")
     from lplb_triton.bench import peers
 
     mask = torch.from_numpy(np.array([[True, False], [True, True], [False, True]]))
     expected = peers.EdgeBalancing(mask, "cpu")
     with other_defaults():
-        ends = peers.two_copy_ranks(mask)
+        ends = peers.find_copy_ranks(mask)
         assert peers.color_edges(*ends).tolist() == [0, 1]
         found = peers.EdgeBalancing(mask, "cpu")
     for want, got in zip(expected._tables, found._tables, strict=True):

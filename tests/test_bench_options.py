@@ -70,7 +70,7 @@ def folder(tmp_path, monkeypatch):
         return torch.device("cpu"), FakeTimer()
 
     monkeypatch.setattr(gpu, "start", start)
-    monkeypatch.setattr(pipeline, "copy_bandwidth", lambda timer, device: 1e12)
+    monkeypatch.setattr(pipeline, "measure_copy_bandwidth", lambda timer, device: 1e12)
     monkeypatch.setattr(
         schedule, "run_section", lambda job, seconds: {"seconds": 1.0, "failed": "-"}
     )
@@ -88,6 +88,7 @@ def call(arguments, capsys):
 
 @pytest.mark.parametrize(("name", "option"), valued("numbers"))
 def test_wrong_values_are_refused_by_name(folder, capsys, name, option):
+    """A value that an option does not take is refused by the option's name."""
     text = "--progress" if option == "--progress" else option
     for value in NEVER if option in ("--seconds", "--moves") else NUMBERS:
         code, last = call([*BASE[name].split(), f"{option}={value}"], capsys)
@@ -98,6 +99,7 @@ def test_wrong_values_are_refused_by_name(folder, capsys, name, option):
 
 @pytest.mark.parametrize(("name", "option"), valued("paths"))
 def test_wrong_paths_are_refused_by_name(folder, capsys, name, option):
+    """A path that can't be used is refused by its option's name, and no file is left."""
     base = BASE[name].split()
     if name == "placement" and option == "--trace":
         base = ["placement", "--device", "cpu", "--ep", "4"]
@@ -116,6 +118,7 @@ def test_wrong_paths_are_refused_by_name(folder, capsys, name, option):
 @pytest.mark.parametrize("value", ["missing.npz", ".", "t.npz/x", "a" * 5000, "e.json"])
 @pytest.mark.parametrize("name", ["report", "record"])
 def test_wrong_files(folder, capsys, name, value):
+    """`report` and `record` refuse files that are missing or hold no trace."""
     (folder / "e.json").write_text("[[")
     code, last = call([name, value], capsys)
     assert code == cli.USAGE and last[0].startswith("lplb-bench: error: ")
@@ -168,6 +171,7 @@ def test_wrong_files(folder, capsys, name, value):
     ],
 )
 def test_refused_before_any_work(folder, capsys, arguments, message):
+    """Options that conflict, don't fit or have no effect are refused before any work."""
     code, last = call(arguments.split(), capsys)
     assert code == cli.USAGE and message in last[0]
     assert [path.name for path in folder.iterdir()] == ["t.npz"]
@@ -179,6 +183,7 @@ def test_refused_before_any_work(folder, capsys, arguments, message):
     + ["--backend=torch", "--tolerance=1e-3", "--json=x.json", "--progress", "--no-progress"],
 )
 def test_a_report_is_only_laid_out(folder, capsys, option):
+    """A saved report takes none of the options that would need a new run."""
     assert cli.main(BASE["balance"].split()) == cli.OK
     before = (folder / "o" / "report.html").read_bytes()
     code, last = call(["report", "o/balance.json", option], capsys)
@@ -206,6 +211,7 @@ def test_defaults_are_the_same_everywhere():
 
 
 def test_defaults_of_calls_are_those_of_commands():
+    """Calls have the same default numbers of slots and ranks as commands."""
     calls = (chain, place, Placement.from_history)
     slots = [inspect.signature(call).parameters["redundant_per_rank"].default for call in calls]
     assert slots == [1, 1, 1]
@@ -216,6 +222,7 @@ def test_defaults_of_calls_are_those_of_commands():
 
 
 def test_defaults_of_what_is_left_out(folder, capsys):
+    """Options left out take their defaults, but `advise` no more ranks than experts."""
     np.savez(folder / "wide.npz", counts=np.ones((4, 64), dtype=int))
     common = ["--trace", "wide.npz", "--device", "cpu", "--json", "-"]
     assert cli.main(["balance", *common]) == cli.OK
@@ -231,6 +238,7 @@ def test_defaults_of_what_is_left_out(folder, capsys):
 
 
 def test_workloads_take_several_numbers_of_slots(folder, capsys):
+    """Workloads run `eplb` with each number of slots, and `none` once without slots."""
     line = "workloads --workload uniform --placement none,eplb --ep 4 --experts 32 --batches 1"
     assert cli.main([*line.split(), "--json", "-"]) == cli.OK
     rows = json.loads(capsys.readouterr().out)["rows"]
@@ -242,6 +250,7 @@ def test_workloads_take_several_numbers_of_slots(folder, capsys):
 
 
 def test_what_cannot_be_laid_out_is_named(folder, capsys):
+    """Sizes for which there is no placement are listed as left out, with the reason."""
     line = "placement --synthetic 8 --seeds 0 --ep 4,3 --slots 1,7 --device cpu --trials 1 --json -"
     assert cli.main(line.split()) == cli.OK
     printed = capsys.readouterr()
@@ -256,6 +265,7 @@ def test_what_cannot_be_laid_out_is_named(folder, capsys):
 
 @pytest.mark.parametrize("name", list(BASE))
 def test_help_shows_the_examples_of_one_command(name, capsys):
+    """The help of a command has examples of that command."""
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])
     text = capsys.readouterr().out

@@ -51,6 +51,7 @@ class Broken(io.StringIO):
 @pytest.mark.parametrize("at", ["write", "flush"])
 @pytest.mark.parametrize("room", [0, 200])
 def test_a_closed_pipe_ends_quietly_with_every_file(folder, capsys, monkeypatch, room, at):
+    """A closed pipe is exit code 141 without a message, and every file is written."""
     monkeypatch.setattr(sys, "stdout", Broken(errno.EPIPE, room, at))
     assert cli.main(BALANCE) == cli.CLOSED == 141
     assert capsys.readouterr().err == ""
@@ -58,6 +59,7 @@ def test_a_closed_pipe_ends_quietly_with_every_file(folder, capsys, monkeypatch,
 
 
 def test_a_failed_check_counts_more_than_a_closed_pipe(folder, capsys, monkeypatch):
+    """A failed check decides the exit code even if stdout is a closed pipe."""
     monkeypatch.setattr(command_balance, "DEFAULT_MAX_ITERATIONS", 1)
     monkeypatch.setattr(sys, "stdout", Broken(errno.EPIPE))
     assert cli.main([*BALANCE, "--tolerance", "1e-5"]) == cli.FAILED
@@ -66,6 +68,7 @@ def test_a_failed_check_counts_more_than_a_closed_pipe(folder, capsys, monkeypat
 
 @pytest.mark.parametrize("stream", [None, Broken(errno.ENOSPC), Broken(errno.ENOSPC, at="flush")])
 def test_a_full_disk_or_a_closed_stdout_is_told(folder, capsys, monkeypatch, stream):
+    """A full or closed stdout is an error with the reason, and every file is written."""
     monkeypatch.setattr(sys, "stdout", stream)
     number = errno.EBADF if stream is None else errno.ENOSPC
     for command in (BALANCE, ["record", "t.npz"], [*BALANCE, "--json", "-"]):
@@ -76,6 +79,7 @@ def test_a_full_disk_or_a_closed_stdout_is_told(folder, capsys, monkeypatch, str
 
 
 def test_help_into_a_closed_pipe(capsys, monkeypatch):
+    """Help into a closed pipe or onto a full disk ends with the exit code of either."""
     for number, code in ((errno.EPIPE, cli.CLOSED), (errno.ENOSPC, cli.USAGE)):
         monkeypatch.setattr(sys, "stdout", Broken(number, at="flush"))
         with pytest.raises(SystemExit) as stop:
@@ -84,6 +88,7 @@ def test_help_into_a_closed_pipe(capsys, monkeypatch):
 
 
 def test_stderr_that_cannot_be_written_changes_nothing(folder, monkeypatch):
+    """A stderr that can't be written changes no exit code."""
     for stream in (Broken(errno.ENOSPC), None):
         monkeypatch.setattr(sys, "stderr", stream)
         assert cli.main([*BALANCE, "--progress"]) == cli.OK
@@ -91,6 +96,7 @@ def test_stderr_that_cannot_be_written_changes_nothing(folder, monkeypatch):
 
 
 def test_a_file_that_cannot_be_written_loses_nothing_else(folder, capsys):
+    """A file that can't be written is exit code 2, and all other output is there."""
     assert cli.main([*BALANCE, "--json", "/dev/full"]) == cli.USAGE
     printed = capsys.readouterr()
     assert "Certificates" in printed.out and "report: o/report.html" in printed.out
@@ -103,6 +109,7 @@ def test_a_file_that_cannot_be_written_loses_nothing_else(folder, capsys):
 
 
 def test_files_are_written_before_anything_is_printed(folder, monkeypatch):
+    """Every file of a command is written before its table is printed."""
     there = []
 
     def show(*args, **kwargs):
@@ -121,6 +128,7 @@ def test_files_are_written_before_anything_is_printed(folder, monkeypatch):
 
 
 def test_names_that_a_terminal_cannot_show(folder, capsys, monkeypatch):
+    """File names that can't be encoded are shown with replaced characters."""
     name = os.fsdecode(b"half \xff $x$_{ [bold].npz")
     traces.save(folder / name, make_trace(batches=4, layers=1))
     for encoding in ("ascii", "utf-8"):
@@ -135,6 +143,7 @@ def test_names_that_a_terminal_cannot_show(folder, capsys, monkeypatch):
 
 
 def test_errors_of_the_solver_are_a_failed_check(folder, capsys, monkeypatch):
+    """An error of the solver ends a command with the exit code of a failed check."""
     line = "workloads --workload uniform --placement eplb --ep 4 --experts 32 --batches 1".split()
     for error in (SolveError("gap 1e-2"), verify.NoOptimumError("no optimum")):
 
@@ -147,6 +156,8 @@ def test_errors_of_the_solver_are_a_failed_check(folder, capsys, monkeypatch):
 
 
 def test_memory_that_is_not_there(folder, capsys, monkeypatch):
+    """A lack of memory is told in one line, and other runtime errors are raised."""
+
     def numpy_fails(*args, **kwargs):
         np.zeros(2**50)
 
@@ -168,6 +179,8 @@ def test_memory_that_is_not_there(folder, capsys, monkeypatch):
 
 
 def test_ctrl_c_while_options_are_read(capsys, monkeypatch):
+    """An interrupt while options are read is exit code 130."""
+
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -177,6 +190,7 @@ def test_ctrl_c_while_options_are_read(capsys, monkeypatch):
 
 
 def test_devices_need_no_writable_folder(monkeypatch):
+    """A device needs no writable folder, but must be writable itself."""
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "/dev" and real(path, mode))
     output.check_files([("--json", "/dev/null"), ("--markdown", None)])

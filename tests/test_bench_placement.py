@@ -19,6 +19,7 @@ def trace():
 
 
 def test_cases_split_history_from_test(trace):
+    """Each layer is a case, with the first batches as history and the rest as test."""
     cases = placement.trace_cases(trace, 0.5)
     assert len(cases) == 2
     assert cases[1].history.equal(torch.from_numpy(trace.counts[:12, 1].sum(1)))
@@ -26,6 +27,7 @@ def test_cases_split_history_from_test(trace):
 
 
 def test_synthetic_cases_are_the_seeds(trace):
+    """Each seed draws a history of its own, the same one in every call."""
     one, two = placement.synthetic_cases(32, (3, 4))
     assert one.name == "seed 3" and not one.history.equal(two.history)
     assert one.history.equal(placement.synthetic_cases(32, (3,))[0].history)
@@ -33,6 +35,7 @@ def test_synthetic_cases_are_the_seeds(trace):
 
 
 def test_command_writes_every_output(trace, tmp_path, capsys):
+    """The command writes JSON, Markdown and a picture, without sizes that don't fit."""
     path = tmp_path / "loads.npz"
     save(path, trace)
     published = tmp_path / "eplb.py"
@@ -73,9 +76,10 @@ def test_command_writes_every_output(trace, tmp_path, capsys):
 
 
 def test_moves_are_counted(monkeypatch):
+    """At a penalty of 1, priced placements move nothing where EPLB moves weights."""
     for name, value in (("SYNTHETIC_HISTORY", 24), ("SYNTHETIC_TEST", 8), ("DRIFT_STEPS", 1)):
         monkeypatch.setattr(placement, name, value)
-    found = placement.moves_row(8, 1, 1.0, torch.device("cpu"), trials=20)["methods"]
+    found = placement.measure_moves(8, 1, 1.0, torch.device("cpu"), trials=20)["methods"]
     assert found["priced"]["moved"] == 0 < found["eplb"]["moved"]
 
 
@@ -89,6 +93,7 @@ def test_moves_are_counted(monkeypatch):
     ],
 )
 def test_wrong_use(trace, tmp_path, capsys, arguments, message):
+    """Sizes, layers and files that don't fit are refused by the option's name."""
     save(tmp_path / "loads.npz", trace)
     base = ["placement", "--trace", str(tmp_path / "loads.npz"), "--device", "cpu", "--trials", "1"]
     base += ["--slots", "1"] + (["--ep", "4"] if "--ep" not in arguments else [])

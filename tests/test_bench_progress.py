@@ -26,6 +26,7 @@ def walk(show):
 
 
 def test_lines_of_what_is_no_terminal(capsys):
+    """Where stderr is no terminal, each part is shown once, on a line with its number."""
     walk(True)
     lines = capsys.readouterr().err.splitlines()
     shown = [re.fullmatch(r"lplb-bench: \d+ s, (.*)", line).group(1) for line in lines]
@@ -34,6 +35,7 @@ def test_lines_of_what_is_no_terminal(capsys):
 
 @pytest.mark.parametrize(("show", "stream"), [(None, io.StringIO), (False, Terminal)])
 def test_nothing_unless_asked(monkeypatch, show, stream):
+    """Progress is silent by default where stderr is no terminal, and if turned off."""
     monkeypatch.setattr(sys, "stderr", stream())
     walk(show)
     assert sys.stderr.getvalue() == ""
@@ -41,6 +43,7 @@ def test_nothing_unless_asked(monkeypatch, show, stream):
 
 @pytest.mark.parametrize("show", [None, True])
 def test_a_bar_on_a_terminal(monkeypatch, show):
+    """A terminal gets a bar with the part's name and the elapsed time."""
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
     walk(show)
@@ -49,11 +52,13 @@ def test_a_bar_on_a_terminal(monkeypatch, show):
 
 
 def test_nothing_to_do():
+    """Progress over no parts raises nothing."""
     with progress([], True):
         pass
 
 
 def test_commands_name_their_combinations(tmp_path, capsys):
+    """With --progress, commands show each combination by its number and name."""
     traces.save(tmp_path / "t.npz", make_trace(batches=4))
     common = ["--device", "cpu", "--json", "-", "--progress"]
     trace = ["--trace", str(tmp_path / "t.npz")]

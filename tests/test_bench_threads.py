@@ -38,6 +38,7 @@ def test_openblas_is_found(two_threads):
 
 
 def test_one_thread_inside_and_as_before_afterwards(two_threads):
+    """Inside the context there is one thread; afterwards the numbers are as before."""
     before = threads()
     with _threads.one_thread():
         assert set(threads()) == {1}
@@ -70,6 +71,7 @@ def test_commands_use_one_thread(tmp_path, monkeypatch, two_threads):
 
 
 def test_a_search_uses_one_thread(monkeypatch, two_threads):
+    """A search for a placement uses one thread and restores the number of threads."""
     seen, before, run = [], threads(), cut_search.CutSearch.run
 
     def watched(self, trials):
@@ -83,6 +85,7 @@ def test_a_search_uses_one_thread(monkeypatch, two_threads):
 
 
 def test_without_proc_only_torch_is_kept_to_one(monkeypatch, two_threads):
+    """Without /proc, no OpenBLAS is found, and torch alone is kept to one thread."""
     monkeypatch.setattr(_threads, "Path", lambda name: sys)
     monkeypatch.setattr(sys, "read_text", lambda errors: open("/no/such"), raising=False)
     assert _threads._openblas() == []

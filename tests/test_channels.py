@@ -35,6 +35,7 @@ def two_ranks(**numbers):
 
 
 def test_a_stream_has_a_channel_of_its_own():
+    """Each stream gets a channel of its own, in the order of first calls."""
     one = Streams(main=0, side=of_torch(3), capture=of_torch(4), outside=0x7F00)
     order = ["main", "side", "main", "capture", "outside", "side"]
     assert [one.call(name).number for name in order] == [0, 1, 0, 2, 3, 1]
@@ -43,6 +44,7 @@ def test_a_stream_has_a_channel_of_its_own():
 
 
 def test_later_calls_may_interleave():
+    """After their first calls, streams may call in a different order on each rank."""
     a, b = two_ranks(side=of_torch(3))
     for rank in (a, b):
         rank.call("main")
@@ -66,6 +68,7 @@ def test_later_calls_may_interleave():
     ],
 )
 def test_first_calls_in_another_order_open_channels_otherwise(first, second):
+    """First calls in different orders on two ranks give channels different openings."""
     a, b = two_ranks(side=of_torch(3), other=of_torch(7), outside=0x7F00)
     for rank, order in ((a, first), (b, second)):
         for name in order:
@@ -75,6 +78,7 @@ def test_first_calls_in_another_order_open_channels_otherwise(first, second):
 
 
 def test_streams_that_one_rank_made_beside_change_nothing():
+    """Streams that one rank makes and does not use leave the openings equal."""
     a = Streams(main=0, side=of_torch(3), other=of_torch(4), high=of_torch(0, priority=1))
     b = Streams(main=0, side=of_torch(9), other=of_torch(17), high=of_torch(30, priority=1))
     for rank in (a, b):
@@ -84,6 +88,7 @@ def test_streams_that_one_rank_made_beside_change_nothing():
 
 
 def test_binding():
+    """A stream can be bound to a new or an open channel, and bad numbers are refused."""
     one = Streams(main=0, side=of_torch(1), other=of_torch(2))
     one.bind("side", 5)
     assert one.call("side") == (5, 0)
@@ -102,6 +107,7 @@ def test_binding():
 
 
 def test_no_channel_left():
+    """A stream without a free channel is refused, and can be bound to a taken one."""
     one = Streams(**{f"s{i}": of_torch(i) for i in range(CHANNELS + 1)})
     for i in range(CHANNELS):
         one.call(f"s{i}")
@@ -114,6 +120,7 @@ def test_no_channel_left():
 
 
 def test_the_kernel_finds_disorder_on_every_rank():
+    """The kernel fails on each rank whose peer opened the channel with another call."""
     a, b = two_ranks(side=of_torch(3), other=of_torch(7))
     for rank, order in ((a, ["side", "other"]), (b, ["other", "side"])):
         for name in order:

@@ -61,6 +61,7 @@ TAKERS = {
     ],
 )
 def test_counts_are_checked_at_once_on_a_cpu(backend, taker, counts, error, message):
+    """On a CPU, counts of a wrong type, shape, device or range are refused by name."""
     name, call = TAKERS[taker]
     with pytest.raises(error, match=f"^{name} {message}"):
         call(backend, counts)
@@ -68,6 +69,7 @@ def test_counts_are_checked_at_once_on_a_cpu(backend, taker, counts, error, mess
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_largest_counts_of_either_dtype(backend):
+    """Counts up to 2**31 - 1 are solved alike in int32 and int64."""
     balancer = balancer_of(backend)
     solutions = [balancer.solve(full(2**31 - 1, dtype)) for dtype in (torch.int32, torch.int64)]
     for solution in solutions:
@@ -93,6 +95,7 @@ class TestReports:
 
     @pytest.mark.parametrize("bad", [2**40, 2**32, 2**31, -1, -(2**40)])
     def test_a_solve_is_invalid_and_the_next_call_raises(self, device, bad):
+        """A solve of counts out of range is invalid, and the next call raises."""
         balancer, ids = balancer_of("triton", device), torch.zeros(3).long().to(device)
         solution = balancer.solve(full(bad).to(device))
         assert solution.status.tolist() == [Status.INVALID]
@@ -126,6 +129,7 @@ class TestReports:
 
     @pytest.mark.parametrize("bad", [2**32, -5])
     def test_a_planner_counts_no_such_workload_as_certified(self, device, bad):
+        """A planner does not count such a workload as certified, and its check raises."""
         planner, available = planner_of("triton", device), counter(device)
         weight, scaled = planner.solve_probs(full(bad).to(device), available)
         assert int(available) == 0
@@ -144,6 +148,7 @@ class TestReports:
         ],
     )
     def test_select(self, device, change, what):
+        """Select reports inconsistent tables, and still maps each id to a copy of its expert."""
         balancer = balancer_of("triton", device)
         ids = (torch.arange(40, device=device) % EXPERTS).reshape(10, 4)
         counts, running = balancer.count(ids)
@@ -159,6 +164,7 @@ class TestReports:
         balancer.check()
 
     def test_weights_that_are_no_numbers(self, device):
+        """A weight that is NaN is reported by the planner's check."""
         planner = planner_of("triton", device)
         ids = torch.arange(40, device=device) % EXPERTS
         _, running = planner.count_workload(ids, 4)
@@ -170,6 +176,8 @@ class TestReports:
 
 
 def test_sums_over_ranks_that_are_too_large():
+    """Sums over the ranks that int32 can't hold are refused, and no solve is counted."""
+
     class TooMany:
         """Sums as an exchange leaves those that int32 doesn't hold."""
 
@@ -187,6 +195,7 @@ def test_sums_over_ranks_that_are_too_large():
 
 @pytest.mark.gpu
 def test_looking_at_counts_waits_for_nothing():
+    """Counts on a GPU are checked without making the host wait."""
     balancer, planner = balancer_of("triton", "cuda"), planner_of("triton", "cuda")
     wide, narrow = full(5).cuda(), full(5, torch.int32).cuda()
     available = counter("cuda")
@@ -223,6 +232,7 @@ def test_looking_at_counts_waits_for_nothing():
     ],
 )
 def test_select_is_checked_at_once_on_a_cpu(backend, change, error, message):
+    """On a CPU, select refuses inconsistent running counts and cumulative shares by name."""
     balancer = balancer_of(backend)
     ids = torch.arange(40) % EXPERTS
     counts, running = balancer.count(ids)
@@ -241,12 +251,14 @@ def test_select_is_checked_at_once_on_a_cpu(backend, change, error, message):
     ],
 )
 def test_shares(shares, error, message):
+    """Shares of a wrong type, dtype or shape are refused by name."""
     with pytest.raises(error, match=f"^{message}"):
         balancer_of("torch").cumulative_shares(shares)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weighted_select_is_checked_at_once_on_a_cpu(backend):
+    """On a CPU, weighted selection refuses wrong weights and workloads by name."""
     planner, ids = planner_of(backend), torch.arange(40) % EXPERTS
     running, weight = planner.count_workload(ids, 4)[1], torch.full((1, 4, 1), 0.5)
     out = planner.weighted_select_target(ids, weight, running, 4)
@@ -278,11 +290,13 @@ def test_weighted_select_is_checked_at_once_on_a_cpu(backend):
     ],
 )
 def test_loads_of_a_placement(call, counts, error, message):
+    """A placement refuses counts that are not finite, non-negative real numbers."""
     with pytest.raises(error, match=f"^counts {message}"):
         call(counts)
 
 
 def test_loads_under_a_solution_of_other_programs():
+    """Rank loads need a solution of as many programs as there are rows of counts."""
     solution = solve(PLACEMENT.problem(full(5)))
     assert PLACEMENT.rank_loads(full(5), solution).shape == (1, 4)
     for counts, given, error, message in (
@@ -303,6 +317,7 @@ MASK = torch.ones(1, 2, 1, dtype=torch.bool)
     [(torch.bool, TypeError), (torch.complex64, TypeError), (torch.float8_e4m3fn, TypeError)],
 )
 def test_loads_of_a_problem(name, dtype, error):
+    """A problem refuses loads in bool, complex or float8 by name."""
     loads = {"weights": torch.ones(1, 1), "fixed": torch.ones(1, 2)}
     loads[name] = loads[name].to(dtype)
     with pytest.raises(error, match=f"^{name} must be integers or real numbers, got {dtype}$"):
@@ -310,6 +325,7 @@ def test_loads_of_a_problem(name, dtype, error):
 
 
 def test_loads_whose_sum_is_no_number():
+    """Loads whose sum overflows float64 are refused."""
     huge = torch.tensor([[1.5e308]], dtype=torch.float64)
     with pytest.raises(ValueError, match="^weights and fixed must have finite sums$"):
         Problem(huge, torch.cat([huge, huge], 1), MASK)
@@ -318,6 +334,7 @@ def test_loads_whose_sum_is_no_number():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("unit", [1e-300, 1e-50, 1e-40, 1e20, 1e40, 1e300])
 def test_no_unit_of_load_is_too_small_or_too_large(backend, unit):
+    """Programs are solved in any unit of load from 1e-300 to 1e300."""
     weights = torch.tensor([[4.0], [0.0], [1.0]], dtype=torch.float64) * unit
     fixed = torch.tensor([[1.0, 2.0], [0.0, 0.0], [0.0, 9.0]], dtype=torch.float64) * unit
     solution = solve(Problem(weights, fixed, MASK).to(DEVICE), backend=backend)
@@ -328,6 +345,7 @@ def test_no_unit_of_load_is_too_small_or_too_large(backend, unit):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_integers_as_large_as_they_come(backend):
+    """Integer loads of 2**62 are solved within the tolerance."""
     weights, fixed = torch.tensor([[2**62]]), torch.tensor([[2**62, 0]])
     solution = solve(Problem(weights, fixed, MASK).to(DEVICE), backend=backend)
     solution.check()

@@ -77,4 +77,5 @@ def check_ranks(rank, group):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_over_gloo(ranks, tmp_path):
+    """Balancers and planners over gloo solve for the counts of all ranks together."""
     run_ranks(check_ranks, ranks, tmp_path)

@@ -79,6 +79,7 @@ def test_every_block_says_what_it_is(page):
 
 
 def test_blocks_are_found_and_judged():
+    """Code blocks are found with heading and language, and faulty ones are explained."""
     text = """# Page
 <!-- not run: needs two hosts -->
 ```python
@@ -186,6 +187,7 @@ def check_install(install, *requirements):
 
 @pytest.mark.parametrize("page", SHELL_PAGES)
 def test_shell_blocks_run(page, tmp_path, monkeypatch):
+    """Shell commands on the pages parse, and the quick ones run."""
     monkeypatch.chdir(tmp_path)
     # Drawing takes most of the time, and has tests of its own.
     monkeypatch.setattr(plots, "balance_png", lambda cells, title: b"")
@@ -200,6 +202,7 @@ def test_shell_blocks_run(page, tmp_path, monkeypatch):
 
 
 def test_wrong_commands_are_found(tmp_path, capsys):
+    """A command with an unknown option, target, extra or file does not pass."""
     for text in (
         "lplb-bench balance --epp 8",
         "lplb-bench blance",
@@ -231,6 +234,7 @@ def words_of(span):
 
 @pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
 def test_commands_in_the_text_exist(page, capsys):
+    """Every command in running text exists, with its options."""
     for span in pages.code_spans(page):
         if span.startswith(("lplb-bench ", "make ", "pip ", "python ", "torchrun ")):
             check_command(*words_of(span))
@@ -246,6 +250,7 @@ def help_texts(capsys):
 
 
 def test_examples_in_help_are_right(capsys):
+    """Every example in the help of lplb-bench parses."""
     found = 0
     for text in help_texts(capsys):
         # What an example does may stand behind it.
@@ -257,6 +262,7 @@ def test_examples_in_help_are_right(capsys):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_examples_in_scripts_are_right(name, tmp_path, monkeypatch):
+    """Every command in an example script's docstring parses."""
     monkeypatch.chdir(ROOT)
     text = importlib.import_module(name).__doc__
     shell = "\n".join(re.findall(r"^    (.*)", text, re.MULTILINE))
@@ -268,6 +274,7 @@ def test_examples_in_scripts_are_right(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
+    """Every link inside the repository leads to a file and an anchor that exist."""
     for link in pages.links(page):
         target, _, anchor = link.partition("#")
         if not target.startswith("http"):
@@ -282,6 +289,35 @@ def test_layout_names_what_there_is():
     (layout,) = [block.text for block in blocks if block.heading == "Layout"]
     for line in layout.splitlines():
         assert (ROOT / line.split()[0]).is_dir(), line
+
+
+def test_the_map_names_every_kernel_file():
+    """Every file of kernels/ is in the map of docs/kernels.md, and the map names no other."""
+    paths = [path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels").rglob("*.py")]
+    there = {path.as_posix() for path in paths if path.name != "__init__.py"}
+    code = pages.code_by_heading("docs/kernels.md")
+    heading, named = "", set()
+    for kind, content in code:
+        heading = content if kind == "heading" else heading
+        if heading == "The map" and kind == "code" and content.endswith(".py"):
+            named.add(content)
+    assert there == {name for name in named if not name.startswith("lplb_triton/")}
+    for name in named - there:
+        assert (ROOT / name).is_file(), name
+
+
+def test_functions_of_equations_exist():
+    """Every function that the table of docs/method.md names is defined in the file it names."""
+    text = (ROOT / "docs/method.md").read_text()
+    rows = re.findall(r"^\| \(\d.*$", text, re.MULTILINE)
+    assert len(rows) > 20
+    for row in rows:
+        kernel, twin = row.strip("| ").split(" | ")[2:]
+        for folder, cell in (("kernels", kernel), ("lplb_triton/reference", twin)):
+            for file, name in re.findall(r"`(\S+\.py): (\w+)`", cell):
+                path = ROOT / (file if file.startswith("lplb_triton/") else f"{folder}/{file}")
+                pattern = rf"^ *(def|class) {name}\b"
+                assert re.search(pattern, path.read_text(), re.MULTILINE), f"{file}: {name}"
 
 
 def documented(heading, name):
@@ -311,6 +347,7 @@ def parameters(call):
 
 
 def test_names_and_arguments_in_api_are_right():
+    """docs/api.md has every public name, and its signatures are those of the code."""
     heading, checked = "", set()
     for kind, content in pages.code_by_heading("docs/api.md"):
         if kind == "heading":
@@ -338,6 +375,7 @@ def modules_with_examples():
 
 @pytest.mark.parametrize("name", list(modules_with_examples()))
 def test_examples_in_docstrings_run(name, tmp_path, monkeypatch):
+    """The examples in a module's docstrings give the results that they show."""
     monkeypatch.chdir(tmp_path)
     failed, tried = doctest.testmod(importlib.import_module(name))
     assert tried and not failed

@@ -79,12 +79,14 @@ def compiled(sizes, **changes):
 
 
 def test_structures_are_as_in_cuda_h():
+    """The launch structures have the sizes and offsets of those in cuda.h."""
     assert ctypes.sizeof(driver._Attribute) == 72 and driver._Attribute.value.offset == 8
     assert ctypes.sizeof(driver._Config) == 56 and driver._Config.stream.offset == 32
 
 
 @pytest.mark.parametrize("early", [False, True])
 def test_what_the_driver_is_handed(monkeypatch, early):
+    """The driver is handed the grid, block, stream, attributes and current argument words."""
     sizes = [8, 4, 4, 4, 8, 8]
     fake = FakeDriver(sizes)
     monkeypatch.setattr(driver, "_driver", lambda: fake)
@@ -165,6 +167,7 @@ class Launcher:
 
 
 def test_a_kernel_that_cannot_be_loaded(monkeypatch):
+    """A kernel that the driver can't load raises with the driver's reason."""
     monkeypatch.setattr(driver, "_driver", lambda: FakeDriver([]))
     kernel = compiled([])
     kernel.kernel = b"something else"
@@ -196,6 +199,7 @@ def test_the_driver_and_triton_launch_the_same():
 
 @pytest.mark.gpu
 def test_a_thread_that_did_nothing_on_the_gpu_before():
+    """Runs in threads that have not used the GPU give the same ids as the main thread."""
     placement = shape_placement("cube", np.random.default_rng(0))
     balancer = Balancer(placement, device="cuda")
     idx = torch.arange(64, device="cuda").reshape(8, 8)

@@ -157,6 +157,7 @@ def check_consistent(
 
 
 def test_published_example() -> None:
+    """The documented example of EPLB gives its documented placement."""
     phy2log, log2phy, logcnt = rebalance_experts(torch.tensor(EXAMPLE_WEIGHT), 16, 4, 2, 8)
     assert phy2log.tolist() == EXAMPLE_PHY2LOG
     check_consistent((phy2log, log2phy, logcnt), 2, 12, 16)
@@ -164,6 +165,7 @@ def test_published_example() -> None:
 
 @pytest.mark.parametrize("kind", WEIGHT_KINDS)
 def test_equals_oracle(kind: str) -> None:
+    """Maps and counts equal those of a plain-Python version of EPLB."""
     rnd = random.Random(WEIGHT_KINDS.index(kind))
     for seed in range(50):
         n_experts, n_replicas, n_groups, n_nodes, n_gpus = make_case(rnd)
@@ -194,6 +196,7 @@ def problems(draw: st.DrawFn) -> tuple[torch.Tensor, int, int, int, int]:
 @given(problems())
 @settings(max_examples=150, deadline=None)
 def test_invariants(problem: tuple[torch.Tensor, int, int, int, int]) -> None:
+    """Maps are consistent, and each group is on one node where nodes divide the groups."""
     weight, n_replicas, n_groups, n_nodes, n_gpus = problem
     before = weight.clone()
     result = rebalance_experts(*problem)
@@ -210,6 +213,7 @@ def test_invariants(problem: tuple[torch.Tensor, int, int, int, int]) -> None:
 @given(problems())
 @settings(max_examples=100, deadline=None)
 def test_replication_is_greedy_optimal(problem: tuple[torch.Tensor, int, int, int, int]) -> None:
+    """Taking any copy away leaves an expert at least as heavy as the heaviest copy."""
     weight, n_replicas, _, _, n_gpus = problem
     _, _, logcnt = rebalance_experts(weight, n_replicas, 1, 1, n_gpus)
     for load, count in zip(weight.tolist(), logcnt.tolist(), strict=True):
@@ -222,6 +226,7 @@ def test_replication_is_greedy_optimal(problem: tuple[torch.Tensor, int, int, in
 
 
 def test_layers_are_independent() -> None:
+    """The placement of a layer does not depend on the other layers."""
     weight = torch.rand(6, 32, generator=torch.Generator().manual_seed(3)).double()
     # The order of equal items is torch.sort's and may depend on the shape of the whole matrix:
     # compare slots where all loads differ (no redundancy), else only the number of copies.
@@ -235,6 +240,7 @@ def test_layers_are_independent() -> None:
 
 
 def test_global_policy_ignores_groups_and_nodes() -> None:
+    """Where nodes do not divide the groups, both numbers are ignored."""
     weight = make_weight("skew", 3, 24, 1)
     expected = rebalance_experts(weight, 32, 1, 1, 8)
     # Five groups don't divide 24 experts, and three nodes don't divide 8 GPUs: allowed here.
@@ -247,6 +253,7 @@ def test_global_policy_ignores_groups_and_nodes() -> None:
     [torch.uint8, torch.int16, torch.int32, torch.float16, torch.bfloat16, torch.float64],
 )
 def test_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    """Equal weights in any real dtype give equal maps."""
     weight = torch.randint(0, 128, (3, 16), generator=torch.Generator().manual_seed(0))
     expected = rebalance_experts(weight, 24, 4, 2, 4)
     for got, want in zip(rebalance_experts(weight.to(dtype), 24, 4, 2, 4), expected, strict=True):
@@ -254,6 +261,7 @@ def test_dtype_does_not_matter(dtype: torch.dtype) -> None:
 
 
 def test_boolean_and_gradient_weights() -> None:
+    """Boolean weights count as 0 and 1, and maps from weights with gradients have none."""
     hot = torch.eye(4, dtype=torch.bool)
     assert rebalance_experts(hot, 8, 1, 1, 2)[2].tolist() == (1 + 4 * torch.eye(4).int()).tolist()
     weight = torch.rand(2, 8, requires_grad=True)
@@ -261,6 +269,7 @@ def test_boolean_and_gradient_weights() -> None:
 
 
 def test_no_redundancy_is_a_permutation() -> None:
+    """Without redundancy each expert has one slot, and the two maps are inverse."""
     weight = make_weight("counts", 4, 32, 0)
     phy2log, log2phy, logcnt = rebalance_experts(weight, 32, 1, 1, 8)
     assert (logcnt == 1).all()
@@ -269,6 +278,7 @@ def test_no_redundancy_is_a_permutation() -> None:
 
 
 def test_one_gpu_and_one_expert() -> None:
+    """A single expert fills every slot, and a single GPU takes all slots."""
     phy2log, log2phy, logcnt = rebalance_experts(torch.tensor([[3.0]]), 4, 1, 1, 2)
     assert phy2log.tolist() == [[0, 0, 0, 0]]
     assert sorted(log2phy[0, 0].tolist()) == [0, 1, 2, 3]
@@ -314,6 +324,7 @@ def test_one_gpu_and_one_expert() -> None:
 def test_errors_name_the_argument(
     change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
+    """A wrong argument is refused with a message that begins with an argument's name."""
     arguments: dict[str, Any] = {
         "weight": torch.ones(2, 12),
         "num_replicas": 16,

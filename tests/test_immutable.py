@@ -21,6 +21,7 @@ def make():
     "name", ["ep_size", "structure", "phy2log", "max_columns", "_phy2log", "x"]
 )
 def test_attributes_cannot_be_set_or_deleted(name):
+    """Attributes of a placement can be neither set nor deleted."""
     placement = make()
     with pytest.raises(AttributeError, match=f"^{name} can't be set: a Placement is immutable"):
         setattr(placement, name, 8)
@@ -30,6 +31,7 @@ def test_attributes_cannot_be_set_or_deleted(name):
 
 
 def test_what_it_was_made_from_and_what_it_returns_cannot_change_it():
+    """Writes to a placement's source, maps or problems do not change the placement."""
     counts = torch.tensor([8.0, 1, 1, 1, 1, 1])
     slots = torch.tensor(PHY2LOG)
     for source in (slots, slots.numpy()):
@@ -50,12 +52,14 @@ def test_what_it_was_made_from_and_what_it_returns_cannot_change_it():
 
 
 def test_tables_are_read_only():
+    """The arrays of a placement's structure are read-only."""
     for array in make().structure:
         with pytest.raises(ValueError, match="read-only"):
             array[...] = 0
 
 
 def test_equal_by_content():
+    """Placements are equal if their slots and sizes are, and equal ones share a hash."""
     placement = make()
     same = Placement(torch.tensor(PHY2LOG, dtype=torch.uint8), 4, n_logical=6)
     assert placement == same and hash(placement) == hash(same)
@@ -76,6 +80,7 @@ def test_equal_by_content():
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickled_and_copied(protocol):
+    """A pickled placement is equal and immutable, and a copy is the placement itself."""
     placement = Placement.from_topology(topologies.ring(2), 12, 8, 4)
     kept = pickle.loads(pickle.dumps(placement, protocol))
     assert kept == placement and kept.n_group == 2 and kept is not placement
@@ -88,6 +93,7 @@ def test_pickled_and_copied(protocol):
 
 
 def test_kept_in_a_file_that_holds_no_code(tmp_path):
+    """A saved placement can be loaded with weights_only=True."""
     placement = make()
     torch.save({"placement": placement}, tmp_path / "model.pt")
     with torch.serialization.safe_globals([Placement]):
@@ -96,6 +102,7 @@ def test_kept_in_a_file_that_holds_no_code(tmp_path):
 
 
 def test_an_equal_placement_is_no_news_to_a_balancer():
+    """A balancer takes an equal placement, and then a different one."""
     balancer = Balancer(make(), device="cpu")
     assert balancer.update_placement(make()) == make()
     other = Placement([0, 1, 0, 2, 3, 4, 5, 0], 4)
@@ -104,6 +111,7 @@ def test_an_equal_placement_is_no_news_to_a_balancer():
 
 
 def test_reprs_tell_sizes_and_print_no_tensor():
+    """Reprs are one line of sizes without the contents of tensors."""
     placement = make()
     counts = torch.tensor([8.0, 1, 1, 1, 1, 1]).repeat(3, 1)
     problem = placement.problem(counts)
@@ -122,6 +130,7 @@ def test_reprs_tell_sizes_and_print_no_tensor():
 
 
 def test_results_with_tensors_can_be_compared_and_be_keys():
+    """Results with tensors compare by identity and can be members of a set."""
     problem = make().problem(torch.ones(2, 6))
     solution, moves = solve(problem), plan_moves(make(), make())
     for value in (problem, solution, moves):

@@ -5,11 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from helpers.layout import fields_of
 
 from lplb_triton import Balancer, Placement, _steps, solve, topologies
-from lplb_triton._backends.edges import FEW_COPIES
+from lplb_triton._backends.edges import MAX_COPIES_ALL_JOINED
 from lplb_triton._backends.tables import DeviceTables
-from lplb_triton._layout import COPIES_AT_ONCE, RANK_CELLS, Extent
+from lplb_triton._layout import COPIES_AT_ONCE, RANK_CELLS, SHARE_ONE, Extent
 from lplb_triton.kernels.solve import levelling
 from lplb_triton.kernels.solve.group_tables import Extents
 from lplb_triton.testing.instances import corpus, draw_loads, shape_placement
@@ -38,11 +39,11 @@ def edges_of(placement):
         rank_of = dict(zip(number[ranks, columns].tolist(), ranks.tolist(), strict=True))
         groups.append([])
         for row in classes[:n]:
-            words = np.ascontiguousarray(row[row != -1]).view(np.uint16).reshape(-1, 4)
-            for second, first, *cells in words.tolist():
+            words = fields_of(row[row != -1]).tolist()
+            for second, first, *cells in words:
                 assert [second, first] == [rank_of[cell] for cell in cells]
                 assert len({column_of[cell] for cell in cells}) == 1
-            groups[-1].append([(b, a, column_of[cell]) for a, b, cell, _ in words.tolist()])
+            groups[-1].append([(b, a, column_of[cell]) for a, b, cell, _ in words])
     return groups
 
 
@@ -59,7 +60,7 @@ def test_edges(placement):
         for column, pairs in joined.items():
             ranks = np.flatnonzero(mask[:, column]).tolist()
             assert {rank for pair in pairs for rank in pair} == set(ranks)
-            if len(ranks) <= FEW_COPIES:
+            if len(ranks) <= MAX_COPIES_ALL_JOINED:
                 assert sorted(pairs) == list(itertools.combinations(ranks, 2))
                 continue
             reached = {ranks[0]}
@@ -120,6 +121,7 @@ def test_ends_of_cells(placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
 def test_the_first_plan_splits_evenly_over_ranks(placement):
+    """The first plan splits every column evenly over the ranks that hold it."""
     counts = torch.arange(1, placement.n_logical + 1, dtype=torch.float64)
     views = tables_of(placement)
     experts, parts = (views[name] for name in ("rank_experts", "rank_parts"))
@@ -133,6 +135,7 @@ def test_the_first_plan_splits_evenly_over_ranks(placement):
 
 
 def test_more_cells_than_an_edge_can_number():
+    """A placement with more than 65536 cells is refused."""
     # An expert for each of 83 neighbours of each of 400 ranks.
     neighbour = (np.arange(400)[:, None] + np.arange(1, 84)) % 400
     experts = np.arange(400 * 83).reshape(400, 83)
@@ -154,6 +157,7 @@ def test_more_cells_than_an_edge_can_number():
     ids=repr,
 )
 def test_nothing_depends_on_what_memory_held(monkeypatch, placement):
+    """A solution does not depend on the contents of uninitialized memory."""
     counts = torch.arange(3, 3 + placement.n_logical, dtype=torch.int32)
     fresh = torch.empty
     found = []
@@ -216,6 +220,7 @@ def test_counts_of_a_failed_exchange_are_invalid_at_once(monkeypatch, placement,
     ids=repr,
 )
 def test_columns_of_many_experts_and_of_many_copies(placement):
+    """Columns of many experts or copies reach HiGHS's optimum within the tolerance."""
     rng = np.random.default_rng(0)
     balancer = Balancer(placement, device="cpu", backend="triton")
     for family in ("normal", "zipf"):
@@ -233,7 +238,7 @@ def test_columns_of_many_experts_and_of_many_copies(placement):
         )
         assert float(loads.max()) <= optimum * (1 + 1.1e-3)
         cumulative = balancer.cumulative_shares(solution.shares)
-        assert int(cumulative.max()) == 1 << 24
+        assert int(cumulative.max()) == SHARE_ONE
 
 
 def test_the_table_has_room_for_any_placement_of_its_sizes():
@@ -252,6 +257,7 @@ def test_the_table_has_room_for_any_placement_of_its_sizes():
 
 @pytest.mark.parametrize("shape", ["ring:8", "cube", "eplb:24:1", "chain:16:1"])
 def test_most_plans_need_no_iteration(shape):
+    """Levelling alone certifies these plans, with bounds that enclose HiGHS's optimum."""
     rng = np.random.default_rng(5)
     placement = shape_placement(shape, rng)
     balancer = Balancer(placement, device="cpu", backend="triton")
@@ -328,6 +334,7 @@ def test_bounds_where_there_is_much_of_everything(device, shape):
 
 
 def test_several_groups_have_edges_of_their_own():
+    """Each of two groups has edges of its own and needs no iteration."""
     placement = Placement.from_topology(topologies.ring(4), 2 * 12, 2 * 8, 8)
     assert placement.n_group == 2
     balancer = Balancer(placement, device="cpu", backend="triton")
@@ -338,6 +345,7 @@ def test_several_groups_have_edges_of_their_own():
 
 
 def test_batches_from_counts_agree_with_their_programs():
+    """A batch of counts has the largest loads of its programs within the tolerance."""
     rng = np.random.default_rng(3)
     placement = shape_placement("ring:8", rng)
     counts = torch.stack([draw_loads(f, rng, placement.n_logical) for f in ("normal", "zipf")])

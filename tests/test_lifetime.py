@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import run_ranks
-from test_sync import count, ids_of, placement_of
+from helpers.batches import count, ids_of, placement_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -55,6 +55,7 @@ backends = pytest.mark.parametrize(
 @backends
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_is_a_balancer_of_its_own(way, backend):
+    """A copy has its original's settings and answers, and later changes are its own."""
     balancer = make(backend=backend, tolerance=1e-4, max_iterations=17, rank=2)
     expected = balancer.run(ids())
     twin = COPIES[way](balancer)
@@ -76,6 +77,7 @@ def test_a_copy_is_a_balancer_of_its_own(way, backend):
 
 @pytest.mark.parametrize("way", COPIES)
 def test_a_model_with_a_balancer_and_a_planner_inside(way):
+    """A copied model holds a balancer and a planner that work apart from the original's."""
     model = torch.nn.Linear(2, 2)
     model.balancer = make()
     model.planner = Planner(topologies.ring(2), 36, 32, 2, device=DEVICE)
@@ -132,7 +134,7 @@ def check_group(rank, group):
     torn = Balancer(placement, device="cpu", rank=rank)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lplb_triton.sync._distributed.DistributedCommunicator.waits_on_device", True)
-        patch.setattr(torn._backend, "warmup", lambda: 1 / 0)
+        patch.setattr(torn, "warmup", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             torn.set_group(group)
     with pytest.raises(RuntimeError, match=r"^Balancer.set_group failed here: call set_group"):
@@ -160,6 +162,7 @@ def check_group(rank, group):
 
 
 def test_copies_files_and_warnings_in_a_group(tmp_path):
+    """In a group of two, copies share its communicator, and files keep no group."""
     run_ranks(check_group, 2, tmp_path)
 
 
@@ -177,6 +180,7 @@ class Everything(TorchDispatchMode):
 
 @backends
 def test_a_mode_sees_one_operator(backend):
+    """A dispatch mode sees one operator for each run and nothing of other calls."""
     balancer = make(backend=backend)
     expected, counter = balancer.run(ids()), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     mine = ids()
@@ -225,6 +229,7 @@ def test_made_within_a_selectively_checkpointed_region(policy):
 
 @backends
 def test_made_under_inference_mode_and_used_outside(backend):
+    """A balancer made under inference mode works outside, and its copy works inside."""
     expected = make(backend=backend).run(ids())
     with torch.inference_mode():
         balancer = make(backend=backend)
@@ -242,6 +247,7 @@ def test_made_under_inference_mode_and_used_outside(backend):
 
 @backends
 def test_planners_and_counters_of_inference_mode(backend):
+    """A planner made under inference mode works inside and outside."""
     r2o, workload = topologies.ring(2), torch.arange(32, device=DEVICE)
     with torch.inference_mode():
         planner = Planner(r2o, 36, 32, 2, device=DEVICE, backend=backend)
@@ -259,6 +265,7 @@ def test_planners_and_counters_of_inference_mode(backend):
 
 @backends
 def test_other_devices_and_dtypes_by_default(backend):
+    """A balancer gives the same ids under other default devices, dtypes and autocast."""
     expected = make(backend=backend).run(ids())
     mine = ids()
     before = torch.get_default_dtype()

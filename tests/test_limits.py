@@ -35,17 +35,20 @@ def problem_of(ranks, columns):
     ],
 )
 def test_problems(ranks, columns, message):
+    """A problem that is too large for Triton is refused with its sizes and an alternative."""
     with pytest.raises(ValueError, match=f"^{re.escape(message)}.*use backend='torch', or Bal"):
         solve(problem_of(ranks, columns), backend="triton")
 
 
 @pytest.mark.parametrize(("ranks", "columns"), [(128, 256), (8, 4096), (1, 1), (65, 0)])
 def test_problems_that_are_not_too_large(ranks, columns):
+    """A problem within the limits reaches the kernel."""
     with pytest.raises(AssertionError, match="a kernel was asked for"):
         solve(problem_of(ranks, columns), backend="triton")
 
 
 def test_a_problem_of_any_size_has_the_other_backend():
+    """The torch backend solves a problem of more ranks than Triton takes."""
     solve(problem_of(130, 2), backend="torch").check()
 
 
@@ -64,11 +67,13 @@ def placement_of(ranks, n_logical, slots):
     ids=repr,
 )
 def test_placements(placement, message):
+    """A placement that is too large for Triton is refused with its size and the limit."""
     with pytest.raises(ValueError, match=f"^{message}; use backend='torch'$"):
         Balancer(placement, device=DEVICE, backend="triton")
 
 
 def test_a_placement_of_very_many_ranks_has_the_other_backend():
+    """The torch backend solves a placement of 1024 ranks."""
     placement = placement_of(1024, 1024, 2)
     balancer = Balancer(placement, device="cpu", backend="torch")
     balancer.solve(torch.arange(1024)).check()

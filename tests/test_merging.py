@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gloo import run_ranks
-from test_record import counted, draw, feed
+from helpers.recorded import counted, draw, feed
 
 from lplb_triton.bench import cli
 from lplb_triton.traces.record import Recorder, merge, rank_path
@@ -33,6 +33,7 @@ def drawn():
 
 
 def test_merging(tmp_path, capsys, drawn):
+    """Files of all ranks merge into one trace with a source for each rank."""
     path = tmp_path / "t.npz"
     files = write_ranks(path, drawn, (6, 6, 6))
     command = ["record", "--merge", str(path), *map(str, reversed(files))]
@@ -47,6 +48,7 @@ def test_merging(tmp_path, capsys, drawn):
 
 
 def test_what_can_not_be_merged(tmp_path, drawn):
+    """Files that are missing, repeated, merged or of another run are refused."""
     path = tmp_path / "t.npz"
     files = write_ranks(path, drawn, (6, 6, 6))
     save(path, merge(files))
@@ -79,6 +81,7 @@ def test_what_can_not_be_merged(tmp_path, drawn):
 
 @pytest.mark.parametrize("lengths", [(6, 5, 6), (5, 5, 4)])
 def test_ranks_that_ended_at_different_batches_are_named(tmp_path, capsys, drawn, lengths):
+    """Batches that are not in all files are left out, with a warning that names the ranks."""
     path, n = tmp_path / "t.npz", min(lengths)
     files = write_ranks(path, drawn, lengths)
     said = (
@@ -95,6 +98,7 @@ def test_ranks_that_ended_at_different_batches_are_named(tmp_path, capsys, drawn
 
 
 def test_merging_never_overwrites_an_input(tmp_path, monkeypatch, capsys, drawn):
+    """A merge that would overwrite an input is refused, whatever path leads to it."""
     monkeypatch.chdir(tmp_path)
     files = write_ranks(tmp_path / "t.npz", drawn, (6, 6, 6))
     before = [path.read_bytes() for path in files]
@@ -131,6 +135,7 @@ def check_recorders(rank, group, folder):
 
 
 def test_two_processes(tmp_path):
+    """Files of two processes of one run merge, and a file of another run is refused."""
     path = tmp_path / "t.npz"
     run_ranks(check_recorders, 2, tmp_path, tmp_path)
     files = [rank_path(path, rank) for rank in range(2)]

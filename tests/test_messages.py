@@ -146,6 +146,7 @@ NAMES -= {"self", "m", "n", "load", "weight", "name", "mask", "device", "group",
 
 @pytest.mark.parametrize(("function", "good", "bad", "first"), CASES)
 def test_messages_name_the_callers_arguments(function, good, bad, first):
+    """A message begins with the caller's argument and names no other function's."""
     with pytest.raises((TypeError, ValueError)) as caught:
         function(**{**good, **bad})
     message = str(caught.value)
@@ -184,6 +185,7 @@ def test_messages_name_the_callers_arguments(function, good, bad, first):
     ],
 )
 def test_sizes_that_work_are_named(function, good, name, wrong, nearest):
+    """A wrong size is refused with the nearest sizes that work."""
     with pytest.raises(ValueError, match=f"^{name} must .* got {wrong}") as caught:
         function(**{**good, name: wrong})
     said = re.search(r"; ([\d and]+) would do$", str(caught.value))
@@ -195,6 +197,7 @@ def test_sizes_that_work_are_named(function, good, name, wrong, nearest):
 
 
 def test_counting_repeats_is_not_quadratic():
+    """A topology that repeats a rank 2**17 times is refused without a quadratic search."""
     r2o = torch.zeros(1 << 17, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match="^r2o column 0 must be a permutation"):
         topologies.validate(r2o)

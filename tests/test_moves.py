@@ -1,11 +1,13 @@
 """Move plans: what is written, where it is read, and what crosses domains."""
 
+import pickle
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 
-from lplb_triton import Placement, chain, plan_moves
+from lplb_triton import MovePlan, Placement, chain, plan_moves
 from lplb_triton.placement.moves import keep_slots
 
 
@@ -18,6 +20,7 @@ def random_placement(seed):
 @settings(max_examples=60)
 @given(st.integers(0, 2**20), st.integers(0, 2**20))
 def test_plan_turns_one_placement_into_the_other(one, two):
+    """A plan turns one placement into the other, and reads from the nearest copies."""
     old, new = random_placement(one), random_placement(two)
     plan = plan_moves(old, new, ranks_per_domain=2)
     weights = old.phy2log.long()
@@ -41,18 +44,21 @@ def test_plan_turns_one_placement_into_the_other(one, two):
 
 
 def test_sources_take_turns():
+    """Two moves of one expert read from different copies."""
     old = Placement(torch.tensor([0, 1, 0, 2, 3, 3, 4, 4]), 4)
     new = Placement(torch.tensor([0, 1, 0, 2, 3, 0, 4, 0]), 4)
     assert sorted(plan_moves(old, new).source_rank.tolist()) == [0, 1]
 
 
 def test_nothing_to_move():
+    """A plan from a placement to itself is empty."""
     placement = chain(torch.rand(8), 4)
     plan = plan_moves(placement, placement)
     assert len(plan) == plan.moved == 0
 
 
 def test_errors_name_the_argument():
+    """A wrong argument is refused with a message that names it."""
     placement = chain(torch.rand(8), 4)
     with pytest.raises(TypeError, match="previous"):
         plan_moves(torch.arange(8), placement)
@@ -65,6 +71,7 @@ def test_errors_name_the_argument():
 
 
 def test_default_device_changes_nothing():
+    """Another default device changes neither plans nor kept slots."""
     for seed in range(20):
         old, new = random_placement(seed), random_placement(seed + 1)
         maps = [p.phy2log.long()[None] for p in (new, old)]
@@ -76,8 +83,21 @@ def test_default_device_changes_nothing():
 
 
 def test_repr_has_numbers_only():
+    """The repr of a plan has numbers only, and plans compare by identity."""
     old = Placement(torch.tensor([0, 1, 0, 2, 3, 3, 4, 4]), 4)
     new = Placement(torch.tensor([0, 1, 0, 2, 3, 0, 4, 0]), 4)
     plan = plan_moves(old, new, ranks_per_domain=2)
     assert repr(plan) == "MovePlan(2 slots to write, 2 moved, 2 crossing)"
     assert plan == plan and plan != plan_moves(old, new) and len({plan}) == 1
+
+
+def test_plans_saved_under_the_old_module_name_load():
+    """A pickle that names `lplb_triton.moves.MovePlan` loads as a `MovePlan`."""
+    plan = plan_moves(chain(torch.arange(8.0), 4), chain(torch.arange(8.0).flip(0), 4))
+    saved = pickle.dumps(plan, protocol=2)
+    new, old = (
+        f"clplb_triton{path}\nMovePlan\n".encode() for path in (".placement.moves", ".moves")
+    )
+    assert saved.count(new) == 1
+    loaded = pickle.loads(saved.replace(new, old))
+    assert type(loaded) is MovePlan and torch.equal(loaded.expert, plan.expert)

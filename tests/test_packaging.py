@@ -101,6 +101,7 @@ def source_files():
 
 
 def test_links_are_relative():
+    """The linked folders of the package are relative links to packages."""
     for name in LINKED:
         link = ROOT / "lplb_triton" / name
         assert link.is_symlink()
@@ -109,6 +110,7 @@ def test_links_are_relative():
 
 
 def test_wheel_holds_files_not_links(wheel):
+    """The wheel holds every source as a plain file, equal to the checkout's."""
     sources = source_files()
     assert {f"lplb_triton/{name}/__init__.py" for name in LINKED} <= sources
     with zipfile.ZipFile(wheel) as archive:
@@ -125,6 +127,7 @@ def test_wheel_holds_files_not_links(wheel):
 
 
 def test_wheel_metadata(wheel):
+    """The wheel's metadata has the command, dependencies, license and Python version."""
     info = f"lplb_triton-{lplb_triton.__version__}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read(f"{info}/METADATA").decode()
@@ -139,6 +142,7 @@ def test_wheel_metadata(wheel):
 
 
 def test_sdist_holds_files_not_links(sdist):
+    """The sdist holds every source as a plain file."""
     with tarfile.open(sdist) as archive:
         members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
     for name in source_files() | {DATA, "lplb_triton/py.typed", "pyproject.toml", "LICENSE"}:
@@ -147,6 +151,7 @@ def test_sdist_holds_files_not_links(sdist):
 
 @pytest.mark.parametrize("origin", ["sources", "sdist"])
 def test_installed_wheel_imports(origin, wheel, sdist, tmp_path):
+    """A wheel from the sources or the sdist imports from where it is installed."""
     if origin == "sdist":
         call(
             sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation",
@@ -167,6 +172,7 @@ def test_installed_wheel_imports(origin, wheel, sdist, tmp_path):
 
 
 def test_editable_install_imports(checkout, tmp_path):
+    """An editable install imports from its checkout and brings the command."""
     environment = tmp_path / "venv"
     call(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
     python = environment / "bin" / "python"

@@ -55,6 +55,7 @@ def hold_against_highs(placement, counts, solution):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_words(shape):
+    """The table of pairs names each rank's partner, expert and copy, each copy once."""
     placement = shape_placement(shape, np.random.default_rng(1))
     s = placement.structure
     fields, in_pairs = words_of(placement)
@@ -94,12 +95,14 @@ def test_words(shape):
     ids=["three", "column", "rank", "classes", "two parts", "ranks", "none"],
 )
 def test_what_is_not_of_that_kind(placement):
+    """A placement whose columns are not a few pairs has no table of pairs."""
     fields, in_pairs = words_of(placement)
     assert fields.shape[1] == 0 and (in_pairs == 0).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_plans(shape):
+    """Plans in pairs need no iteration and reach HiGHS's optimum within the tolerance."""
     rng = np.random.default_rng(3)
     placement = shape_placement(shape, rng)
     balancer = Balancer(placement, device="cpu", backend="triton")
@@ -112,6 +115,7 @@ def test_plans(shape):
 
 
 def test_groups_of_three_ranks_with_edges_that_few_of_them_have():
+    """Groups of chains are solved, and an expert without tokens is split evenly."""
     # Chains, so that no class has all ranks; an expert without tokens is split evenly.
     pairs = [(0, 1), (1, 2), (3, 4), (4, 5)]
     placement = two_copies(6, pairs, 3)
@@ -162,6 +166,7 @@ def test_a_graph_sees_a_placement_of_another_kind(device):
 
 
 def test_ranks_that_stay_apart():
+    """Where nothing joins two halves, the bound exceeds the mean load of all ranks."""
     # Two halves that nothing joins: the bound is that of the fuller one, not the mean.
     apart = two_copies(8, [(0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4)], 5)
     counts = torch.full((apart.n_logical,), 100)

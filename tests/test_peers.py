@@ -27,7 +27,7 @@ def on_device(*tables):
 
 def rank_loads(mask, weights, fixed, shares):
     """Loads [B, G] when the first copies take ``shares`` [B, C]."""
-    first, second = peers.two_copy_ranks(mask)
+    first, second = peers.find_copy_ranks(mask)
     used = first >= 0
     moved = (weights * shares.double().cpu())[:, used]
     loads = fixed.clone()
@@ -68,8 +68,9 @@ def affine_scaling(weights, fixed, first, second, steps, big_m, step_factor=0.99
     ],
 )
 def test_affine_scaling_takes_the_steps_of_float64(shape, families, steps):
+    """Affine scaling takes the steps of the same method in float64."""
     mask, weights, fixed = programs(shape, families)
-    first, second = (ends.numpy() for ends in peers.two_copy_ranks(mask))
+    first, second = (ends.numpy() for ends in peers.find_copy_ranks(mask))
     x = peers.AffineScaling(mask, DEVICE, steps=steps).solve(*on_device(weights, fixed)).cpu()
     for row in range(len(families)):
         a, b, expected = affine_scaling(
@@ -81,8 +82,9 @@ def test_affine_scaling_takes_the_steps_of_float64(shape, families, steps):
 
 
 def test_affine_scaling_ends_where_float64_does():
+    """Affine scaling ends at the load of the float64 method, near HiGHS's optimum."""
     mask, weights, fixed = programs("ring:5", ("normal", "lognormal", "zipf"), seed=3)
-    first, second = (ends.numpy() for ends in peers.two_copy_ranks(mask))
+    first, second = (ends.numpy() for ends in peers.find_copy_ranks(mask))
     x = peers.AffineScaling(mask, DEVICE).solve(*on_device(weights, fixed)).cpu()
     columns = weights.shape[1]
     largest = rank_loads(mask, weights, fixed, x[:, :columns]).amax(1)
@@ -97,6 +99,7 @@ def test_affine_scaling_ends_where_float64_does():
 
 
 def test_affine_scaling_of_other_blocks_and_of_padding():
+    """Affine scaling reaches the same optimum with other blocks and with padding."""
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 1, 0]], dtype=torch.bool)
     weights, fixed = torch.tensor([[4.0, 8.0, 0.0]]), torch.tensor([[1.0, 2.0, 3.0]])
     found = [
@@ -112,6 +115,7 @@ def test_affine_scaling_of_other_blocks_and_of_padding():
 
 
 def test_affine_scaling_without_tokens_and_without_instances():
+    """Affine scaling stays finite without tokens and takes no instances at all."""
     mask, weights, fixed = programs("ring:5", ("empty",))
     peer = peers.AffineScaling(mask, DEVICE, steps=1)
     assert peer.solve(*on_device(weights, fixed)).isfinite().all()
@@ -125,6 +129,7 @@ def test_affine_scaling_without_tokens_and_without_instances():
     )
 )
 def test_colors_are_proper(edges):
+    """No rank has two edges of one colour, and colours are fewer than twice the degree."""
     first, second = (torch.tensor(ends) for ends in zip(*edges, strict=True))
     colors = peers.color_edges(first, second)
     assert (colors >= 0).all()
@@ -141,6 +146,7 @@ def test_colors_are_proper(edges):
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(5, 9)), min_size=1))
 def test_colors_of_bipartite_graphs_are_the_fewest(edges):
+    """A bipartite graph gets as many colours as its largest degree."""
     first, second = (torch.tensor(ends) for ends in zip(*edges, strict=True))
     degree = max(np.bincount(np.array(edges).ravel()))
     assert int(peers.color_edges(first, second).max()) + 1 == degree
@@ -148,6 +154,7 @@ def test_colors_of_bipartite_graphs_are_the_fewest(edges):
 
 @pytest.mark.parametrize(("shape", "colors"), [("ring:8", 2), ("cube", 4), ("torus:4x8", 4)])
 def test_colors_of_topologies(shape, colors):
+    """A ring of 8 gets two colours; the cube and the torus of 4 x 8 get four."""
     mask, _, _ = programs(shape, ("normal",))
     assert peers.EdgeBalancing(mask, "cpu").n_colors == colors
 
@@ -171,8 +178,9 @@ def edge_balancing(weights, fixed, first, second, colors, sweeps):
 
 @pytest.mark.parametrize("shape", ["ring:5", "ring:8", "cube", "torus:3x4"])
 def test_edge_balancing_is_that_of_float64(shape):
+    """Edge balancing moves the same tokens as the method in float64."""
     mask, weights, fixed = programs(shape, ("normal", "one hot expert", "sparse"))
-    first, second = peers.two_copy_ranks(mask)
+    first, second = peers.find_copy_ranks(mask)
     colors = peers.color_edges(first, second).numpy()
     peer = peers.EdgeBalancing(mask, DEVICE)
     sweeps = torch.tensor([0, 1, 6], dtype=torch.int32, device=DEVICE)
@@ -185,6 +193,7 @@ def test_edge_balancing_is_that_of_float64(shape):
 
 
 def test_edge_balancing_descends_to_the_optimum():
+    """Sweeps never raise the largest load, and they end at HiGHS's optimum."""
     mask, weights, fixed = programs("ring:8", ("normal", "lognormal", "zipf", "sparse"), seed=1)
     peer = peers.EdgeBalancing(mask, DEVICE)
     loads = on_device(weights, fixed)
@@ -203,8 +212,9 @@ def test_edge_balancing_descends_to_the_optimum():
 
 
 def test_padding_has_no_ranks():
+    """A column without ranks has no ends and no colour, and the others are solved."""
     mask = torch.tensor([[1, 0], [1, 0], [0, 0]], dtype=torch.bool)
-    first, second = peers.two_copy_ranks(mask)
+    first, second = peers.find_copy_ranks(mask)
     assert (first.tolist(), second.tolist()) == ([0, -1], [1, -1])
     assert peers.color_edges(first, second).tolist() == [0, -1]
     peer = peers.EdgeBalancing(mask, DEVICE)
@@ -223,6 +233,7 @@ def test_padding_has_no_ranks():
     ],
 )
 def test_wrong_loads_are_named(change, message):
+    """Loads and sweeps of a wrong dtype or shape are refused by name."""
     mask, weights, fixed = programs("ring:5", ("normal",))
     sweeps = torch.ones(1, dtype=torch.int32, device=DEVICE)
     arguments = change(*on_device(weights, fixed), sweeps)
@@ -231,12 +242,13 @@ def test_wrong_loads_are_named(change, message):
 
 
 def test_only_two_copies():
+    """The peers refuse columns of three copies, and affine scaling too many ranks."""
     three = torch.ones(3, 1, dtype=torch.bool)
     for make in (peers.AffineScaling, peers.EdgeBalancing):
         with pytest.raises(ValueError, match="two copies, column 0 has 3"):
             make(three, DEVICE)
     with pytest.raises(ValueError, match="mask must be bool"):
-        peers.two_copy_ranks(three.int())
+        peers.find_copy_ranks(three.int())
     large, _, _ = programs("torus:8x8", ("normal",))
     with pytest.raises(ValueError, match="192 ranks and columns"):
         peers.AffineScaling(large, DEVICE)

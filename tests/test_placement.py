@@ -28,6 +28,7 @@ def unmerged_optimum(placement, counts, group):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_maps_are_inverse_to_each_other(shape):
+    """`log2phy` lists every slot that `phy2log` gives an expert, and `logcnt` counts them."""
     p = shape_placement(shape, np.random.default_rng(0))
     phy2log, log2phy, logcnt = p.phy2log.long(), p.log2phy.long(), p.logcnt.long()
     assert torch.equal(torch.bincount(phy2log, minlength=p.n_logical), logcnt)
@@ -41,6 +42,7 @@ def test_maps_are_inverse_to_each_other(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_programs_keep_load_and_optimum(shape):
+    """Programs keep all tokens, and merging of experts does not change their optimum."""
     rng = np.random.default_rng(1)
     p = shape_placement(shape, rng)
     counts = torch.from_numpy(np.floor(rng.lognormal(0, 1, (3, p.n_logical)) * 100))
@@ -64,6 +66,7 @@ def test_programs_keep_load_and_optimum(shape):
 @settings(max_examples=25)
 @given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 4))
 def test_even_loads_by_hand(seed, ranks, slots):
+    """`even_loads` splits each expert evenly over its slots, and no solved plan is worse."""
     rng = np.random.default_rng(seed)
     n_logical = int(rng.integers(1, ranks * slots + 1))
     flat = np.concatenate(
@@ -80,6 +83,7 @@ def test_even_loads_by_hand(seed, ranks, slots):
 
 
 def test_no_redundancy_leaves_nothing_to_solve():
+    """Without copies a program has no columns, and its load is that of the placement."""
     p = Placement.from_phy2log(np.array([3, 1, 0, 2]), 2)
     problem = p.problem(torch.tensor([5, 1, 2, 3]))
     assert problem.n_columns == 0
@@ -87,6 +91,7 @@ def test_no_redundancy_leaves_nothing_to_solve():
 
 
 def test_several_copies_on_one_rank():
+    """Several copies on one rank count as one place to send tokens, with their multiplicity."""
     p = Placement.from_phy2log(np.array([0, 0, 0, 1, 2, 3]), 2)
     counts = torch.tensor([90, 10, 10, 10])
     solution = solve(p.problem(counts))
@@ -99,6 +104,7 @@ def test_several_copies_on_one_rank():
 
 
 def test_from_history_is_eplb():
+    """`Placement.from_history` has the slots and copies that `rebalance_experts` gives."""
     load = torch.rand(64)
     phy2log, _, logcnt = rebalance_experts(load[None], 80, 1, 1, 16)
     p = Placement.from_history(load, 16, redundant_per_rank=1)
@@ -106,6 +112,7 @@ def test_from_history_is_eplb():
 
 
 def test_snapshots_cannot_change_it():
+    """A write to a tensor that a placement returned does not change the placement."""
     p = shape_placement("cube", np.random.default_rng(0))
     before = p.phy2log
     for name in ("phy2log", "log2phy", "logcnt", "rank_of_slot"):
@@ -132,11 +139,13 @@ def test_snapshots_cannot_change_it():
     ],
 )
 def test_arguments_are_named(args, kwargs, error, name):
+    """An error on the arguments of `from_phy2log` begins with the argument's name."""
     with pytest.raises(error, match=f"^{name}"):
         Placement.from_phy2log(*args, **kwargs)
 
 
 def test_counts_are_checked():
+    """Counts of a wrong shape or type are refused by name."""
     p = Placement.from_topology(topologies.ring(2), 6, 4, 2)
     for bad in (torch.zeros(3), torch.zeros(2, 2, 4)):
         with pytest.raises(ValueError, match="^counts"):

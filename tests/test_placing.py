@@ -42,6 +42,7 @@ def eplb(history, ep_size, redundant):
     st.integers(0, 2**20),
 )
 def test_valid_and_never_worse_than_eplb(ep_size, redundant, batches, seed):
+    """A placement of `place` has the sizes asked for and a mean optimum not above EPLB's."""
     history = fluctuating(batches, 12, seed, 0.5)
     history[:, 3] = 0
     found = place(history, ep_size, redundant_per_rank=redundant, samples=24, trials=60, seed=seed)
@@ -56,6 +57,7 @@ def test_valid_and_never_worse_than_eplb(ep_size, redundant, batches, seed):
 
 @pytest.mark.parametrize("ep_size, redundant", [(8, 1), (16, 1)])
 def test_halves_the_excess_on_unseen_batches(ep_size, redundant):
+    """On batches it has not seen, `place` has less than half of EPLB's excess load."""
     loads = fluctuating(120, 64, 5)
     history, unseen = loads[:60], loads[60:]
     found = place(history, ep_size, redundant_per_rank=redundant, samples=128, trials=800)
@@ -66,6 +68,7 @@ def test_halves_the_excess_on_unseen_batches(ep_size, redundant):
 
 
 def test_mean_alone_and_short_histories():
+    """A mean or three batches are enough to beat EPLB, and a mean may be one row of a matrix."""
     loads = fluctuating(60, 64, 6)
     before = optima(eplb(loads, 8, 1), loads).mean() - 1
     for history in (loads.mean(0), loads.mean(0, keepdim=True), loads[:3]):
@@ -78,6 +81,7 @@ def test_mean_alone_and_short_histories():
 
 
 def test_same_seed_same_placement():
+    """The same seed gives the same placement; global state and the history stay as they are."""
     history = fluctuating(20, 32, 7)
     torch.manual_seed(1)
     first = place(history, 8, samples=32, trials=150, seed=3)
@@ -93,6 +97,7 @@ def test_same_seed_same_placement():
 
 
 def test_scale_dtype_and_empty_batches_do_not_matter():
+    """Integer, doubled or padded histories give the same placement."""
     history = fluctuating(12, 16, 8).round()
     expected = place(history, 4, samples=32, trials=80).phy2log
     padded = torch.cat([history[:5], torch.zeros(2, 16), history[5:]])
@@ -101,6 +106,7 @@ def test_scale_dtype_and_empty_batches_do_not_matter():
 
 
 def test_nothing_to_do():
+    """Silent or balanced loads get a valid placement, and no trials or one rank give EPLB's."""
     silent = torch.zeros(10, 8)
     assert int(place(silent, 4).logcnt.min()) >= 1
     history = fluctuating(10, 8, 9)
@@ -180,6 +186,7 @@ def test_level_cuts_are_the_best_prefix():
     ],
 )
 def test_errors_name_the_argument(error, name, arguments):
+    """An error on an argument of `place` contains the argument's name."""
     good = {"history": torch.ones(2, 8), "ep_size": 2}
     with pytest.raises(error, match=name):
         place(**{**good, **arguments})
@@ -204,6 +211,7 @@ def exact_search(history, ep_size, redundant, penalty=0.0, ranks_per_domain=None
 
 
 def test_exact_search_keeps_its_books_and_lowers_the_optimum(few):
+    """The exact search lowers the mean optimum, and its tables match what it returns."""
     history = fluctuating(24, 32, 12, 0.5)
     start, search = exact_search(history, 8, 1)
     torch.testing.assert_close(
@@ -243,6 +251,7 @@ def test_exact_search_tries_what_it_prices():
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_domains_keep_copies_together(few, exact):
+    """Every expert has all its copies in one domain if `ranks_per_domain` is given."""
     history = fluctuating(24, 32, 14, 0.5)
     if exact:
         _, search = exact_search(history, 8, 1, ranks_per_domain=4)
@@ -256,6 +265,7 @@ def test_domains_keep_copies_together(few, exact):
 
 
 def test_price_keeps_weights_where_they_are():
+    """A higher price moves fewer experts, and a small price costs little balance."""
     loads = fluctuating(100, 64, 15)
     drifted = loads * torch.from_numpy(np.random.default_rng(1).lognormal(0, 0.1, 64))
     old = place(loads[:50], 8, samples=64, trials=400)
@@ -271,6 +281,7 @@ def test_price_keeps_weights_where_they_are():
 
 
 def test_exact_search_prices_moves(few):
+    """The exact search changes nothing if every move costs more than it gains."""
     _, search = exact_search(fluctuating(16, 16, 13, 0.5), 4, 1, penalty=10.0)
     kept = search.expert.clone()
     search.run(3)
@@ -279,6 +290,7 @@ def test_exact_search_prices_moves(few):
 
 @pytest.mark.gpu
 def test_search_on_a_gpu():
+    """The search on a GPU leaves less than half of EPLB's excess load."""
     history = fluctuating(64, 64, 16)
     found = place(history.cuda(), 16, trials=64 * 60)
     before = optima(eplb(history, 16, 1), history).mean() - 1
@@ -288,6 +300,7 @@ def test_search_on_a_gpu():
 @settings(max_examples=25)
 @given(st.sampled_from([1, 2, 4, 8]), st.integers(0, 3), st.integers(0, 2**20))
 def test_chain_is_valid_and_connected(ep_size, redundant, seed):
+    """`chain` repeats no expert on a rank, and shared experts connect all ranks."""
     load = fluctuating(1, 32, seed, 1.0)[0]
     if ep_size == 1:
         redundant = 0
@@ -306,6 +319,7 @@ def test_chain_is_valid_and_connected(ep_size, redundant, seed):
 
 
 def test_chain_halves_the_excess_of_eplb():
+    """The excess load of `chain` is below 0.6 of EPLB's on 32 ranks."""
     loads = fluctuating(60, 256, 17)
     for redundant in (1, 2):
         before = optima(eplb(loads, 32, redundant), loads).mean() - 1
@@ -314,6 +328,7 @@ def test_chain_halves_the_excess_of_eplb():
 
 
 def test_chain_with_a_slot_for_every_expert_and_more():
+    """With room for every expert each rank holds all, and more slots repeat the heaviest."""
     full = chain(torch.ones(8), 2, redundant_per_rank=4)
     assert full.logcnt.tolist() == [2] * 8
     # What is left over repeats the heaviest on each rank.
@@ -339,6 +354,7 @@ def test_chain_with_a_slot_for_every_expert_and_more():
     ],
 )
 def test_more_errors_name_the_argument(error, name, arguments):
+    """An error on `previous`, its price or the domains contains the argument's name."""
     good = {"history": torch.ones(2, 8), "ep_size": 2}
     with pytest.raises(error, match=name):
         place(**{**good, **arguments})

@@ -36,6 +36,7 @@ def balanced_loads(planner, workload, o_weight):
 
 
 def test_surface():
+    """The planner has the names, parameters, sizes and tensor types of the original."""
     assert lplb_triton.Planner is DirectPlanner is Planner
     assert lplb_triton.eplb.rebalance_experts is lplb_triton.rebalance_experts
     names = list(inspect.signature(Planner).parameters)[:5]
@@ -59,6 +60,7 @@ def test_surface():
 
 
 def test_identity_order_and_copies_follow_r2o():
+    """Without a history originals are in order, and each copy is of the expert that r2o says."""
     planner = make("cube", 256, 32, 4)
     slots = planner.phy2log.cpu().reshape(4, 8, 12)
     assert torch.equal(slots[:, :, :8].reshape(-1), torch.arange(256, dtype=torch.int32))
@@ -72,6 +74,7 @@ def test_identity_order_and_copies_follow_r2o():
 
 
 def test_history_puts_the_heaviest_first_and_originals_before_copies():
+    """A history sorts each rank's originals by load, and copies fill the last slots."""
     planner = make("hypercube", 128, 16)
     history = torch.randint(1, 1000, (128,))
     phy2log, log2phy, logcnt = planner.update_redundancy_mapping(history.to(DEVICE))
@@ -99,6 +102,7 @@ def test_history_puts_the_heaviest_first_and_originals_before_copies():
     ],
 )
 def test_published_configurations_reach_the_optimum(name, ep_size, redundants, reorder):
+    """The weights of published configurations keep all load and reach HiGHS's optimum."""
     planner = make(name, 256, ep_size, redundants)
     draw = torch.Generator().manual_seed(42)
     if reorder:
@@ -125,6 +129,7 @@ def test_published_configurations_reach_the_optimum(name, ep_size, redundants, r
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_counter_of_any_shape(dtype, shape):
+    """A counter of int32 or int64 with one element, of any shape, counts every solve."""
     planner = make()
     available = counter(dtype, shape)
     idx = torch.randint(64, (30, 4), device=DEVICE)
@@ -135,6 +140,7 @@ def test_counter_of_any_shape(dtype, shape):
 
 
 def test_no_tokens_give_zeros_and_count_as_certified():
+    """Without tokens the scaled workload is zero, weights are valid and solves certified."""
     planner = make("cube", 128, 16)
     available = counter()
     o_weight, scaled = planner.solve_probs(
@@ -148,6 +154,7 @@ def test_no_tokens_give_zeros_and_count_as_certified():
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_weighted_select(backend, dtype):
+    """Selected slots hold the ids' experts, and originals keep their weight's part of tokens."""
     planner = make("torus:2x2", 32, 8, 4, backend=backend)
     planner.update_redundancy_mapping(torch.randint(1, 100, (32,)))
     idx = torch.randint(-1, 32, (500,), device=DEVICE, dtype=dtype)
@@ -168,6 +175,7 @@ def test_weighted_select(backend, dtype):
 
 
 def test_run_equals_its_pieces():
+    """`run` gives the ids of its three steps, and overwritten results of those do not matter."""
     planner = make("cube", 64, 8)
     idx = (torch.rand(300, 4, device=DEVICE) ** 3 * 65).long() - 1
     workload, running = planner.count_workload(idx, 5)
@@ -188,6 +196,7 @@ class Buffer:
 
 
 def test_init_from_deep_ep_refuses_what_has_no_group():
+    """A buffer without a group is refused, and the planner stays uninitialised."""
     planner = make()
     with pytest.raises(TypeError, match="^buffer"):
         planner.init_from_deep_ep(object())
@@ -195,6 +204,7 @@ def test_init_from_deep_ep_refuses_what_has_no_group():
 
 
 def test_init_from_deep_ep_takes_the_group(tmp_path):
+    """A group of another size than `ep_size` is refused, from a buffer or as an argument."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )
@@ -255,5 +265,6 @@ def test_init_from_deep_ep_takes_the_group(tmp_path):
     ],
 )
 def test_arguments_are_named(call, error, name):
+    """An error on an argument of the planner begins with the argument's name."""
     with pytest.raises(error, match=f"^{name}"):
         call(make())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_tokens import ONE, random_cumulative, structure_tensors
+from helpers.shares import ONE, random_cumulative, structure_tensors
 
 from lplb_triton import Balancer, Placement, kernels, reference
 
@@ -42,6 +42,7 @@ def nearest_first(supply, demand, holder, ranks_per_node):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_global_quotas_are_exact_and_near_first(shape):
+    """Quotas keep all tokens, match the shares, and keep the most tokens on rank and node."""
     rng = np.random.default_rng(5)
     for case in range(8):
         placement, t, cumulative, counts, holder, expert = random_case(rng, shape)
@@ -77,6 +78,7 @@ def test_global_quotas_are_exact_and_near_first(shape):
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_kernel_equals_twin(shape):
+    """The kernel's shares and traffic are those of the twin on the first and last rank."""
     rng = np.random.default_rng(6)
     for case in range(2):
         placement, t, cumulative, counts, holder, _ = random_case(rng, shape)
@@ -103,6 +105,7 @@ def test_kernel_equals_twin(shape):
 
 
 def test_select_meets_the_divided_quotas():
+    """Every rank's selection sends to each slot exactly the tokens of its quota."""
     rng = np.random.default_rng(7)
     placement, t, cumulative, _, holder, _ = random_case(rng, SHAPES[-1])
     ids = [

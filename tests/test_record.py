@@ -9,26 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.recorded import counted, draw, feed
 
 from lplb_triton.traces.record import Recorder
 from lplb_triton.traces.trace import load
-
-
-def draw(batches, layers, experts, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-1, experts, (batches, layers, 16, 2), generator=generator)
-
-
-def feed(recorder, ids):
-    for batch in ids:
-        for layer, topk in enumerate(batch):
-            recorder.add(layer, topk)
-        recorder.step()
-
-
-def counted(ids, experts):
-    flat = ids.reshape(*ids.shape[:2], -1)
-    return np.stack([(flat == e).sum(2).numpy() for e in range(experts)], axis=-1)
 
 
 def assert_holds(path, ids, experts):
@@ -37,6 +21,7 @@ def assert_holds(path, ids, experts):
 
 @pytest.mark.parametrize("flush_every", [1, 3, 64])
 def test_counts(tmp_path, flush_every):
+    """The file holds all batches' counts, steps and metadata for every `flush_every`."""
     ids = draw(10, 2, 8)
     with Recorder(tmp_path / "t.npz", 8, 2, flush_every=flush_every, meta={"top_k": 2}) as recorder:
         feed(recorder, ids)
@@ -47,6 +32,7 @@ def test_counts(tmp_path, flush_every):
 
 @pytest.mark.parametrize("adds_per_step", [3, None])
 def test_micro_batches(tmp_path, adds_per_step):
+    """Several calls of `add` for a layer sum up to one batch, empty and int32 ids included."""
     ids = draw(6, 2, 8)
     with Recorder(tmp_path / "t.npz", 8, 2, adds_per_step=adds_per_step) as recorder:
         for batch in ids:
@@ -59,6 +45,7 @@ def test_micro_batches(tmp_path, adds_per_step):
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_save_between_and_a_batch_that_was_begun(tmp_path, every):
+    """A save leaves out the begun batch, `close` keeps it, and only `save` works afterwards."""
     path, ids = tmp_path / "t.npz", draw(5, 1, 8)
     recorder = Recorder(path, 8, 1, adds_per_step=2, flush_every=2, every=every)
     for number, batch in enumerate(ids):
@@ -81,6 +68,7 @@ def test_a_save_between_and_a_batch_that_was_begun(tmp_path, every):
 
 @pytest.mark.parametrize(("max_batches", "every", "stride"), [(8, 1, 8), (50, 3, 3), (2, 1, 64)])
 def test_the_size_is_bounded(tmp_path, max_batches, every, stride):
+    """A recorder at its limit doubles its stride, and the file stays below `max_batches`."""
     path, ids = tmp_path / "t.npz", draw(50, 1, 4)
     with Recorder(path, 4, 1, every=every, max_batches=max_batches, flush_every=5) as recorder:
         feed(recorder, ids)
@@ -92,6 +80,7 @@ def test_the_size_is_bounded(tmp_path, max_batches, every, stride):
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_forgotten_step_is_found(tmp_path, every):
+    """A layer that is added too often in a batch raises, or warns if any number is allowed."""
     path, ids = tmp_path / "t.npz", draw(3, 2, 8)
     recorder = Recorder(path, 8, 2, every=every)
     feed(recorder, ids[:1])
@@ -120,6 +109,7 @@ def test_a_forgotten_step_is_found(tmp_path, every):
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_layers_without_add_are_named(tmp_path, every):
+    """A batch that lacks calls of `add` names its layers and is left out."""
     path, ids = tmp_path / "t.npz", draw(3, 12, 8)
     recorder = Recorder(path, 8, 12, every=every)
     with pytest.raises(RuntimeError, match=r"step\(\) without add in batch 0"):
@@ -146,6 +136,7 @@ def test_layers_without_add_are_named(tmp_path, every):
 
 
 def test_layers_that_were_never_added_are_warned_of(tmp_path):
+    """With any number of calls, layers never added count 0 and are warned of at the end."""
     path, ids = tmp_path / "t.npz", draw(3, 3, 8)
     with (
         pytest.warns(UserWarning, match="add was never called for layers 0, 2: they count 0"),
@@ -161,6 +152,7 @@ def test_layers_that_were_never_added_are_warned_of(tmp_path):
 
 @pytest.mark.parametrize("bad", [8, 2**40, 2**63 - 1, -2, -(2**63)])
 def test_ids_out_of_range_raise_and_cost_their_batch_only(tmp_path, bad):
+    """An id out of range is reported with its layer, and only its batch is lost."""
     path, ids = tmp_path / "t.npz", draw(5, 2, 8)
     recorder = Recorder(path, 8, 2, flush_every=3)
     ids[1, 1, 0, 0] = bad
@@ -177,6 +169,7 @@ def test_ids_out_of_range_raise_and_cost_their_batch_only(tmp_path, bad):
 
 
 def test_counts_have_room(tmp_path):
+    """A call that could overflow a batch's counts is refused, and earlier counts stay."""
     recorder = Recorder(tmp_path / "t.npz", 4, 1, adds_per_step=None)
     recorder.add(0, torch.tensor([1]))
     with pytest.raises(ValueError, match="topk_ids of layer 0 in batch 0 are more than 214"):
@@ -186,6 +179,7 @@ def test_counts_have_room(tmp_path):
 
 
 def test_inference_mode_and_training_take_turns(tmp_path):
+    """Calls inside and outside of inference mode record into one file."""
     path, ids = tmp_path / "t.npz", draw(6, 1, 8)
     with Recorder(path, 8, 1, flush_every=2) as recorder:
         for number, batch in enumerate(ids):
@@ -220,6 +214,7 @@ def test_inference_mode_and_training_take_turns(tmp_path):
 def test_wrong_arguments_are_refused_at_the_start(
     tmp_path, monkeypatch, error, match, arguments, ranks
 ):
+    """A wrong argument is refused by name when a recorder is made, and no file is left."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.npz").mkdir()
     (tmp_path / "folder.rank00000.npz").mkdir()
@@ -232,6 +227,7 @@ def test_wrong_arguments_are_refused_at_the_start(
 
 
 def test_wrong_calls(tmp_path):
+    """A wrong layer or wrong ids are refused by name, and so is a save without a batch."""
     recorder = Recorder(tmp_path / "t.npz", 4, 1)
     for error, match, layer, ids in (
         (ValueError, "layer must be in", 1, torch.tensor([0])),
@@ -251,6 +247,7 @@ def test_wrong_calls(tmp_path):
 
 
 def test_a_relative_path_is_of_the_folder_at_the_start(tmp_path, monkeypatch):
+    """A relative path means the folder that was current when the recorder was made."""
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)
     with Recorder("t.npz", 8, 1) as recorder:
@@ -261,6 +258,7 @@ def test_a_relative_path_is_of_the_folder_at_the_start(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("complete", [False, True])
 def test_an_error_in_the_block_keeps_the_batches_before_it(tmp_path, caplog, complete):
+    """An error in the block still writes the complete batches and logs how many."""
     path, ids = tmp_path / "t.npz", draw(3, 2, 8)
     with pytest.raises(KeyError), Recorder(path, 8, 2):
         raise KeyError
@@ -286,6 +284,7 @@ def test_an_error_in_the_block_keeps_the_batches_before_it(tmp_path, caplog, com
 
 
 def test_what_can_not_be_read_from_the_device_costs_only_itself(tmp_path, caplog):
+    """Counts that the device can't return are lost alone, and the rest is written."""
     path, ids = tmp_path / "t.npz", draw(3, 1, 8)
 
     class Broken:
@@ -315,6 +314,7 @@ def no_space(monkeypatch, refused):
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    """If the disk is full, batches stay in memory and in a rescued file, and can be saved later."""
     path, ids, temporary = tmp_path / "t.npz", draw(2, 1, 8), tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
@@ -343,6 +343,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_a_recorder_that_was_not_closed_says_what_is_lost(tmp_path, caplog):
+    """A recorder deleted without a close logs how many batches are lost."""
     recorder = Recorder(tmp_path / "t.npz", 8, 1)
     feed(recorder, draw(3, 1, 8))
     recorder.save()
@@ -360,6 +361,7 @@ def test_a_recorder_that_was_not_closed_says_what_is_lost(tmp_path, caplog):
 
 
 def test_a_recorder_made_before_the_process_group(tmp_path, monkeypatch):
+    """A recorder made before the process group must be told its rank and world size."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="rank and world_size must be given.*WORLD_SIZE is 2"):
         Recorder(tmp_path / "t.npz", 8, 1)
@@ -378,6 +380,7 @@ def test_a_recorder_made_before_the_process_group(tmp_path, monkeypatch):
 
 
 def test_compiled_layers(tmp_path):
+    """A compiled layer records without recompiling if `add` is disabled for the compiler."""
     path, ids = tmp_path / "t.npz", draw(12, 1, 8)
     with Recorder(path, 8, 1) as recorder:
         add = torch.compiler.disable(recorder.add)
@@ -396,6 +399,7 @@ def test_compiled_layers(tmp_path):
 
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_waits_between_two_copies(tmp_path):
+    """Recording on a GPU does not synchronise between two copies to the host."""
     ids = draw(6, 2, 8)
     recorder = Recorder(tmp_path / "t.npz", 8, 2, adds_per_step=None)
     on_gpu = ids.cuda()

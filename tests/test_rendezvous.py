@@ -99,6 +99,7 @@ def check_ranks(rank, group):
 
 
 def test_ranks_that_do_not_come_are_named(tmp_path):
+    """Collective calls end within their bound and name the ranks that are missing."""
     run_ranks(check_ranks, 3, tmp_path)
 
 

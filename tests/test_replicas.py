@@ -299,6 +299,7 @@ def check_all(rank, group):
 
 
 def test_four_ranks_over_gloo(tmp_path):
+    """On four ranks weights, gradients and optimizer state follow those of a single process."""
     run_ranks(check_all, RANKS, tmp_path)
 
 
@@ -346,6 +347,7 @@ def test_originals_stay_or_follow_the_topology():
 
 
 def test_one_rank_with_many_copies():
+    """On one rank copies share a gradient, and a parameter changed during a sync is found."""
     placement = Placement(np.array([2, 0, 1, 0, 0, 1]), 1)
     params = {"w": nn.Parameter(torch.arange(6.0).reshape(3, 2))}
     replicas = Replicas(placement, params)
@@ -366,6 +368,7 @@ def test_one_rank_with_many_copies():
 
 
 def test_bad_arguments_without_a_group():
+    """Wrong arguments, optimizer states and gradients are refused by name without a group."""
     placement = Placement(np.array([0, 1, 1]), 1)
     w = nn.Parameter(torch.ones(2, 3))
     with pytest.raises(ValueError, match="^placement is for 3 ranks.*give group="):

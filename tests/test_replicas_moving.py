@@ -250,11 +250,13 @@ def check_all(rank, group):
 
 
 def test_two_ranks_over_gloo(tmp_path):
+    """On two ranks every tensor, alias and state of an expert moves with it once."""
     run_ranks(check_all, RANKS, tmp_path)
 
 
 @pytest.mark.multigpu
 def test_two_ranks_over_nccl(tmp_path):
+    """Weights of every dtype move over NCCL bit for bit, with a list of trained tensors."""
     run_ranks(check_on_gpus, RANKS, tmp_path)
 
 
@@ -329,6 +331,7 @@ def test_shared_memory_is_found(one, two):
 
 
 def test_rows_in_another_order_are_refused():
+    """Tensors that share memory are merged if their rows agree, and refused otherwise."""
     w = torch.zeros(4, 3)
     kept, same_as = keep_distinct({"w": w, "rows": list(w), "view": w.view(4, 1, 3)})
     assert list(kept) == ["w"] and same_as == {"rows": "w", "view": "w"}

@@ -44,6 +44,7 @@ def test_forgotten_reduce_grads(dtype):
 
 
 def test_forgotten_wait_for_gradients():
+    """A step before the gradients' wait is refused, and one during a weight sync is not."""
     _, replicas, optimizer = layer()
     backward(replicas)
     handle = replicas.reduce_grads(async_op=True)
@@ -97,6 +98,7 @@ def test_steps_that_are_in_order():
 
 
 def test_scaler_that_skips_a_step():
+    """A gradient scaler that skips a step leaves the weights, and the next step changes them."""
     w, replicas, optimizer = layer()
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for factor in (float("inf"), 1.0):
@@ -111,6 +113,7 @@ def test_scaler_that_skips_a_step():
 
 
 def test_closure():
+    """An optimizer that calls a closure several times trains the weights."""
     w, replicas, _ = layer()
     optimizer = torch.optim.LBFGS([w], max_iter=3)
 
@@ -126,6 +129,7 @@ def test_closure():
 
 
 def test_several_layers_and_optimizers():
+    """A step is refused only if a parameter of its optimizer has gradients in slots."""
     (v, first, one), (w, second, two) = layer(), layer()
     both = torch.optim.SGD([v, w], lr=0.1)
     backward(first)
@@ -147,6 +151,7 @@ def test_several_layers_and_optimizers():
 
 
 def test_slot_weights_given_to_an_optimizer():
+    """A step of an optimizer that was given slot weights is refused."""
     _, replicas, _ = layer()
     optimizer = torch.optim.SGD(replicas.weights.values(), lr=0.1)
     backward(replicas)
@@ -183,6 +188,7 @@ def test_dropped_gradients():
 
 
 def test_frozen_for_a_while():
+    """A parameter can be frozen and trained again, but not while slots hold its gradients."""
     w, replicas, optimizer = layer(torch.bfloat16)
     w.requires_grad_(False)
     assert not replicas.weights["w"].requires_grad
@@ -206,6 +212,7 @@ def test_frozen_for_a_while():
 
 
 def test_parameters_whose_data_are_exchanged():
+    """New data of a parameter need a sync, and data of another dtype are refused."""
     w, replicas, _ = layer()
     w.data = torch.full((3, 2), 5.0)
     with pytest.raises(RuntimeError, match="parameters changed"):
@@ -219,6 +226,7 @@ def test_parameters_whose_data_are_exchanged():
 
 
 def test_parameters_belong_to_one_replicas():
+    """A parameter serves one `Replicas` at a time, and a close sets it free."""
     w, replicas, optimizer = layer()
     with pytest.raises(ValueError, match=r"^params\['x'\] belongs to another Replicas: close"):
         Replicas(PLACEMENT, {"x": w})
@@ -287,6 +295,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_tensors_are_named_not_printed(case):
+    """A bad tensor is refused by name, and the message shows none of its values."""
     value, kind, message = BAD[case]
     with pytest.raises(kind, match=r"^params\['x'\] (.* )?" + message) as caught:
         Replicas(PLACEMENT, {"x": value})
@@ -300,6 +309,7 @@ def test_bad_tensors_are_named_not_printed(case):
 
 
 def test_bad_arguments():
+    """A bad group, dtype, optimizer or `also` is refused by name."""
     w, replicas, optimizer = layer()
     x = torch.ones(3, 2)
     with pytest.raises(TypeError, match="^group must be a ProcessGroup or None, got str"):

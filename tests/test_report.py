@@ -71,6 +71,7 @@ def count(page, name, tag, kind=None):
 
 
 def test_the_page(result):
+    """The page has a section for every cell, with a mark for each rank and each flow."""
     text = (result / "report.html").read_text(encoding="utf-8")
     page, figures = Page(text), json.loads((result / "balance.json").read_text())
     assert {"summary", "heat", "timing"} <= set(page.ids)
@@ -90,6 +91,7 @@ def test_the_page(result):
 
 
 def test_it_needs_no_network(result):
+    """The page has no scripts or links, and its one image is embedded."""
     page = Page((result / "report.html").read_text(encoding="utf-8"))
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "link", "iframe", "object"}
@@ -100,6 +102,7 @@ def test_it_needs_no_network(result):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_in_chromium(result, tmp_path):
+    """Chromium shows the page's elements unchanged, and its picture is not blank."""
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,3000"]
     address = (result / "report.html").as_uri()
@@ -121,6 +124,7 @@ def test_in_chromium(result, tmp_path):
 
 
 def test_the_heat_map_shows_the_hot_expert():
+    """The heat map is hot where an expert's load is far above the mean."""
     counts = np.full((6, 1, 1, 4), 10)
     counts[3:, 0, 0, 2] = 100
     found = report.heat(traces.Trace(counts, np.arange(6)), 0)
@@ -132,6 +136,7 @@ def test_the_heat_map_shows_the_hot_expert():
 
 
 def test_flows_are_the_tokens_of_the_plan():
+    """Loads in place change into those of the plan if the flows' tokens are moved."""
     trace = make_trace()
     options = balance.Options((8,), (1,), ("ring:8",))
     (cell,) = balance.run(trace, options)
@@ -154,6 +159,7 @@ def test_flows_are_the_tokens_of_the_plan():
 
 
 def test_from_json(result, tmp_path, capsys):
+    """A report made from JSON equals the first one, and a file without a report is refused."""
     assert cli.main(["report", str(result / "balance.json"), "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == f"report: {tmp_path / 'report.html'}"
     assert (tmp_path / "report.html").read_bytes() == (result / "report.html").read_bytes()
@@ -189,6 +195,7 @@ def changed(value, path, new):
 
 @pytest.mark.parametrize("new", [None, "<b>", -1, 1e300, [], {}, [[1]], [{"a": 1}], True])
 def test_a_changed_report_is_a_page_or_an_error(result, new):
+    """A report with any one value changed gives a page or a named error."""
     figures = json.loads((result / "balance.json").read_text())
     figures["cells"] = figures["cells"][:1]
     refused = 0
@@ -203,6 +210,7 @@ def test_a_changed_report_is_a_page_or_an_error(result, new):
 
 
 def test_deeply_nested_json_is_refused(tmp_path, capsys):
+    """JSON that is nested too deeply is refused with its file's name."""
     for text in (
         "[" * 10**5 + "]" * 10**5,
         '{"command":' + '{"a":' * 10**5 + "1" + "}" * 10**5 + "}",
@@ -216,6 +224,7 @@ def test_deeply_nested_json_is_refused(tmp_path, capsys):
 
 
 def test_what_is_read(tmp_path):
+    """Only a JSON object is read as a report, and invalid JSON is refused by file name."""
     (tmp_path / "a.json").write_text('{"command": "verify"}')
     assert report.read(tmp_path / "a.json") == {"command": "verify"}
     (tmp_path / "a.json").write_text("[[1]]")
@@ -226,6 +235,7 @@ def test_what_is_read(tmp_path):
 
 
 def test_no_report(tmp_path, capsys):
+    """`--no-report` writes no page, and `--report` without a folder is refused."""
     traces.save(tmp_path / "t.npz", make_trace())
     common = ["balance", "--trace", str(tmp_path / "t.npz"), "--device", "cpu", "--ep", "8"]
     assert cli.main([*common, "--no-report", "--out", str(tmp_path / "o")]) == 0

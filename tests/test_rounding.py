@@ -19,6 +19,7 @@ ONE = 1 << 24
 @example(0, 194, 0.0)
 @example(0, 27, 0.0)
 def test_every_share_is_off_by_less_than_a_unit(seed, copies, spread):
+    """Rounded shares sum up to one, and each is off by less than a unit."""
     rng = np.random.default_rng(seed)
     mask = torch.from_numpy(np.arange(2 * copies) % 2 == 1).reshape(-1, 1)
     exact = torch.zeros(2 * copies, 1, dtype=torch.float64)
@@ -48,6 +49,7 @@ def solutions(placement, counts, backend, tolerance=1e-3):
     ("ranks", "tolerance"), [(27, 1e-5), (37, 1e-5), (53, 1e-5), (101, 1e-4), (194, 1e-3)]
 )
 def test_an_expert_on_very_many_ranks_is_split_evenly(backend, ranks, tolerance):
+    """A lone expert's shares differ by at most a unit, even over 194 ranks."""
     placement = on_all_ranks(ranks)
     counts = torch.zeros(ranks + 1, dtype=torch.int32)
     counts[0] = 100_003
@@ -59,6 +61,7 @@ def test_an_expert_on_very_many_ranks_is_split_evenly(backend, ranks, tolerance)
 
 
 def test_rounding_a_plan_with_many_copies_keeps_its_certificate():
+    """Rounded plans of up to 116 copies are certified to 1.5e-5."""
     rng = np.random.default_rng(0)
     ranks, columns = 128, 20
     copies = 2 + 6 * np.arange(columns)
@@ -91,6 +94,8 @@ def even_over_ranks(placement, counts):
 
 @pytest.mark.parametrize(("backend", "examples"), [("torch", 120), ("triton", 25)])
 def test_no_plan_is_worse_than_an_even_split(backend, examples):
+    """No plan is above the even split, nor above the optimum by more than the tolerance."""
+
     @settings(max_examples=examples)
     @given(
         st.integers(0, 10**6),
@@ -125,6 +130,7 @@ def test_no_plan_is_worse_than_an_even_split(backend, examples):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_start_is_kept_where_nothing_is_better(backend):
+    """A start that is optimal is the answer without a single step."""
     # Of two ranks one has the tokens' copy twice: both even splits are far from equal loads.
     mask = torch.ones(1, 2, 1, dtype=torch.bool)
     weights, fixed = torch.tensor([[4.0]]), torch.tensor([[1.0, 3.0]])
@@ -138,6 +144,7 @@ def test_a_start_is_kept_where_nothing_is_better(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_several_copies_on_a_rank_divide_its_share(backend):
+    """Copies of an expert on one rank have shares that differ by at most a unit."""
     placement = Placement.from_phy2log([0, 0, 0, 1, 0, 2, 0, 3], 2, n_logical=4)
     counts = torch.tensor([1000, 3, 7, 11], dtype=torch.int32)
     balancer = Balancer(placement, device=DEVICE, backend=backend)
@@ -160,12 +167,14 @@ def test_several_copies_on_a_rank_divide_its_share(backend):
     ],
 )
 def test_starts_that_are_none(start, error, message):
+    """A start of a wrong type, shape, dtype or sign is refused by name."""
     mask = torch.ones(1, 2, 1, dtype=torch.bool)
     with pytest.raises(error, match=f"^{message}$"):
         Problem(torch.ones(1, 1), torch.ones(1, 2), mask, start)
 
 
 def test_a_start_has_shares_where_copies_are():
+    """A start that gives a share to a rank without a copy is refused."""
     mask = torch.tensor([[[True], [False]]])
     with pytest.raises(ValueError, match="^start gives a share to a rank that mask gives no copy$"):
         Problem(torch.ones(1, 1), torch.ones(1, 2), mask, torch.ones(1, 2, 1))

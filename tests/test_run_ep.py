@@ -81,6 +81,7 @@ def test_every_section_on_a_cpu(quick_start, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_torus_of_four_ranks(quick_start, capsys):
+    """The pipeline section on four ranks times a torus and EPLB with one and two slots."""
     options = "ep --device cpu --ranks 4 --sections pipeline --tokens 32 --replays 1 --json -"
     assert cli.main(options.split()) == cli.OK
     report = json.loads(capsys.readouterr().out)
@@ -159,6 +160,7 @@ def to_one_copy(out):
     [(to_another_expert, "don't map back"), (to_one_copy, "a token or more off its share")],
 )
 def test_the_gate_stops_wrong_ids(change, message):
+    """Ids of another expert or off their shares by a token are a wrong answer."""
     with pytest.raises(WrongAnswerError, match=message):
         loads_of(AllRanks(change))
 
@@ -202,6 +204,7 @@ def test_a_section_that_fails_says_why(tmp_path):
 
 
 def test_nothing_starts_without_time_left(capsys):
+    """Without time left every section fails before it starts."""
     options = ["--device", "cpu", "--sections", "verify,kill", "--seconds", "1"]
     assert run_ep.main(options) == cli.FAILED
     printed = capsys.readouterr()
@@ -237,6 +240,7 @@ def test_a_run_that_is_cut_short_keeps_what_it_found(monkeypatch, tmp_path):
 
 
 def test_what_cannot_run_is_named(monkeypatch, tmp_path):
+    """A section that the device or the files do not allow is skipped with its reason."""
     lines = []
 
     def skipped(device, sections, kinds):
@@ -322,6 +326,7 @@ def test_wrong_usage(arguments, message, capsys):
 
 
 def test_a_gpu_is_needed(monkeypatch, capsys):
+    """Without a GPU `lplb-bench ep` is refused as wrong usage."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert cli.main(["ep"]) == cli.USAGE
@@ -332,6 +337,7 @@ def test_a_gpu_is_needed(monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["symmetric", "nvshmem", "distributed"])
 def test_on_gpus(kind, tmp_path):
+    """The verify, time, pipeline and kill sections pass on two GPUs."""
     if kind == "nvshmem":
         pytest.importorskip("nvshmem")
     path = tmp_path / "ep.json"

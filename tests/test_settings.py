@@ -58,6 +58,7 @@ def numbers(solution):
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_twin(setting, dtype):
+    """The twin's solution is the same under every setting of torch."""
     placement, counts = problem_of()
     counts = counts.to(DEVICE)
 
@@ -76,6 +77,7 @@ def test_the_twin(setting, dtype):
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_solves_and_ids(setting, backend):
+    """Solutions, shares and ids of a balancer are the same under every setting of torch."""
     placement, counts = problem_of()
     counts = counts[0].to(DEVICE)
     idx = (torch.arange(4 * placement.n_logical) ** 2 % placement.n_logical).to(DEVICE)
@@ -95,13 +97,15 @@ def test_solves_and_ids(setting, backend):
 
 
 def test_quotas_under_a_default_device():
+    """Rounding offsets are on the CPU, whatever the default device."""
     with torch.device("meta"):
-        offsets = reference.rounding_offsets(3, 5)
-    assert offsets.tolist() == reference.rounding_offsets(3, 5).tolist()
+        offsets = reference.compute_rounding_offsets(3, 5)
+    assert offsets.tolist() == reference.compute_rounding_offsets(3, 5).tolist()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_plan_has_no_gradient_but_loads_have_one(backend):
+    """A plan has no gradient, and rank loads give each count a gradient of 1."""
     placement, counts = problem_of()
     loads = counts.double().to(DEVICE).requires_grad_()
     solution = solve(placement.problem(loads), backend=backend)
@@ -111,6 +115,7 @@ def test_a_plan_has_no_gradient_but_loads_have_one(backend):
 
 
 def test_what_was_made_under_inference_mode_can_be_used_outside():
+    """What inference mode made can be written and differentiated."""
     flat = [0, 1, 2, 0, 1, 3, 0, 4, 5]
     with torch.inference_mode():
         placement = Placement.from_phy2log(flat, 3)

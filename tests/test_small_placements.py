@@ -53,6 +53,7 @@ def divisors(n):
 
 @pytest.mark.timeout(120)
 def test_chain_ends_for_every_small_size():
+    """`chain` ends and wastes no slot for all 1456 small sizes."""
     assert len(SIZES) == 1456
     for number, (ranks, experts, redundant) in enumerate(SIZES):
         n = ranks * experts
@@ -62,6 +63,7 @@ def test_chain_ends_for_every_small_size():
 
 @pytest.mark.timeout(120)
 def test_chain_ends_for_every_small_size_in_domains():
+    """`chain` ends and wastes no slot for any split of small sizes in domains."""
     for number, (ranks, experts, redundant) in enumerate(SMALL):
         n = ranks * experts
         for domain in divisors(ranks):
@@ -73,6 +75,7 @@ def test_chain_ends_for_every_small_size_in_domains():
 
 @pytest.mark.timeout(120)
 def test_place_ends_for_every_small_size():
+    """`place` ends and wastes no slot for small sizes, with and without domains."""
     for number, (ranks, experts, redundant) in enumerate(SMALL):
         n = ranks * experts
         batches = (1, 2, 9)[number % 3]
@@ -88,6 +91,7 @@ def test_place_ends_for_every_small_size():
 
 @pytest.mark.timeout(120)
 def test_eplb_ends_for_every_small_size():
+    """EPLB ends for small sizes, and `from_history` gives just its slots."""
     for number, (ranks, experts, redundant) in enumerate(SIZES[::4]):
         n = ranks * experts
         load = loads_of(n, number)
@@ -116,12 +120,14 @@ def test_eplb_ends_for_every_small_size():
     ],
 )
 def test_reported_calls_of_place(arguments):
+    """`place` ends and wastes no slot if redundant slots are as many as originals or more."""
     found = place(**arguments)
     n = arguments["history"].shape[-1]
     check_slots(found, n, arguments["ep_size"], arguments["redundant_per_rank"])
 
 
 def test_repeats_of_a_previous_placement_are_used_unless_moves_have_a_price():
+    """A repeated expert gives way unless moves cost."""
     history = torch.tensor([[9.0, 1, 1, 1], [8.0, 2, 1, 1]])
     wasteful = Placement(np.array([0, 0, 1, 0, 2, 3]), 2)
     found = place(history, 2, previous=wasteful, trials=0)
@@ -139,6 +145,7 @@ def sweeps():
 @settings(max_examples=60)
 @given(sweeps())
 def test_start_is_never_worse_than_eplb(case):
+    """The start of `place` has a mean optimum not above EPLB's for any load family."""
     (ranks, experts, redundant), family, seed = case
     rng = np.random.default_rng(seed)
     load = torch.from_numpy(np.stack([FAMILIES[family](rng, ranks * experts) for _ in range(3)]))
@@ -154,6 +161,7 @@ def test_start_is_never_worse_than_eplb(case):
 
 
 def test_placements_without_waste_are_what_they_were():
+    """Placements of sizes without waste keep their slots."""
     # Made by the version that could hang, for sizes where it didn't and no slot was wasted.
     load = torch.tensor([9.0, 2, 3, 1, 5, 4, 7, 8])
     assert chain(load, 4).phy2log.tolist() == [0, 7, 3, 0, 6, 1, 6, 4, 5, 4, 7, 2]
@@ -176,6 +184,7 @@ def test_placements_without_waste_are_what_they_were():
 
 @pytest.mark.parametrize("scale", [1e-310, 1e-200, 1e200, 2.0**1023])
 def test_scale_of_loads_does_not_matter(scale):
+    """A scale of loads from 1e-310 to 2**1023 does not change a placement."""
     load = torch.tensor([9.0, 2, 3, 1, 5, 4, 7, 8], dtype=torch.float64) / 16
     history = torch.stack([load, load.flip(0), load.roll(3)])
     # Powers of two are exact.
@@ -188,6 +197,7 @@ def test_scale_of_loads_does_not_matter(scale):
 
 @pytest.mark.parametrize("penalty", [1e30, 1e300])
 def test_no_move_pays_an_enormous_price(penalty):
+    """With an enormous price `place` returns the previous placement."""
     history = torch.tensor([[9.0, 1, 1, 1], [8.0, 2, 1, 1]])
     start = chain(torch.arange(4.0), 2)
     assert place(history, 2, previous=start, move_penalty=penalty, trials=30) == start

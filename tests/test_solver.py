@@ -53,6 +53,7 @@ def assert_sound(problem, solution, tolerance):
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_twin_against_highs(dtype, tolerance):
+    """The twin's plans of drawn programs are sound, and almost all are certified."""
     (verdict,) = verify(340, seed=1, tolerances=(tolerance,), dtype=dtype)
     assert verdict.sound and verdict.instances >= 340
     assert verdict.not_certified <= (0 if tolerance == 1e-3 else 0.001 * verdict.instances)
@@ -64,6 +65,7 @@ SMALL = ["ring:8", "cube", "hypercube", "ring:5", "torus:3x4", "eplb:2:1", "rand
 
 @pytest.mark.parametrize("shape", SMALL if not GPU else SHAPES)
 def test_kernel_against_highs(shape):
+    """The kernel certifies every load family within bounds that HiGHS confirms."""
     rng = np.random.default_rng(5)
     placement = shape_placement(shape, rng)
     rows = [draw_loads(family, rng, placement.n_logical) for family in FAMILIES]
@@ -74,6 +76,7 @@ def test_kernel_against_highs(shape):
 
 @pytest.mark.gpu
 def test_kernel_on_the_whole_corpus():
+    """The kernel on a GPU is sound on 2040 programs, and certifies all within 1e-3."""
     for verdict in verify(2040, seed=0, device="cuda", backend="triton"):
         assert verdict.sound
         assert verdict.not_certified <= (0 if verdict.tolerance == 1e-3 else 2)
@@ -82,56 +85,66 @@ def test_kernel_on_the_whole_corpus():
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestDegenerate:
     def test_no_load_at_all(self, backend):
+        """A program without load is solved with load and gap 0 and no steps."""
         solution = solve(make([0, 0], [0, 0, 0], [[0, 1], [1, 2]]), backend=backend)
         assert solution.gap.tolist() == [0.0] and solution.max_load.tolist() == [0.0]
         assert solution.iterations.tolist() == [0]
         solution.check()
 
     def test_one_rank(self, backend):
+        """One rank has all of the load."""
         problem = make([5, 7], [3], [[0], [0]])
         solution = solve(problem, backend=backend)
         assert_sound(problem, solution, 1e-3)
         assert float(solution.max_load[0]) == 15
 
     def test_no_columns(self, backend):
+        """A program without columns has its largest fixed load."""
         problem = make([], [3, 9, 1], [])
         solution = solve(problem, backend=backend)
         assert solution.shares.shape == (1, 3, 0)
         assert float(solution.max_load[0]) == 9 and float(solution.gap[0]) <= 1e-3
 
     def test_no_instances(self, backend):
+        """A batch without instances has no loads."""
         mask = torch.ones(1, 2, 1, dtype=torch.bool, device=DEVICE)
         empty = torch.zeros(0, 1, device=DEVICE), torch.zeros(0, 2, device=DEVICE)
         assert solve(Problem(*empty, mask), backend=backend).max_load.shape == (0,)
 
     def test_hot_column(self, backend):
+        """A column that outweighs all others is levelled over its ranks."""
         problem = make([1e6, 1, 1], [10, 20, 30, 40], [[0, 1, 2], [1, 3], [2, 3]])
         assert_sound(problem, solve(problem, backend=backend), 1e-3)
 
     def test_column_on_every_rank(self, backend):
+        """A column on all ranks fills up those below the largest fixed load."""
         problem = make([100], [1, 2, 3, 4, 5, 60], [list(range(6))])
         solution = solve(problem, backend=backend)
         assert_sound(problem, solution, 1e-3)
         assert float(solution.max_load[0]) <= 60 * (1 + 1e-3)
 
     def test_zero_and_feather_weights(self, backend):
+        """Columns of weight 0 or 1e-9 do not disturb a program."""
         problem = make([0, 1e-9, 500, 0], [9, 1, 4], [[0, 1], [1, 2], [0, 2], [0, 1, 2]])
         for tolerance in (1e-3, 1e-4):
             assert_sound(problem, solve(problem, tolerance=tolerance, backend=backend), tolerance)
 
     def test_column_with_one_copy_is_fixed(self, backend):
+        """A column with a single copy loads its rank in full."""
         problem = make([50, 10], [0, 0], [[0], [0, 1]])
         solution = solve(problem, backend=backend)
         assert_sound(problem, solution, 1e-3)
         assert float(solution.max_load[0]) == pytest.approx(50, rel=1e-3)
 
     def test_padding_column(self, backend):
+        """A column without copies has no shares, and the others are levelled."""
         problem = make([50, 0], [0, 10], [[0, 1], []])
         solution = solve(problem, backend=backend)
         assert (solution.shares[:, :, 1] == 0).all()
         assert float(solution.max_load[0]) == pytest.approx(30, rel=1e-3)
 
     def test_already_balanced(self, backend):
+        """A program that is level when split evenly needs no steps."""
         problem = make([4, 4, 4], [2, 2, 2], [[0, 1], [1, 2], [2, 0]])
         solution = solve(problem, backend=backend)
         assert float(solution.max_load[0]) == pytest.approx(6, rel=1e-6)
@@ -139,16 +152,19 @@ class TestDegenerate:
 
     @pytest.mark.parametrize("scale", [1e-36, 1e-12, 1.0, 1e12])
     def test_unit_of_load_does_not_matter(self, backend, scale):
+        """Loads in units from 1e-36 to 1e12 are solved to the tolerance."""
         problem = make([7 * scale, 5 * scale], [scale, 0, 3 * scale], [[0, 1], [1, 2]])
         solution = solve(problem, backend=backend)
         assert_sound(problem, solution, 1e-3)
 
     def test_the_allowance_for_round_off_is_aimed_at_too(self, backend):
+        """A gap as small as the allowance for round-off is certified."""
         problem = make([2], [1 + 3.8e-5, 1], [[0, 1]])
         solution = solve(problem, tolerance=1e-5, backend=backend)
         assert solution.status.tolist() == [Status.CERTIFIED]
 
     def test_iteration_bound_leaves_a_feasible_honest_plan(self, backend):
+        """A plan cut short is feasible, has status GAP, and fails its check."""
         rng = np.random.default_rng(0)
         placement = shape_placement("cube", rng)
         problem = placement.problem(draw_loads("lognormal", rng, placement.n_logical).to(DEVICE))
@@ -161,6 +177,7 @@ class TestDegenerate:
 
 
 def test_interpreted_or_compiled_agrees_with_twin():
+    """The kernel's loads are the twin's to within both tolerances."""
     for instance in itertools.islice(corpus(34, seed=3), 4):
         there = instance.problem.to(DEVICE)
         a = solve(instance.problem, tolerance=1e-4, backend="torch")
@@ -172,6 +189,7 @@ def test_interpreted_or_compiled_agrees_with_twin():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_mix_statuses(backend):
+    """Instances of one batch that need levelling or have no load are solved together."""
     mask = torch.ones(1, 2, 1, dtype=torch.bool, device=DEVICE)
     weights = torch.tensor([[4.0], [0.0], [8.0]], device=DEVICE)
     fixed = torch.tensor([[1.0, 3.0], [0.0, 0.0], [0.0, 0.0]], device=DEVICE)
@@ -184,6 +202,7 @@ def test_batches_mix_statuses(backend):
 @pytest.mark.gpu
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_bad_values_on_a_gpu_become_invalid(value):
+    """A bad value on a GPU makes only its own instance INVALID."""
     for backend in BACKENDS:
         problem = Problem(
             torch.tensor([[value], [6.0]], device="cuda"),
@@ -200,6 +219,7 @@ def test_bad_values_on_a_gpu_become_invalid(value):
 @settings(max_examples=25)
 @given(st.integers(0, 10**6), st.integers(2, 12), st.integers(1, 10))
 def test_relabelling_ranks_relabels_the_answer(seed, ranks, columns):
+    """Another order of ranks leaves the load the same, and HiGHS confirms it."""
     rng = np.random.default_rng(seed)
     mask = rng.random((1, ranks, columns)) < 0.5
     mask[0, rng.integers(ranks, size=columns), np.arange(columns)] = True
@@ -234,6 +254,7 @@ class TestArguments:
         ],
     )
     def test_problem(self, position, value, error, name):
+        """A problem's wrong argument is refused by name."""
         arguments = list(self.good)
         arguments[position] = value
         with pytest.raises(error, match=f"^{name}"):
@@ -252,11 +273,13 @@ class TestArguments:
         ],
     )
     def test_solve(self, kwargs, name):
+        """A wrong option of `solve` is refused by name."""
         problem = Problem(*(t.to(DEVICE) for t in self.good))
         kwargs = {"backend": "torch", **kwargs}
         with pytest.raises(ValueError, match=f"^{name}"):
             solve(problem, **kwargs)
 
     def test_solve_wants_a_problem(self):
+        """`solve` refuses by name what is not a `Problem`."""
         with pytest.raises(TypeError, match="^problem"):
             solve(torch.ones(3))

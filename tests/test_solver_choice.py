@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gloo import run_ranks
-from test_balancer import DEVICE, check_answer, placement_of, random_ids
+from helpers.balancers import DEVICE, check_answer, placement_of, random_ids
 
 from lplb_triton import Balancer, Placement, SolveError, Status, solve
 from lplb_triton._backends.interior_point import solve_counts
@@ -36,6 +36,7 @@ SHAPES = ["cube", "torus:2x2", "eplb:16:2", "random:7:3"]
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_both_solvers_keep_the_tolerance(shape):
+    """Both solvers certify every solve, and each one's bound is below the other's load."""
     placement = shape_placement(shape, np.random.default_rng(0))
     both = [make(placement, solver, tolerance=1e-4) for solver in SOLVERS]
     for seed in range(3):
@@ -59,6 +60,7 @@ def test_both_solvers_keep_the_tolerance(shape):
 
 @pytest.mark.parametrize("shape", [*SHAPES, "eplb:8:0"])
 def test_programs_are_those_of_the_placement(shape):
+    """The interior-point solver on counts gives the solution of the placement's program."""
     if shape == "eplb:8:0":
         placement = placement_of(slots=0)
     else:
@@ -90,6 +92,7 @@ def test_a_plan_is_no_worse_than_the_split_over_copies():
 @backends
 @solvers
 def test_run(solver, backend, dtype):
+    """`run` gives the ids of its pieces for every solver and dtype, and counts its solves."""
     balancer = make(solver=solver, backend=backend, rank=1)
     balancer.warmup()
     assert int(balancer.solves) == int(balancer.certified) == 0
@@ -112,6 +115,7 @@ def test_run(solver, backend, dtype):
 
 @backends
 def test_replicated_tokens(backend):
+    """With replicated quotas the interior-point solver gives right ids."""
     placement, idx = placement_of(), random_ids(0, 64)
     settings = {"solver": "interior_point", "device": DEVICE, "backend": backend}
     balancer = Balancer(placement, quotas="replicated", **settings)
@@ -120,6 +124,7 @@ def test_replicated_tokens(backend):
 
 @backends
 def test_another_placement_is_written_in_place(backend):
+    """A new placement takes effect at the old tables' addresses."""
     balancer = make(placement_of(0), backend=backend)
     addresses = {name: view.data_ptr() for name, view in balancer._tables.views.items()}
     idx = random_ids(0, 64)
@@ -160,6 +165,7 @@ def test_counts_that_are_none_are_told_once(monkeypatch):
 @backends
 @solvers
 def test_groups_above_the_tolerance_are_counted(solver, backend):
+    """Uncertified groups are counted, and a check tells each of them once."""
     placement = shape_placement("random:7:3", np.random.default_rng(0))
     balancer = make(placement, solver, backend=backend, max_iterations=1)
     # Hardly above what is taken off the bound for round-off: rounded shares seldom keep that.
@@ -203,6 +209,7 @@ def test_groups_above_the_tolerance_are_counted(solver, backend):
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
 @solvers
 def test_copies_keep_the_solver(solver, way):
+    """Copied and unpickled balancers keep their solver and their answers."""
     balancer = make(solver=solver)
     idx = random_ids(0, 64)
     expected = balancer.run(idx)
@@ -218,6 +225,7 @@ def wide(ranks, columns=None):
 
 
 def test_arguments_are_named():
+    """An unknown solver or too large a placement is refused by name."""
     with pytest.raises(ValueError, match="^solver must be one of levelling, interior_point, got"):
         make(solver="simplex")
     large = r"^placement has 129 ranks in a group, solver 'interior_point' takes at most 128; use "
@@ -254,12 +262,14 @@ def check_group(rank, group):
 
 
 def test_ranks_over_gloo(tmp_path):
+    """Two ranks share out tokens near the optimum, and must agree on the solver."""
     run_ranks(check_group, 2, tmp_path)
 
 
 @pytest.mark.gpu
 class TestOnAGpu:
     def test_graph_replayed_on_new_ids(self):
+        """A graph gives right ids for new tokens and for a new placement."""
         balancer = make(device="cuda")
         balancer.warmup()
         static = random_ids(0, 64, (512, 8))
@@ -279,6 +289,7 @@ class TestOnAGpu:
         balancer.check(certified=True)
 
     def test_never_syncs(self):
+        """Neither `run` nor `solve` waits for the GPU."""
         balancer = make(device="cuda")
         idx, counts = random_ids(0, 64), skewed_counts(balancer.placement)
         balancer.run(idx)

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_sync import placement_of
+from helpers.batches import EXPERTS, placement_of
 
 from lplb_triton import Balancer
 from lplb_triton.sync import SyncError
 
-RANKS, TIMEOUT, EXPERTS = 2, 8.0, 32
+RANKS, TIMEOUT = 2, 8.0
 
 
 def batch(seed, rank):
@@ -188,6 +188,7 @@ CHECKS = [name for name in list(globals()) if name.startswith("check_")]
 @pytest.mark.multigpu
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_two_gpus(check, tmp_path):
+    """Streams, graphs and compiled calls on two GPUs give right ids or named errors."""
     mp.spawn(work, (tmp_path / "store", [check]), nprocs=RANKS)
 
 
@@ -195,6 +196,7 @@ def test_on_two_gpus(check, tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.gpu
 def test_reduce_overhead_takes_graphs():
+    """A call compiled with `reduce-overhead` becomes a graph with right ids and counters."""
     balancer = Balancer(placement_of(RANKS), rank=0)
     ids = [batch(seed, 0) for seed in range(3)]
     expected = [balancer.run(mine) for mine in ids]

@@ -12,31 +12,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from gloo import context, run_ranks
+from helpers.batches import EXPERTS, count, ids_of, placement_of
 
 from lplb_triton import Balancer, Placement, sync
 from lplb_triton.sync import _connect, _rendezvous
 from lplb_triton.sync._connect import deep_ep_domain, shared_communicators, split_group
 from lplb_triton.sync._hierarchical import HierarchicalCommunicator
 
-EXPERTS, BOUND = 32, 4.0
-
-
-def placement_of(ranks, seed=0):
-    load = torch.from_numpy(np.random.default_rng(seed).lognormal(0, 1, EXPERTS))
-    return Placement.from_history(load, ranks, redundant_per_rank=2)
-
-
-def ids_of(rank, batch):
-    """Rank 1 has no tokens in even batches, nobody has any in batch 2, 3 has few."""
-    if batch == 2 or (rank == 1 and batch % 2 == 0):
-        return torch.empty(0, 4, dtype=torch.int64)
-    rng = np.random.default_rng(100 * rank + batch)
-    rows = 300 if batch != 3 else rank
-    return torch.from_numpy((rng.random((rows, 4)) ** 2 * (EXPERTS + 1)).astype(np.int64) - 1)
-
-
-def count(ids, n):
-    return torch.bincount(ids[ids >= 0].reshape(-1), minlength=n)
+BOUND = 4.0
 
 
 def check_quotas(group, rank, ranks):
@@ -199,6 +182,7 @@ def spawn(target, ranks, path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_ranks(ranks, tmp_path):
+    """Ranks agree exactly, and a confused or killed rank is named on all others."""
     codes = spawn(work, ranks, tmp_path / "store")
     assert codes == [0] * (ranks - 1) + [-signal.SIGKILL]
 
@@ -208,6 +192,7 @@ def check_failed_group(rank, group):
 
 
 def test_a_failed_group_can_end(tmp_path):
+    """A process group whose exchange has failed can be destroyed."""
     run_ranks(check_failed_group, 2, tmp_path)
 
 
@@ -277,6 +262,7 @@ class GroupOfEight:
 
 @pytest.mark.parametrize("kind", [LegacyBuffer, ElasticBuffer])
 def test_what_is_read_of_deep_ep(kind, group_of_one, monkeypatch):
+    """A DeepEP buffer of either kind gives its group and the ranks of a node."""
     assert deep_ep_domain(kind(group_of_one)) == (group_of_one, 1)
     monkeypatch.setattr(dist, "ProcessGroup", GroupOfEight)
     group = GroupOfEight()
@@ -285,12 +271,14 @@ def test_what_is_read_of_deep_ep(kind, group_of_one, monkeypatch):
 
 
 def test_deep_ep_without_a_process_group(group_of_one):
+    """A buffer without a process group of torch is refused by name."""
     for buffer in (OfMpi(group_of_one), object()):
         with pytest.raises(TypeError, match="^buffer must have a process group"):
             deep_ep_domain(buffer)
 
 
 def test_bounds_come_from_the_group(group_of_one):
+    """A communicator has its group's timeout unless one is given, and ends with its block."""
     with sync.connect(group_of_one, device="cpu") as communicator:
         assert communicator.timeout == 7
         assert repr(communicator) == "torch.distributed(gloo)"
@@ -321,11 +309,13 @@ def test_bounds_come_from_the_group(group_of_one):
     ],
 )
 def test_arguments_are_named(call, error, name, group_of_one):
+    """A wrong option of `connect` or of quotas is refused by name."""
     with pytest.raises(error, match=f"^{name}"):
         call(group_of_one)
 
 
 def test_a_forgotten_balancer_lets_its_group_go(group_of_one):
+    """A balancer that is deleted gives up its shared communicator."""
     balancer = Balancer(placement_of(1), group=group_of_one, device="cpu")
     assert list(shared_communicators.values()) == [balancer.communicator]
     del balancer
@@ -418,6 +408,7 @@ def run_alone(_, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["distributed", "symmetric", "nvshmem"])
 def test_a_group_of_one_on_a_gpu(kind):
+    """A group of one on a GPU runs eagerly and in a graph with every back end."""
     if kind == "nvshmem":
         pytest.importorskip("nvshmem")
     mp.spawn(run_alone, (kind,), nprocs=1)

@@ -2,16 +2,20 @@
 
 import pytest
 import torch
+from helpers.layout import CALL_WORD, GATHERED_VERSION, VERSION_WORD, gathered_rows, message_word
 from helpers.peers import DEVICE, FAILED, Ranks, Sync, error_of
 
 from lplb_triton import kernels
+from lplb_triton._layout import HEADER_WORDS, MAX_COUNT
+from lplb_triton.kernels.exchange import BUSY, POISONED
 from lplb_triton.sync import SyncError
 from lplb_triton.sync._channels import CHANNELS
-from lplb_triton.sync._distributed import device_error
+from lplb_triton.sync._faults import fault_error
 
 
 @pytest.mark.parametrize(("n_ranks", "n"), [(1, 5), (2, 16), (3, 20), (9, 300)])
 def test_sums_and_what_is_sent(n_ranks, n):
+    """Every rank gets exact sums and rows, and sends just the words that are expected."""
     torch.manual_seed(n)
     ranks = Ranks(n_ranks, 4 * -(-n // 4), timeout=0.05)
     epochs = 4 if n_ranks < 9 else 2
@@ -27,7 +31,7 @@ def test_sums_and_what_is_sent(n_ranks, n):
                 gather = rank % 2 == 0
                 # Everything this rank sends is wiped out first.
                 for at in range(n_ranks):
-                    ranks.slots(at, channel)[epoch % 2, rank, : 2 + n] = -1
+                    ranks.row(at, rank, epoch, channel)[: HEADER_WORDS + n] = -1
                 total, gathered = ranks.exchange(rank, counts[rank], channel, gather)
                 assert torch.equal(total.cpu(), counts.sum(0, dtype=torch.int32))
                 if gather:
@@ -38,7 +42,7 @@ def test_sums_and_what_is_sent(n_ranks, n):
 
 def test_sums_that_int32_does_not_hold():
     """No sum wraps around, and what one rank has no count for has no sum."""
-    most = 2**31 - 1
+    most = MAX_COUNT
     counts = torch.tensor([[most, most, -1, -1, 5], [0, 1, 100, -1, 6], [0, most, 7, 1, 7]])
     ranks = Ranks(3, 8, timeout=0.05)
     for rank in (1, 2):
@@ -46,7 +50,7 @@ def test_sums_that_int32_does_not_hold():
     total, gathered = ranks.exchange(0, counts[0].int())
     assert total.tolist() == [most, FAILED, FAILED, FAILED, 18]
     assert torch.equal(gathered.cpu().long(), counts)
-    rows = torch.cat([torch.tensor([[0, 77, 5, 0]]).expand(3, 4), counts], 1).int().to(DEVICE)
+    rows = gathered_rows(int(ranks.version), counts).to(DEVICE)
     status = torch.zeros(kernels.status_words(3), dtype=torch.int64)
     status = status.pin_memory() if DEVICE.type == "cuda" else status
     total = torch.empty(5, dtype=torch.int32, device=DEVICE)
@@ -56,6 +60,7 @@ def test_sums_that_int32_does_not_hold():
 
 
 def test_a_rank_may_be_one_epoch_ahead_but_not_two():
+    """A rank one epoch ahead is summed, and one further ahead counts as missing."""
     ranks = Ranks(2, 8, timeout=0.02)
     counts = torch.arange(8, dtype=torch.int32).reshape(2, 4)
     ranks.publish(1, counts[1], 1)
@@ -72,6 +77,7 @@ def test_a_rank_may_be_one_epoch_ahead_but_not_two():
 
 
 def test_missing_ranks_are_named_and_the_endpoint_is_poisoned():
+    """After a timeout missing ranks are named, and nothing is sent again."""
     ranks = Ranks(4, 8, timeout=0.05)
     counts = torch.arange(1, 9, dtype=torch.int32)
     for rank in range(4):
@@ -98,11 +104,13 @@ def test_missing_ranks_are_named_and_the_endpoint_is_poisoned():
 
 @pytest.mark.parametrize("what", ["version", "size"])
 def test_another_call_is_no_part_of_the_sum(what):
+    """A rank with another version or size is named, and its counts are not summed."""
     ranks = Ranks(3, 8, timeout=0.05)
     counts = torch.arange(1, 9, dtype=torch.int32)
     for rank in range(3):
         ranks.publish(rank, counts, 1)
-    ranks.slots(0)[1, 2, ["version", "size"].index(what)] = (1 << 32) + 6
+    word = VERSION_WORD if what == "version" else CALL_WORD
+    ranks.row(0, 2, epoch=1)[word] = message_word(1, 6)
     total, _ = ranks.exchange(0, counts)
     assert (total == FAILED).all()
     error = error_of(ranks, 0)
@@ -119,21 +127,22 @@ def test_another_call_is_no_part_of_the_sum(what):
     ("n", "n_ranks", "rank", "word"),
     [
         # Of the header, of the first and the last tile of counts, of the last tile of ranks.
-        (8, 3, 2, 0),
-        (8, 3, 2, 1),
-        (300, 3, 2, 2 + 5),
-        (300, 3, 2, 2 + 299),
-        (20, 9, 3, 2 + 4),
-        (20, 9, 8, 2),
+        (8, 3, 2, VERSION_WORD),
+        (8, 3, 2, CALL_WORD),
+        (300, 3, 2, HEADER_WORDS + 5),
+        (300, 3, 2, HEADER_WORDS + 299),
+        (20, 9, 3, HEADER_WORDS + 4),
+        (20, 9, 8, HEADER_WORDS),
     ],
 )
 def test_one_word_that_is_missing_is_missed(n, n_ranks, rank, word):
+    """One word of an old epoch makes its rank count as missing."""
     ranks = Ranks(n_ranks, n, timeout=0.01)
     counts = torch.arange(n, dtype=torch.int32)
     for sender in range(n_ranks):
         ranks.publish(sender, counts, 3, to=[0])
     # It is of the epoch before last, in the same slot.
-    ranks.slots(0)[1, rank, word] -= 2 << 32
+    ranks.row(0, rank, epoch=3)[word] -= message_word(2, 0)
     ranks.endpoints[0]._epochs.fill_(2)
     total, _ = ranks.exchange(0, counts, gather=False)
     assert (total == FAILED).all()
@@ -141,6 +150,7 @@ def test_one_word_that_is_missing_is_missed(n, n_ranks, rank, word):
 
 
 def test_another_call_ends_the_wait_for_those_who_are_late():
+    """A mismatched call fails at once instead of waiting for others."""
     ranks = Ranks(3, 8, timeout=60.0)
     counts = torch.arange(8, dtype=torch.int32)
     ranks.publish(1, counts, 1, version=78)
@@ -151,9 +161,10 @@ def test_another_call_ends_the_wait_for_those_who_are_late():
 
 
 def test_two_calls_at_once_on_one_channel_are_found():
+    """A channel that is in use by another call fails, and the error says so."""
     ranks = Ranks(1, 8, timeout=0.05)
     counts = torch.ones(8, dtype=torch.int32)
-    ranks.endpoints[0]._gates[3] = 1
+    ranks.endpoints[0]._gates[3] = BUSY.value
     total, _ = ranks.exchange(0, counts, channel=3)
     assert (total == FAILED).all() and "on different streams" in str(error_of(ranks, 0))
 
@@ -167,13 +178,14 @@ def test_the_first_fault_is_the_one_that_is_told():
     said = str(error_of(ranks, 0))
     assert "came with placement version" in said
     # Another call that had begun before finds its channel otherwise than it left it.
-    ranks.endpoints[0]._gates[5] = 1
+    ranks.endpoints[0]._gates[5] = BUSY.value
     total, _ = ranks.exchange(0, counts, channel=5)
     assert (total == FAILED).all() and str(error_of(ranks, 0)) == said
-    assert (ranks.endpoints[0]._gates == 2).all()
+    assert (ranks.endpoints[0]._gates == POISONED.value).all()
 
 
 def test_epochs_may_wrap_around():
+    """Sums stay right when the epoch passes the largest int32."""
     ranks = Ranks(2, 8, timeout=0.05)
     last = 2**31 - 1
     for endpoint in ranks.endpoints:
@@ -187,19 +199,19 @@ def test_epochs_may_wrap_around():
 
 @pytest.mark.parametrize("gather", [False, True])
 def test_rows_gathered_elsewhere(gather):
+    """Rows gathered by another library are summed, and one of another version is named."""
     n_ranks, n = 130, 20
     status = torch.zeros(kernels.status_words(n_ranks), dtype=torch.int64)
     if DEVICE.type == "cuda":
         status = status.pin_memory()
     version = torch.full((1,), 5, dtype=torch.int32, device=DEVICE)
     counts = torch.randint(0, 9, (n_ranks, n), dtype=torch.int32)
-    header = torch.tensor([0, 5, n, 0], dtype=torch.int32).expand(n_ranks, 4)
-    rows = torch.cat([header, counts], 1).to(DEVICE)
+    rows = gathered_rows(5, counts).to(DEVICE)
     for bad in (None, 129):
         total = torch.full((n,), -9, dtype=torch.int32, device=DEVICE)
         gathered = torch.full((n_ranks, n), -9, dtype=torch.int32, device=DEVICE)
         if bad is not None:
-            rows[bad, 1] = 4
+            rows[bad, GATHERED_VERSION] = 4
         own = counts[1].to(DEVICE)
         kernels.sum_gathered(own, total, gathered if gather else None, rows, version, status, 1)
         if bad is None:
@@ -209,4 +221,4 @@ def test_rows_gathered_elsewhere(gather):
         else:
             assert (total == FAILED).all()
             assert not gather or torch.equal(gathered[1], own) and (gathered[bad] == 0).all()
-            assert device_error(Sync(1, 1.0), status.numpy()).ranks == (bad,)
+            assert fault_error(Sync(1, 1.0), status.numpy()).ranks == (bad,)

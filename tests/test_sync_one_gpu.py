@@ -34,6 +34,7 @@ class TestOnOneGpu:
 
     @pytest.mark.parametrize("gather", [False, True])
     def test_many_epochs_with_delays(self, gather):
+        """Sums and rows of 2000 epochs are right although ranks are late at random."""
         epochs = 2000
         ranks = Ranks(self.N_RANKS, self.N, timeout=20.0)
         ranks.endpoints[0].prepare(self.N)
@@ -62,6 +63,7 @@ class TestOnOneGpu:
             assert torch.equal(rows, counts)
 
     def test_graph_replays(self):
+        """Graphs of five exchanges give exact sums in any order of the ranks' replays."""
         ranks = Ranks(self.N_RANKS, self.N, timeout=20.0)
         ranks.endpoints[0].prepare(self.N)
         streams = [torch.cuda.Stream() for _ in range(self.N_RANKS)]
@@ -95,6 +97,7 @@ class TestOnOneGpu:
         assert not any(endpoint.failed() for endpoint in ranks.endpoints)
 
     def test_two_channels_in_opposite_order(self):
+        """Two channels give exact sums although ranks use them in opposite orders."""
         ranks = Ranks(2, self.N, timeout=20.0)
         ranks.endpoints[0].prepare(self.N)
         streams = [[torch.cuda.Stream() for _ in range(2)] for _ in range(2)]
@@ -114,6 +117,7 @@ class TestOnOneGpu:
         assert torch.equal(totals, expected.expand_as(totals))
 
     def test_late_within_the_bound_and_missing_beyond_it(self):
+        """A rank late within the bound is summed; a later one is named."""
         timeout = 0.5
         ranks = Ranks(2, self.N, timeout)
         ranks.endpoints[0].prepare(self.N)
@@ -175,6 +179,7 @@ class TestPipelinesOnOneGpu:
         "make", [partial(ring_of_two, 256), partial(ring_of_two, 64), eplb_of_three, two_rings]
     )
     def test_many_batches_with_delays(self, make, quotas):
+        """Ids of 600 batches are right and certified although ranks are late at random."""
         team, streams, batches, expected = self.start(make, quotas)
         wrong = torch.zeros(len(streams), dtype=torch.int64, device=DEVICE)
         torch.cuda.synchronize()
@@ -193,6 +198,7 @@ class TestPipelinesOnOneGpu:
 
     @pytest.mark.parametrize("quotas", ["local", "global"])
     def test_graph_replays(self, quotas):
+        """Graphs of three runs give right ids for new tokens."""
         team, streams, batches, expected = self.start(partial(ring_of_two, 256), quotas)
         full = [which for which, batch in enumerate(batches) if len(batch[-1])]
         static = [[b.clone() for b in batches[0]] for _ in range(3)]
@@ -219,6 +225,7 @@ class TestPipelinesOnOneGpu:
             balancer.check()
 
     def test_two_channels_in_opposite_order(self):
+        """Runs on two channels give right ids in opposite orders."""
         team, _, batches, expected = self.start(partial(ring_of_two, 256))
         streams = [[torch.cuda.Stream() for _ in range(2)] for _ in range(2)]
         for rank in range(2):
@@ -242,6 +249,7 @@ class TestPipelinesOnOneGpu:
             balancer.check()
 
     def test_late_within_the_bound_and_missing_beyond_it(self):
+        """A late rank's run is right within the bound, then fails."""
         timeout = 0.5
         team, streams, batches, expected = self.start(partial(ring_of_two, 256), timeout=timeout)
 

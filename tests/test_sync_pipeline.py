@@ -32,6 +32,7 @@ from lplb_triton.sync import SyncError
     ],
 )
 def test_the_pipeline_exchanges_counts(make, quotas):
+    """Every rank's ids are those of the summed counts, and it sends just its own counts."""
     team = Team(make(), quotas)
     n_ranks = team.placement.ep_size
     epochs = 3 if quotas == "local" and n_ranks < 4 else 2
@@ -44,7 +45,7 @@ def test_the_pipeline_exchanges_counts(make, quotas):
             team.ranks.publish(rank, counts[rank], epoch)
         for rank, balancer in enumerate(team.balancers):
             # But for its own, which it has to send.
-            sent = [team.ranks.slots(at)[epoch % 2, rank] for at in range(n_ranks)]
+            sent = [team.ranks.row(at, rank, epoch) for at in range(n_ranks)]
             messages = torch.stack(sent)
             for row in sent:
                 row.zero_()
@@ -60,6 +61,7 @@ def test_the_pipeline_exchanges_counts(make, quotas):
 
 
 def test_warmup_takes_no_part_in_the_group():
+    """A warm-up sends nothing and leaves epochs and counters at 0."""
     team = Team(ring_of_two())
     image = team.ranks.memory.clone()
     balancer = team.balancers[0]
@@ -73,6 +75,7 @@ def test_warmup_takes_no_part_in_the_group():
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("quotas", ["local", "global"])
 def test_a_failed_exchange_leaves_the_even_split(quotas):
+    """After a failed exchange tokens are split evenly and nothing is sent."""
     team = Team(ring_of_two(), quotas, timeout=0.05)
     batches = ids_for(team, 20, seed=1)
     mine, balancer = batches[0], team.balancers[0]

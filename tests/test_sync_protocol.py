@@ -157,6 +157,7 @@ def simulate(n_ranks, calls, seed, dead=None, **rules):
     ("n_ranks", "calls", "seeds"), [(2, 400, 8), (3, 200, 4), (5, 100, 3), (8, 60, 3)]
 )
 def test_no_count_is_lost_mixed_or_stale(n_ranks, calls, seeds):
+    """Under random interleavings all sums are right and no call fails."""
     for seed in range(seeds):
         assert simulate(n_ranks, calls, seed) == (n_ranks * calls, 0, 0)
 
@@ -164,6 +165,7 @@ def test_no_count_is_lost_mixed_or_stale(n_ranks, calls, seeds):
 @pytest.mark.parametrize("poison", [True, False])
 @pytest.mark.parametrize("n_ranks", [2, 3, 5])
 def test_late_and_dead_ranks_give_errors_but_no_wrong_sum(n_ranks, poison):
+    """Late and dead ranks make calls fail, and no sum is wrong."""
     timed_out = went_well = 0
     for seed in range(40):
         rng = random.Random(1000 + seed)
@@ -179,6 +181,7 @@ def test_late_and_dead_ranks_give_errors_but_no_wrong_sum(n_ranks, poison):
 
 
 def test_every_word_needs_its_epoch():
+    """Some sums are wrong if only one thread's words have their epoch."""
     outcomes = [simulate(2, 100, seed, every_word_has_its_epoch=False) for seed in range(4)]
     assert sum(wrong for _, _, wrong in outcomes) > 0
 

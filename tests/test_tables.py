@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lplb_triton import Placement, eplb
-from lplb_triton._backends.edges import FEW_COPIES
+from lplb_triton._backends.edges import MAX_COPIES_ALL_JOINED
 from lplb_triton._backends.tables import DeviceTables
 from lplb_triton._layout import COPIES_AT_ONCE, MEMBERS, Extent
 from lplb_triton.integrations.sglang import LPLBSolver
@@ -55,7 +55,7 @@ def edges_of(columns, n_ranks):
     edges = []
     for column, (ranks, _) in enumerate(columns):
         for i, j in itertools.combinations(range(len(ranks)), 2):
-            if len(ranks) <= FEW_COPIES or bin(i ^ j).count("1") == 1:
+            if len(ranks) <= MAX_COPIES_ALL_JOINED or bin(i ^ j).count("1") == 1:
                 edges.append((ranks[i], ranks[j], column))
     degree = [sum(rank in edge[:2] for edge in edges) for rank in range(n_ranks)]
     edges.sort(key=lambda edge: -degree[edge[0]] - degree[edge[1]])
@@ -164,6 +164,7 @@ def calls_of(function):
 
 
 def test_calls_of_an_update():
+    """An update of a solver's maps takes fewer than 500 function calls, a repeated one 300."""
     first, second = deepseek_maps(0, 1), deepseek_maps(1, 1)
     solver = LPLBSolver(first[0][0].clone(), first[1][0].clone(), 32, backend="torch")
     placement = Placement(second[0][0], 32)

@@ -16,9 +16,13 @@ from lplb_triton.bench.measure import cases, traffic
 from lplb_triton.bench.measure import pipeline as pipeline_times
 from lplb_triton.bench.measure import solve as solve_times
 from lplb_triton.bench.measure.cases import Case
-from lplb_triton.bench.measure.compare import largest_violations, peer_row, smallest_sweeps
-from lplb_triton.bench.measure.first_call import first_call_row
-from lplb_triton.bench.measure.timer import GraphTimer, WrongAnswerError, statistics
+from lplb_triton.bench.measure.compare import (
+    find_largest_violations,
+    find_smallest_sweeps,
+    time_peers,
+)
+from lplb_triton.bench.measure.first_call import time_first_calls
+from lplb_triton.bench.measure.timer import GraphTimer, WrongAnswerError, compute_statistics
 from lplb_triton.bench.measure.workload import PUBLISHED_FAMILIES, check_plan, draw_workload
 
 SMALL = {"per_family": 1, "seed": 0}
@@ -37,14 +41,15 @@ def fake_gpu(monkeypatch):
         return torch.device("cpu"), FakeTimer()
 
     monkeypatch.setattr(gpu, "start", start)
-    monkeypatch.setattr(pipeline, "copy_bandwidth", lambda timer, device: 1e12)
+    monkeypatch.setattr(pipeline, "measure_copy_bandwidth", lambda timer, device: 1e12)
     monkeypatch.setattr(
-        pipeline, "first_call_row", lambda shape: {"shape": shape, "cold_s": 2.0, "warm_s": 1.0}
+        pipeline, "time_first_calls", lambda shape: {"shape": shape, "cold_s": 2.0, "warm_s": 1.0}
     )
 
 
 def test_statistics():
-    found = statistics([3.0, 1.0, 2.0, 100.0])
+    """Statistics are numpy's percentiles, and the mean, median and largest value."""
+    found = compute_statistics([3.0, 1.0, 2.0, 100.0])
     assert found["median"] == 2.5
     assert found["max"] == 100.0
     assert found["mean"] == 26.5
@@ -53,6 +58,7 @@ def test_statistics():
 
 
 def test_workload(workload):
+    """A workload has every published family with its optimum, and the same seed draws it again."""
     assert workload.families == list(PUBLISHED_FAMILIES)
     assert len(workload) == len(workload.optima) == len(workload.counts) == 6
     assert workload.highs_us > 0
@@ -63,6 +69,7 @@ def test_workload(workload):
 
 
 def test_smallest_sweeps():
+    """The fewest sweeps that suffice are found in at most 14 calls, or -1 if none do."""
     needed = np.array([0, 1, 7, 64, 65, 1000])
     asked = []
 
@@ -70,24 +77,25 @@ def test_smallest_sweeps():
         asked.append(sweeps)
         return sweeps >= needed
 
-    assert smallest_sweeps(reached, 6, 64).tolist() == [0, 1, 7, 64, -1, -1]
-    assert smallest_sweeps(reached, 6, 1).tolist() == [0, 1, -1, -1, -1, -1]
-    assert smallest_sweeps(reached, 6, 1000).tolist() == needed.tolist()
+    assert find_smallest_sweeps(reached, 6, 64).tolist() == [0, 1, 7, 64, -1, -1]
+    assert find_smallest_sweeps(reached, 6, 1).tolist() == [0, 1, -1, -1, -1, -1]
+    assert find_smallest_sweeps(reached, 6, 1000).tolist() == needed.tolist()
     asked.clear()
-    smallest_sweeps(reached, 6, 64)
+    find_smallest_sweeps(reached, 6, 64)
     assert len(asked) <= 14
 
 
 def test_solve_row(workload):
+    """A row has each launch's median over three rounds, and the gaps and iterations."""
     timer, seen = FakeTimer(), []
-    row = solve_times.solve_row(
+    row = solve_times.time_solve(
         workload, timer, "cpu", tolerance=1e-3, progress=lambda: seen.append(None)
     )
     assert (row["ranks"], row["columns"], row["instances"]) == (5, 5, 6)
     # Of three rounds through six launches the second is the median.
-    assert row["us"] == statistics([7, 8, 9, 10, 11, 12])
+    assert row["us"] == compute_statistics([7, 8, 9, 10, 11, 12])
     assert row["by_family_us"] == dict(zip(workload.families, [7, 8, 9, 10, 11, 12], strict=True))
-    assert row["problem_us"] == statistics([25, 26, 27, 28, 29, 30])
+    assert row["problem_us"] == compute_statistics([25, 26, 27, 28, 29, 30])
     assert row["rotated_us"] == 7.0
     assert 0 <= row["worst_gap"] <= 1e-3
     assert row["iterations"]["mean"] <= row["iterations"]["max"] <= 40
@@ -95,16 +103,19 @@ def test_solve_row(workload):
 
 
 def test_a_disturbance_meets_a_launch_in_one_round_only(workload):
+    """Several disturbed calls in a row do not change any launch's median."""
+
     class Disturbed(FakeTimer):
-        def per_call(self, launch, about_us):
-            super().per_call(launch, about_us)
+        def time_call(self, launch, about_us):
+            super().time_call(launch, about_us)
             return 50.0 if 4 <= self.calls <= 8 else 2.0
 
-    row = solve_times.solve_row(workload, Disturbed(), "cpu", tolerance=1e-3)
+    row = solve_times.time_solve(workload, Disturbed(), "cpu", tolerance=1e-3)
     assert row["us"]["max"] == 2
 
 
 def test_nothing_is_timed_before_the_gate(workload, monkeypatch):
+    """A wrong answer is reported with its instance before the timer is called."""
     solve = Balancer.solve
 
     def broken(self, counts, **kwargs):
@@ -114,7 +125,7 @@ def test_nothing_is_timed_before_the_gate(workload, monkeypatch):
     monkeypatch.setattr(Balancer, "solve", broken)
     timer = FakeTimer()
     with pytest.raises(WrongAnswerError, match=r"ring:5, instance 0 \(normal\): max_load"):
-        solve_times.solve_row(workload, timer, "cpu", tolerance=1e-3)
+        solve_times.time_solve(workload, timer, "cpu", tolerance=1e-3)
     assert timer.calls == 0
 
 
@@ -130,6 +141,7 @@ def test_nothing_is_timed_before_the_gate(workload, monkeypatch):
     ],
 )
 def test_gate(workload, change, message):
+    """A plan passes the gate, and each way to be wrong is refused with its reason."""
     problem = workload.single(1, "cpu")
     problem = lplb_triton.Problem(problem.weights.double(), problem.fixed.double(), problem.mask)
     solution = lplb_triton.solve(problem)
@@ -139,16 +151,18 @@ def test_gate(workload, change, message):
 
 
 def test_groups_row():
-    row = solve_times.groups_row(FakeTimer(), "cpu", tolerance=1e-3, per_family=1, n_group=2)
+    """A row has the times of groups solved together and of the slowest one alone."""
+    row = solve_times.time_groups(FakeTimer(), "cpu", tolerance=1e-3, per_family=1, n_group=2)
     assert (row["groups"], row["batches"]) == (2, 6)
     # Three rounds of six launches together, then of twelve alone; of two the last is the slowest.
-    assert row["together_us"] == statistics([7, 8, 9, 10, 11, 12])
-    assert row["slowest_alone_us"] == statistics([32, 34, 36, 38, 40, 42])
+    assert row["together_us"] == compute_statistics([7, 8, 9, 10, 11, 12])
+    assert row["slowest_alone_us"] == compute_statistics([32, 34, 36, 38, 40, 42])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, not interpreted")
 def test_peer_row(workload):
-    row = peer_row(workload, FakeTimer(), "cpu", tolerance=1e-3, max_sweeps=32)
+    """A row has the times and failures of both peers, and no times of lplb on a CPU."""
+    row = time_peers(workload, FakeTimer(), "cpu", tolerance=1e-3, max_sweeps=32)
     affine, edge = row["affine_scaling"], row["edge_balancing"]
     assert affine["us"]["max"] == 12
     assert 0 <= affine["infeasible"] + affine["inexact"] <= 6
@@ -159,32 +173,35 @@ def test_peer_row(workload):
 
 
 def test_peers_of_other_placements():
+    """Peers that need two copies per expert say so for other placements."""
     several = draw_workload("random:4:3", **SMALL)
-    row = peer_row(several, FakeTimer(), "cpu", tolerance=1e-3)
+    row = time_peers(several, FakeTimer(), "cpu", tolerance=1e-3)
     for name in ("affine_scaling", "edge_balancing", "lplb"):
         assert "two copies" in row[name]
 
 
 def test_violations_of_the_standard_form(workload):
+    """An even split violates nothing, and each broken constraint is measured."""
     columns, ranks = 5, 5
     x = torch.zeros(6, 2 * columns + ranks + 2, dtype=torch.float64)
     x[:, : 2 * columns] = 0.5
-    first = lplb_triton.bench.peers.two_copy_ranks(workload.problem.mask[0])[0]
+    first = lplb_triton.bench.peers.find_copy_ranks(workload.problem.mask[0])[0]
     assert (first >= 0).all()
     unit = torch.maximum(workload.problem.weights.amax(1), workload.problem.fixed.amax(1))
     even = workload.placement.even_loads(workload.counts) / unit.unsqueeze(1)
     x[:, 2 * columns + ranks] = even.amax(1)
     x[:, 2 * columns : 2 * columns + ranks] = even.amax(1, keepdim=True) - even
-    np.testing.assert_allclose(largest_violations(workload, x), 0, atol=1e-12)
+    np.testing.assert_allclose(find_largest_violations(workload, x), 0, atol=1e-12)
     x[0, 0] += 0.25
     x[1, 2 * columns] = -0.5
     x[2, -1] = torch.nan
-    assert (largest_violations(workload, x) > [0.2, 0.4, 1e9, -1, -1, -1]).all()
-    assert largest_violations(workload, x)[3:] == pytest.approx(0, abs=1e-12)
+    assert (find_largest_violations(workload, x) > [0.2, 0.4, 1e9, -1, -1, -1]).all()
+    assert find_largest_violations(workload, x)[3:] == pytest.approx(0, abs=1e-12)
 
 
 def test_pipeline_row():
-    row = pipeline_times.pipeline_row(
+    """A row has the bytes a run must move and the time that they take at the bandwidth."""
+    row = pipeline_times.time_run(
         "cube", 24, FakeTimer(), "cpu", tolerance=1e-3, bandwidth=1e9, per_family=1
     )
     assert (row["ranks"], row["experts"], row["tokens"]) == (8, 256, 24)
@@ -196,7 +213,8 @@ def test_pipeline_row():
 
 
 def test_routed_batches():
-    batches = pipeline_times.route(32, 64, 2, 1)
+    """Routed tokens have eight different experts, and families differ in their spread."""
+    batches = pipeline_times.draw_routed_batches(32, 64, 2, 1)
     assert len(batches) == 12
     assert all(idx.shape == (32, 8) and idx.dtype == torch.int64 for idx in batches)
     assert all(len(set(token.tolist())) == 8 for idx in batches for token in idx)
@@ -205,8 +223,9 @@ def test_routed_batches():
 
 
 def test_ids_are_checked():
+    """Ids of another expert, of padding, or with wrong rank loads are refused."""
     rng = np.random.default_rng(0)
-    placement = pipeline_times.pipeline_placement("cube", rng)
+    placement = pipeline_times.make_pipeline_placement("cube", rng)
     balancer = Balancer(placement, device="cpu")
     idx = torch.from_numpy(rng.integers(-1, 256, (64, 8)))
     counts, _ = balancer.count(idx)
@@ -226,14 +245,16 @@ def test_ids_are_checked():
 
 @pytest.mark.slow
 def test_first_call_in_fresh_processes():
-    row = first_call_row("cube", "cpu")
+    """First calls are timed in new processes, and one that fails raises."""
+    row = time_first_calls("cube", "cpu")
     assert row["cold_s"] > 0 and row["warm_s"] > 0
     with pytest.raises(RuntimeError, match="first call of nothing"):
-        first_call_row("nothing", "cpu")
+        time_first_calls("nothing", "cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, not interpreted")
 def test_solve_command(fake_gpu, tmp_path, capsys):
+    """`solve` writes a row for each shape as JSON and as Markdown."""
     common = ["solve", "--no-traffic", "--shapes", "ring:5,random:4:3", "--per-family", "1"]
     report_path, text_path = tmp_path / "solve.json", tmp_path / "solve.md"
     assert cli.main([*common, "--json", str(report_path), "--markdown", str(text_path)]) == cli.OK
@@ -250,6 +271,7 @@ def test_solve_command(fake_gpu, tmp_path, capsys):
 
 
 def test_solve_command_without_peers(fake_gpu, capsys):
+    """`solve --no-peers` leaves peers out and times groups of a cube."""
     arguments = ["solve", "--no-traffic", "--shapes", "cube", "--per-family", "1", "--no-peers"]
     assert cli.main([*arguments, "--json", "-"]) == cli.OK
     captured = capsys.readouterr()
@@ -260,6 +282,7 @@ def test_solve_command_without_peers(fake_gpu, capsys):
 
 
 def test_pipeline_command(fake_gpu, capsys):
+    """`pipeline` prints a line for each number of tokens and one for first calls."""
     arguments = ["pipeline", "--shapes", "cube", "--tokens", "16,32", "--no-traffic"]
     arguments += ["--markdown", "-"]
     assert cli.main(arguments) == cli.OK
@@ -283,6 +306,7 @@ def small_runs(monkeypatch):
 
 
 def test_pipeline_on_a_trace(fake_gpu, monkeypatch, capsys):
+    """`pipeline` times whole runs and solves on every layer of the packaged trace."""
     arguments = small_runs(monkeypatch)
     assert cli.main([*arguments, "--json", "-"]) == cli.OK
     captured = capsys.readouterr()
@@ -297,22 +321,25 @@ def test_pipeline_on_a_trace(fake_gpu, monkeypatch, capsys):
         *(1, 2, 5, 6, 9, 10, 13, 14)
     ]
     assert solved["us"]["max"] == 16
-    (grid,) = [g for g in tables.pipeline_grids(report) if "trace" in g.title]
+    (grid,) = [g for g in tables.make_pipeline_grids(report) if "trace" in g.title]
     assert grid.rows[0][0] == "256/8 eplb+1" and grid.rows[0][2] == "8"
 
 
 def test_uncertified_runs_fail_the_command(fake_gpu, monkeypatch, capsys):
-    check = traffic.check
+    """`pipeline` fails if batches of a trace are not certified."""
+    check = traffic.check_plans
 
     def admit(prepared, device, tolerance):
         return replace(check(prepared, device, tolerance), uncertified=2)
 
-    monkeypatch.setattr(traffic, "check", admit)
+    monkeypatch.setattr(traffic, "check_plans", admit)
     assert cli.main(small_runs(monkeypatch)) == cli.FAILED
     assert "8 batches were not certified within 0.001" in capsys.readouterr().err
 
 
 def test_a_wrong_answer_ends_a_command(fake_gpu, monkeypatch, capsys):
+    """A wrong answer makes `solve` and `pipeline` fail without times."""
+
     def refuse(*args, **kwargs):
         raise WrongAnswerError("so and so")
 
@@ -327,13 +354,15 @@ def test_a_wrong_answer_ends_a_command(fake_gpu, monkeypatch, capsys):
 
 
 def test_more_than_one_allocation_is_reported(fake_gpu, monkeypatch, capsys):
-    def pipeline_row(*args, **kwargs):
+    """`pipeline` fails if a run allocates memory twice."""
+
+    def time_run(*args, **kwargs):
         return {**row, "allocations_per_call": 2.0}
 
-    row = pipeline_times.pipeline_row(
+    row = pipeline_times.time_run(
         "cube", 16, FakeTimer(), "cpu", tolerance=1e-3, bandwidth=1e9, per_family=1
     )
-    monkeypatch.setattr(pipeline, "pipeline_row", pipeline_row)
+    monkeypatch.setattr(pipeline, "time_run", time_run)
     arguments = ["pipeline", "--shapes", "cube", "--tokens", "16", "--no-traffic"]
     assert cli.main(arguments) == cli.FAILED
     assert "allocates 2 times per call" in capsys.readouterr().err
@@ -353,6 +382,7 @@ def test_more_than_one_allocation_is_reported(fake_gpu, monkeypatch, capsys):
     ],
 )
 def test_wrong_usage(arguments, message, capsys):
+    """A wrong option is refused as wrong usage, and the message says what is wrong."""
     try:
         code = cli.main(arguments)
     except SystemExit as stop:
@@ -362,6 +392,7 @@ def test_wrong_usage(arguments, message, capsys):
 
 
 def test_a_gpu_is_needed(monkeypatch, capsys):
+    """Timing commands are refused without a GPU and with interpreted kernels."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for command in ("solve", "pipeline"):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -373,6 +404,7 @@ def test_a_gpu_is_needed(monkeypatch, capsys):
 
 
 def test_markdown():
+    """A grid becomes a Markdown table with its title and notes."""
     grid = tables.Grid("Title", ("name", "us"), [("a", "1.0"), ("b", "2.0")], ("A note.",))
     assert tables.markdown([grid]) == (
         "### Title\n\n| name | us |\n| --- | --- |\n| a | 1.0 |\n| b | 2.0 |\n\nA note.\n"
@@ -381,17 +413,18 @@ def test_markdown():
 
 @pytest.mark.gpu
 def test_graph_timer():
+    """A graph's time per call is plausible, and the timer survives a launch that raises."""
     timer = GraphTimer(torch.device("cuda"))
     x = torch.zeros(1 << 20, device="cuda")
     x.add_(1)
-    one = timer.per_call(lambda: x.add_(1), 5.0)
-    many = timer.rotation([lambda: x.add_(1)] * 20)
+    one = timer.time_call(lambda: x.add_(1), 5.0)
+    many = timer.time_rotation([lambda: x.add_(1)] * 20)
     assert 0.2 < one < 200
     assert many == pytest.approx(one, rel=1.0)
     torch.cuda.synchronize()
     with pytest.raises(ValueError, match="on purpose"):
-        timer.per_call(lambda: _fail(x), 5.0)
-    assert timer.per_call(lambda: x.add_(1), 5.0) > 0
+        timer.time_call(lambda: _fail(x), 5.0)
+    assert timer.time_call(lambda: x.add_(1), 5.0) > 0
 
 
 def _fail(x):
@@ -401,6 +434,7 @@ def _fail(x):
 
 @pytest.mark.gpu
 def test_solve_on_a_gpu(capsys):
+    """Times of `solve` and both peers on a GPU are plausible."""
     arguments = [
         "solve",
         "--no-traffic",
@@ -423,6 +457,7 @@ def test_solve_on_a_gpu(capsys):
 
 @pytest.mark.gpu
 def test_pipeline_on_a_gpu(capsys):
+    """A run on a GPU allocates once and takes longer than its memory traffic."""
     arguments = ["pipeline", "--shapes", "cube", "--tokens", "128", "--no-first-call"]
     assert cli.main([*arguments, "--json", "-"]) == cli.OK
     report = json.loads(capsys.readouterr().out)

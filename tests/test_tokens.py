@@ -3,34 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from helpers.shares import ONE, random_cumulative, structure_tensors
 
 from lplb_triton import Balancer, Placement, reference
 from lplb_triton.testing.instances import draw_loads, shape_placement
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ONE = 1 << 24
-
-
-def structure_tensors(placement):
-    s = placement.structure
-    return {name: torch.tensor(getattr(s, name)) for name in s._fields}
-
-
-def random_cumulative(rng, placement):
-    """Cumulative shares of arbitrary plans, some copies with nothing, some with everything."""
-    t = structure_tensors(placement)
-    out = []
-    for length in t["copy_start"].diff().tolist():
-        part = rng.dirichlet(np.full(length, rng.choice([0.05, 1.0])))
-        part[rng.random(length) < 0.2] = 0
-        part = part / part.sum() if part.sum() > 0 else np.eye(length)[0]
-        units = np.floor(np.cumsum(part) * ONE).astype(np.int64)
-        units[-1] = ONE
-        out.append(units)
-    return torch.from_numpy(np.minimum(np.concatenate(out), ONE)).int()
 
 
 def test_quotas_are_within_one_token_on_500_cases():
+    """Quotas sum up to the counts, each within one token of its share."""
     rng = np.random.default_rng(0)
     shapes = ["ring:8", "cube", "eplb:16:2", "random:7:3", "eplb:2:1"]
     for case in range(500):
@@ -57,6 +39,7 @@ def test_quotas_are_within_one_token_on_500_cases():
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_rounding_cancels_over_64_ranks(seed, tokens, limit):
+    """Quotas of 64 ranks keep the largest load near the plan's."""
     rng = np.random.default_rng(seed)
     popularity = rng.lognormal(0.0, 1.0, 256)
     placement = Placement.from_history(torch.from_numpy(popularity), 64, redundant_per_rank=2)
@@ -82,6 +65,7 @@ def test_rounding_cancels_over_64_ranks(seed, tokens, limit):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("shape", ["ring:5", "cube", "eplb:16:2", "random:7:3"])
 def test_kernel_equals_twin_bit_for_bit(shape, dtype):
+    """Kernel and twin count and select the same, for any size and number of SMs."""
     rng = np.random.default_rng(1)
     placement = shape_placement(shape, rng)
     rank = placement.ep_size - 1
@@ -109,6 +93,7 @@ def test_kernel_equals_twin_bit_for_bit(shape, dtype):
 
 
 def test_copies_are_spread_over_the_batch():
+    """Every prefix of a batch has a copy's share of its tokens, to within two."""
     rng = np.random.default_rng(2)
     placement = shape_placement("cube", rng)
     balancer = Balancer(placement, device="cpu")
@@ -129,6 +114,7 @@ def test_copies_are_spread_over_the_batch():
 
 
 def test_many_copies_are_spread_too():
+    """With nine copies every prefix has each copy's share to within six tokens."""
     rng = np.random.default_rng(3)
     phy2log = np.concatenate([np.zeros(9, dtype=int), np.arange(1, 8)])
     placement = Placement.from_phy2log(rng.permutation(phy2log), 16, n_logical=8)
@@ -144,6 +130,7 @@ def test_many_copies_are_spread_too():
 
 
 def test_few_tokens_and_equal_loads_families_solve():
+    """Few, equal or no tokens are certified and no worse than an even split."""
     rng = np.random.default_rng(4)
     placement = shape_placement("hypercube", rng)
     balancer = Balancer(placement, device="cpu")

@@ -63,12 +63,14 @@ def floyd_warshall(r2o: torch.Tensor, directed: bool = False) -> torch.Tensor:
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8, 16])
 def test_ring(n: int) -> None:
+    """Each rank of a ring copies from the next one."""
     r2o = topologies.ring(n)
     assert r2o.dtype == torch.int32 and r2o.is_contiguous()
     assert r2o.tolist() == [[(i + 1) % n] for i in range(n)]
 
 
 def test_published_matrices() -> None:
+    """Cube and hypercube are the published matrices."""
     # https://github.com/deepseek-ai/LPLB, README.md and tests/utils.py
     assert topologies.cube().T.tolist() == [[3, 0, 1, 2, 7, 4, 5, 6], [6, 7, 4, 5, 0, 1, 2, 3]]
     assert topologies.hypercube().T.tolist() == [
@@ -80,6 +82,7 @@ def test_published_matrices() -> None:
 
 
 def test_cube_has_the_edges_of_a_cube_and_its_diagonals() -> None:
+    """The cube joins every rank of one half to every rank of the other."""
     # Corners of a 3-cube, two ring positions of opposite corners apart by a diagonal: as a graph
     # it is bipartite with every rank of one half joined to every rank of the other.
     around = neighbours(topologies.cube())
@@ -89,6 +92,7 @@ def test_cube_has_the_edges_of_a_cube_and_its_diagonals() -> None:
 
 
 def test_hypercube_is_a_four_cube() -> None:
+    """Neighbours in the hypercube differ in one bit of their Gray code."""
     # Ranks (i, j) of the 4 x 4 grid in Gray code: neighbours differ in exactly one bit.
     gray = [0, 1, 3, 2]
     code = [gray[rank // 4] * 4 + gray[rank % 4] for rank in range(16)]
@@ -99,6 +103,7 @@ def test_hypercube_is_a_four_cube() -> None:
 
 @pytest.mark.parametrize(("m", "n"), [(2, 2), (2, 5), (4, 8), (3, 3), (8, 2)])
 def test_torus(m: int, n: int) -> None:
+    """Each rank of a torus copies from the next one in its column and in its row."""
     r2o = topologies.torus(m, n)
     assert r2o.dtype == torch.int32 and r2o.is_contiguous()
     for i in range(m):
@@ -108,6 +113,7 @@ def test_torus(m: int, n: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_built_topologies_are_valid(name: str) -> None:
+    """Every topology that can be named is valid as it is."""
     r2o = topologies.from_name(name)
     assert torch.equal(topologies.validate(r2o), r2o)
 
@@ -127,11 +133,13 @@ def test_built_topologies_are_valid(name: str) -> None:
 def test_builder_errors(
     builder: str, sizes: tuple[Any, ...], error: type[Exception], message: str
 ) -> None:
+    """A wrong size is refused by the name of the builder's argument."""
     with pytest.raises(error, match=message):
         getattr(topologies, builder)(*sizes)
 
 
 def test_validate_returns_an_independent_canonical_copy() -> None:
+    """A validated matrix is a contiguous int32 copy on the CPU."""
     r2o = topologies.cube()
     checked = topologies.validate(r2o)
     checked[0, 0] = 99
@@ -145,6 +153,7 @@ def test_validate_returns_an_independent_canonical_copy() -> None:
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "uint64"])
 def test_validate_accepts_integer_tensors_and_arrays(dtype: str) -> None:
+    """Tensors and read-only arrays of any integer dtype are valid."""
     values = topologies.cube().tolist()
     array = np.array(values, dtype=dtype)
     array.flags.writeable = False
@@ -199,6 +208,7 @@ def test_validate_accepts_integer_tensors_and_arrays(dtype: str) -> None:
 )
 @pytest.mark.parametrize("function", ["validate", "inverse", "summary", "draw"])
 def test_bad_matrices(function: str, r2o: Any, error: type[Exception], message: str) -> None:
+    """Every function refuses a bad matrix and says which column and rank are wrong."""
     with pytest.raises(error, match=message):
         getattr(topologies, function)(r2o)
 
@@ -206,6 +216,7 @@ def test_bad_matrices(function: str, r2o: Any, error: type[Exception], message: 
 @given(derangements())
 @settings(max_examples=100, deadline=None)
 def test_inverse(r2o: torch.Tensor) -> None:
+    """The inverse of a matrix undoes each column, and its own inverse is the matrix."""
     o2r = topologies.inverse(r2o)
     assert o2r.dtype == torch.int32 and o2r.is_contiguous() and o2r.shape == r2o.shape
     assert torch.equal(topologies.inverse(o2r), topologies.validate(r2o))
@@ -217,6 +228,7 @@ def test_inverse(r2o: torch.Tensor) -> None:
 @given(derangements(), st.data())
 @settings(max_examples=150, deadline=None)
 def test_validate_finds_any_single_change(r2o: torch.Tensor, data: st.DataObject) -> None:
+    """Any single entry that changes makes its column invalid."""
     assert torch.equal(topologies.validate(r2o).long(), r2o)
     rank = data.draw(st.integers(0, r2o.shape[0] - 1))
     d = data.draw(st.integers(0, r2o.shape[1] - 1))
@@ -228,6 +240,7 @@ def test_validate_finds_any_single_change(r2o: torch.Tensor, data: st.DataObject
 
 
 def test_from_name() -> None:
+    """A name gives the matrix of its builder."""
     assert torch.equal(topologies.from_name("ring:8"), topologies.ring(8))
     assert torch.equal(topologies.from_name("cube"), topologies.cube())
     assert torch.equal(topologies.from_name("hypercube"), topologies.hypercube())
@@ -235,14 +248,19 @@ def test_from_name() -> None:
 
 
 def test_available_names_can_be_built() -> None:
+    """Every available form can be built, and `NAMES` has a name of every form."""
     forms = topologies.available()
-    assert forms == ("ring:N", "cube", "hypercube", "torus:MxN")
+    assert {"ring:N", "cube", "hypercube", "torus:MxN"} <= set(forms)
+    kinds = [form.partition(":")[0] for form in forms]
+    assert sorted(set(kinds)) == sorted(kinds)
+    assert {name.partition(":")[0] for name in NAMES} == set(kinds)
     for form in forms:
         topologies.from_name(re.sub("[A-Z]", "4", form))
 
 
 @pytest.mark.parametrize("name", ["star", "", "Cube", ":8", "ring:", "ring", "ring:x", "ring:2x2"])
 def test_unknown_names_list_what_is_available(name: str) -> None:
+    """The error on an unknown name lists all forms."""
     with pytest.raises(ValueError, match="^name must ") as caught:
         topologies.from_name(name)
     assert repr(name) in str(caught.value)
@@ -261,6 +279,7 @@ def test_unknown_names_list_what_is_available(name: str) -> None:
     ],
 )
 def test_from_name_errors(name: Any, error: type[Exception], message: str) -> None:
+    """A name of the wrong form, size or type is refused, and the error quotes it."""
     with pytest.raises(error, match=message):
         topologies.from_name(name)
 
@@ -292,10 +311,12 @@ def test_from_name_errors(name: Any, error: type[Exception], message: str) -> No
     ],
 )
 def test_summary_of_known_topologies(name: str, expected: str) -> None:
+    """Summaries of named topologies state their edges, degrees and diameters."""
     assert topologies.summary(topologies.from_name(name)) == expected
 
 
 def test_summary_of_disconnected_topologies() -> None:
+    """A disconnected topology has infinite diameter, and its parts are counted."""
     three_pairs = torch.tensor([[1], [0], [3], [2], [5], [4]])
     assert topologies.summary(three_pairs).endswith(
         "3 edges (3 multiple), degree 1..1, diameter infinite, not connected (3 parts of 2 ranks)"
@@ -307,6 +328,7 @@ def test_summary_of_disconnected_topologies() -> None:
 @given(derangements())
 @settings(max_examples=100, deadline=None)
 def test_summary_figures(r2o: torch.Tensor) -> None:
+    """Figures of a summary are those of the graph computed by other means."""
     text = topologies.summary(r2o)
     assert "\n" not in text
     around = neighbours(r2o)
@@ -324,6 +346,7 @@ def test_summary_figures(r2o: torch.Tensor) -> None:
 
 
 def test_drawing_of_a_torus() -> None:
+    """A torus is recognised in any direction and order of slots, and drawn as a grid."""
     drawing = topologies.draw(topologies.torus(2, 3))
     expected = """
 2 x 3 torus: slot 0 along the columns, slot 1 along the rows, both closed to rings
@@ -345,6 +368,7 @@ def test_drawing_of_a_torus() -> None:
 
 
 def test_drawing_of_rings() -> None:
+    """Rings of each slot are drawn in a line, and pairs with double arrows."""
     cube = topologies.draw(topologies.cube())
     assert "slot 0: 2 of 4 ranks\n  0 <- 3 <- 2 <- 1 <- 0    4 <- 7 <- 6 <- 5 <- 4\n" in cube
     assert "slot 1: 2 of 4 ranks\n  0 <- 6 <- 2 <- 4 <- 0    1 <- 7 <- 3 <- 5 <- 1\n" in cube
@@ -354,12 +378,14 @@ def test_drawing_of_rings() -> None:
 
 
 def test_drawing_marks_several_copies_of_one_rank() -> None:
+    """A rank pair with more than one slot is marked by a star."""
     both = topologies.draw(torch.tensor([[1, 1, 2], [2, 0, 0], [0, 2, 1]])[:, [0, 0, 2]])
     assert "(*: more than one slot)" in both
     assert re.search(r"^0  \\ \* 2$", both, flags=re.MULTILINE)
 
 
 def test_drawing_of_a_large_group_leaves_the_matrix_out() -> None:
+    """Above 40 ranks a drawing has no matrix and shortens the reach."""
     small, large = topologies.draw(topologies.ring(40)), topologies.draw(topologies.ring(41))
     assert "row i, column j" in small and "row i, column j" not in large
     assert max(map(len, (small + "\n" + large).splitlines())) <= 96
@@ -370,6 +396,7 @@ def test_drawing_of_a_large_group_leaves_the_matrix_out() -> None:
 @given(derangements())
 @settings(max_examples=100, deadline=None)
 def test_drawing_tells_the_whole_matrix(r2o: torch.Tensor) -> None:
+    """A drawing's table and matrix hold every entry of the topology."""
     drawing = topologies.draw(r2o)
     assert drawing.isascii() and not drawing.endswith("\n")
     assert all(line == line.rstrip() for line in drawing.splitlines())
@@ -396,6 +423,7 @@ def test_drawing_tells_the_whole_matrix(r2o: torch.Tensor) -> None:
 @given(derangements())
 @settings(max_examples=60, deadline=None)
 def test_drawing_states_the_reach(r2o: torch.Tensor) -> None:
+    """The reach is the fewest ranks that any rank's load can get to in so many moves."""
     moves = floyd_warshall(r2o, directed=True)
     line = topologies.draw(r2o).splitlines()[1]
     assert line.startswith("spread of one rank's load: ")
@@ -407,6 +435,7 @@ def test_drawing_states_the_reach(r2o: torch.Tensor) -> None:
 
 
 def test_random_large_topology_draws_within_the_width() -> None:
+    """A ring of 144 ranks in random order is drawn within 96 characters."""
     rnd = random.Random(0)
     order = list(range(144))
     rnd.shuffle(order)
@@ -418,5 +447,6 @@ def test_random_large_topology_draws_within_the_width() -> None:
 
 
 def test_docstring_examples() -> None:
+    """The examples in docstrings of the module are right."""
     failed, tried = doctest.testmod(topologies)
     assert tried > 0 and failed == 0

@@ -8,7 +8,7 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from lplb_triton.bench.balance import stretches
+from lplb_triton.bench.balance import find_stretches
 from lplb_triton.traces import trace as traces
 from lplb_triton.traces.trace import FORMAT_VERSION, Trace, load, packaged, save
 
@@ -23,6 +23,7 @@ def make_trace(shape=(5, 2, 3, 7), high=9, seed=0, dtype=np.int32, **meta):
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64, np.uint64])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (5, 2, 3, 7), (2, 1, 1, 130)])
 def test_round_trip(tmp_path, shape, dtype):
+    """A saved trace has the same counts, steps and metadata for any dtype and shape."""
     trace = make_trace(shape, high=200 if dtype is np.uint8 else 300, dtype=dtype, model="small")
     save(tmp_path / "a.npz", trace)
     found = load(tmp_path / "a.npz")
@@ -36,6 +37,7 @@ def test_round_trip(tmp_path, shape, dtype):
 
 
 def test_the_largest_counts(tmp_path):
+    """An expert's counts may add up to as much as int32 holds."""
     counts = np.zeros((2, 1, 3, 4), dtype=np.uint64)
     counts[1, 0, :, 2] = (2**31 - 1) // 3
     save(tmp_path / "a.npz", Trace(counts, np.arange(2)))
@@ -46,6 +48,7 @@ def test_the_largest_counts(tmp_path):
 
 @pytest.mark.parametrize("largest", [2**31, 10**10, 2**62, 2**63, 2**64 - 1])
 def test_counts_that_ranks_cannot_exchange_are_refused(tmp_path, largest):
+    """Counts above int32 are refused in a trace and in files."""
     counts = np.ones((3, 2, 1, 4), dtype=np.uint64)
     counts[2, 1, 0, 3] = largest
     match = f"at most 2147483647 tokens.*int32.*got {largest} or more.*expert 3 of layer 1 in batch"
@@ -60,6 +63,7 @@ def test_counts_that_ranks_cannot_exchange_are_refused(tmp_path, largest):
 
 
 def test_sums_over_sources_count(tmp_path):
+    """The limit of int32 is on an expert's sum over all sources."""
     counts = np.full((2, 1, 4, 3), 2**29, dtype=np.uint32)
     with pytest.raises(ValueError, match="got 2147483648 or more for expert 0 of layer 0"):
         Trace(counts, np.arange(2))
@@ -67,6 +71,7 @@ def test_sums_over_sources_count(tmp_path):
 
 
 def test_totals_do_not_overflow():
+    """Totals over sources are int64 and exact for uint8 counts."""
     counts = np.full((2, 1, 4, 3), 255, dtype=np.uint8)
     totals = Trace(counts, np.arange(2)).totals()
     assert totals.dtype == np.int64
@@ -74,6 +79,7 @@ def test_totals_do_not_overflow():
 
 
 def test_file_is_readable_without_this_module(tmp_path):
+    """Numpy alone reads a trace's counts, in uint8, and its metadata."""
     trace = make_trace(top_k=8)
     save(tmp_path / "a.npz", trace)
     with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
@@ -84,12 +90,14 @@ def test_file_is_readable_without_this_module(tmp_path):
 
 
 def test_same_trace_gives_same_bytes(tmp_path):
+    """Equal traces give files with equal bytes."""
     for name in ("a.npz", "b.npz"):
         save(tmp_path / name, make_trace(top_k=8))
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
 def test_skewed_counts_take_at_most_half_a_byte_each(tmp_path):
+    """A file takes less than half a byte for each skewed count."""
     # Gamma-Poisson counts, mean 4, as 128 tokens x top-8 give over 256 experts.
     rng = np.random.default_rng(1)
     popularity = rng.lognormal(0, 1, (1, 2, 1, 256))
@@ -101,6 +109,7 @@ def test_skewed_counts_take_at_most_half_a_byte_each(tmp_path):
 
 
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    """A save that fails leaves the old file and no temporary one."""
     path = tmp_path / "a.npz"
     save(path, make_trace(seed=0))
     before = path.read_bytes()
@@ -116,6 +125,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_save_replaces_an_existing_file(tmp_path):
+    """A save replaces an existing file and leaves no other."""
     path = tmp_path / "a.npz"
     save(path, make_trace(seed=0))
     save(path, make_trace(seed=1))
@@ -124,6 +134,7 @@ def test_save_replaces_an_existing_file(tmp_path):
 
 
 def test_save_rejects_wrong_arguments(tmp_path):
+    """A wrong path, trace or metadata is refused, and no file is written."""
     with pytest.raises(ValueError, match=r"path must end in \.npz"):
         save(tmp_path / "a.json", make_trace())
     with pytest.raises(TypeError, match="trace must be a Trace, got ndarray"):
@@ -156,6 +167,7 @@ def test_save_rejects_wrong_arguments(tmp_path):
     ],
 )
 def test_trace_rejects(changes, error, message):
+    """A trace's wrong counts, steps or metadata are refused by name."""
     arguments = {"counts": np.ones((2, 1, 1, 3), int), "steps": np.arange(2), "meta": {}}
     with pytest.raises(error, match=message):
         Trace(**{**arguments, **changes})
@@ -171,6 +183,7 @@ def test_trace_rejects(changes, error, message):
 )
 @pytest.mark.parametrize("kind", ["npz", "json list", "json object"])
 def test_own_files(tmp_path, shape, expected, kind):
+    """Counts of two, three or four axes load from npz and JSON."""
     counts = np.random.default_rng(0).integers(0, 50, shape)
     if kind == "npz":
         path = tmp_path / "own.npz"
@@ -189,6 +202,7 @@ def test_own_files(tmp_path, shape, expected, kind):
 
 
 def test_own_steps_and_meta(tmp_path):
+    """Steps and metadata of a user's own file are kept."""
     np.savez(tmp_path / "a.npz", counts=np.ones((2, 3), np.uint16), steps=np.array([7, 9], "u2"))
     trace = load(tmp_path / "a.npz")
     assert trace.steps.dtype == np.int64
@@ -220,6 +234,7 @@ def test_own_steps_and_meta(tmp_path):
     ],
 )
 def test_load_rejects_arrays(tmp_path, arrays, message):
+    """Wrong arrays in an npz file are refused with the key's name."""
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "a.npz")
@@ -243,12 +258,14 @@ def test_load_rejects_arrays(tmp_path, arrays, message):
     ],
 )
 def test_load_rejects_json(tmp_path, text, message):
+    """Wrong JSON is refused, and the error says what it must be."""
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "a.json")
 
 
 def test_deep_nesting_is_refused(tmp_path):
+    """JSON nested too deeply is refused when it is read and when it is saved."""
     deep, path = "[" * 10**5 + "]" * 10**5, tmp_path / "a.json"
     for text in (deep, '{"counts": [[1]], "meta": {"a": ' + deep + "}}"):
         path.write_text(text)
@@ -273,6 +290,7 @@ def test_deep_nesting_is_refused(tmp_path):
 
 
 def test_newer_format_is_refused_before_its_other_members_are_read(tmp_path):
+    """A newer format asks for an upgrade, even if the rest can't be read."""
     path = tmp_path / "a.npz"
     np.savez(path, format_version=np.array(FORMAT_VERSION + 1))
     with zipfile.ZipFile(path, "a") as archive:
@@ -282,6 +300,7 @@ def test_newer_format_is_refused_before_its_other_members_are_read(tmp_path):
 
 
 def test_load_rejects_paths_and_damage(tmp_path):
+    """Missing, misnamed and damaged files are refused by path."""
     for name in ("none.npz", "none.json"):
         with pytest.raises(FileNotFoundError, match="path: no such file"):
             load(tmp_path / name)
@@ -306,6 +325,7 @@ def test_load_rejects_paths_and_damage(tmp_path):
 
 @pytest.mark.parametrize("method", ["STORED", "DEFLATED", "BZIP2", "LZMA"])
 def test_damage_under_every_compression_names_file_and_key(tmp_path, method):
+    """Damage under any compression is refused with file and key."""
     path = tmp_path / "hole.npz"
     with zipfile.ZipFile(path, "w", getattr(zipfile, f"ZIP_{method}")) as archive:
         with archive.open("counts.npy", "w") as member:
@@ -321,12 +341,14 @@ def test_damage_under_every_compression_names_file_and_key(tmp_path, method):
 
 
 def test_pickled_arrays_are_never_unpickled(tmp_path):
+    """A pickled array in a file is refused."""
     np.savez(tmp_path / "a.npz", counts=np.array([[1, None]], dtype=object))
     with pytest.raises(ValueError, match="key 'counts' cannot be read"):
         load(tmp_path / "a.npz")
 
 
 def test_packaged_reads_the_packaged_file(tmp_path, monkeypatch):
+    """`packaged` reads the package's own file, and says so if there is none."""
     monkeypatch.setattr(traces.resources, "files", lambda package: tmp_path)
     with pytest.raises(FileNotFoundError, match=r"moe256\.npz is not part of this installation"):
         packaged()
@@ -336,6 +358,7 @@ def test_packaged_reads_the_packaged_file(tmp_path, monkeypatch):
 
 
 def test_packaged_trace_keeps_its_promises():
+    """The packaged trace has top-8 counts of 32 sources, early and late in training."""
     # Without the file this fails: a package without its trace is not complete.
     trace = packaged()
     file = resources.files("lplb_triton.bench").joinpath("data", "moe256.npz")
@@ -354,7 +377,7 @@ def test_packaged_trace_keeps_its_promises():
     assert trace.counts.max() <= tokens
 
     # One stretch of early and one of late training, the late one up to the end of the run.
-    early, late = (trace.steps[part.start : part.stop] for part in stretches(trace.steps, 0.5))
+    early, late = (trace.steps[part.start : part.stop] for part in find_stretches(trace.steps, 0.5))
     done = trace.meta["steps_done"]
     assert min(len(early), len(late)) >= 100
     assert early[-1] < done / 3
@@ -364,6 +387,7 @@ def test_packaged_trace_keeps_its_promises():
 
 @pytest.mark.parametrize("key", ["counts", "steps", "meta", "sha256"])
 def test_a_changed_or_missing_member_is_found(tmp_path, key):
+    """A changed or missing member of a trace file is refused."""
     path = tmp_path / "a.npz"
     save(path, make_trace(top_k=8))
     with np.load(path) as archive:

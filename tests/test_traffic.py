@@ -13,11 +13,11 @@ from lplb_triton import Balancer, Status
 from lplb_triton.bench import cli
 from lplb_triton.bench.commands import gpu, solve
 from lplb_triton.bench.measure import preparation, traffic
-from lplb_triton.bench.measure.cases import CASES, Case, product
-from lplb_triton.bench.measure.loads import drawn, recorded
-from lplb_triton.bench.measure.preparation import preparations, prepare
-from lplb_triton.bench.measure.timer import GraphTimer, WrongAnswerError, statistics
-from lplb_triton.bench.tables.solve import traffic_grids
+from lplb_triton.bench.measure.cases import CASES, Case, combine_sizes
+from lplb_triton.bench.measure.loads import draw_load_sets, split_trace
+from lplb_triton.bench.measure.preparation import prepare, prepare_all
+from lplb_triton.bench.measure.timer import GraphTimer, WrongAnswerError, compute_statistics
+from lplb_triton.bench.tables.solve import make_traffic_grids
 from lplb_triton.traces import trace as traces
 
 SMALL = ["solve", "--no-families", "--ep", "4", "--experts", "16", "--slots", "1"]
@@ -32,7 +32,7 @@ def fake_gpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def prepared():
-    return prepare(Case(16, 4, "eplb", 1), drawn(16, 3, 0)[0])
+    return prepare(Case(16, 4, "eplb", 1), draw_load_sets(16, 3, 0)[0])
 
 
 def expected(loads):
@@ -40,18 +40,20 @@ def expected(loads):
 
 
 def test_drawn_loads():
-    found = drawn(256, 5, 7)
+    """Eleven load sets are drawn, of equal size, and the same seed draws them again."""
+    found = draw_load_sets(256, 5, 7)
     assert [each.kind for each in found] == ["jitter"] * 9 + ["rotating", "burst"]
     assert len({each.name for each in found}) == 11
-    for each, again in zip(found, drawn(256, 5, 7), strict=True):
+    for each, again in zip(found, draw_load_sets(256, 5, 7), strict=True):
         assert each.batches.dtype == torch.int32 and each.batches.shape == (5, 256)
         assert (each.batches.sum(1) == 32768 * 8).all()
         assert torch.equal(each.batches, again.batches)
-    assert not torch.equal(found[0].batches, drawn(256, 5, 8)[0].batches)
+    assert not torch.equal(found[0].batches, draw_load_sets(256, 5, 8)[0].batches)
 
 
 def test_spread_of_the_jitter_families():
-    for each in drawn(512, 4, 0)[:9]:
+    """Popularity and jitter of a family have the spread that its name says."""
+    for each in draw_load_sets(512, 4, 0)[:9]:
         sigma, spread = (float(part.split()[-1]) for part in each.name.split(","))
         popularity = each.history[0].log()
         assert float(popularity.std()) == pytest.approx(sigma, rel=0.15)
@@ -62,7 +64,8 @@ def test_spread_of_the_jitter_families():
 
 
 def test_rotating_and_burst():
-    rotating, burst = drawn(64, 4, 0)[-2:]
+    """Rotating loads shift by three experts a batch, and a burst raises three experts."""
+    rotating, burst = draw_load_sets(64, 4, 0)[-2:]
     for at, batch in enumerate(rotating.batches):
         wanted = torch.roll(expected(rotating), 3 * at)
         assert float((batch - wanted).abs().max()) < 6 * float(wanted.max()) ** 0.5
@@ -72,28 +75,31 @@ def test_rotating_and_burst():
 
 
 def test_recorded_loads():
+    """Each layer's history is the first half of a trace, and its batches are the rest."""
     trace = make_trace(batches=9, layers=2)
     totals = trace.totals()
-    for layer, loads in enumerate(recorded(trace, "it")):
+    for layer, loads in enumerate(split_trace(trace, "it")):
         assert (loads.kind, loads.name) == ("it", f"layer {layer}")
         np.testing.assert_array_equal(loads.history, totals[:4, layer])
         np.testing.assert_array_equal(loads.batches, totals[4:, layer])
-    few = recorded(trace, "it", 2)[1]
+    few = split_trace(trace, "it", 2)[1]
     np.testing.assert_array_equal(few.batches, totals[[4, 8], 1])
-    assert len(recorded(trace, "it", 99)[0].batches) == 5
+    assert len(split_trace(trace, "it", 99)[0].batches) == 5
     with pytest.raises(ValueError, match="one batch"):
-        recorded(make_trace(batches=1, layers=1), "it")
+        split_trace(make_trace(batches=1, layers=1), "it")
 
 
 def test_default_cases():
+    """Default cases are distinct and possible, and cover all slots and numbers of experts."""
     assert len(set(CASES)) == len(CASES) <= 24
-    assert [str(case) for case in CASES if case.refusal()] == []
+    assert [str(case) for case in CASES if case.explain_impossible()] == []
     assert {case.slots for case in CASES} == {1, 2, 4}
     assert {case.experts for case in CASES} == {128, 256, 288, 384, 512}
 
 
 def test_product():
-    cases, left_out = product(None, (64, 72), ("eplb", "cube"), (1, 2))
+    """A product of sizes has all possible cases, and tells why others are left out."""
+    cases, left_out = combine_sizes(None, (64, 72), ("eplb", "cube"), (1, 2))
     assert [(c.experts, c.ep, c.placement, c.slots) for c in cases] == [
         (256, 64, "eplb", 1),
         (256, 64, "eplb", 2),
@@ -104,11 +110,12 @@ def test_product():
     ]
     assert [case.slots for case, _ in left_out] == [1, 1]
     assert "multiple of 2 redundant slots" in left_out[0][1]
-    assert "does not divide" in Case(100, 64, "place", 1).refusal()
+    assert "does not divide" in Case(100, 64, "place", 1).explain_impossible()
 
 
 def test_prepared_optima(prepared):
-    checked = traffic.check(prepared, "cpu", 1e-3)
+    """Prepared optima are between the mean load and its double, and all solves are certified."""
+    checked = traffic.check_plans(prepared, "cpu", 1e-3)
     assert prepared.optima.shape == (3, 1)
     mean = 32768 * 8 / 4
     assert (prepared.optima >= mean * (1 - 1e-9)).all() and (prepared.optima < 2 * mean).all()
@@ -117,13 +124,14 @@ def test_prepared_optima(prepared):
 
 
 def test_every_group_is_checked():
+    """A wrong optimum of any one group is found and named."""
     case = Case(64, 16, "cube", 2)
-    one = prepare(case, drawn(64, 2, 0)[0])
+    one = prepare(case, draw_load_sets(64, 2, 0)[0])
     assert one.optima.shape == (2, 2)
-    assert traffic.check(one, "cpu", 1e-3).uncertified == 0
+    assert traffic.check_plans(one, "cpu", 1e-3).uncertified == 0
     one.optima[1, 1] *= 1.01
     with pytest.raises(WrongAnswerError, match="EP 16, cube, 2 slots.*batch 1, group 1: op"):
-        traffic.check(one, "cpu", 1e-3)
+        traffic.check_plans(one, "cpu", 1e-3)
 
 
 def altered(monkeypatch, change):
@@ -151,28 +159,32 @@ def admit(solution):
     ],
 )
 def test_wrong_answers(prepared, monkeypatch, change):
+    """Every wrong bound, load or status is reported with its batch and group."""
     altered(monkeypatch, change)
     with pytest.raises(WrongAnswerError, match="sigma 0.5, jitter 0.2, batch 0, group 0"):
-        traffic.check(prepared, "cpu", 1e-3)
+        traffic.check_plans(prepared, "cpu", 1e-3)
 
 
 def test_admitted_gaps_are_counted(prepared, monkeypatch):
+    """A plan that admits its gap is counted as uncertified."""
     altered(monkeypatch, lambda s: admit(replace(s, lower_bound=s.lower_bound * 0.9)))
-    assert traffic.check(prepared, "cpu", 1e-3).uncertified == 3
+    assert traffic.check_plans(prepared, "cpu", 1e-3).uncertified == 3
 
 
 def test_a_batch_is_timed_with_its_own_counts(prepared, monkeypatch):
+    """Each batch is solved with its own counts when it is timed."""
     seen = []
     monkeypatch.setattr(
-        traffic, "run_solver", lambda balancer: lambda counts: seen.append(counts.clone())
+        traffic, "make_solver", lambda balancer: lambda counts: seen.append(counts.clone())
     )
-    row = traffic.row(traffic.check(prepared, "cpu", 1e-3), FakeTimer())
+    row = traffic.time_solves(traffic.check_plans(prepared, "cpu", 1e-3), FakeTimer())
     assert torch.equal(torch.stack(seen), prepared.loads.batches)
     assert row["times_us"] == [1, 2, 3]
     assert (row["us"]["median"], row["us"]["max"], row["batches"]) == (2, 3, 3)
 
 
 def test_pooled():
+    """Rows of one kind are pooled, with the times of each number of steps."""
     sizes = {"experts": 8, "ep": 2, "placement": "eplb", "slots": 1, "worst_gap": 0.1}
     common = {**sizes, "uncertified": 1}
     rows = [
@@ -180,9 +192,9 @@ def test_pooled():
         {**common, "kind": "b", "times_us": [9.0], "iterations": [2]},
         {**common, "kind": "a", "times_us": [3.0, 4.0], "iterations": [3, 7], "worst_gap": 0.2},
     ]
-    first, second = traffic.pooled(rows)
+    first, second = traffic.pool_rows(rows)
     assert (first["kind"], first["load_sets"], first["batches"]) == ("a", 2, 4)
-    assert first["us"] == statistics([1, 2, 3, 4])
+    assert first["us"] == compute_statistics([1, 2, 3, 4])
     assert first["steps"] == {"0": 0.25, "1": 0.25, "2": 0, "3+": 0.5}
     assert first["steps_us"] == {"0": 1, "1": 2, "2": None, "3+": 3.5}
     assert (first["worst_gap"], first["uncertified"]) == (0.2, 2)
@@ -190,12 +202,13 @@ def test_pooled():
 
 
 def test_table_of_stages():
+    """The table has each stage's percentage of batches, and no time where there are none."""
     found = {"experts": 256, "ep": 64, "placement": "eplb", "slots": 2, "kind": "jitter"}
-    us = statistics([5.0])
+    us = compute_statistics([5.0])
     found |= {"batches": 400, "us": us, "worst_gap": 9e-4, "uncertified": 0}
     found["steps"] = {"0": 0.7, "1": 0.2975, "2": 0.0025, "3+": 0}
     found["steps_us"] = {"0": 4.04, "1": 9.0, "2": 12.5, "3+": None}
-    _, stages, certificates = traffic_grids({"pooled": [found], "left_out": [], "most": None})
+    _, stages, certificates = make_traffic_grids({"pooled": [found], "left_out": [], "most": None})
     assert stages.header[2:] == ("0 steps", "us", "1 step", "us", "2 steps", "us", "3+ steps", "us")
     assert stages.rows == [
         ("256/64 eplb+2", "jitter", "70%", "4.0", "30%", "9.0", "0.2%", "12.5", "0%", "")
@@ -204,7 +217,8 @@ def test_table_of_stages():
 
 
 def test_whole_runs(prepared, monkeypatch):
-    checked, seen = traffic.check(prepared, "cpu", 1e-3), []
+    """Runs are timed on ids with the batch's counts, and wrong ids are refused."""
+    checked, seen = traffic.check_plans(prepared, "cpu", 1e-3), []
     run = Balancer.run
 
     def watched(self, idx):
@@ -212,7 +226,7 @@ def test_whole_runs(prepared, monkeypatch):
         return run(self, idx)
 
     monkeypatch.setattr(Balancer, "run", watched)
-    row = traffic.run_row(checked, FakeTimer(), 0)
+    row = traffic.time_runs(checked, FakeTimer(), 0)
     assert row["times_us"] == [1, 2, 3] and row["us"]["median"] == 2
     assert row["iterations"] == checked.iterations
     # Once to be checked, once to be timed.
@@ -226,16 +240,17 @@ def test_whole_runs(prepared, monkeypatch):
 
     monkeypatch.setattr(Balancer, "run", wrong)
     with pytest.raises(WrongAnswerError, match="no copy"):
-        traffic.run_row(checked, FakeTimer(), 0)
+        traffic.time_runs(checked, FakeTimer(), 0)
 
 
 @pytest.mark.slow
 def test_processes_prepare_the_same():
+    """Two processes prepare the same placements, optima and batches as one."""
     case = Case(16, 4, "place", 1)
-    jobs = [(case, loads) for loads in drawn(16, 2, 0)[:3]]
+    jobs = [(case, loads) for loads in draw_load_sets(16, 2, 0)[:3]]
     with (
-        preparations(jobs, 5, 2) as several,
-        preparations(jobs, 5, 1) as one,
+        prepare_all(jobs, 5, 2) as several,
+        prepare_all(jobs, 5, 1) as one,
     ):
         for here, there in zip(one, several, strict=True):
             assert here.placement == there.placement
@@ -244,6 +259,7 @@ def test_processes_prepare_the_same():
 
 
 def test_command(fake_gpu, tmp_path, capsys):
+    """The command times own and drawn traffic, and lists the cases it leaves out."""
     traces.save(tmp_path / "mine.npz", make_trace(batches=6, layers=2))
     report_path, text_path = tmp_path / "o.json", tmp_path / "o.md"
     arguments = [*SMALL, "--placement", "eplb,chain,cube", "--trace", str(tmp_path / "mine.npz")]
@@ -270,6 +286,7 @@ def test_command(fake_gpu, tmp_path, capsys):
 
 
 def test_real_traffic_comes_first(fake_gpu, capsys):
+    """Tables of traffic come before those of load families."""
     arguments = [each for each in SMALL if each != "--no-families"]
     arguments += ["--shapes", "ring:5", "--per-family", "1", "--no-peers", "--markdown", "-"]
     assert cli.main(arguments) == cli.OK
@@ -285,6 +302,7 @@ def test_real_traffic_comes_first(fake_gpu, capsys):
 
 
 def test_uncertified_batches_fail_the_command(fake_gpu, monkeypatch, capsys):
+    """The command fails if batches are not certified, and counts them."""
     altered(monkeypatch, admit)
     assert cli.main(SMALL) == cli.FAILED
     assert "22 batches were not certified within 0.001" in capsys.readouterr().err
@@ -308,6 +326,7 @@ def test_uncertified_batches_fail_the_command(fake_gpu, monkeypatch, capsys):
     ],
 )
 def test_refused_before_any_work(fake_gpu, tmp_path, monkeypatch, capsys, arguments, message):
+    """Options that do not fit together are refused before anything is prepared."""
     monkeypatch.chdir(tmp_path)
     traces.save(tmp_path / "t.npz", make_trace(batches=4, layers=1))
     traces.save(tmp_path / "one.npz", make_trace(batches=1, layers=1))
@@ -321,6 +340,7 @@ def test_refused_before_any_work(fake_gpu, tmp_path, monkeypatch, capsys, argume
 
 
 def test_default_subset(fake_gpu, monkeypatch):
+    """Without options every default case gets all its loads."""
     chosen = []
 
     def time_traffic(args, plan, device, timer):
@@ -340,6 +360,7 @@ def test_default_subset(fake_gpu, monkeypatch):
 
 @pytest.mark.gpu
 def test_batches_on_a_gpu():
+    """Each batch is copied and timed once on a GPU."""
     timer = GraphTimer(torch.device("cuda"))
     counts = torch.zeros(1, dtype=torch.int32, device="cuda")
     seen = torch.zeros(3, dtype=torch.int32, device="cuda")
@@ -350,13 +371,14 @@ def test_batches_on_a_gpu():
 
     launch()
     seen.zero_()
-    times = timer.by_batch(launch, counts, batches)
+    times = timer.time_batches(launch, counts, batches)
     assert len(times) == 3 and all(0.2 < us < 1000 for us in times)
     assert seen.tolist() == [1, 1, 1]
 
 
 @pytest.mark.gpu
 def test_command_on_a_gpu(capsys):
+    """Times of drawn and recorded loads on a GPU are plausible."""
     arguments = ["solve", "--no-families", "--ep", "8", "--slots", "1", "--batches", "2"]
     assert cli.main([*arguments, "--json", "-"]) == cli.OK
     rows = json.loads(capsys.readouterr().out)["traffic"]["rows"]

@@ -54,6 +54,7 @@ def quiet(line):
 
 
 def test_training_lowers_the_loss_and_conserves_tokens(config):
+    """Thirty steps lower the loss, and every token is counted top-k times."""
     lines = []
     result = moe.train(replace(config, steps=30, lr=3e-3), log=lines.append)
     assert result.losses.shape == result.imbalance.shape == (30,)
@@ -72,6 +73,7 @@ def test_training_lowers_the_loss_and_conserves_tokens(config):
 
 
 def test_recording_does_not_depend_on_the_stretches(config):
+    """A recorded batch has the same counts whichever other batches are recorded."""
     whole = moe.train(replace(config, record_early=6, record_late=0), log=quiet).trace
     parts = moe.train(config, log=quiet).trace
     assert whole.steps.tolist() == [0, 1, 2, 3, 4, 5]
@@ -80,6 +82,7 @@ def test_recording_does_not_depend_on_the_stretches(config):
 
 
 def test_same_seed_same_run(config):
+    """The same seed gives the same losses and counts, and another one does not."""
     first, again = (moe.train(config, log=quiet) for _ in range(2))
     assert torch.equal(first.losses, again.losses)
     np.testing.assert_array_equal(first.trace.counts, again.trace.counts)
@@ -99,6 +102,7 @@ def test_same_seed_same_run(config):
     ],
 )
 def test_recorder_keeps_first_and_last(config, settings, steps, expected):
+    """The recorder keeps the first and last batches that are asked for."""
     recorder = moe.Recorder(replace(config, **settings), torch.device("cpu"))
     for step in range(steps):
         recorder.add(step, torch.full((2, 4, 8), step, dtype=torch.int32))
@@ -108,6 +112,7 @@ def test_recorder_keeps_first_and_last(config, settings, steps, expected):
 
 
 def test_recorder_without_batches(config):
+    """A recorder without batches has no trace."""
     recorder = moe.Recorder(config, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="nothing was recorded"):
         recorder.trace({})
@@ -115,6 +120,7 @@ def test_recorder_without_batches(config):
 
 @pytest.mark.parametrize("router", ["sigmoid", "softmax"])
 def test_route_uses_the_bias_for_selection_only(config, router):
+    """A bias decides which experts are chosen, and does not change their weights."""
     torch.manual_seed(0)
     block = moe.MoE(replace(config, router=router), grouped=False)
     x = torch.randn(20, 16)
@@ -130,18 +136,21 @@ def test_route_uses_the_bias_for_selection_only(config, router):
 
 
 def test_balance_moves_each_bias_towards_an_even_load(config):
+    """A bias falls above the mean load, rises below it, and stays at it."""
     block = moe.MoE(config, grouped=False)
     block.balance(torch.tensor([9, 1, 4, 4, 4, 4, 4, 2]), rate=0.25)
     assert block.bias.tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0, 0.25]
 
 
 def test_bias_rate_zero_leaves_the_bias_alone(config):
+    """Biases stay 0 if their rate is 0, and change otherwise."""
     assert not moe.train(replace(config, bias_rate=0.0), log=quiet).bias.any()
     assert moe.train(config, log=quiet).bias.any()
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_moe_equals_a_loop_over_tokens(config, grouped):
+    """Outputs, gradients, counts and the auxiliary loss are those of a loop over tokens."""
     if grouped and experts.find_grouped_mm() is None:
         pytest.skip("this torch has no grouped matrix product")
     torch.manual_seed(0)
@@ -183,6 +192,7 @@ def test_moe_equals_a_loop_over_tokens(config, grouped):
 
 
 def test_experts_without_rows(config):
+    """Experts without tokens have no gradient."""
     torch.manual_seed(0)
     block = moe.MoE(config, grouped=False)
     block.bias[:2] = 10.0
@@ -195,12 +205,15 @@ def test_experts_without_rows(config):
 
 
 def test_check_grouped():
+    """The grouped product of this torch passes its check."""
     if experts.find_grouped_mm() is None:
         pytest.skip("this torch has no grouped matrix product")
     moe.check_grouped(torch.device("cpu"))
 
 
 def test_check_grouped_finds_a_wrong_product(monkeypatch):
+    """A wrong grouped product is found, and the error names the loop to use."""
+
     def wrong(x, weight, offs):
         return x @ weight[0]
 
@@ -210,16 +223,18 @@ def test_check_grouped_finds_a_wrong_product(monkeypatch):
 
 
 def test_rank_imbalance():
+    """Imbalance is the largest rank load over the mean load, averaged over layers."""
     counts = torch.zeros(2, 3, 64, dtype=torch.int32)
     counts[:] = 1
-    assert moe.rank_imbalance(counts).item() == 1
+    assert moe.measure_imbalance(counts).item() == 1
     # All of layer 1 on one of 32 ranks: (1 + 32) / 2.
     counts[1] = 0
     counts[1, :, 0] = 5
-    assert moe.rank_imbalance(counts).item() == 16.5
+    assert moe.measure_imbalance(counts).item() == 16.5
 
 
 def test_corpus_gives_each_source_its_own_text(config):
+    """Sources divide the tokens among them, and there are fewer tokens than bytes."""
     corpus = moe.build_corpus(config)
     assert corpus.starts.tolist() == (corpus.lengths.cumsum(0) - corpus.lengths).tolist()
     assert corpus.lengths.sum() == corpus.tokens.numel()
@@ -231,6 +246,7 @@ def test_corpus_gives_each_source_its_own_text(config):
 
 
 def test_bytes_only_vocabulary_keeps_every_byte(config, tmp_path):
+    """With a vocabulary of 256 tokens are the file's bytes."""
     content = bytes(range(256)) * 40
     (tmp_path / "a.bin").write_bytes(content)
     settings = replace(config, text=str(tmp_path / "a.bin"), vocab=256, sources=1)
@@ -239,6 +255,7 @@ def test_bytes_only_vocabulary_keeps_every_byte(config, tmp_path):
 
 
 def test_standard_library_is_the_default_text():
+    """Without a text the standard library is read, in an order given by the seed."""
     documents = corpus_of.read_documents(None, 50_000, seed=0)
     assert sum(map(len, documents)) == 50_000
     assert documents == corpus_of.read_documents(None, 50_000, seed=0)
@@ -246,6 +263,7 @@ def test_standard_library_is_the_default_text():
 
 
 def test_text_errors(config, tmp_path):
+    """A text that is missing or too short is refused."""
     with pytest.raises(FileNotFoundError, match="text: no such file or folder"):
         moe.build_corpus(replace(config, text=str(tmp_path / "none")))
     (tmp_path / "short.txt").write_text("too short")
@@ -273,11 +291,13 @@ def test_text_errors(config, tmp_path):
     ],
 )
 def test_config_rejects(config, settings, message):
+    """A wrong setting is refused by name."""
     with pytest.raises(ValueError, match=message):
         replace(config, **settings)
 
 
 def test_pick_device_rejects():
+    """A device that is unknown or missing is refused by name."""
     for name in ("tpu-please", "meta"):
         with pytest.raises(ValueError, match="device must be auto, cpu, cuda"):
             moe.pick_device(name)
@@ -286,6 +306,7 @@ def test_pick_device_rejects():
 
 
 def test_time_limit_stops_at_a_progress_line(config):
+    """A run out of time ends at its next progress line with its trace."""
     lines = []
     result = moe.train(replace(config, time_limit=1e-9), log=lines.append)
     assert len(result.losses) == 3
@@ -294,6 +315,7 @@ def test_time_limit_stops_at_a_progress_line(config):
 
 
 def test_command_line_writes_a_trace(text, tmp_path, capsys):
+    """The command writes a trace, which tells nothing of folders."""
     path = tmp_path / "t.npz"
     arguments = (
         f"--device cpu --steps 4 --experts 8 --top-k 2 --layers 1 --hidden 16 --expert-hidden 8 "
@@ -314,6 +336,7 @@ def test_command_line_writes_a_trace(text, tmp_path, capsys):
 
 
 def test_documented_command_made_the_packaged_trace(monkeypatch):
+    """The settings in the packaged trace are those of the documented command."""
     monkeypatch.chdir(ROOT)  # the command names a folder below it
     commands = moe.__doc__.replace("\\\n", " ").splitlines()
     (command,) = [line for line in commands if "bench/data/moe256.npz" in line and "--" in line]
@@ -326,6 +349,7 @@ def test_documented_command_made_the_packaged_trace(monkeypatch):
 
 
 def test_command_line_errors(tmp_path, capsys):
+    """A wrong setting, text or path ends the command before the training."""
     with pytest.raises(SystemExit) as stopped:
         moe.main(["--top-k", "300"])
     assert stopped.value.code == 2

@@ -77,10 +77,10 @@ def check_runs(settings, group, folder):
     (reversed_,) = script.train(reverse, torch.device("cpu"), group, quiet)
     close(reversed_, none, slice(5))
     if dist.get_rank() == 0:
-        summary = script.report(settings, [none, eplb, lplb], RANKS, torch.device("cpu"))
+        summary = script.make_report(settings, [none, eplb, lplb], RANKS, torch.device("cpu"))
         assert [row["balance"] for row in summary["medians"]] == ["none", "eplb", "lplb"]
         assert str(folder) not in json.dumps(summary)
-        script.draw([none, lplb], folder / "curves.png")
+        script.draw_curves([none, lplb], folder / "curves.png")
         assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -228,6 +228,7 @@ def check_ranks(rank, group, text, folder):
 
 
 def test_training_over_gloo(tmp_path):
+    """Losses do not depend on the balance, and a run resumes on four or two ranks."""
     text = tmp_path / "text"
     text.mkdir()
     write_text(text)
@@ -236,6 +237,7 @@ def test_training_over_gloo(tmp_path):
 
 
 def test_command_line(tmp_path, capfd):
+    """The command writes losses and a trace, and refuses wrong folders and sizes."""
     write_text(tmp_path)
     arguments = (
         "--experts 4 --top-k 1 --layers 1 --hidden 16 --expert-hidden 8 --vocab 300 --seq-len 16 "
@@ -274,6 +276,7 @@ def test_command_line(tmp_path, capfd):
     ],
 )
 def test_settings_reject(settings, message):
+    """A wrong setting, or settings that exclude each other, are refused by name."""
     with pytest.raises(ValueError, match=message):
         script.Settings(**settings)
 
@@ -281,6 +284,7 @@ def test_settings_reject(settings, message):
 @pytest.mark.multigpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
 def test_two_gpus(dtype, tolerance, tmp_path):
+    """On two GPUs all balances have the same losses to the dtype's precision."""
     write_text(tmp_path)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),

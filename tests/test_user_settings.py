@@ -189,6 +189,7 @@ def few(monkeypatch):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_results_do_not_depend_on_settings(call):
+    """Every call gives the same values, dtypes and devices under all settings."""
     wanted = plain(CALLS[call]())
     for name, setting in SETTINGS.items():
         with setting():
@@ -197,6 +198,7 @@ def test_results_do_not_depend_on_settings(call):
 
 
 def test_a_placement_made_under_a_setting_serves_outside_of_it():
+    """A placement made under any setting is differentiable outside of it."""
     weight = torch.rand(16, dtype=torch.float64, requires_grad=True)
     for setting in SETTINGS.values():
         with setting():
@@ -208,6 +210,7 @@ def test_a_placement_made_under_a_setting_serves_outside_of_it():
 
 
 def test_tensors_without_values_are_refused_by_name():
+    """Tensors on the meta device are refused by the argument's name."""
     with torch.device("meta"):
         load, r2o = torch.rand(16), torch.tensor([[1], [0]])
     for name, call in {
@@ -237,6 +240,7 @@ def unnamed(path):
 
 
 def test_every_tensor_names_its_device():
+    """Every call in the package that makes a tensor names its device."""
     # Commands of the benchmark are processes of their own; only the recorder runs in the user's.
     files = [f for f in PACKAGE.rglob("*.py") if "bench" not in f.relative_to(PACKAGE).parts]
     files += [f for part in ("kernels", "topologies") for f in (PACKAGE / part).glob("*.py")]

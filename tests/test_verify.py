@@ -15,6 +15,7 @@ from lplb_triton.testing import instances, verify
 
 
 def test_command(tmp_path, capsys):
+    """The command compares three parts at two tolerances, and all are certified."""
     path = tmp_path / "deep" / "verify.json"
     common = ["verify", "--device", "cpu", "--backend", "torch", "--instances", "17"]
     common += ["--batches", "1", "--most-ranks", "8"]
@@ -38,6 +39,7 @@ def test_command(tmp_path, capsys):
     [["--instances", "3,4"], ["--instances", "0"], ["--tolerance", "2"]],
 )
 def test_wrong_usage(arguments, capsys):
+    """A wrong option is refused as wrong usage by its name."""
     try:
         code = cli.main(["verify", *arguments])
     except SystemExit as stop:
@@ -52,11 +54,15 @@ def small_parts(n_batches=1):
     names = [name for name, shape in corpus.HARD.items() if shape.ranks <= 16]
     names.append("12 to 60 copies on 64 ranks")
     shapes = {name: corpus.HARD[name] for name in names}
-    return [corpus.real(n_batches, 0, cases), corpus.hard(n_batches, 0, shapes)]
+    return [
+        corpus.make_traffic_part(n_batches, 0, cases),
+        corpus.make_hard_part(n_batches, 0, shapes),
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs on the GPU, see below")
 def test_kernel_on_real_traffic_and_hard_placements():
+    """The kernel certifies traffic and hard placements within 1e-3."""
     pytest.importorskip("triton")
     for verdict in verify.compare(small_parts(), tolerances=(1e-3,), backend="triton"):
         assert verdict.from_counts and verdict.instances > 20
@@ -65,18 +71,20 @@ def test_kernel_on_real_traffic_and_hard_placements():
 
 @pytest.mark.gpu
 def test_kernel_on_all_traffic_and_hard_placements():
-    parts = [corpus.real(1, 1), corpus.hard(2, 1)]
+    """The kernel on a GPU certifies all of the corpus within 1e-3."""
+    parts = [corpus.make_traffic_part(1, 1), corpus.make_hard_part(2, 1)]
     for verdict in verify.compare(parts, tolerances=(1e-3,), backend="triton", device="cuda"):
         assert verdict.sound and verdict.not_certified == 0
 
 
 def test_cases_of_real_traffic():
-    assert [str(case) for case in corpus.CASES if case.refusal()] == []
+    """Real traffic covers all EP sizes, has extreme batches, and is drawn the same again."""
+    assert [str(case) for case in corpus.CASES if case.explain_impossible()] == []
     for placement in ("eplb", "chain"):
         here = [case for case in corpus.CASES if case.placement == placement]
         assert {case.ep for case in here} == {8, 16, 32, 64, 72, 96, 128, 144, 256}
         assert {case.slots for case in here} == {1, 2}
-    part = corpus.real(8, 0, [Case(256, 8, "eplb", 1), Case(256, 128, "eplb", 1)])
+    part = corpus.make_traffic_part(8, 0, [Case(256, 8, "eplb", 1), Case(256, 128, "eplb", 1)])
     assert part.steps == [(f"256 experts, EP {ep}, eplb, 1 slot", 15) for ep in (8, 128)]
     found = list(part.instances)
     assert [len(each.counts) for each in found] == [11] + 14 * [8] + [5] + 14 * [2]
@@ -87,7 +95,7 @@ def test_cases_of_real_traffic():
     ]
     none, most, one = found[0].counts[-3:]
     assert none.sum() == 0 and most.count_nonzero() == one.count_nonzero() == 1
-    again = corpus.real(8, 0, [Case(256, 8, "eplb", 1)]).instances
+    again = corpus.make_traffic_part(8, 0, [Case(256, 8, "eplb", 1)]).instances
     for each, other in zip(again, found, strict=False):
         assert each.placement == other.placement and torch.equal(each.counts, other.counts)
 
@@ -102,8 +110,9 @@ def copies_of(placement):
 
 @pytest.mark.parametrize("name", corpus.HARD)
 def test_hard_placements(name):
+    """A hard placement has the copies or connected parts that its shape says."""
     shape = corpus.HARD[name]
-    (instance,) = corpus.hard(2, 3, {name: shape}).instances
+    (instance,) = corpus.make_hard_part(2, 3, {name: shape}).instances
     held, n = copies_of(instance.placement), len(instances.FAMILIES)
     assert held.shape[1] == shape.ranks and instance.placement.slots_per_rank == shape.slots
     assert len(instance.counts) == n * (1 if shape.ranks >= 128 else 2) + 3
@@ -122,8 +131,9 @@ def test_hard_placements(name):
 
 
 def test_parts():
-    assert [part.name for part in corpus.parts(17, 0)] == ["random"]
-    random, real, hard = corpus.parts(17, 0, 1, 16)
+    """Parts are as large as asked for, and their steps count their instances."""
+    assert [part.name for part in corpus.make_parts(17, 0)] == ["random"]
+    random, real, hard = corpus.make_parts(17, 0, 1, 16)
     assert random.as_problems and not real.as_problems and not hard.as_problems
     assert max(case.ep for case in corpus.CASES if (str(case), 15) in real.steps) == 16
     assert {corpus.HARD[name].ranks for name, _ in hard.steps} == {8, 16}
@@ -142,6 +152,7 @@ def test_parts():
     ],
 )
 def test_what_must_be_certified(part, tolerance, not_certified, good):
+    """All must be certified at 1e-3, and 999 of 1000 random programs at 1e-4."""
     verdict = verify.Verdict(tolerance, True, part, 2040, not_certified=not_certified)
     assert command._is_good(verdict, 1e-3) == good
     verdict.infeasible = 1
@@ -149,6 +160,7 @@ def test_what_must_be_certified(part, tolerance, not_certified, good):
 
 
 def test_share_that_was_certified():
+    """A share of certified instances is rounded down, so 100% means all."""
     assert verify.Verdict(1e-4, instances=1000, not_certified=1).certified == 0.999
     assert verify.Verdict(1e-4).certified == 1
     shown = [format_share(1 - bad / 10**5) for bad in (0, 1, 10, 10**5)]
@@ -156,6 +168,7 @@ def test_share_that_was_certified():
 
 
 def test_kernels_count_steps(capsys):
+    """Tables say iterations for problems and steps for counts."""
     verdicts = [
         verify.Verdict(1e-3, False, "random", 4, max_iterations=7, total_iterations=10),
         verify.Verdict(1e-3, True, "random", 4, max_iterations=2, total_iterations=3),
@@ -185,6 +198,7 @@ def _worse(field, change):
     ],
 )
 def test_a_wrong_answer_is_counted(monkeypatch, field, change, counted):
+    """Every kind of wrong answer is counted, and all but a wide gap are unsound."""
     monkeypatch.setattr(verify, "solve", _worse(field, change))
     (verdict,) = verify.verify(17, tolerances=(1e-3,))
     assert getattr(verdict, counted) > 0
@@ -192,6 +206,7 @@ def test_a_wrong_answer_is_counted(monkeypatch, field, change, counted):
 
 
 def test_highs_on_a_problem_solved_by_hand():
+    """HiGHS finds the optimum of a program solved by hand."""
     mask = np.array([[True, False], [True, True], [False, True]])
     optimum = verify.highs_optimum(np.array([6.0, 3.0]), np.array([0.0, 1.0, 2.0]), mask)
     assert optimum == pytest.approx(4.0)

@@ -15,6 +15,7 @@ SMALL = Settings(ranks=8, experts=32, batches=3, tokens=4096, seed=1)
 
 @pytest.mark.parametrize("name", list(workloads.WORKLOADS))
 def test_drawing(name):
+    """The same seed draws the same workload, and another seed a different one."""
     case, again = workloads.draw(name, SMALL), workloads.draw(name, SMALL)
     assert torch.equal(case.test, again.test) and torch.equal(case.history, again.history)
     other = workloads.draw(name, Settings(8, 32, 3, 4096, seed=2))
@@ -26,6 +27,7 @@ def test_drawing(name):
 
 
 def test_what_they_promise():
+    """Each workload has the skew, idle source, rotation or burst that its name says."""
     drawn = {name: workloads.draw(name, SMALL) for name in workloads.WORKLOADS}
     by_rank = {name: case.test.sum(1).reshape(3, 8, 4).sum(2) for name, case in drawn.items()}
     ratio = {name: loads.max(1)[0] / loads.double().mean(1) for name, loads in by_rank.items()}
@@ -47,11 +49,13 @@ def test_what_they_promise():
     [("no such", SMALL, "name must be one of"), ("uniform", Settings(5, 32), "ranks must divide")],
 )
 def test_wrong_arguments(name, settings, match):
+    """An unknown workload or a wrong number of ranks is refused by name."""
     with pytest.raises(ValueError, match=match):
         workloads.draw(name, settings)
 
 
 def test_the_adversary_beats_chance():
+    """The adversary's counts are worse for a placement than the same counts shuffled."""
     placement = Placement.from_topology(topologies.from_name("ring:8"), 40, 32, 8)
     counts = workloads.adversary(placement, SMALL)
     assert counts.shape == (3, 8, 32) and counts.dtype == torch.int64
@@ -64,6 +68,7 @@ def test_the_adversary_beats_chance():
 
 
 def test_judging():
+    """An empty batch counts as balanced, and a plan above even or off HiGHS's optimum fails."""
     placement = Placement.from_phy2log(torch.tensor([0, 1, 1, 2]), 2, n_logical=3)
     found = workloads.judge(placement, torch.tensor([[[2, 8, 2]], [[0, 0, 0]]]), 1e-3)
     # 12 tokens over 2 ranks; the second batch is empty and counts as balanced.
@@ -74,6 +79,7 @@ def test_judging():
 
 
 def test_command(tmp_path, capsys, monkeypatch):
+    """The command judges every placement, and fails if HiGHS's optimum is not met."""
     path = tmp_path / "w.json"
     common = "workloads --ep 8 --experts 64 --batches 2 --workload zipf,burst".split()
     some = [*common, "--slots", "2", "--placement", "none,eplb,chain,place,cube,torus:4x8"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ def cube(n: int = 8) -> torch.Tensor:
     """Return the cube of 8 ranks with two copies each: two rings of four, joined crosswise.
 
     Every rank can exchange tokens with four others, and no two ranks are more than two steps
-    apart. Meant for the 8 GPUs of one node.
+    apart. Meant for the 8 GPUs of one host.
 
     Parameters
     ----------
@@ -107,8 +106,8 @@ def hypercube(n: int = 16) -> torch.Tensor:
 def torus(m: int, n: int) -> torch.Tensor:
     """Return an ``m`` x ``n`` torus: one copy from the next row, one from the next column.
 
-    Rank ``i * n + j`` is at row ``i``, column ``j``. With `m` nodes of `n` GPUs, slot 0 holds a
-    copy from another node and slot 1 one from the same node.
+    Rank ``i * n + j`` is at row ``i``, column ``j``. With `m` hosts of `n` GPUs, slot 0 holds a
+    copy from another host and slot 1 one from the same host.
 
     Parameters
     ----------
@@ -139,7 +138,7 @@ def available() -> tuple[str, ...]:
     Returns
     -------
     tuple of str
-        ``("ring:N", "cube", "hypercube", "torus:MxN")``.
+        One form for each builder, such as ``"cube"`` or ``"torus:MxN"``.
     """
     return tuple(entry.form for entry in _REGISTRY.values())
 
@@ -178,7 +177,7 @@ def from_name(name: str) -> torch.Tensor:
         )
     numbers = [int(part) for part in parts if len(part) <= len(str(MAX_RANKS))]
     sound = len(numbers) == len(parts) and all(number >= 2 for number in numbers)
-    if not sound or math.prod(numbers) > MAX_RANKS:
+    if not sound or entry.count_ranks(*numbers) > MAX_RANKS:
         raise ValueError(
             f"name must give sizes of at least 2 and at most {MAX_RANKS} ranks, got {name!r}"
         )
@@ -205,16 +204,18 @@ def _from_columns(*columns: list[int]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A topology with a name: its form, how many sizes follow it, and its builder."""
+    """A topology with a name: its form, how many sizes follow it, its builder and its ranks."""
 
     form: str
     n_sizes: int
     build: Callable[..., torch.Tensor]
+    # The ranks follow from the sizes, so that their limit is checked before the table is made.
+    count_ranks: Callable[..., int]
 
 
 _REGISTRY = {
-    "ring": _Entry("ring:N", 1, ring),
-    "cube": _Entry("cube", 0, cube),
-    "hypercube": _Entry("hypercube", 0, hypercube),
-    "torus": _Entry("torus:MxN", 2, torus),
+    "ring": _Entry("ring:N", 1, ring, lambda n: n),
+    "cube": _Entry("cube", 0, cube, lambda: 8),
+    "hypercube": _Entry("hypercube", 0, hypercube, lambda: 16),
+    "torus": _Entry("torus:MxN", 2, torus, lambda m, n: m * n),
 }

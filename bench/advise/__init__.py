@@ -1,17 +1,17 @@
-"""Predict whether balancing pays for a model, a batch size and a load; no printing.
+"""Predict whether balancing pays for a model, a batch size and a load; nothing here prints.
 
-The time of a layer is that of the expert products of its slowest rank, which `gemm` models.
-Everything made from it is a prediction. Communication, routing and attention are left out.
+The time of a layer is the time of the expert products on its slowest rank, which `gemm` models.
+All figures are predictions. Communication, routing and attention are left out.
 """
 
 from __future__ import annotations
 
-from lplb_triton.bench.advise.check import check_row
+from lplb_triton.bench.advise.check import compare_times
 from lplb_triton.bench.advise.gemm import GemmModel, Point, fit
 from lplb_triton.bench.advise.gpu_times import measure
 from lplb_triton.bench.advise.models import MODELS, Model
-from lplb_triton.bench.advise.overhead import overhead_us
-from lplb_triton.bench.advise.predict import advise, possible_slots
+from lplb_triton.bench.advise.overhead import predict_overhead_us
+from lplb_triton.bench.advise.predict import advise, select_slots
 from lplb_triton.bench.advise.table import packaged
 
 __all__ = [
@@ -20,10 +20,10 @@ __all__ = [
     "Model",
     "Point",
     "advise",
-    "check_row",
+    "compare_times",
     "fit",
     "measure",
-    "overhead_us",
+    "predict_overhead_us",
     "packaged",
-    "possible_slots",
+    "select_slots",
 ]

@@ -9,14 +9,14 @@ import torch
 from lplb_triton.bench.advise.gemm import GemmModel
 from lplb_triton.bench.advise.gpu_times import time_rank
 from lplb_triton.bench.advise.models import Model
-from lplb_triton.bench.measure.simulate import slot_tokens
+from lplb_triton.bench.measure.simulate import split_tokens
 from lplb_triton.bench.measure.timer import Timer
 from lplb_triton.bench.placement import Case, make_by_history
 
-__all__ = ["check_row"]
+__all__ = ["compare_times"]
 
 
-def check_row(
+def compare_times(
     name: str,
     model: Model,
     gemm: GemmModel,
@@ -32,17 +32,17 @@ def check_row(
     Parameters
     ----------
     name, model
-        Which.
+        Name and sizes of the model.
     gemm
-        What predicts.
+        Model of the times.
     case
         Loads.
     ep, tokens
         Ranks, and tokens of each.
     weights
-        Of all experts of a rank, the slot included.
+        Weights of all experts of a rank, including the redundant slot.
     timer, device
-        What times a launch, and where.
+        Timer of the launches, and the device that they run on.
 
     Returns
     -------
@@ -56,7 +56,7 @@ def check_row(
     counts = (counts * (tokens * model.top_k * ep / counts.sum())).round().long()
     row: dict[str, Any] = {"model": name, "ep": ep, "tokens": tokens}
     for split, balance in (("even", "even"), ("lp", "lplb")):
-        rows = slot_tokens(placement, counts, balance, 1e-3)
+        rows = split_tokens(placement, counts, balance, 1e-3)
         ranks = [
             {"rows": rank, "us": time_rank(rank, weights, timer, device)} for rank in rows.tolist()
         ]

@@ -1,4 +1,4 @@
-"""The time of one rank's expert products, as a model with four fitted numbers.
+"""Model the time of one rank's expert products with four fitted parameters.
 
 torch's grouped product for Hopper GPUs works on tiles of the output, each computed by a pair of
 SMs; all pairs together compute one *wave* of tiles, and a last wave costs as much when it isn't
@@ -10,7 +10,7 @@ full. With ``waves`` from the rows of every expert, padded to whole tiles, a ran
 where ``depth`` is the length of the sum (``hidden``, then ``inner``) and ``norm(a, b)`` is
 ``(a^4 + b^4)^(1/4)``, the larger of the two, and somewhat more where they are close. Tiles are
 256 x 256, or 128 x 128 if the rank's experts have 128 rows or fewer on average; each has a
-``step``. The four numbers are fitted to measured times: of this machine's GPU, or of
+``step``. The four parameters are fitted to times measured on this machine's GPU, or to
 the table in `lplb_triton.bench.advise.table`.
 """
 
@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lplb_triton.bench.advise.models import BYTES
+from lplb_triton.bench.types import Floats
 
-__all__ = ["PAIRS", "Floats", "GemmModel", "Point", "fit"]
+__all__ = ["PAIRS", "GemmModel", "Point", "fit"]
 
-Floats = NDArray[np.float64]
 # Of torch's kernels: average rows of a rank's experts up to which tiles are narrow, and the sides
 # of a pair's tile.
 FEW_ROWS, NARROW, WIDE = 128, 128, 256
@@ -49,7 +49,7 @@ class Point(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What ranks have to do: ``[...]``, and ``[..., 2]`` for the two products."""
+    """Work of ranks: ``[...]``, and ``[..., 2]`` for the two products."""
 
     narrow: NDArray[np.bool_]
     depth: Floats  # of the sums, times waves
@@ -57,7 +57,7 @@ class _Work(NamedTuple):
     moved: Floats  # bytes of the activation
 
 
-def _work(hidden: int, inner: int, rows: Floats, pairs: int) -> _Work:
+def _count_work(hidden: int, inner: int, rows: Floats, pairs: int) -> _Work:
     total = rows.sum(-1)
     narrow = total // rows.shape[-1] <= FEW_ROWS
     side = np.where(narrow, NARROW, WIDE)
@@ -100,7 +100,7 @@ class GemmModel:
 
     def __call__(self, hidden: int, inner: int, rows: Floats) -> Floats:
         """Microseconds of ranks whose experts have ``rows`` ``[..., experts]`` tokens."""
-        times = self._times(_work(hidden, inner, rows, self.pairs))
+        times = self._times(_count_work(hidden, inner, rows, self.pairs))
         return np.where(rows.sum(-1) > 0, times, 0.0)
 
     def _times(self, work: _Work) -> Floats:
@@ -128,7 +128,9 @@ def fit(points: Sequence[Point], source: str, pairs: int = PAIRS) -> GemmModel:
     """
     from scipy.optimize import minimize  # slow to import, needed here only
 
-    each = [_work(p.hidden, p.inner, np.array(p.rows, dtype=np.float64), pairs) for p in points]
+    each = [
+        _count_work(p.hidden, p.inner, np.array(p.rows, dtype=np.float64), pairs) for p in points
+    ]
     work = _Work(*(np.stack(part) for part in zip(*each, strict=True)))
     measured = np.array([p.us for p in points])
 

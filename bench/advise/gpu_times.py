@@ -16,9 +16,9 @@ from lplb_triton.bench.measure.timer import Timer
 
 __all__ = ["measure", "time_rank"]
 
-# Rest after a measurement, in its own time.
+# Pause after a measurement, as a multiple of its duration.
 REST = 2.0
-# Rows to fit to, up to those of a rank with CALIBRATION_TOKENS.
+# Rows of the measurements, up to those of a rank with CALIBRATION_TOKENS.
 CALIBRATION_ROWS, CALIBRATION_TOKENS = (256, 1024, 4096, 16384, 65536), 8192
 
 
@@ -39,7 +39,7 @@ def measure(
     weights
         Of all experts of a rank, by `lplb_triton.bench.measure.simulate.draw_experts`.
     timer, device
-        What times a launch, and where.
+        Timer of the launches, and the device that they run on.
     name
         Of the device.
     pairs
@@ -65,9 +65,9 @@ def time_rank(
     timer: Timer,
     device: torch.device | str,
 ) -> float:
-    """Microseconds of one rank's products, measured, with a rest behind.
+    """Time one rank's products in microseconds, and pause afterwards.
 
-    At its power limit a GPU slows down, and without the rest what ran before would tell.
+    At its power limit a GPU slows down: without the pause a measurement would affect the next.
     """
     ends = torch.tensor(rows, dtype=torch.int64, device="cpu").cumsum(0).to(torch.int32)
     total = int(ends[-1])
@@ -79,10 +79,10 @@ def time_rank(
     launch = partial(run_experts, x, w_in, w_out, ends.to(device))
     begun = time.perf_counter()
     launch()
-    # The start of a graph doesn't show beside work of half a millisecond (at 600 TFLOP/s).
+    # The start of a graph is negligible beside work of half a millisecond (at 600 TFLOP/s).
     if total * 2 * (w_in[0].numel() + w_out[0].numel()) > 3e11:
-        took = timer.rotation([launch])
+        took = timer.time_rotation([launch])
     else:
-        took = timer.per_call(launch, 100.0)
+        took = timer.time_call(launch, 100.0)
     time.sleep(REST * (time.perf_counter() - begun))
     return took

@@ -1,10 +1,10 @@
-"""What balancing a batch costs, from measured times."""
+"""Predict the cost of balancing a batch from measured times."""
 
 from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["overhead_us"]
+__all__ = ["predict_overhead_us"]
 
 # Measured on one H100 (docs/benchmarks.md): median run without sync by ranks, for TOKENS tokens of
 # 256 experts, top-8, microseconds. Sync: what it adds to a run of two H100s over NVLink.
@@ -13,8 +13,8 @@ RUN_US = {8: (6.9, 8.0, 14.0), 32: (8.9, 10.3, 18.5), 64: (12.6, 13.5, 22.2)}
 SYNC_US = 4.6
 
 
-def overhead_us(ep: int, tokens: int) -> dict[str, float]:
-    """Time of ``run`` from figures measured on H100s; see the head of this file.
+def predict_overhead_us(ep: int, tokens: int) -> dict[str, float]:
+    """Predict the time of ``run`` from figures measured on H100s; see the head of this file.
 
     Parameters
     ----------

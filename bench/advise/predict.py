@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from lplb_triton.bench.advise.gemm import Floats, GemmModel
+from lplb_triton.bench.advise.gemm import GemmModel
 from lplb_triton.bench.advise.models import BYTES, MATRICES, Model
-from lplb_triton.bench.advise.overhead import overhead_us
-from lplb_triton.bench.measure.simulate import slot_tokens
+from lplb_triton.bench.advise.overhead import predict_overhead_us
+from lplb_triton.bench.measure.simulate import split_tokens
 from lplb_triton.bench.placement import Case, make_by_history
+from lplb_triton.bench.types import Floats
 from lplb_triton.placement import Placement
 
-__all__ = ["GRID", "advise", "find_break_even", "possible_slots", "recommend"]
+__all__ = ["GRID", "advise", "find_break_even", "select_slots", "recommend"]
 
 # Forward and backward products take three times the forward's.
 TRAINING = 3
@@ -24,7 +25,7 @@ GRID = tuple(2**k for k in range(4, 18))
 BATCHES = 12
 
 
-def possible_slots(model: Model, ep: int, slots: Sequence[int]) -> tuple[int, ...]:
+def select_slots(model: Model, ep: int, slots: Sequence[int]) -> tuple[int, ...]:
     """Return those of ``slots`` that copies can fill: a rank holds an expert once."""
     return tuple(s for s in slots if 1 <= s <= model.experts - model.experts // ep)
 
@@ -97,7 +98,7 @@ def _check_sizes(model: Model, cases: Sequence[Case], ep: int, slots: Sequence[i
         raise ValueError(f"ep must divide the {model.experts} experts, got {ep}")
     if any(case.history.shape[1] != model.experts for case in cases):
         raise ValueError(f"cases must have the model's {model.experts} experts")
-    if not slots or len(possible_slots(model, ep, slots)) < len(slots):
+    if not slots or len(select_slots(model, ep, slots)) < len(slots):
         raise ValueError(f"slots must be in [1, {model.experts - model.experts // ep}] for EP {ep}")
 
 
@@ -160,11 +161,11 @@ def _place_and_split(
 def _predict_row(
     layer: _Layer, parts: Mapping[str, Floats], tokens: int, spare: int
 ) -> dict[str, Any]:
-    """Figures of one placement; ``parts`` by ``in_order``, ``even`` and ``lp``."""
+    """Predict the figures of one placement; ``parts`` by ``in_order``, ``even`` and ``lp``."""
     model = layer.model
     curve = [layer.saving_us(parts, size) for size in GRID]
-    costs = [sum(overhead_us(layer.ep, size).values()) for size in GRID]
-    saving, overhead = layer.saving_us(parts, tokens), overhead_us(layer.ep, tokens)
+    costs = [sum(predict_overhead_us(layer.ep, size).values()) for size in GRID]
+    saving, overhead = layer.saving_us(parts, tokens), predict_overhead_us(layer.ep, tokens)
     return {
         "layer_us": {
             name: layer.work * float(layer.slowest_us(p, tokens).mean())
@@ -187,9 +188,9 @@ def _split_batches(placement: Placement, case: Case, split: str, tolerance: floa
     found = []
     for counts in case.test[chosen].sum(1).double():
         if float(counts.sum()) > 0:
-            # Enough tokens for rounding not to matter; the parts hold for every batch size.
+            # With so many tokens rounding is negligible, and the parts apply to every batch size.
             scaled = (counts * (1e8 / counts.sum())).round().long()
-            found.append(slot_tokens(placement, scaled, split, tolerance).double().numpy() / 1e8)
+            found.append(split_tokens(placement, scaled, split, tolerance).double().numpy() / 1e8)
     if not found:
         raise ValueError("no test batch has tokens")
     return np.stack(found)

@@ -1,4 +1,4 @@
-"""Times of expert products that were measured on one H100, and the model fitted to them."""
+"""Measured times of expert products on one H100, and the model fitted to them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TABLE_EXPERTS = 9
 
 
 def split_rows(total: int, experts: int) -> list[list[int]]:
-    """Rows by expert: evenly, geometrically, all to one."""
+    """Divide rows among experts: evenly, geometrically, all to one."""
     even = [total // experts + (i < total % experts) for i in range(experts)]
     halves = [total >> (i + 1) for i in range(experts)]
     halves[-1] += total - sum(halves)
@@ -34,7 +34,7 @@ def split_rows(total: int, experts: int) -> list[list[int]]:
 
 
 def packaged(hidden: int, inner: int) -> GemmModel:
-    """Model of one H100, fitted to all of `TABLE`.
+    """Return the model of one H100, fitted to all of `TABLE`.
 
     Parameters
     ----------

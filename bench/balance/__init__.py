@@ -1,4 +1,4 @@
-"""Replay recorded expert loads through placements and the solver; no printing, no plotting.
+"""Replay recorded expert loads through placements and the solver; nothing here prints or plots.
 
 For every combination of an EP size, a number of redundant slots and a placement, the experts are
 placed by the first batches of the trace and the following ones are balanced. Five ways are
@@ -15,11 +15,11 @@ compared by their imbalance, the largest rank load over the mean rank load of a 
 
 from __future__ import annotations
 
-from lplb_triton.bench.balance.history import Stretch, stretches
+from lplb_triton.bench.balance.history import Stretch, find_stretches
 from lplb_triton.bench.balance.placements import BY_HISTORY, make_placement
 from lplb_triton.bench.balance.replay import Options, combinations, run
 from lplb_triton.bench.balance.results import VARIANTS, Cell, Example, LayerResult, imbalance
-from lplb_triton.bench.balance.whole_tokens import check_tokens, fold_sources, integer_loads
+from lplb_triton.bench.balance.whole_tokens import check_tokens, compute_token_loads, merge_sources
 
 __all__ = [
     "BY_HISTORY",
@@ -31,10 +31,10 @@ __all__ = [
     "Stretch",
     "check_tokens",
     "combinations",
-    "fold_sources",
+    "merge_sources",
     "imbalance",
-    "integer_loads",
+    "compute_token_loads",
     "make_placement",
     "run",
-    "stretches",
+    "find_stretches",
 ]

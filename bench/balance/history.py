@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Stretch", "stretches"]
+__all__ = ["Stretch", "find_stretches"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Stretch:
     stop: int
 
 
-def stretches(steps: npt.NDArray[np.int64], history: float | int) -> tuple[Stretch, ...]:
+def find_stretches(steps: npt.NDArray[np.int64], history: float | int) -> tuple[Stretch, ...]:
     """Cut a trace where batches are missing, and each part into history and test batches.
 
     A placement is made from the batches just before those it serves. A trace may hold several

@@ -24,7 +24,7 @@ def make_placement(name: str, load: torch.Tensor, ep: int, slots: int) -> Placem
         `lplb_triton.topologies.from_name` knows.
     load
         [n_logical] or [batches, n_logical], tokens of each logical expert. All but ``"place"``
-        look at the sum over the batches only.
+        use the sum over the batches only.
     ep
         Number of ranks; must divide ``n_logical``.
     slots

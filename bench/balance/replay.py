@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from lplb_triton import Placement, Solution, solve
-from lplb_triton.bench.balance.history import Stretch, stretches
+from lplb_triton.bench.balance.history import Stretch, find_stretches
 from lplb_triton.bench.balance.placements import BY_HISTORY, make_placement
 from lplb_triton.bench.balance.results import Cell, LayerResult
-from lplb_triton.bench.balance.whole_tokens import fold_sources, integer_loads
+from lplb_triton.bench.balance.whole_tokens import compute_token_loads, merge_sources
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE
 from lplb_triton.testing.instances import named_topology
 from lplb_triton.traces.trace import Trace
@@ -87,7 +87,7 @@ def run(
     ValueError
         If the history or a layer is out of range, or a placement's name is unknown.
     """
-    parts = stretches(trace.steps, options.history)
+    parts = find_stretches(trace.steps, options.history)
     layers = tuple(range(trace.layers)) if options.layers is None else options.layers
     for layer in layers:
         if not 0 <= layer < trace.layers:
@@ -128,8 +128,8 @@ def _replay_cell(
     progress: Callable[[], None] | None,
 ) -> Cell:
     ep, name, slots = combination
-    # Sizes decide whether a placement exists, loads don't: ask before any work. What is made from
-    # the history exists wherever EPLB's placement does.
+    # Only the sizes decide whether a placement exists, so check that before any work. Placements
+    # made from the history exist wherever EPLB's does.
     family = "eplb" if name in BY_HISTORY else name
     try:
         make_placement(family, torch.from_numpy(np.ones(trace.experts)), ep, slots)
@@ -156,7 +156,7 @@ def _replay_layer(
 ) -> LayerResult:
     ep, name, slots = combination
     history = counts[part.start : part.split].sum(1).double()
-    by_source = fold_sources(counts[part.split : part.stop], ep)
+    by_source = merge_sources(counts[part.split : part.stop], ep)
     totals = by_source.sum(1)
     placement = make_placement(name, history, ep, slots)
     loads = {
@@ -176,7 +176,7 @@ def _replay_layer(
         _time_solve(placement, on_device, options)
     solution, seconds = _time_solve(placement, on_device, options)
     loads["lp"] = placement.rank_loads(on_device, solution).cpu().numpy()
-    loads["integer"] = integer_loads(placement, by_source, solution).numpy()
+    loads["integer"] = compute_token_loads(placement, by_source, solution).numpy()
     bound = solution.lower_bound.cpu().double().reshape(len(totals), -1).amax(1)
     return LayerResult(
         layer=layer,

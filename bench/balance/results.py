@@ -1,4 +1,4 @@
-"""What a comparison measured, and the figures of it that are shown."""
+"""Results of a comparison, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 from lplb_triton import Placement, Status
 from lplb_triton.bench.balance.history import Stretch
+from lplb_triton.bench.types import Floats
 
-__all__ = ["VARIANTS", "Cell", "Example", "FloatArray", "LayerResult", "imbalance"]
+__all__ = ["VARIANTS", "Cell", "Example", "LayerResult", "imbalance"]
 
-FloatArray = npt.NDArray[np.float64]
 VARIANTS = ("none", "reordered", "even", "lp", "integer")
 
 
@@ -42,9 +42,9 @@ class LayerResult:
     layer: int
     stretch: Stretch
     placement: Placement
-    loads: dict[str, FloatArray]
-    bound: FloatArray
-    gap: FloatArray
+    loads: dict[str, Floats]
+    bound: Floats
+    gap: Floats
     iterations: npt.NDArray[np.int64]
     status: npt.NDArray[np.int64]
     seconds: float
@@ -56,7 +56,7 @@ class Example:
 
     layer: int
     batch: int
-    loads: dict[str, FloatArray]
+    loads: dict[str, Floats]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Cell:
     results: tuple[LayerResult, ...] = field(default=(), repr=False)
     reason: str | None = None
 
-    def imbalance(self, variant: str) -> FloatArray:
+    def imbalance(self, variant: str) -> Floats:
         """Imbalance of every test batch of every layer.
 
         Parameters
@@ -92,20 +92,20 @@ class Cell:
         numpy.ndarray
             float64 [layers, test batches], the batches of all stretches in order.
         """
-        by_layer: dict[int, list[FloatArray]] = {}
+        by_layer: dict[int, list[Floats]] = {}
         for result in self.results:
             by_layer.setdefault(result.layer, []).append(imbalance(result.loads[variant]))
         return np.stack([np.concatenate(parts) for parts in by_layer.values()])
 
-    def bound(self) -> FloatArray:
+    def bound(self) -> Floats:
         """Imbalance that no split over these copies can beat, [layers, test batches] float64."""
-        by_layer: dict[int, list[FloatArray]] = {}
+        by_layer: dict[int, list[Floats]] = {}
         for result in self.results:
             mean = result.loads["even"].mean(1)
             by_layer.setdefault(result.layer, []).append(_ratio(result.bound, mean))
         return np.stack([np.concatenate(parts) for parts in by_layer.values()])
 
-    def gap(self) -> FloatArray:
+    def gap(self) -> Floats:
         """Certified relative gaps of all LPs, float64."""
         return np.concatenate([result.gap for result in self.results])
 
@@ -146,8 +146,8 @@ class Cell:
         return self.imbalance("even").shape
 
 
-def imbalance(loads: npt.NDArray[np.floating] | npt.NDArray[np.integer]) -> FloatArray:
-    """Largest over mean rank load.
+def imbalance(loads: npt.NDArray[np.floating] | npt.NDArray[np.integer]) -> Floats:
+    """Compute the largest over the mean rank load.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ def imbalance(loads: npt.NDArray[np.floating] | npt.NDArray[np.integer]) -> Floa
     return _ratio(largest, mean)
 
 
-def _ratio(largest: FloatArray, mean: FloatArray) -> FloatArray:
+def _ratio(largest: Floats, mean: Floats) -> Floats:
     ratio = np.ones_like(mean)
     np.divide(largest, mean, out=ratio, where=mean > 0)
     return ratio

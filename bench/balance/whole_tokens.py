@@ -1,4 +1,4 @@
-"""Rank loads in whole tokens, as source ranks round them."""
+"""Compute rank loads in whole tokens, as source ranks round them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from lplb_triton import Placement, Solution, reference
 from lplb_triton.traces.trace import MOST_TOKENS
 
-__all__ = ["check_tokens", "fold_sources", "integer_loads"]
+__all__ = ["check_tokens", "merge_sources", "compute_token_loads"]
 
 
-def fold_sources(counts: torch.Tensor, ep: int) -> torch.Tensor:
-    """Let consecutive recorded sources share a rank where there are more of them than ranks.
+def merge_sources(counts: torch.Tensor, ep: int) -> torch.Tensor:
+    """Add up consecutive recorded sources where there are more of them than ranks.
 
     Parameters
     ----------
@@ -37,16 +37,16 @@ def check_tokens(name: str, counts: torch.Tensor) -> None:
     Parameters
     ----------
     name
-        Of the argument.
+        Name of the argument.
     counts
         Tokens, any shape.
 
     Raises
     ------
     TypeError
-        If they are no integers.
+        If they are not integers.
     ValueError
-        If one is outside of [0, `MOST_TOKENS`].
+        If a count is outside of [0, `MOST_TOKENS`].
     """
     if not isinstance(counts, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(counts).__name__}")
@@ -59,8 +59,10 @@ def check_tokens(name: str, counts: torch.Tensor) -> None:
             raise ValueError(f"{name} must be in [0, {MOST_TOKENS}] (int32), got {wrong}")
 
 
-def integer_loads(placement: Placement, counts: torch.Tensor, solution: Solution) -> torch.Tensor:
-    """Rank loads in whole tokens when every source rank rounds its own quotas.
+def compute_token_loads(
+    placement: Placement, counts: torch.Tensor, solution: Solution
+) -> torch.Tensor:
+    """Compute rank loads in whole tokens when every source rank rounds its own quotas.
 
     Each source splits its own tokens of an expert by the cumulative shares of the expert's
     copies, with the rounding offset of its rank (docs/method.md, equations 12 and 13), exactly

@@ -22,17 +22,15 @@ from lplb_triton.traces import trace as traces
 __all__ = ["add", "run", "sizes"]
 
 CHECK_TOKENS, CHECK_ERROR = (256, 1024, 4096, 8192), 0.15
-# The smallest of the models that --check measures has eight experts.
+# Ranks of --check: the smallest of its models has eight experts.
 CHECK_EP = 8
 DEFAULT_MODEL = "deepseek-v3"
 TOKENS = 4096
-MOST_EXPERTS = 2**14
-MOST_WIDTH = 2**17
 FIELDS = ("hidden", "inner", "experts", "top_k")
 
 
 class Sizes(NamedTuple):
-    """Sizes of a layer, and where each comes from."""
+    """Sizes of a layer, and the source of each."""
 
     model: advise.Model
     source: dict[str, str]
@@ -81,10 +79,10 @@ def _add_sizes(sub: argparse.ArgumentParser) -> None:
         "following replace some",
     )  # fmt: skip
     for name, most, text in (
-        ("hidden", MOST_WIDTH, "width of the model"),
-        ("inner", MOST_WIDTH, "inner width of an expert"),
-        ("experts", MOST_EXPERTS, "logical experts (a trace has its own)"),
-        ("top-k", MOST_EXPERTS, "experts of a token"),
+        ("hidden", options.MOST_WIDTH, "width of the model"),
+        ("inner", options.MOST_WIDTH, "inner width of an expert"),
+        ("experts", options.MOST_EXPERTS, "logical experts (a trace has its own)"),
+        ("top-k", options.MOST_EXPERTS, "experts of a token"),
     ):
         sub.add_argument(
             f"--{name}", type=partial(options.count, most=most), metavar="N", help=text
@@ -146,7 +144,7 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
     options.check_divides((ep,), model.experts)
     begin = time.perf_counter()
     cases = _make_cases(args, trace, model.experts)
-    possible = advise.possible_slots(model, ep, args.slots)
+    possible = advise.select_slots(model, ep, args.slots)
     if not possible:
         most = model.experts - model.experts // ep
         raise UsageError(f"argument --slots: expected some in [1, {most}] for EP {ep}")
@@ -175,7 +173,7 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
         "left_out": sorted(set(args.slots) - set(possible)),
         **advice,
     }
-    output.finish(args, out, report, tables.advise_grids(report))
+    output.finish(args, out, report, tables.make_advise_grids(report))
     return OK
 
 
@@ -192,7 +190,7 @@ def _make_cases(
 
 
 def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Sizes:
-    """Put the sizes of the layer together, none of them silently.
+    """Choose the sizes of the layer, and say where each comes from.
 
     Parameters
     ----------
@@ -219,7 +217,7 @@ def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Si
         known.update(advise.MODELS[model]._asdict())
         source.update(dict.fromkeys(FIELDS, model))
     options_given = {k: getattr(args, k) for k in FIELDS if getattr(args, k) is not None}
-    for field, value in ({} if trace is None else _recorded(trace)).items():
+    for field, value in ({} if trace is None else _read_sizes(trace)).items():
         label = field.replace("_", "-")
         if options_given.get(field, value) != value:
             raise UsageError(f"argument --{label}: the trace {name} has {field} {value}")
@@ -246,7 +244,7 @@ def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Si
     return Sizes(found, {field: source[field] for field in FIELDS})
 
 
-def _recorded(trace: traces.Trace) -> dict[str, int]:
+def _read_sizes(trace: traces.Trace) -> dict[str, int]:
     """Return the sizes that a trace records."""
     found = {"experts": trace.experts}
     top_k = trace.meta.get("top_k")
@@ -258,7 +256,7 @@ def _recorded(trace: traces.Trace) -> dict[str, int]:
 def _gemm(
     args: argparse.Namespace, model: advise.Model, ep: int, slots: int
 ) -> tuple[advise.GemmModel, list[advise.Point], str]:
-    """Model of a rank's time, what it was fitted to, and where."""
+    """Fit or load the model of a rank's time; return it with its measurements and device."""
     on_gpu = torch.cuda.is_available() if args.gemm is None else args.gemm == "gpu"
     if not on_gpu:
         return advise.packaged(model.hidden, model.inner), [], "cpu"
@@ -288,7 +286,7 @@ def _check(args: argparse.Namespace, out: Output) -> int:
             fits[key] = {"gemm": dataclasses.asdict(gemm), "points": [p._asdict() for p in points]}
             for tokens in CHECK_TOKENS:
                 rows.append(
-                    advise.check_row(key, model, gemm, case, ep, tokens, weights, timer, device)
+                    advise.compare_times(key, model, gemm, case, ep, tokens, weights, timer, device)
                 )
                 advance()
     report = {
@@ -299,7 +297,7 @@ def _check(args: argparse.Namespace, out: Output) -> int:
         "fits": fits,
         "rows": rows,
     }
-    output.finish(args, out, report, tables.advice_check_grids(report))
+    output.finish(args, out, report, tables.make_advice_check_grids(report))
     far = [row for row in rows for k in ("even", "lp") if abs(row[k]["error"]) > CHECK_ERROR]
     if far:
         say(f"{len(far)} of {2 * len(rows)} predictions are more than {CHECK_ERROR:.0%} off")

@@ -178,7 +178,7 @@ def _check(
 ) -> tuple[tuple[balance.Stretch, ...], tuple[int, ...]]:
     """Stretches and layers of the trace, or a message that names the option."""
     try:
-        parts = balance.stretches(trace.steps, chosen.history)
+        parts = balance.find_stretches(trace.steps, chosen.history)
     except ValueError as error:
         raise UsageError(f"argument --history: {error}") from error
     layers = tuple(range(trace.layers)) if chosen.layers is None else chosen.layers

@@ -20,9 +20,9 @@ from lplb_triton.bench.output import FAILED, OK, Output, say
 
 __all__ = ["add", "run"]
 
-# Processes on a CPU, which test the sections: more of them than cores only wait for each other.
+# Limit on processes on a CPU: more of them than cores only wait for each other.
 MOST_ON_CPU = 16
-# Sections that an option says something about.
+# Sections that each option applies to.
 _USED_BY = {
     "epochs": ("verify", "pipeline"),
     "tokens": ("pipeline",),
@@ -82,7 +82,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    """Run the sections, and keep the figures of those that are over."""
+    """Run the sections, and write the figures after each."""
     tables.require("rich")
     for name, users in _USED_BY.items():
         if not set(users) & set(args.sections):
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         say(f"{name}: {describe_outcome(figures)}")
         sections[name] = figures
         report["seconds"] = time.perf_counter() - begin
-        # A run that is cut short keeps the figures of the sections before.
+        # Written after every section, so that an interrupted run keeps the figures so far.
         if args.json not in (None, "-"):
             output.Files().add("figures", args.json, output.json_text(report))
 
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         ranks, args.device, sizes, sections=args.sections, kinds=kinds, seconds=args.seconds,
         after=after,
     )  # fmt: skip
-    output.finish(args, out, report, tables.ep_grids(report))
+    output.finish(args, out, report, tables.make_ep_grids(report))
     return FAILED if any("failed" in row for row in sections.values()) else OK
 
 

@@ -1,4 +1,4 @@
-"""What the commands that time things on a GPU share."""
+"""Options and checks shared by the commands that time on a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 
 
 def start(args: argparse.Namespace) -> tuple[torch.device, Timer]:
-    """Refuse what can be refused before the work starts, and make the timer."""
+    """Check files and GPU before the work starts, and make the timer."""
     tables.require("rich")
     check_files(args)
     check_gpu()
@@ -35,7 +35,7 @@ def check_files(args: argparse.Namespace) -> None:
 
 
 def check_gpu() -> None:
-    """Refuse to time kernels where that says nothing."""
+    """Raise an error if kernels can't be timed here."""
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise UsageError(
             "TRITON_INTERPRET is set: kernels would run in Triton's interpreter, whose times say "

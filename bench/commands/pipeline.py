@@ -16,13 +16,13 @@ from lplb_triton.bench.machine import environment
 from lplb_triton.bench.measure import cases as traffic_cases
 from lplb_triton.bench.measure import loads as traffic_loads
 from lplb_triton.bench.measure import preparation, traffic
-from lplb_triton.bench.measure.first_call import first_call_row
+from lplb_triton.bench.measure.first_call import time_first_calls
 from lplb_triton.bench.measure.pipeline import (
     PIPELINE_SHAPES,
     PIPELINE_TOKENS,
-    copy_bandwidth,
-    pipeline_placement,
-    pipeline_row,
+    make_pipeline_placement,
+    measure_copy_bandwidth,
+    time_run,
 )
 from lplb_triton.bench.measure.timer import Timer
 from lplb_triton.bench.measure.workload import SEED
@@ -56,7 +56,7 @@ def add(commands: Any) -> None:
         ),
     )
     sub.add_argument(
-        "--shapes", type=partial(options.shapes, make=pipeline_placement),
+        "--shapes", type=partial(options.shapes, make=make_pipeline_placement),
         default=PIPELINE_SHAPES, metavar="NAME[,NAME...]",
         help=f"default {','.join(PIPELINE_SHAPES)}",
     )  # fmt: skip
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     device, timer = gpu.start(args)
     begin = time.perf_counter()
     rows, first_calls = [], []
-    bandwidth = copy_bandwidth(timer, device)
+    bandwidth = measure_copy_bandwidth(timer, device)
     names = [(shape, len(args.tokens) + args.first_call) for shape in args.shapes]
     cases = traffic_cases.RUN_CASES if args.traffic else ()
     measured = None
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         for shape in args.shapes:
             for tokens in args.tokens:
                 rows.append(
-                    pipeline_row(
+                    time_run(
                         shape,
                         tokens,
                         timer,
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
                 )
                 advance()
             if args.first_call:
-                first_calls.append(first_call_row(shape))
+                first_calls.append(time_first_calls(shape))
                 advance()
     report = {
         "command": "pipeline",
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         "rows": rows,
         "first_calls": first_calls,
     }
-    output.finish(args, out, report, tables.pipeline_grids(report))
+    output.finish(args, out, report, tables.make_pipeline_grids(report))
     wrong = [row for row in rows if row["allocations_per_call"] not in (None, 1)]
     for row in wrong:
         say(
@@ -138,17 +138,17 @@ def _time_runs(
 ) -> dict[str, Any]:
     """Check the packaged trace's batches, and time the whole run and the solve on each."""
     trace, source = options.load_trace(None)
-    loads = traffic_loads.recorded(trace, source, traffic_cases.RUN_BATCHES)
+    loads = traffic_loads.split_trace(trace, source, traffic_cases.RUN_BATCHES)
     rows, solved = [], []
     for case in cases:
         for each in loads:
-            checked = traffic.check(preparation.prepare(case, each), device, args.tolerance)
-            rows.append(traffic.run_row(checked, timer, SEED))
-            solved.append(traffic.row(checked, timer))
+            checked = traffic.check_plans(preparation.prepare(case, each), device, args.tolerance)
+            rows.append(traffic.time_runs(checked, timer, SEED))
+            solved.append(traffic.time_solves(checked, timer))
         advance()
     return {
         "tokens": trace.totals()[0, 0].sum().item() // traffic_loads.TOP_K,
-        "pooled": traffic.pooled(rows),
-        "solve": traffic.pooled(solved),
+        "pooled": traffic.pool_rows(rows),
+        "solve": traffic.pool_rows(solved),
         "rows": rows,
     }

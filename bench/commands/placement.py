@@ -18,8 +18,6 @@ from lplb_triton.bench.progress import progress
 
 __all__ = ["add", "run"]
 
-MOST_EXPERTS = 2**14
-
 
 def add(commands: Any) -> None:
     """Add the parser."""
@@ -45,7 +43,7 @@ def add(commands: Any) -> None:
         "--trace", type=Path, metavar="PATH", help=".npz or .json (default: the packaged trace)"
     )
     source.add_argument(
-        "--synthetic", type=partial(options.count, most=MOST_EXPERTS), metavar="EXPERTS",
+        "--synthetic", type=partial(options.count, most=options.MOST_EXPERTS), metavar="EXPERTS",
         help="lognormal(0, 1) loads with lognormal(0, 0.3) jitter instead of a trace",
     )  # fmt: skip
     sub.add_argument(
@@ -89,8 +87,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     files = [("--json", args.json), ("--markdown", args.markdown), ("--png", args.png)]
     output.check_files(files, [("--trace", args.trace), ("--published", args.published)])
     device = torch.device(options.choose_device(args.device, None)[0])
-    cases, source = _cases(args)
-    possible, left_out = _combinations(args, cases[0].history.shape[1])
+    cases, source = _make_cases(args)
+    possible, left_out = _find_combinations(args, cases[0].history.shape[1])
     begin = time.perf_counter()
     names = [(f"EP {ep}, {slots} slots", len(cases)) for ep, slots in possible]
     with progress(names, args.progress) as advance:
@@ -98,11 +96,11 @@ def run(args: argparse.Namespace, out: Output) -> int:
     moves = []
     if args.moves is not None:
         common = (args.slots[0], args.moves, device, args.trials)
-        moves = [placement.moves_row(ep, *common) for ep in args.ep]
+        moves = [placement.measure_moves(ep, *common) for ep in args.ep]
     published = None
     if args.published is not None:
         try:
-            published = placement.published_row(args.published)
+            published = placement.time_published(args.published)
         except placement.PublishedError as error:
             raise UsageError(f"argument --published: {error}") from error
     report = {
@@ -120,14 +118,14 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if args.png is not None:
         picture = output.Files()
         picture.add("picture", args.png, plots.placement_png(rows, title=source))
-    output.finish(args, out, report, tables.placement_grids(report))
+    output.finish(args, out, report, tables.make_placement_grids(report))
     if picture is not None:
         picture.close(out.console(args.json, args.markdown))
     return OK if published is None or published["same"] else FAILED
 
 
-def _cases(args: argparse.Namespace) -> tuple[tuple[placement.Case, ...], str]:
-    """Return the loads, and what they are."""
+def _make_cases(args: argparse.Namespace) -> tuple[tuple[placement.Case, ...], str]:
+    """Make the cases; return them with a description."""
     if args.synthetic is not None:
         return placement.synthetic_cases(args.synthetic, args.seeds), (
             f"{args.synthetic} experts, synthetic"
@@ -139,7 +137,7 @@ def _cases(args: argparse.Namespace) -> tuple[tuple[placement.Case, ...], str]:
         raise UsageError(f"arguments --trace, --history, --layers: {error}") from error
 
 
-def _combinations(
+def _find_combinations(
     args: argparse.Namespace, experts: int
 ) -> tuple[list[tuple[int, int]], list[dict[str, Any]]]:
     """Find the combinations that can be laid out, and why the others can't."""
@@ -147,7 +145,7 @@ def _combinations(
     left_out: list[dict[str, Any]] = []
     for ep in args.ep:
         for slots in args.slots:
-            reason = placement.impossible(experts, ep, slots)
+            reason = placement.explain_impossible(experts, ep, slots)
             if reason is None:
                 possible.append((ep, slots))
             else:

@@ -14,7 +14,7 @@ from lplb_triton.bench.output import OK, Output
 
 __all__ = ["add", "run"]
 
-# What says how a trace is balanced; there is nothing left to say to a report of balance.
+# Options for balancing a trace; they do not apply to a finished report of ``balance``.
 _FOR_TRACES = (
     *("ep", "placement", "slots", "history", "layers", "progress"),
     *("backend", "device", "tolerance", "json"),

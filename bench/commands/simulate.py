@@ -23,10 +23,6 @@ __all__ = [
 ]
 
 
-# Of the experts of a run: wider ones fill no GPU's memory twice.
-MOST_WIDTH = 2**17
-
-
 def add(commands: Any) -> None:
     """Add the parser."""
     sub = options.add_command(
@@ -53,7 +49,7 @@ def add(commands: Any) -> None:
         ("inner", 768, "inner width of an expert"),
     ):
         sub.add_argument(
-            f"--{name}", type=partial(options.count, most=MOST_WIDTH), default=default,
+            f"--{name}", type=partial(options.count, most=options.MOST_WIDTH), default=default,
             metavar="N", help=f"{text} (default %(default)s)",
         )  # fmt: skip
     sub.add_argument(
@@ -74,13 +70,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
     device, timer = gpu.start(args)
     begin = time.perf_counter()
     sizes = {name: getattr(args, name) for name in ("tokens", "hidden", "inner")}
-    steps = len(simulate.chosen_batches(trace, args.batches))
+    steps = len(simulate.choose_batches(trace, args.batches))
     pairs = [(ep, slots) for ep in args.ep for slots in args.slots]
     names = [(f"EP {ep}, {slots} slots", steps) for ep, slots in pairs]
     with progress(names, args.progress) as advance:
         try:
             rows = [
-                simulate.simulate_row(
+                simulate.simulate_ep_size(
                     trace, ep, timer, device, slots=slots, **sizes,
                     per_stretch=args.batches, tolerance=args.tolerance, progress=advance,
                 )
@@ -100,5 +96,5 @@ def run(args: argparse.Namespace, out: Output) -> int:
         "seconds": time.perf_counter() - begin,
         "rows": rows,
     }
-    output.finish(args, out, report, tables.simulate_grids(report))
+    output.finish(args, out, report, tables.make_simulate_grids(report))
     return OK

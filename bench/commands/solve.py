@@ -17,13 +17,14 @@ from lplb_triton.bench.machine import environment
 from lplb_triton.bench.measure import cases as traffic_cases
 from lplb_triton.bench.measure import loads as traffic_loads
 from lplb_triton.bench.measure import preparation, traffic
-from lplb_triton.bench.measure.compare import peer_row
-from lplb_triton.bench.measure.solve import groups_row, solve_row
-from lplb_triton.bench.measure.timer import Row, Timer
+from lplb_triton.bench.measure.compare import time_peers
+from lplb_triton.bench.measure.solve import time_groups, time_solve
+from lplb_triton.bench.measure.timer import Timer
 from lplb_triton.bench.measure.workload import PUBLISHED_FAMILIES, SEED, SOLVE_SHAPES, draw_workload
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import FAILED, OK, Output, say
 from lplb_triton.bench.progress import progress
+from lplb_triton.bench.types import Row
 
 __all__ = [
     "MOST_INSTANCES",
@@ -31,16 +32,13 @@ __all__ = [
 ]
 
 
-# Of each load family, and of each stretch of the trace.
+# Limit on instances of a load family, and on batches of a stretch of the trace.
 MOST_INSTANCES = 10**5
 
-# Of the experts of a case of real traffic.
-MOST_EXPERTS = 2**14
-
-# Of the processes that prepare cases.
+# Limit on the processes that prepare cases.
 MOST_PROCESSES = 1024
 
-# What `solve` takes where nothing is said, by what it is for.
+# Defaults of the options of `solve`, by what they apply to.
 FAMILY_DEFAULTS = {"shapes": SOLVE_SHAPES, "per_family": 34, "peers": True}
 
 CASE_DEFAULTS = {"ep": options.EP, "placement": ("eplb",), "slots": options.SLOTS}
@@ -118,7 +116,7 @@ def _add_traffic(sub: argparse.ArgumentParser) -> None:
         help="time seeded draws too, not only traces (default)",
     )  # fmt: skip
     group.add_argument(
-        "--experts", type=options.integers(1, MOST_EXPERTS), metavar="N[,N...]",
+        "--experts", type=options.integers(1, options.MOST_EXPERTS), metavar="N[,N...]",
         help="numbers of experts (default: those of every --trace, and 256, or 288 for 72, 96 and "
         "144 ranks); a trace is timed where the number is its own",
     )  # fmt: skip
@@ -176,7 +174,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         "groups": groups,
         "peers": peers if args.peers and args.families else None,
     }
-    output.finish(args, out, report, tables.solve_grids(report))
+    output.finish(args, out, report, tables.make_solve_grids(report))
     bad = 0 if measured is None else sum(row["uncertified"] for row in measured["rows"])
     if bad:
         say(f"{bad} batches were not certified within {args.tolerance:g}")
@@ -193,11 +191,11 @@ def _time_families(
         for shape in args.shapes:
             workload = draw_workload(shape, args.per_family, args.seed)
             common = {"tolerance": args.tolerance, "progress": advance}
-            rows.append(solve_row(workload, timer, device, **common))
+            rows.append(time_solve(workload, timer, device, **common))
             if args.peers:
-                peers.append(peer_row(workload, timer, device, **common))
+                peers.append(time_peers(workload, timer, device, **common))
         if "cube" in args.shapes:
-            groups = groups_row(
+            groups = time_groups(
                 timer,
                 device,
                 tolerance=args.tolerance,
@@ -209,7 +207,7 @@ def _time_families(
 
 
 class _Traffic(NamedTuple):
-    """What of real traffic to time."""
+    """Load sets of real traffic to time, and cases that are left out."""
 
     jobs: list[tuple[traffic_cases.Case, traffic_loads.Loads]]
     left_out: list[tuple[traffic_cases.Case, str]]
@@ -224,17 +222,17 @@ def _plan_traffic(args: argparse.Namespace) -> _Traffic:
         if source in known:
             raise UsageError(f"argument --trace: two files are named {source}")
         try:
-            known[source] = traffic_loads.recorded(trace, source, args.batches)
+            known[source] = traffic_loads.split_trace(trace, source, args.batches)
         except ValueError as error:
             raise UsageError(f"argument --trace: {error}") from error
     found = [each for loads in known.values() for each in loads]
-    # Of traces that were asked for; the packaged one comes where its number of experts does.
+    # Experts of the given traces; the packaged one is used by the cases that have as many experts.
     own = list(dict.fromkeys(loads[0].experts for loads in list(known.values())[1:]))
-    cases, left_out = _cases(args, own)
+    cases, left_out = _choose_cases(args, own)
     if args.drawn is not False:
         n_batches = args.batches or traffic_loads.BATCHES
         for experts in dict.fromkeys(case.experts for case in cases):
-            found += traffic_loads.drawn(experts, n_batches, args.seed)
+            found += traffic_loads.draw_load_sets(experts, n_batches, args.seed)
     jobs = [(case, each) for case in cases for each in found if each.experts == case.experts]
     for source, loads in list(known.items())[1:]:
         if not any(each in loads for _, each in jobs):
@@ -247,10 +245,10 @@ def _plan_traffic(args: argparse.Namespace) -> _Traffic:
     return _Traffic(jobs, left_out)
 
 
-def _cases(
+def _choose_cases(
     args: argparse.Namespace, own: list[int]
 ) -> tuple[list[traffic_cases.Case], list[tuple[traffic_cases.Case, str]]]:
-    """Cases to time, and those that were asked for but can't be placed."""
+    """Choose the cases to time; return also those that were asked for but can't be placed."""
     if not options.given(args, (*CASE_DEFAULTS, "experts")):
         shapes = dict.fromkeys(
             (case.ep, case.placement, case.slots) for case in traffic_cases.CASES
@@ -258,16 +256,19 @@ def _cases(
         more = [traffic_cases.Case(n, *shape) for n in own for shape in shapes]
         return list(
             dict.fromkeys(
-                [*traffic_cases.CASES, *(case for case in more if case.refusal() is None)]
+                [
+                    *traffic_cases.CASES,
+                    *(case for case in more if case.explain_impossible() is None),
+                ]
             )
         ), []
     options.fill(args, CASE_DEFAULTS)
     if "none" in args.placement:
         raise UsageError("argument --placement: none has no copies, so there is nothing to solve")
     sizes = (args.ep, args.placement, args.slots)
-    cases, left_out = traffic_cases.product(args.experts, *sizes)
+    cases, left_out = traffic_cases.combine_sizes(args.experts, *sizes)
     if args.experts is None:
-        also, _ = traffic_cases.product(own, *sizes)
+        also, _ = traffic_cases.combine_sizes(own, *sizes)
         cases = list(dict.fromkeys([*cases, *also]))
     if not cases:
         reasons = "; ".join(dict.fromkeys(reason for _, reason in left_out))
@@ -278,21 +279,24 @@ def _cases(
 def _time_traffic(
     args: argparse.Namespace, plan: _Traffic, device: torch.device, timer: Timer
 ) -> dict[str, Any]:
-    """Check everything, then time it, so that nothing else wants the cores meanwhile."""
+    """Check everything before timing anything, so that nothing else uses the cores then."""
     steps = Counter(str(case) for case, _ in plan.jobs)
     names = [(f"{what} {name}", n) for what in ("check", "time") for name, n in steps.items()]
-    trials, processes = args.trials or traffic_cases.TRIALS, args.processes or preparation.cores()
+    trials, processes = (
+        args.trials or traffic_cases.TRIALS,
+        args.processes or preparation.count_cores(),
+    )
     seconds = dict.fromkeys(("wait", "check", "time"), 0.0)
     checked: list[traffic.Checked] = []
     rows = []
     with progress(names, args.progress) as advance:
-        with preparation.preparations(plan.jobs, trials, processes) as prepared:
+        with preparation.prepare_all(plan.jobs, trials, processes) as prepared:
             for _ in plan.jobs:
                 begin = time.perf_counter()
                 one = next(prepared)
                 middle = time.perf_counter()
                 try:
-                    checked.append(traffic.check(one, device, args.tolerance))
+                    checked.append(traffic.check_plans(one, device, args.tolerance))
                 except ValueError as error:
                     raise UsageError(f"{one.case}: {error}") from error
                 seconds["wait"] += middle - begin
@@ -300,7 +304,7 @@ def _time_traffic(
                 advance()
         begin = time.perf_counter()
         for each in checked:
-            rows.append(traffic.row(each, timer))
+            rows.append(traffic.time_solves(each, timer))
             advance()
         seconds["time"] = time.perf_counter() - begin
     return {
@@ -308,6 +312,6 @@ def _time_traffic(
         "trials": trials,
         "seconds": seconds,
         "left_out": [{"case": str(case), "reason": reason} for case, reason in plan.left_out],
-        "pooled": traffic.pooled(rows),
+        "pooled": traffic.pool_rows(rows),
         "rows": rows,
     }

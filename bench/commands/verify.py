@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         path = args.out / "verify.json"
     output.check_files([("--out" if args.json is None else "--json", path)])
     begin = time.perf_counter()
-    parts = corpus.parts(
+    parts = corpus.make_parts(
         args.instances, args.seed, args.batches if args.traffic else 0, args.most_ranks
     )
     with progress([step for part in parts for step in part.steps], args.progress) as advance:

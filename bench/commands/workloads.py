@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     judged = [row for row in rows if "reason" not in row]
     if not judged:
         raise UsageError("; ".join(dict.fromkeys(row["reason"] for row in rows)))
-    output.finish(args, out, report, tables.workloads_grids(report))
+    output.finish(args, out, report, tables.make_workloads_grids(report))
     bad = [row for row in judged if not row["passed"]]
     for row in bad:
         say(

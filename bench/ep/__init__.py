@@ -1,9 +1,9 @@
-"""Verify and time load sync, the whole run and training on the GPUs of one host, in one go.
+"""Verify and time load sync, the whole run and training on the GPUs of one host.
 
-``lplb-bench ep`` runs what is here. Every section runs in processes of its own, one per GPU, and
+``lplb-bench ep`` runs these sections. Every section runs in processes of its own, one per GPU, and
 within a time limit: a section that fails or hangs is reported as such, and the others still run. No
-answer is timed before it has passed its check. On the CPU the same runs over gloo with small
-sizes, which tests the sections, not the speed.
+answer is timed before it has passed its check. On the CPU the sections run over gloo with small
+sizes, which tests their code, not the speed.
 
 ============  ==================================================================================
 ``verify``    sums of many epochs with random delays, eagerly and under graph replay

@@ -1,4 +1,4 @@
-"""Section ``time``: an exchange of 256 counts beside a plain all-reduce."""
+"""Section ``time``: time an exchange of 256 counts and a plain all-reduce."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from lplb_triton.bench.ep.sizes import N_COUNTS, PER_GRAPH, Row
+from lplb_triton.bench.ep.sizes import N_COUNTS, PER_GRAPH
 from lplb_triton.bench.ep.worker import Worker
 from lplb_triton.bench.measure.timer import WrongAnswerError
+from lplb_triton.bench.types import Row
 
 __all__ = ["time_exchange"]
 
 
 def time_exchange(worker: Worker, kind: str) -> Row:
-    """Time an exchange of 256 counts, with and without everybody's, beside a plain all-reduce."""
+    """Time an exchange of 256 counts, with and without a gather, and a plain all-reduce."""
     counts = torch.arange(N_COUNTS, dtype=torch.int32, device=worker.device)
     version = torch.zeros(1, dtype=torch.int32, device=worker.device)
     total = torch.empty_like(counts)

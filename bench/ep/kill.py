@@ -1,4 +1,4 @@
-"""Section ``kill``: a rank dies between two batches, and the others notice."""
+"""Section ``kill``: check that the other ranks notice when one dies between two batches."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton import sync
-from lplb_triton.bench.ep.sizes import N_COUNTS, Row
+from lplb_triton.bench.ep.sizes import N_COUNTS
 from lplb_triton.bench.ep.worker import Worker
 from lplb_triton.bench.measure.timer import WrongAnswerError
+from lplb_triton.bench.types import Row
 
 __all__ = ["kill_one"]
 
-# Limit on waits of the exchange where one rank is killed, in seconds.
+# Time limit of the exchange in this section, in seconds.
 KILL_TIMEOUT = 3.0
 
 

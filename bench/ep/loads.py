@@ -1,4 +1,4 @@
-"""Compare the physical ids of all ranks with the LP."""
+"""Check the physical ids of all ranks against the LP."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from collections.abc import Sequence
 import torch
 
 from lplb_triton import Balancer, Placement, solve
-from lplb_triton.bench.ep.sizes import N_COUNTS, Row
+from lplb_triton.bench.ep.sizes import N_COUNTS
 from lplb_triton.bench.ep.worker import Worker
-from lplb_triton.bench.measure.timer import WrongAnswerError, statistics
+from lplb_triton.bench.measure.timer import WrongAnswerError, compute_statistics
+from lplb_triton.bench.types import Row
 from lplb_triton.solution import SHARE_BITS
 
 __all__ = ["check_loads"]
 
 
 def check_loads(worker: Worker, balancer: Balancer, batches: Sequence[torch.Tensor]) -> Row:
-    """Compare the physical ids of all ranks with the LP, before anything is timed.
+    """Check the physical ids of all ranks against the LP, before anything is timed.
 
-    Every id must map back, every copy's quota must be met, and the most loaded rank must lie
-    between the LP's lower bound and its certified load plus what rounding may add.
+    Every physical id must be a copy of its logical id, every copy must get its quota, and the
+    largest rank load must lie between the LP's lower bound and its certified load plus what
+    rounding may add.
     """
     placement, exact = balancer.placement, balancer.quotas == "global"
     rank_of_slot = placement.rank_of_slot.long()
-    # A copy is off its share by less than a token: over all ranks, or on each of them.
+    # The load of a copy differs from its share by less than a token: over all ranks with global
+    # quotas, on each rank with local ones.
     replicated = placement.logcnt[placement.phy2log.long()] > 1
     slack = int(replicated.view(worker.ranks, -1).sum(1).max()) * (1 if exact else worker.ranks)
     imbalance, over_bound, kept, everything = [], [], 0, 0
@@ -61,7 +64,7 @@ def check_loads(worker: Worker, balancer: Balancer, batches: Sequence[torch.Tens
             raise WrongAnswerError(f"traffic says {sent}, {kept} of {everything} were kept")
     return {
         "batches": len(batches),
-        "imbalance": statistics(imbalance),
+        "imbalance": compute_statistics(imbalance),
         "over_bound": max(over_bound),
         "kept_on_rank": kept / everything,
     }
@@ -75,10 +78,10 @@ def _count_rows(ids: torch.Tensor, n: int) -> torch.Tensor:
 def _check_quotas(
     placement: Placement, counts: torch.Tensor, loads: torch.Tensor, cumulative: torch.Tensor
 ) -> None:
-    """Refuse a copy whose load is a token or more off its share of its expert's count.
+    """Refuse a copy whose load differs by a token or more from its share of its expert's count.
 
-    ``counts`` ``[rows, n_logical]`` and ``loads`` ``[rows, n_physical]``, each row by itself;
-    ``cumulative`` ``[n_physical]`` as of `Balancer.cumulative_shares`.
+    Rows of ``counts`` ``[rows, n_logical]`` and ``loads`` ``[rows, n_physical]`` are checked
+    separately; ``cumulative`` ``[n_physical]`` comes from `Balancer.cumulative_shares`.
     """
     structure = placement.structure
     start = torch.tensor(structure.copy_start).long()

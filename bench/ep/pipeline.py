@@ -1,4 +1,4 @@
-"""Section ``pipeline``: whole runs with load sync, timed after their loads were checked."""
+"""Section ``pipeline``: time whole runs with load sync after checking their loads."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 
 from lplb_triton import Balancer, Placement, topologies
 from lplb_triton.bench.ep.loads import check_loads
-from lplb_triton.bench.ep.sizes import N_COUNTS, Row
+from lplb_triton.bench.ep.sizes import N_COUNTS
 from lplb_triton.bench.ep.worker import Worker
+from lplb_triton.bench.measure.loads import TOP_K
 from lplb_triton.bench.measure.timer import WrongAnswerError
+from lplb_triton.bench.types import Row
 
 __all__ = ["make_placements", "time_pipeline"]
 
-TOP_K = 8
-# Batches of the whole run, and how often a CUDA graph holds each: ranks never start a replay at
-# the same time, and the more calls share the difference the less it counts.
+# Batches of the whole run, and how often a CUDA graph holds each: ranks start a replay at slightly
+# different times, which matters less the more calls a replay has.
 N_BATCHES, ROUNDS = 8, 5
 
 
 def make_placements(ranks: int) -> dict[str, Placement]:
-    """Make the fixed topology of that many ranks, and EPLB with one and two slots per rank."""
+    """Make placements: a fixed topology for the ranks, and EPLB with one and two slots per rank."""
     load = torch.from_numpy(np.random.default_rng(0).lognormal(0, 1, N_COUNTS))
     fixed = {4: "torus:2x2", 8: "cube"}.get(ranks, f"ring:{ranks}")
     r2o = topologies.from_name(fixed)
@@ -37,7 +38,7 @@ def make_placements(ranks: int) -> dict[str, Placement]:
 
 
 def _draw_batches(worker: Worker) -> list[torch.Tensor]:
-    """Batches of this rank's logical ids, ``[tokens, 8]``, near the placements' history."""
+    """Draw batches of this rank's logical ids, ``[tokens, 8]``, with loads near the history."""
     popularity = np.random.default_rng(0).lognormal(0, 1, N_COUNTS)
     popularity = popularity * np.random.default_rng(1).lognormal(0, 0.3, N_COUNTS)
     scores = np.log(popularity) + worker.rng.gumbel(
@@ -48,7 +49,7 @@ def _draw_batches(worker: Worker) -> list[torch.Tensor]:
 
 
 def time_pipeline(worker: Worker, kind: str) -> Row:
-    """Time whole runs with sync, after the loads that result have been checked."""
+    """Time whole runs with sync, after checking the loads that result."""
     batches, rounds = _draw_batches(worker), ROUNDS if worker.on_gpu else 1
     communicator = worker.connect(kind)
     row: Row = {"sync": repr(communicator), "placements": {}}
@@ -75,7 +76,7 @@ def time_pipeline(worker: Worker, kind: str) -> Row:
 
 
 def _check_repeats(worker: Worker, balancer: Balancer, batches: Sequence[torch.Tensor]) -> int:
-    """Check that delayed ranks never change the ids; return how many runs were compared."""
+    """Check that delays of ranks never change the ids; return how many runs were compared."""
     first = [balancer.run(idx) for idx in batches]
     wrong = torch.zeros((), dtype=torch.int64, device=worker.device)
     outs: list[torch.Tensor] = []

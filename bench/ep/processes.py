@@ -1,4 +1,4 @@
-"""Run one section in processes of its own, within a time limit."""
+"""Run a section in one process per rank, within a time limit."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from pathlib import Path
 import torch.multiprocessing as mp
 
 from lplb_triton.bench.ep.sections import SECTIONS
-from lplb_triton.bench.ep.sizes import Job, Row
+from lplb_triton.bench.ep.sizes import Job
 from lplb_triton.bench.ep.worker import Worker
+from lplb_triton.bench.types import Row
 
 __all__ = ["blocked_interrupts", "run_section"]
 
-# Nothing here needs NVLink multicast, which not every host allows.
+# No section needs NVLink multicast, which some hosts do not allow.
 NO_MULTICAST = {
     "NCCL_NVLS_ENABLE": "0",
     "NVSHMEM_DISABLE_NVLS": "1",
@@ -30,8 +31,8 @@ NO_MULTICAST = {
 
 
 def _run_rank(rank: int, job: Job) -> None:
-    """Run one rank of a section in this process, and leave its result in a file."""
-    # The libraries read these when they are initialised, which happens below.
+    """Run one rank of a section in this process, and write its result to a file."""
+    # Set before the libraries are initialised below, as they read the variables then.
     os.environ.update(NO_MULTICAST)
     try:
         result = SECTIONS[job.section].work(Worker(job, rank), job.variant)
@@ -43,18 +44,18 @@ def _run_rank(rank: int, job: Job) -> None:
     # The rename is atomic: this process may be killed at any time.
     path.rename(path.with_suffix(".json"))
     sys.stderr.flush()
-    # The interpreter's teardown would wait for the other ranks, of which one may be dead.
+    # A normal exit would wait for the other ranks, of which one may be dead.
     os._exit("failed" in result)
 
 
 @contextmanager
 def blocked_interrupts() -> Iterator[None]:
-    """Let a process that is started here never see Ctrl-C: the one that starts it ends it.
+    """Start processes in this context that never receive Ctrl-C, as their parent ends them.
 
-    A process inherits the blocked signals of the thread that starts it. One that comes meanwhile
-    is delivered at the end.
+    A process inherits the blocked signals of the thread that starts it. A Ctrl-C that arrives in
+    the meantime is delivered at the end of the context.
     """
-    # It unblocks signals if it has to start a process of its own, which `Process.start` asks for.
+    # `Process.start` starts the resource tracker if there is none, which would unblock signals.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -64,7 +65,7 @@ def blocked_interrupts() -> Iterator[None]:
 
 
 def run_section(job: Job, seconds: float) -> Row:
-    """Run one section in processes of its own, for at most ``seconds``."""
+    """Run one section in one process per rank, for at most ``seconds``."""
     context = mp.get_context("spawn")
     victim = job.ranks - 1 if job.section == "kill" else None
     workers = [context.Process(target=_run_rank, args=(rank, job)) for rank in range(job.ranks)]
@@ -83,7 +84,7 @@ def run_section(job: Job, seconds: float) -> Row:
                 code not in (None, 0) and rank != victim for rank, code in enumerate(codes)
             )
         if failed and not done:
-            # Others may be about to say why they fail too.
+            # Give the other ranks time to report their errors too.
             time.sleep(2.0)
     finally:
         for worker in workers:
@@ -92,7 +93,7 @@ def run_section(job: Job, seconds: float) -> Row:
                 worker.join(10)
     paths = [Path(job.folder, f"{rank}.json") for rank in range(job.ranks)]
     left = [
-        # JSON knows no infinity: what diverged has no figure.
+        # JSON has no infinity, so a value that diverged becomes None.
         json.loads(path.read_text(), parse_constant=lambda name: None) if path.exists() else {}
         for path in paths
     ]

@@ -1,4 +1,4 @@
-"""Run the sections one after the other, within a limit on the whole."""
+"""Run the sections one after the other, within a limit on their total time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from lplb_triton.bench.ep.processes import run_section
 from lplb_triton.bench.ep.sections import SECTIONS, reason_to_skip
-from lplb_triton.bench.ep.sizes import KINDS, Job, Row, Sizes
+from lplb_triton.bench.ep.sizes import KINDS, Job, Sizes
+from lplb_triton.bench.types import Row
 
 __all__ = ["describe_outcome", "run_sections"]
 
@@ -23,24 +24,24 @@ def run_sections(
     seconds: float = 570.0,
     after: Callable[[str, Row], object] = lambda name, result: None,
 ) -> dict[str, Row]:
-    """Run sections, one after the other.
+    """Run sections one after the other.
 
     Parameters
     ----------
     ranks : int
         Processes, each with a GPU of its own on ``cuda``; divides 256.
     device : {"cuda", "cpu"}
-        Where.
+        Device of the processes.
     sizes : Sizes
-        How much.
+        How much the sections do.
     sections : sequence of str
-        Of `SECTIONS`.
+        Names in `SECTIONS`.
     kinds : sequence of str
-        Back ends, of `KINDS`; hierarchical runs as two domains.
+        Back ends in `KINDS`; hierarchical runs as two domains.
     seconds : float
-        Bound on the whole; each section has its own too.
+        Limit on the total time; each section has a limit of its own too.
     after : callable
-        Called with the name and the figures of every section when it is over.
+        Called with the name and the figures of each section when it ends.
 
     Returns
     -------
@@ -70,7 +71,7 @@ def run_sections(
 
 
 def describe_outcome(result: Row) -> str:
-    """How a section ended, in a few words."""
+    """Describe in a few words how a section ended."""
     for word in ("failed", "skipped"):
         if word in result:
             return f"{word}: {result[word]}"

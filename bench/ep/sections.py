@@ -1,4 +1,4 @@
-"""The sections by name, and where each of them can run."""
+"""Name the sections, and say where each of them can run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from lplb_triton.bench.ep import train
 from lplb_triton.bench.ep.exchange import time_exchange
 from lplb_triton.bench.ep.kill import kill_one
 from lplb_triton.bench.ep.pipeline import time_pipeline
-from lplb_triton.bench.ep.sizes import KINDS, Row
+from lplb_triton.bench.ep.sizes import KINDS
 from lplb_triton.bench.ep.verify import verify_sync
 from lplb_triton.bench.ep.worker import Worker
+from lplb_triton.bench.types import Row
 
 __all__ = ["SECTIONS", "Section", "reason_to_skip"]
 
 
 @dataclass(frozen=True)
 class Section:
-    """A section.
+    """One section of ``lplb-bench ep``.
 
     Attributes
     ----------
     work
-        Runs on every rank, for one variant, and returns the figures.
+        Function that runs on every rank, for one variant, and returns the figures.
     variants
         Back ends or routings.
     seconds

@@ -1,19 +1,20 @@
-"""How much the sections do, and the description that each process of a section gets."""
+"""Sizes of the sections, and the job that each process of a section gets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-__all__ = ["KINDS", "N_COUNTS", "PER_GRAPH", "SIZES", "TIMEOUT", "Job", "Row", "Sizes"]
+from lplb_triton.bench.types import Row
 
+__all__ = ["KINDS", "N_COUNTS", "PER_GRAPH", "SIZES", "TIMEOUT", "Job", "Sizes"]
+
+# Logical experts of every section but the training.
 N_COUNTS = 256
 # Exchanges in one CUDA graph.
 PER_GRAPH = 100
-# Limit on waits of the exchange, and of NCCL, in seconds.
+# Time limit of the exchange and of NCCL, in seconds.
 TIMEOUT = 60.0
 KINDS = ("symmetric", "nvshmem", "distributed", "hierarchical")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,8 @@ class Sizes:
         Difference of two loss curves (root of the mean square over the steps) that is always
         allowed.
     noise : float
-        The difference that another order of sums makes is allowed so many times over: by a
-        rounding error a token near the border of two experts is routed to the other one, and the
-        curves diverge.
+        Factor on the difference that another order of sums makes, which is allowed too: a
+        rounding error can route a token to another expert, after which the curves diverge.
     """
 
     epochs: int
@@ -82,7 +82,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Job:
-    """What each process of a section gets: section, back end or routing, and how much to do."""
+    """Job of each process of a section: its name, back end or routing, and how much to do."""
 
     section: str
     variant: str

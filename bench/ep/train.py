@@ -1,4 +1,4 @@
-"""Section ``train``: training with and without balancing, by ``examples/train_moe_ep.py``."""
+"""Section ``train``: train with and without balancing, by ``examples/train_moe_ep.py``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from lplb_triton.bench.ep.sizes import Row
 from lplb_triton.bench.ep.worker import Worker
+from lplb_triton.bench.types import Row
 
 __all__ = ["EXAMPLES", "SKEWED", "train"]
 
-# Difference of losses, in nats, that no order of sums excuses.
+# Limit, in nats, on the difference of losses that the order of sums may explain.
 MOST_NOISE = 0.1
-# Skewed routing means at least this imbalance where experts lie in order.
+# Least imbalance of skewed routing with experts in order.
 SKEWED = 1.4
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -26,7 +26,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 def train(worker: Worker, routing: str) -> Row:
     """Train with every balance and compare; ``routing`` is skewed, learned or even.
 
-    Even routing gives every expert the same number of tokens: what a perfect balance costs.
+    Even routing gives every expert the same number of tokens, which shows the time with a perfect
+    balance.
     """
     sys.path.append(str(EXAMPLES))
     script = importlib.import_module("train_moe_ep")
@@ -38,14 +39,14 @@ def train(worker: Worker, routing: str) -> Row:
         even_routing=routing == "even",
     )
 
-    def trained(settings: Any) -> Any:
+    def train_runs(settings: Any) -> Any:
         return script.train(settings, worker.device, worker.group, lambda line: None)
 
-    runs = trained(settings)
-    (backwards,) = trained(replace(settings, balance="none", reverse_sums=True))
+    runs = train_runs(settings)
+    (backwards,) = train_runs(replace(settings, balance="none", reverse_sums=True))
     for made in runs:
         made.step_ms, made.moe_ms = worker.slowest(made.step_ms), worker.slowest(made.moe_ms)
-    rows = script.report(settings, runs, worker.ranks, worker.device)["medians"]
+    rows = script.make_report(settings, runs, worker.ranks, worker.device)["medians"]
     noise = _distance(backwards.losses, runs[0].losses)
     for summary, made in zip(rows, runs, strict=True):
         difference = _distance(made.losses, runs[0].losses)
@@ -73,5 +74,5 @@ def train(worker: Worker, routing: str) -> Row:
 
 
 def _distance(losses: Sequence[float], others: Sequence[float]) -> float:
-    """Root of the mean square of two curves' difference."""
+    """Return the root mean square of the difference of two curves."""
     return float(np.sqrt(np.mean(np.square(np.subtract(losses, others)))))

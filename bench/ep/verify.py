@@ -1,4 +1,4 @@
-"""Section ``verify``: the sums of many epochs, with ranks that are late at random."""
+"""Section ``verify``: check the sums of many epochs while ranks are delayed at random."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from functools import partial
 
 import torch
 
-from lplb_triton.bench.ep.sizes import N_COUNTS, PER_GRAPH, Row
+from lplb_triton.bench.ep.sizes import N_COUNTS, PER_GRAPH
 from lplb_triton.bench.ep.worker import Worker
 from lplb_triton.bench.measure.timer import WrongAnswerError
+from lplb_triton.bench.types import Row
 
 __all__ = ["verify_sync"]
 
 
 def verify_sync(worker: Worker, kind: str) -> Row:
-    """Compare every sum of many epochs with what it must be, eagerly and under graph replay."""
+    """Compare every sum of many epochs with the expected one, eagerly and under graph replay."""
     batches = 500
     draw = torch.Generator("cpu").manual_seed(0)
     counts = torch.randint(
@@ -40,11 +41,13 @@ def verify_sync(worker: Worker, kind: str) -> Row:
             replay: Callable[[], object] | None = None
             if mode == "graph":
 
-                def late(i: int) -> None:
+                def exchange_late(i: int) -> None:
                     worker.delay()
                     exchange(i)
 
-                replay = worker.make_repeatable([partial(late, i) for i in range(per_round)])
+                replay = worker.make_repeatable(
+                    [partial(exchange_late, i) for i in range(per_round)]
+                )
             while done < worker.job.sizes.epochs:
                 totals.fill_(-9)
                 if replay is None:

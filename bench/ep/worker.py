@@ -1,4 +1,4 @@
-"""One rank of a section: its device, its process group, and how it times and compares."""
+"""Rank of a section: its device, its process group, and its timers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton import sync
-from lplb_triton.bench.ep.sizes import N_COUNTS, TIMEOUT, Job, Row
+from lplb_triton.bench.ep.sizes import N_COUNTS, TIMEOUT, Job
 from lplb_triton.bench.measure.pipeline import host_seconds
-from lplb_triton.bench.measure.timer import statistics
+from lplb_triton.bench.measure.timer import compute_statistics, make_event
+from lplb_triton.bench.types import Row
 
 __all__ = ["Worker"]
 
@@ -24,7 +25,7 @@ class Worker:
     Parameters
     ----------
     job
-        What the section does.
+        Description of the section.
     rank
         Of this process; on ``cuda`` also the number of its GPU.
     """
@@ -71,7 +72,7 @@ class Worker:
                 time.sleep(1e-3 * self.rng.random())
 
     def make_repeatable(self, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-        """Return what makes all calls in a row: the replay of a CUDA graph on a GPU."""
+        """Return a function that makes all calls: on a GPU the replay of a CUDA graph."""
 
         def eager() -> None:
             for call in calls:
@@ -94,10 +95,10 @@ class Worker:
         replay = self.make_repeatable(calls)
         times = []
         for _ in range(self.job.sizes.replays):
-            # All ranks wait for each other, so that no clock includes the delay of another rank.
+            # Wait for all ranks, so that no time includes the delay of another rank.
             dist.all_reduce(self.start)
             if self.on_gpu:
-                begin, end = _timing_event(), _timing_event()
+                begin, end = make_event(), make_event()
                 begin.record()
                 replay()
                 end.record()
@@ -110,7 +111,7 @@ class Worker:
         return self.summarize(times[len(times) // 10 :])
 
     def time_on_host(self, calls: Sequence[Callable[[], object]]) -> Row:
-        """Time what an eager call takes on the host, which does not wait for the device."""
+        """Time an eager call on the host, without waiting for the device."""
         dist.barrier()
         seconds, _ = host_seconds(calls, self.device)
         return self.summarize([1e6 * value for value in seconds])
@@ -118,26 +119,22 @@ class Worker:
     def summarize(self, microseconds: list[float]) -> Row:
         """Return statistics of this rank's times, and of the slowest rank's."""
         slowest = self.slowest(microseconds)
-        return {"rank 0": statistics(microseconds), "slowest": statistics(slowest)}
+        return {"rank 0": compute_statistics(microseconds), "slowest": compute_statistics(slowest)}
 
     def slowest(self, times: list[float]) -> list[float]:
-        """Largest of every entry over the ranks."""
+        """Return the largest of every entry over the ranks."""
         most = torch.tensor(times, dtype=torch.float64, device=self.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return [float(value) for value in most.tolist()]
 
     def gather(self, mine: torch.Tensor) -> torch.Tensor:
-        """Every rank's tensor, by rank, on the CPU."""
+        """Return the tensors of all ranks on the CPU, in order of ranks."""
         parts = [torch.empty_like(mine) for _ in range(self.ranks)]
         dist.all_gather(parts, mine)
         return torch.stack(parts).cpu()
 
     def sum_over_ranks(self, value: int) -> int:
-        """Sum over the ranks."""
+        """Return the sum of a value over the ranks."""
         summed = torch.tensor([value], dtype=torch.int64, device=self.device)
         dist.all_reduce(summed)
         return int(summed)
-
-
-def _timing_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
-"""Cases of real traffic.
+"""Sizes and placements that are timed on real traffic.
 
 A *case* is what a kernel is compiled for and how experts are placed: experts, ranks, placement,
-redundant slots. Placements of one case have the same sizes, so that its kernel is compiled once.
+redundant slots. All placements of a case have the same sizes, so its kernel is compiled once.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 import torch
 
 from lplb_triton.bench.balance import make_placement
-from lplb_triton.bench.placement import impossible
+from lplb_triton.bench.placement import explain_impossible
 
 __all__ = [
-    "Case",
     "STEPS",
     "TRIALS",
+    "Case",
 ]
 
 
-# Effort of `place` where nothing is said: its own takes minutes from 64 ranks on.
+# Trials of `place` by default: with its own default it takes minutes from 64 ranks on.
 TRIALS = 100
 
-# Numbers of steps by potentials that are told apart; the last stands for more too.
+# Numbers of steps by potentials that are counted separately; the last includes larger numbers.
 STEPS = ("0", "1", "2", "3+")
 
 
@@ -48,15 +48,15 @@ class Case:
     slots: int
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Describe the case in one line."""
         plural = "" if self.slots == 1 else "s"
         return f"{self.experts} experts, EP {self.ep}, {self.placement}, {self.slots} slot{plural}"
 
-    def refusal(self) -> str | None:
-        """Why there is no such placement, or None where there is one."""
-        reason = impossible(self.experts, self.ep, self.slots)
+    def explain_impossible(self) -> str | None:
+        """Say why there is no such placement, or return None where there is one."""
+        reason = explain_impossible(self.experts, self.ep, self.slots)
         if reason is None:
-            # The search needs what EPLB needs, and takes longer.
+            # `place` accepts the same sizes as EPLB, which is faster.
             kind = "eplb" if self.placement == "place" else self.placement
             try:
                 make_placement(kind, torch.ones(self.experts), self.ep, self.slots)
@@ -65,7 +65,7 @@ class Case:
         return reason
 
 
-# What is timed where nothing is said.
+# Cases of the solve that are timed by default.
 CASES = tuple(
     Case(*sizes)
     for sizes in (
@@ -96,7 +96,7 @@ CASES = tuple(
     )
 )
 
-# Of the whole run, and how many batches of a layer of a trace.
+# Cases of the whole run that are timed by default, and batches of a layer of the trace.
 RUN_CASES = (
     Case(256, 8, "eplb", 1),
     Case(256, 32, "eplb", 2),
@@ -107,23 +107,23 @@ RUN_CASES = (
 RUN_BATCHES = 25
 
 
-def experts_for(ep: int) -> int:
-    """Return the number of experts where none is said: 256, or 288 for 72, 96 or 144 ranks."""
+def choose_experts(ep: int) -> int:
+    """Return the default number of experts: 256, or 288 for 72, 96 or 144 ranks."""
     return 288 if 256 % ep and 288 % ep == 0 else 256
 
 
-def product(
+def combine_sizes(
     experts: Sequence[int] | None,
     eps: Sequence[int],
     placements: Sequence[str],
     slots: Sequence[int],
 ) -> tuple[list[Case], list[tuple[Case, str]]]:
-    """Combine sizes and placements.
+    """Combine all sizes and placements, and separate the impossible cases.
 
     Parameters
     ----------
     experts
-        None for those of `experts_for`.
+        Numbers of experts; None for that of `choose_experts`.
     eps, placements, slots
         All combinations of these.
 
@@ -134,11 +134,11 @@ def product(
     """
     possible, others = [], []
     for ep in eps:
-        for n_experts in (experts_for(ep),) if experts is None else experts:
+        for n_experts in (choose_experts(ep),) if experts is None else experts:
             for placement in placements:
                 for n_slots in slots:
                     case = Case(n_experts, ep, placement, n_slots)
-                    reason = case.refusal()
+                    reason = case.explain_impossible()
                     if reason is None:
                         possible.append(case)
                     else:

@@ -1,4 +1,4 @@
-"""Times of other methods on the same programs, and whether their answers are right."""
+"""Time other methods on the same programs, and check their answers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from lplb_triton import topologies
-from lplb_triton.bench.measure.timer import Floats, Launch, Row, Timer, statistics, time_in_rounds
+from lplb_triton.bench.measure.timer import Launch, Timer, compute_statistics, time_in_rounds
 from lplb_triton.bench.measure.workload import Workload
+from lplb_triton.bench.types import Floats, Row
 
 __all__ = []
 
@@ -24,7 +25,7 @@ FEASIBLE = 1e-3
 MAX_SWEEPS = 4096
 
 
-def peer_row(
+def time_peers(
     workload: Workload,
     timer: Timer,
     device: torch.device | str,
@@ -33,12 +34,12 @@ def peer_row(
     max_sweeps: int = MAX_SWEEPS,
     progress: Callable[[], None] | None = None,
 ) -> Row:
-    """Time the peers on the instances of `solve_row`, and count their bad answers.
+    """Time the peers on the instances of `time_solve`, and count their bad answers.
 
     Parameters
     ----------
     workload, timer, device, tolerance, progress
-        As for `solve_row`; an answer is inexact if its gap to the optimum is wider than the
+        As for `time_solve`; an answer is inexact if its gap to the optimum is wider than the
         tolerance.
     max_sweeps : int
         Limit for edge balancing.
@@ -53,24 +54,24 @@ def peer_row(
     from lplb_triton.bench import peers
 
     try:
-        peers.two_copy_ranks(workload.problem.mask[0])
+        peers.find_copy_ranks(workload.problem.mask[0])
     except ValueError as error:
         reason = str(error)
         return {**row, "affine_scaling": reason, "edge_balancing": reason, "lplb": reason}
-    row["affine_scaling"] = _affine_scaling(workload, timer, device, tolerance)
-    row["edge_balancing"] = _edge_balancing(workload, timer, device, tolerance, max_sweeps)
-    row["lplb"] = _original(workload, timer, device)
+    row["affine_scaling"] = _time_affine_scaling(workload, timer, device, tolerance)
+    row["edge_balancing"] = _time_edge_balancing(workload, timer, device, tolerance, max_sweeps)
+    row["lplb"] = _time_lplb(workload, timer, device)
     if progress is not None:
         progress()
     return row
 
 
-def _largest_loads(workload: Workload, first_shares: torch.Tensor) -> Floats:
-    """Load of the most loaded rank when the first copies take these shares ``[B, C]``."""
+def _compute_largest_loads(workload: Workload, first_shares: torch.Tensor) -> Floats:
+    """Compute the largest rank load when the first copies take these shares ``[B, C]``."""
     from lplb_triton.bench import peers
 
     weights = workload.problem.weights
-    first, second = peers.two_copy_ranks(workload.problem.mask[0])
+    first, second = peers.find_copy_ranks(workload.problem.mask[0])
     used = first >= 0
     on_first = torch.where(used, first_shares.double().cpu(), 0.0) * weights
     loads = workload.problem.fixed.clone()
@@ -80,16 +81,16 @@ def _largest_loads(workload: Workload, first_shares: torch.Tensor) -> Floats:
     return largest
 
 
-def _gaps(workload: Workload, first_shares: torch.Tensor) -> Floats:
-    """Relative gaps to HiGHS's optimum; infinite for shares that are not finite."""
-    largest = _largest_loads(workload, first_shares)
+def _compute_gaps(workload: Workload, first_shares: torch.Tensor) -> Floats:
+    """Compute relative gaps to HiGHS's optimum; infinite for shares that are not finite."""
+    largest = _compute_largest_loads(workload, first_shares)
     gaps: Floats = np.full(len(workload), np.inf)
     finite = np.isfinite(largest)
     gaps[finite] = 1 - workload.optima[finite] / np.maximum(largest[finite], 1e-300)
     return gaps
 
 
-def _affine_scaling(
+def _time_affine_scaling(
     workload: Workload, timer: Timer, device: torch.device | str, tolerance: float
 ) -> Row | str:
     from lplb_triton.bench import peers
@@ -100,28 +101,28 @@ def _affine_scaling(
         return str(error)
     weights, fixed = workload.loads(device)
     x = peer.solve(weights, fixed).double().cpu()
-    infeasible = largest_violations(workload, x) > FEASIBLE
+    infeasible = find_largest_violations(workload, x) > FEASIBLE
     columns = workload.placement.max_columns
-    inexact = ~infeasible & (_gaps(workload, x[:, :columns].clamp(0, 1)) > tolerance)
-    launches = _singles(peer.solve, weights, fixed)
-    rotated = timer.rotation(launches)
+    inexact = ~infeasible & (_compute_gaps(workload, x[:, :columns].clamp(0, 1)) > tolerance)
+    launches = _make_launches(peer.solve, weights, fixed)
+    rotated = timer.time_rotation(launches)
     return {
-        "us": statistics(time_in_rounds(timer, launches, rotated)),
+        "us": compute_statistics(time_in_rounds(timer, launches, rotated)),
         "rotated_us": rotated,
         "infeasible": int(infeasible.sum()),
         "inexact": int(inexact.sum()),
     }
 
 
-def largest_violations(workload: Workload, x: torch.Tensor) -> Floats:
-    """Largest violation of each standard form, in units of its largest number.
+def find_largest_violations(workload: Workload, x: torch.Tensor) -> Floats:
+    """Find the largest violation of each standard form, in units of its largest number.
 
-    ``x`` is `peers.AffineScaling`'s answer; what is not finite violates by infinity.
+    ``x`` is the answer of `peers.AffineScaling`; where it is not finite, the violation is infinite.
     """
     from lplb_triton.bench import peers
 
     weights, fixed = workload.problem.weights, workload.problem.fixed
-    first, second = peers.two_copy_ranks(workload.problem.mask[0])
+    first, second = peers.find_copy_ranks(workload.problem.mask[0])
     columns, ranks = weights.shape[1], fixed.shape[1]
     unit = torch.maximum(weights.amax(1), fixed.amax(1)).clamp(min=1e-300).unsqueeze(1)
     shares = x[:, : 2 * columns].reshape(-1, 2, columns)
@@ -136,10 +137,10 @@ def largest_violations(workload: Workload, x: torch.Tensor) -> Floats:
     return violations
 
 
-def _singles(
+def _make_launches(
     solve: Callable[..., object], weights: torch.Tensor, fixed: torch.Tensor, *more: torch.Tensor
 ) -> list[Launch]:
-    """One launch per instance; each has run once, since rows may differ in alignment."""
+    """Make one launch per instance, and run it once: its alignment may need a new compilation."""
     tables = (weights, fixed, *more)
     launches: list[Launch] = [
         partial(solve, *(table[index : index + 1] for table in tables))
@@ -150,10 +151,10 @@ def _singles(
     return launches
 
 
-def smallest_sweeps(
+def find_smallest_sweeps(
     reached: Callable[[NDArray[np.int64]], NDArray[np.bool_]], n: int, limit: int
 ) -> NDArray[np.int64]:
-    """Smallest number of sweeps of each instance that reaches the gap.
+    """Find the smallest number of sweeps of each instance that reaches the gap.
 
     Parameters
     ----------
@@ -170,8 +171,8 @@ def smallest_sweeps(
     numpy.ndarray
         int64 [n]; -1 where ``limit`` is not enough.
     """
-    # ``low - 1`` sweeps are too few. Doubling first spares instances that need few sweeps the
-    # many of the limit.
+    # ``low - 1`` sweeps are too few. Doubling comes first, so that instances that need few sweeps
+    # are not tried with the limit.
     low = np.zeros(n, dtype=np.int64)
     high = np.ones(n, dtype=np.int64)
     enough = reached(high)
@@ -188,7 +189,7 @@ def smallest_sweeps(
     return np.where(possible, high, -1)
 
 
-def _edge_balancing(
+def _time_edge_balancing(
     workload: Workload,
     timer: Timer,
     device: torch.device | str,
@@ -202,9 +203,9 @@ def _edge_balancing(
 
     def reached(sweeps: NDArray[np.int64]) -> NDArray[np.bool_]:
         on_device = torch.from_numpy(sweeps.astype(np.int32)).to(device)
-        return _gaps(workload, peer.solve(weights, fixed, on_device)) <= tolerance
+        return _compute_gaps(workload, peer.solve(weights, fixed, on_device)) <= tolerance
 
-    sweeps = smallest_sweeps(reached, len(workload), max_sweeps)
+    sweeps = find_smallest_sweeps(reached, len(workload), max_sweeps)
     there = np.flatnonzero(sweeps >= 0)
     row: Row = {
         "colors": peer.n_colors,
@@ -215,20 +216,22 @@ def _edge_balancing(
         return {**row, "us": None, "sweeps": None}
     needed = torch.from_numpy(sweeps[there].astype(np.int32)).to(device)
     index = torch.from_numpy(there).to(device)
-    launches = _singles(peer.solve, weights[index], fixed[index], needed)
-    rotated = timer.rotation(launches)
-    # Nothing tells it when to stop, so without that knowledge it needs the worst instance's number.
-    alike = _singles(peer.solve, weights[index], fixed[index], needed.amax().expand_as(needed))
+    launches = _make_launches(peer.solve, weights[index], fixed[index], needed)
+    rotated = timer.time_rotation(launches)
+    # The method has no stopping test: in practice all instances take as many sweeps as the worst.
+    alike = _make_launches(
+        peer.solve, weights[index], fixed[index], needed.amax().expand_as(needed)
+    )
     return {
         **row,
-        "us": statistics(time_in_rounds(timer, launches, rotated)),
-        "alike_us": statistics(time_in_rounds(timer, alike, rotated)),
+        "us": compute_statistics(time_in_rounds(timer, launches, rotated)),
+        "alike_us": compute_statistics(time_in_rounds(timer, alike, rotated)),
         "rotated_us": rotated,
-        "sweeps": statistics(sweeps[there].tolist()),
+        "sweeps": compute_statistics(sweeps[there].tolist()),
     }
 
 
-def _original(workload: Workload, timer: Timer, device: torch.device | str) -> Row | str:
+def _time_lplb(workload: Workload, timer: Timer, device: torch.device | str) -> Row | str:
     """Time DeepSeek's own solver where the package ``lplb`` is installed; else say why not."""
     try:
         r2o = topologies.from_name(workload.shape)
@@ -245,9 +248,13 @@ def _original(workload: Workload, timer: Timer, device: torch.device | str) -> R
         for launch in launches:
             launch()
         available = int(counter)
-        rotated = timer.rotation(launches)
+        rotated = timer.time_rotation(launches)
         times = time_in_rounds(timer, launches, rotated)
-    except Exception as error:  # Whatever a foreign package raises must not end the run.
+    except Exception as error:  # An error of the other package must not end the run.
         return f"not timed: {type(error).__name__}: {error}"
-    # Where its own test fails it answers 0.5 everywhere.
-    return {"us": statistics(times), "rotated_us": rotated, "refused": len(workload) - available}
+    # Where LPLB's own test of a solution fails, its answer is 0.5 everywhere.
+    return {
+        "us": compute_statistics(times),
+        "rotated_us": rotated,
+        "refused": len(workload) - available,
+    }

@@ -1,4 +1,4 @@
-"""Time of the first call in a fresh process."""
+"""Time the first call in a fresh process."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import torch
 
 import lplb_triton
 from lplb_triton import Balancer
-from lplb_triton.bench.measure.pipeline import TOP_K, pipeline_placement
-from lplb_triton.bench.measure.timer import Row
+from lplb_triton.bench.measure.loads import TOP_K
+from lplb_triton.bench.measure.pipeline import make_pipeline_placement
 from lplb_triton.bench.measure.workload import SEED
+from lplb_triton.bench.types import Row
 
 __all__ = []
 
 
-def first_call(shape: str, device: str = "cuda") -> float:
-    """Seconds of the first `Balancer.run` of this process.
+def time_first_call(shape: str, device: str = "cuda") -> float:
+    """Time the first `Balancer.run` of this process, in seconds.
 
     Imports, placement and the start of CUDA and of Triton's driver are left out.
 
@@ -38,7 +39,7 @@ def first_call(shape: str, device: str = "cuda") -> float:
     float
     """
     rng = np.random.default_rng(SEED)
-    balancer = Balancer(pipeline_placement(shape, rng), device=device)
+    balancer = Balancer(make_pipeline_placement(shape, rng), device=device)
     idx = torch.zeros(128, TOP_K, dtype=torch.int64, device=device)
     if device == "cuda":
         from triton.runtime import driver
@@ -52,7 +53,7 @@ def first_call(shape: str, device: str = "cuda") -> float:
     return time.perf_counter() - begin
 
 
-def first_call_row(shape: str, device: str = "cuda") -> Row:
+def time_first_calls(shape: str, device: str = "cuda") -> Row:
     """Time the first call in fresh processes, with an empty and then with a full kernel cache.
 
     Parameters
@@ -73,8 +74,8 @@ def first_call_row(shape: str, device: str = "cuda") -> Row:
         If a process fails; the message holds the end of what it printed.
     """
     code = (
-        "from lplb_triton.bench.measure.first_call import first_call; "
-        f"print(first_call({shape!r}, {device!r}))"
+        "from lplb_triton.bench.measure.first_call import time_first_call; "
+        f"print(time_first_call({shape!r}, {device!r}))"
     )
     root = str(Path(lplb_triton.__file__).resolve().parent.parent)
     found = {}

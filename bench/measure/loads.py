@@ -1,8 +1,8 @@
-"""Loads of recorded traces and of seeded draws.
+"""Load sets of recorded traces, and seeded random ones.
 
 A *load set* is a history, by which a case places its experts, and the batches that are timed after
-it. Drawn load sets keep the history that they were drawn from, expected tokens, and differ from it
-batch by batch:
+it. The history of a drawn load set is its expected tokens; every batch differs from it in its own
+way:
 
 ============  ====================================================================================
 ``jitter``    lognormal popularity; every batch multiplies each expert by a lognormal of its own
@@ -20,19 +20,19 @@ from functools import partial
 import numpy as np
 import torch
 
-from lplb_triton.bench.measure.timer import Floats
+from lplb_triton.bench.types import Floats
 from lplb_triton.traces.trace import Trace
 
 __all__ = [
-    "Loads",
     "TOP_K",
+    "Loads",
 ]
 
 
-# Tokens of a drawn batch, and experts that each of them goes to.
+# Tokens of a drawn batch, and experts of each token.
 TOKENS, TOP_K = 32768, 8
 
-# Of the jitter families: standard deviations of the logarithms, of popularity and of a batch.
+# Standard deviations of the logarithms in the jitter families: of the popularity, and of a batch.
 SIGMAS, JITTERS = (0.5, 0.8, 1.0), (0.2, 0.3, 0.5)
 
 ROTATING_SIGMA, ROTATION = 1.0, 3
@@ -41,7 +41,7 @@ BURST_SIGMA, BURST_EXPERTS, BURST_TIMES = 0.5, 3, (5.0, 30.0)
 
 DRAWN = ("jitter", "rotating", "burst")
 
-# Batches of a drawn load set where nothing is said; of a trace it is every one.
+# Batches of a drawn load set by default; of a trace all batches are timed.
 BATCHES = 12
 
 
@@ -52,7 +52,7 @@ class Loads:
     Attributes
     ----------
     kind
-        One of `DRAWN`, or what the trace is called.
+        One of `DRAWN`, or the name of the trace.
     name
         Distinguishes the load sets of a kind.
     history
@@ -72,20 +72,20 @@ class Loads:
         return int(self.batches.shape[1])
 
 
-def recorded(trace: Trace, source: str, most: int | None = None) -> list[Loads]:
+def split_trace(trace: Trace, source: str, most: int | None = None) -> list[Loads]:
     """Cut each layer of a trace in two: the first half places, the second is timed.
 
-    Gaps are no boundary here. Placements of the packaged trace are as old as they get: made early
-    in training, used late.
+    A gap in the trace does not end a history here. So the packaged trace is a hard test: its
+    placements are made early in training and used late.
 
     Parameters
     ----------
     trace
         At least two batches.
     source
-        What it is called.
+        Its name.
     most
-        Batches of a layer to time at most, evenly spread; None for all.
+        Limit on the timed batches of a layer, evenly spread; None for all.
 
     Returns
     -------
@@ -114,7 +114,7 @@ def recorded(trace: Trace, source: str, most: int | None = None) -> list[Loads]:
     ]
 
 
-def drawn(experts: int, n_batches: int, seed: int) -> list[Loads]:
+def draw_load_sets(experts: int, n_batches: int, seed: int) -> list[Loads]:
     """Draw the jitter families, ``rotating`` and ``burst``.
 
     Parameters
@@ -122,9 +122,9 @@ def drawn(experts: int, n_batches: int, seed: int) -> list[Loads]:
     experts
         Logical experts.
     n_batches
-        Of each load set.
+        Batches of each load set.
     seed
-        Each load set depends on this, on its place in the list and on the number of experts only.
+        A load set depends on this, on its index in the list and on the number of experts only.
 
     Returns
     -------
@@ -132,11 +132,11 @@ def drawn(experts: int, n_batches: int, seed: int) -> list[Loads]:
         Eleven.
     """
     draws: list[tuple[str, str, float, Callable[..., Floats]]] = [
-        ("jitter", f"sigma {sigma}, jitter {spread}", sigma, partial(_jittered, spread=spread))
+        ("jitter", f"sigma {sigma}, jitter {spread}", sigma, partial(_jitter, spread=spread))
         for sigma in SIGMAS
         for spread in JITTERS
     ]
-    draws.append(("rotating", f"by {ROTATION} experts", ROTATING_SIGMA, _rotated))
+    draws.append(("rotating", f"by {ROTATION} experts", ROTATING_SIGMA, _rotate))
     draws.append(("burst", f"of {BURST_EXPERTS} experts", BURST_SIGMA, _burst))
     found = []
     for index, (kind, name, sigma, change) in enumerate(draws):
@@ -152,11 +152,11 @@ def drawn(experts: int, n_batches: int, seed: int) -> list[Loads]:
     return found
 
 
-def _jittered(popularity: Floats, rng: np.random.Generator, at: int, spread: float) -> Floats:
+def _jitter(popularity: Floats, rng: np.random.Generator, at: int, spread: float) -> Floats:
     return popularity * rng.lognormal(0, spread, len(popularity))
 
 
-def _rotated(popularity: Floats, rng: np.random.Generator, at: int) -> Floats:
+def _rotate(popularity: Floats, rng: np.random.Generator, at: int) -> Floats:
     moved: Floats = np.roll(popularity, ROTATION * at)
     return moved
 

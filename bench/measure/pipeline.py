@@ -1,4 +1,4 @@
-"""Times of a whole run and of its parts."""
+"""Time a whole run and its parts."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import numpy as np
 import torch
 
 from lplb_triton import Balancer, Placement, Solution, Status
+from lplb_triton.bench.measure.loads import TOP_K
 from lplb_triton.bench.measure.solve import BATCHES_PER_FAMILY
 from lplb_triton.bench.measure.timer import (
     Launch,
-    Row,
     Timer,
     WrongAnswerError,
-    on_cpu,
-    statistics,
+    compute_statistics,
+    copy_to_cpu,
     time_in_rounds,
 )
-from lplb_triton.bench.measure.workload import PUBLISHED_FAMILIES, SEED, run_solver
+from lplb_triton.bench.measure.workload import PUBLISHED_FAMILIES, SEED, make_solver
+from lplb_triton.bench.types import Row
 from lplb_triton.testing.instances import FAMILIES, shape_placement
 
 __all__ = [
-    "TOP_K",
-    "pipeline_placement",
+    "make_pipeline_placement",
 ]
 
 
@@ -37,19 +37,19 @@ PIPELINE_TOKENS = (128, 4096, 16384)
 
 PIPELINE_EXPERTS = 256
 
-TOP_K = 8
-
-# Eager calls that are timed, in bursts that the launch queue can take.
+# Eager calls in a burst, few enough for the launch queue, and the number of bursts.
 HOST_CALLS, HOST_BURSTS = 100, 10
 
 
-def copy_bandwidth(timer: Timer, device: torch.device | str, n_bytes: int = 1 << 29) -> float:
-    """Bytes read and written per second by a copy on the device.
+def measure_copy_bandwidth(
+    timer: Timer, device: torch.device | str, n_bytes: int = 1 << 29
+) -> float:
+    """Measure how many bytes a copy on the device reads and writes per second.
 
     Parameters
     ----------
     timer, device
-        As for `solve_row`.
+        As for `time_solve`.
     n_bytes : int
         Size of what is copied; far larger than the caches.
 
@@ -61,10 +61,10 @@ def copy_bandwidth(timer: Timer, device: torch.device | str, n_bytes: int = 1 <<
     source = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    return 2e6 * n_bytes / timer.per_call(partial(target.copy_, source), 400.0)
+    return 2e6 * n_bytes / timer.time_call(partial(target.copy_, source), 400.0)
 
 
-def pipeline_placement(shape: str, rng: np.random.Generator) -> Placement:
+def make_pipeline_placement(shape: str, rng: np.random.Generator) -> Placement:
     """Make the placement of a pipeline row: a shape with 256 experts.
 
     Parameters
@@ -84,14 +84,14 @@ def pipeline_placement(shape: str, rng: np.random.Generator) -> Placement:
 def check_ids(
     placement: Placement, idx: torch.Tensor, out: torch.Tensor, solution: Solution
 ) -> None:
-    """Refuse physical ids that aren't copies of the logical ones, or miss the plan.
+    """Refuse physical ids that are no copies of the logical ones, or rank loads unlike the plan's.
 
     Parameters
     ----------
     placement : Placement
         Of the balancer.
     idx, out : torch.Tensor
-        Logical ids and what `Balancer.run` made of them.
+        Logical ids, and the physical ids that `Balancer.run` returned for them.
     solution : Solution
         The plan for these ids.
 
@@ -110,12 +110,12 @@ def check_ids(
     counts = torch.bincount(logical, minlength=placement.n_logical)
     ranks = placement.rank_of_slot[physical].long()
     loads = torch.bincount(ranks, minlength=placement.ep_size)
-    plan = placement.rank_loads(counts, on_cpu(solution))[0]
+    plan = placement.rank_loads(counts, copy_to_cpu(solution))[0]
     if bool(((loads - plan).abs() >= placement.slots_per_rank).any()):
         raise WrongAnswerError(f"{placement!r}: rank loads miss the plan by more than rounding")
 
 
-def pipeline_row(
+def time_run(
     shape: str,
     tokens: int,
     timer: Timer,
@@ -135,7 +135,7 @@ def pipeline_row(
     tokens : int
         Tokens of a batch, each routed to eight different experts.
     timer, device, tolerance
-        As for `solve_row`.
+        As for `time_solve`.
     bandwidth : float
         Bytes per second of the device's memory, for the floor.
     per_family : int
@@ -154,38 +154,21 @@ def pipeline_row(
     Raises
     ------
     WrongAnswerError
-        If ids or plan fail their gates.
+        If ids or plans fail their checks.
     """
     rng = np.random.default_rng(seed)
-    placement = pipeline_placement(shape, rng)
+    placement = make_pipeline_placement(shape, rng)
     balancer = Balancer(placement, device=device, tolerance=tolerance)
     balancer.warmup()
-    batches = [idx.to(device) for idx in route(tokens, placement.n_logical, per_family, seed)]
-    counted, solved, cumulative = [], [], []
-    for idx in batches:
-        counts, running = balancer.count(idx)
-        solution = balancer.solve(counts)
-        if bool((solution.status != Status.CERTIFIED).any()):
-            raise WrongAnswerError(f"{shape}, {tokens} tokens: not certified")
-        check_ids(placement, idx, balancer.run(idx), solution)
-        counted.append((counts, running))
-        solved.append(solution)
-        cumulative.append(balancer.cumulative_shares(solution.shares))
+    batches = [
+        idx.to(device) for idx in draw_routed_batches(tokens, placement.n_logical, per_family, seed)
+    ]
+    parts, solved = _check_parts(balancer, batches, f"{shape}, {tokens} tokens")
     n_bytes = 3 * batches[0].numel() * batches[0].element_size()
-    parts: dict[str, list[Launch]] = {
-        "run": [partial(balancer.run, idx) for idx in batches],
-        "count": [partial(balancer.count, idx) for idx in batches],
-        "solve": [partial(run_solver(balancer), counts) for counts, _ in counted],
-        "select": [
-            partial(balancer.select, idx, shares, running)
-            for idx, shares, (_, running) in zip(batches, cumulative, counted, strict=True)
-        ],
-    }
-    for launch in parts["select"][:1]:
-        launch()
-    rotated = timer.rotation(parts["run"])
+    rotated = timer.time_rotation(parts["run"])
     times = {
-        name: statistics(time_in_rounds(timer, parts[name], rotated)) for name in ("run", "solve")
+        name: compute_statistics(time_in_rounds(timer, parts[name], rotated))
+        for name in ("run", "solve")
     }
     seconds, allocations = host_seconds(parts["run"], torch.device(device))
     return {
@@ -197,20 +180,50 @@ def pipeline_row(
         "floor_us": 1e6 * n_bytes / bandwidth,
         "run_us": times["run"],
         "rotated_us": rotated,
-        "count_us": timer.rotation(parts["count"]),
+        "count_us": timer.time_rotation(parts["count"]),
         "solve_us": times["solve"]["median"],
-        "select_us": timer.rotation(parts["select"]),
-        "iterations": statistics([float(solution.iterations.max()) for solution in solved]),
+        "select_us": timer.time_rotation(parts["select"]),
+        "iterations": compute_statistics([float(solution.iterations.max()) for solution in solved]),
         "host_us": 1e6 * float(np.median(seconds)),
         "allocations_per_call": allocations,
     }
 
 
-@functools.cache
-def route(tokens: int, n_experts: int, per_family: int, seed: int) -> tuple[torch.Tensor, ...]:
-    """Batches of every load family: top-8 of noisy scores, int64 ``[tokens, 8]``.
+def _check_parts(
+    balancer: Balancer, batches: Sequence[torch.Tensor], name: str
+) -> tuple[dict[str, list[Launch]], list[Solution]]:
+    """Check every batch; return launches of the run and of its parts, and the solutions."""
+    counted, solved, cumulative = [], [], []
+    for idx in batches:
+        counts, running = balancer.count(idx)
+        solution = balancer.solve(counts)
+        if bool((solution.status != Status.CERTIFIED).any()):
+            raise WrongAnswerError(f"{name}: not certified")
+        check_ids(balancer.placement, idx, balancer.run(idx), solution)
+        counted.append((counts, running))
+        solved.append(solution)
+        cumulative.append(balancer.cumulative_shares(solution.shares))
+    parts: dict[str, list[Launch]] = {
+        "run": [partial(balancer.run, idx) for idx in batches],
+        "count": [partial(balancer.count, idx) for idx in batches],
+        "solve": [partial(make_solver(balancer), counts) for counts, _ in counted],
+        "select": [
+            partial(balancer.select, idx, shares, running)
+            for idx, shares, (_, running) in zip(batches, cumulative, counted, strict=True)
+        ],
+    }
+    # The checks above have compiled the other kernels.
+    parts["select"][0]()
+    return parts, solved
 
-    A token's eight experts are different, which flattens the loads as it does in a model.
+
+@functools.cache
+def draw_routed_batches(
+    tokens: int, n_experts: int, per_family: int, seed: int
+) -> tuple[torch.Tensor, ...]:
+    """Draw batches of every load family: top-8 of noisy scores, int64 ``[tokens, 8]``.
+
+    The eight experts of a token are different, which evens out the loads as it does in a model.
     """
     rng = np.random.default_rng(seed)
     batches = []
@@ -223,7 +236,7 @@ def route(tokens: int, n_experts: int, per_family: int, seed: int) -> tuple[torc
 
 
 def host_seconds(runs: Sequence[Launch], device: torch.device) -> tuple[list[float], float | None]:
-    """Wall time of eager calls that aren't waited for, and allocations.
+    """Measure wall time and allocations of eager calls, without waiting for the device.
 
     Parameters
     ----------

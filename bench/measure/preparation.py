@@ -1,4 +1,4 @@
-"""Placements of cases and optima of their batches, made in several processes."""
+"""Make the placements of cases and solve their batches with HiGHS, in several processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lplb_triton._threads import one_thread
 from lplb_triton.bench.balance import make_placement
 from lplb_triton.bench.measure.cases import TRIALS, Case
 from lplb_triton.bench.measure.loads import Loads
-from lplb_triton.bench.measure.timer import Floats
+from lplb_triton.bench.types import Floats
 from lplb_triton.testing.verify import optima_of
 
 __all__ = [
@@ -68,7 +68,7 @@ def prepare(case: Case, loads: Loads, trials: int = TRIALS) -> Prepared:
     return Prepared(case, loads, placement, optima.reshape(len(loads.batches), -1))
 
 
-def cores() -> int:
+def count_cores() -> int:
     """Return the number of processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -76,10 +76,10 @@ def cores() -> int:
 
 
 @contextmanager
-def preparations(
+def prepare_all(
     jobs: Sequence[tuple[Case, Loads]], trials: int, processes: int
 ) -> Iterator[Iterator[Prepared]]:
-    """Prepare load sets in processes of one thread each, while the body takes them in order.
+    """Prepare load sets in processes of one thread each, while the body consumes them in order.
 
     Parameters
     ----------
@@ -88,17 +88,17 @@ def preparations(
     trials
         As for `prepare`.
     processes
-        With 1 the caller's own process does it.
+        Number of processes; with 1, the calling process does the work.
 
     Yields
     ------
     iterator of Prepared
-        In the order of the jobs. What isn't taken when the body ends is given up.
+        In the order of the jobs. What the body has not consumed when it ends is cancelled.
     """
     if processes == 1:
         yield (prepare(case, loads, trials) for case, loads in jobs)
         return
-    # A process that has started CUDA can't be forked.
+    # CUDA does not work in a forked process if the parent has initialised it.
     pool = ProcessPoolExecutor(
         min(processes, max(1, len(jobs))),
         mp_context=multiprocessing.get_context("spawn"),
@@ -112,5 +112,5 @@ def preparations(
 
 
 def _leave_interrupts() -> None:
-    """Let the process that started this one answer Ctrl-C."""
+    """Ignore Ctrl-C, which the parent process handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

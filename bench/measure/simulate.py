@@ -1,15 +1,15 @@
-"""A simulation of expert parallelism on one GPU: every rank's expert products, timed for real.
+"""Simulate expert parallelism on one GPU by timing the expert products of every rank.
 
-The ranks of an EP group are simulated one after the other. Each gets the tokens that the recorded
-batch, the placement and the balancing give it, slot by slot, and its grouped matrix products are
-timed; the layer takes as long as its slowest rank. Communication, routing and the balancing itself
-are left out, and so are the effects of GPUs on each other.
+The ranks of an EP group are simulated one after the other. Each slot gets the tokens that the
+recorded batch, the placement and the balancing give it, and the grouped matrix products of the rank
+are timed; the layer takes as long as its slowest rank. Communication, routing, the balancing itself
+and the effects of GPUs on each other are left out.
 
 ========  ======================================================================================
-``none``  experts in order, as many on each rank, no replicas
+``none``  experts in order, the same number on each rank, no replicas
 ``eplb``  EPLB's placement by the history, each expert's tokens split evenly over its copies
 ``lplb``  the same placement, tokens split by the LP of the batch
-``even``  the ceiling: as many tokens on every rank and for every expert, no replicas
+``even``  the upper limit: the same number of tokens for every expert, no replicas
 ========  ======================================================================================
 """
 
@@ -25,24 +25,24 @@ import torch
 from torch.nn import functional
 
 from lplb_triton import Placement, reference, solve
-from lplb_triton.bench.balance import check_tokens, make_placement, stretches
+from lplb_triton.bench.balance import check_tokens, find_stretches, make_placement
 from lplb_triton.bench.measure.timer import Timer
 from lplb_triton.solution import SHARE_BITS
 from lplb_triton.traces.trace import Trace
 
 __all__ = [
     "BALANCES",
-    "chosen_batches",
+    "choose_batches",
     "draw_experts",
     "run_experts",
-    "simulate_row",
-    "slot_tokens",
+    "simulate_ep_size",
+    "split_tokens",
 ]
 
 BALANCES = ("none", "eplb", "lplb", "even")
 
 
-def chosen_batches(trace: Trace, per_stretch: int) -> list[tuple[int, int, int, int]]:
+def choose_batches(trace: Trace, per_stretch: int) -> list[tuple[int, int, int, int]]:
     """Choose test batches, evenly spread over the second half of each stretch of the trace.
 
     Parameters
@@ -58,22 +58,22 @@ def chosen_batches(trace: Trace, per_stretch: int) -> list[tuple[int, int, int, 
         Placements are made from the batches from ``start`` to ``split``.
     """
     chosen = []
-    for part in stretches(trace.steps, 0.5):
+    for part in find_stretches(trace.steps, 0.5):
         tested = np.linspace(part.split, part.stop - 1, per_stretch).round().astype(int)
         for layer in range(trace.layers):
             chosen += [(layer, int(batch), part.start, part.split) for batch in tested]
     return chosen
 
 
-def slot_tokens(
+def split_tokens(
     placement: Placement, counts: torch.Tensor, balance: str, tolerance: float
 ) -> torch.Tensor:
-    """Tokens of every slot.
+    """Split the tokens of a batch over the slots.
 
     Parameters
     ----------
     placement
-        Where experts are.
+        Slots of every expert.
     counts
         ``[n_logical]`` int64, tokens of each expert.
     balance
@@ -117,16 +117,16 @@ def slot_tokens(
 def draw_experts(
     hidden: int, inner: int, experts: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw weights of SwiGLU experts, all alike: times don't depend on the values.
+    """Draw weights of SwiGLU experts, the same for all, since times don't depend on the values.
 
     Parameters
     ----------
     hidden, inner
         Sizes of an expert.
     experts
-        How many.
+        Number of experts.
     device
-        Where.
+        Device of the weights.
 
     Returns
     -------
@@ -137,14 +137,14 @@ def draw_experts(
 
     def draw(rows: int, columns: int) -> torch.Tensor:
         values = _normal((1, rows, columns), generator) / math.sqrt(rows)
-        # Drawing gigabytes takes long.
+        # One expert is drawn and repeated: drawing gigabytes takes long.
         return values.to(device=device, dtype=torch.bfloat16).repeat(experts, 1, 1)
 
     return draw(hidden, 2 * inner), draw(inner, hidden)
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Draw on the CPU in float32, whatever the user's defaults are."""
+    """Draw on the CPU in float32, whatever torch's default device and dtype are."""
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
@@ -174,7 +174,7 @@ def run_experts(
     return product
 
 
-def simulate_row(
+def simulate_ep_size(
     trace: Trace,
     ep: int,
     timer: Timer,
@@ -197,7 +197,7 @@ def simulate_row(
     ep
         Number of ranks.
     timer, device
-        What times a launch, and where.
+        Timer of the launches, and the device that they run on.
     slots
         Redundant slots per rank, for ``eplb`` and ``lplb``.
     tokens
@@ -225,48 +225,69 @@ def simulate_row(
         If ``ep`` doesn't divide the experts.
     """
     totals = torch.from_numpy(trace.totals())
-    chosen = chosen_batches(trace, per_stretch)
-    widest = trace.experts // ep + slots
-    w_in, w_out = draw_experts(hidden, inner, widest, device)
+    chosen = choose_batches(trace, per_stretch)
+    weights = draw_experts(hidden, inner, trace.experts // ep + slots, device)
     row_of_x = _normal((1, hidden), torch.Generator("cpu").manual_seed(0))
     row_of_x = row_of_x.to(device=device, dtype=torch.bfloat16)
     found: dict[str, list[tuple[float, float, float]]] = {balance: [] for balance in BALANCES}
     for layer, batch, first, split in chosen:
         history = totals[first:split, layer].sum(0)
-        in_order = make_placement("none", history, ep, 0)
-        replicated = make_placement("eplb", history, ep, slots)
         counts = totals[batch, layer].double()
         counts = (counts * (tokens * ep / counts.sum())).round().long()
-        even = torch.full(
+        per_slot = _split_by_balance(history, counts, ep, slots, tolerance)
+        per_slot["even"] = torch.full(
             (ep, trace.experts // ep), tokens * ep // trace.experts, dtype=torch.int64, device="cpu"
         )
-        per_slot = {
-            "none": slot_tokens(in_order, counts, "none", tolerance),
-            "eplb": slot_tokens(replicated, counts, "eplb", tolerance),
-            "lplb": slot_tokens(replicated, counts, "lplb", tolerance),
-            "even": even,
-        }
         largest = max(int(table.sum(1).max()) for table in per_slot.values())
         x = row_of_x.expand(largest, hidden).contiguous()
         for balance, table in per_slot.items():
-            ends = table.cumsum(1).to(torch.int32)
-            n = table.shape[1]
-            times = []
-            # Every rank of an even split has the same to do.
-            for rank in range(1 if balance == "even" else ep):
-                rows = int(ends[rank, -1])
-                if rows == 0:
-                    times.append(0.0)
-                    continue
-                launch = partial(run_experts, x[:rows], w_in[:n], w_out[:n], ends[rank].to(device))
-                launch()
-                times.append(timer.per_call(launch, 1e3))
+            # Every rank of an even split has the same work, so one is enough.
+            times = _time_ranks(table[:1] if balance == "even" else table, x, weights, timer)
             load = table.sum(1).double()
             ratio = float(load.max() / load.mean())
             found[balance].append((max(times), sum(times) / len(times), ratio))
         if progress is not None:
             progress()
-    row: dict[str, Any] = {"ep": ep, "slots": slots, "batches": len(chosen)}
+    return {"ep": ep, "slots": slots, "batches": len(chosen), **_summarize(found)}
+
+
+def _split_by_balance(
+    history: torch.Tensor, counts: torch.Tensor, ep: int, slots: int, tolerance: float
+) -> dict[str, torch.Tensor]:
+    """Split a batch by each of ``none``, ``eplb`` and ``lplb``, as `split_tokens` does."""
+    in_order = make_placement("none", history, ep, 0)
+    replicated = make_placement("eplb", history, ep, slots)
+    return {
+        "none": split_tokens(in_order, counts, "none", tolerance),
+        "eplb": split_tokens(replicated, counts, "eplb", tolerance),
+        "lplb": split_tokens(replicated, counts, "lplb", tolerance),
+    }
+
+
+def _time_ranks(
+    table: torch.Tensor, x: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor], timer: Timer
+) -> list[float]:
+    """Time the products of each rank, in microseconds.
+
+    ``table`` ``[ranks, slots]`` has the rows of every slot, ``x`` at least as many rows as a rank.
+    """
+    ends = table.cumsum(1).to(torch.int32)
+    w_in, w_out = (weight[: table.shape[1]] for weight in weights)
+    times = []
+    for rank_ends in ends:
+        rows = int(rank_ends[-1])
+        if rows == 0:
+            times.append(0.0)
+            continue
+        launch = partial(run_experts, x[:rows], w_in, w_out, rank_ends.to(x.device))
+        launch()
+        times.append(timer.time_call(launch, 1e3))
+    return times
+
+
+def _summarize(found: dict[str, list[tuple[float, float, float]]]) -> dict[str, dict[str, float]]:
+    """Take medians over the batches of slowest time, mean time and imbalance, by balance."""
+    row = {}
     ceiling = np.array(found["even"])[:, 0]
     for balance, values in found.items():
         figures = np.array(values)

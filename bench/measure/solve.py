@@ -1,4 +1,4 @@
-"""Times of the solve, of one group and of several in a launch."""
+"""Time the solve of one group, and of several groups in one launch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import lplb_triton
 from lplb_triton import Balancer, Placement, topologies
 from lplb_triton.bench.measure.timer import (
     Launch,
-    Row,
     Timer,
     WrongAnswerError,
-    statistics,
+    compute_statistics,
     time_in_rounds,
 )
 from lplb_triton.bench.measure.workload import (
@@ -23,9 +22,10 @@ from lplb_triton.bench.measure.workload import (
     SEED,
     Workload,
     check_plan,
-    instance_of,
-    run_solver,
+    get_instance,
+    make_solver,
 )
+from lplb_triton.bench.types import Row
 from lplb_triton.testing.instances import draw_loads, shape_placement
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-# Calls through the library's LP interface are timed for this many instances of each family.
+# Instances of each family for which `lplb_triton.solve` is timed too.
 PROBLEM_PER_FAMILY = 5
 
 # Batches of each load family for the pipeline.
@@ -41,11 +41,11 @@ BATCHES_PER_FAMILY = 4
 
 
 def _is_early(index: int, workload: Workload, per_family: int = PROBLEM_PER_FAMILY) -> bool:
-    """Whether an instance is among the first few of its family."""
+    """Say whether an instance is among the first few of its family."""
     return workload.families[:index].count(workload.families[index]) < per_family
 
 
-def solve_row(
+def time_solve(
     workload: Workload,
     timer: Timer,
     device: torch.device | str,
@@ -53,7 +53,7 @@ def solve_row(
     tolerance: float,
     progress: Callable[[], None] | None = None,
 ) -> Row:
-    """Time the LP of one shape, from counts by expert to plan, after checking every plan.
+    """Time the LP of one shape, from counts by expert to a plan, after checking every plan.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ def solve_row(
     Raises
     ------
     WrongAnswerError
-        If a plan fails its gate; nothing is timed then.
+        If a plan fails its check; nothing is timed then.
     """
     balancer = Balancer(workload.placement, device=device, tolerance=tolerance)
     counts = list(workload.counts.to(device))
@@ -86,7 +86,7 @@ def solve_row(
     for index, row in enumerate(counts):
         solution = balancer.solve(row)
         name = f"{workload.shape}, instance {index} ({workload.families[index]})"
-        check_plan(instance_of(workload, index), solution, workload.optima[index], name)
+        check_plan(get_instance(workload, index), solution, workload.optima[index], name)
         iterations.append(int(solution.iterations[0]))
         gaps.append(float(solution.gap[0]))
     early = [index for index in range(len(workload)) if _is_early(index, workload)]
@@ -94,11 +94,11 @@ def solve_row(
     problems = [workload.single(index, device) for index in early]
     for index, problem in zip(early, problems, strict=True):
         name = f"{workload.shape}, instance {index} as a Problem"
-        check_plan(instance_of(workload, index), solve(problem), workload.optima[index], name)
+        check_plan(get_instance(workload, index), solve(problem), workload.optima[index], name)
 
-    solver = run_solver(balancer)
+    solver = make_solver(balancer)
     launches = [partial(solver, row) for row in counts]
-    rotated = timer.rotation(launches)
+    rotated = timer.time_rotation(launches)
     times = time_in_rounds(timer, launches, rotated, progress)
     by_family = {
         family: float(
@@ -111,10 +111,10 @@ def solve_row(
         "ranks": workload.placement.group_size,
         "columns": workload.placement.max_columns,
         "instances": len(workload),
-        "us": statistics(times),
+        "us": compute_statistics(times),
         "rotated_us": rotated,
         "by_family_us": by_family,
-        "problem_us": statistics(
+        "problem_us": compute_statistics(
             time_in_rounds(timer, [partial(solve, problem) for problem in problems], rotated)
         ),
         "iterations": {"mean": float(np.mean(iterations)), "max": max(iterations)},
@@ -123,7 +123,7 @@ def solve_row(
     }
 
 
-def groups_row(
+def time_groups(
     timer: Timer,
     device: torch.device | str,
     *,
@@ -137,7 +137,7 @@ def groups_row(
     Parameters
     ----------
     timer, device, tolerance
-        As for `solve_row`.
+        As for `time_solve`.
     per_family : int
         Batches of each load family; every batch has ``n_group`` groups.
     n_group : int
@@ -157,7 +157,7 @@ def groups_row(
     )
     together = Balancer(many, device=device, tolerance=tolerance)
     alone = Balancer(one, device=device, tolerance=tolerance)
-    solve, solve_alone = run_solver(together), run_solver(alone)
+    solve, solve_alone = make_solver(together), make_solver(alone)
     both: list[Launch] = []
     singles: list[Launch] = []
     for family in (f for f in PUBLISHED_FAMILIES for _ in range(per_family)):
@@ -175,14 +175,14 @@ def groups_row(
                 )
         both.append(partial(solve, counts))
         singles += [partial(solve_alone, row) for row in rows]
-    guess = timer.rotation(both)
+    guess = timer.time_rotation(both)
     together_us = time_in_rounds(timer, both, guess)
     alone_us = np.reshape(time_in_rounds(timer, singles, guess), (-1, n_group))
     slowest = alone_us.max(axis=1).tolist()
     return {
         "groups": n_group,
         "batches": len(both),
-        "together_us": statistics(together_us),
-        "slowest_alone_us": statistics(slowest),
-        "ratio": statistics([a / b for a, b in zip(together_us, slowest, strict=True)]),
+        "together_us": compute_statistics(together_us),
+        "slowest_alone_us": compute_statistics(slowest),
+        "ratio": compute_statistics([a / b for a, b in zip(together_us, slowest, strict=True)]),
     }

@@ -5,55 +5,52 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lplb_triton import Solution
+from lplb_triton.bench.types import Floats
 
 __all__ = [
-    "Floats",
     "Launch",
-    "Row",
     "Timer",
     "WrongAnswerError",
-    "on_cpu",
-    "statistics",
+    "copy_to_cpu",
+    "make_event",
+    "compute_statistics",
     "time_in_rounds",
 ]
 
 
-Floats = NDArray[np.float64]
-
 Launch = Callable[[], object]
-
-Row = dict[str, Any]
 
 T = TypeVar("T")
 
-# Times through all launches, so that a disturbance meets each only once.
+# Rounds through all launches: a short disturbance of the GPU affects each launch in one round only.
 ROUNDS = 3
 
 
 class WrongAnswerError(RuntimeError):
-    """An answer failed its gate, so there is no time for it."""
+    """An answer failed its check, so it is not timed."""
 
 
 class Timer(Protocol):
     """Measures launches that take microseconds."""
 
-    def by_batch(self, launch: Launch, counts: torch.Tensor, batches: torch.Tensor) -> list[float]:
-        """Median microseconds of a launch for each row, which it finds in ``counts``."""
+    def time_batches(
+        self, launch: Launch, counts: torch.Tensor, batches: torch.Tensor
+    ) -> list[float]:
+        """Return the median microseconds of a launch for each batch, copied to ``counts`` first."""
         ...
 
-    def rotation(self, launches: Sequence[Launch]) -> float:
-        """Mean microseconds of one launch, all of them one after the other."""
+    def time_rotation(self, launches: Sequence[Launch]) -> float:
+        """Return the mean microseconds of a launch when all run one after the other."""
         ...
 
-    def per_call(self, launch: Launch, about_us: float) -> float:
-        """Median microseconds of one launch, repeated; ``about_us`` is a guess."""
+    def time_call(self, launch: Launch, about_us: float) -> float:
+        """Return the median microseconds of a repeated launch; ``about_us`` is an estimate."""
         ...
 
 
@@ -68,21 +65,21 @@ class GraphTimer:
         Timed replays of each graph.
     """
 
-    # Launches in a graph that repeats one of them: fewer where one takes long.
+    # Least and most launches in a graph that repeats one, and the time that it should take.
     MIN_CALLS, MAX_CALLS, GRAPH_US = 4, 10, 500.0
-    # Timed replays of a graph in each of the rounds through all batches: at least 20 in all.
+    # Timed replays of a graph in each of the rounds through all batches.
     BATCH_REPLAYS = 7
 
     def __init__(self, device: torch.device, replays: int = 6) -> None:
         self._replays = replays
-        # Graphs share one pool: they are made and used one after the other. A pool only lives as
-        # long as some graph that uses it, so one is kept.
+        # Graphs share one memory pool, as they are made and used one after the other. The pool is
+        # freed with the last graph that uses it, so one graph is kept.
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._anchor = self._capture([partial(torch.zeros, 1, device=device)])
 
-    def rotation(self, launches: Sequence[Launch]) -> float:
-        """Mean microseconds per launch of a graph that holds all of them once.
+    def time_rotation(self, launches: Sequence[Launch]) -> float:
+        """Time a graph that holds every launch once, and return the mean time of a launch.
 
         Parameters
         ----------
@@ -92,12 +89,12 @@ class GraphTimer:
         Returns
         -------
         float
-            Median over the replays.
+            Microseconds per launch, the median over the replays.
         """
         return self._replay(launches) / len(launches)
 
-    def per_call(self, launch: Launch, about_us: float) -> float:
-        """Microseconds per launch of a graph that repeats one.
+    def time_call(self, launch: Launch, about_us: float) -> float:
+        """Time a graph that repeats one launch.
 
         Parameters
         ----------
@@ -109,14 +106,16 @@ class GraphTimer:
         Returns
         -------
         float
-            Median over the replays.
+            Microseconds per launch, the median over the replays.
         """
         wanted = round(self.GRAPH_US / max(about_us, 1e-3))
         calls = min(max(wanted, self.MIN_CALLS), self.MAX_CALLS)
         return self._replay([launch] * calls) / calls
 
-    def by_batch(self, launch: Launch, counts: torch.Tensor, batches: torch.Tensor) -> list[float]:
-        """Microseconds of a launch on each of many batches, without a graph for each.
+    def time_batches(
+        self, launch: Launch, counts: torch.Tensor, batches: torch.Tensor
+    ) -> list[float]:
+        """Time a launch on each of many batches, without a graph for each.
 
         A graph reads its counts from where they were at its capture, so each batch is copied there
         before its replays; the copy and one replay after it are not timed. A launch that is short
@@ -134,28 +133,30 @@ class GraphTimer:
         Returns
         -------
         list of float
-            Of each batch, the median of 21 replays, seven in each of three rounds through all.
+            Microseconds of each batch: the median of 21 replays, seven in each of three rounds
+            through all batches.
         """
         once = self._capture([launch])
         often = self._capture([launch] * self.MAX_CALLS)
-        about = self._batch_round([once] * len(batches), counts, batches, 1)[:, 0]
+        about = self._time_batch_round([once] * len(batches), counts, batches, 1)[:, 0]
         calls = np.where(about * self.MAX_CALLS > self.GRAPH_US, 1, self.MAX_CALLS)
         graphs = [once if n == 1 else often for n in calls]
         rounds = [
-            self._batch_round(graphs, counts, batches, self.BATCH_REPLAYS) for _ in range(ROUNDS)
+            self._time_batch_round(graphs, counts, batches, self.BATCH_REPLAYS)
+            for _ in range(ROUNDS)
         ]
         times: list[float] = (np.median(np.concatenate(rounds, axis=1), axis=1) / calls).tolist()
         return times
 
-    def _batch_round(
+    def _time_batch_round(
         self,
         graphs: Sequence[torch.cuda.CUDAGraph],
         counts: torch.Tensor,
         batches: torch.Tensor,
         replays: int,
     ) -> Floats:
-        """Microseconds of each replay ``[B, replays]`` of each batch's graph."""
-        marks = [[record_event() for _ in range(replays + 1)] for _ in graphs]
+        """Return the microseconds of each replay ``[B, replays]`` of each batch's graph."""
+        marks = [[make_event() for _ in range(replays + 1)] for _ in graphs]
         with torch.cuda.stream(self._stream):
             for graph, batch, (first, *others) in zip(graphs, batches, marks, strict=True):
                 counts.copy_(batch)
@@ -173,7 +174,7 @@ class GraphTimer:
         graph = self._capture(launches)
         with torch.cuda.stream(self._stream):
             graph.replay()
-            marks = [record_event() for _ in range(self._replays + 1)]
+            marks = [make_event() for _ in range(self._replays + 1)]
             marks[0].record()
             for mark in marks[1:]:
                 graph.replay()
@@ -196,12 +197,13 @@ class GraphTimer:
         return graph
 
 
-def record_event() -> torch.cuda.Event:
+def make_event() -> torch.cuda.Event:
+    """Make a CUDA event that takes the time."""
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def statistics(times: Sequence[float]) -> dict[str, float]:
-    """Median, 95th and 99th percentile, maximum and mean.
+def compute_statistics(times: Sequence[float]) -> dict[str, float]:
+    """Compute median, 95th and 99th percentile, maximum and mean.
 
     Parameters
     ----------
@@ -229,23 +231,23 @@ def time_in_rounds(
     about_us: float,
     progress: Callable[[], None] | None = None,
 ) -> list[float]:
-    """Microseconds per call of each launch, the median of rounds through all of them.
+    """Return microseconds per call of each launch, the median of rounds through all of them.
 
-    What disturbs a GPU for a few milliseconds is over when a launch's turn comes again.
+    A disturbance of a few milliseconds has ended by the next round, and the median drops it.
     ``progress`` is called once per launch, in the first round.
     """
     times = np.empty((ROUNDS, len(launches)))
     for at, row in enumerate(times):
         for index, launch in enumerate(launches):
-            row[index] = timer.per_call(launch, about_us)
+            row[index] = timer.time_call(launch, about_us)
             if at == 0 and progress is not None:
                 progress()
     found: list[float] = np.median(times, axis=0).tolist()
     return found
 
 
-def on_cpu(solution: Solution) -> Solution:
-    """Copy all of a solution to the CPU at once, rather than number by number."""
+def copy_to_cpu(solution: Solution) -> Solution:
+    """Copy a solution to the CPU, so that its numbers are not copied one by one."""
     return Solution(
         solution.shares.cpu(),
         solution.max_load.cpu(),

@@ -1,4 +1,4 @@
-"""Real traffic: every batch checked against HiGHS, then timed."""
+"""Check every batch of a load set against HiGHS, then time it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from lplb_triton.bench.measure.cases import STEPS
 from lplb_triton.bench.measure.loads import TOP_K
 from lplb_triton.bench.measure.pipeline import check_ids
 from lplb_triton.bench.measure.preparation import Prepared
-from lplb_triton.bench.measure.timer import Row, Timer, on_cpu, statistics
-from lplb_triton.bench.measure.workload import check_plan, run_solver
+from lplb_triton.bench.measure.timer import Timer, compute_statistics, copy_to_cpu
+from lplb_triton.bench.measure.workload import check_plan, make_solver
+from lplb_triton.bench.types import Row
 
 __all__ = []
 
 
 @dataclass(frozen=True, eq=False)
 class Checked:
-    """A load set whose every plan passed its gate.
+    """A load set whose plans have all passed their check.
 
     Attributes
     ----------
@@ -32,7 +33,7 @@ class Checked:
     balancer
         With its placement; a kernel for these sizes is compiled.
     iterations
-        Of each batch, steps by potentials: the most of its groups.
+        Steps by potentials of each batch: those of the group with the most.
     worst_gap
         Largest certified relative gap.
     uncertified
@@ -46,10 +47,11 @@ class Checked:
     uncertified: int
 
 
-def check(prepared: Prepared, device: torch.device | str, tolerance: float) -> Checked:
-    """Solve every batch and hold plan and bound against HiGHS.
+def check_plans(prepared: Prepared, device: torch.device | str, tolerance: float) -> Checked:
+    """Solve every batch and compare plan and bound with HiGHS's optimum.
 
-    A plan that is feasible, with a true bound and a gap that it admits is wide, is counted.
+    A feasible plan with a true bound that reports a gap wider than the tolerance is no wrong
+    answer; such batches are counted.
 
     Parameters
     ----------
@@ -73,22 +75,22 @@ def check(prepared: Prepared, device: torch.device | str, tolerance: float) -> C
     balancer = Balancer(placement, device=device, tolerance=tolerance)
     iterations, worst_gap, uncertified = [], 0.0, 0
     for index, counts in enumerate(loads.batches):
-        solution = on_cpu(balancer.solve(counts.to(device)))
+        solution = copy_to_cpu(balancer.solve(counts.to(device)))
         problem = placement.problem(counts)
         for group, optimum in enumerate(prepared.optima[index]):
             name = f"{prepared.case}, {loads.kind}, {loads.name}, batch {index}, group {group}"
             at = slice(group, group + 1)
             mask = problem.mask if len(problem.mask) == 1 else problem.mask[at]
             one = Problem(problem.weights[at], problem.fixed[at], mask)
-            check_plan(one, _part(solution, at), float(optimum), name, certified=False)
+            check_plan(one, _select_group(solution, at), float(optimum), name, certified=False)
         iterations.append(int(solution.iterations.max()))
         worst_gap = max(worst_gap, float(solution.gap.max()))
         uncertified += bool((solution.status != Status.CERTIFIED).any())
     return Checked(prepared, balancer, iterations, worst_gap, uncertified)
 
 
-def _part(solution: Solution, at: slice) -> Solution:
-    """Take some instances of a solution."""
+def _select_group(solution: Solution, at: slice) -> Solution:
+    """Return the instances in a slice of a solution."""
     return Solution(
         solution.shares[at],
         solution.max_load[at],
@@ -100,28 +102,28 @@ def _part(solution: Solution, at: slice) -> Solution:
     )
 
 
-def row(checked: Checked, timer: Timer) -> Row:
+def time_solves(checked: Checked, timer: Timer) -> Row:
     """Time every batch of a checked load set.
 
     Parameters
     ----------
     checked
-        From `check`.
+        From `check_plans`.
     timer
         `lplb_triton.bench.measure.timer.GraphTimer` on a GPU.
 
     Returns
     -------
     dict
-        ``times_us`` and ``iterations`` by batch, and what `pooled` makes of them.
+        ``times_us`` and ``iterations`` by batch, and what `pool_rows` makes of them.
     """
     batches = checked.prepared.loads.batches.to(checked.balancer.device)
     counts = torch.zeros_like(batches[0])
-    launch = partial(run_solver(checked.balancer), counts)
-    return _row(checked, timer.by_batch(launch, counts, batches))
+    launch = partial(make_solver(checked.balancer), counts)
+    return _make_row(checked, timer.time_batches(launch, counts, batches))
 
 
-def _row(checked: Checked, times: list[float]) -> Row:
+def _make_row(checked: Checked, times: list[float]) -> Row:
     case, loads = checked.prepared.case, checked.prepared.loads
     single = {
         "experts": case.experts,
@@ -135,30 +137,31 @@ def _row(checked: Checked, times: list[float]) -> Row:
         "times_us": times,
         "iterations": checked.iterations,
     }
-    return {**single, **_summary([single])}
+    return {**single, **_summarize([single])}
 
 
-def run_row(checked: Checked, timer: Timer, seed: int) -> Row:
+def time_runs(checked: Checked, timer: Timer, seed: int) -> Row:
     """Time `Balancer.run` on every batch of a checked load set: count, solve and select.
 
     Parameters
     ----------
     checked
-        From `check`; its batches have equally many tokens.
+        From `check_plans`; its batches have equally many tokens.
     timer
         `lplb_triton.bench.measure.timer.GraphTimer` on a GPU.
     seed
-        Of the order of the ids.
+        Seed of the order of the ids.
 
     Returns
     -------
     dict
-        As from `row`.
+        As from `time_solves`.
 
     Raises
     ------
     WrongAnswerError
-        If ids are no copies of their experts or miss the plan; nothing is timed then.
+        If ids are no copies of their experts or rank loads differ from the plan; nothing is
+        timed then.
     """
     balancer, placement = checked.balancer, checked.prepared.placement
     rng = np.random.default_rng(seed)
@@ -171,16 +174,16 @@ def run_row(checked: Checked, timer: Timer, seed: int) -> Row:
         counts, _ = balancer.count(idx)
         check_ids(placement, idx, balancer.run(idx), balancer.solve(counts))
     idx = batches[0].clone()
-    return _row(checked, timer.by_batch(partial(balancer.run, idx), idx, batches))
+    return _make_row(checked, timer.time_batches(partial(balancer.run, idx), idx, batches))
 
 
-def pooled(rows: Sequence[Row]) -> list[Row]:
-    """Put the load sets of each case and kind together.
+def pool_rows(rows: Sequence[Row]) -> list[Row]:
+    """Summarize the load sets of each case and kind together.
 
     Parameters
     ----------
     rows
-        From `row`.
+        From `time_solves`.
 
     Returns
     -------
@@ -194,11 +197,12 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
     for each in rows:
         together.setdefault(tuple(each[name] for name in sizes), []).append(each)
     return [
-        {**dict(zip(sizes, key, strict=True)), **_summary(parts)} for key, parts in together.items()
+        {**dict(zip(sizes, key, strict=True)), **_summarize(parts)}
+        for key, parts in together.items()
     ]
 
 
-def _summary(rows: Sequence[Row]) -> Row:
+def _summarize(rows: Sequence[Row]) -> Row:
     needed = np.concatenate([each["iterations"] for each in rows]).clip(max=len(STEPS) - 1)
     times = np.concatenate([each["times_us"] for each in rows])
     found = np.bincount(needed, minlength=len(STEPS)) / len(needed)
@@ -208,7 +212,7 @@ def _summary(rows: Sequence[Row]) -> Row:
     return {
         "load_sets": len(rows),
         "batches": len(needed),
-        "us": statistics(times.tolist()),
+        "us": compute_statistics(times.tolist()),
         "steps": dict(zip(STEPS, found.tolist(), strict=True)),
         "steps_us": dict(zip(STEPS, medians, strict=True)),
         "worst_gap": max(each["worst_gap"] for each in rows),

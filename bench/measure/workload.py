@@ -1,4 +1,4 @@
-"""Loads of six families on a placement, and the check of plans against HiGHS."""
+"""Draw loads of six families on a placement, and check plans against HiGHS."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from lplb_triton import Balancer, Placement, Problem, Solution, Status
-from lplb_triton.bench.measure.timer import Floats, WrongAnswerError
+from lplb_triton.bench.measure.timer import WrongAnswerError
+from lplb_triton.bench.types import Floats
 from lplb_triton.testing.instances import FAMILIES, draw_loads, shape_placement
 from lplb_triton.testing.verify import SLACK, highs_optimum
 
@@ -20,8 +21,8 @@ __all__ = [
     "SEED",
     "Workload",
     "check_plan",
-    "instance_of",
-    "run_solver",
+    "get_instance",
+    "make_solver",
 ]
 
 
@@ -77,14 +78,14 @@ class Workload:
         return len(self.families)
 
     def loads(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights ``[B, C]`` and fixed loads ``[B, G]`` in float32 on a device."""
+        """Return weights ``[B, C]`` and fixed loads ``[B, G]`` in float32 on a device."""
         return (
             self.problem.weights.to(device, torch.float32),
             self.problem.fixed.to(device, torch.float32),
         )
 
     def single(self, index: int, device: torch.device | str) -> Problem:
-        """One instance on a device, in float32."""
+        """Return one instance on a device, in float32."""
         weights, fixed = self.loads(device)
         return Problem(
             weights[index : index + 1].contiguous(),
@@ -146,12 +147,12 @@ def check_plan(
     solution : Solution
         Its solution, on any device.
     optimum : float
-        By another solver.
+        The optimum that another solver found.
     name : str
-        What the message calls the instance.
+        Name of the instance in the message.
     certified : bool
-        Whether a plan is refused too that is feasible, with a true bound, and says that its gap is
-        wider than the tolerance.
+        Whether to refuse also a feasible plan with a true bound that reports a gap wider than the
+        tolerance.
 
     Raises
     ------
@@ -182,10 +183,10 @@ def check_plan(
         raise WrongAnswerError(f"{name}: {wrong}")
 
 
-def run_solver(balancer: Balancer) -> Callable[[torch.Tensor], object]:
-    """Solve as `Balancer.run` does: to shares by copy and a certificate, in one launch.
+def make_solver(balancer: Balancer) -> Callable[[torch.Tensor], object]:
+    """Return the solve of `Balancer.run`: to shares by copy and a certificate, in one launch.
 
-    `Balancer.solve` spreads the shares over ranks and columns in another one.
+    `Balancer.solve` needs a second launch, which spreads the shares over ranks and columns.
 
     Parameters
     ----------
@@ -202,7 +203,7 @@ def run_solver(balancer: Balancer) -> Callable[[torch.Tensor], object]:
     return partial(balancer._backend.solve_by_copy, certified=balancer.certified)
 
 
-def instance_of(workload: Workload, index: int) -> Problem:
-    """One instance in float64 on the CPU, as the gate wants it."""
+def get_instance(workload: Workload, index: int) -> Problem:
+    """Return one instance in float64 on the CPU, as `check_plan` takes it."""
     p = workload.problem
     return Problem(p.weights[index : index + 1], p.fixed[index : index + 1], p.mask)

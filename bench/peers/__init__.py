@@ -17,12 +17,12 @@ return the part of every column that its first copy takes (the copy on the lower
 
 from lplb_triton.bench.peers.affine_scaling import BIG_M, AffineScaling
 from lplb_triton.bench.peers.edge_balancing import EdgeBalancing
-from lplb_triton.bench.peers.pairs import color_edges, two_copy_ranks
+from lplb_triton.bench.peers.pairs import color_edges, find_copy_ranks
 
 __all__ = [
     "BIG_M",
     "AffineScaling",
     "EdgeBalancing",
     "color_edges",
-    "two_copy_ranks",
+    "find_copy_ranks",
 ]

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lplb_triton.bench.peers.pairs import check_loads, two_copy_ranks
+from lplb_triton.bench.peers.pairs import check_loads, find_copy_ranks
 
 __all__ = [
     "AffineScaling",
@@ -233,7 +233,7 @@ class AffineScaling:
         num_warps: int | None = None,
         block: int = 8,
     ) -> None:
-        first, second = two_copy_ranks(mask)
+        first, second = find_copy_ranks(mask)
         self.n_ranks, self.n_columns = mask.shape
         n_rows = self.n_ranks + self.n_columns
         self._block = block

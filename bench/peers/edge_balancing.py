@@ -1,4 +1,4 @@
-"""Coloured edge balancing: levelling of pairs, without a bound."""
+"""Coloured edge balancing, which levels pairs of ranks and gives no bound."""
 
 # Bodies of kernels are Triton's language, not Python's, and their compile-time constants are
 # written in capitals, as in Triton itself; launchers are typed and named like everything else.
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lplb_triton.bench.peers.pairs import check_loads, color_edges, two_copy_ranks
+from lplb_triton.bench.peers.pairs import check_loads, color_edges, find_copy_ranks
 
 __all__ = [
     "EdgeBalancing",
@@ -93,7 +93,7 @@ class EdgeBalancing:
     """
 
     def __init__(self, mask: torch.Tensor, device: torch.device | str) -> None:
-        first, second = two_copy_ranks(mask)
+        first, second = find_copy_ranks(mask)
         self.n_ranks, self.n_columns = mask.shape
         colors = color_edges(first, second)
         self.n_colors = int(colors.max()) + 1

@@ -1,4 +1,4 @@
-"""Placements of two copies an expert as the edges of a graph."""
+"""Treat placements with two copies per expert as the edges of a graph."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch
 __all__ = [
     "check_loads",
     "color_edges",
-    "two_copy_ranks",
+    "find_copy_ranks",
 ]
 
 
-def two_copy_ranks(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ranks of the two copies of every column.
+def find_copy_ranks(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the ranks of the two copies of every column.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""Tables that the commands print: one module for each command, one for drawing them."""
+"""Make the tables that the commands print: a module for each command, and `grid` to draw them."""
 
-from lplb_triton.bench.tables.advise import advice_check_grids, advise_grids
+from lplb_triton.bench.tables.advise import make_advice_check_grids, make_advise_grids
 from lplb_triton.bench.tables.balance import LABELS, PARTS, show_balance, show_verdicts
-from lplb_triton.bench.tables.ep import ep_grids
+from lplb_triton.bench.tables.ep import make_ep_grids
 from lplb_triton.bench.tables.grid import (
     Grid,
     MissingExtraError,
@@ -11,28 +11,28 @@ from lplb_triton.bench.tables.grid import (
     require,
     show_grids,
 )
-from lplb_triton.bench.tables.pipeline import pipeline_grids
-from lplb_triton.bench.tables.placement import placement_grids, workloads_grids
-from lplb_triton.bench.tables.simulate import simulate_grids
-from lplb_triton.bench.tables.solve import solve_grids
+from lplb_triton.bench.tables.pipeline import make_pipeline_grids
+from lplb_triton.bench.tables.placement import make_placement_grids, make_workloads_grids
+from lplb_triton.bench.tables.simulate import make_simulate_grids
+from lplb_triton.bench.tables.solve import make_solve_grids
 
 __all__ = [
-    "Grid",
     "LABELS",
-    "MissingExtraError",
     "PARTS",
-    "advice_check_grids",
-    "advise_grids",
+    "Grid",
+    "MissingExtraError",
+    "make_advice_check_grids",
+    "make_advise_grids",
     "console",
-    "ep_grids",
+    "make_ep_grids",
     "markdown",
-    "pipeline_grids",
-    "placement_grids",
+    "make_pipeline_grids",
+    "make_placement_grids",
     "require",
     "show_balance",
     "show_grids",
     "show_verdicts",
-    "simulate_grids",
-    "solve_grids",
-    "workloads_grids",
+    "make_simulate_grids",
+    "make_solve_grids",
+    "make_workloads_grids",
 ]

@@ -1,27 +1,25 @@
-"""Tables of `lplb-bench advise`."""
+"""Make the tables of `lplb-bench advise`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
 from lplb_triton.bench.tables.cells import format_us
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = [
-    "advice_check_grids",
-    "advise_grids",
+    "make_advice_check_grids",
+    "make_advise_grids",
 ]
 
 
-def advise_grids(report: dict[str, Any]) -> list[Grid]:
+def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench advise``.
 
     Parameters
     ----------
     report
-        What the command writes as JSON.
+        Content of the JSON file that the command writes.
 
     Returns
     -------
@@ -78,7 +76,7 @@ def advise_grids(report: dict[str, Any]) -> list[Grid]:
                 "per rank from which on it pays, by mean (high .. low) saving. MiB: replicas of "
                 "one layer on a rank; in training as much again is sent and received "
                 "for weights and for gradients each step.",
-                _recommendation(report),
+                _describe_recommendation(report),
                 *(
                     f"n/a: {slots} slots are more than copies can fill."
                     for slots in report["left_out"]
@@ -88,8 +86,8 @@ def advise_grids(report: dict[str, Any]) -> list[Grid]:
     ]
 
 
-def _recommendation(report: dict[str, Any]) -> str:
-    """Whether balancing pays, and what follows."""
+def _describe_recommendation(report: dict[str, Any]) -> str:
+    """Say whether balancing pays, and what is recommended."""
     best = f"{report['best']['placement']}, {report['best']['slots']} slots per rank"
     if report["pays"] == "no":
         return (
@@ -103,13 +101,13 @@ def _recommendation(report: dict[str, Any]) -> str:
     )
 
 
-def advice_check_grids(report: dict[str, Any]) -> list[Grid]:
+def make_advice_check_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench advise --check``.
 
     Parameters
     ----------
     report
-        What the command writes as JSON.
+        Content of the JSON file that the command writes.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Tables of `lplb-bench balance` and of `verify`."""
+"""Print the tables of `lplb-bench balance` and `lplb-bench verify`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LABELS = {
     "integer": "LP, tokens",
 }
 
-# Parts of the corpus that answers are held against HiGHS on.
+# Titles for the parts of the corpus.
 PARTS = {
     "random": "Random programs",
     "traffic": "Real traffic",
@@ -47,19 +47,19 @@ def show_balance(target: Console, cells: Sequence[Cell], *, title: str, time_lab
     Parameters
     ----------
     target
-        Where to print.
+        Console to print to.
     cells
         Results of `lplb_triton.bench.balance.run`.
     title
         Line above the first table.
     time_label
-        What the solve time is a time of.
+        Description of the solve time.
     """
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    # Lines between the columns would not fit 80 characters.
+    # A box without lines between the columns, which would exceed 80 characters.
     imbalance = Table(
         title=escape(title),
         caption="imbalance = max/mean of rank loads; LP, tokens = the LP's plan in whole tokens",
@@ -92,7 +92,7 @@ def show_balance(target: Console, cells: Sequence[Cell], *, title: str, time_lab
         imbalance.add_row(*head, "mean", *[f"{v.mean():.3f}" for v in values], style="bold")
         imbalance.add_row("", "", "", "p95", *[f"{np.percentile(v, 95):.3f}" for v in values])
         imbalance.add_row("", "", "", "max", *[f"{v.max():.3f}" for v in values], end_section=True)
-        certificates.add_row(*head, *_certificate(cell))
+        certificates.add_row(*head, *_format_certificate(cell))
     target.print(imbalance)
     target.print(certificates)
     for cell in cells:
@@ -102,7 +102,7 @@ def show_balance(target: Console, cells: Sequence[Cell], *, title: str, time_lab
             )
 
 
-def _certificate(cell: Cell) -> list[str]:
+def _format_certificate(cell: Cell) -> list[str]:
     status, microseconds = cell.status(), cell.microseconds()
     if microseconds is None:
         return ["no LP", "", "", ""]
@@ -118,12 +118,12 @@ def _certificate(cell: Cell) -> list[str]:
 
 
 def show_verdicts(target: Console, verdicts: Sequence[Verdict], *, title: str) -> None:
-    """Print what a comparison with HiGHS found, a table for each part of the corpus.
+    """Print the results of a comparison with HiGHS, a table for each part of the corpus.
 
     Parameters
     ----------
     target
-        Where to print.
+        Console to print to.
     verdicts
         Results of `lplb_triton.testing.verify.verify`.
     title
@@ -142,13 +142,13 @@ def show_verdicts(target: Console, verdicts: Sequence[Verdict], *, title: str) -
         "certified": lambda v: format_share(v.certified),
         "worst gap": lambda v: f"{v.worst_gap:.2e}",
     }
-    # What the kernel of `Balancer` counts is something else than what `lplb_triton.solve` does.
+    # `Balancer` reports steps by potentials, `lplb_triton.solve` interior-point iterations.
     for word, from_counts in (("iterations", False), ("steps", True)):
         for label, value in (
             ("mean", lambda v: f"{v.total_iterations / max(v.instances, 1):.1f}"),
             ("max", lambda v: str(v.max_iterations)),
         ):
-            rows[f"{word}, {label}"] = partial(_only_if, value, from_counts)
+            rows[f"{word}, {label}"] = partial(_show_if, value, from_counts)
     for part in dict.fromkeys(v.part for v in verdicts):
         here = [v for v in verdicts if v.part == part]
         table = Table(title=escape(f"{PARTS[part]}, {title}"), box=SIMPLE_HEAD, pad_edge=False)
@@ -163,5 +163,5 @@ def show_verdicts(target: Console, verdicts: Sequence[Verdict], *, title: str) -
         target.print(table)
 
 
-def _only_if(value: Callable[[Verdict], str], from_counts: bool, verdict: Verdict) -> str:
+def _show_if(value: Callable[[Verdict], str], from_counts: bool, verdict: Verdict) -> str:
     return value(verdict) if verdict.from_counts == from_counts else ""

@@ -1,4 +1,4 @@
-"""How numbers are written in the cells of tables."""
+"""Format numbers for the cells of tables."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import math
 from typing import Any
 
 __all__ = [
-    "case_name",
+    "format_case",
     "format_at_most",
     "format_or_na",
     "format_percent",
-    "format_spread",
     "format_share",
+    "format_spread",
     "format_us",
 ]
 
 
 def format_share(part: float) -> str:
-    """Return a share in percent, which is rounded down so that only all is 100%."""
+    """Return a share in percent, rounded down so that only a share of 1 gives 100%."""
     return f"{math.floor(1e4 * part + 1e-9) / 100:.2f}%"
 
 
@@ -31,7 +31,7 @@ def format_spread(statistics: dict[str, float]) -> tuple[str, ...]:
     return tuple(format_us(statistics[name]) for name in ("median", "p99", "max"))
 
 
-def case_name(row: dict[str, Any]) -> str:
+def format_case(row: dict[str, Any]) -> str:
     """Return the name of a case of real traffic, such as ``256/64 chain+1``."""
     return f"{row['experts']}/{row['ep']} {row['placement']}+{row['slots']}"
 
@@ -42,7 +42,7 @@ def format_percent(share: float) -> str:
 
 
 def format_at_most(traffic: dict[str, Any]) -> str:
-    """Return what a note says where a limit of batches was given."""
+    """Return the part of a note that names the limit on batches, empty if there is none."""
     most = traffic["most"]
     return "" if most is None else f", at most {most} of a layer, evenly spread"
 

@@ -1,44 +1,42 @@
-"""Tables of `lplb-bench ep`."""
+"""Make the tables of `lplb-bench ep`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
 from lplb_triton.bench.tables.cells import format_or_na, format_us
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = [
-    "ep_grids",
+    "make_ep_grids",
 ]
 
 
-def ep_grids(report: dict[str, Any]) -> list[Grid]:
+def make_ep_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench ep``.
 
     Parameters
     ----------
     report
-        What the command writes as JSON.
+        Content of the JSON file that the command writes.
 
     Returns
     -------
     list of Grid
-        The last says how every section ended.
+        The last table says how every section ended.
     """
     options, found = report["options"], report["sections"]
-    # Sections by name, then back end or routing. One that failed may have no figures.
+    # Results by section, then by back end or routing; one that failed may have no figures.
     by_name: dict[str, dict[str, Any]] = {}
     for name, row in found.items():
         section, variant = name.split(":")
         by_name.setdefault(section, {})[variant] = row
     layouts = {
-        "verify": _ep_sums,
-        "time": _ep_sync,
-        "pipeline": _ep_pipeline,
-        "kill": _ep_killed,
-        "train": _ep_training,
+        "verify": _make_sums_grids,
+        "time": _make_sync_grids,
+        "pipeline": _make_run_grids,
+        "kill": _make_kill_grids,
+        "train": _make_training_grids,
     }
     grids: list[Grid] = []
     for section, rows in by_name.items():
@@ -57,7 +55,7 @@ def ep_grids(report: dict[str, Any]) -> list[Grid]:
     return [*grids, Grid("Sections", ("section", "end", "seconds"), ends, tuple(notes))]
 
 
-def _ep_sums(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
+def _make_sums_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
     modes = ("eager", "graph")
     return [
         Grid(
@@ -75,36 +73,42 @@ def _ep_sums(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
     ]
 
 
-_EP_SPREAD = ("rank 0 median", "p99", "slowest median", "p99")
+_SPREAD = ("rank 0 median", "p99", "slowest median", "p99")
 
 
-def _by_rank(times: dict[str, dict[str, float]]) -> tuple[str, ...]:
+def _format_by_rank(times: dict[str, dict[str, float]]) -> tuple[str, ...]:
     return tuple(format_us(times[who][name]) for who in times for name in ("median", "p99"))
 
 
-def _ep_sync(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
+def _make_sync_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
     lines = []
     for kind, row in rows.items():
         gather, plain = (row[key]["slowest"]["median"] for key in ("sum and gather", "all-reduce"))
         ratio = plain / row["sum"]["slowest"]["median"]
         lines.append(
-            (kind, *_by_rank(row["sum"]), format_us(gather), format_us(plain), f"{ratio:.2f}")
+            (
+                kind,
+                *_format_by_rank(row["sum"]),
+                format_us(gather),
+                format_us(plain),
+                f"{ratio:.2f}",
+            )
         )
     return [
         Grid(
             "Load sync, 256 counts, microseconds",
-            ("back end", *_EP_SPREAD, "with gather", "all-reduce", "speed-up"),
+            ("back end", *_SPREAD, "with gather", "all-reduce", "speed-up"),
             lines,
             (
-                f"{_ep_replays(options, rows)} with gather: every rank's counts too. all-reduce: "
-                "torch.distributed's of 256 int32. These and the speed-up are medians of the "
-                "slowest.",
+                f"{_describe_replays(options, rows)} with gather: every rank's counts too. "
+                "all-reduce: torch.distributed's of 256 int32. These and the speed-up are medians "
+                "of the slowest.",
             ),
         )
     ]
 
 
-def _ep_replays(options: dict[str, Any], rows: dict[str, Any]) -> str:
+def _describe_replays(options: dict[str, Any], rows: dict[str, Any]) -> str:
     how = "CUDA-graph replays" if options["device"] == "cuda" else "Repetitions on a CPU"
     calls = next(iter(rows.values()))["calls_per_replay"]
     counted = options["replays"] - options["replays"] // 10
@@ -114,7 +118,7 @@ def _ep_replays(options: dict[str, Any], rows: dict[str, Any]) -> str:
     )
 
 
-def _ep_pipeline(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
+def _make_run_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
     runs: list[tuple[str, ...]] = []
     hosts: list[tuple[str, ...]] = []
     for kind, row in rows.items():
@@ -122,9 +126,9 @@ def _ep_pipeline(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
             alone = format_us(found["without_sync_us"]["slowest"]["median"])
             for quotas in ("local", "global"):
                 head, times = (name, kind, quotas), found[quotas]
-                runs.append((*head, *_by_rank(times["run_us"]), alone))
-                hosts.append((*head, *_by_rank(times["host_us"])))
-    header = ("shape", "back end", "quotas", *_EP_SPREAD)
+                runs.append((*head, *_format_by_rank(times["run_us"]), alone))
+                hosts.append((*head, *_format_by_rank(times["host_us"])))
+    header = ("shape", "back end", "quotas", *_SPREAD)
     grids = [
         Grid(
             "Whole run with load sync, microseconds",
@@ -132,8 +136,8 @@ def _ep_pipeline(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
             runs,
             (
                 f"{options['tokens']} tokens x top-8 per rank, 256 experts. "
-                f"{_ep_replays(options, rows)} without sync: each rank by itself, median of the "
-                "slowest.",
+                f"{_describe_replays(options, rows)} without sync: each rank by itself, median of "
+                "the slowest.",
             ),
         ),
         Grid(
@@ -171,7 +175,7 @@ def _ep_pipeline(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
     return grids
 
 
-def _ep_killed(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
+def _make_kill_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
     return [
         Grid(
             "The last rank killed",
@@ -185,7 +189,7 @@ def _ep_killed(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
     ]
 
 
-def _ep_training(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
+def _make_training_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
     even = rows["even"]["runs"][0]["moe_ms"] if "even" in rows else None
     times: list[tuple[str, ...]] = []
     losses: list[tuple[str, ...]] = []

@@ -1,4 +1,4 @@
-"""Tables as values, drawn on a terminal by rich or written as Markdown."""
+"""Represent tables, draw them on a terminal with rich, and write them as Markdown."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MissingExtraError(RuntimeError):
 
 
 def require(module: str) -> None:
-    """Import a module of the ``bench`` extra, or say how to get it.
+    """Import a module of the ``bench`` extra, or raise an error that says how to install it.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ class Grid:
     Attributes
     ----------
     title : str
-        What the table is of.
+        Title of the table.
     header : tuple of str
         Names of the columns; the first holds text, the others numbers.
     rows : list of tuple of str
@@ -82,9 +82,9 @@ def show_grids(target: Console, grids: Sequence[Grid]) -> None:
     Parameters
     ----------
     target
-        Where to print.
+        Console to print to.
     grids
-        In order.
+        Tables in order.
     """
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
@@ -110,7 +110,7 @@ def markdown(grids: Sequence[Grid]) -> str:
     Parameters
     ----------
     grids
-        In order.
+        Tables in order.
 
     Returns
     -------

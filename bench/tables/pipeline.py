@@ -1,26 +1,24 @@
-"""Tables of `lplb-bench pipeline`."""
+"""Make the tables of `lplb-bench pipeline`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
-from lplb_triton.bench.tables.cells import case_name, format_us
+from lplb_triton.bench.tables.cells import format_case, format_us
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = [
-    "pipeline_grids",
+    "make_pipeline_grids",
 ]
 
 
-def pipeline_grids(report: dict[str, Any]) -> list[Grid]:
+def make_pipeline_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench pipeline``.
 
     Parameters
     ----------
     report
-        What the command writes as JSON.
+        Content of the JSON file that the command writes.
 
     Returns
     -------
@@ -29,7 +27,7 @@ def pipeline_grids(report: dict[str, Any]) -> list[Grid]:
     rows = report["rows"]
     parts = ("count", "solve", "select", "floor", "host")
     spread = ("median", "p99", "max")
-    grids = [] if report["traffic"] is None else [_run_grid(report["traffic"])]
+    grids = [] if report["traffic"] is None else [_make_run_grid(report["traffic"])]
     grids.append(
         Grid(
             "Whole run without load sync, microseconds",
@@ -75,7 +73,7 @@ def pipeline_grids(report: dict[str, Any]) -> list[Grid]:
     return grids
 
 
-def _run_grid(traffic: dict[str, Any]) -> Grid:
+def _make_run_grid(traffic: dict[str, Any]) -> Grid:
     return Grid(
         "Whole run on a recorded trace, without load sync, microseconds",
         (
@@ -84,7 +82,7 @@ def _run_grid(traffic: dict[str, Any]) -> Grid:
         ),
         [
             (
-                *(case_name(row), row["kind"], str(row["batches"])),
+                *(format_case(row), row["kind"], str(row["batches"])),
                 *(format_us(row["us"][name]) for name in ("median", "p95", "p99", "max")),
                 *(format_us(solved["us"][name]) for name in ("median", "p99")),
             )

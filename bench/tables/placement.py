@@ -1,125 +1,136 @@
-"""Tables of `lplb-bench placement` and `workloads`."""
+"""Make the tables of `lplb-bench placement` and `lplb-bench workloads`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = [
-    "placement_grids",
-    "workloads_grids",
+    "make_placement_grids",
+    "make_workloads_grids",
 ]
 
 
-def placement_grids(report: dict[str, Any]) -> list[Grid]:
+def make_placement_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench placement``.
 
     Parameters
     ----------
     report
-        What the command writes as JSON.
+        Content of the JSON file that the command writes.
 
     Returns
     -------
     list of Grid
     """
-
-    def percent(value: float) -> str:
-        return f"{100 * value:.2f}%"
-
-    lines, seconds = [], []
-    for row in report["rows"]:
-        head = (str(row["ep"]), str(row["slots"]))
-        mean = {
-            name: {key: float(np.mean(values)) for key, values in found.items()}
-            for name, found in row["methods"].items()
-        }
-        shown = [percent(m[key]) for m in mean.values() for key in ("lp", "integer")]
-        base = mean["eplb"]["lp"]
-        ratio = f"{mean['place']['lp'] / base:.2f}" if base >= 1e-4 else "n/a"
-        lines.append((*head, percent(mean["eplb"]["even"]), *shown, ratio))
-        place = row["methods"]["place"]
-        seconds.append(
-            (
-                *head,
-                *(f"{1e3 * mean[name]['seconds']:.1f}" for name in ("eplb", "chain")),
-                f"{mean['place']['seconds']:.2f}",
-                f"{max(place['seconds']):.2f}",
-                f"{mean['place']['cpu_seconds']:.2f}",
-            )
-        )
-    cases = len(report["rows"][0]["cases"])
-    columns = [f"{name} {kind}" for name in ("EPLB", "chain", "place") for kind in ("LP", "tokens")]
-    grids = [
-        Grid(
-            f"Mean excess imbalance on unseen batches, {report['source']}",
-            ("EP", "slots", "EPLB even", *columns, "place/EPLB"),
-            lines,
-            (
-                f"Largest over mean rank load, minus 1, mean over {cases} cases (layers or seeds). "
-                "even: split evenly; LP: the fractional optimum, certified to 1e-3; tokens: in "
-                "whole tokens. place/EPLB: quotient of the LP columns.",
-                *(
-                    f"n/a: EP {row['ep']}, {row['slots']} slots: {row['reason']}"
-                    for row in report["left_out"]
-                ),
-            ),
-        ),
-        Grid(
-            "Time of one placement",
-            ("EP", "slots", "EPLB ms", "chain ms", "place s", "place max s", "place CPU s"),
-            seconds,
-            (),
-        ),
-    ]
+    grids = [_make_excess_grid(report), _make_time_grid(report)]
     if report["moves"]:
-        grids.append(
-            Grid(
-                "Weights moved by a re-placement over drifting loads, and mean excess",
-                ("EP", "slots", "placement", "moved", "excess"),
-                [
-                    (
-                        *(str(row["ep"]), str(row["slots"]), name),
-                        *(f"{found['moved']:.1f}", percent(found["lp"])),
-                    )
-                    for row in report["moves"]
-                    for name, found in row["methods"].items()
-                ],
-                (
-                    "256 experts; every mean load drifts by lognormal(0, 0.1) between placements. "
-                    f"free: no penalty; priced: move_penalty {report['moves'][0]['penalty']:g}.",
-                ),
-            )
-        )
+        grids.append(_make_moves_grid(report["moves"]))
     if report["published"] is not None:
-        p = report["published"]
-        grids.append(
-            Grid(
-                f"rebalance_experts, {p['layers']} layers of {p['experts']} experts, seconds",
-                ("", "seconds"),
-                [
-                    ("lplb_triton", f"{p['seconds']:.4f}"),
-                    ("published", f"{p['published_seconds']:.4f}"),
-                    ("quotient", f"{p['published_seconds'] / p['seconds']:.1f}"),
-                ],
-                ("Same results." if p["same"] else "RESULTS DIFFER.",),
-            )
-        )
+        grids.append(_make_published_grid(report["published"]))
     return grids
 
 
-def workloads_grids(report: dict[str, Any]) -> list[Grid]:
+def _format_percent(value: float) -> str:
+    return f"{100 * value:.2f}%"
+
+
+def _make_excess_grid(report: dict[str, Any]) -> Grid:
+    lines = []
+    for row in report["rows"]:
+        mean = {
+            name: {key: float(np.mean(found[key])) for key in ("even", "lp", "integer")}
+            for name, found in row["methods"].items()
+        }
+        shown = [_format_percent(m[key]) for m in mean.values() for key in ("lp", "integer")]
+        base = mean["eplb"]["lp"]
+        ratio = f"{mean['place']['lp'] / base:.2f}" if base >= 1e-4 else "n/a"
+        even = _format_percent(mean["eplb"]["even"])
+        lines.append((str(row["ep"]), str(row["slots"]), even, *shown, ratio))
+    cases = len(report["rows"][0]["cases"])
+    columns = [f"{name} {kind}" for name in ("EPLB", "chain", "place") for kind in ("LP", "tokens")]
+    return Grid(
+        f"Mean excess imbalance on unseen batches, {report['source']}",
+        ("EP", "slots", "EPLB even", *columns, "place/EPLB"),
+        lines,
+        (
+            f"Largest over mean rank load, minus 1, mean over {cases} cases (layers or seeds). "
+            "even: split evenly; LP: the fractional optimum, certified to 1e-3; tokens: in "
+            "whole tokens. place/EPLB: quotient of the LP columns.",
+            *(
+                f"n/a: EP {row['ep']}, {row['slots']} slots: {row['reason']}"
+                for row in report["left_out"]
+            ),
+        ),
+    )
+
+
+def _make_time_grid(report: dict[str, Any]) -> Grid:
+    lines = []
+    for row in report["rows"]:
+        methods = row["methods"]
+        mean = {name: float(np.mean(found["seconds"])) for name, found in methods.items()}
+        lines.append(
+            (
+                *(str(row["ep"]), str(row["slots"])),
+                *(f"{1e3 * mean[name]:.1f}" for name in ("eplb", "chain")),
+                f"{mean['place']:.2f}",
+                f"{max(methods['place']['seconds']):.2f}",
+                f"{float(np.mean(methods['place']['cpu_seconds'])):.2f}",
+            )
+        )
+    return Grid(
+        "Time of one placement",
+        ("EP", "slots", "EPLB ms", "chain ms", "place s", "place max s", "place CPU s"),
+        lines,
+        (),
+    )
+
+
+def _make_moves_grid(moves: list[dict[str, Any]]) -> Grid:
+    return Grid(
+        "Weights moved by a re-placement over drifting loads, and mean excess",
+        ("EP", "slots", "placement", "moved", "excess"),
+        [
+            (
+                *(str(row["ep"]), str(row["slots"]), name),
+                *(f"{found['moved']:.1f}", _format_percent(found["lp"])),
+            )
+            for row in moves
+            for name, found in row["methods"].items()
+        ],
+        (
+            "256 experts; every mean load drifts by lognormal(0, 0.1) between placements. "
+            f"free: no penalty; priced: move_penalty {moves[0]['penalty']:g}.",
+        ),
+    )
+
+
+def _make_published_grid(published: dict[str, Any]) -> Grid:
+    own, theirs = published["seconds"], published["published_seconds"]
+    return Grid(
+        f"rebalance_experts, {published['layers']} layers of {published['experts']} experts, "
+        "seconds",
+        ("", "seconds"),
+        [
+            ("lplb_triton", f"{own:.4f}"),
+            ("published", f"{theirs:.4f}"),
+            ("quotient", f"{theirs / own:.1f}"),
+        ],
+        ("Same results." if published["same"] else "RESULTS DIFFER.",),
+    )
+
+
+def make_workloads_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench workloads``: one table an EP size.
 
     Parameters
     ----------
     report
-        What the command writes as JSON.
+        Content of the JSON file that the command writes.
 
     Returns
     -------

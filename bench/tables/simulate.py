@@ -1,26 +1,24 @@
-"""Tables of `lplb-bench simulate`."""
+"""Make the tables of `lplb-bench simulate`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
 from lplb_triton.bench.tables.cells import format_us
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = [
-    "simulate_grids",
+    "make_simulate_grids",
 ]
 
 
-def simulate_grids(report: dict[str, Any]) -> list[Grid]:
+def make_simulate_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench simulate``.
 
     Parameters
     ----------
     report
-        What the command writes as JSON.
+        Content of the JSON file that the command writes.
 
     Returns
     -------

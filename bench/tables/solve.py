@@ -1,14 +1,12 @@
-"""Tables of `lplb-bench solve`."""
+"""Make the tables of `lplb-bench solve`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
 from lplb_triton.bench.tables.cells import (
-    case_name,
     format_at_most,
+    format_case,
     format_percent,
     format_spread,
     format_us,
@@ -16,26 +14,26 @@ from lplb_triton.bench.tables.cells import (
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = [
-    "solve_grids",
-    "traffic_grids",
+    "make_solve_grids",
+    "make_traffic_grids",
 ]
 
 
-def solve_grids(report: dict[str, Any]) -> list[Grid]:
+def make_solve_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench solve``.
 
     Parameters
     ----------
     report
-        What the command writes as JSON.
+        Content of the JSON file that the command writes.
 
     Returns
     -------
     list of Grid
     """
-    grids = [] if report["traffic"] is None else traffic_grids(report["traffic"])
+    grids = [] if report["traffic"] is None else make_traffic_grids(report["traffic"])
     if report["rows"]:
-        grids += _family_grids(report)
+        grids += _make_family_grids(report)
     groups = report["groups"]
     if groups is not None:
         lines = {
@@ -53,37 +51,38 @@ def solve_grids(report: dict[str, Any]) -> list[Grid]:
             )
         )
     if report["peers"] is not None:
-        grids.append(_peers_grid(report))
+        grids.append(_make_peers_grid(report))
     return grids
 
 
-def traffic_grids(traffic: dict[str, Any]) -> list[Grid]:
-    """Lay out recorded traces first, then what was drawn; load sets of a kind together."""
-    from lplb_triton.bench.measure.cases import STEPS
+def make_traffic_grids(traffic: dict[str, Any]) -> list[Grid]:
+    """Lay out times, stages and certificates of the solve on traces and drawn traffic.
+
+    Parameters
+    ----------
+    traffic
+        The entry ``traffic`` of the report.
+
+    Returns
+    -------
+    list of Grid
+        The times of recorded traces come first, then those of drawn traffic.
+    """
+    return [
+        *_make_traffic_time_grids(traffic),
+        _make_stages_grid(traffic),
+        _make_certificates_grid(traffic),
+    ]
+
+
+def _make_traffic_time_grids(traffic: dict[str, Any]) -> list[Grid]:
     from lplb_triton.bench.measure.loads import DRAWN
 
     times: dict[bool, list[tuple[str, ...]]] = {False: [], True: []}
-    stages: list[tuple[str, ...]] = []
-    lines: list[tuple[str, ...]] = []
     for row in traffic["pooled"]:
-        head = (case_name(row), row["kind"])
         spread = (format_us(row["us"][name]) for name in ("median", "p95", "p99", "max"))
-        times[row["kind"] in DRAWN].append((*head, str(row["batches"]), *spread))
-        medians = row["steps_us"]
-        stages.append(
-            (
-                *head,
-                *(
-                    text
-                    for name in STEPS
-                    for text in (
-                        format_percent(row["steps"][name]),
-                        "" if medians[name] is None else format_us(medians[name]),
-                    )
-                ),
-            )
-        )
-        lines.append((*head, f"{row['worst_gap']:.1e}", str(row["uncertified"])))
+        line = (format_case(row), row["kind"], str(row["batches"]), *spread)
+        times[row["kind"] in DRAWN].append(line)
     what = (
         "256/64 chain+1: 256 experts on 64 ranks with 1 redundant slot each, placed by chain. A "
         "batch's time is the median of at least 20 replays, from counts by expert to a certified "
@@ -104,39 +103,53 @@ def traffic_grids(traffic: dict[str, Any]) -> list[Grid]:
     }
     titles = {False: "recorded traces", True: "drawn traffic"}
     header = ("case", "loads", "batches", "median", "p95", "p99", "max")
-    grids = [
+    return [
         Grid(f"Solve on {titles[was_drawn]}, microseconds", header, found, notes[was_drawn])
         for was_drawn, found in times.items()
         if found
     ]
+
+
+def _make_stages_grid(traffic: dict[str, Any]) -> Grid:
+    from lplb_triton.bench.measure.cases import STEPS
+
+    lines = []
+    for row in traffic["pooled"]:
+        cells = [format_case(row), row["kind"]]
+        for name in STEPS:
+            median = row["steps_us"][name]
+            cells.append(format_percent(row["steps"][name]))
+            cells.append("" if median is None else format_us(median))
+        lines.append(tuple(cells))
     names = (f"{STEPS[0]} steps", "1 step", *(f"{name} steps" for name in STEPS[2:]))
-    grids.append(
-        Grid(
-            "Stages of the solve on real traffic",
-            ("case", "loads", *(text for name in names for text in (name, "us"))),
-            stages,
-            (
-                "The share of the batches that needed so many steps by potentials after levelling "
-                "along edges, and their median time in microseconds. 0 steps: levelling was "
-                "enough.",
-            ),
-        )
+    return Grid(
+        "Stages of the solve on real traffic",
+        ("case", "loads", *(text for name in names for text in (name, "us"))),
+        lines,
+        (
+            "The share of the batches that needed so many steps by potentials after levelling "
+            "along edges, and their median time in microseconds. 0 steps: levelling was "
+            "enough.",
+        ),
     )
-    grids.append(
-        Grid(
-            "Certificates on real traffic",
-            ("case", "loads", "worst gap", "not certified"),
-            lines,
-            (
-                "Every plan and bound was held against HiGHS before it was timed.",
-                *(f"Left out: {row['case']}: {row['reason']}." for row in traffic["left_out"]),
-            ),
-        )
-    )
-    return grids
 
 
-def _family_grids(report: dict[str, Any]) -> list[Grid]:
+def _make_certificates_grid(traffic: dict[str, Any]) -> Grid:
+    return Grid(
+        "Certificates on real traffic",
+        ("case", "loads", "worst gap", "not certified"),
+        [
+            (format_case(row), row["kind"], f"{row['worst_gap']:.1e}", str(row["uncertified"]))
+            for row in traffic["pooled"]
+        ],
+        (
+            "Every plan and bound was held against HiGHS before it was timed.",
+            *(f"Left out: {row['case']}: {row['reason']}." for row in traffic["left_out"]),
+        ),
+    )
+
+
+def _make_family_grids(report: dict[str, Any]) -> list[Grid]:
     rows = report["rows"]
     return [
         Grid(
@@ -187,7 +200,7 @@ def _family_grids(report: dict[str, Any]) -> list[Grid]:
     ]
 
 
-def _peers_grid(report: dict[str, Any]) -> Grid:
+def _make_peers_grid(report: dict[str, Any]) -> Grid:
     names = {
         "affine_scaling": "affine scaling",
         "edge_balancing": "edge balancing",

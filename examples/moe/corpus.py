@@ -1,4 +1,4 @@
-"""The text to train on: read, tokenised and shared out over the source ranks."""
+"""Read the text to train on, tokenise it and divide it among the source ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe.settings import BYTES, Config
 
-# Runs of letters, a line break with the indentation after it, runs of spaces, or one byte.
+# A piece is a run of letters, a line break with its indentation, a run of spaces, or one byte.
 _PIECE = re.compile(rb"[A-Za-z]+|\n *| +|.", re.DOTALL)
 
 
@@ -94,11 +94,11 @@ def read_documents(text: str | None, limit: int, seed: int) -> list[bytes]:
 
 
 def build_corpus(config: Config) -> Corpus:
-    """Read, tokenise and share out the text.
+    """Read the text, tokenise it and divide it among the source ranks.
 
     The vocabulary has the 256 bytes and the most frequent longer pieces (words, indentation); a
-    piece outside it is spelt in bytes. Whole files go to the source rank that has least so far;
-    only files that are too long for an even division are cut.
+    piece outside it is spelt in bytes. Whole files go to the source rank with the fewest tokens so
+    far; only files that are too long for an even division are cut.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ def build_corpus(config: Config) -> Corpus:
 def draw_begins(config: Config, corpus: Corpus) -> Tensor:
     """Draw where every sequence of the run begins.
 
-    On the CPU, so that every device sees the same batches.
+    The draw is on the CPU, so that every device gets the same batches.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Products of experts with ragged groups of rows, and the moves of rows around them."""
+"""Products of experts with ragged groups of rows, and the reordering of rows before and after."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def count_assignments(ids: Tensor, sources: int, experts: int) -> Tensor:
 class Dispatch(torch.autograd.Function):
     """Copy each token once per chosen expert, ordered by expert.
 
-    Autograd's own gradient of an index is a scatter with atomics; as ``order`` is a permutation,
-    a gather by its inverse gives the same, faster and in a fixed order of summation.
+    The gradient of an index in autograd is a scatter with atomics. As ``order`` is a permutation,
+    a gather by its inverse gives the same gradient, faster and in a fixed order of summation.
     """
 
     @staticmethod
@@ -71,7 +71,7 @@ class Collect(torch.autograd.Function):
 
 
 def find_grouped_mm() -> Callable[..., Tensor] | None:
-    """Torch's matrix product over ragged groups of rows, under its old or its new name."""
+    """Return torch's matrix product over ragged groups of rows, under its old or its new name."""
     return getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
@@ -87,7 +87,7 @@ def expert_outputs(x: Tensor, w_in: Tensor, w_out: Tensor, ends: Tensor, grouped
     w_out
         [experts, expert_hidden, hidden].
     ends
-        int32 [experts], the end of each expert's rows.
+        int32 [experts], where each expert's rows end.
     grouped
         Use torch's grouped matrix product in bfloat16, which needs no sizes on the host;
         otherwise loop over the experts that have rows, in the dtype of ``x``.
@@ -106,23 +106,23 @@ def expert_outputs(x: Tensor, w_in: Tensor, w_out: Tensor, ends: Tensor, grouped
         return matmul(functional.silu(gate) * value, w_out.to(low), offs=ends).to(x.dtype)
     outputs = []
     begin = 0
-    # Unbound all at once: the gradient of indexing one expert is as large as all of them.
+    # unbind, since the gradient of an index is as large as the weights of all experts.
     weights = zip(w_in.to(x.dtype).unbind(), w_out.to(x.dtype).unbind(), strict=True)
     for end, (weight_in, weight_out) in zip(ends.tolist(), weights, strict=True):
         if end > begin:
             gate, value = (x[begin:end] @ weight_in).chunk(2, dim=-1)
             outputs.append((functional.silu(gate) * value) @ weight_out)
         begin = end
-    # Without any row the result still depends on its inputs: a rank without tokens takes part in
-    # the backward pass.
+    # Even without rows the result must depend on the inputs, because a rank without tokens takes
+    # part in the backward pass too.
     return torch.cat(outputs) if outputs else x @ w_in[0].to(x.dtype) @ w_in[0].to(x.dtype).t()
 
 
 def check_grouped(device: torch.device) -> None:
     """Compare the grouped matrix product with the loop on ragged groups, gradients too.
 
-    The grouped product is young and its alignment rules changed between releases, so a run does
-    not rely on it unseen.
+    The grouped product is a recent addition to torch and its alignment rules changed between
+    releases, so every run checks it first.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ def check_grouped(device: torch.device) -> None:
         found.append([output.detach()] + [leaf.grad for leaf in leaves])
     for name, got, expected in zip(("output", "x", "w_in", "w_out"), *found, strict=True):
         error = float((got - expected).norm() / expected.norm())
-        # Three roundings of 2**-9 each along the way; a wrong group is off by about 1.
+        # Three roundings of 2**-9 each are expected; with a wrong group the error is about 1.
         if not error < 0.02:
             raise RuntimeError(
                 f"torch's grouped matrix product is wrong here ({name}: relative error "

@@ -51,7 +51,7 @@ class MoE(nn.Module):
         weights : Tensor
             float32 [tokens, top_k], each row sums to 1.
         scores : Tensor
-            float32 [tokens, experts], what the weights were picked from, each row scaled to sum 1.
+            float32 [tokens, experts], scores of all experts, each row scaled to sum 1.
         """
         with torch.autocast(x.device.type, enabled=False):
             logits = wide(x) @ self.router.t()
@@ -72,7 +72,7 @@ class MoE(nn.Module):
         Parameters
         ----------
         x
-            [tokens, hidden], the source ranks' tokens one rank after the other.
+            [tokens, hidden], in order of the source ranks.
 
         Returns
         -------
@@ -81,7 +81,7 @@ class MoE(nn.Module):
         counts : Tensor
             int32 [sources, experts], assignments per source rank and expert.
         aux : Tensor
-            Scalar; 1 when load and scores are even, more when both lean to the same experts.
+            Scalar; 1 when load and scores are even, more when both favour the same experts.
         """
         config = self.config
         tokens = x.shape[0]
@@ -107,7 +107,7 @@ class MoE(nn.Module):
         Parameters
         ----------
         load
-            [experts], assignments in the batch just trained on.
+            [experts], assignments in the last batch.
         rate
             Step of the bias, in units of the scores.
         """
@@ -133,7 +133,7 @@ class Block(nn.Module):
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
         self.out = nn.Linear(config.hidden, config.hidden, bias=False)
         self.norm_experts = nn.LayerNorm(config.hidden)
-        # Last, as every weight is drawn from one generator.
+        # Made last, since all weights are drawn from one generator in this order.
         self.experts = make_experts()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,7 +174,7 @@ class MoELanguageModel(nn.Module):
         Parameters
         ----------
         tokens
-            int64 [sequences, seq_len], the source ranks' sequences one rank after the other.
+            int64 [sequences, seq_len], in order of the source ranks.
 
         Returns
         -------
@@ -206,8 +206,8 @@ def make_optimizer(
     return torch.optim.AdamW(groups, config.lr, (0.9, 0.95), weight_decay=0.1, fused=fused)
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
+def compute_learning_rate(config: Config, step: int) -> float:
+    """Return the rate of a linear warm-up, then of a cosine decay to a tenth."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)

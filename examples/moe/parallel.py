@@ -3,10 +3,10 @@ r"""An expert-parallel mixture of experts whose replicas are balanced batch by b
 The parts of `train_moe_ep.py` that any training code needs, in the order in which a batch passes
 through them:
 
-1. `ParallelMoE.physical`   logical into physical expert ids: the only step that balancing changes
-2. ``dispatch``             every token to the ranks of its physical experts (all-to-all)
-3. expert products          on the slot weights that `lplb_triton.Replicas` keeps true
-4. ``combine``              the outputs back, weighted and added up
+1. `ParallelMoE.physical`   maps logical to physical expert ids; balancing changes this step only
+2. ``dispatch``             sends every token to the ranks of its physical experts (all-to-all)
+3. expert products          use the slot weights that `lplb_triton.Replicas` keeps in sync
+4. ``combine``              sends the outputs back, weighted and added up
 
 Two transports in `moe.transports` have these functions (``dispatch``, ``combine``, ``close``):
 `AllToAll`, with torch.distributed, and `DeepEP`, with DeepEP's ``ElasticBuffer`` where
@@ -32,7 +32,7 @@ BALANCES = ("none", "eplb", "lplb")
 
 
 def even_placement(experts: int, ranks: int, redundant: int) -> Placement:
-    """Start without a history: experts in order, EPLB's choice of replicas for equal loads."""
+    """Place experts without a history: in order, or by EPLB for equal loads."""
     if redundant == 0:
         return Placement(torch.arange(experts), ranks)
     return Placement.from_history(torch.ones(experts), ranks, redundant_per_rank=redundant)
@@ -51,16 +51,16 @@ class ParallelMoE(MoE):
     balance
         ``none``, ``eplb`` (tokens of an expert spread evenly over its copies) or ``lplb``.
     placement
-        Where experts are; the same on all ranks.
+        Slots of the experts; the same on all ranks.
     group, device, dtype
         The EP group, this rank's device, and the dtype of the products.
     transport
         `AllToAll` or `DeepEP`.
     even_routing
-        Ignore the router's choice and give every expert the same number of tokens: what a
-        perfect balance costs.
+        Ignore the router's choice and give every expert the same number of tokens, which shows
+        the time with a perfect balance.
     timer
-        Notes when the layer starts and ends, forward and backward.
+        Takes the times at which the layer starts and ends, forward and backward.
     """
 
     def __init__(
@@ -104,23 +104,23 @@ class ParallelMoE(MoE):
             self.balancer = Balancer(placement, group=group, device=device)
             self.balancer.warmup()
         self.lplb = balance == "lplb"
-        self._index()
+        self._set_even_shares()
         self.served: list[Tensor] = []
-        # Called with the logical ids of every batch, where they are recorded.
+        # Called with the logical ids of every batch, if they are recorded.
         self.record: Callable[[Tensor], None] | None = None
 
-    def _index(self) -> None:
-        """Cumulative shares of an even split, for ``eplb``."""
+    def _set_even_shares(self) -> None:
+        """Compute the cumulative shares of an even split, for ``eplb``."""
         counts = self.replicas.placement.logcnt.tolist()
         shares = [(1 << 24) * (copy + 1) // count for count in counts for copy in range(count)]
         self.even_shares = torch.tensor(shares, dtype=torch.int32, device=self.replicas.device)
 
     def move(self, placement: Placement, optimizer: torch.optim.Optimizer) -> None:
-        """Use another placement: the balancer's tables, the experts and their optimizer state."""
+        """Move experts, their optimizer state and the balancer's tables to another placement."""
         if self.balancer is not None:
             placement = self.balancer.update_placement(placement)
         self.replicas.move(placement, optimizer)
-        self._index()
+        self._set_even_shares()
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Choose the experts of every token; see `moe.model.MoE.route`."""
@@ -156,7 +156,7 @@ class ParallelMoE(MoE):
         counts : Tensor
             int32 [1, experts], this rank's assignments.
         aux : Tensor
-            Scalar 0: balance is kept by the selection bias here.
+            Scalar 0: there is no auxiliary loss here, only the selection bias.
         """
         if self.timer is not None:
             x = self.timer.stamp(x, begins=True)

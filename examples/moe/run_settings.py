@@ -62,7 +62,7 @@ class Settings:
     out: str | None = None
 
     def __post_init__(self) -> None:
-        """Check what `moe.settings.Config` doesn't."""
+        """Check the settings that `moe.settings.Config` does not check."""
         unknown = set(self.runs) - set(BALANCES)
         if unknown:
             raise ValueError(f"balance must name {BALANCES}, got {unknown}")
@@ -87,7 +87,7 @@ class Settings:
         return self.balance.split(",")
 
     def model(self, ranks: int) -> Config:
-        """Settings of the model and its text for a number of ranks."""
+        """Return the settings of the model and its text for a number of ranks."""
         streams = self.streams or ranks
         if streams % ranks or self.experts % ranks:
             raise ValueError(

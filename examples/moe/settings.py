@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
+# The vocabulary starts with the 256 bytes.
 BYTES = 256
 
 
@@ -69,7 +70,7 @@ class Config:
         self._require(0 < self.lr < math.inf, "lr", "finite and above 0")
         self._require(self.time_limit > 0, "time_limit", "above 0 seconds")
         self._require(self.top_k <= self.experts, "top_k", f"at most experts ({self.experts})")
-        # Rows of 16 bytes in bfloat16, which the grouped matrix product asks for.
+        # The grouped matrix product needs rows of a multiple of 16 bytes in bfloat16.
         self._require(self.hidden % 8 == 0, "hidden", "a multiple of 8")
         self._require(self.expert_hidden % 8 == 0, "expert_hidden", "a multiple of 8")
         self._require(BYTES <= self.vocab <= 65536, "vocab", f"from {BYTES} to 65536")
@@ -147,9 +148,10 @@ def parse_arguments(
     arguments
         Arguments, or None for those of the process.
     kind
-        Dataclass of the settings, one option for each field; None as default means a text.
+        Dataclass of the settings, with an option for each field; one that defaults to None is a
+        string.
     help_of
-        One line about each field.
+        One line of help for each field.
     summary
         What the program does.
 

@@ -1,4 +1,4 @@
-"""Times of steps and of the MoE layers in them."""
+"""Measure the times of steps and of the MoE layers in them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class Timer:
-    """Times of steps and of the MoE layers in them, forward and backward.
+    """Measure the times of steps and of the MoE layers in them, forward and backward.
 
-    CUDA events on a GPU, so that nothing waits; the clock on a CPU.
+    CUDA events take the time on a GPU, so that the host does not wait; on a CPU the clock does.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,16 +31,16 @@ class Timer:
         self.marks.setdefault(name, []).append(event)
 
     def stamp(self, x: Tensor, begins: bool) -> Tensor:
-        """Return ``x``, noting when the forward and the backward pass come by."""
+        """Return ``x``, and note the time when the forward and the backward pass reach it."""
         return _Stamp.apply(x, self, begins)
 
     def end_step(self) -> None:
-        """Note that a step is over."""
+        """Note the end of a step."""
         self.mark("step")
         lengths = [len(self.marks.get(name, ())) for name in ("forward", "backward")]
         self.layer_steps.append((lengths[0], lengths[1]))
 
-    def milliseconds(self) -> tuple[list[float], list[float]]:
+    def read_milliseconds(self) -> tuple[list[float], list[float]]:
         """Return the time of each step, and of all MoE layers in each step."""
         if self.cuda:
             torch.cuda.synchronize()

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from lplb_triton import Placement
 from lplb_triton.traces.record import Recorder
 from moe.experts import wide
-from moe.model import MoELanguageModel, learning_rate, make_optimizer
+from moe.model import MoELanguageModel, compute_learning_rate, make_optimizer
 from moe.parallel import ParallelMoE, even_placement
 from moe.run_settings import DTYPES, Settings
 from moe.timer import Timer
@@ -31,14 +31,14 @@ from moe.transports import AllToAll, DeepEP
 
 @dataclass
 class Run:
-    """What one run leaves behind; a row per step."""
+    """Figures of one run; lists have one entry per step."""
 
     balance: str
     losses: list[float] = field(default_factory=list)
     imbalance: list[float] = field(default_factory=list)
     """Largest over mean number of rows that a rank's experts served, mean over the layers."""
     unbalanced: list[float] = field(default_factory=list)
-    """The same if experts lay in order without replicas."""
+    """The same for experts in order without replicas."""
     step_ms: list[float] = field(default_factory=list)
     moe_ms: list[float] = field(default_factory=list)
     certified: float | None = None
@@ -83,7 +83,7 @@ class Trainer:
         self.dtype = DTYPES[name]
         redundant = 0 if balance == "none" else settings.redundant
         placement = even_placement(self.config.experts, self.ranks, redundant)
-        self.transport = self._transport(placement)
+        self.transport = self._make_transport(placement)
 
         def make_experts(layer: int) -> nn.Module:
             return ParallelMoE(
@@ -92,7 +92,7 @@ class Trainer:
                 even_routing=settings.even_routing, timer=self.timer,
             )  # fmt: skip
 
-        # The same on every rank: experts have generators of their own.
+        # Every rank draws the same dense weights here; experts have generators of their own.
         torch.manual_seed(settings.seed)
         model = MoELanguageModel(self.config, make_experts)
         self.model = model.to(device, torch.promote_types(self.dtype, torch.float32))
@@ -100,34 +100,43 @@ class Trainer:
         preference = torch.linspace(settings.router_bias, 0, self.config.experts)
         for layer in self.layers:
             layer.bias += preference.to(layer.bias)
-        self.experts = {
-            f"{index}.{name}": param
-            for index, layer in enumerate(self.layers)
-            for name, param in (("w_in", layer.w_in), ("w_out", layer.w_out))
-        }
-        mine = {id(param) for param in self.experts.values()}
-        self.dense = [param for param in self.model.parameters() if id(param) not in mine]
-        self.optimizers = {
-            "dense": make_optimizer(self.dense, self.config, device),
-            "experts": make_optimizer(self.experts.values(), self.config, device),
-        }
-        self.recorder: Recorder | None = None
-        if settings.record:
-            config = self.config
-            meta = {"made_by": "examples/train_moe_ep.py", "top_k": config.top_k}
-            # All micro-batches of a step are one batch of the trace.
-            self.recorder = Recorder(
-                settings.record, config.experts, config.layers,
-                adds_per_step=settings.microbatches, meta=meta,
-            )  # fmt: skip
-            for index, layer in enumerate(self.layers):
-                layer.record = partial(self.recorder.add, index)
+        self._make_optimizers()
+        self.recorder = self._make_recorder()
         # Tokens of every expert since the last placement.
         shape = self.config.layers, self.config.experts
         self.load = torch.zeros(shape, dtype=torch.int64, device=device)
         self.step = 0
 
-    def _transport(self, placement: Placement) -> Any:
+    def _make_optimizers(self) -> None:
+        """Divide the parameters into experts and dense ones, with an optimizer for each part."""
+        self.experts = {
+            f"{index}.{name}": param
+            for index, layer in enumerate(self.layers)
+            for name, param in (("w_in", layer.w_in), ("w_out", layer.w_out))
+        }
+        expert_ids = {id(param) for param in self.experts.values()}
+        self.dense = [param for param in self.model.parameters() if id(param) not in expert_ids]
+        self.optimizers = {
+            "dense": make_optimizer(self.dense, self.config, self.device),
+            "experts": make_optimizer(self.experts.values(), self.config, self.device),
+        }
+
+    def _make_recorder(self) -> Recorder | None:
+        """Make the recorder of expert loads, if the settings ask for one."""
+        settings, config = self.settings, self.config
+        if not settings.record:
+            return None
+        meta = {"made_by": "examples/train_moe_ep.py", "top_k": config.top_k}
+        # All micro-batches of a step are one batch of the trace.
+        recorder = Recorder(
+            settings.record, config.experts, config.layers,
+            adds_per_step=settings.microbatches, meta=meta,
+        )  # fmt: skip
+        for index, layer in enumerate(self.layers):
+            layer.record = partial(recorder.add, index)
+        return recorder
+
+    def _make_transport(self, placement: Placement) -> Any:
         settings, n_physical = self.settings, placement.n_physical
         name = settings.transport
         if name == "auto":
@@ -171,7 +180,7 @@ class Trainer:
                 self.recorder.step()
             replace = self.step % settings.replace_every == 0 and self.run.balance != "none"
             if self.step % settings.log_every == 0 or self.step == last:
-                self._collect(fresh)
+                self._gather_figures(fresh)
                 now = time.monotonic()
                 done = (self.step - logged) * settings.tokens * settings.microbatches * self.ranks
                 self.log(
@@ -183,15 +192,15 @@ class Trainer:
                 if not math.isfinite(self.run.losses[-1]):
                     raise RuntimeError(f"the loss is {self.run.losses[-1]}; try a smaller --lr")
             if replace and self.step < settings.steps:
-                self._replace()
+                self._replace_experts()
             if settings.checkpoint and self.step % settings.checkpoint_every == 0:
                 self.save(Path(settings.checkpoint))
-        self._collect(fresh)
-        self._finish()
+        self._gather_figures(fresh)
+        self._summarize()
         return self.run
 
     def _backward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of one step; returns this rank's part of the loss, and all ranks' counts."""
+        """Compute the gradients of a step; return this rank's loss and the counts of all ranks."""
         parts = batch.chunk(self.settings.microbatches)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         counts = 0
@@ -220,7 +229,7 @@ class Trainer:
         return logits, torch.stack(counts), aux
 
     def _update(self, counts: Tensor) -> None:
-        """Bring the gradients together, clip them, and take a step."""
+        """Reduce the gradients over the ranks, clip them, and take a step."""
         for layer in self.layers:
             layer.replicas.reduce_grads()
         grads = torch.cat([param.grad.flatten() for param in self.dense])
@@ -237,7 +246,7 @@ class Trainer:
         for param in itertools.chain(self.dense, self.experts.values()):
             param.grad.mul_(scale.to(param.dtype))
 
-        rate = learning_rate(self.config, self.step)
+        rate = compute_learning_rate(self.config, self.step)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -248,8 +257,8 @@ class Trainer:
             if self.config.bias_rate > 0:
                 layer.balance(load, self.config.bias_rate)
 
-    def _replace(self) -> None:
-        """Place the experts of every layer by the loads since the last time."""
+    def _replace_experts(self) -> None:
+        """Place the experts of every layer anew, by the loads since the last placement."""
         for layer, load in zip(self.layers, self.load.cpu(), strict=True):
             placement = Placement.from_history(
                 load, self.ranks, redundant_per_rank=self.settings.redundant
@@ -257,8 +266,8 @@ class Trainer:
             layer.move(placement, self.optimizers["experts"])
         self.load.zero_()
 
-    def _collect(self, fresh: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Bring figures of the last steps to the host, with one wait for all of them."""
+    def _gather_figures(self, fresh: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Copy the figures of the last steps to the host, with one wait for all of them."""
         if not fresh:
             return
         losses, counts, served = (torch.stack(part) for part in zip(*fresh, strict=True))
@@ -272,8 +281,8 @@ class Trainer:
         self.run.imbalance += (by_rank.amax(0) / by_rank.mean(0)).mean(-1).tolist()
         self.run.unbalanced += (in_order.amax(-1) / in_order.mean(-1)).mean(-1).tolist()
 
-    def _finish(self) -> None:
-        self.run.step_ms, self.run.moe_ms = self.timer.milliseconds()
+    def _summarize(self) -> None:
+        self.run.step_ms, self.run.moe_ms = self.timer.read_milliseconds()
         balancers = [layer.balancer for layer in self.layers if layer.balancer and layer.lplb]
         solves = sum(int(balancer.solves) for balancer in balancers)
         if solves:
@@ -303,7 +312,7 @@ class Trainer:
         fresh.mkdir(parents=True, exist_ok=True)
         phy2log = [layer.replicas.placement.phy2log for layer in self.layers]
         optimizer = self.optimizers["experts"]
-        with _all_in_logical_order(self.layers, optimizer):
+        with _order_logically(self.layers, optimizer):
             experts = {
                 name: {"weight": param.detach(), **optimizer.state[param]}
                 for name, param in self.experts.items()
@@ -330,7 +339,7 @@ class Trainer:
         dist.barrier(self.group)
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Go on from a checkpoint, also one of another number of ranks; collective."""
+        """Continue from a checkpoint, also one of another number of ranks; collective."""
         rest = torch.load(folder / "rest.pt", map_location=self.device, weights_only=True)
         self.step = rest["step"]
         self.model.load_state_dict(rest["model"], strict=False)
@@ -344,11 +353,11 @@ class Trainer:
         own = self.config.experts // self.ranks
         part = slice(self.rank * own, (self.rank + 1) * own)
         optimizer = self.optimizers["experts"]
-        with _all_in_logical_order(self.layers, optimizer), torch.no_grad():
+        with _order_logically(self.layers, optimizer), torch.no_grad():
             for name, param in self.experts.items():
                 for key in files[0][name]:
                     values = [file[name][key] for file in files]
-                    # A number of steps is the same everywhere; all else has a row per expert.
+                    # The number of steps is the same on all ranks; the rest has a row per expert.
                     value = torch.cat(values)[part] if values[0].ndim else values[0]
                     if key == "weight":
                         param.copy_(value)
@@ -359,7 +368,7 @@ class Trainer:
         if self.run.balance == "none":
             return
         for layer, phy2log in zip(self.layers, rest["phy2log"], strict=True):
-            # Made for other ranks or slots it is of no use: the next one comes soon.
+            # A placement for other ranks or slots can't be used; the next one is made soon.
             if rest["ranks"] == self.ranks and len(phy2log) == layer.replicas.placement.n_physical:
                 phy2log = phy2log.cpu()
                 placement = Placement(phy2log, self.ranks, n_logical=self.config.experts)
@@ -367,7 +376,7 @@ class Trainer:
 
 
 @contextmanager
-def _all_in_logical_order(layers: list[ParallelMoE], optimizer: torch.optim.Optimizer):
+def _order_logically(layers: list[ParallelMoE], optimizer: torch.optim.Optimizer):
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(layer.replicas.logical_order(optimizer))

@@ -12,7 +12,7 @@ from moe.experts import Collect, Dispatch, count_assignments, wide
 
 
 class _Exchange(torch.autograd.Function):
-    """Send rows to their ranks; the gradient takes the way back."""
+    """Send rows to their ranks; the backward pass sends their gradients back."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, out: list[int], into: list[int], group) -> Tensor:
@@ -34,7 +34,7 @@ def invert(order: Tensor) -> Tensor:
 
 
 class Route(NamedTuple):
-    """What `AllToAll.combine` needs to send the rows of one batch back."""
+    """Data that `AllToAll.combine` needs to send the rows of one batch back."""
 
     order: Tensor
     inverse: Tensor
@@ -55,8 +55,8 @@ class AllToAll:
     n_physical
         Slots over all ranks.
     reverse
-        Order the rows of each slot backwards. The function is the same, the order in which its
-        gradients are summed isn't: that shows how much rounding alone moves a loss curve.
+        Order the rows of each slot backwards. This changes only the order in which gradients are
+        summed, and so shows how much rounding alone changes a loss curve.
     """
 
     def __init__(self, group: dist.ProcessGroup, n_physical: int, reverse: bool = False) -> None:
@@ -90,12 +90,12 @@ class AllToAll:
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.group)
         received = received.view(self.ranks, -1)
-        # The one place where the host waits: it must know how many rows to expect.
+        # The host waits here, and only here, to learn how many rows it will receive.
         out, into = torch.stack([sent.view(self.ranks, -1).sum(1), received.sum(1)]).tolist()
 
         rows = Dispatch.apply(x, order, inverse, slots.shape[1])
         rows = _Exchange.apply(rows, out, into, self.group)
-        # Rows come by source rank, then slot; the products want them by slot.
+        # Rows arrive sorted by source rank, then slot; the products need them sorted by slot.
         slot = torch.arange(received.shape[1], device=x.device).repeat(self.ranks)
         slot = slot.repeat_interleave(received.flatten(), output_size=sum(into))
         if self.reverse:
@@ -130,7 +130,7 @@ class AllToAll:
         return (wide(y) * weights[..., None]).sum(1).to(y.dtype)
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing: this transport holds no buffers."""
 
 
 class _DeepDispatch(torch.autograd.Function):
@@ -144,7 +144,7 @@ class _DeepDispatch(torch.autograd.Function):
         ctx.buffer, ctx.handle = buffer, handle
         ctx.mark_non_differentiable(local)
         ctx.set_materialize_grads(True)
-        # The handle rides along for `combine`; autograd passes what isn't a tensor through.
+        # `combine` needs the handle; autograd returns it as it is, since it is no tensor.
         return received, local, factors, handle
 
     @staticmethod
@@ -156,7 +156,7 @@ class _DeepDispatch(torch.autograd.Function):
 
 
 class _DeepCombine(torch.autograd.Function):
-    """DeepEP's combine; its gradient is a dispatch along the same way."""
+    """DeepEP's combine; its gradient is a dispatch with the same handle."""
 
     @staticmethod
     def forward(ctx, y: Tensor, buffer: Any, handle: Any) -> Tensor:
@@ -207,12 +207,12 @@ class DeepEP:
         self.buffer, self.n_physical, self.ranks = buffer, n_physical, group.size()
 
     def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """Like `AllToAll.dispatch`."""
+        """Send every token to its slots, as `AllToAll.dispatch` does."""
         low = x.to(torch.bfloat16)
         received, local, factors, handle = _DeepDispatch.apply(
             low, slots, weights.float(), self.buffer, self.n_physical
         )
-        # A token that chose several slots of this rank came once: copy it for each of them.
+        # DeepEP sends a token to a rank once: copy it for each slot of this rank that it chose.
         row, choice = (local >= 0).nonzero(as_tuple=True)
         slot = local[row, choice].long()
         by_slot = slot.argsort(stable=True)
@@ -222,7 +222,7 @@ class DeepEP:
         return received[row].to(x.dtype), ends.to(torch.int32), way
 
     def combine(self, y: Tensor, way: Any) -> Tensor:
-        """Like `AllToAll.combine`; outputs are weighted and added up where they were computed."""
+        """Combine as `AllToAll.combine` does, but weight and add up on the expert's rank."""
         handle, row, factors, received, dtype = way
         total = torch.zeros(received.shape, dtype=torch.float32, device=y.device)
         total = total.index_add(0, row, y.float() * factors[:, None])

@@ -1,4 +1,4 @@
-"""The way from counts to shares for any placement: by cells, through memory.
+"""Solve a group by cells: from counts to shares through memory, for any placement.
 
 A *cell* is the share of one column on one of its ranks; a group's cells are numbered by column,
 then by rank. The plan is ``x``, the tokens of each cell (levelling.py). Equation numbers refer to
@@ -22,11 +22,11 @@ from lplb_triton.kernels.count import load_counts
 from lplb_triton.kernels.solve.certificate import BOUND_ALLOWANCE, check_first_bound
 from lplb_triton.kernels.solve.group_tables import load_copy_parts, load_rank_experts, load_tables
 from lplb_triton.kernels.solve.levelling import (
-    FIRST_SWEEPS,
-    ROUNDED_PART,
+    MAX_FIRST_SWEEPS,
+    ROUNDED_FRACTION,
+    choose_aimed_gap,
     compute_loads,
-    gap_to_aim_at,
-    level,
+    level_plan,
     round_plan,
 )
 from lplb_triton.kernels.solve.potentials import level_by_steps
@@ -53,7 +53,10 @@ class FirstLoads(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Addresses within a group's scratch, float32 where nothing is said; see `solve_scratch`."""
+    """Addresses of the parts of a group's scratch, of `solve_scratch` words.
+
+    They are float32 unless something else is said.
+    """
 
     loads: Any
     """[n_ranks]"""
@@ -198,12 +201,39 @@ def _level_even_split(
 ):  # fmt: skip
     """Level the split that is even over ranks, which is in x (equation 18); returns a bound."""
     extents = loaded.extents
-    return level(
+    return level_plan(
         first.peak, bound, first.load, weights, first.fixed, is_rank, sizes.n_ranks, aimed_gap,
         scratch.x, scratch.loads, tables.edges, extents.n_classes,
-        tl.minimum(extents.most_sweeps, FIRST_SWEEPS), sizes.width, loaded.first_ranks,
+        tl.minimum(extents.most_sweeps, MAX_FIRST_SWEEPS), sizes.width, loaded.first_ranks,
         tables.cells, loaded.start, loaded.n_copies, extents.most_copies, G, LANES,
     )  # fmt: skip
+
+
+@triton.jit
+def _make_first_plan(
+    scratch, tables, sizes, loaded, weights, first, has_plan, is_rank, is_cell, bound, aimed_gap,
+    cumulative_ptr, G: tl.constexpr, C: tl.constexpr, COPIES: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Write to x a level plan, or the plan of pairs if there is one.
+
+    Arguments are those of `solve_by_cells`. Returns the weight of each cell's column, [COPIES]
+    float32, and a bound.
+    """
+    col = tl.arange(0, C)
+    cell = tl.arange(0, COPIES)
+    tl.store(scratch.weights + col, weights, mask=col < sizes.n_columns)
+    tl.debug_barrier()
+    cell_weights = tl.load(scratch.weights + loaded.cell_column, mask=is_cell, other=0.0)
+    if has_plan == 0:
+        tl.store(scratch.x + cell, cell_weights / loaded.cell_copies, mask=is_cell)
+        tl.debug_barrier()
+        bound = _level_even_split(
+            scratch, tables, sizes, loaded, weights, first, is_rank, bound, aimed_gap, G, LANES
+        )
+    else:
+        _load_plan_of_pairs(cumulative_ptr, scratch, loaded)
+        tl.debug_barrier()
+    return cell_weights, bound
 
 
 @triton.jit
@@ -275,38 +305,26 @@ def solve_by_cells(
 ):
     """Solve a group by cells (equations 11, 12 and 18 to 23).
 
-    A level plan is rounded, written and judged. One that isn't good enough goes through steps by
-    potentials and is rounded, written and judged again; so is the split that is even over copies,
-    in its place, if that has a smaller peak. Returns the largest load, a bound and the number of
-    steps.
-
-    The function is long because of its parameters and of the state that its loop carries.
+    A level plan is rounded, written and judged. If its gap is too wide, steps by potentials improve
+    it, and it is rounded, written and judged again. If the split that is even over copies still has
+    a smaller peak, it replaces the plan in the same way. Returns the largest load, a bound and the
+    number of steps.
     """
-    col = tl.arange(0, C)
-    cell = tl.arange(0, COPIES)
     is_rank = tl.arange(0, G) < sizes.n_ranks
     extents = loaded.extents
-    is_cell = cell < extents.n_cells
+    is_cell = tl.arange(0, COPIES) < extents.n_cells
     scratch = _divide_scratch(scratch_ptr, sizes)
     target = tolerance - BOUND_ALLOWANCE
-    aimed_gap = gap_to_aim_at(target, sizes.n_ranks)
-    tl.store(scratch.weights + col, weights, mask=col < sizes.n_columns)
-    tl.debug_barrier()
-    cell_weights = tl.load(scratch.weights + loaded.cell_column, mask=is_cell, other=0.0)
-    if has_plan == 0:
-        tl.store(scratch.x + cell, cell_weights / loaded.cell_copies, mask=is_cell)
-        tl.debug_barrier()
-        bound = _level_even_split(
-            scratch, tables, sizes, loaded, weights, first, is_rank, bound, aimed_gap, G, LANES
-        )
-    else:
-        _load_plan_of_pairs(cumulative_ptr, scratch, loaded)
-        tl.debug_barrier()
+    aimed_gap = choose_aimed_gap(target, sizes.n_ranks)
+    cell_weights, bound = _make_first_plan(
+        scratch, tables, sizes, loaded, weights, first, has_plan, is_rank, is_cell, bound,
+        aimed_gap, cumulative_ptr, G, C, COPIES, LANES,
+    )  # fmt: skip
     steps = max_steps * 0
     # Variables of a loop keep the type that they have before it; the value doesn't matter.
     max_load = bound
     may_step = first.invalid == 0
-    # Only where a rank has several copies of an expert are there two even splits.
+    # The two even splits differ only where a rank has several copies of an expert.
     may_split = may_step & (extents.multiplicity > 1)
     unjudged = 1
     while unjudged > 0:
@@ -314,8 +332,8 @@ def solve_by_cells(
         max_load = _round_and_store(
             cumulative_ptr, scratch, tables, sizes, loaded, cell_weights, is_cell, first.fixed, G
         )
-        if may_step & (max_load - bound > max_load * (target * ROUNDED_PART)):
-            # Invalid counts don't come here: this is False, of the right type.
+        if may_step & (max_load - bound > max_load * (target * ROUNDED_FRACTION)):
+            # This is False, since counts are valid here, and has the type that the loop carries.
             may_step = first.invalid
             unjudged = 1
             bound, steps = _improve_by_steps(
@@ -356,8 +374,8 @@ def load_and_solve_by_cells(
 ):
     """Load a group's tables and `solve_by_cells`; also returns whether counts are invalid.
 
-    Where groups are mostly solved as pairs this is rare: as a function of its own it takes no
-    registers from the other way, and compiles sooner.
+    A kernel that solves pairs in registers seldom needs this. Since it is not inlined, it takes no
+    registers from that, and the kernel compiles sooner.
     """
     loaded = load_tables(tables, sizes, G, C, COPIES, MEMBERS)
     expert, part = load_rank_experts(tables, sizes, G, S)

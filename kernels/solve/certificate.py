@@ -11,7 +11,7 @@ import triton.language as tl
 from lplb_triton import _layout
 from lplb_triton.kernels.solve.tiles import max_add_max
 
-# Part of the bound that is taken off for the round-off of its float32 sums, 2**-20.
+# The fraction of the bound that is taken off for the round-off of its float32 sums, 2**-20.
 BOUND_ALLOWANCE = tl.constexpr(9.5367431640625e-07)
 
 # Values of `lplb_triton.Status`.
@@ -21,7 +21,7 @@ STATUS_INVALID = tl.constexpr(_layout.STATUS_INVALID)
 
 
 @triton.jit
-def first_bound(load, fixed, n_ranks):
+def compute_first_bound(load, fixed, n_ranks):
     """Bound the optimum by the mean load and the largest fixed load, before any iteration.
 
     ``load`` and ``fixed`` [G] float32 are the first plan's loads and the part of them that no plan
@@ -33,7 +33,7 @@ def first_bound(load, fixed, n_ranks):
 
 @triton.jit
 def check_first_bound(max_load, total, largest_fixed, n_ranks):
-    """Bound the optimum as `first_bound` does, from reductions over the ranks that are at hand.
+    """Bound the optimum as `compute_first_bound` does, from reductions that the caller has made.
 
     Returns the first plan's largest load, the sum of its loads, the bound, and whether the loads
     are invalid, that is, whether their sum is infinite or NaN; load and bound are 0 then.

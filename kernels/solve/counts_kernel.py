@@ -1,7 +1,7 @@
 """The kernel that solves a batch straight from its counts by logical expert.
 
-One program solves one group of ranks. Groups of pairs go the quick way of pairs.py, all others the
-way of cells.py. Equation numbers refer to docs/method.md.
+One program solves one group of ranks. Groups whose columns are pairs are solved by
+pairs.py, in registers, all others by cells.py. Equation numbers refer to docs/method.md.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lplb_triton import _layout
 from lplb_triton.kernels.count import await_counts, load_counts, sum_rows
 from lplb_triton.kernels.exchange import exchange_counts
 from lplb_triton.kernels.pdl import await_previous, start_dependents
@@ -28,6 +29,8 @@ from lplb_triton.kernels.solve.certificate import (
     store_certificate,
 )
 from lplb_triton.kernels.solve.group_tables import (
+    IN_PAIRS,
+    MOST_SWEEPS,
     Sizes,
     Tables,
     load_copy_parts,
@@ -39,9 +42,17 @@ from lplb_triton.kernels.solve.levelling import COPIES_AT_ONCE, RANK_CELLS
 from lplb_triton.kernels.solve.pairs import load_pair_counts, load_pairs, solve_pairs
 from lplb_triton.kernels.solve.rows import ROW_WORDS
 
+N_CELL_FIELDS = tl.constexpr(_layout.N_CELL_FIELDS)
+N_EXTENTS = tl.constexpr(_layout.N_EXTENTS)
+# Words of a group's scratch for each rank, column, cell and row.
+SCRATCH_BY_RANK = tl.constexpr(_layout.SCRATCH_BY_RANK)
+SCRATCH_BY_COLUMN = tl.constexpr(_layout.SCRATCH_BY_COLUMN)
+SCRATCH_BY_CELL = tl.constexpr(_layout.SCRATCH_BY_CELL)
+SCRATCH_BY_ROW = tl.constexpr(_layout.SCRATCH_BY_ROW)
+
 
 @triton.jit
-def _tables_of_group(tables, sizes, group, most_classes, MEMBERS: tl.constexpr):
+def _move_tables_to_group(tables, sizes, group, most_classes, MEMBERS: tl.constexpr):
     """Move the addresses of tables from the first group to ``group``; returns `Tables`.
 
     ``most_classes`` is the first size of a group's table of edges.
@@ -50,7 +61,7 @@ def _tables_of_group(tables, sizes, group, most_classes, MEMBERS: tl.constexpr):
     n_shared = sizes.n_shared
     rank_experts = tables.rank_experts + group * n_ranks * n_slots
     rank_parts = tables.rank_parts + group * n_ranks * n_slots
-    cells = tables.cells + group * 4 * n_shared
+    cells = tables.cells + group * N_CELL_FIELDS * n_shared
     cell_start = tables.cell_start + group * (n_columns + 1)
     rows = tables.rows + group * tl.maximum(n_shared // 2, 1) * ROW_WORDS
     # lplb_triton/_backends/cells.py sizes the table of each rank's cells likewise.
@@ -62,7 +73,7 @@ def _tables_of_group(tables, sizes, group, most_classes, MEMBERS: tl.constexpr):
     shared_copies = tables.shared_copies + group * n_shared
     shared_cells = tables.shared_cells + group * n_shared
     edges = tables.edges + group * most_classes * sizes.width
-    extents = tables.extents + group * 8
+    extents = tables.extents + group * N_EXTENTS
     copy_parts = tables.copy_parts + group * n_ranks * n_slots
     slot_cells = tables.slot_cells + group * n_ranks * n_slots
     return Tables(
@@ -74,13 +85,13 @@ def _tables_of_group(tables, sizes, group, most_classes, MEMBERS: tl.constexpr):
 
 @triton.jit
 def _solve_pairs_or_cells(
-    words,  # by class and rank, from `load_pairs`, as the next
-    partners,
+    words,  # by class and rank, from `load_pairs`
+    partners,  # by class and rank, from `load_pairs`
     counts_ptr,  # [n_logical] int32
     counts,  # [G S] float32, counts of the experts of each rank's slots
     part,  # [G S] float32, from `load_rank_experts`
     complete,  # bool, whether all counts are there
-    in_pairs,  # whether the group is one of pairs
+    in_pairs,  # whether the group's columns are pairs
     most_sweeps,
     tolerance,
     max_iterations,
@@ -97,8 +108,9 @@ def _solve_pairs_or_cells(
     PAIRS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Solve a group as pairs if it is one of pairs, and by cells if that isn't good enough.
+    """Solve a group as pairs, if its columns are pairs, or else by cells.
 
+    A plan of pairs that isn't good enough is improved by cells.
     Returns the largest load, a bound, steps by potentials, and whether counts are invalid.
     """
     pair_counts = load_pair_counts(counts_ptr, words, PAIRS * ((G + 31) // 32))
@@ -166,15 +178,89 @@ def _solve_by_loaded_cells(
 
 
 @triton.jit
+def _await_all_counts(
+    counts_ptr,  # as the arguments of `solve_counts_kernel`
+    total_ptr,
+    gathered_ptr,
+    addresses_ptr,
+    gates_ptr,
+    epochs_ptr,
+    version_ptr,
+    status_ptr,
+    own_rank,
+    n_peers,
+    capacity,
+    timeout_ms,
+    opening,
+    channel,
+    n_logical,
+    n_sums,
+    PDL: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATHER: tl.constexpr,
+    ON_GPU: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Wait for this rank's counts, and sum them over the ranks if CHANNELS > 0.
+
+    Returns the address of the counts to solve for, and whether all of them are there.
+    """
+    complete = tl.full((), 1, tl.int1)
+    if n_sums > 0:
+        complete = await_counts(counts_ptr, n_logical, BLOCK)
+    if CHANNELS > 0:
+        # Only this program waits for other ranks. The next kernel of the stream, which would wait
+        # for this one, may start once the exchange has ended. Until then it occupies nothing of the
+        # GPU, so that whatever another rank needs to reach the exchange can run (docs/sync.md).
+        exchange_counts(
+            counts_ptr, total_ptr, gathered_ptr,
+            addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
+            own_rank, n_peers, capacity, timeout_ms, opening, channel, n_logical, complete,
+            CHANNELS, BLOCK, GATHER, ON_GPU, LANES,
+        )  # fmt: skip
+        start_dependents(PDL)
+        tl.debug_barrier()
+        counts_ptr = total_ptr
+    return counts_ptr, complete
+
+
+@triton.jit
 def _count_solve(certified_ptr, solves_ptr, uncertified_ptr, status):
     """Add a group's status to the counters [1], int32 or int64."""
     certified = (status == STATUS_CERTIFIED).to(tl.int32)
     one = tl.full((), 1, solves_ptr.dtype.element_ty)
-    # Relaxed: readers come after this launch anyway, and a fence takes time.
+    # Relaxed order is enough, since counters are read after this launch; a fence takes time.
     tl.atomic_add(certified_ptr, certified.to(certified_ptr.dtype.element_ty), sem="relaxed")
     tl.atomic_add(solves_ptr, one, sem="relaxed")
     uncertified = (status == STATUS_GAP).to(uncertified_ptr.dtype.element_ty)
     tl.atomic_add(uncertified_ptr, uncertified, sem="relaxed")
+
+
+@triton.jit
+def _write_outcome(
+    stats_ptr,  # as the arguments of `solve_counts_kernel`
+    ints_ptr,
+    report_ptr,
+    certified_ptr,
+    solves_ptr,
+    uncertified_ptr,
+    group,
+    n_sums,
+    tolerance,
+    max_load,
+    bound,
+    steps,
+    invalid,  # bool, whether counts are invalid
+):
+    """Certify a group's plan, write its certificate and reports, and add to the counters."""
+    max_load, lower_bound, gap, status = certify(max_load, bound, tolerance, invalid)
+    n_group = tl.num_programs(0) - n_sums
+    store_certificate(
+        stats_ptr, ints_ptr, group, n_group, max_load, lower_bound, gap, steps, status
+    )
+    write_report(report_ptr, REPORT_INPUT, BAD_COUNTS, invalid)
+    _count_solve(certified_ptr, solves_ptr, uncertified_ptr, status)
 
 
 @triton.jit(
@@ -191,7 +277,7 @@ def solve_counts_kernel(
     counts_ptr,  # [n_logical] int32, tokens of each expert
     rank_experts_ptr,  # [n_group, n_ranks, n_slots] int32, experts of each rank
     rank_parts_ptr,  # [n_group, n_ranks, n_slots] float32, their parts of the even split over ranks
-    extents_ptr,  # [n_group, 8] int32, numbers of each group
+    extents_ptr,  # [n_group, N_EXTENTS] int32, numbers of each group
     pairs_ptr,  # [n_group, PAIRS, n_ranks] int64, edges of each rank, as for `load_pairs`
     cumulative_ptr,  # [n_physical] int32, written for the copies of replicated experts
     stats_ptr,  # [3, n_group] float32, written: largest load, lower bound, gap
@@ -212,9 +298,9 @@ def solve_counts_kernel(
     most_classes,  # classes in a group's table of edges
     width,  # edges of a class there
     # Tables that only some solves read.
-    cells_ptr,  # [n_group, 4, n_shared] int32, rank and column of each cell, and more
+    cells_ptr,  # [n_group, N_CELL_FIELDS, n_shared] int32, rank and column of each cell, and more
     cell_start_ptr,  # [n_group, n_columns + 1] int32, first cell of each column
-    rows_ptr,  # [n_group, 12 n_rows] int32, cells in rows of eight
+    rows_ptr,  # [n_group, ROW_WORDS n_rows] int32, cells in rows of eight
     rank_cells_ptr,  # [n_group, n, n_ranks] int32, cells of each rank
     first_members_ptr,  # [n_group, MEMBERS, n_columns] int32, first experts of each column
     first_ranks_ptr,  # [n_group, COPIES_AT_ONCE, n_columns] int32, ranks of the first cells
@@ -224,10 +310,10 @@ def solve_counts_kernel(
     shared_cells_ptr,  # [n_group, n_shared] int32, cells of these copies
     copy_index_ptr,  # [n_physical] int32, position among the copies of an expert on one rank
     copy_multiplicity_ptr,  # [n_physical] int32, number of these copies
-    edges_ptr,  # [n_group, most_classes, width] int64, as for `levelling.sweep`
+    edges_ptr,  # [n_group, most_classes, width] int64, as for `levelling.level_edges`
     copy_parts_ptr,  # [n_group, n_ranks, n_slots] float32, parts of the even split over copies
     slot_cells_ptr,  # [n_group, n_ranks, n_slots] int32, cells of the experts of each rank
-    report_ptr,  # [2] int64, told of counts that are invalid
+    report_ptr,  # [2] int64, written if counts are invalid, see report.py
     # An exchange with other ranks, as for `exchange_counts`; read only if CHANNELS > 0.
     total_ptr,  # [n_logical] int32, written: counts of all ranks
     gathered_ptr,  # [n_peers, n_logical] int32, written if GATHER: counts of each rank
@@ -240,7 +326,7 @@ def solve_counts_kernel(
     n_peers,  # how many these are
     capacity,  # most counts that the buffers hold
     timeout_ms,
-    opening,  # how the channel came to be
+    opening,  # how the channel was opened
     channel,
     # Sizes that the kernel is compiled for.
     G: tl.constexpr,  # ranks, padded
@@ -251,7 +337,7 @@ def solve_counts_kernel(
     MEMBERS: tl.constexpr,  # experts of a column that are loaded at once
     ROWS: tl.constexpr,  # rows of ``running`` that a program sums at once
     EXPERTS: tl.constexpr,  # experts whose counts a program sums
-    PAIRS: tl.constexpr,  # classes of edges in ``pairs``, 0 for a kernel without the way of pairs
+    PAIRS: tl.constexpr,  # classes of edges in ``pairs``, 0 for a kernel that solves no pairs
     LANES: tl.constexpr,  # threads
     PDL: tl.constexpr,  # whether kernels may start before the one ahead of them has ended
     CHANNELS: tl.constexpr,  # channels of the exchange, 0 if there is none
@@ -264,7 +350,7 @@ def solve_counts_kernel(
     Programs 0 .. n_sums - 1 turn counts by program into running sums and totals, as
     `running_sum_kernel` does, while the others load tables. Program ``n_sums + group`` waits for
     the totals, solves the group and writes the cumulative share of every copy (equation 12).
-    Programs that sum wait for none, so the waiting ends whatever else is on the GPU.
+    Programs that sum wait for no other program, so this wait ends whatever else is on the GPU.
 
     With CHANNELS > 0, for one group and n_sums > 0, the counts are those of this rank, and the
     group's program sums them over the ranks before it solves.
@@ -286,36 +372,31 @@ def solve_counts_kernel(
             column_start_ptr, column_members_ptr, shared_copies_ptr, shared_cells_ptr, edges_ptr,
             extents_ptr, copy_index_ptr, copy_multiplicity_ptr,
         )  # fmt: skip
-        tables = _tables_of_group(tables, sizes, group, most_classes, MEMBERS)
+        tables = _move_tables_to_group(tables, sizes, group, most_classes, MEMBERS)
         # The launcher's `solve_scratch` computes this size too.
-        n_scratch = 4 * n_ranks + n_columns + 4 * n_shared + 2 * R
+        n_scratch = (
+            SCRATCH_BY_RANK * n_ranks
+            + SCRATCH_BY_COLUMN * n_columns
+            + SCRATCH_BY_CELL * n_shared
+            + SCRATCH_BY_ROW * R
+        )
         scratch_ptr += group * (n_scratch + LANES)
         expert, part = load_rank_experts(tables, sizes, G, S)
         if PAIRS > 0:
-            in_pairs = tl.load(tables.extents + 7)
-            most_sweeps = tl.load(tables.extents + 6)
+            in_pairs = tl.load(tables.extents + IN_PAIRS)
+            most_sweeps = tl.load(tables.extents + MOST_SWEEPS)
             pairs_ptr += group * PAIRS * n_ranks
             words, partners = load_pairs(pairs_ptr, n_ranks, G, PAIRS)
         else:
             loaded = load_tables(tables, sizes, G, C, COPIES, MEMBERS)
             copy_part = load_copy_parts(tables, sizes, G, S)
         await_previous(PDL)
-        complete = tl.full((), 1, tl.int1)
-        if n_sums > 0:
-            complete = await_counts(counts_ptr, n_logical, BLOCK)
-        if CHANNELS > 0:
-            # Only this program waits for other ranks. The next kernel of the stream, which would
-            # wait for this one, doesn't occupy the GPU before they have come: so whatever a rank
-            # needs in order to come can run, however many streams wait (docs/sync.md).
-            exchange_counts(
-                counts_ptr, total_ptr, gathered_ptr,
-                addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
-                own_rank, n_peers, capacity, timeout_ms, opening, channel, n_logical, complete,
-                CHANNELS, BLOCK, GATHER, ON_GPU, LANES,
-            )  # fmt: skip
-            start_dependents(PDL)
-            tl.debug_barrier()
-            counts_ptr = total_ptr
+        counts_ptr, complete = _await_all_counts(
+            counts_ptr, total_ptr, gathered_ptr,
+            addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
+            own_rank, n_peers, capacity, timeout_ms, opening, channel, n_logical, n_sums,
+            PDL, CHANNELS, BLOCK, GATHER, ON_GPU, LANES,
+        )  # fmt: skip
         counts = load_counts(counts_ptr, expert)
         if PAIRS > 0:
             max_load, bound, steps, invalid = _solve_pairs_or_cells(
@@ -329,10 +410,7 @@ def solve_counts_kernel(
                 tables, cumulative_ptr, scratch_ptr, n_scratch, sizes,
                 G, C, R, S, COPIES, MEMBERS, LANES,
             )  # fmt: skip
-        max_load, lower_bound, gap, status = certify(max_load, bound, tolerance, invalid)
-        store_certificate(
-            stats_ptr, ints_ptr, group, tl.num_programs(0) - n_sums,
-            max_load, lower_bound, gap, steps, status,
+        _write_outcome(
+            stats_ptr, ints_ptr, report_ptr, certified_ptr, solves_ptr, uncertified_ptr,
+            group, n_sums, tolerance, max_load, bound, steps, invalid,
         )  # fmt: skip
-        write_report(report_ptr, REPORT_INPUT, BAD_COUNTS, invalid)
-        _count_solve(certified_ptr, solves_ptr, uncertified_ptr, status)

@@ -11,12 +11,12 @@ import triton.language as tl
 from lplb_triton.kernels.solve.certificate import (
     BOUND_ALLOWANCE,
     certify,
-    first_bound,
+    compute_first_bound,
     store_certificate,
 )
 from lplb_triton.kernels.solve.interior_point import iterate
-from lplb_triton.kernels.solve.levelling import ROUNDED_PART, gap_to_aim_at
-from lplb_triton.kernels.solve.tiles import column_sums, quantize_shares, units_to_shares
+from lplb_triton.kernels.solve.levelling import ROUNDED_FRACTION, choose_aimed_gap
+from lplb_triton.kernels.solve.tiles import quantize_shares, sum_columns, units_to_shares
 
 
 @triton.jit
@@ -36,10 +36,10 @@ def _check_loads(weights, fixed, copy, n_copies):
 
 
 @triton.jit
-def _as_plan(start, even):
+def _make_plan(start, even):
     """Make a plan of any numbers [G, C]: shares that sum to 1 per column, else the even split."""
     start = tl.where(start > 0, tl.minimum(start, 1.0), 0.0)
-    total = column_sums(start)
+    total = sum_columns(start)
     return tl.where(total > 0, start / tl.where(total > 0, total, 1.0), even)
 
 
@@ -50,7 +50,7 @@ def _compare_start(start, even, rank, last, fixed, weights, units, load):
     ``start`` and ``even`` are shares [G, C], ``rank`` and ``last`` as for `quantize_shares`;
     ``units`` [G, C] and ``load`` [G] are those of the even split. Returns units and load.
     """
-    start = _as_plan(start, even)
+    start = _make_plan(start, even)
     start_units = quantize_shares(start, rank, last)
     start_load = fixed + tl.sum(units_to_shares(start_units) * weights, 1)
     better = tl.max(start_load) < tl.max(load)
@@ -89,7 +89,7 @@ def solve_dense_kernel(
     weights = tl.load(weights_ptr + instance * n_columns + col, mask=is_col, other=0.0)[None, :]
     fixed = tl.load(fixed_ptr + instance * n_ranks + rank, mask=is_rank, other=0.0)
     copy = tl.load(mask_ptr + instance * mask_stride + entry, mask=in_tile, other=0) != 0
-    n_copies = column_sums(copy.to(tl.float32))
+    n_copies = sum_columns(copy.to(tl.float32))
     weights, fixed, single = _check_loads(weights, fixed, copy, n_copies)
     last = tl.max(tl.where(copy, rank[:, None], -1), 0, keep_dims=True)
     even = tl.where(copy, 1.0 / tl.maximum(n_copies, 1.0), 0.0)
@@ -102,13 +102,13 @@ def solve_dense_kernel(
             start_ptr + instance * n_ranks * n_columns + entry, mask=in_tile & copy, other=0.0
         )
         units, load = _compare_start(start, even, rank[:, None], last, fixed, weights, units, load)
-    max_load, total, bound, invalid = first_bound(load, fixed, n_ranks)
+    max_load, total, bound, invalid = compute_first_bound(load, fixed, n_ranks)
     iterations = max_iterations * 0
     target = tolerance - BOUND_ALLOWANCE
-    if max_load - bound > max_load * (target * ROUNDED_PART):
+    if max_load - bound > max_load * (target * ROUNDED_FRACTION):
         plan, bound, iterations = iterate(
             units_to_shares(units), max_load, bound, weights, fixed, copy, is_rank, n_ranks, total,
-            tolerance, gap_to_aim_at(target, n_ranks), max_iterations, G, C,
+            tolerance, choose_aimed_gap(target, n_ranks), max_iterations, G, C,
         )  # fmt: skip
         units = quantize_shares(plan, rank[:, None], last)
         max_load = tl.max(fixed + tl.sum(units_to_shares(units) * weights, 1))

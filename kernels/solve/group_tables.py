@@ -1,4 +1,4 @@
-"""A group's tables: their addresses, and what is loaded of them before there are counts.
+"""A group's tables: their addresses, and what is loaded of them before the counts are there.
 
 A *cell* is the share of one column on one of its ranks; a group's cells are numbered by column,
 then by rank. The padded sizes are G ranks, C columns, S slots of a rank and COPIES copies of
@@ -15,7 +15,21 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from lplb_triton import _layout
 from lplb_triton.kernels.solve.levelling import COPIES_AT_ONCE, load_rank_cells
+
+# Rows of the table of cells, and columns of the table of extents.
+CELL_COLUMN = tl.constexpr(int(_layout.CellField.COLUMN))
+CELL_FIRST = tl.constexpr(int(_layout.CellField.FIRST))
+CELL_COPIES = tl.constexpr(int(_layout.CellField.COPIES))
+N_CELLS = tl.constexpr(int(_layout.Extent.N_CELLS))
+MOST_MEMBERS = tl.constexpr(int(_layout.Extent.MOST_MEMBERS))
+MOST_COPIES = tl.constexpr(int(_layout.Extent.MOST_COPIES))
+MOST_CELLS = tl.constexpr(int(_layout.Extent.MOST_CELLS))
+MULTIPLICITY = tl.constexpr(int(_layout.Extent.MULTIPLICITY))
+N_CLASSES = tl.constexpr(int(_layout.Extent.N_CLASSES))
+MOST_SWEEPS = tl.constexpr(int(_layout.Extent.MOST_SWEEPS))
+IN_PAIRS = tl.constexpr(int(_layout.Extent.IN_PAIRS))
 
 
 class Tables(NamedTuple):
@@ -65,7 +79,7 @@ class Extents(NamedTuple):
 
 
 class LoadedTables(NamedTuple):
-    """What is loaded of a group's tables before there are counts; int32."""
+    """What is loaded of a group's tables before the counts are there; int32."""
 
     cell_column: Any
     """[COPIES] column of each cell."""
@@ -92,17 +106,17 @@ class LoadedTables(NamedTuple):
 
 @triton.jit
 def _prefetch(ptr, n, STRIDE: tl.constexpr, LANES: tl.constexpr):
-    """Load one of every STRIDE of ``n`` words, as many as there are threads."""
+    """Load one of every STRIDE words, of ``n`` in all, in each thread."""
     word = STRIDE * tl.arange(0, LANES)
     return tl.load(ptr + word, mask=word < n, other=0)
 
 
 @triton.jit
 def prefetch_tables(tables, extents, sizes, scratch_ptr, n_scratch, LANES: tl.constexpr):
-    """Bring the tables that are walked through later into the cache, all at once.
+    """Prefetch into the cache the tables that later steps read piece by piece.
 
-    Each thread loads one word of each table. The sums of these words go to the LANES words of
-    scratch after the first ``n_scratch``, only because loads that nobody uses would be removed.
+    Each thread loads one word of each table. The sums of these words are stored in the LANES words
+    of scratch after the first ``n_scratch``, since the compiler removes loads that nobody uses.
     """
     n_edges = extents.n_classes * sizes.width
     n_rank_cells = sizes.n_ranks * extents.most_cells
@@ -132,9 +146,9 @@ def load_tables(
         first_ranks += (tl.load(ptrs, mask=is_col, other=-1),)
     extents_ptr = tables.extents
     return LoadedTables(
-        tl.load(tables.cells + sizes.n_shared + cell, mask=is_cell, other=0),
-        tl.load(tables.cells + 2 * sizes.n_shared + cell, mask=is_cell, other=0),
-        tl.load(tables.cells + 3 * sizes.n_shared + cell, mask=is_cell, other=1),
+        tl.load(tables.cells + CELL_COLUMN * sizes.n_shared + cell, mask=is_cell, other=0),
+        tl.load(tables.cells + CELL_FIRST * sizes.n_shared + cell, mask=is_cell, other=0),
+        tl.load(tables.cells + CELL_COPIES * sizes.n_shared + cell, mask=is_cell, other=1),
         tl.load(tables.shared_copies + cell, mask=is_cell, other=-1),
         tl.load(tables.shared_cells + cell, mask=is_cell, other=-1),
         members,
@@ -143,9 +157,13 @@ def load_tables(
         first_ranks,
         load_rank_cells(tables.rank_cells, 0, sizes.n_ranks, G),
         Extents(
-            tl.load(extents_ptr), tl.load(extents_ptr + 1), tl.load(extents_ptr + 2),
-            tl.load(extents_ptr + 3), tl.load(extents_ptr + 4), tl.load(extents_ptr + 5),
-            tl.load(extents_ptr + 6),
+            tl.load(extents_ptr + N_CELLS),
+            tl.load(extents_ptr + MOST_MEMBERS),
+            tl.load(extents_ptr + MOST_COPIES),
+            tl.load(extents_ptr + MOST_CELLS),
+            tl.load(extents_ptr + MULTIPLICITY),
+            tl.load(extents_ptr + N_CLASSES),
+            tl.load(extents_ptr + MOST_SWEEPS),
         ),
     )  # fmt: skip
 

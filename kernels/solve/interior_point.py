@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.solve.levelling import cut_bound
+from lplb_triton.kernels.solve.levelling import compute_cut_bound
 from lplb_triton.kernels.solve.linear_system import factorize, solve_factored, subtract_product
-from lplb_triton.kernels.solve.tiles import add2, column_sums, max_add, reciprocal
+from lplb_triton.kernels.solve.tiles import add2, max_add, reciprocal, sum_columns
 
-# Start, step and centering of the method (equations 4, 8 and 9), and light columns (10).
+# The start (equation 4), the steps and the centering (equations 8 and 9), and the loads of light
+# columns (equation 10).
 START_MARGIN = tl.constexpr(0.1)
 START_CENTERING = tl.constexpr(0.03)
 STEP_FACTOR = tl.constexpr(0.99)
 MIN_CENTERING = tl.constexpr(0.01)
-LIGHT_PART = tl.constexpr(0.05)
-# What x and z are where there is no copy: x / z and all changes come out as 0.
+LIGHT_FRACTION = tl.constexpr(0.05)
+# The values of x and z where there is no copy; x / z and all changes come out as 0 there.
 NO_COPY_X = tl.constexpr(1e-30)
 NO_COPY_Z = tl.constexpr(1e30)
 
@@ -89,32 +90,32 @@ class Direction(NamedTuple):
 
 
 @triton.jit
-def _step_length(rate):
-    """Find the largest step in [0, 1] for the largest relative decrease per unit (equation 9)."""
+def _find_step_length(rate):
+    """Find the longest step, at most 1, from the largest relative decrease (equation 9)."""
     return 1.0 / tl.maximum(rate, 1.0)
 
 
 @triton.jit
-def _largest(by_copy, by_rank):
+def _find_largest(by_copy, by_rank):
     """Find the largest of numbers by copy [G, C] and by rank [G], a scalar."""
     return tl.max(tl.maximum(by_copy, by_rank[:, None]))
 
 
 @triton.jit
-def _lower_bound(y, fixed, weights, copy):
+def _compute_dual_bound(y, fixed, weights, copy):
     """Find a load that no plan can beat from any multipliers ``y`` >= 0, [G] (equation 3)."""
-    # The sum of all y, which none exceeds, stands for "no copy here". (A column without copies has
-    # no weight.)
+    # Where there is no copy, the sum of all y takes the place of y, since no y exceeds it. (A
+    # column without copies has no weight.)
     total, fixed_part = tl.reduce((y, y * fixed), 0, add2)
     cheapest = tl.min(tl.where(copy, y[:, None], total), 0, keep_dims=True)
     return (fixed_part + tl.sum(weights * cheapest)) / total
 
 
 @triton.jit
-def _set_up(weights, fixed, copies, copy, is_rank, tolerance, C: tl.constexpr):
+def _build_program(weights, fixed, copies, copy, is_rank, tolerance, C: tl.constexpr):
     """Make the `Program`; ``copies`` [1, C] float32 are at least 1 (equation 10)."""
     even = tl.where(copy, 1.0 / copies, 0.0)
-    heavy = weights > tolerance * LIGHT_PART / C
+    heavy = weights > tolerance * LIGHT_FRACTION / C
     active_weights = tl.where(heavy, weights, 0.0)
     active = copy & (active_weights > 0)
     light = weights - active_weights
@@ -123,7 +124,7 @@ def _set_up(weights, fixed, copies, copy, is_rank, tolerance, C: tl.constexpr):
 
 
 @triton.jit
-def _start(program, copies, n_copies, n_ranks):
+def _start_point(program, copies, n_copies, n_ranks):
     """Start from the even split and uniform y, with every product x z equal (equation 4).
 
     Returns t, s, y, x, z, the number of all products x z and s y, and their sum.
@@ -149,7 +150,7 @@ def _build_system(program, s, y, x, z, one, G: tl.constexpr):
     w = program.active_weights
     inverse_z = reciprocal(z)
     d = x * inverse_z
-    d_columns = tl.where(program.heavy, column_sums(d), 1.0)
+    d_columns = tl.where(program.heavy, sum_columns(d), 1.0)
     root = tl.rsqrt(d_columns)
     inverse_d = root * root
     inverse_y = reciprocal(y)
@@ -176,12 +177,12 @@ def _predict(program, system, t, n_products, products, G: tl.constexpr):
     t_new *= inverse_ones
     dy = subtract_product(t_new, system.ones, u)
     dy_copies = dy[:, None]
-    shift = system.inverse_d + system.mean_weights * column_sums(system.d * dy_copies)
+    shift = system.inverse_d + system.mean_weights * sum_columns(system.d * dy_copies)
     h = system.inverse_z * subtract_product(1.0, shift, w * dy_copies)
     e = dy * system.inverse_y
     # dx / x = -1 - h and ds / s = -1 - e.
-    primal = _step_length(1.0 + _largest(h, e))
-    dual = _step_length(_largest(-h, -e))
+    primal = _find_step_length(1.0 + _find_largest(h, e))
+    dual = _find_step_length(_find_largest(-h, -e))
     affine = products * (1.0 - dual) + (primal - dual) * (t_new - t)
     ratio = tl.maximum(affine, 0.0) / products
     ratio *= ratio
@@ -198,7 +199,7 @@ def _correct(program, system, x, s, h, e, rhs_affine, inverse_ones, target, G: t
     w = program.active_weights
     # m of equation 8, D q' = x + x (target - dx dz) / (x z) - x.
     m = tl.fma(x, tl.fma(h, h, h), system.inverse_z * target)
-    m_columns = column_sums(m)
+    m_columns = sum_columns(m)
     new_s = target * system.inverse_y + s * (e + e * e)
     rhs = subtract_product(system.d, system.mean_weights * m_columns, w * m)
     rhs = tl.sum(rhs, 1) + new_s
@@ -206,7 +207,7 @@ def _correct(program, system, x, s, h, e, rhs_affine, inverse_ones, target, G: t
     t_new = tl.sum(u) * inverse_ones
     dy = subtract_product(t_new, system.ones, u)
     dy_copies = dy[:, None]
-    shift = system.mean_weights * column_sums(system.d * dy_copies)
+    shift = system.mean_weights * sum_columns(system.d * dy_copies)
     shift = system.inverse_d * (1.0 - m_columns) + shift
     h = system.inverse_z * subtract_product(1.0, shift, w * dy_copies)
     e = dy * system.inverse_y
@@ -216,23 +217,23 @@ def _correct(program, system, x, s, h, e, rhs_affine, inverse_ones, target, G: t
 
 @triton.jit
 def _judge_full_step(program, direction, y, best, best_load, bound, aimed_gap):
-    """Make a plan and a bound of the full step, what is negative cut off (equation 9).
+    """Make a plan and a bound of the full step, with negative entries set to 0 (equation 9).
 
     Returns the best plan [G, C], its largest load and the best bound so far. The new bound is the
     better of those of equations 3 and 19.
     """
     plan = tl.maximum(direction.x_full, 0.0)
-    plan *= reciprocal(tl.where(program.heavy, column_sums(plan), 1.0))
+    plan *= reciprocal(tl.where(program.heavy, sum_columns(plan), 1.0))
     loads = program.base + tl.sum(program.active_weights * plan, 1)
-    # Triton's maximum ignores NaN, a sum doesn't: a broken iterate is never kept.
+    # Triton's maximum ignores NaN and a sum doesn't, so the sum shows a broken iterate.
     new_load, load_sum = tl.reduce((loads, loads), 0, max_add)
     new_y = tl.where(program.is_rank, tl.maximum(y + direction.dy, 0.0), 0.0)
-    new_bound = _lower_bound(new_y, program.fixed, program.weights, program.copy)
+    new_bound = _compute_dual_bound(new_y, program.fixed, program.weights, program.copy)
     better = (new_load < best_load) & (load_sum == load_sum)
     best = tl.where(better, tl.where(program.active, plan, program.even), best)
     best_load = tl.where(better, new_load, best_load)
     lowest = tl.min(tl.where(program.copy, loads[:, None], float("inf")), 0, keep_dims=True)
-    cut = cut_bound(
+    cut = compute_cut_bound(
         loads, program.fixed, program.weights, lowest, program.is_rank, new_load, aimed_gap
     )
     new_bound = tl.where(load_sum == load_sum, tl.maximum(new_bound, cut), new_bound)
@@ -241,7 +242,7 @@ def _judge_full_step(program, direction, y, best, best_load, bound, aimed_gap):
 
 
 @triton.jit
-def _advance(program, system, direction, t, s, y, x, z, products, target, n_products):
+def _take_step(program, system, direction, t, s, y, x, z, products, target, n_products):
     """Move the iterate along the direction and stay inside (equation 9).
 
     Returns the new t, s, y, x, z and sum of products.
@@ -249,9 +250,9 @@ def _advance(program, system, direction, t, s, y, x, z, products, target, n_prod
     h, e = direction.h, direction.e
     dx = tl.where(program.active, direction.x_full - x, 0.0)
     ds = tl.where(program.is_rank, direction.new_s - s - system.slack * direction.dy, 0.0)
-    primal = _largest(-dx * reciprocal(x), -ds * reciprocal(s))
-    primal = _step_length(primal * (1.0 / STEP_FACTOR))
-    dual = _step_length(_largest(-h, -e) * (1.0 / STEP_FACTOR))
+    primal = _find_largest(-dx * reciprocal(x), -ds * reciprocal(s))
+    primal = _find_step_length(primal * (1.0 / STEP_FACTOR))
+    dual = _find_step_length(_find_largest(-h, -e) * (1.0 / STEP_FACTOR))
     dt = direction.new_t - t
     products += primal * dt + dual * (n_products * target - products - dt)
     products = tl.maximum(products, 1e-12)
@@ -284,7 +285,7 @@ def iterate(
 
     Loads and bound are in the caller's unit. Returns plan, bound and the number of iterations.
     """
-    n_copies = column_sums(copy.to(tl.float32))
+    n_copies = sum_columns(copy.to(tl.float32))
     n_ranks = n_ranks.to(tl.float32)
     unit = total / n_ranks
     weights = weights / unit
@@ -292,8 +293,8 @@ def iterate(
     best_load = best_load / unit
     bound = bound / unit
     copies = tl.maximum(n_copies, 1.0)
-    program = _set_up(weights, fixed, copies, copy, is_rank, tolerance, C)
-    t, s, y, x, z, n_products, products = _start(program, copies, n_copies, n_ranks)
+    program = _build_program(weights, fixed, copies, copy, is_rank, tolerance, C)
+    t, s, y, x, z, n_products, products = _start_point(program, copies, n_copies, n_ranks)
     one = tl.where(is_rank, 1.0, 0.0)
 
     iterations = 0
@@ -307,7 +308,7 @@ def iterate(
         best, best_load, bound = _judge_full_step(
             program, direction, y, best, best_load, bound, aimed_gap
         )
-        t, s, y, x, z, products = _advance(
+        t, s, y, x, z, products = _take_step(
             program, system, direction, t, s, y, x, z, products, target, n_products
         )
     return best, bound * unit, iterations

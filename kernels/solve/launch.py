@@ -68,8 +68,8 @@ class SolveTables(NamedTuple):
     """Cells of ``rank_experts``, -1 if one rank holds all copies."""
 
 
-# The first tables are those that every solve reads. They come first among a kernel's arguments,
-# together with all else that every solve needs: arguments are read through a cache, line by line.
+# How many of the tables every solve reads. They come first among a kernel's arguments, together
+# with all else that every solve needs, since arguments are read through a cache line by line.
 FIRST_TABLES = 4
 
 
@@ -111,8 +111,8 @@ class Settings(NamedTuple):
     max_iterations: int
 
 
-# Where the arguments that change from batch to batch are among those of `solve_counts_call`: the
-# counters of the settings, and, counted from the end, opening and number of the channel.
+# Positions of the arguments that change from batch to batch, among those of `solve_counts_call`:
+# the counters of the settings, and, counted from the end, opening and number of the channel.
 CERTIFIED_AT = 2 + FIRST_TABLES + len(SolveBuffers._fields) - 1
 SOLVES_AT, UNCERTIFIED_AT = CERTIFIED_AT + 1, CERTIFIED_AT + 2
 OPENING_FROM_END, CHANNEL_FROM_END = 2, 1
@@ -139,7 +139,7 @@ def choose_counts_warps(ranks: int, rows: int) -> int:
 
 
 def make_options(warps: int) -> dict[str, Any]:
-    """Compile with that many warps, every register that each may have, and no fused products.
+    """Return compile options: that many warps, all their registers, no fused multiply-add.
 
     Without ``maxnreg`` ptxas takes half of the registers for the largest tiles, and spills. A
     thread that fuses its own product into a sum over lanes rounds differently from the lane that

@@ -2,9 +2,8 @@
 
 Equation numbers refer to docs/method.md. A *cell* is the share of one column on one of its ranks;
 a group's cells are numbered by column, then by rank. A plan is ``x``, the tokens of each cell. Its
-*peak* is the largest load of a rank while the plan is being made; the largest load of the finished,
-rounded plan is called ``max_load``. The *aimed gap* is the relative gap, ``a`` of equation 18, at
-which levelling ends.
+*peak* is the largest load of a rank while the plan is being made; the largest load of the rounded
+plan is called ``max_load``. The *aimed gap* is the relative gap at which levelling ends.
 """
 
 # A variable of type tuple[()] is extended in loops, which mypy takes for a change of type.
@@ -20,7 +19,7 @@ from lplb_triton.kernels.solve.tiles import (
     FINE_ONE,
     SHARE_ONE,
     add2,
-    largest_load,
+    find_largest_load,
     reciprocal,
     round_running_sums,
     to_fine_units,
@@ -30,45 +29,48 @@ from lplb_triton.kernels.solve.tiles import (
 # Cells of a rank that are summed at once; the table of a rank's cells is padded to whole blocks of
 # that many.
 RANK_CELLS = tl.constexpr(_layout.RANK_CELLS)
+# Fields of the words of edges.
+FIELD_BITS = tl.constexpr(_layout.FIELD_BITS)
+FIELD_MASK = tl.constexpr(_layout.FIELD_MASK)
 # Copies of a column whose ranks are loaded at once.
 COPIES_AT_ONCE = tl.constexpr(_layout.COPIES_AT_ONCE)
-# The aimed gap is this part of the tolerance, or less where rounding may cost much, but not less
-# than the second part.
-TARGET_PART = tl.constexpr(0.98)
-LEAST_TARGET_PART = tl.constexpr(0.75)
-# A rounded plan is good enough if its gap is at most this part of the tolerance.
-ROUNDED_PART = tl.constexpr(0.99)
-# Most sweeps before steps by potentials take over.
-FIRST_SWEEPS = tl.constexpr(16)
-# The first sweeps, so many, move this part of the difference between two ranks; later ones move the
-# other part, which is more than levels the two.
-LEVEL_SWEEPS = tl.constexpr(2)
-LEVEL_PART = tl.constexpr(0.5)
-RELAXED_PART = tl.constexpr(0.75)
-# Number of sets of ranks that are tried for a bound, and how far below the peak the last one
-# reaches, in aimed gaps; each set reaches four times as far as the one before (equation 19).
+# The aimed gap is this fraction of the tolerance, or less where rounding may cost much, but not
+# less than the second fraction.
+TARGET_FRACTION = tl.constexpr(0.98)
+LEAST_TARGET_FRACTION = tl.constexpr(0.75)
+# A rounded plan is good enough if its gap is at most this fraction of the tolerance.
+ROUNDED_FRACTION = tl.constexpr(0.99)
+# Most sweeps before the first step by potentials.
+MAX_FIRST_SWEEPS = tl.constexpr(16)
+# The first EXACT_SWEEPS sweeps of a run move the fraction of the difference between two ranks that
+# levels them; later ones over-relax.
+EXACT_SWEEPS = tl.constexpr(2)
+EXACT_FRACTION = tl.constexpr(0.5)
+RELAXED_FRACTION = tl.constexpr(0.75)
+# The number of sets of ranks that are tried for a bound, and how far below the peak the last set
+# reaches, in aimed gaps. Each set reaches four times as far as the one before (equation 19).
 N_CUTS = tl.constexpr(4)
 DEEPEST_CUT = tl.constexpr(25.6)
-# The peak is steady once a sweep takes no more than this part of the aimed gap off it.
-STEADY_PART = tl.constexpr(0.5)
+# The peak is steady once a sweep takes no more than this fraction of the aimed gap off it.
+STEADY_FRACTION = tl.constexpr(0.5)
 
 
 @triton.jit
-def gap_to_aim_at(target, n_ranks):
+def choose_aimed_gap(target, n_ranks):
     """Choose the gap to aim at, so that rounding by at most ``n_ranks`` units keeps ``target``."""
-    rounded = target * ROUNDED_PART - n_ranks.to(tl.float32) * (1.0 / SHARE_ONE)
-    return tl.maximum(tl.minimum(target * TARGET_PART, rounded), target * LEAST_TARGET_PART)
+    rounded = target * ROUNDED_FRACTION - n_ranks.to(tl.float32) * (1.0 / SHARE_ONE)
+    return tl.maximum(tl.minimum(target * TARGET_FRACTION, rounded), target * LEAST_TARGET_FRACTION)
 
 
 @triton.jit
-def cut_thresholds(peak, aimed_gap):
+def compute_cut_thresholds(peak, aimed_gap):
     """Compute the load from which on ranks belong to each set of equation 19, [N_CUTS, 1]."""
     step = tl.arange(0, N_CUTS)[:, None].to(tl.float32)
     return peak - peak * (aimed_gap * DEEPEST_CUT) * tl.exp2(2.0 * step - 2 * (N_CUTS - 1))
 
 
 @triton.jit
-def cut_bound(
+def compute_cut_bound(
     loads,  # [G] float32
     fixed,  # [G] float32, the part of the loads that no plan can move
     weights,  # [1, C] float32, tokens of each column
@@ -78,7 +80,7 @@ def cut_bound(
     aimed_gap,
 ):
     """Find a load that no plan can beat, from sets of the most loaded ranks (equation 19)."""
-    thresholds = cut_thresholds(peak, aimed_gap)
+    thresholds = compute_cut_thresholds(peak, aimed_gap)
     member = (loads[None, :] >= thresholds) & is_rank[None, :]
     size, kept = tl.reduce(
         (tl.where(member, 1.0, 0.0), tl.where(member, fixed[None, :], 0.0)), 1, add2
@@ -132,7 +134,7 @@ def _load_ranks_of_copies(cell_rank_ptr, start, n_copies, first):
 
 
 @triton.jit
-def _lowest_by_column(loads_ptr, first_ranks, cell_rank_ptr, start, n_copies, most_copies):
+def _find_lowest_by_column(loads_ptr, first_ranks, cell_rank_ptr, start, n_copies, most_copies):
     """Find the least load of each column's ranks, [C]; infinite for a column without copies.
 
     ``first_ranks``, ``start`` and ``n_copies`` are those of `LoadedTables`, ``cell_rank`` [n_cells]
@@ -160,14 +162,14 @@ def _load_peak(loads_ptr, n_ranks, G: tl.constexpr):
     for h in tl.static_range(1, G // SLICE):
         rank = h * SLICE + tl.arange(0, SLICE)
         loads = tl.maximum(loads, tl.load(loads_ptr + rank, mask=rank < n_ranks, other=0.0))
-    return largest_load(loads)
+    return find_largest_load(loads)
 
 
 @triton.jit
 def round_plan(
     x_ptr,  # [n_cells] float32, tokens of each cell; overwritten
     tokens_ptr,  # [n_cells] float32, written: tokens that the rounded shares stand for
-    running_ptr,  # [n_cells] int32, written: sums of the shares of a column up to each cell, units
+    running_ptr,  # [n_cells] int32, written: units of a column's cells up to each one
     units_ptr,  # [n_cells] int32, written: shares in units
     weights,  # [N] float32, tokens of each cell's column
     first,  # [N] int32, the first cell of its column
@@ -203,40 +205,40 @@ def round_plan(
 
 
 @triton.jit
-def sweep(
+def level_edges(
     x_ptr,  # [n_cells] float32, tokens of each cell; updated
     loads_ptr,  # [n_ranks] float32, updated
     edges_ptr,  # [n_classes + 1, width] int64, see below
     n_classes,
     width,  # most edges of a class
-    part,  # part of the difference between two ranks that moves; 0.5 levels them
+    fraction,  # how much of the difference between two ranks moves; 0.5 levels them
     LANES: tl.constexpr,  # number of threads
 ):
     """Level all edges once, one class after the other (equation 18).
 
-    A word of edges holds four numbers of 16 bits, from the lowest: the edge's second rank, its
-    first rank, its second cell and its first cell; -1 is no edge. The tiles have one element per
-    thread. The next class's edges are loaded before this class moves tokens, so that their latency
-    is hidden. All warps execute the instructions of a class even if it has edges for few of them.
+    A word of edges holds four fields, from the lowest: the edge's second rank, its first rank, its
+    second cell and its first cell; -1 is no edge. The tiles have one element per thread. The next
+    class's edges are loaded before this class moves tokens, so that their latency is hidden. All
+    warps execute the instructions of a class even if it has edges for few of them.
     """
     lane = tl.arange(0, LANES)
     ptrs = edges_ptr + lane
     edge = tl.load(ptrs, mask=lane < width, other=-1)
     for _ in range(n_classes):
         ranks = edge.to(tl.int32)
-        cells = (edge >> 32).to(tl.int32)
+        cells = (edge >> (2 * FIELD_BITS)).to(tl.int32)
         is_edge = ranks >= 0
-        first_load_ptrs = loads_ptr + (ranks >> 16)
-        second_load_ptrs = loads_ptr + (ranks & 0xFFFF)
-        first_x_ptrs = x_ptr + ((cells >> 16) & 0xFFFF)
-        second_x_ptrs = x_ptr + (cells & 0xFFFF)
+        first_load_ptrs = loads_ptr + (ranks >> FIELD_BITS)
+        second_load_ptrs = loads_ptr + (ranks & FIELD_MASK)
+        first_x_ptrs = x_ptr + ((cells >> FIELD_BITS) & FIELD_MASK)
+        second_x_ptrs = x_ptr + (cells & FIELD_MASK)
         ptrs += width
         edge = tl.load(ptrs, mask=lane < width, other=-1)
         first_load = tl.load(first_load_ptrs, mask=is_edge)
         second_load = tl.load(second_load_ptrs, mask=is_edge)
         first_x = tl.load(first_x_ptrs, mask=is_edge)
         second_x = tl.load(second_x_ptrs, mask=is_edge)
-        moved = (second_load - first_load) * part
+        moved = (second_load - first_load) * fraction
         moved = tl.minimum(tl.maximum(moved, -first_x), second_x)
         tl.store(first_load_ptrs, first_load + moved, mask=is_edge)
         tl.store(second_load_ptrs, second_load - moved, mask=is_edge)
@@ -247,9 +249,9 @@ def sweep(
 
 @triton.jit
 def sweep_until_bound_is_due(
-    x_ptr,  # [n_cells] float32, as the next two for `sweep`
-    loads_ptr,
-    edges_ptr,
+    x_ptr,  # [n_cells] float32, updated as by `level_edges`
+    loads_ptr,  # [n_ranks] float32, updated as by `level_edges`
+    edges_ptr,  # as for `level_edges`
     sweeps,  # sweeps that were made before
     most_sweeps,
     n_classes,
@@ -263,19 +265,19 @@ def sweep_until_bound_is_due(
 ):
     """Sweep until the bound of equation 19 should be computed.
 
-    That is after the first sweep, when the peak is within the aimed gap of ``bound``, when it has
-    become steady (but not before half as many sweeps again), and after ``most_sweeps``. Returns
-    the number of sweeps so far and the peak.
+    It is due after the first sweep, after ``most_sweeps``, and when the peak is steady and half as
+    many sweeps again have been made as when it was last due. Sweeps also end when the peak is
+    within the aimed gap of ``bound``. Returns the number of sweeps so far and the peak.
     """
     sweeps_at_last_bound = sweeps
     due = sweeps < 0
     while due == 0:
         tl.debug_barrier()
-        part = tl.where(sweeps >= LEVEL_SWEEPS, RELAXED_PART, LEVEL_PART)
-        sweep(x_ptr, loads_ptr, edges_ptr, n_classes, width, part, LANES)
+        fraction = tl.where(sweeps >= EXACT_SWEEPS, RELAXED_FRACTION, EXACT_FRACTION)
+        level_edges(x_ptr, loads_ptr, edges_ptr, n_classes, width, fraction, LANES)
         sweeps += 1
         new_peak = _load_peak(loads_ptr, n_ranks, G)
-        steady = (peak - new_peak <= new_peak * aimed_gap * STEADY_PART) & (
+        steady = (peak - new_peak <= new_peak * aimed_gap * STEADY_FRACTION) & (
             2 * sweeps >= 3 * sweeps_at_last_bound
         )
         due = (sweeps == 1) | (sweeps >= most_sweeps) | steady
@@ -285,7 +287,7 @@ def sweep_until_bound_is_due(
 
 
 @triton.jit
-def level(
+def level_plan(
     peak,  # largest of ``load``
     bound,  # a load that no plan can beat
     load,  # [G] float32, rank loads of the plan x
@@ -296,11 +298,11 @@ def level(
     aimed_gap,
     x_ptr,  # [n_cells] float32, tokens of each cell; improved in place
     loads_ptr,  # [n_ranks] float32, written: loads of the improved plan
-    edges_ptr,  # as for `sweep`
+    edges_ptr,  # as for `level_edges`
     n_classes,
     most_sweeps,
     width,
-    first_ranks,  # as for `_lowest_by_column`, to ``most_copies``
+    first_ranks,  # as for `_find_lowest_by_column`, and so are the next four
     cell_rank_ptr,
     start,
     n_copies,
@@ -323,10 +325,10 @@ def level(
         )  # fmt: skip
         if peak - bound > peak * aimed_gap:
             load = tl.load(loads_ptr + tl.arange(0, G), mask=is_rank, other=0.0)
-            lowest = _lowest_by_column(
+            lowest = _find_lowest_by_column(
                 loads_ptr, first_ranks, cell_rank_ptr, start, n_copies, most_copies
             )
-            cut = cut_bound(
+            cut = compute_cut_bound(
                 load, fixed, weights[None, :], lowest[None, :], is_rank, peak, aimed_gap
             )
             bound = tl.maximum(bound, cut)

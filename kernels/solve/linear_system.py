@@ -9,13 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The number rho of equation 7, as a part of the largest diagonal entry.
+# The number rho of equation 7, as a fraction of the largest diagonal entry.
 REGULARIZATION = tl.constexpr(0.03)
 
 
 @triton.jit
 def subtract_product(a, b, c):
-    """Compute ``c - a b``, rounded once; not for sums that cross lanes (end of equation 11)."""
+    """Compute ``c - a b`` with one rounding; sums over lanes must not (end of equation 11)."""
     return tl.fma(-a, b, c)
 
 
@@ -29,7 +29,7 @@ def _or4(a0, a1, a2, a3, b0, b1, b2, b3):
 def _split_rows(panel):
     """Split a tile [4, G] into its four rows [G].
 
-    The bits are reduced, not the numbers: a masked element adds nothing to them, whatever it is.
+    The reduction is over bits, so that a masked element adds nothing even if it is infinite or NaN.
     """
     row = tl.arange(0, 4)[:, None]
     bits = panel.to(tl.int32, bitcast=True)
@@ -53,13 +53,13 @@ def _split_rows(panel):
 
 @triton.jit
 def _take_slice(tile, chosen, axis: tl.constexpr):
-    """Take the one slice of ``tile`` along ``axis`` where ``chosen`` is true; bits, as above."""
+    """Take the one slice of a tile where ``chosen`` is true, by a sum of bits along ``axis``."""
     bits = tl.where(chosen, tile.to(tl.int32, bitcast=True), 0)
     return tl.sum(bits, axis).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _element(row, i, G: tl.constexpr):
+def _take_element(row, i, G: tl.constexpr):
     """Take element ``i`` of a row [G], a scalar."""
     index = tl.arange(0, G)
     if G <= 32:
@@ -79,12 +79,16 @@ def _eliminate_pivots(p0, p1, p2, p3, k, G: tl.constexpr):
     """
     i = tl.arange(0, G)
     # The 4 x 4 block of pivots, the same in every lane.
-    a00 = _element(p0, 4 * k, G)
-    a10, a11 = _element(p1, 4 * k, G), _element(p1, 4 * k + 1, G)
-    a20, a21, a22 = _element(p2, 4 * k, G), _element(p2, 4 * k + 1, G), _element(p2, 4 * k + 2, G)
-    a30, a31 = _element(p3, 4 * k, G), _element(p3, 4 * k + 1, G)
-    a32, a33 = _element(p3, 4 * k + 2, G), _element(p3, 4 * k + 3, G)
-    # Its Cholesky factor, row by row, and as soon as a row of it is known that of the product.
+    a00 = _take_element(p0, 4 * k, G)
+    a10, a11 = _take_element(p1, 4 * k, G), _take_element(p1, 4 * k + 1, G)
+    a20, a21, a22 = (
+        _take_element(p2, 4 * k, G),
+        _take_element(p2, 4 * k + 1, G),
+        _take_element(p2, 4 * k + 2, G),
+    )
+    a30, a31 = _take_element(p3, 4 * k, G), _take_element(p3, 4 * k + 1, G)
+    a32, a33 = _take_element(p3, 4 * k + 2, G), _take_element(p3, 4 * k + 3, G)
+    # A row of the product follows as soon as the same row of the Cholesky factor is known.
     is_pivot = i // 4 == k
     p0 = tl.where(is_pivot, tl.where(i % 4 == 0, 1.0, 0.0), p0)
     p1 = tl.where(is_pivot, tl.where(i % 4 == 1, 1.0, 0.0), p1)
@@ -145,18 +149,18 @@ def _take_quarter(matrix, lower: tl.constexpr, right: tl.constexpr, H: tl.conste
 
 
 @triton.jit
-def _inverse_factor(matrix, G: tl.constexpr):
+def _compute_inverse_factor(matrix, G: tl.constexpr):
     """Compute S, lower triangular, with ``S^T S`` the inverse of a matrix [G, G] (equation 7).
 
     The matrix must be positive definite, so no pivoting is needed. S is returned by fours.
     """
     if G == 64:
-        # The halves of equation 7, [[A, B], [B^T, D]].
+        # The matrix is [[A, B], [B^T, D]], as in equation 7.
         H: tl.constexpr = G // 2
-        s_a = _inverse_factor_by_fours(_take_quarter(matrix, 0, 0, H), H).reshape(H, H)
+        s_a = _compute_inverse_factor_by_fours(_take_quarter(matrix, 0, 0, H), H).reshape(H, H)
         e = tl.dot(s_a, _take_quarter(matrix, 0, 1, H), input_precision="ieee")
         rest = _take_quarter(matrix, 1, 1, H) - tl.dot(tl.trans(e), e, input_precision="ieee")
-        s_d = _inverse_factor_by_fours(rest, H).reshape(H, H)
+        s_d = _compute_inverse_factor_by_fours(rest, H).reshape(H, H)
         corner = tl.dot(tl.trans(e), s_a, input_precision="ieee")
         corner = -tl.dot(s_d, corner, input_precision="ieee")
         lower = tl.arange(0, 2)[:, None, None, None]
@@ -165,13 +169,13 @@ def _inverse_factor(matrix, G: tl.constexpr):
         top = tl.where(right == 0, s_a[None, :, None, :], 0.0)
         factor = tl.where(lower == 0, top, bottom).reshape(G // 4, 4, G)
     else:
-        factor = _inverse_factor_by_fours(matrix, G)
+        factor = _compute_inverse_factor_by_fours(matrix, G)
     return factor
 
 
 @triton.jit
-def _inverse_factor_by_fours(matrix, G: tl.constexpr):
-    """Compute what `_inverse_factor` does by eliminating four rows at a time."""
+def _compute_inverse_factor_by_fours(matrix, G: tl.constexpr):
+    """Compute what `_compute_inverse_factor` does by eliminating four rows at a time."""
     Q: tl.constexpr = G // 4
     t = tl.reshape(matrix, (Q, 4, G))
     if Q <= 2:
@@ -185,11 +189,12 @@ def _inverse_factor_by_fours(matrix, G: tl.constexpr):
 
 
 @triton.jit
-def _normal_matrix(product, slack, is_rank, G: tl.constexpr):
+def _build_normal_matrix(product, slack, is_rank, G: tl.constexpr):
     """Build the matrix M + rho 1 1^T of equations 5 and 7 from ``V V^T``, [G, G].
 
     ``slack`` [G] is ``s / y``. In the padding the matrix is the identity. The diagonal comes from
-    row sums of the rest, without subtraction. Adding rho changes no solution, since dy sums to 0.
+    row sums of the other entries, without subtraction. Adding rho changes no solution, since dy
+    sums to 0.
     """
     off_diagonal = tl.arange(0, G)[:, None] != tl.arange(0, G)[None, :]
     product = tl.where(off_diagonal, product, 0.0)
@@ -204,7 +209,7 @@ def _normal_matrix(product, slack, is_rank, G: tl.constexpr):
 def factorize(v, slack, is_rank, G: tl.constexpr):
     """Compute S of the matrix of equations 5 and 7 from V [G, C] and ``s / y`` [G], by fours."""
     product = tl.dot(v, tl.trans(v), input_precision="ieee")
-    return _inverse_factor(_normal_matrix(product, slack, is_rank, G), G)
+    return _compute_inverse_factor(_build_normal_matrix(product, slack, is_rank, G), G)
 
 
 @triton.jit

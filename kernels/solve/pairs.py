@@ -1,9 +1,9 @@
-"""The quick way for placements whose columns are pairs: one expert with copies on two ranks.
+"""Solve a placement of pairs in registers: every column is one expert with copies on two ranks.
 
 A class of edges then matches ranks with ranks, and a lane is a rank: it holds the rank's load and,
-by class, the tokens ``x`` that the rank has of the weight ``w`` of its edge there. All that lanes
-exchange are their loads. Every warp does all of it, in registers, so that no warp waits for
-another. Equation numbers refer to docs/method.md; this way is described under equation 18.
+by class, the tokens ``x`` that the rank has of the weight ``w`` of its edge there. Lanes exchange
+nothing but their loads. Every warp does all of the work, so that no warp waits for another.
+Equation numbers refer to docs/method.md, which describes this under equation 18.
 
 Ranks are taken in slices of up to 32. Numbers by rank are a tuple of slices, [SLICE] each; numbers
 by class and rank are a tuple of the slices of the first class, then those of the next, and so on.
@@ -21,30 +21,34 @@ import triton.language as tl
 from lplb_triton import _layout
 from lplb_triton.kernels.count import load_counts
 from lplb_triton.kernels.solve.levelling import (
-    LEVEL_PART,
-    LEVEL_SWEEPS,
+    EXACT_FRACTION,
+    EXACT_SWEEPS,
     N_CUTS,
-    RELAXED_PART,
-    ROUNDED_PART,
-    STEADY_PART,
-    cut_thresholds,
-    gap_to_aim_at,
+    RELAXED_FRACTION,
+    ROUNDED_FRACTION,
+    STEADY_FRACTION,
+    choose_aimed_gap,
+    compute_cut_thresholds,
 )
 from lplb_triton.kernels.solve.tiles import (
     SHARE_ONE,
     add2,
-    largest_load,
+    find_largest_load,
     reciprocal,
     units_to_shares,
 )
 
-# A field of a word of the table of pairs with all of its 16 bits set is empty.
+# The value of an empty field of a word of pairs; all of its bits are set.
 EMPTY_FIELD = tl.constexpr(_layout.PAIR_FIELD)
+# Fields of a word of pairs, counted from the lowest; field 0 is the partner.
+FIELD_BITS = tl.constexpr(_layout.FIELD_BITS)
+EXPERT_FIELD = tl.constexpr(1)
+COPY_FIELD = tl.constexpr(3)
 
 
 @triton.jit
-def _slice(values, G: tl.constexpr):
-    """Cut numbers by rank [G] into slices of which every warp has all."""
+def _slice_by_rank(values, G: tl.constexpr):
+    """Cut numbers by rank [G] into slices; every warp has all of them."""
     SLICES: tl.constexpr = (G + 31) // 32
     SLICE: tl.constexpr = G // SLICES
     slices = ()
@@ -58,7 +62,7 @@ def _slice(values, G: tl.constexpr):
 def load_pairs(pairs_ptr, n_ranks, G: tl.constexpr, CLASSES: tl.constexpr):
     """Load each rank's edges, words [CLASSES, n_ranks] int64, by class and rank.
 
-    A word holds four fields of 16 bits, from the lowest: the partner, which is the other rank of
+    A word holds four fields, from the lowest: the partner, which is the other rank of
     the edge, the expert, an empty field, and the rank's copy of the expert. A rank without an edge
     in a class is its own partner there and has empty fields otherwise. In the padding all fields
     are empty: the partner's load doesn't matter there, since there is no weight to move.
@@ -78,9 +82,9 @@ def load_pairs(pairs_ptr, n_ranks, G: tl.constexpr, CLASSES: tl.constexpr):
 
 
 @triton.jit
-def _extract_field(word, FIRST_BIT: tl.constexpr):
-    """Take the field of a word that begins at a bit, -1 if it is empty."""
-    field = (word >> FIRST_BIT).to(tl.int32) & EMPTY_FIELD
+def _extract_field(word, FIELD: tl.constexpr):
+    """Take a field of a word, -1 if it is empty."""
+    field = (word >> (FIELD * FIELD_BITS)).to(tl.int32) & EMPTY_FIELD
     return tl.where(field == EMPTY_FIELD, -1, field)
 
 
@@ -89,7 +93,7 @@ def load_pair_counts(counts_ptr, words, N: tl.constexpr):
     """Load the counts of the experts of ``N`` words, by class and rank; 0 where no edge is."""
     counts = ()
     for i in tl.static_range(N):
-        counts += (load_counts(counts_ptr, _extract_field(words[i], 16)),)
+        counts += (load_counts(counts_ptr, _extract_field(words[i], EXPERT_FIELD)),)
     return counts
 
 
@@ -106,20 +110,20 @@ def _gather_from_ranks(slices, rank, G: tl.constexpr):
 
 
 @triton.jit
-def _largest_by_rank(loads, G: tl.constexpr):
+def _find_largest_by_rank(loads, G: tl.constexpr):
     """Find the largest of loads by rank."""
     largest = loads[0]
     for h in tl.static_range(1, (G + 31) // 32):
         largest = tl.maximum(largest, loads[h])
-    return largest_load(largest)
+    return find_largest_load(largest)
 
 
 @triton.jit
-def _cut_bound_of_pairs(
+def _compute_cut_bound_of_pairs(
     loads,  # by rank
     fixed,  # by rank
-    partners,  # by class and rank, as the next
-    weights,
+    partners,  # by class and rank
+    weights,  # by class and rank
     peak,
     aimed_gap,
     n_ranks,
@@ -129,7 +133,7 @@ def _cut_bound_of_pairs(
     """Find a load that no plan can beat, from sets of the most loaded ranks (equation 19)."""
     SLICES: tl.constexpr = (G + 31) // 32
     SLICE: tl.constexpr = G // SLICES
-    thresholds = cut_thresholds(peak, aimed_gap)
+    thresholds = compute_cut_thresholds(peak, aimed_gap)
     size = tl.zeros((N_CUTS, SLICE), tl.float32)
     kept = size
     for h in tl.static_range(SLICES):
@@ -148,12 +152,12 @@ def _cut_bound_of_pairs(
 
 
 @triton.jit
-def _sweep_pairs(
+def _level_edges_of_pairs(
     loads,  # by rank
-    x,  # by class and rank, tokens that the rank has of its edge, as the next two
-    partners,
-    weights,
-    part,  # part of the difference between two ranks that moves; 0.5 levels them
+    x,  # by class and rank, tokens that the rank has of its edge
+    partners,  # by class and rank
+    weights,  # by class and rank
+    fraction,  # how much of the difference between two ranks moves; 0.5 levels them
     G: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
@@ -167,11 +171,11 @@ def _sweep_pairs(
             own = x[k * SLICES + h]
             others = weights[k * SLICES + h] - own
             other_load = _gather_from_ranks(loads, partners[k * SLICES + h], G)
-            # The next class waits for the load, so as few operations as possible lead from
-            # ``other_load`` to it; x is not so urgent.
-            target = tl.fma(other_load, part, load - load * part)
+            # The next class needs the new load, so the chain of operations from ``other_load`` to
+            # it is as short as possible. Nothing waits for x.
+            target = tl.fma(other_load, fraction, load - load * fraction)
             new_loads += (tl.maximum(tl.minimum(target, load + others), load - own),)
-            moved = tl.fma(other_load, part, -load * part)
+            moved = tl.fma(other_load, fraction, -load * fraction)
             new_x += (own + tl.maximum(tl.minimum(moved, others), -own),)
         loads = new_loads
     return loads, new_x
@@ -181,8 +185,8 @@ def _sweep_pairs(
 def _level_pairs(
     loads,  # by rank, of the even split
     fixed,  # by rank
-    partners,  # by class and rank, as the next
-    weights,
+    partners,  # by class and rank
+    weights,  # by class and rank
     peak,  # largest of the loads
     bound,  # a load that no plan can beat
     aimed_gap,
@@ -193,7 +197,7 @@ def _level_pairs(
     G: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
-    """Level even splits along the edges of all classes (equation 18), as `levelling.level` does.
+    """Level even splits along the edges of all classes, as `levelling.level_plan` does.
 
     One sweep more than ``most_sweeps`` may be made. Returns x by class and rank, the tokens that
     each rank has of its edges, and the best bound.
@@ -207,18 +211,18 @@ def _level_pairs(
     good_load = bound * good_factor
     steady_load = peak * steady_factor
     while (peak > good_load) & (sweeps < most_sweeps):
-        part = tl.where(sweeps >= LEVEL_SWEEPS, RELAXED_PART, LEVEL_PART)
-        loads, x = _sweep_pairs(loads, x, partners, weights, part, G, CLASSES)
+        fraction = tl.where(sweeps >= EXACT_SWEEPS, RELAXED_FRACTION, EXACT_FRACTION)
+        loads, x = _level_edges_of_pairs(loads, x, partners, weights, fraction, G, CLASSES)
         sweeps += 1
-        if sweeps > LEVEL_SWEEPS:
-            # Finding the peak takes longer than a sweep: later on two sweeps share it.
-            loads, x = _sweep_pairs(loads, x, partners, weights, part, G, CLASSES)
+        if sweeps > EXACT_SWEEPS:
+            # Finding the peak takes longer than a sweep, so later on it is found every other sweep.
+            loads, x = _level_edges_of_pairs(loads, x, partners, weights, fraction, G, CLASSES)
             sweeps += 1
         due = (sweeps == 1) | (sweeps >= most_sweeps)
         due_if_steady = 2 * sweeps >= 3 * sweeps_at_last_bound
-        peak = _largest_by_rank(loads, G)
+        peak = _find_largest_by_rank(loads, G)
         if (peak > good_load) & (due | (due_if_steady & (peak >= steady_load))):
-            cut = _cut_bound_of_pairs(
+            cut = _compute_cut_bound_of_pairs(
                 loads, fixed, partners, weights, peak, aimed_gap, n_ranks, G, CLASSES
             )
             bound = tl.maximum(bound, cut)
@@ -253,7 +257,7 @@ def _round_pairs(x, inverses, partners, G: tl.constexpr, CLASSES: tl.constexpr):
 
 
 @triton.jit
-def _first_loads(fixed, counts, part_of_rank, G: tl.constexpr, CLASSES: tl.constexpr):
+def _compute_first_loads(fixed, counts, part_of_rank, G: tl.constexpr, CLASSES: tl.constexpr):
     """Compute the loads of the even split and the first bound.
 
     ``fixed`` is by rank, ``counts`` by class and rank; ``part_of_rank`` is 1 / n_ranks. Returns
@@ -271,8 +275,8 @@ def _first_loads(fixed, counts, part_of_rank, G: tl.constexpr, CLASSES: tl.const
         all_loads += load
     total = tl.sum(all_loads)
     invalid = (total < float("inf")) == 0
-    peak = tl.where(invalid, 0.0, _largest_by_rank(loads, G))
-    bound = tl.maximum(_largest_by_rank(fixed, G), total * part_of_rank)
+    peak = tl.where(invalid, 0.0, _find_largest_by_rank(loads, G))
+    bound = tl.maximum(_find_largest_by_rank(fixed, G), total * part_of_rank)
     bound = tl.where(invalid, 0.0, bound)
     return loads, peak, bound, invalid
 
@@ -280,10 +284,10 @@ def _first_loads(fixed, counts, part_of_rank, G: tl.constexpr, CLASSES: tl.const
 @triton.jit
 def _store_pairs(
     cumulative_ptr,  # [n_physical] int32, written for the copies of the pairs
-    units,  # by class and rank, as the next three
-    words,
-    partners,
-    weights,
+    units,  # by class and rank
+    words,  # by class and rank
+    partners,  # by class and rank
+    weights,  # by class and rank
     fixed,  # by rank
     G: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -297,21 +301,21 @@ def _store_pairs(
         load = fixed[h]
         for k in tl.static_range(CLASSES):
             load += units_to_shares(units[k * SLICES + h]) * weights[k * SLICES + h]
-            copy = _extract_field(words[k * SLICES + h], 48)
+            copy = _extract_field(words[k * SLICES + h], COPY_FIELD)
             is_second = partners[k * SLICES + h] < rank
             cumulative = tl.where(is_second, SHARE_ONE, units[k * SLICES + h])
             tl.store(cumulative_ptr + copy, cumulative, mask=copy >= 0)
         loads += (load,)
-    return _largest_by_rank(loads, G)
+    return _find_largest_by_rank(loads, G)
 
 
 @triton.jit
 def solve_pairs(
-    words,  # by class and rank, from `load_pairs`, as the next
-    partners,
+    words,  # by class and rank, from `load_pairs`
+    partners,  # by class and rank, from `load_pairs`
     counts,  # by class and rank, from `load_pair_counts`
     fixed,  # [G] float32
-    target,  # gap that the plan may have, as a part of its largest load
+    target,  # relative gap that the plan may have
     n_ranks,
     most_sweeps,
     cumulative_ptr,  # [n_physical] int32, written for the copies of the pairs
@@ -320,16 +324,16 @@ def solve_pairs(
 ):
     """Level even splits, round the plan, judge it and write it (equations 11, 12, 18 and 19).
 
-    Returns the largest load, a bound, whether counts are invalid, and whether this solves the
-    group: the plan is good enough, or counts are invalid, so that no plan would be.
+    Returns the largest load, a bound, whether counts are invalid, and whether the group is solved,
+    which it is if the plan is good enough or if counts are invalid.
     """
     SLICES: tl.constexpr = (G + 31) // 32
-    aimed_gap = gap_to_aim_at(target, n_ranks)
+    aimed_gap = choose_aimed_gap(target, n_ranks)
     good_factor = 1.0 / (1.0 - aimed_gap)
-    steady_factor = 1.0 / (1.0 + aimed_gap * STEADY_PART)
+    steady_factor = 1.0 / (1.0 + aimed_gap * STEADY_FRACTION)
     part_of_rank = 1.0 / n_ranks.to(tl.float32)
-    fixed = _slice(fixed, G)
-    loads, peak, bound, invalid = _first_loads(fixed, counts, part_of_rank, G, CLASSES)
+    fixed = _slice_by_rank(fixed, G)
+    loads, peak, bound, invalid = _compute_first_loads(fixed, counts, part_of_rank, G, CLASSES)
     weights, inverses = (), ()
     for i in tl.static_range(CLASSES * SLICES):
         weight = tl.where(invalid, 0.0, counts[i])
@@ -341,5 +345,5 @@ def solve_pairs(
     )  # fmt: skip
     units = _round_pairs(x, inverses, partners, G, CLASSES)
     max_load = _store_pairs(cumulative_ptr, units, words, partners, weights, fixed, G, CLASSES)
-    good = (max_load - bound > max_load * (target * ROUNDED_PART)) == 0
+    good = (max_load - bound > max_load * (target * ROUNDED_FRACTION)) == 0
     return max_load, bound, invalid, good | invalid

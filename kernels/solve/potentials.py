@@ -1,9 +1,9 @@
 """Steps by potentials: moves of tokens that level many ranks at once (equations 20 to 23).
 
-A step finds a potential for every rank, moves the potential of its rank out of each free cell, and
-brings columns back to their sums. A sweep of levelling.py reaches the neighbours of a rank; a step
-reaches as far as tokens can go. Numbers by cell are tiles, numbers by rank are tiles or rank
-vectors, as rows.py defines them. Equation numbers refer to docs/method.md.
+A step finds a potential for every rank, moves as many tokens out of each free cell as the potential
+of its rank says, and brings columns back to their sums. A sweep of levelling.py reaches the
+neighbours of a rank; a step reaches as far as tokens can go. Numbers by cell are tiles, numbers by
+rank are tiles or rank vectors, as rows.py defines them. Equation numbers refer to docs/method.md.
 """
 
 # A variable of type tuple[()] is extended in loops, which mypy takes for a change of type.
@@ -14,19 +14,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lplb_triton.kernels.solve.levelling import cut_bound, sweep_until_bound_is_due
+from lplb_triton.kernels.solve.levelling import compute_cut_bound, sweep_until_bound_is_due
 from lplb_triton.kernels.solve.rows import (
     add_scaled,
     dot,
-    least_by_column,
+    find_least_by_column,
     load_at_cells,
     load_cells,
     load_cells_of_ranks,
     load_rank_vector,
     load_rows,
-    positions_in_row,
-    rank_numbers,
-    row_numbers,
+    number_positions,
+    number_ranks,
+    number_rows,
     store_by_rank,
     store_cells,
     store_rank_vector,
@@ -34,21 +34,21 @@ from lplb_triton.kernels.solve.rows import (
     sum_by_column,
     sum_by_rank,
 )
-from lplb_triton.kernels.solve.tiles import largest_load, units_to_shares
+from lplb_triton.kernels.solve.tiles import find_largest_load, units_to_shares
 
-# Most sweeps between two steps.
-LATER_SWEEPS = tl.constexpr(8)
+# Most sweeps after each step.
+MAX_LATER_SWEEPS = tl.constexpr(8)
 # Steps of the method of conjugate residuals for the potentials (equation 21).
 RESIDUAL_STEPS = tl.constexpr(8)
-# A cell has tokens to give if it has more than this part of its column's (equation 20).
-EMPTY_PART = tl.constexpr(1e-6)
-# The first steps, so many, are made whole; the length of later ones is searched for (equation 23).
-WHOLE_STEPS = tl.constexpr(3)
+# A cell has tokens if it has more than this fraction of its column's (equation 20).
+EMPTY_FRACTION = tl.constexpr(1e-6)
+# The step, counted from 1, from which on its length is searched for (equation 23).
+FIRST_LINE_SEARCH = tl.constexpr(4)
 # Most rounds of the projection (equation 22).
-MOST_ROUNDS = tl.constexpr(5)
-# The residual is round-off once its product with its image is below this part of the largest such
-# product (equation 21).
-ROUND_OFF_PART = tl.constexpr(1e-9)
+MAX_PROJECTION_ROUNDS = tl.constexpr(5)
+# The residual is round-off once its product with its image is below this fraction of the largest
+# such product (equation 21).
+ROUND_OFF_FRACTION = tl.constexpr(1e-9)
 
 
 @triton.jit
@@ -59,28 +59,28 @@ def _divide_or_zero(a, b, least):
 
 
 @triton.jit
-def free_cells(x, loads_ptr, rows, by_row_ptr):
+def find_free_cells(x, loads_ptr, rows, by_row_ptr):
     """Find the cells that a step may change (equation 20), a tile of bool.
 
     ``x`` is a tile of tokens, ``loads`` [n_ranks] float32; ``by_row`` is for `sum_by_column`.
     """
     load = load_at_cells(loads_ptr, rows)
-    has_tokens = rows.real & (x > rows.weights * EMPTY_PART)
+    has_tokens = rows.real & (x > rows.weights * EMPTY_FRACTION)
     total, n = sum_by_column(load, has_tokens, rows, by_row_ptr)
     low = load < total / tl.maximum(n, 1.0)
     return rows.real & (rows.weights > 0) & (has_tokens | low)
 
 
 @triton.jit
-def laplacian(
+def apply_laplacian(
     vector,  # rank vector
     free,  # tile of bool, free cells
     rows,
     rank_cells,
-    by_cell_ptr,  # [n_cells] float32, scratch, as the next three
-    vector_ptr,  # [n_ranks] float32
-    product_ptr,  # [n_ranks] float32
-    by_row_ptr,  # [2 R] float32
+    by_cell_ptr,  # [n_cells] float32, scratch
+    vector_ptr,  # [n_ranks] float32, scratch
+    product_ptr,  # [n_ranks] float32, scratch
+    by_row_ptr,  # [2 R] float32, scratch
     n_ranks,
     G: tl.constexpr,
 ):
@@ -104,14 +104,14 @@ def find_potentials(
     free,  # tile of bool, free cells
     rows,
     rank_cells,
-    by_cell_ptr,  # scratch for `laplacian`, as the next three
+    by_cell_ptr,  # scratch for `apply_laplacian`, and so are the next three
     vector_ptr,
     product_ptr,
     by_row_ptr,
     n_ranks,
     G: tl.constexpr,
 ):
-    """Find the potentials that level loads along free cells, as far as they go (equation 21).
+    """Find the potentials that level loads best by moves along free cells (equation 21).
 
     Returns a rank vector.
     """
@@ -120,41 +120,41 @@ def find_potentials(
         is_rank = h * min(G, 32) + tl.arange(0, min(G, 32)) < n_ranks
         residual += (tl.where(is_rank, loads[h] - mean, 0.0),)
         potential += (loads[h] * 0.0,)
-    # p and L p of equation 21, and rho of this step and of the step with the largest.
+    # These are p, L p and rho of equation 21, and the largest rho so far.
     direction = potential
     image = potential
     rho = mean * 0.0
     largest_rho = rho
     for _ in range(RESIDUAL_STEPS):
-        product = laplacian(
+        product = apply_laplacian(
             residual, free, rows, rank_cells, by_cell_ptr, vector_ptr, product_ptr, by_row_ptr,
             n_ranks, G,
         )  # fmt: skip
         new_rho = dot(residual, product, G)
         # Once the residual is round-off, further steps would add nothing but noise.
         largest_rho = tl.maximum(largest_rho, new_rho)
-        ratio = _divide_or_zero(new_rho, rho, largest_rho * ROUND_OFF_PART)
+        ratio = _divide_or_zero(new_rho, rho, largest_rho * ROUND_OFF_FRACTION)
         rho = new_rho
         direction = add_scaled(residual, ratio, direction, G)
         image = add_scaled(product, ratio, image, G)
         length = _divide_or_zero(rho, dot(image, image, G), 0.0)
-        length = tl.where(rho > largest_rho * ROUND_OFF_PART, length, 0.0)
+        length = tl.where(rho > largest_rho * ROUND_OFF_FRACTION, length, 0.0)
         potential = add_scaled(potential, length, direction, G)
         residual = add_scaled(residual, -length, image, G)
     return potential
 
 
 @triton.jit
-def project(y, free, rows, by_row_ptr):
-    """Bring each column's numbers to the nearest plan, tokens by cell (equation 22).
+def project_on_simplices(y, free, rows, by_row_ptr):
+    """Project each column on the non-negative cells that add up to its tokens (equation 22).
 
-    ``y`` is a tile of float32. A cell gets what it is above the level of its column; cells that
-    aren't above the level that fits the others are left out of the next round. Cells that aren't
-    ``free`` get nothing. Returns a tile.
+    ``y`` is a tile of any numbers. Each round computes the level above which the numbers of the
+    chosen cells add up to the column's tokens, and leaves out the cells that aren't above it. Cells
+    that aren't ``free`` get nothing. Returns a tile.
     """
     chosen = free
     level = rows.weights * 0.0
-    for _ in range(tl.minimum(rows.most_copies, MOST_ROUNDS)):
+    for _ in range(tl.minimum(rows.most_copies, MAX_PROJECTION_ROUNDS)):
         total, n = sum_by_column(y, chosen, rows, by_row_ptr)
         level = (total - rows.weights) / tl.maximum(n, 1.0)
         chosen = chosen & (y > level)
@@ -166,13 +166,13 @@ def project(y, free, rows, by_row_ptr):
 
 
 @triton.jit
-def step(
+def step_by_potentials(
     x_ptr,  # [n_cells] float32, tokens of each cell; updated
     loads_ptr,  # [n_ranks] float32, updated
     fixed_ptr,  # [n_ranks] float32
-    by_cell_ptr,  # [n_cells] float32, scratch, as the next two
-    vectors_ptr,  # [2, n_ranks] float32
-    by_row_ptr,  # [2 R] float32
+    by_cell_ptr,  # [n_cells] float32, scratch
+    vectors_ptr,  # [2, n_ranks] float32, scratch
+    by_row_ptr,  # [2 R] float32, scratch
     rows,
     rank_cells,
     mean,  # mean of the loads
@@ -184,25 +184,26 @@ def step(
     product_ptr = vectors_ptr + n_ranks
     x = load_cells(x_ptr, rows)
     loads = load_rank_vector(loads_ptr, n_ranks, G)
-    free = free_cells(x, loads_ptr, rows, by_row_ptr)
+    free = find_free_cells(x, loads_ptr, rows, by_row_ptr)
     potential = find_potentials(
         loads, mean, free, rows, rank_cells, by_cell_ptr, vectors_ptr, product_ptr, by_row_ptr,
         n_ranks, G,
     )  # fmt: skip
     store_rank_vector(vectors_ptr, potential, n_ranks, G)
     tl.debug_barrier()
-    new_x = project(x - load_at_cells(vectors_ptr, rows), free, rows, by_row_ptr)
+    new_x = project_on_simplices(x - load_at_cells(vectors_ptr, rows), free, rows, by_row_ptr)
     store_cells(by_cell_ptr, new_x, rows)
-    rank = rank_numbers(G)
+    rank = number_ranks(G)
     fixed = tl.load(fixed_ptr + rank, mask=rank < n_ranks, other=0.0)
     tl.debug_barrier()
     store_by_rank(product_ptr, fixed + sum_by_rank(by_cell_ptr, rank_cells, n_ranks, G), n_ranks)
     tl.debug_barrier()
     new_loads = load_rank_vector(product_ptr, n_ranks, G)
-    if steps >= WHOLE_STEPS:
+    if steps >= FIRST_LINE_SEARCH - 1:
         # Go only as far as the sum of squared loads falls (equation 23).
         change = add_scaled(new_loads, -1.0, loads, G)
-        # Changes sum to 0 but for round-off, which loads less their mean multiply by less.
+        # Changes sum to 0, so the mean makes no difference but to round-off, which is smaller
+        # without it.
         slope = -dot(subtract_scalar(loads, mean, G), change, G)
         length = _divide_or_zero(slope, dot(change, change, G), 0.0)
         length = tl.maximum(tl.minimum(length, 1.0), 0.0)
@@ -213,11 +214,11 @@ def step(
     peak = new_loads[0]
     for h in tl.static_range(1, G // min(G, 32)):
         peak = tl.maximum(peak, new_loads[h])
-    return largest_load(peak)
+    return find_largest_load(peak)
 
 
 @triton.jit
-def _cut_bound_by_rows(
+def _compute_cut_bound_by_rows(
     loads_ptr,  # [n_ranks] float32
     fixed_ptr,  # [n_ranks] float32
     rows,
@@ -233,11 +234,11 @@ def _cut_bound_by_rows(
     is_rank = rank < n_ranks
     loads = tl.load(loads_ptr + rank, mask=is_rank, other=0.0)
     fixed = tl.load(fixed_ptr + rank, mask=is_rank, other=0.0)
-    lowest = least_by_column(load_at_cells(loads_ptr, rows), rows.real, rows, by_row_ptr)
+    lowest = find_least_by_column(load_at_cells(loads_ptr, rows), rows.real, rows, by_row_ptr)
     # A column counts once, at the first cell of its first row.
-    counts = (row_numbers(R) == rows.first) & (positions_in_row(R) == 0)
+    counts = (number_rows(R) == rows.first) & (number_positions(R) == 0)
     weights = tl.max(tl.where(counts, rows.weights, 0.0), 1)
-    return cut_bound(
+    return compute_cut_bound(
         loads, fixed, weights[None, :], tl.max(lowest, 1)[None, :], is_rank, peak, aimed_gap
     )
 
@@ -256,9 +257,9 @@ def level_by_steps(
     loads_ptr,  # [n_ranks] float32, scratch
     fixed_ptr,  # [n_ranks] float32
     weights_ptr,  # [n_columns] float32
-    by_cell_ptr,  # [n_cells] float32, scratch, as the next two
-    vectors_ptr,  # [2, n_ranks] float32
-    by_row_ptr,  # [2 R] float32
+    by_cell_ptr,  # [n_cells] float32, scratch
+    vectors_ptr,  # [2, n_ranks] float32, scratch
+    by_row_ptr,  # [2 R] float32, scratch
     edges_ptr,  # tables, as in `SolveTables`
     rows_ptr,
     rank_cells_ptr,
@@ -277,15 +278,15 @@ def level_by_steps(
     R: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Improve a plan by steps by potentials, with up to LATER_SWEEPS sweeps after each.
+    """Improve a plan by steps by potentials, with up to MAX_LATER_SWEEPS sweeps after each.
 
-    Returns a bound and the number of steps. Few batches need this: as a function of its own it
-    takes no registers from the others, and compiles sooner.
+    Returns a bound and the number of steps. Few batches need this. Since it is not inlined, it
+    takes no registers from the rest of the kernel, which compiles sooner.
     """
     rows = load_rows(rows_ptr, weights_ptr, n_rows, most_copies, R)
     rank_cells = load_cells_of_ranks(rank_cells_ptr, most_cells, n_ranks, G)
     _store_tokens(x_ptr, units_ptr, rows)
-    rank = rank_numbers(G)
+    rank = number_ranks(G)
     fixed = tl.load(fixed_ptr + rank, mask=rank < n_ranks, other=0.0)
     tl.debug_barrier()
     store_by_rank(loads_ptr, fixed + sum_by_rank(x_ptr, rank_cells, n_ranks, G), n_ranks)
@@ -293,25 +294,25 @@ def level_by_steps(
     steps = max_steps * 0
     first_peak = peak
     while (peak - bound > peak * aimed_gap) & (steps < max_steps):
-        peak = step(
+        peak = step_by_potentials(
             x_ptr, loads_ptr, fixed_ptr, by_cell_ptr, vectors_ptr, by_row_ptr, rows, rank_cells,
             mean, steps, n_ranks, G,
         )  # fmt: skip
         steps += 1
         sweeps = steps * 0
-        while (peak - bound > peak * aimed_gap) & (sweeps < LATER_SWEEPS):
+        while (peak - bound > peak * aimed_gap) & (sweeps < MAX_LATER_SWEEPS):
             sweeps, peak = sweep_until_bound_is_due(
-                x_ptr, loads_ptr, edges_ptr, sweeps, LATER_SWEEPS, n_classes, width, n_ranks, peak,
-                bound, aimed_gap, G, LANES,
+                x_ptr, loads_ptr, edges_ptr, sweeps, MAX_LATER_SWEEPS, n_classes, width, n_ranks,
+                peak, bound, aimed_gap, G, LANES,
             )  # fmt: skip
             if peak - bound > peak * aimed_gap:
-                cut = _cut_bound_by_rows(
+                cut = _compute_cut_bound_by_rows(
                     loads_ptr, fixed_ptr, rows, by_row_ptr, n_ranks, peak, aimed_gap, G
                 )
                 bound = tl.maximum(bound, cut)
         tl.debug_barrier()
     if (peak <= first_peak) == 0:
-        # A step may raise the peak: the plan from before the first step is better, or peak is NaN.
+        # Steps may raise the peak: the plan from before them is better, or the peak is NaN.
         _store_tokens(x_ptr, units_ptr, rows)
     tl.debug_barrier()
     return bound, steps

@@ -25,7 +25,7 @@ from lplb_triton.kernels.solve.levelling import RANK_CELLS
 
 # Cells of a row.
 ROW_CELLS = tl.constexpr(_layout.ROW_CELLS)
-# Words of the table of rows for each row: the ranks of its cells and four numbers.
+# Words of the table of rows for each row: the ranks of its cells, then four numbers.
 ROW_WORDS = tl.constexpr(_layout.ROW_WORDS)
 
 
@@ -60,18 +60,19 @@ class RankCells(NamedTuple):
 
 
 @triton.jit
-def row_numbers(R: tl.constexpr):
+def number_rows(R: tl.constexpr):
     """Give each cell the number of its row, [R, 8] int32.
 
-    By a division, or Triton sees that numbers follow each other along rows, gives what is loaded
-    from there a layout to suit, and converts it to the layout of all other tiles.
+    The numbers come from a division. Otherwise Triton sees that they are contiguous along rows,
+    gives what is loaded from there a layout to suit, and converts that to the layout of all other
+    tiles.
     """
     entry = tl.arange(0, R)[:, None] * ROW_CELLS + tl.arange(0, ROW_CELLS)[None, :]
     return entry // ROW_CELLS
 
 
 @triton.jit
-def positions_in_row(R: tl.constexpr):
+def number_positions(R: tl.constexpr):
     """Give each cell its position in its row, [R, 8] int32."""
     return tl.broadcast_to(tl.arange(0, ROW_CELLS)[None, :], (R, ROW_CELLS))
 
@@ -79,8 +80,8 @@ def positions_in_row(R: tl.constexpr):
 @triton.jit
 def load_rows(rows_ptr, weights_ptr, n_rows, most_copies, R: tl.constexpr):
     """Load `Rows` from the table [12 n_rows] int32 and the weights [n_columns] float32."""
-    row = row_numbers(R)
-    position = positions_in_row(R)
+    row = number_rows(R)
+    position = number_positions(R)
     is_row = row < n_rows
     rank = tl.load(rows_ptr + row * ROW_CELLS + position, mask=is_row, other=-1)
     numbers_ptr = rows_ptr + n_rows * ROW_CELLS + row
@@ -121,8 +122,8 @@ def sum_by_column(values, chosen, rows, by_row_ptr):
     total = _sum_lines(tl.where(chosen, values, 0.0))
     n = _sum_lines(tl.where(chosen, 1.0, 0.0))
     if rows.most_copies > ROW_CELLS:
-        row = row_numbers(R)
-        is_first = positions_in_row(R) == 0
+        row = number_rows(R)
+        is_first = number_positions(R) == 0
         # Other threads may still be reading the sums of an earlier call.
         tl.debug_barrier()
         tl.store(by_row_ptr + row, total, mask=is_first)
@@ -140,7 +141,7 @@ def sum_by_column(values, chosen, rows, by_row_ptr):
 
 
 @triton.jit
-def least_by_column(values, chosen, rows, by_row_ptr):
+def find_least_by_column(values, chosen, rows, by_row_ptr):
     """Find the least value of each column's cells that are ``chosen``; infinite where none is.
 
     Arguments are those of `sum_by_column`. Returns a tile of float32.
@@ -150,7 +151,7 @@ def least_by_column(values, chosen, rows, by_row_ptr):
     least = tl.broadcast_to(least, values.shape)
     if rows.most_copies > ROW_CELLS:
         tl.debug_barrier()
-        tl.store(by_row_ptr + row_numbers(R), least, mask=positions_in_row(R) == 0)
+        tl.store(by_row_ptr + number_rows(R), least, mask=number_positions(R) == 0)
         tl.debug_barrier()
         for i in range(tl.cdiv(rows.most_copies, ROW_CELLS)):
             # The barrier keeps this rare loop from being unrolled: long code is slow to fetch.
@@ -168,8 +169,8 @@ def _sum_lines(values):
 
 
 @triton.jit
-def rank_numbers(G: tl.constexpr):
-    """Give each cell of a rank its rank, [G, 8] int32; by a division, as `row_numbers` does."""
+def number_ranks(G: tl.constexpr):
+    """Give each cell of a rank its rank, [G, 8] int32, by a division as in `number_rows`."""
     entry = tl.arange(0, G)[:, None] * RANK_CELLS + tl.arange(0, RANK_CELLS)[None, :]
     return entry // RANK_CELLS
 
@@ -178,7 +179,7 @@ def rank_numbers(G: tl.constexpr):
 def store_by_rank(by_rank_ptr, values, n_ranks):
     """Store a tile [G, 8] with equal numbers along each line to [n_ranks] float32."""
     G: tl.constexpr = values.shape[0]
-    rank = rank_numbers(G)
+    rank = number_ranks(G)
     is_first = tl.arange(0, RANK_CELLS)[None, :] == 0
     tl.store(by_rank_ptr + rank, values, mask=(rank < n_ranks) & is_first)
 

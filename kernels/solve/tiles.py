@@ -13,7 +13,8 @@ from lplb_triton import _layout
 
 # Shares are whole units of 2**-24 (equation 11).
 SHARE_ONE = tl.constexpr(_layout.SHARE_ONE)
-# Running sums are of fine units, 2**-30, before they are rounded: 2**FINE_BITS of them are a unit.
+# Running sums of shares are of fine units, 2**-30, before they are rounded to units: 2**FINE_BITS
+# of them are a unit.
 FINE_BITS = tl.constexpr(6)
 FINE_HALF = tl.constexpr(1 << 5)
 FINE_ONE = tl.constexpr(1 << 30)
@@ -21,7 +22,7 @@ FINE_ONE = tl.constexpr(1 << 30)
 
 @triton.jit
 def reciprocal(x):
-    """Compute 1 / x for positive x in two instructions; the last bits may be off."""
+    """Compute 1 / x for positive x in two instructions; the last bits may be wrong."""
     root = tl.rsqrt(x)
     return root * root
 
@@ -57,7 +58,7 @@ def max_add_max_max(a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
-def largest_load(loads):
+def find_largest_load(loads):
     """Find the largest of loads, float32 of any shape, at least one of them above 0.
 
     The bits are compared as integers, which a warp does in one instruction. Loads that round-off
@@ -67,7 +68,7 @@ def largest_load(loads):
 
 
 @triton.jit
-def column_sums(tile):
+def sum_columns(tile):
     """Sum a tile [G, C] over ranks, [1, C]."""
     return tl.sum(tile, 0, keep_dims=True)
 
@@ -99,7 +100,7 @@ def quantize_shares(shares, rank, last):
     """
     fine = to_fine_units(shares)
     running = tl.cumsum(fine, 0)
-    total = column_sums(fine)
+    total = sum_columns(fine)
     lower = tl.where(rank > last, SHARE_ONE, round_running_sums(running - fine, total))
     upper = tl.where(rank >= last, SHARE_ONE, round_running_sums(running, total))
     return upper - lower

@@ -29,7 +29,7 @@ __all__ = ["make_copy_arrays", "make_dense_arrays", "make_kernel_arrays"]
 
 # Classes of edges that levelling goes through, at most, before steps by potentials take over: a
 # sweep goes through all classes of a group.
-MOST_CLASSES = 256
+MAX_FIRST_CLASSES = 256
 
 
 def _run_lengths(starts: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -71,7 +71,7 @@ def _make_extents(
     """Make the table of each group's `Extent`; ``n_classes`` [n_group] are its classes of edges."""
     s = placement.structure
     n_members = _run_lengths(s.column_start)
-    n_sweeps = -(-MOST_CLASSES // np.maximum(n_classes, 1))
+    n_sweeps = -(-MAX_FIRST_CLASSES // np.maximum(n_classes, 1))
     extents = np.empty((placement.n_group, N_EXTENTS), dtype=np.int32)
     extents[:, Extent.N_CELLS] = cells.copies.sum(1)
     extents[:, Extent.MOST_MEMBERS] = n_members.max(axis=1, initial=0)

@@ -10,6 +10,7 @@ from lplb_triton import reference
 from lplb_triton._backends.layer import Layer
 from lplb_triton._backends.tables import DeviceTables
 from lplb_triton._checks import check_id_values
+from lplb_triton._layout import MAX_COUNT, SHARE_ONE
 from lplb_triton.solution import Solution
 
 __all__ = ["Backend", "chunk_size"]
@@ -53,14 +54,15 @@ class Backend(ABC):
         """
         layer = self.layer
         layer.check_open()
-        if layer.communicator is not None and idx.numel() * layer.placement.ep_size >= 1 << 31:
+        if layer.communicator is not None and idx.numel() * layer.placement.ep_size > MAX_COUNT:
             # This bound keeps sums in int32, however many ids the other ranks have.
             ranks = layer.placement.ep_size
             raise ValueError(
                 f"idx must have fewer than 2**31 elements over the {ranks} ranks of the group, "
-                f"{(1 << 31) // ranks} on each, got {idx.numel()}"
+                f"{(MAX_COUNT + 1) // ranks} on each, got {idx.numel()}"
             )
-        if layer.quotas == "global" and idx.numel() >= 1 << 24:
+        if layer.quotas == "global" and idx.numel() >= SHARE_ONE:
+            # Equation 17 of docs/method.md needs counts below this.
             raise ValueError(
                 f"idx must have fewer than 2**24 elements with quotas='global', got {idx.numel()}"
             )

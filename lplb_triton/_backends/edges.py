@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from lplb_triton._backends.cells import Cells
     from lplb_triton.placement import Placement
 
-__all__ = ["FEW_COPIES", "make_edges", "make_pairs"]
+__all__ = ["MAX_COPIES_ALL_JOINED", "make_edges", "make_pairs"]
 
 # Up to so many copies of a column are joined each with each.
-FEW_COPIES = 4
+MAX_COPIES_ALL_JOINED = 4
 
 
 @lru_cache(maxsize=64)
 def _join_copies(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """List the pairs of n copies that are joined: all, or the edges of a hypercube."""
     i, j = np.triu_indices(n, 1)
-    if n > FEW_COPIES:
+    if n > MAX_COPIES_ALL_JOINED:
         between = i ^ j
         one_bit = (between & (between - 1)) == 0
         i, j = i[one_bit], j[one_bit]
@@ -47,9 +47,9 @@ def _join_copies(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def _join_cells(cells: Cells) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Find the two cells of each edge, as positions in ``cells``, the one of the lower rank first.
 
-    Up to FEW_COPIES copies of a column are joined each with each. More of them are joined as the
-    corners of a hypercube are, so that tokens get from any copy to any other in few sweeps. Edges
-    are in order of the cells.
+    Up to MAX_COPIES_ALL_JOINED copies of a column are joined each with each. More of them are
+    joined as the corners of a hypercube are, so that tokens get from any copy to any other in few
+    sweeps. Edges are in order of the cells.
     """
     copies = cells.copies.reshape(-1)
     several = (copies > 1).nonzero()[0]
@@ -91,7 +91,7 @@ def make_edges(placement: Placement, cells: Cells) -> tuple[NDArray[np.int64], N
     -1 is no edge. There is none in the class after the last.
     """
     n_group, n_ranks, n_columns = placement.structure.mask.shape
-    most_edges = max(FEW_COPIES - 1, (n_ranks - 1).bit_length())
+    most_edges = max(MAX_COPIES_ALL_JOINED - 1, (n_ranks - 1).bit_length())
     most_on_a_rank = min(placement.slots_per_rank, n_columns)
     most = min(2 * most_on_a_rank, placement.redundant_per_group) * most_edges
     table = np.full((n_group, most + 1, max(1, n_ranks // 2)), -1, dtype=np.int64)

@@ -2,8 +2,6 @@
 
 from lplb_triton._checks.sizes import check_dense_size, check_placement_size, check_problem_size
 from lplb_triton._checks.tensors import (
-    INVALID_COUNT,
-    MAX_COUNT,
     check_counter,
     check_counts,
     check_device,
@@ -12,6 +10,7 @@ from lplb_triton._checks.tensors import (
     check_ids,
     check_load_dtype,
     check_load_values,
+    check_real,
     check_tensor,
     counts_to_int32,
 )
@@ -21,6 +20,7 @@ from lplb_triton._checks.values import (
     check_flag,
     check_integer,
     check_max_iterations,
+    check_number,
     check_timeout,
     check_tolerance,
     nearest_divisors,
@@ -32,8 +32,6 @@ from lplb_triton._checks.values import (
 )
 
 __all__ = [
-    "INVALID_COUNT",
-    "MAX_COUNT",
     "MAX_TIMEOUT",
     "check_choice",
     "check_counter",
@@ -48,8 +46,10 @@ __all__ = [
     "check_load_dtype",
     "check_load_values",
     "check_max_iterations",
+    "check_number",
     "check_placement_size",
     "check_problem_size",
+    "check_real",
     "check_tensor",
     "check_timeout",
     "check_tolerance",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from lplb_triton._layout import INVALID_COUNT, MAX_COUNT
+
 __all__ = [
-    "INVALID_COUNT",
-    "MAX_COUNT",
     "check_counter",
     "check_counts",
     "check_device",
@@ -15,14 +15,11 @@ __all__ = [
     "check_ids",
     "check_load_dtype",
     "check_load_values",
+    "check_real",
     "check_tensor",
     "counts_to_int32",
 ]
 
-# Counts are exchanged and solved as int32.
-MAX_COUNT = 2**31 - 1
-# A value that every solver reports as invalid, and that a sum over ranks keeps.
-INVALID_COUNT = -1
 # Dtypes of loads: float64 represents every value of each.
 LOAD_DTYPES = frozenset(
     {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -51,6 +48,14 @@ def check_floating_point(name: str, value: object) -> torch.Tensor:
     return tensor
 
 
+def check_real(name: str, value: object) -> torch.Tensor:
+    """Return a tensor that isn't complex, or raise a TypeError naming ``name``."""
+    tensor = check_tensor(name, value)
+    if tensor.is_complex():
+        raise TypeError(f"{name} must have a real dtype, got {tensor.dtype}")
+    return tensor
+
+
 def check_ids(name: str, ids: object, device: torch.device) -> None:
     """Raise naming ``name`` unless ``ids`` is an int64 or int32 tensor on ``device``.
 
@@ -63,7 +68,7 @@ def check_ids(name: str, ids: object, device: torch.device) -> None:
         raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}")
     if ids.device != device:
         check_device(name, ids, device)
-    if ids.numel() >= 2**31:
+    if ids.numel() > MAX_COUNT:
         raise ValueError(f"{name} must have fewer than 2**31 elements, got {ids.numel()}")
 
 

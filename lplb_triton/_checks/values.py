@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ __all__ = [
     "check_choice",
     "check_integer",
     "check_max_iterations",
+    "check_number",
     "check_timeout",
     "check_tolerance",
     "nearest_divisors",
@@ -49,6 +51,15 @@ def check_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
     return value
+
+
+def check_number(name: str, value: object, most: float = sys.float_info.max) -> float:
+    """Return a float from 0 to ``most``, or raise naming ``name``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not 0 <= value <= most:
+        raise ValueError(f"{name} must be in [0, {most:g}], got {value}")
+    return float(value)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lplb_triton._checks import check_integer
+from lplb_triton._checks import check_integer, check_real, check_tensor
 
 __all__ = [
     "EplbSizeError",
@@ -25,10 +25,7 @@ class EplbSizeError(ValueError, AssertionError):
 
 def check_load(name: str, value: object, axes: tuple[str, ...]) -> torch.Tensor:
     """Return a real tensor with these axes, none of them empty, or raise naming ``name``."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.is_complex():
-        raise TypeError(f"{name} must have a real dtype, got {value.dtype}")
+    value = check_real(name, value)
     if value.ndim != len(axes) or value.numel() == 0:
         raise EplbSizeError(
             f"{name} must be [{', '.join(axes)}], no axis of length 0, got shape "
@@ -83,8 +80,7 @@ def check_sizes(
 
 def check_int_map(name: str, value: object, ndim: int) -> torch.Tensor:
     """Return a tensor of integers with ``ndim`` dimensions, or raise naming ``name``."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    value = check_tensor(name, value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {value.dtype}")
     if value.ndim != ndim or value.numel() == 0:

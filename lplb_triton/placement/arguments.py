@@ -6,7 +6,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lplb_triton._checks import check_integer, check_load_dtype, check_load_values, on_host
+from lplb_triton._checks import (
+    check_integer,
+    check_load_dtype,
+    check_load_values,
+    check_tensor,
+    on_host,
+)
 
 __all__ = ["check_batch", "count_copies", "to_int_array", "to_loads"]
 
@@ -40,8 +46,7 @@ def to_loads(name: str, value: object) -> torch.Tensor:
 
 def check_batch(counts: object, n_logical: int) -> torch.Tensor:
     """Return counts as ``[B, n_logical]`` float64, or raise naming them."""
-    if not isinstance(counts, torch.Tensor):
-        raise TypeError(f"counts must be a torch.Tensor, got {type(counts).__name__}")
+    counts = check_tensor("counts", counts)
     if counts.ndim not in (1, 2) or counts.shape[-1] != n_logical:
         raise ValueError(
             f"counts must be [{n_logical}] or [B, {n_logical}], got {tuple(counts.shape)}"

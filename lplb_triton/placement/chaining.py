@@ -22,7 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lplb_triton._checks import check_flag, check_integer, nearest_divisors, on_host, would_do
+from lplb_triton._checks import (
+    check_flag,
+    check_integer,
+    check_real,
+    nearest_divisors,
+    on_host,
+    would_do,
+)
 from lplb_triton.placement import Placement
 from lplb_triton.placement.home import choose_home_slots
 from lplb_triton.placement.moves import number_domains
@@ -119,10 +126,7 @@ def check_ranks(ep_size: object, ranks_per_domain: int | None, n_logical: int) -
 
 def check_load(name: str, load: object, dimensions: tuple[int, ...]) -> NDArray[np.float64]:
     """Return loads as ``[batches, n_logical]`` float64 on the CPU, or raise naming them."""
-    if not isinstance(load, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(load).__name__}")
-    if load.is_complex():
-        raise TypeError(f"{name} must have a real dtype, got {load.dtype}")
+    load = check_real(name, load)
     if load.ndim not in dimensions or load.numel() == 0:
         shapes = " or ".join({1: "[n_logical]", 2: "[batches, n_logical]"}[n] for n in dimensions)
         raise ValueError(

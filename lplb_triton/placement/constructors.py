@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from lplb_triton._checks import check_integer, nearest_divisors, nearest_multiples, would_do
-from lplb_triton.eplb import checked_weight, rebalance
+from lplb_triton.eplb import check_weight, rebalance
 from lplb_triton.placement.arguments import to_loads
 from lplb_triton.placement.home import choose_home_slots
 
@@ -96,7 +96,7 @@ def _order_experts(
     load = to_loads("workload", workload)
     if load.shape != (n_logical,):
         raise ValueError(f"workload must have shape [{n_logical}], got {list(load.shape)}")
-    weight = checked_weight("workload", load, "[n_logical]")
+    weight = check_weight("workload", load, "[n_logical]")
     # The ranks' groups are consecutive experts here: a policy of nodes that don't divide them is
     # none, and those that do divide the ranks too.
     phy2log, _, _ = rebalance(weight.unsqueeze(0), n_logical, n_group, num_nodes, ep_size)
@@ -113,7 +113,7 @@ def replicate_by_history(
     num_nodes: int,
 ) -> tuple[torch.Tensor, int]:
     """Return the slot map of `Placement.from_history`, ``[n_physical]``, and the experts in it."""
-    weight = checked_weight("load", to_loads("load", load), "[n_logical]")
+    weight = check_weight("load", to_loads("load", load), "[n_logical]")
     n_logical = len(weight)
     ep_size = check_integer("ep_size", ep_size)
     redundant = check_integer("redundant_per_rank", redundant_per_rank, 0)
@@ -152,7 +152,7 @@ def replicate_at_home(
     num_nodes: int,
 ) -> NDArray[np.int64]:
     """Return the slot map of `Placement.from_history` with experts at home, ``[n_physical]``."""
-    weight = checked_weight("load", to_loads("load", load), "[n_logical]").double().numpy()
+    weight = check_weight("load", to_loads("load", load), "[n_logical]").double().numpy()
     ep_size = check_integer("ep_size", ep_size)
     redundant = check_integer("redundant_per_rank", redundant_per_rank, 0)
     for name, value in (("num_groups", num_groups), ("num_nodes", num_nodes)):

@@ -9,14 +9,13 @@ whose optima over recorded and synthetic batches are low, on a CPU by the cuts t
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lplb_triton._checks import check_flag, check_integer
+from lplb_triton._checks import check_flag, check_integer, check_number
 from lplb_triton._threads import one_thread
 from lplb_triton.placement import Placement
 from lplb_triton.placement.chaining import chain, check_load, check_ranks, scale_rows
@@ -147,8 +146,8 @@ def place(
     effort = CPU_EFFORT if where.type == "cpu" else GPU_EFFORT
     n_samples = effort[0] if samples is None else check_integer("samples", samples, 1)
     n_trials = effort[1] if trials is None else check_integer("trials", trials, 0)
-    dispersion = _check_number("dispersion", dispersion, MAX_DISPERSION)
-    penalty = _check_number("move_penalty", move_penalty)
+    dispersion = check_number("dispersion", dispersion, MAX_DISPERSION)
+    penalty = check_number("move_penalty", move_penalty)
     rng = np.random.default_rng(check_integer("seed", seed, 0))
     stay = check_flag("keep_home", keep_home)
     domain = number_domains(n_ranks, ranks_per_domain)
@@ -265,15 +264,6 @@ def _replace_repeats(placement: Placement, mean: _Double) -> Placement:
     return Placement(
         phy2log, placement.ep_size, n_logical=placement.n_logical, n_group=placement.n_group
     )
-
-
-def _check_number(name: str, value: object, most: float = sys.float_info.max) -> float:
-    """Return a float from 0 to a limit, or raise naming it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not 0 <= value <= most:
-        raise ValueError(f"{name} must be in [0, {most:g}], got {value}")
-    return float(value)
 
 
 def _check_device(device: torch.device | str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Reading loads, rounding shares and certifying plans, for both torch solvers.
+"""Checks of loads, rounding of shares and certificates of plans, for both torch solvers.
 
 Equation numbers refer to docs/method.md. ``B`` is the number of instances, ``G`` the number of
 ranks and ``C`` the number of columns.
@@ -12,29 +12,30 @@ from lplb_triton.problem import Problem
 from lplb_triton.solution import SHARE_BITS, Solution, Status
 
 __all__ = [
-    "LEAST_TARGET_PART",
-    "PART_BITS",
-    "TARGET_PART",
-    "as_plan",
+    "LEAST_TARGET_FRACTION",
+    "FINE_BITS",
+    "TARGET_FRACTION",
     "certify",
-    "gap_to_aim_at",
+    "check_loads",
+    "choose_aimed_gap",
+    "choose_bound_allowance",
+    "make_plan",
     "quantize_shares",
-    "round_off_allowance",
-    "valid_loads",
 ]
 
-# Solvers aim at a part of the tolerance, since rounding the shares widens the gap a little, but
-# at no less than the second part of it.
-TARGET_PART = 0.98
-LEAST_TARGET_PART = 0.75
-# What is taken off a bound for round-off, in parts of the bound; more than round-off can be.
-ALLOWANCE_FLOAT32 = 2.0**-20
-ALLOWANCE_FLOAT64 = 2.0**-46
-# Shares are summed as multiples of 2**-36 before they are rounded to multiples of 2**-24.
-PART_BITS = 36
+# The aimed gap is this fraction of the tolerance, or less where rounding may cost much, but not
+# less than the second fraction.
+TARGET_FRACTION = 0.98
+LEAST_TARGET_FRACTION = 0.75
+# Fractions of a bound that are taken off for its round-off; they are more than that can be.
+BOUND_ALLOWANCE_FLOAT32 = 2.0**-20
+BOUND_ALLOWANCE_FLOAT64 = 2.0**-46
+# Running sums of shares are of fine units, 2**-36, before they are rounded to units of 2**-24:
+# 2**FINE_BITS of them are a unit.
+FINE_BITS = 12
 
 
-def valid_loads(
+def check_loads(
     problem: Problem, n_copies: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Read the loads of a problem in float64, 0 in instances that have no answer.
@@ -71,22 +72,22 @@ def valid_loads(
     return weights, fixed, unit, invalid
 
 
-def as_plan(shares: torch.Tensor, mask: torch.Tensor, even: torch.Tensor) -> torch.Tensor:
-    """Make a plan of any numbers ``[B, G, C]``: shares where copies are, 1 in sum."""
+def make_plan(shares: torch.Tensor, mask: torch.Tensor, even: torch.Tensor) -> torch.Tensor:
+    """Make a plan of any numbers ``[B, G, C]``: shares that sum to 1 per column, else even ones."""
     shares = torch.where(mask & (shares > 0), shares.to(even.dtype), 0.0).clamp(max=1.0)
     total = shares.sum(1, keepdim=True)
     return torch.where(total > 0, shares / total.clamp(min=1e-30), even)
 
 
-def gap_to_aim_at(target: float, ranks: int) -> float:
-    """Relative gap at which rounding, which costs at most ``ranks`` units, keeps ``target``."""
+def choose_aimed_gap(target: float, ranks: int) -> float:
+    """Choose the gap to aim at, so that rounding by at most ``ranks`` units keeps ``target``."""
     rounded = target - ranks / (1 << SHARE_BITS)
-    return max(min(TARGET_PART * target, rounded), LEAST_TARGET_PART * target)
+    return max(min(TARGET_FRACTION * target, rounded), LEAST_TARGET_FRACTION * target)
 
 
-def round_off_allowance(dtype: torch.dtype) -> float:
-    """Part of a bound that is taken off, since the bound itself carries round-off."""
-    return ALLOWANCE_FLOAT32 if dtype == torch.float32 else ALLOWANCE_FLOAT64
+def choose_bound_allowance(dtype: torch.dtype) -> float:
+    """Return the fraction of a bound that is taken off for the round-off of its sums."""
+    return BOUND_ALLOWANCE_FLOAT32 if dtype == torch.float32 else BOUND_ALLOWANCE_FLOAT64
 
 
 def quantize_shares(shares: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -107,11 +108,12 @@ def quantize_shares(shares: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         ``[..., G, C]`` int64 units of 2**-24; each column with a copy sums to 2**24.
     """
     # Sums of integers are exact and the same on every device.
-    parts = torch.where(mask, torch.round(shares.double() * (1 << PART_BITS)), 0.0).long()
-    upto = parts.cumsum(-2)
-    total = upto[..., -1:, :].clamp(min=1)
-    upto = ((upto << SHARE_BITS) + total // 2) // total
-    return torch.diff(upto, dim=-2, prepend=torch.zeros_like(upto[..., :1, :]))
+    fine_one = 1 << (SHARE_BITS + FINE_BITS)
+    fine = torch.where(mask, torch.round(shares.double() * fine_one), 0.0).long()
+    running = fine.cumsum(-2)
+    total = running[..., -1:, :].clamp(min=1)
+    running = ((running << SHARE_BITS) + total // 2) // total
+    return torch.diff(running, dim=-2, prepend=torch.zeros_like(running[..., :1, :]))
 
 
 def certify(
@@ -124,7 +126,7 @@ def certify(
     invalid: torch.Tensor,
     tolerance: float,
 ) -> Solution:
-    """Round plans (equation 11) and judge what they have become, in float64.
+    """Round plans (equation 11) and judge the rounded plans by bounds (equation 3), in float64.
 
     Parameters
     ----------

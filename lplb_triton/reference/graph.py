@@ -18,7 +18,7 @@ from lplb_triton.problem import Problem
 
 __all__ = ["Graph", "build_graph", "list_graphs"]
 
-# Up to this many copies of a column are joined each with each (equation 18).
+# Up to so many copies of a column are joined each with each (equation 18).
 MAX_COPIES_ALL_JOINED = 4
 # Rounds of the projection, at most (equation 22).
 MAX_PROJECTION_ROUNDS = 5

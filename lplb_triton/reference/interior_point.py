@@ -13,16 +13,16 @@ import torch
 
 from lplb_triton.problem import Problem
 from lplb_triton.reference.certificate import (
-    as_plan,
     certify,
-    gap_to_aim_at,
-    round_off_allowance,
-    valid_loads,
+    check_loads,
+    choose_aimed_gap,
+    choose_bound_allowance,
+    make_plan,
 )
 from lplb_triton.solution import Solution
 
 __all__ = [
-    "LIGHT_PART",
+    "LIGHT_FRACTION",
     "MIN_CENTERING",
     "REGULARIZATION",
     "START_CENTERING",
@@ -38,7 +38,7 @@ STEP_FACTOR = 0.99
 MIN_CENTERING = 0.01
 REGULARIZATION = 0.03
 # Columns whose total load is under this part of the tolerance stay split evenly (equation 10).
-LIGHT_PART = 0.05
+LIGHT_FRACTION = 0.05
 
 
 def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.dtype) -> Solution:
@@ -70,7 +70,7 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
 def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.dtype) -> Solution:
     mask = problem.mask.expand(problem.n_instances, -1, -1)
     n_copies = mask.sum(1)
-    weights, fixed, unit, invalid = valid_loads(problem, n_copies)
+    weights, fixed, unit, invalid = check_loads(problem, n_copies)
     w, f = (weights / unit).to(dtype), (fixed / unit).to(dtype)
     programs = _Programs.build(w, f, mask, n_copies, tolerance)
     even_load = programs.find_loads(programs.even)
@@ -78,10 +78,10 @@ def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch
     point = _start_point(programs, even_load)
     n_products = programs.active.sum((1, 2)) + problem.group_size
     iterations = torch.zeros(len(w), dtype=torch.int32, device=w.device)
-    allowance = round_off_allowance(dtype)
-    aim = gap_to_aim_at(tolerance - allowance, problem.group_size)
+    allowance = choose_bound_allowance(dtype)
+    aimed_gap = choose_aimed_gap(tolerance - allowance, problem.group_size)
     for _ in range(max_iterations):
-        running = incumbent.max_load - incumbent.bound > aim * incumbent.max_load
+        running = incumbent.max_load - incumbent.bound > aimed_gap * incumbent.max_load
         if not bool(running.any()):
             break
         iterations += running.int()
@@ -125,7 +125,7 @@ class _Programs:
     ) -> _Programs:
         """Leave out columns with one copy and light ones (equation 10)."""
         even = mask.to(w.dtype) / n_copies.clamp(min=1).to(w.dtype)[:, None]
-        light = w <= LIGHT_PART * tolerance / max(w.shape[1], 1)
+        light = w <= LIGHT_FRACTION * tolerance / max(w.shape[1], 1)
         active = mask & (~light & (n_copies > 1)).unsqueeze(1)
         w_active = torch.where(active, w.unsqueeze(1), 0.0)
         base = fixed + (torch.where(active, 0.0, w.unsqueeze(1)) * even).sum(2)
@@ -159,7 +159,7 @@ class _Incumbent:
         w, fixed, mask = programs.w, programs.fixed, programs.mask
         plan, max_load = programs.even, even_load.amax(1)
         if start is not None:
-            start = as_plan(start, mask, programs.even)
+            start = make_plan(start, mask, programs.even)
             start_load = (fixed + (w.unsqueeze(1) * start).sum(2)).amax(1)
             better = start_load < max_load
             plan = torch.where(better[:, None, None], start, plan)

@@ -1,8 +1,9 @@
-"""The torch twin of levelling along edges, with steps by potentials.
+"""The torch twin of kernels/solve/levelling.py: levelling along edges, then steps by potentials.
 
 Equation numbers refer to docs/method.md. Cells and the sizes ``B``, ``E``, ``K`` and ``G`` are as
 in `lplb_triton.reference.graph`. Loads and tokens are in any one unit; `solve` uses the mean load
-of a rank.
+of a rank. The *peak* is the largest load of a rank while a plan is being made; the *aimed gap* is
+the relative gap at which levelling ends.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import torch
 
 from lplb_triton.problem import Problem
 from lplb_triton.reference.certificate import (
-    as_plan,
     certify,
-    gap_to_aim_at,
-    round_off_allowance,
-    valid_loads,
+    check_loads,
+    choose_aimed_gap,
+    choose_bound_allowance,
+    make_plan,
 )
 from lplb_triton.reference.graph import Graph, list_graphs
 from lplb_triton.reference.potentials import step_by_potentials
@@ -23,19 +24,19 @@ from lplb_triton.solution import Solution
 
 __all__ = ["compute_cut_bound", "level_edges", "solve"]
 
-# Sweeps of a run, at most: of the first run, and of those after steps by potentials.
+# Most sweeps before the first step by potentials, and after each step.
 MAX_FIRST_SWEEPS = 16
 MAX_LATER_SWEEPS = 8
-# Classes of edges that the first run may level, up to the end of a sweep.
+# Most classes of edges before the first step, rounded up to whole sweeps.
 MAX_FIRST_CLASSES = 256
-# An edge moves this fraction of the difference of its two ranks: one that levels them in the
-# first sweeps of a run, and over-relaxation in the others.
+# The first EXACT_SWEEPS sweeps of a run move the fraction of the difference between two ranks that
+# levels them; later ones over-relax.
+EXACT_SWEEPS = 2
 EXACT_FRACTION = 0.5
 RELAXED_FRACTION = 0.75
-EXACT_SWEEPS = 2
-# A sweep that takes no more than this fraction of the aimed gap off the largest load is steady.
+# The peak is steady once a sweep takes no more than this fraction of the aimed gap off it.
 STEADY_FRACTION = 0.5
-# How far below the largest load the four cuts are, in parts of the aimed gap (equation 19).
+# How far below the peak the four sets of ranks reach, in aimed gaps (equation 19).
 CUT_DEPTHS = (0.4, 1.6, 6.4, 25.6)
 # The step, counted from 1, from which on its length is searched for (equation 23).
 FIRST_LINE_SEARCH = 4
@@ -71,7 +72,7 @@ def solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.
 def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch.dtype) -> Solution:
     mask = problem.mask.expand(problem.n_instances, -1, -1)
     n_copies = problem.mask.sum(1)
-    weights, fixed, unit, invalid = valid_loads(problem, n_copies)
+    weights, fixed, unit, invalid = check_loads(problem, n_copies)
     w, f = (weights / unit).to(dtype), (fixed / unit).to(dtype)
     # Columns with one copy count as fixed.
     lone = problem.mask & (n_copies == 1).unsqueeze(1)
@@ -81,11 +82,11 @@ def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch
     plan = even.clone()
     bound = w.new_zeros(len(w))
     steps = torch.zeros(len(w), dtype=torch.int32, device=w.device)
-    allowance = round_off_allowance(dtype)
-    aim = gap_to_aim_at(tolerance - allowance, problem.group_size)
+    allowance = choose_bound_allowance(dtype)
+    aimed_gap = choose_aimed_gap(tolerance - allowance, problem.group_size)
     for graph, rows in list_graphs(problem):
         columns = graph.columns
-        plans = _level_instances(graph, w[rows][:, columns], f[rows], aim, max_iterations)
+        plans = _level_instances(graph, w[rows][:, columns], f[rows], aimed_gap, max_iterations)
         bound[rows], steps[rows] = plans.bound, plans.steps
         fractions = torch.where(plans.w.unsqueeze(2) > 0, plans.x / plans.w.unsqueeze(2), 0.0)
         row, nth = graph.real.nonzero(as_tuple=True)
@@ -93,7 +94,7 @@ def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch
         plan[rows.unsqueeze(1), graph.rank[row, nth], columns[row]] = shares.to(dtype)
 
     # No answer is worse than the even split or the start.
-    candidates = [even] if problem.start is None else [even, as_plan(problem.start, mask, even)]
+    candidates = [even] if problem.start is None else [even, make_plan(problem.start, mask, even)]
     for candidate in candidates:
         before = _find_largest_load(plan, weights, fixed)
         better = _find_largest_load(candidate, weights, fixed) < before
@@ -105,8 +106,10 @@ def _solve(problem: Problem, tolerance: float, max_iterations: int, dtype: torch
 class _Plans:
     """Plans of instances that share a graph; those within the aimed gap no longer change."""
 
-    def __init__(self, graph: Graph, w: torch.Tensor, fixed: torch.Tensor, aim: float) -> None:
-        self.graph, self.w, self.fixed, self.aim = graph, w, fixed, aim
+    def __init__(
+        self, graph: Graph, w: torch.Tensor, fixed: torch.Tensor, aimed_gap: float
+    ) -> None:
+        self.graph, self.w, self.fixed, self.aimed_gap = graph, w, fixed, aimed_gap
         self.x = graph.split_evenly(w)
         self.load = fixed + graph.sum_by_rank(self.x)
         self.bound = torch.maximum((fixed.sum(1) + w.sum(1)) / graph.n_ranks, fixed.amax(1))
@@ -115,13 +118,13 @@ class _Plans:
         self._close_certified()
 
     def _close_certified(self) -> None:
-        """Keep open only the instances whose gap is wider than the aim."""
+        """Keep open only the instances whose gap is wider than the aimed gap."""
         peak = self.load[self.open].amax(1)
-        is_open = peak - self.bound[self.open] > self.aim * peak
+        is_open = peak - self.bound[self.open] > self.aimed_gap * peak
         self.open = self.open[is_open]
 
     def sweep(self, max_sweeps: int) -> None:
-        """Sweep up to ``max_sweeps`` times; compute bounds when the largest load is steady.
+        """Sweep up to ``max_sweeps`` times; compute bounds when the peak is steady.
 
         They are also computed after the first sweep and after the last.
         """
@@ -136,7 +139,7 @@ class _Plans:
             self._close_certified()
             at = self.open
             new_peak = self.load[at].amax(1)
-            steady = peak[at] - new_peak <= new_peak * (self.aim * STEADY_FRACTION)
+            steady = peak[at] - new_peak <= new_peak * (self.aimed_gap * STEADY_FRACTION)
             peak[at] = new_peak
             due = steady & (2 * swept >= 3 * last_cut[at])
             if swept in (1, max_sweeps):
@@ -148,7 +151,7 @@ class _Plans:
         """Raise the bounds of these instances to those of their cuts, where these are higher."""
         if len(at):
             found = compute_cut_bound(
-                self.graph, self.load[at], self.w[at], self.fixed[at], self.aim
+                self.graph, self.load[at], self.w[at], self.fixed[at], self.aimed_gap
             )
             self.bound[at] = torch.maximum(self.bound[at], found)
             self._close_certified()
@@ -162,17 +165,17 @@ class _Plans:
         self._close_certified()
 
     def restore(self, x: torch.Tensor, load: torch.Tensor) -> None:
-        """Return to these plans where the largest load has grown since."""
+        """Return to these plans where the peak has grown since."""
         worse = self.load.amax(1) > load.amax(1)
         self.x = torch.where(worse[:, None, None], x, self.x)
         self.load = torch.where(worse[:, None], load, self.load)
 
 
 def _level_instances(
-    graph: Graph, w: torch.Tensor, fixed: torch.Tensor, aim: float, max_steps: int
+    graph: Graph, w: torch.Tensor, fixed: torch.Tensor, aimed_gap: float, max_steps: int
 ) -> _Plans:
-    """Sweep and step until the gaps are within the aim, or after ``max_steps`` steps."""
-    plans = _Plans(graph, w, fixed, aim)
+    """Sweep and step until the gaps are within the aimed gap, or after ``max_steps`` steps."""
+    plans = _Plans(graph, w, fixed, aimed_gap)
     whole_sweeps = -(-MAX_FIRST_CLASSES // max(1, len(graph.classes)))
     plans.sweep(min(MAX_FIRST_SWEEPS, whole_sweeps))
     if not len(plans.open):
@@ -206,7 +209,7 @@ def level_edges(
     Returns
     -------
     x, load : torch.Tensor
-        The new ones. No instance's largest load has grown if ``fraction`` is at most 1.
+        The new ones. No instance's peak has grown if ``fraction`` is at most 1.
     """
     cells, load = x.flatten(1).clone(), load.clone()
     for low, high, first, second in graph.classes:
@@ -219,7 +222,7 @@ def level_edges(
 
 
 def compute_cut_bound(
-    graph: Graph, load: torch.Tensor, w: torch.Tensor, fixed: torch.Tensor, aim: float
+    graph: Graph, load: torch.Tensor, w: torch.Tensor, fixed: torch.Tensor, aimed_gap: float
 ) -> torch.Tensor:
     """Compute the largest bound of four sets of the fullest ranks (equation 19).
 
@@ -233,7 +236,7 @@ def compute_cut_bound(
         ``[B, E]`` float, tokens of each column that has several copies.
     fixed : torch.Tensor
         ``[B, G]`` float, load of each rank whatever the plan.
-    aim : float
+    aimed_gap : float
         Relative gap that is aimed at.
 
     Returns
@@ -243,7 +246,7 @@ def compute_cut_bound(
     """
     peak = load.amax(1)[:, None, None]
     depths = torch.tensor(CUT_DEPTHS, dtype=load.dtype, device=load.device)
-    threshold = peak - aim * peak * depths[:, None]
+    threshold = peak - aimed_gap * peak * depths[:, None]
     inside = load.unsqueeze(1) >= threshold
     # A column lies in a set exactly if the least loaded of its ranks does.
     lowest = torch.where(graph.real, graph.at_cells(load), torch.inf).amin(2)

@@ -113,7 +113,7 @@ def find_potentials(graph: Graph, free: torch.Tensor, load: torch.Tensor) -> tor
 
 
 def project_on_simplices(
-    graph: Graph, y: torch.Tensor, support: torch.Tensor, w: torch.Tensor
+    graph: Graph, y: torch.Tensor, free: torch.Tensor, w: torch.Tensor
 ) -> torch.Tensor:
     """Project each column on the non-negative cells that add up to its tokens (equation 22).
 
@@ -123,7 +123,7 @@ def project_on_simplices(
         The columns.
     y : torch.Tensor
         ``[B, E, K]`` float, any numbers.
-    support : torch.Tensor
+    free : torch.Tensor
         ``[B, E, K]`` bool, cells that may get tokens; padding may not.
     w : torch.Tensor
         ``[B, E]`` float, tokens of each column.
@@ -133,12 +133,12 @@ def project_on_simplices(
     torch.Tensor
         ``[B, E, K]``, non-negative, with columns that add up to ``w`` but for round-off.
     """
-    level = w.unsqueeze(2)
+    chosen, level = free, w.unsqueeze(2)
     for _ in range(graph.rounds):
-        total = torch.where(support, y, 0.0).sum(2, keepdim=True)
-        level = (total - w.unsqueeze(2)) / support.sum(2, keepdim=True).clamp(min=1)
-        support = support & (y > level)
-    x = torch.where(support, y - level, 0.0)
+        total = torch.where(chosen, y, 0.0).sum(2, keepdim=True)
+        level = (total - w.unsqueeze(2)) / chosen.sum(2, keepdim=True).clamp(min=1)
+        chosen = chosen & (y > level)
+    x = torch.where(chosen, y - level, 0.0)
     total = x.sum(2, keepdim=True)
     scaled = x * (w.unsqueeze(2) / total.clamp(min=TINY))
     return torch.where(total > TINY, scaled, graph.split_evenly(w))
@@ -166,7 +166,7 @@ def step_by_potentials(
     Returns
     -------
     x, load : torch.Tensor
-        The new ones. The largest load may have grown.
+        The new ones. The peak may have grown.
     """
     free = find_free_cells(graph, x, load, w)
     potential = find_potentials(graph, free, load)

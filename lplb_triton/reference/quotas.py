@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import torch
 
+from lplb_triton._layout import SHARE_BITS
 from lplb_triton.reference.tokens import (
+    compute_rounding_offsets,
     copy_quotas,
     repeat_by_copy,
-    rounding_offsets,
     sum_by_expert,
 )
-from lplb_triton.solution import SHARE_BITS
 
 __all__ = ["divide_quotas", "shares_of_quotas"]
 
@@ -113,7 +113,7 @@ def shares_of_quotas(
     """
     ends = sum_by_expert(quotas, copy_start)
     size = repeat_by_copy(counts.long().clamp(min=1), copy_start, quotas.numel())
-    theta = rounding_offsets(rank, counts.numel()).to(quotas.device)
+    theta = compute_rounding_offsets(rank, counts.numel()).to(quotas.device)
     theta = repeat_by_copy(theta, copy_start, quotas.numel())
     shares = ((ends << SHARE_BITS) - theta + size - 1).div(size, rounding_mode="floor")
     return torch.where(ends > 0, shares, 0).int()

@@ -1,4 +1,4 @@
-"""Tokens counted and copies selected for them: the torch twins of the kernels in kernels/tokens.py.
+"""Counting and selecting: the torch twins of kernels/count.py, select.py and rounding.py.
 
 Equation numbers refer to docs/method.md. Copies are numbered expert by expert.
 """
@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import torch
 
-from lplb_triton.solution import SHARE_BITS
+from lplb_triton._layout import OFFSET_BY_EXPERT, OFFSET_BY_RANK, SHARE_BITS, SHARE_ONE
 
 __all__ = [
     "assign_copies",
     "check_counts_of",
     "check_cumulative",
+    "compute_rounding_offsets",
     "copy_quotas",
     "count_experts",
     "cumulative_shares",
     "repeat_by_copy",
-    "rounding_offsets",
     "sum_by_expert",
 ]
 
@@ -76,11 +76,10 @@ def cumulative_shares(
         ``[n_physical]`` int32 in units of 2**-24: part of the expert's tokens that go to this
         copy or an earlier one; 2**24 at each expert's last copy.
     """
-    one = 1 << SHARE_BITS
-    units = torch.round(shares.double().reshape(-1) * one).long()
+    units = torch.round(shares.double().reshape(-1) * SHARE_ONE).long()
     if units.numel() == 0:
         units = torch.zeros(1, dtype=torch.long, device=shares.device)
-    rank_share = torch.where(copy_cell < 0, one, units[copy_cell.clamp(min=0).long()])
+    rank_share = torch.where(copy_cell < 0, SHARE_ONE, units[copy_cell.clamp(min=0).long()])
     index, multiplicity = copy_index.long(), copy_multiplicity.long()
     # Copies of an expert on one rank split the rank's share as evenly as integers allow.
     part = (index + 1) * rank_share // multiplicity - index * rank_share // multiplicity
@@ -100,7 +99,7 @@ def repeat_by_copy(values: torch.Tensor, copy_start: torch.Tensor, n_copies: int
     return values.repeat_interleave(copy_start.diff().long(), output_size=n_copies)
 
 
-def rounding_offsets(rank: int, n_logical: int) -> torch.Tensor:
+def compute_rounding_offsets(rank: int, n_logical: int) -> torch.Tensor:
     """Compute offsets that make the rounding of many ranks cancel (equation 13).
 
     Parameters
@@ -116,7 +115,7 @@ def rounding_offsets(rank: int, n_logical: int) -> torch.Tensor:
         ``[n_logical]`` int64 in [0, 2**24), on the CPU.
     """
     expert = torch.arange(n_logical, dtype=torch.int64, device="cpu")
-    return (rank * 10368889 + expert * 12664745 + (1 << 23)) % (1 << SHARE_BITS)
+    return (rank * OFFSET_BY_RANK + expert * OFFSET_BY_EXPERT + SHARE_ONE // 2) % SHARE_ONE
 
 
 def copy_quotas(
@@ -142,7 +141,7 @@ def copy_quotas(
     """
     n_copies = cumulative.numel()
     per_copy = repeat_by_copy(counts.long(), copy_start, n_copies)
-    theta = rounding_offsets(rank, counts.numel()).to(counts.device)
+    theta = compute_rounding_offsets(rank, counts.numel()).to(counts.device)
     theta = repeat_by_copy(theta, copy_start, n_copies)
     ends = (per_copy * cumulative.long() + theta) >> SHARE_BITS
     starts = ends.roll(1)
@@ -226,7 +225,7 @@ def check_cumulative(
     first = copy_start[:-1].long()
     parts = cumulative.diff(prepend=cumulative.new_zeros(1))
     parts[first] = cumulative[first]
-    bad = (parts < 0).any() | (cumulative > 1 << SHARE_BITS).any()
+    bad = (parts < 0).any() | (cumulative > SHARE_ONE).any()
     quotas = copy_quotas(counts, cumulative, copy_start, rank)
     given = sum_by_expert(quotas, copy_start)[copy_start[1:].long() - 1]
     if bool(bad | (given != counts).any()):

@@ -27,7 +27,7 @@ class SyncError(RuntimeError):
     Attributes
     ----------
     ranks : tuple of int
-        Ranks (in the EP group) to blame; empty if it isn't known.
+        Ranks of the EP group that caused the failure; empty if they aren't known.
     epoch : int
         Number of the call that failed, from 1.
     """
@@ -41,7 +41,8 @@ class SyncError(RuntimeError):
 class Communicator(ABC):
     """Sums int32 counts over the ranks of a group; made by `lplb_triton.sync.connect`.
 
-    All ranks make the same calls in the same order. A context manager: leaving it closes it.
+    All ranks make the same calls in the same order. A communicator is a context manager, which is
+    closed on exit.
 
     Attributes
     ----------
@@ -71,7 +72,7 @@ class Communicator(ABC):
         self.timeout = timeout
         self.ranks_per_node = ranks_per_node
         self.closed = False
-        self.users = 0  # balancers that share it
+        self.users = 0  # number of balancers that share the communicator
 
     @abstractmethod
     def exchange(
@@ -90,16 +91,16 @@ class Communicator(ABC):
         version : torch.Tensor
             ``[1]`` int32 on the device; must be the same on all ranks.
         total : torch.Tensor
-            ``[n]`` int32, written: the sum. -2 everywhere if the call failed.
+            ``[n]`` int32, is written: the sum, or -2 everywhere if the call failed.
         gathered : torch.Tensor or None
-            ``[n_ranks, n]`` int32, written: every rank's counts. Zero but for this rank's own if
-            the call failed.
+            ``[n_ranks, n]`` int32, is written: every rank's counts, or zeros and this rank's own
+            counts if the call failed.
 
         Raises
         ------
         SyncError
-            If an earlier call failed; where the host takes part in the exchange, also for this
-            one.
+            If an earlier call failed. If the host takes part in the exchange, also if this call
+            fails.
         """
 
     @abstractmethod
@@ -137,8 +138,8 @@ class Communicator(ABC):
     def close(self) -> None:
         """Free what is shared. Collective, and waits for all ranks; a second call does nothing.
 
-        After a failed call it is local instead, and frees nothing that other ranks may still
-        write to. Then only a new process group can be used for another communicator.
+        After a failed call it is local instead, and memory that other ranks may still write to
+        isn't freed. Another communicator then needs a new process group.
 
         Raises
         ------

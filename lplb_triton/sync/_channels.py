@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["CHANNELS", "Channels", "Stream", "describe_mismatch"]
 
 CHANNELS = 64
-# Fields of an opening, 15 bits: number of the call, kind of the stream, place among its kind.
+# Bits of the fields of an opening: the number of the call, the kind of the stream, and the stream's
+# place among those of its kind.
 NUMBER_BITS, KIND_BITS, PLACE_BITS = 9, 2, 4
 BY_HAND, DEFAULT, POOL, EXTERNAL = range(4)
 KINDS = (

@@ -57,13 +57,13 @@ def connect(
         ``"auto"``: on a CPU, and in a group of one, ``"distributed"``; if all ranks are on one
         host, each with a GPU of its own, and every GPU can do atomics on every other's memory,
         ``"symmetric"``; if that holds within each of several hosts with equally many consecutive
-        ranks, ``"hierarchical"``; else ``"distributed"``. With ``domain_size``, domains are
-        taken to be as it says.
+        ranks, ``"hierarchical"``; else ``"distributed"``. With ``domain_size`` these facts are
+        taken from it, without a check.
     device : torch.device, str or None
-        Where counts are; by default the current GPU, or the CPU if there is none.
+        Device of the counts; by default the current GPU, or the CPU if there is none.
     timeout : float or None
-        Bound on each wait in seconds; by default the group's own time-out. torch.distributed on
-        a GPU takes no other.
+        Bound on each wait in seconds; by default the group's own time-out, which is the only one
+        that torch.distributed on a GPU takes.
     capacity : int
         The most counts in a call, below 2**16.
     domain_size : int or None

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lplb_triton._checks import MAX_COUNT
 from lplb_triton._layout import (
     GATHERED_HEADER_WORDS,
+    MAX_COUNT,
     NO_COUNT,
-    STATUS_CHANNEL,
-    STATUS_EPOCH,
-    STATUS_FAULT,
-    STATUS_FIELDS,
 )
 from lplb_triton.sync._base import Communicator, SyncError, group_timeout
-from lplb_triton.sync._channels import describe_mismatch
+from lplb_triton.sync._faults import fault_error, mismatch_error
 from lplb_triton.sync._rendezvous import group_store
 
 # Words of a message before the counts: epoch (unused, since the library keeps the order), version,
@@ -31,7 +26,7 @@ GRACE = 2.0
 
 
 class DistributedCommunicator(Communicator):
-    """All-gather by torch.distributed; the reference that the other back ends are held to."""
+    """All-gather by torch.distributed; the reference for the results of the other back ends."""
 
     def __init__(
         self,
@@ -111,7 +106,7 @@ class DistributedCommunicator(Communicator):
                 work.wait(datetime.timedelta(seconds=self.timeout))
         except Exception as error:
             left = self.timeout - (time.monotonic() - begun)
-            absent = self._find_absent(max(0.0, left) + GRACE)
+            absent = self._find_ranks_without_report(max(0.0, left) + GRACE)
             names = f"ranks {list(absent)}" if absent else "a rank that could not be found"
             self._error = SyncError(
                 f"epoch {self._calls} of {self!r} failed on rank {self.rank}: {names} did not "
@@ -121,7 +116,7 @@ class DistributedCommunicator(Communicator):
             )
             raise self._error from error
 
-    def _find_absent(self, patience: float) -> tuple[int, ...]:
+    def _find_ranks_without_report(self, patience: float) -> tuple[int, ...]:
         """Return the ranks that don't report this failure within ``patience`` seconds."""
         try:
             store: Any = group_store(self.group)
@@ -148,7 +143,7 @@ class DistributedCommunicator(Communicator):
         if self._error is not None:
             raise self._error
         if self._status_view[0]:
-            self._error = device_error(self, self._status_view)
+            self._error = fault_error(self, self._status_view)
             raise self._error
 
     def check(self) -> None:
@@ -158,7 +153,7 @@ class DistributedCommunicator(Communicator):
         self._raise_on_failure()
 
     def bind(self, channel: int) -> None:
-        """See `Communicator.bind`: there is one order for all streams."""
+        """Do nothing: torch.distributed has one order for the calls of all streams."""
 
     def prepare(self, n: int) -> None:
         """See `Communicator.prepare`."""
@@ -182,64 +177,4 @@ class DistributedCommunicator(Communicator):
         return self._error is not None or bool(self._status_view[0])
 
     def _release(self, failed: bool) -> None:
-        """Nothing is held."""
-
-
-def mismatch_error(
-    sync: Communicator,
-    epoch: int,
-    theirs: Mapping[int, Sequence[int]],
-    mine: tuple[int, int] | None,
-) -> SyncError:
-    """Return the error for ranks whose placement version or number of counts differs."""
-    calls = ", ".join(
-        f"rank {rank} came with placement version {version & 0xFFFFFFFF:08x} and {n} counts"
-        for rank, (version, n) in theirs.items()
-    )
-    own = ""
-    if mine is not None:
-        own = f"; here it was version {mine[0] & 0xFFFFFFFF:08x} and {mine[1]} counts"
-    return SyncError(
-        f"epoch {epoch} of {sync!r} failed on rank {sync.rank}: {calls}{own}", tuple(theirs), epoch
-    )
-
-
-def device_error(
-    sync: Communicator, status: Any, openings: Mapping[int, int] | None = None
-) -> SyncError:
-    """Return the error for the fault that a kernel has reported (see kernels/exchange.py).
-
-    ``openings`` says how this rank opened each channel. If it is given, the word with the number
-    of counts in a report has the other rank's opening in its upper bits.
-    """
-    from lplb_triton import kernels
-
-    if sync.device.type == "cuda":
-        # The details of the fault are complete only after this wait, which is bounded, as every
-        # wait of the kernels is.
-        torch.cuda.synchronize(sync.device)
-    epoch, channel = int(status[STATUS_EPOCH]), int(status[STATUS_CHANNEL])
-    fault = kernels.FAULTS[int(status[STATUS_FAULT])]
-    by_rank = status[kernels.STATUS_FIRST :].reshape(STATUS_FIELDS, -1)
-    blamed = [int(rank) for rank in by_rank[0].nonzero()[0]]
-    where = f"epoch {epoch} on channel {channel} of {sync!r} failed on rank {sync.rank}"
-    if fault == "mismatch":
-        theirs = {rank: (int(by_rank[1, rank]), int(by_rank[2, rank])) for rank in blamed}
-        if openings is None:
-            return mismatch_error(sync, epoch, theirs, None)
-        mine = openings.get(channel, 0)
-        opened = {rank: call >> kernels.COUNT_BITS for rank, (_, call) in theirs.items()}
-        if any(other != mine for other in opened.values()):
-            return SyncError(f"{where}: {describe_mismatch(mine, opened)}", tuple(opened), epoch)
-        mask = (1 << kernels.COUNT_BITS) - 1
-        unpacked = {rank: (version, call & mask) for rank, (version, call) in theirs.items()}
-        return mismatch_error(sync, epoch, unpacked, None)
-    if fault == "overlap":
-        return SyncError(
-            f"{where}: two calls were under way at once. Graphs that may be replayed at once are "
-            "captured on different streams; streams that share a channel (bind) take turns",
-            (sync.rank,),
-            epoch,
-        )
-    names = f"ranks {blamed} did not come" if blamed else "the last rank came just too late, not"
-    return SyncError(f"{where}: {names} within {sync.timeout:g} s", tuple(blamed), epoch)
+        """Do nothing: the ranks share no memory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from lplb_triton._layout import NO_COUNT
 from lplb_triton.sync._base import Communicator
 
 
@@ -59,8 +60,8 @@ class HierarchicalCommunicator(Communicator):
             gathered.view(-1, size * n),
         )
         torch.sum(by_rank.view(size, n), 0, dtype=torch.int32, out=total)
-        # Sums of several failed sums are set back to the value of one failed sum.
-        total.clamp_(min=-2)
+        # A sum of several NO_COUNT is set back to NO_COUNT.
+        total.clamp_(min=NO_COUNT)
 
     def bind(self, channel: int) -> None:
         """See `Communicator.bind`."""
@@ -93,5 +94,8 @@ class HierarchicalCommunicator(Communicator):
 
 
 def _version_of_sum(version: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
-    """Return the version to send on, a wrong one if the domain's sum failed, to be refused."""
+    """Return the version for the second exchange.
+
+    If the domain's sum failed it is a wrong one, so that other ranks refuse the sum.
+    """
     return torch.where(partial[:1] < 0, version + 1, version)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from lplb_triton.sync._base import Communicator, SyncError
 from lplb_triton.sync._channels import CHANNELS, Channels, Stream
-from lplb_triton.sync._distributed import device_error
+from lplb_triton.sync._faults import fault_error
 from lplb_triton.sync._rendezvous import barrier
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class PeerCommunicator(Communicator):
-    """The protocol of docs/sync.md on any memory that all ranks of the group can write to.
+    """Exchange by the protocol of docs/sync.md, in memory that all ranks of the group can write.
 
-    ``memory`` is this rank's buffer with the addresses of all; ``capacity`` the most counts that
-    a call may have.
+    ``memory`` is this rank's buffer with the addresses of all ranks' buffers; ``capacity`` is the
+    most counts that a call may have.
     """
 
     waits_on_device = True
@@ -91,7 +91,7 @@ class PeerCommunicator(Communicator):
         """Raise the error of the first call that failed, if the host can see one already."""
         if self._error is None and self.endpoint.failed():
             openings = self._channels.openings
-            self._error = device_error(self, self.endpoint.status_view, openings)
+            self._error = fault_error(self, self.endpoint.status_view, openings)
         if self._error is not None:
             raise self._error
 

@@ -88,9 +88,9 @@ class Replicas:
         EP groups. It is used to check that they agree on the placement; averaging gradients over
         it stays with the caller, after `reduce_grads`.
     dtype : torch.dtype or None
-        Of the slot weights of trained parameters; by default that of each parameter. Gradients are
-        accumulated, sent and summed in the parameter's dtype (float16 and bfloat16 are summed in
-        float32).
+        Dtype of the slot weights of trained parameters; by default that of each parameter.
+        Gradients are accumulated, sent and summed in the parameter's dtype (float16 and bfloat16
+        are summed in float32).
     optimizer : torch.optim.Optimizer, sequence of them, or None
         Needed only if it already has state for ``params``.
 
@@ -172,7 +172,7 @@ class Replicas:
     def experts(self) -> torch.Tensor:
         """``[n_logical / ep_size]`` int64 on the CPU: logical expert of each of this rank's rows.
 
-        The order of the parameters, their gradients and their optimizer state.
+        This is the order of the parameters, their gradients and their optimizer state.
         """
         mine = np.argsort(self._positions)[self.rank * self._n_own :][: self._n_own]
         return torch.from_numpy(mine.copy())
@@ -182,8 +182,8 @@ class Replicas:
         """Slot weights by name, ``[slots_per_rank, ...]`` each, to compute with.
 
         Row i is physical slot ``rank * slots_per_rank + i``. They are leaves of the autograd
-        graph, contiguous, and stay the same tensors for good. They require gradients while their
-        parameter does. The optimizer must not get them.
+        graph, contiguous, and stay the same tensors as long as the `Replicas` exists. They require
+        gradients while their parameter does. The optimizer must not update them.
 
         Raises
         ------
@@ -199,7 +199,7 @@ class Replicas:
         return MappingProxyType(self._slots.weights)
 
     def __repr__(self) -> str:
-        """Placement, names and rank in one line."""
+        """Write placement, names and rank in one line."""
         return f"Replicas({self._placement!r}, {', '.join(self._originals)}, rank={self.rank})"
 
     @ordinary_tensors()
@@ -269,10 +269,10 @@ class Replicas:
     def reduce_grads(self, *, async_op: bool = False) -> Handle:
         """Add the gradients of all slots to the originals'; collective over the group.
 
-        The slots' gradients are used up. An original's ``.grad`` gets the sum over its expert's
+        The slots' gradients are removed. An original's ``.grad`` gets the sum over its expert's
         slots in a fixed order: those of its own rank first, then the others by slot number. It is
         added to what ``.grad`` holds already; a slot without gradient counts as zeros. Frozen
-        parameters are left out, on all ranks the same.
+        parameters, which are the same on all ranks, are left out.
 
         Parameters
         ----------
@@ -298,9 +298,9 @@ class Replicas:
         return self._start("reduce_grads", finish, async_op)
 
     def zero_grad(self) -> None:
-        """Drop the gradients that slots hold, where a step is given up; not collective.
+        """Drop the gradients that slots hold, for a step that is abandoned; not collective.
 
-        ``optimizer.zero_grad()`` doesn't know them: they would be added to the next step's.
+        ``optimizer.zero_grad()`` leaves them, and they would be added to those of the next step.
         """
         self._require_idle()
         self._slots.drop_gradients()
@@ -315,8 +315,8 @@ class Replicas:
         """Use another placement from the next forward pass on; collective over the group.
 
         Originals move, with their gradients and optimizer state, to ranks that hold a copy,
-        as few of them as can be; then the slots are filled. Parameters stay the same objects.
-        What is the same rows of the same memory, whatever it is called, moves once.
+        as few of them as possible; then the slots are filled. Parameters stay the same objects.
+        Entries that are the same rows of the same memory move once.
 
         Parameters
         ----------

@@ -87,7 +87,7 @@ def check_rows(label: str, value: object, n_own: int, hint: str = "") -> Rows:
     Parameters
     ----------
     label : str
-        What the caller calls it.
+        The caller's name for it.
     value : torch.Tensor, or iterable of torch.Tensor
         ``[n_own, ...]``, or n_own tensors ``[...]`` of one shape and dtype.
     n_own : int

@@ -22,7 +22,7 @@ class Slots:
     slots_per_rank : int
         Rows of each tensor.
     dtype : torch.dtype or None
-        Of the trained ones, if it isn't that of their originals.
+        Dtype of the trained tensors; None takes that of their originals.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Slots:
                 )
 
     def names_with_gradients(self) -> list[str]:
-        """Names whose slots hold gradients."""
+        """List the names whose slots hold gradients."""
         return [
             name
             for name, weight in self.weights.items()
@@ -72,13 +72,13 @@ class Slots:
             weight.grad = None
 
     def follow(self, params: Mapping[str, Rows]) -> None:
-        """Require gradients where the originals do, which may be frozen for a while.
+        """Set ``requires_grad`` as the originals have it, since these may be frozen for a while.
 
         Raises
         ------
         RuntimeError
-            Naming what was frozen when the slots were made and is trained, or is for some of its
-            experts only.
+            Naming an entry that was frozen when the slots were made and is trained now, or that
+            is trained for some of its experts only.
         """
         for name, rows in params.items():
             flags = {part.requires_grad for part in parts_of(rows)}

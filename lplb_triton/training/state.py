@@ -14,13 +14,13 @@ from lplb_triton.training.rows import Rows, check_rows, parts_of
 __all__ = ["Optimizers", "find_movable", "list_optimizers"]
 
 Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
-"""As the caller gives them: one, several or none."""
+"""One optimizer, several or none, as the caller gives them."""
 
 _SHARDED = ": sharded state can't follow experts"
 
 
 def list_optimizers(optimizer: Optimizers) -> dict[str, torch.optim.Optimizer]:
-    """Return the optimizers by what the caller calls them, or raise naming the argument."""
+    """Return the optimizers by the caller's names for them, or raise naming the argument."""
     if optimizer is None:
         return {}
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -43,7 +43,9 @@ def find_movable(
     optimizers: Mapping[str, torch.optim.Optimizer],
     also: Mapping[str, torch.Tensor | Sequence[torch.Tensor]] | None,
 ) -> tuple[list[Rows], Spec]:
-    """Collect what has a row per original: each memory once, in an order all ranks share.
+    """Collect the tensors that have a row for each original, without duplicates.
+
+    Their order is the same on all ranks.
 
     Parameters
     ----------
@@ -52,16 +54,16 @@ def find_movable(
     n_own : int
         Originals of this rank.
     optimizers : mapping of str to torch.optim.Optimizer
-        By what the caller calls them.
+        By the caller's names for them.
     also : mapping of str to tensors, or None
-        What the caller gave.
+        The argument ``also`` of `Replicas.move`.
 
     Returns
     -------
     rows : list of Rows
         Originals, gradients, optimizer state and ``also``.
     spec : dict
-        Facts that must be the same on all ranks, or they would not move the same things.
+        Facts that must be the same on all ranks, so that all ranks move the same tensors.
 
     Raises
     ------
@@ -91,7 +93,7 @@ def find_movable(
 
 
 def _describe(rows: Rows, same_as: str | None) -> str:
-    """Say what must be the same on all ranks."""
+    """Describe what must be the same on all ranks."""
     part = parts_of(rows)[0]
     layout = "one tensor" if isinstance(rows, torch.Tensor) else "a tensor for each expert"
     trained = ", trained" if is_trained(rows) else ""
@@ -123,7 +125,7 @@ def _check_updated(label: str, rows: Rows, optimizers: Iterable[torch.optim.Opti
 def _optimizer_state(
     label: str, optimizer: torch.optim.Optimizer, rows: Rows
 ) -> Iterator[tuple[str, Rows]]:
-    """Find what ``optimizer`` holds by expert for these originals, by name."""
+    """Yield the state that ``optimizer`` holds for each expert of these originals, with names."""
     held = [optimizer.state.get(part, {}) for part in parts_of(rows)]
     for key in sorted({key for entry in held for key in entry}):
         values = [entry.get(key) for entry in held]

@@ -3,15 +3,17 @@
 import numpy as np
 import torch
 
+from helpers.layout import message_word
 from lplb_triton import Balancer, Placement, kernels, reference, topologies
+from lplb_triton._layout import NO_COUNT
 from lplb_triton.sync._channels import Channels
-from lplb_triton.sync._distributed import device_error
+from lplb_triton.sync._faults import fault_error
 from lplb_triton.sync._peer import Endpoint, PeerCommunicator
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-FAILED = -2
+FAILED = NO_COUNT
 
 
 class Ranks:
@@ -33,13 +35,16 @@ class Ranks:
         area = self.memory[at, channel * words : (channel + 1) * words]
         return area.view(2, self.n_ranks, kernels.HEADER_WORDS + self.capacity)
 
+    def row(self, at, sender, epoch, channel=0):
+        """What ``sender`` writes in one rank's buffer in an epoch: its header and counts."""
+        return self.slots(at, channel)[epoch % 2, sender]
+
     def publish(self, rank, counts, epoch, channel=0, version=77, to=None, opening=0):
         """What the kernel of ``rank`` does first, by hand."""
-        n = len(counts)
-        call = n | opening << kernels.COUNT_BITS
-        numbers = torch.cat([torch.tensor([version, call]), counts.long() & 0xFFFFFFFF])
+        call = len(counts) | opening << kernels.COUNT_BITS
+        numbers = torch.cat([torch.tensor([version, call]), counts.long()])
         for at in range(self.n_ranks) if to is None else to:
-            self.slots(at, channel)[epoch % 2, rank, : 2 + n] = (epoch << 32) + numbers
+            self.row(at, rank, epoch, channel)[: len(numbers)] = message_word(epoch, numbers)
 
     def exchange(self, rank, counts, channel=0, gather=True, opening=0):
         """Run one rank's kernel; returns the total and everybody's counts."""
@@ -66,7 +71,7 @@ class Sync:
 
 def error_of(ranks, rank, openings=None):
     status = ranks.endpoints[rank].status_view
-    return device_error(Sync(rank, 0.05), status, openings or {})
+    return fault_error(Sync(rank, 0.05), status, openings or {})
 
 
 class Member(PeerCommunicator):

@@ -12,17 +12,17 @@ class FakeTimer:
             launch()
             self.called.append(launch)
 
-    def rotation(self, launches):
+    def time_rotation(self, launches):
         for launch in launches:
             self.call(launch)
         return 7.0
 
-    def per_call(self, launch, about_us):
+    def time_call(self, launch, about_us):
         self.call(launch)
         self.calls += 1
         return float(self.calls)
 
-    def by_batch(self, launch, counts, batches):
+    def time_batches(self, launch, counts, batches):
         times = []
         for batch in batches:
             counts.copy_(batch)
