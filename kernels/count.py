@@ -18,7 +18,7 @@ from lplb_triton.kernels.report import REPORT_ID, write_report
 
 # Ids that one program counts at a time.
 COUNT_BLOCK = 256
-# Rows and experts that one program sums at a time.
+# Rows and experts that one program sums at a time; with few experts many programs share the work.
 SUM_ROWS = 256
 SUM_EXPERTS = 4
 # How often a program reads counts that another one has to write, before it gives up. This takes
@@ -54,6 +54,7 @@ def count_kernel(
         ids = tl.load(idx_ptr + at, mask=at < end, other=-1)
         known = (ids >= 0) & (ids < n_logical)
         bad = (ids < -1) | (ids >= n_logical)
+        # ``at * 0`` makes a block of equal addresses: any one bad id is enough for a report.
         tl.store(report_ptr + 1 + at * 0, ids.to(tl.int64), mask=bad)
         write_report(report_ptr, REPORT_ID, 1, bad)
         bins += tl.histogram(tl.where(known, ids, 0).to(tl.int32), BINS, mask=known)

@@ -26,16 +26,21 @@ WIDE_COUNT = tl.constexpr(1 << 16)
 
 @triton.jit
 def _compute_quota_end(cumulative_ptr, copy, count, offset):
-    """Count this rank's tokens of an expert that go to ``copy`` or an earlier one (equation 12)."""
-    share = tl.load(cumulative_ptr + copy).to(tl.int64)
-    return (count * share + offset) >> SHARE_BITS
+    """Count this rank's tokens of an expert that go to ``copy`` or an earlier one (equation 12).
+
+    ``offset`` is the theta of equation 13, in units of shares.
+    """
+    cumulative = tl.load(cumulative_ptr + copy).to(tl.int64)
+    return (count * cumulative + offset) >> SHARE_BITS
 
 
 @triton.jit
 def _find_copy(cumulative_ptr, low, high, position, count, offset, steps, INTEGER: tl.constexpr):
-    """Halve the range of copies, dealing a node's tokens out evenly (equation 14).
+    """Halve the range of copies until one is left (equation 14).
 
-    INTEGER is a type that holds ``count`` squared.
+    Between the halves the tokens of a range are dealt out evenly. ``position`` is the token's
+    number n among its expert's tokens on this rank, and ``count`` is how many there are. INTEGER is
+    a type that holds ``count`` squared.
     """
     position = position.to(INTEGER)
     size = count.to(INTEGER)

@@ -118,8 +118,10 @@ def _solve_pairs_or_cells(
     bound = max_load
     invalid = tl.full((), 0, tl.int1)
     solved = invalid
+    # Zero, as a Triton value: a branch may assign another one.
     steps = max_iterations * 0
     if in_pairs > 0:
+        # A part of 1 means that no other rank holds the expert.
         fixed = tl.sum(tl.where(part == 1.0, counts, 0.0).reshape(G, S), 1)
         fixed = tl.where(complete, fixed, float("inf"))
         max_load, bound, invalid, solved = solve_pairs(
@@ -127,6 +129,7 @@ def _solve_pairs_or_cells(
             most_sweeps, cumulative_ptr, G, PAIRS,
         )  # fmt: skip
     if solved == 0:
+        # The cells start from the plan that `solve_pairs` has stored.
         tl.debug_barrier()
         max_load, bound, steps, invalid = load_and_solve_by_cells(
             counts_ptr, complete, in_pairs, bound, tolerance, max_iterations, tables,
@@ -291,7 +294,7 @@ def solve_counts_kernel(
     n_ranks,  # ranks of a group
     n_columns,  # columns of a group
     n_slots,  # slots of a rank
-    n_shared,  # most copies of replicated experts in a group; it has at most as many cells
+    n_shared,  # most copies of replicated experts in a group (twice its redundant slots), and cells
     n_logical,  # experts
     n_counts,  # rows of ``running``
     n_sums,  # programs that sum these rows; 0 if ``counts`` has been summed
@@ -310,7 +313,9 @@ def solve_counts_kernel(
     shared_cells_ptr,  # [n_group, n_shared] int32, cells of these copies
     copy_index_ptr,  # [n_physical] int32, position among the copies of an expert on one rank
     copy_multiplicity_ptr,  # [n_physical] int32, number of these copies
-    edges_ptr,  # [n_group, most_classes, width] int64, as for `levelling.level_edges`
+    # [n_group, most_classes, width] int64, as for `levelling.level_edges`; a group's last class is
+    # empty.
+    edges_ptr,
     copy_parts_ptr,  # [n_group, n_ranks, n_slots] float32, parts of the even split over copies
     slot_cells_ptr,  # [n_group, n_ranks, n_slots] int32, cells of the experts of each rank
     report_ptr,  # [2] int64, written if counts are invalid, see report.py

@@ -82,6 +82,7 @@ def compute_cut_bound(
     """Find a load that no plan can beat, from sets of the most loaded ranks (equation 19)."""
     thresholds = compute_cut_thresholds(peak, aimed_gap)
     member = (loads[None, :] >= thresholds) & is_rank[None, :]
+    # ``kept`` are the tokens that cannot leave a set of ranks.
     size, kept = tl.reduce(
         (tl.where(member, 1.0, 0.0), tl.where(member, fixed[None, :], 0.0)), 1, add2
     )
@@ -142,6 +143,7 @@ def _find_lowest_by_column(loads_ptr, first_ranks, cell_rank_ptr, start, n_copie
     """
     inf = float("inf")
     lowest = tl.full(start.shape, inf, tl.float32)
+    # The ranks of the first copies are loaded already, and each round loads those of the next.
     ranks = first_ranks
     copies = COPIES_AT_ONCE
     while copies < most_copies + COPIES_AT_ONCE:
@@ -265,11 +267,12 @@ def sweep_until_bound_is_due(
 ):
     """Sweep until the bound of equation 19 should be computed.
 
-    It is due after the first sweep, after ``most_sweeps``, and when the peak is steady and half as
-    many sweeps again have been made as when it was last due. Sweeps also end when the peak is
-    within the aimed gap of ``bound``. Returns the number of sweeps so far and the peak.
+    It is due after the first sweep, after ``most_sweeps``, and when the peak is steady and at
+    least 1.5 times as many sweeps have been made as when it was last due. Sweeps also end when the
+    peak is within the aimed gap of ``bound``. Returns the number of sweeps so far and the peak.
     """
     sweeps_at_last_bound = sweeps
+    # False, as a Triton value, so that the loop can carry it.
     due = sweeps < 0
     while due == 0:
         tl.debug_barrier()
@@ -317,6 +320,7 @@ def level_plan(
     which stays in the cache of the one multiprocessor that uses it.
     """
     tl.store(loads_ptr + tl.arange(0, G), load, mask=is_rank)
+    # Zero, as a Triton value, so that the loop can carry it.
     sweeps = n_classes * 0
     while (peak - bound > peak * aimed_gap) & (sweeps < most_sweeps):
         sweeps, peak = sweep_until_bound_is_due(
