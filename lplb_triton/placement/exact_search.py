@@ -75,8 +75,10 @@ class ExactSearch:
         self.domain = domain.to(device)  # [G] domain of each rank
         # [S] slots whose experts stay.
         self.fixed = (
-            torch.zeros(start.n_physical, dtype=torch.bool) if fixed is None else fixed
-        ).to(device)
+            torch.zeros(start.n_physical, dtype=torch.bool, device=device)
+            if fixed is None
+            else fixed.to(device)
+        )
         self.ranks, self.columns = start.ep_size, max(1, start.n_physical - start.n_logical)
         self.expert, self.rank = (
             start.phy2log.long().to(device),

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -106,5 +105,5 @@ def is_at_home(placement: Placement) -> bool:
     n_local, rest = divmod(placement.n_logical, placement.ep_size)
     if rest:
         return False
-    first = placement.phy2log.reshape(placement.ep_size, -1)[:, :n_local].reshape(-1)
-    return bool((first == torch.arange(placement.n_logical)).all())
+    first = placement.phy2log.numpy().reshape(placement.ep_size, -1)[:, :n_local].reshape(-1)
+    return bool((first == np.arange(placement.n_logical)).all())
