@@ -77,14 +77,15 @@ def choose_home_slots(
         else:
             apart = np.zeros(len(allowed))
         rank = int(allowed[np.lexsort((rank_load[allowed], -apart))[0]])
+        if spread_out:
+            for holder in holders:
+                _join_ranks(distance, int(holder), rank)
         rank_load[holders] -= weight[expert] / copies[expert]
         copies[expert] += 1
         held[expert, rank] = True
         rank_load[held[expert]] += weight[expert] / copies[expert]
         free[rank] -= 1
         chosen[rank].append(expert)
-        for holder in holders:
-            _join_ranks(distance, int(holder), rank)
     repeats = np.resize(np.argsort(-load, kind="stable"), spare - useful)
     rows = np.arange(n_logical).reshape(ranks, n_local)
     slots = [[*rows[rank], *chosen[rank], *repeats] for rank in range(ranks)]
