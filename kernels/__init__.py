@@ -22,14 +22,14 @@ from lplb_triton.kernels.quotas import Quotas, divide_quotas
 from lplb_triton.kernels.report import read_report
 from lplb_triton.kernels.select import SelectTables, select
 from lplb_triton.kernels.solve.launch import (
+    ExpandTables,
     Settings,
     SolveBuffers,
     SolveTables,
-    SpreadTables,
+    expand_shares,
     solve,
     solve_counts,
     solve_scratch,
-    spread_shares,
 )
 
 __all__ = [
@@ -47,7 +47,7 @@ __all__ = [
     "Settings",
     "SolveBuffers",
     "SolveTables",
-    "SpreadTables",
+    "ExpandTables",
     "channel_words",
     "count_by_program",
     "divide_quotas",
@@ -57,7 +57,7 @@ __all__ = [
     "solve",
     "solve_counts",
     "solve_scratch",
-    "spread_shares",
+    "expand_shares",
     "status_words",
     "sum_by_program",
     "sum_gathered",

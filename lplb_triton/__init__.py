@@ -17,6 +17,8 @@ from lplb_triton.problem import Problem
 from lplb_triton.solution import Solution, SolveError, Status
 from lplb_triton.solver import solve
 from lplb_triton.training.replicas import Replicas
+from lplb_triton.training.spread import spread
+from lplb_triton.training.spread_plan import SpreadPlan
 
 __all__ = [
     "Balancer",
@@ -27,6 +29,7 @@ __all__ = [
     "Replicas",
     "Solution",
     "SolveError",
+    "SpreadPlan",
     "Status",
     "__version__",
     "chain",
@@ -34,5 +37,6 @@ __all__ = [
     "plan_moves",
     "rebalance_experts",
     "solve",
+    "spread",
     "workspace_bytes",
 ]

@@ -33,7 +33,7 @@ from lplb_triton.kernels.select import SELECT_BLOCK, select_kernel
 from lplb_triton.kernels.solve import launch as solve_launch
 from lplb_triton.kernels.solve.counts_kernel import solve_counts_kernel
 from lplb_triton.kernels.solve.dense_kernel import solve_dense_kernel
-from lplb_triton.kernels.solve.spread_kernel import spread_kernel
+from lplb_triton.kernels.solve.expand_kernel import expand_kernel
 
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64", "uncertified_ptr": "*i64"}
@@ -90,7 +90,7 @@ def jobs(capability):
         gathers = {(8, 0): (0, 1), (8, 2): (0,), (32, 0): (0,)}
         for gather in gathers.get((ranks, classes), ()):
             yield solve_counts_kernel, {**constants, **exchange(gather)}, options
-    yield spread_kernel, {"BLOCK": solve_launch.SPREAD_BLOCK}, {"num_warps": 4}
+    yield expand_kernel, {"BLOCK": solve_launch.EXPAND_BLOCK}, {"num_warps": 4}
     bins = {"BINS": 256, "PDL": capability >= 90}
     yield count_kernel, {**bins, "BLOCK": COUNT_BLOCK}, {"num_warps": 2}
     rows = {"ROWS": SUM_ROWS, "EXPERTS": SUM_EXPERTS}

@@ -13,10 +13,10 @@ from lplb_triton.kernels.exchange import FIRST_CHANNEL, Channel, Exchange, choos
 from lplb_triton.kernels.launch import KernelCall, launch_call, supports_pdl
 from lplb_triton.kernels.solve.counts_kernel import solve_counts_kernel
 from lplb_triton.kernels.solve.dense_kernel import solve_dense_kernel
-from lplb_triton.kernels.solve.spread_kernel import spread_kernel
+from lplb_triton.kernels.solve.expand_kernel import expand_kernel
 
 # Shares that one program spreads.
-SPREAD_BLOCK = 512
+EXPAND_BLOCK = 512
 
 
 class SolveTables(NamedTuple):
@@ -73,7 +73,7 @@ class SolveTables(NamedTuple):
 FIRST_TABLES = 4
 
 
-class SpreadTables(NamedTuple):
+class ExpandTables(NamedTuple):
     """Device tables that tell where a dense plan's shares are among those by copy, int32."""
 
     cell_number: torch.Tensor
@@ -263,13 +263,13 @@ def solve_counts(
     launch_call(solve_counts_call(running, buffers, tables, settings, report))
 
 
-def spread_shares(cumulative: torch.Tensor, shares: torch.Tensor, tables: SpreadTables) -> None:
+def expand_shares(cumulative: torch.Tensor, shares: torch.Tensor, tables: ExpandTables) -> None:
     """Write to ``shares`` [n_group, group_size, max_columns] float32 what copies of columns take.
 
     ``cumulative`` [n_physical] int32 as `solve_counts` leaves it.
     """
     n_group, n_ranks, n_columns = shares.shape
-    grid = n_group * triton.cdiv(n_ranks * n_columns, SPREAD_BLOCK)
+    grid = n_group * triton.cdiv(n_ranks * n_columns, EXPAND_BLOCK)
     args = (cumulative, *tables, shares, n_ranks, n_columns, tables.cell_ends.shape[2])
     if grid:
-        launch_call(KernelCall(spread_kernel, grid, args, (SPREAD_BLOCK,), {"num_warps": 4}))
+        launch_call(KernelCall(expand_kernel, grid, args, (EXPAND_BLOCK,), {"num_warps": 4}))

@@ -49,8 +49,8 @@ class LevellingBackend(TritonBackend):
         self.solve_tables = kernels.SolveTables(
             *(views[name] for name in kernels.SolveTables._fields)
         )
-        self.spread_tables = kernels.SpreadTables(
-            *(views[name] for name in kernels.SpreadTables._fields)
+        self.expand_tables = kernels.ExpandTables(
+            *(views[name] for name in kernels.ExpandTables._fields)
         )
         # The communicator, if the solving kernel contains the exchange.
         self.peers: PeerCommunicator | None = None
@@ -89,7 +89,7 @@ class LevellingBackend(TritonBackend):
         size = p.n_group, p.group_size, p.max_columns
         shares = torch.empty(size, dtype=torch.float32, device=self.layer.device)
         buffers = self.solve_by_copy(counts, certified)
-        kernels.spread_shares(buffers.cumulative, shares, self.spread_tables)
+        kernels.expand_shares(buffers.cumulative, shares, self.expand_tables)
         stats, ints = buffers.stats, buffers.ints
         return Solution(
             shares, stats[0], stats[1], stats[2], ints[0], ints[1], self.layer.tolerance

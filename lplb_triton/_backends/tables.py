@@ -39,7 +39,7 @@ class DeviceTables:
     Attributes
     ----------
     views : dict of str to torch.Tensor
-        The tables by name, as in `kernels.SolveTables`, `SelectTables` and `SpreadTables`.
+        The tables by name, as in `kernels.SolveTables`, `SelectTables` and `ExpandTables`.
     """
 
     def __init__(

@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from lplb_triton.placement import Placement
 from lplb_triton.training.rows import Index
 
-__all__ = ["Ints", "Routes", "Traffic", "assign_positions", "plan_routes", "plan_traffic"]
+__all__ = [
+    "Ints",
+    "Routes",
+    "Traffic",
+    "assign_positions",
+    "make_index",
+    "make_rounds",
+    "plan_redundant_routes",
+    "plan_routes",
+    "plan_traffic",
+]
 
 Ints = NDArray[np.int64]
 
@@ -50,7 +60,7 @@ class Traffic(NamedTuple):
     """The same for the rows that other ranks send."""
 
 
-def _make_index(rows: list[int], device: torch.device) -> Index:
+def make_index(rows: list[int], device: torch.device) -> Index:
     """Put row numbers on the host and on ``device``."""
     return Index(rows, torch.tensor(rows, dtype=torch.int64, device=device))
 
@@ -72,7 +82,7 @@ def plan_routes(
     into = into[np.argsort(src[into], kind="stable")]
 
     def rows(values: Ints, per_rank: int) -> Index:
-        return _make_index((values % per_rank).tolist(), device)
+        return make_index((values % per_rank).tolist(), device)
 
     return Routes(
         rows(source[local], per_source),
@@ -85,7 +95,7 @@ def plan_routes(
     )
 
 
-def _make_rounds(source: Sequence[int], target: Index, n_own: int) -> list[tuple[Index, Index]]:
+def make_rounds(source: Sequence[int], target: Index, n_own: int) -> list[tuple[Index, Index]]:
     """Split additions into rounds that name no target twice, so that the order of sums is fixed.
 
     ``source`` are the rows to add and ``target``, as many, the rows that they are added to, below
@@ -100,7 +110,7 @@ def _make_rounds(source: Sequence[int], target: Index, n_own: int) -> list[tuple
         rounds[seen[row]][1].append(row)
         seen[row] += 1
     device = target.device.device
-    return [(_make_index(a, device), _make_index(b, device)) for a, b in rounds]
+    return [(make_index(a, device), make_index(b, device)) for a, b in rounds]
 
 
 def plan_traffic(
@@ -117,8 +127,29 @@ def plan_traffic(
     return Traffic(
         weight_routes,
         gradient_routes,
-        _make_rounds(gradient_routes.local_from.host, gradient_routes.local_to, n_own),
-        _make_rounds(arrived, gradient_routes.into, n_own),
+        make_rounds(gradient_routes.local_from.host, gradient_routes.local_to, n_own),
+        make_rounds(arrived, gradient_routes.into, n_own),
+    )
+
+
+def plan_redundant_routes(placement: Placement, rank: int, device: torch.device) -> Routes:
+    """Plan what ``rank`` does to fill redundant slots, where experts stay at home.
+
+    Sources are rows of the ranks' own experts, targets are rows of their redundant slots, both in
+    order.
+    """
+    n_own = placement.n_logical // placement.ep_size
+    n_redundant = placement.slots_per_rank - n_own
+    experts = placement.phy2log.numpy().reshape(placement.ep_size, -1)[:, n_own:].reshape(-1)
+    target, per_target = np.arange(len(experts)), max(n_redundant, 1)
+    return plan_routes(
+        experts.astype(np.int64),
+        n_own,
+        target,
+        max(n_redundant, 1),
+        placement.ep_size,
+        rank,
+        device,
     )
 
 

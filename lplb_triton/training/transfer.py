@@ -12,7 +12,14 @@ from lplb_triton.training.routes import Routes, Traffic
 from lplb_triton.training.rows import Index, Rows, parts_of, put_rows, take_rows
 from lplb_triton.training.slots import Slots
 
-__all__ = ["move_rows", "start_gradients", "start_weights"]
+__all__ = [
+    "add_gradient",
+    "add_rows",
+    "exchange_rows",
+    "move_rows",
+    "start_gradients",
+    "start_weights",
+]
 
 
 def move_rows(
@@ -25,7 +32,7 @@ def move_rows(
         message = None
         if routes.remote:
             out = take_rows(rows, routes.out).to(device)
-            message, work = _exchange_rows(out, routes, group)
+            message, work = exchange_rows(out, routes, group)
             work.wait()
         put_rows(rows, routes.local_to, local)
         if message is not None:
@@ -42,7 +49,7 @@ def start_weights(
         put_rows(weight, routes.local_to, take_rows(rows, routes.local_from).to(weight.dtype))
         if routes.remote:
             message = take_rows(rows, routes.out).to(weight.dtype)
-            arriving.append((weight, *_exchange_rows(message, routes, group)))
+            arriving.append((weight, *exchange_rows(message, routes, group)))
 
     def finish() -> None:
         for weight, message, work in arriving:
@@ -64,7 +71,7 @@ def start_gradients(
         part = parts_of(rows)[0]
         grad = slots.take_gradient(name, part.dtype)
         message = (
-            _exchange_rows(take_rows(grad, routes.out), routes, group) if routes.remote else None
+            exchange_rows(take_rows(grad, routes.out), routes, group) if routes.remote else None
         )
         n_own = len(rows)
         total = torch.zeros(
@@ -72,7 +79,7 @@ def start_gradients(
             dtype=torch.promote_types(part.dtype, torch.float32),
             device=part.device,
         )
-        _add_rows(total, grad, traffic.local_rounds)
+        add_rows(total, grad, traffic.local_rounds)
         arriving.append((rows, total, message))
 
     def finish() -> None:
@@ -80,13 +87,13 @@ def start_gradients(
             if message is not None:
                 received, work = message
                 work.wait()
-                _add_rows(total, received, traffic.arriving_rounds)
-            _add_gradient(rows, total)
+                add_rows(total, received, traffic.arriving_rounds)
+            add_gradient(rows, total)
 
     return finish
 
 
-def _add_rows(
+def add_rows(
     total: torch.Tensor, rows: torch.Tensor, rounds: Iterable[tuple[Index, Index]]
 ) -> None:
     """Add rows to those of ``total``, round by round."""
@@ -94,7 +101,7 @@ def _add_rows(
         total.index_add_(0, target.device, take_rows(rows, source).to(total.dtype))
 
 
-def _add_gradient(rows: Rows, total: torch.Tensor) -> None:
+def add_gradient(rows: Rows, total: torch.Tensor) -> None:
     """Add ``total`` ``[n_own, ...]`` to the originals' gradients."""
     values = [total] if isinstance(rows, torch.Tensor) else total.unbind()
     for param, value in zip(parts_of(rows), values, strict=True):
@@ -104,7 +111,7 @@ def _add_gradient(rows: Rows, total: torch.Tensor) -> None:
             param.grad += value.to(param.grad.dtype)
 
 
-def _exchange_rows(
+def exchange_rows(
     rows: torch.Tensor, routes: Routes, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, dist.Work]:
     """Start sending rows to their ranks; return the buffer that receives them, and the work."""

@@ -1,4 +1,4 @@
-"""The kernel that spreads shares by copy into the dense shares of a `Solution`."""
+"""The kernel that expands shares by copy to the dense shares of a `Solution`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from lplb_triton.kernels.solve.tiles import units_to_shares
 
 
 @triton.jit(do_not_specialize=["n_ranks", "n_columns", "n_shared"])
-def spread_kernel(
+def expand_kernel(
     cumulative_ptr,  # [n_physical] int32, cumulative shares by copy (equation 12)
-    cell_number_ptr,  # tables, as in `SpreadTables`
+    cell_number_ptr,  # tables, as in `ExpandTables`
     cell_ends_ptr,
     shares_ptr,  # [n_group, n_ranks, n_columns] float32, written
     n_ranks,

@@ -1,0 +1,188 @@
+"""What every training integration keeps for one MoE layer: placement, balancer, plan, and loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lplb_triton._checks import check_integer
+from lplb_triton._torch_op import outside_modes
+from lplb_triton.balancer import Balancer
+from lplb_triton.placement import Placement
+from lplb_triton.placement.chaining import chain
+from lplb_triton.training.spread_plan import SpreadPlan
+
+__all__ = ["Imbalance", "LayerBalance", "measure_imbalance"]
+
+# Batches that an imbalance is averaged over.
+WINDOW = 8
+
+
+class Imbalance(NamedTuple):
+    """Largest load of a rank over the mean one, averaged over the latest batches."""
+
+    before: float
+    """With every token on its expert's home rank."""
+    after: float
+    """With replicas, as the batches were routed."""
+
+
+class LayerBalance:
+    """Balances one MoE layer of a framework over one EP group.
+
+    Experts stay at home. The first placement takes all experts for equally loaded, unless a load
+    is given; `rebalance` makes another from the loads since then. Construction and `rebalance` are
+    collective over the group.
+
+    Parameters
+    ----------
+    n_logical : int
+        Experts of the layer; a multiple of the group's size.
+    group : torch.distributed.ProcessGroup or None
+        The EP group; None for a single rank.
+    device : torch.device
+        Device of ids and weights.
+    redundant : int
+        Redundant slots per rank.
+    load : torch.Tensor or None
+        ``[n_logical]``, loads to make the first placement from.
+
+    Attributes
+    ----------
+    balancer : Balancer
+        Rewrites ids.
+    plan : SpreadPlan
+        Of the present placement.
+    load : torch.Tensor
+        ``[n_logical]`` int64 on the device: this rank's choices by expert since the last
+        `rebalance`.
+    """
+
+    def __init__(
+        self,
+        n_logical: int,
+        *,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        redundant: int = 1,
+        load: torch.Tensor | None = None,
+    ) -> None:
+        self.group, self.device, self.n_logical = group, device, n_logical
+        self.redundant = check_integer("redundant", redundant, 0)
+        self.ep_size = 1 if group is None else group.size()
+        if n_logical % self.ep_size:
+            raise ValueError(
+                f"the EP group's size must divide the {n_logical} experts, got {self.ep_size}"
+            )
+        first = torch.ones(n_logical, device="cpu") if load is None else load
+        with outside_modes():
+            self.balancer = Balancer(
+                self._place(first), group=group, rank=0 if group is None else None, device=device
+            )
+            self.plan = SpreadPlan(self.balancer.placement, group=group, device=device)
+            self._reset()
+
+    @property
+    def placement(self) -> Placement:
+        """The placement in use (immutable)."""
+        return self.plan.placement
+
+    def _place(self, load: torch.Tensor) -> Placement:
+        return chain(load, self.ep_size, redundant_per_rank=self.redundant, keep_home=True)
+
+    def _reset(self) -> None:
+        """Start counting afresh."""
+        self.load = torch.zeros(self.n_logical, dtype=torch.int64, device=self.device)
+        self._logical = torch.zeros(WINDOW, self.ep_size, dtype=torch.int64, device=self.device)
+        self._physical = torch.zeros_like(self._logical)
+        self._batches = 0
+
+    def route(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rewrite logical into physical ids; collective over the group.
+
+        Loads are counted, but not where a checkpointed region is recomputed.
+
+        Parameters
+        ----------
+        ids : torch.Tensor
+            int32 or int64, any shape; negative ids are dropped choices.
+
+        Returns
+        -------
+        torch.Tensor
+            Physical ids of the same shape and dtype.
+
+        Raises
+        ------
+        RuntimeError
+            If a region is recomputed whose forward pass ran with another placement.
+        """
+        recomputed = torch._C._current_graph_task_id() != -1
+        if recomputed and not self._batches:
+            raise RuntimeError(
+                "the placement changed between a forward pass and what its backward pass "
+                "recomputes: rebalance between optimizer steps, when no graph is alive"
+            )
+        slots = self.balancer.run(ids.contiguous())
+        if not recomputed:
+            with outside_modes(), torch.no_grad():
+                self._count(ids.detach(), slots.detach())
+        return slots
+
+    def _count(self, ids: torch.Tensor, slots: torch.Tensor) -> None:
+        """Count the choices of one batch, without a wait for the device."""
+        place = self._batches % WINDOW
+        self._batches += 1
+        logical = _count_ids(ids, self.n_logical)
+        physical = _count_ids(slots, self.placement.n_physical)
+        self.load += logical
+        self._logical[place] = logical.view(self.ep_size, -1).sum(1)
+        self._physical[place] = physical.view(self.ep_size, -1).sum(1)
+
+    def rebalance(self) -> None:
+        """Place copies by the loads since the last call; collective over the group.
+
+        Without any load the placement stays. Call it between optimizer steps.
+        """
+        with outside_modes(), torch.no_grad():
+            load = self.load.clone()
+            if self.group is not None:
+                dist.all_reduce(load, group=self.group)
+            load = load.cpu()
+            if not bool(load.any()):
+                return
+            self.balancer.update_placement(self._place(load))
+            plan = SpreadPlan(self.balancer.placement, group=self.group, device=self.device)
+            self.plan.retire()
+            self.plan = plan
+            self._reset()
+
+
+def _count_ids(ids: torch.Tensor, n: int) -> torch.Tensor:
+    """Count ids ``[n]`` int64; negative ones don't count. It never waits for the device."""
+    flat = ids.reshape(-1).long()
+    bins = torch.zeros(n + 1, dtype=torch.int64, device=ids.device)
+    bins.scatter_add_(0, torch.where(flat < 0, n, flat), torch.ones_like(flat))
+    return bins[:n]
+
+
+def measure_imbalance(layers: Iterable[LayerBalance]) -> list[Imbalance]:
+    """Return each layer's imbalance over its latest batches, at most eight; collective.
+
+    It waits for the device. Layers are given in the same order on all ranks of their groups. A
+    layer that saw no token has imbalances of 1.
+    """
+    found = []
+    for layer in layers:
+        n = min(max(layer._batches, 1), WINDOW)
+        loads = torch.stack([layer._logical[:n], layer._physical[:n]])
+        if layer.group is not None:
+            dist.all_reduce(loads, group=layer.group)
+        rows = loads.double().cpu()
+        mean = rows.mean(2)
+        ratio = torch.where(mean > 0, rows.amax(2) / mean.clamp(min=1e-9), 1.0).mean(1)
+        found.append(Imbalance(*ratio.tolist()))
+    return found

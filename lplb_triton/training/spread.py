@@ -1,0 +1,354 @@
+"""Weights of physical slots as a differentiable function of originals that stay at home.
+
+Expert parameters stay where a framework keeps them, in logical order on their home ranks. The
+forward pass sends the rows that redundant slots of other ranks need, the backward pass returns the
+gradients of these slots and adds them up at home. So sharding, gradient reduction, clipping,
+optimizers and checkpoints see plain expert parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lplb_triton._torch_op import outside_modes
+from lplb_triton.training.rows import Rows, describe_tensor, parts_of
+from lplb_triton.training.spread_plan import SpreadPlan, find_plan
+
+__all__ = ["attach", "spread", "stack_slots"]
+
+
+def spread(
+    plan: SpreadPlan,
+    *originals: torch.Tensor | Sequence[torch.Tensor],
+    redundant_only: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Return the weights of this rank's slots; collective over the plan's group, forth and back.
+
+    The forward pass sends rows, and the backward pass sends gradients, whenever one runs: once
+    per micro-batch, and again where a checkpointed region is recomputed. The gradient of an
+    original is the sum over its expert's slots in a fixed order, in float32 or more, rounded once.
+    Every rank has to take part in the backward pass's exchange: `attach` makes sure that a rank
+    does whose slots got no tokens.
+
+    Parameters
+    ----------
+    plan : SpreadPlan
+        Keep it alive, and unchanged, until the backward pass is over.
+    *originals : torch.Tensor, or sequence of torch.Tensor
+        Each is ``[n_local, ...]``, this rank's experts in order, or as many tensors ``[...]`` of
+        one shape, in any dtype, on the plan's device, in the same order on all ranks. DTensors
+        are taken as long as this rank's part holds its experts whole, as within the forward pass
+        of a module under FSDP2.
+    redundant_only : bool
+        Return the redundant slots' weights only, for callers that compute with the originals
+        themselves in the other slots: nothing is copied or kept but what other ranks sent.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        ``[slots_per_rank, ...]`` for each of ``originals``, or ``[n_redundant, ...]``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the original that doesn't fit.
+    RuntimeError
+        In the backward pass, if the plan was retired since the forward pass.
+
+    Examples
+    --------
+    >>> from lplb_triton import Placement, SpreadPlan
+    >>> load = torch.tensor([90.0, 10.0, 40.0, 60.0])
+    >>> placement = Placement.from_history(load, 1, redundant_per_rank=2, keep_home=True)
+    >>> w = torch.nn.Parameter(torch.randn(4, 8, 8))
+    >>> (slots,) = spread(SpreadPlan(placement, device="cpu"), w)
+    >>> slots.square().sum().backward()
+    >>> slots.shape, w.grad.shape
+    (torch.Size([6, 8, 8]), torch.Size([4, 8, 8]))
+    """
+    if not isinstance(plan, SpreadPlan):
+        raise TypeError(f"plan must be a SpreadPlan, got {type(plan).__name__}")
+    plan.require_current()
+    rows = [_check_original(f"originals[{i}]", one, plan) for i, one in enumerate(originals)]
+    stacked = [one for one in rows if isinstance(one, torch.Tensor)]
+    if not redundant_only and len(stacked) == len(rows) and not torch.compiler.is_compiling():
+        return stack_slots(plan, stacked)
+    counts = [0 if isinstance(one, torch.Tensor) else len(one) for one in rows]
+    flat = [part for one in rows for part in parts_of(one)]
+    redundant = tuple(torch.ops.lplb_triton.spread(flat, counts, plan.handle))
+    if redundant_only:
+        return redundant
+    return tuple(
+        torch.cat([one if isinstance(one, torch.Tensor) else torch.stack(one), copies])
+        for one, copies in zip(rows, redundant, strict=True)
+    )
+
+
+def stack_slots(
+    plan: SpreadPlan,
+    originals: Sequence[torch.Tensor],
+    *,
+    buffers: Sequence[torch.Tensor] | None = None,
+    reuse_gradients: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Return the weights of all slots, as `spread` does for stacked originals.
+
+    Parameters
+    ----------
+    plan : SpreadPlan
+        As for `spread`.
+    originals : sequence of torch.Tensor
+        ``[n_local, ...]`` each.
+    buffers : sequence of torch.Tensor, or None
+        ``[slots_per_rank, ...]`` each, whose first ``n_local`` rows are the original's own memory
+        (see `lplb_triton.training.slot_memory`): only the redundant rows are written, and nothing
+        is copied. None makes new tensors.
+    reuse_gradients : bool
+        Whether the backward pass may add to the memory of the gradients that it is given. That is
+        right where slots are used by one operation, which makes a fresh gradient for them.
+    """
+    given = [None] * len(originals) if buffers is None else list(buffers)
+    slots: tuple[torch.Tensor, ...] = _Stack.apply(plan, given, reuse_gradients, *originals)  # type: ignore[no-untyped-call]
+    return slots
+
+
+def attach(output: torch.Tensor, slots: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return ``output``, whose backward pass then always takes part in that of `spread`.
+
+    Where no token reached a rank's slots, or an operation skipped them, autograd would not visit
+    them, and the other ranks would wait for this one. Give the layer's output, in which every
+    rank's backward pass takes part anyway.
+
+    Parameters
+    ----------
+    output : torch.Tensor
+        Any, floating-point.
+    slots : sequence of torch.Tensor
+        What `spread` returned.
+    """
+    result: torch.Tensor = _Attach.apply(output, *slots)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Attach(torch.autograd.Function):
+    """The identity of its first argument; the others get zero gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, *slots: torch.Tensor) -> torch.Tensor:
+        ctx.n_slots = len(slots)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # An undefined gradient is no work for autograd, but its receiver runs all the same.
+        return (grads[0], *[None] * ctx.n_slots)
+
+
+class _Stack(torch.autograd.Function):
+    """All slots of stacked originals; see `stack_slots`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: SpreadPlan,
+        buffers: list[torch.Tensor | None],
+        reuse_gradients: bool,
+        *originals: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.plan, ctx.reuse_gradients = plan, reuse_gradients
+        ctx.shapes = [one.shape for one in originals]
+        # Dispatch modes must not see inside: selective checkpointing would keep, or replay, parts.
+        with outside_modes(), torch.no_grad():
+            redundant = plan.send_weights(originals)
+            slots = []
+            for original, rows, buffer in zip(originals, redundant, buffers, strict=True):
+                if buffer is None:
+                    slots.append(torch.cat([original.detach(), rows]))
+                    continue
+                # Another view of the memory, since what this writes is what was there while a
+                # graph of the same step is alive: autograd's count of writes must not know.
+                view = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
+                view.set_(
+                    buffer.untyped_storage(), buffer.storage_offset(), buffer.shape, buffer.stride()
+                )
+                view[plan.n_local :].copy_(rows)
+                slots.append(view)
+        return tuple(slots)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        plan: SpreadPlan = ctx.plan
+        plan.require_current()
+        n = plan.n_local
+        with outside_modes(), torch.no_grad():
+            totals = plan.return_gradients([grad[n:] for grad in grads])
+            results = []
+            for grad, total in zip(grads, totals, strict=True):
+                own = grad[:n] if ctx.reuse_gradients else grad[:n].clone()
+                if plan.copied.host:
+                    index = plan.copied.device
+                    total += own.index_select(0, index)
+                    own.index_copy_(0, index, total.to(own.dtype))
+                results.append(own)
+        return (None, None, None, *results)
+
+
+def _check_original(label: str, value: object, plan: SpreadPlan) -> Rows:
+    """Return an original as plain tensors, or raise naming it."""
+    n_local = plan.n_local
+    if isinstance(value, torch.Tensor):
+        whole = _to_local(label, value)
+        if whole.ndim == 0 or len(whole) != n_local:
+            raise ValueError(
+                f"{label} must have a row for each of this rank's {n_local} experts, "
+                f"got shape {tuple(whole.shape)}"
+            )
+        rows: Rows = whole
+    elif isinstance(value, Sequence):
+        if len(value) != n_local:
+            raise ValueError(
+                f"{label} must hold a tensor for each of this rank's {n_local} experts, "
+                f"got {len(value)}"
+            )
+        rows = [_to_local(f"{label}[{i}]", part) for i, part in enumerate(value)]
+        for part in rows:
+            if (part.shape, part.dtype) != (rows[0].shape, rows[0].dtype):
+                raise ValueError(
+                    f"{label} must hold tensors of one shape and dtype, "
+                    f"got {describe_tensor(rows[0])} and {describe_tensor(part)}"
+                )
+    else:
+        raise TypeError(
+            f"{label} must be a tensor or a sequence of tensors, got {type(value).__name__}"
+        )
+    for part in parts_of(rows):
+        if part.device != plan.device:
+            raise ValueError(
+                f"{label} must be on the plan's device, {plan.device}, got {part.device}"
+            )
+    return rows
+
+
+def _to_local(label: str, value: object) -> torch.Tensor:
+    """Return this rank's part of a DTensor that holds whole experts, and other tensors as is."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{label} must be a tensor, got {type(value).__name__}")
+    to_local = getattr(value, "to_local", None)
+    if to_local is None:
+        return value
+    local: torch.Tensor = to_local()
+    if local.shape[1:] != value.shape[1:]:
+        raise ValueError(
+            f"{label} is a DTensor whose experts are sharded themselves, {tuple(local.shape)} of "
+            f"{tuple(value.shape)}: call spread where they are whole, within the module's forward"
+        )
+    return local
+
+
+torch.library.define(
+    "lplb_triton::spread", "(Tensor[] originals, int[] counts, int plan) -> Tensor[]"
+)
+torch.library.define(
+    "lplb_triton::return_gradients",
+    "(Tensor[] gradients, int[] counts, int plan) -> Tensor[]",
+)
+
+
+def _group_rows(flat: Sequence[torch.Tensor], counts: Sequence[int]) -> list[Rows]:
+    """Undo the flattening: a count of 0 stands for a stacked tensor, others for so many parts."""
+    rows: list[Rows] = []
+    taken = 0
+    for count in counts:
+        rows.append(list(flat[taken : taken + count]) if count else flat[taken])
+        taken += count or 1
+    return rows
+
+
+def _spread(originals: list[torch.Tensor], counts: list[int], plan: int) -> list[torch.Tensor]:
+    """Send weights; the implementation of the operator."""
+    with torch.no_grad():
+        return find_plan(plan).send_weights(_group_rows(originals, counts))
+
+
+def _spread_fake(originals: list[torch.Tensor], counts: list[int], plan: int) -> list[torch.Tensor]:
+    """Return what tracing needs to know of the redundant slots."""
+    n_redundant, fakes = find_plan(plan).n_redundant, []
+    for rows in _group_rows(originals, counts):
+        first = parts_of(rows)[0]
+        shape = first.shape[1:] if isinstance(rows, torch.Tensor) else first.shape
+        fakes.append(first.new_empty((n_redundant, *shape)))
+    return fakes
+
+
+def _return_gradients(
+    gradients: list[torch.Tensor], counts: list[int], plan: int
+) -> list[torch.Tensor]:
+    """Add up the copies' gradients, in their dtype; the implementation of the operator.
+
+    A stacked original gets a gradient of its own shape. One of several parts gets a row for each
+    part that has copies.
+    """
+    found = find_plan(plan)
+    found.require_current()
+    with torch.no_grad():
+        totals = found.return_gradients([grad.contiguous() for grad in gradients])
+        results = []
+        for total, grad, count in zip(totals, gradients, counts, strict=True):
+            rounded = total.to(grad.dtype)
+            if not count:
+                whole = rounded.new_zeros((found.n_local, *grad.shape[1:]))
+                rounded = whole.index_copy_(0, found.copied.device, rounded)
+            results.append(rounded)
+    return results
+
+
+def _return_gradients_fake(
+    gradients: list[torch.Tensor], counts: list[int], plan: int
+) -> list[torch.Tensor]:
+    """Return what tracing needs to know of the sums."""
+    found = find_plan(plan)
+    return [
+        grad.new_empty((len(found.copied.host) if count else found.n_local, *grad.shape[1:]))
+        for grad, count in zip(gradients, counts, strict=True)
+    ]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    """Keep what the backward pass needs; no tensor is among it."""
+    originals, counts, plan = inputs
+    ctx.counts, ctx.plan, ctx.n_flat = counts, plan, len(originals)
+    ctx.kinds = [(one.shape, one.dtype, one.device) for one in output]
+
+
+def _differentiate(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[Any, None, None]:
+    """Return gradients at home; an expert without copies gets none from here."""
+    given = [
+        torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+        for grad, (shape, dtype, device) in zip(grads, ctx.kinds, strict=True)
+    ]
+    totals = torch.ops.lplb_triton.return_gradients(given, ctx.counts, ctx.plan)
+    copied = find_plan(ctx.plan).copied.host
+    results: list[torch.Tensor | None] = []
+    for total, count in zip(totals, ctx.counts, strict=True):
+        if not count:
+            results.append(total)
+            continue
+        parts: list[torch.Tensor | None] = [None] * count
+        for i, row in enumerate(copied):
+            parts[row] = total[i]
+        results.extend(parts)
+    return results, None, None
+
+
+for _name, _call, _traced in (
+    ("spread", _spread, _spread_fake),
+    ("return_gradients", _return_gradients, _return_gradients_fake),
+):
+    torch.library.impl(f"lplb_triton::{_name}", "CompositeExplicitAutograd", _call)
+    torch.library.register_fake(f"lplb_triton::{_name}", _traced)
+    # A call takes part in an exchange, so it must not be removed where its result is unused.
+    torch.fx.node.has_side_effect(getattr(torch.ops.lplb_triton, _name).default)
+torch.library.register_autograd("lplb_triton::spread", _differentiate, setup_context=_remember)

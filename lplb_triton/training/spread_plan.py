@@ -1,0 +1,203 @@
+"""What one rank sends to fill the redundant slots of a placement that keeps experts at home."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from lplb_triton._checks import resolve_device
+from lplb_triton.placement import Placement
+from lplb_triton.placement.home import is_at_home
+from lplb_triton.training.checks import (
+    Spec,
+    check_backend,
+    check_group,
+    check_on_all_ranks,
+    check_placement,
+    describe_placement,
+    is_usable,
+)
+from lplb_triton.training.routes import make_index, make_rounds, plan_redundant_routes
+from lplb_triton.training.rows import Rows, ordinary_tensors, parts_of, put_rows, take_rows
+from lplb_triton.training.transfer import add_rows, exchange_rows
+
+__all__ = ["SpreadPlan", "find_plan"]
+
+_handles = itertools.count()
+_plans: weakref.WeakValueDictionary[int, SpreadPlan] = weakref.WeakValueDictionary()
+
+
+class SpreadPlan:
+    """Which rows `spread` sends: one placement, seen from one rank.
+
+    Construction is collective over the group and checks first: if the placement of one rank is
+    wrong or differs from rank 0's, every rank raises.
+
+    Parameters
+    ----------
+    placement : Placement
+        One that keeps experts at home: made with ``keep_home=True``. The same on all ranks;
+        `Balancer.placement` is.
+    group : torch.distributed.ProcessGroup or None
+        The EP group, NCCL for tensors on a GPU, gloo on a CPU; None if ``ep_size`` is 1.
+    device : torch.device, str or None
+        Device of the originals; by default the current GPU, or the CPU if there is none.
+
+    Attributes
+    ----------
+    placement : Placement
+        As given.
+    rank : int
+        This rank's number in the group.
+    n_local : int
+        Experts of each rank: rank r has the originals of ``r * n_local`` and following.
+    n_redundant : int
+        Redundant slots of each rank; slots ``n_local`` to ``slots_per_rank - 1`` are redundant.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument and, if it is another rank's, the rank.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        *,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        def check() -> Spec:
+            check_group("group", group)
+            check_placement(placement, group)
+            if not is_at_home(placement):
+                raise ValueError(
+                    "placement must keep every expert at home: make it with keep_home=True "
+                    "(Placement.from_history, chain, place)"
+                )
+            self.device = resolve_device(device)
+            check_backend(group, self.device)
+            return {"placement": describe_placement(placement)}
+
+        check_on_all_ranks({"group": group} if is_usable(group) else {}, check)
+        self.placement, self.group = placement, group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.n_local = placement.n_logical // placement.ep_size
+        self.n_redundant = placement.slots_per_rank - self.n_local
+        with ordinary_tensors():
+            self._make_routes()
+        self._current = True
+        self.handle = next(_handles)
+        _plans[self.handle] = self
+
+    def _make_routes(self) -> None:
+        """Make the routes, and the order in which returned gradients are added up."""
+        self.weight_routes = plan_redundant_routes(self.placement, self.rank, self.device)
+        self.gradient_routes = self.weight_routes.reverse()
+        back = self.gradient_routes
+        # Only experts with a copy get a sum; `copied` are their rows.
+        copied = sorted({*back.local_to.host, *back.into.host})
+        place = {row: i for i, row in enumerate(copied)}
+        self.copied = make_index(copied, self.device)
+        local = make_index([place[row] for row in back.local_to.host], self.device)
+        arriving = make_index([place[row] for row in back.into.host], self.device)
+        self._local_rounds = make_rounds(back.local_from.host, local, len(copied))
+        self._arriving_rounds = make_rounds(range(len(back.into.host)), arriving, len(copied))
+
+    def __repr__(self) -> str:
+        """Write the placement and the rank in one line."""
+        return f"SpreadPlan({self.placement!r}, rank={self.rank})"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to be pickled, since a plan belongs to a process group."""
+        raise TypeError("a SpreadPlan can't be pickled or copied: make another of its placement")
+
+    def count_messages(self) -> tuple[int, int]:
+        """Return how many rows of each original this rank sends and receives.
+
+        A forward pass sends and receives as many rows of weights, and a backward pass receives and
+        sends as many rows of gradients.
+        """
+        return sum(self.weight_routes.out_counts), sum(self.weight_routes.in_counts)
+
+    def retire(self) -> None:
+        """Declare that another plan has taken this one's place.
+
+        A backward pass through slots of this plan raises from now on: what it recomputes, or reads
+        from the slots' memory, would be of the other plan.
+        """
+        self._current = False
+
+    def require_current(self) -> None:
+        """Raise a RuntimeError if the plan was retired."""
+        if not self._current:
+            raise RuntimeError(
+                "the placement changed between a forward pass and its backward pass (or what it "
+                "recomputes): change it between optimizer steps, when no graph is alive"
+            )
+
+    def send_weights(self, originals: Sequence[Rows]) -> list[torch.Tensor]:
+        """Return the weights of this rank's redundant slots, ``[n_redundant, ...]`` each."""
+        routes = self.weight_routes
+        slots, arriving = [], []
+        for rows in originals:
+            first = parts_of(rows)[0]
+            shape = first.shape[1:] if isinstance(rows, torch.Tensor) else first.shape
+            redundant = torch.empty(
+                (self.n_redundant, *shape), dtype=first.dtype, device=first.device
+            )
+            if routes.local_from.host:
+                put_rows(redundant, routes.local_to, take_rows(rows, routes.local_from))
+            if routes.remote:
+                message = take_rows(rows, routes.out)
+                arriving.append((redundant, *exchange_rows(message, routes, self.group)))
+            slots.append(redundant)
+        for redundant, message, work in arriving:
+            work.wait()
+            put_rows(redundant, routes.into, message)
+        return slots
+
+    def return_gradients(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the sums of the copies' gradients, ``[len(copied), ...]`` each.
+
+        Parameters
+        ----------
+        gradients
+            Gradients of the weights that `send_weights` returned.
+
+        Returns
+        -------
+        list of torch.Tensor
+            A row for each of ``copied``, in at least float32. The order of sums is fixed: copies
+            on this rank first, then the others by slot number.
+        """
+        routes = self.gradient_routes
+        totals, arriving = [], []
+        for grad in gradients:
+            total = torch.zeros(
+                (len(self.copied.host), *grad.shape[1:]),
+                dtype=torch.promote_types(grad.dtype, torch.float32),
+                device=grad.device,
+            )
+            if routes.remote:
+                message = take_rows(grad, routes.out)
+                arriving.append((total, *exchange_rows(message, routes, self.group)))
+            add_rows(total, grad, self._local_rounds)
+            totals.append(total)
+        for total, message, work in arriving:
+            work.wait()
+            add_rows(total, message, self._arriving_rounds)
+        return totals
+
+
+def find_plan(handle: int) -> SpreadPlan:
+    """Return the plan with this number, or raise if it no longer exists."""
+    plan = _plans.get(handle)
+    if plan is None:
+        raise RuntimeError("the SpreadPlan of this call no longer exists; keep a reference to it")
+    return plan
