@@ -141,7 +141,7 @@ def plan_redundant_routes(placement: Placement, rank: int, device: torch.device)
     n_own = placement.n_logical // placement.ep_size
     n_redundant = placement.slots_per_rank - n_own
     experts = placement.phy2log.numpy().reshape(placement.ep_size, -1)[:, n_own:].reshape(-1)
-    target, per_target = np.arange(len(experts)), max(n_redundant, 1)
+    target = np.arange(len(experts))
     return plan_routes(
         experts.astype(np.int64),
         n_own,
