@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from lplb_triton._checks import resolve_device
 from lplb_triton.placement import Placement
-from lplb_triton.placement.home import is_at_home
 from lplb_triton.training.checks import (
     Spec,
+    check_at_home,
     check_backend,
     check_group,
     check_on_all_ranks,
@@ -22,9 +22,9 @@ from lplb_triton.training.checks import (
     describe_placement,
     is_usable,
 )
-from lplb_triton.training.routes import make_index, make_rounds, plan_redundant_routes
-from lplb_triton.training.rows import Rows, ordinary_tensors, parts_of, put_rows, take_rows
-from lplb_triton.training.transfer import add_rows, exchange_rows
+from lplb_triton.training.routes import plan_redundant_traffic
+from lplb_triton.training.rows import Index, Rows, ordinary_tensors, parts_of, put_rows, take_rows
+from lplb_triton.training.transfer import add_rows, exchange_rows, start_sum
 
 __all__ = ["SpreadPlan", "find_plan"]
 
@@ -75,11 +75,7 @@ class SpreadPlan:
         def check() -> Spec:
             check_group("group", group)
             check_placement(placement, group)
-            if not is_at_home(placement):
-                raise ValueError(
-                    "placement must keep every expert at home: make it with keep_home=True "
-                    "(Placement.from_history, chain, place)"
-                )
+            check_at_home(placement)
             self.device = resolve_device(device)
             check_backend(group, self.device)
             return {"placement": describe_placement(placement)}
@@ -90,24 +86,15 @@ class SpreadPlan:
         self.n_local = placement.n_logical // placement.ep_size
         self.n_redundant = placement.slots_per_rank - self.n_local
         with ordinary_tensors():
-            self._make_routes()
+            self.traffic = plan_redundant_traffic(placement, self.rank, self.device)
         self._current = True
         self.handle = next(_handles)
         _plans[self.handle] = self
 
-    def _make_routes(self) -> None:
-        """Make the routes, and the order in which returned gradients are added up."""
-        self.weight_routes = plan_redundant_routes(self.placement, self.rank, self.device)
-        self.gradient_routes = self.weight_routes.reverse()
-        back = self.gradient_routes
-        # Only experts with a copy get a sum; `copied` are their rows.
-        copied = sorted({*back.local_to.host, *back.into.host})
-        place = {row: i for i, row in enumerate(copied)}
-        self.copied = make_index(copied, self.device)
-        local = make_index([place[row] for row in back.local_to.host], self.device)
-        arriving = make_index([place[row] for row in back.into.host], self.device)
-        self._local_rounds = make_rounds(back.local_from.host, local, len(copied))
-        self._arriving_rounds = make_rounds(range(len(back.into.host)), arriving, len(copied))
+    @property
+    def copied(self) -> Index:
+        """Rows of this rank's experts that have copies."""
+        return self.traffic.summed
 
     def __repr__(self) -> str:
         """Write the placement and the rank in one line."""
@@ -123,7 +110,7 @@ class SpreadPlan:
         A forward pass sends and receives as many rows of weights, and a backward pass receives and
         sends as many rows of gradients.
         """
-        return sum(self.weight_routes.out_counts), sum(self.weight_routes.in_counts)
+        return sum(self.traffic.weight_routes.out_counts), sum(self.traffic.weight_routes.in_counts)
 
     def retire(self) -> None:
         """Declare that another plan has taken this one's place.
@@ -143,7 +130,7 @@ class SpreadPlan:
 
     def send_weights(self, originals: Sequence[Rows]) -> list[torch.Tensor]:
         """Return the weights of this rank's redundant slots, ``[n_redundant, ...]`` each."""
-        routes = self.weight_routes
+        routes = self.traffic.weight_routes
         slots, arriving = [], []
         for rows in originals:
             first = parts_of(rows)[0]
@@ -176,22 +163,19 @@ class SpreadPlan:
             A row for each of ``copied``, in at least float32. The order of sums is fixed: copies
             on this rank first, then the others by slot number.
         """
-        routes = self.gradient_routes
+        routes = self.traffic.gradient_routes
         totals, arriving = [], []
         for grad in gradients:
-            total = torch.zeros(
-                (len(self.copied.host), *grad.shape[1:]),
-                dtype=torch.promote_types(grad.dtype, torch.float32),
-                device=grad.device,
-            )
+            started = None
             if routes.remote:
-                message = take_rows(grad, routes.out)
-                arriving.append((total, *exchange_rows(message, routes, self.group)))
-            add_rows(total, grad, self._local_rounds)
+                started = exchange_rows(take_rows(grad, routes.out), routes, self.group)
+            total = start_sum(grad, self.traffic)
+            if started is not None:
+                arriving.append((total, *started))
             totals.append(total)
         for total, message, work in arriving:
             work.wait()
-            add_rows(total, message, self._arriving_rounds)
+            add_rows(total, message, self.traffic.arriving_rounds)
         return totals
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "exchange_rows",
     "move_rows",
     "start_gradients",
+    "start_sum",
     "start_weights",
 ]
 
@@ -73,13 +74,7 @@ def start_gradients(
         message = (
             exchange_rows(take_rows(grad, routes.out), routes, group) if routes.remote else None
         )
-        n_own = len(rows)
-        total = torch.zeros(
-            (n_own, *grad.shape[1:]),
-            dtype=torch.promote_types(part.dtype, torch.float32),
-            device=part.device,
-        )
-        add_rows(total, grad, traffic.local_rounds)
+        total = start_sum(grad, traffic)
         arriving.append((rows, total, message))
 
     def finish() -> None:
@@ -88,9 +83,20 @@ def start_gradients(
                 received, work = message
                 work.wait()
                 add_rows(total, received, traffic.arriving_rounds)
-            add_gradient(rows, total)
+            add_gradient(rows, traffic.summed, total)
 
     return finish
+
+
+def start_sum(grad: torch.Tensor, traffic: Traffic) -> torch.Tensor:
+    """Add up the gradients of this rank's slots, ``[len(summed), ...]`` in at least float32."""
+    total = torch.zeros(
+        (len(traffic.summed.host), *grad.shape[1:]),
+        dtype=torch.promote_types(grad.dtype, torch.float32),
+        device=grad.device,
+    )
+    add_rows(total, grad, traffic.local_rounds)
+    return total
 
 
 def add_rows(
@@ -101,14 +107,25 @@ def add_rows(
         total.index_add_(0, target.device, take_rows(rows, source).to(total.dtype))
 
 
-def add_gradient(rows: Rows, total: torch.Tensor) -> None:
-    """Add ``total`` ``[n_own, ...]`` to the originals' gradients."""
-    values = [total] if isinstance(rows, torch.Tensor) else total.unbind()
-    for param, value in zip(parts_of(rows), values, strict=True):
+def add_gradient(rows: Rows, index: Index, total: torch.Tensor) -> None:
+    """Add ``total`` to the gradients of the originals' rows ``index``; the others get zeros."""
+    if isinstance(rows, torch.Tensor):
+        if rows.grad is None and len(index.host) == len(rows):
+            rows.grad = total.to(rows.dtype)
+            return
+        if rows.grad is None:
+            rows.grad = torch.zeros_like(rows)
+        rows.grad.index_add_(0, index.device, total.to(rows.grad.dtype))
+        return
+    for row, value in zip(index.host, total, strict=True):
+        param = rows[row]
         if param.grad is None:
             param.grad = value.to(param.dtype)
         else:
             param.grad += value.to(param.grad.dtype)
+    for param in rows:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
 
 
 def exchange_rows(
