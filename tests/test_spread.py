@@ -26,9 +26,7 @@ def make_plan(group, redundant=2, seed=0):
     load = torch.distributions.LogNormal(0.0, 1.0)
     torch.manual_seed(seed)
     ranks = 1 if group is None else group.size()
-    placement = chain(
-        load.sample((EXPERTS,)), ranks, redundant_per_rank=redundant, keep_home=True
-    )
+    placement = chain(load.sample((EXPERTS,)), ranks, redundant_per_rank=redundant, keep_home=True)
     return SpreadPlan(placement, group=group, device="cpu")
 
 
@@ -84,7 +82,9 @@ def check_gradients(rank, group, redundant):
     rows, more = spread(plan, w, parts, redundant_only=True)
     torch.testing.assert_close(rows, case.slots[n:], rtol=0, atol=0)
     upstream = case.upstream[rank]
-    ((w * upstream[:n]).sum() + (rows * upstream[n:]).sum() + (more * upstream[n:]).sum()).backward()
+    (
+        (w * upstream[:n]).sum() + (rows * upstream[n:]).sum() + (more * upstream[n:]).sum()
+    ).backward()
     torch.testing.assert_close(w.grad, case.gradient, rtol=1e-14, atol=1e-14)
     uncopied = set(range(n)) - set(plan.copied.host)
     assert all(parts[i].grad is None for i in uncopied)
@@ -222,7 +222,7 @@ def test_dtensors_that_hold_whole_experts(tmp_path):
 def check_stacking(rank, group):
     """Stack into the parameter's own memory, and keep only redundant rows otherwise."""
     case = Case(make_plan(group), rank)
-    plan, n = case.plan, case.plan.n_local
+    plan = case.plan
     w = torch.nn.Parameter(case.original.clone())
     buffer = extend_memory(w, plan.n_redundant)
     assert is_extended(w, buffer) and not is_extended(case.original, buffer)
@@ -247,7 +247,6 @@ def check_stacking(rank, group):
     assert slots.data_ptr() == w.data_ptr()
     torch.testing.assert_close(slots, 2 * case.slots, rtol=0, atol=0)
 
-    saved = []
     w = case.leaf()
     (slots,) = stack_slots(plan, [w])
     with keep_redundant_rows(plan, [w], [slots]):
