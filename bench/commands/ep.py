@@ -41,10 +41,10 @@ def add(commands: Any) -> None:
         help="load sync, whole runs, weights of slots and training on the GPUs of this host",
         description=(
             "Verify and time load sync against NCCL, whole runs with sync, a killed rank, weights\n"
-            "of slots with gradients back, and training with and without balancing, one process per\n"
-            "GPU. Each section has processes of its own and a bound; one that fails doesn't keep\n"
-            "the others from running. Nothing is timed before its answers have been held against\n"
-            "the LP, or against sums made another way."
+            "of slots with gradients back, and training with and without balancing, one process\n"
+            "per GPU. Each section has processes of its own and a bound; one that fails doesn't\n"
+            "keep the others from running. Nothing is timed before its answers have been held\n"
+            "against the LP, or against sums made another way."
         ),
         examples=(
             "  lplb-bench ep --json ep.json --markdown ep.md\n"

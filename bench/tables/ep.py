@@ -211,18 +211,12 @@ def _make_weights_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[G
         f"{first['home_bytes'] / 2**20:.0f} MiB of them on each rank. sent: weights, mean by rank; "
         "as much comes back in gradients. kept: device memory beyond the originals from the "
         "forward pass to the backward pass. Times are of the slowest rank, with the host's work. "
-        "spread sends in every forward pass, Replicas once per optimizer step."
+        "The first three forms are lplb_triton.spread's, which sends in every forward pass: all "
+        "slots in a new tensor, all slots in memory whose first rows are the parameter, and rows "
+        "of redundant slots for parameters by expert. Replicas sends once per optimizer step; "
+        "rows: redundant_only."
     )
-    header = (
-        "redundant",
-        "form",
-        "kept MiB",
-        "sent MiB",
-        "weights us",
-        "p99",
-        "gradients us",
-        "p99",
-    )
+    header = ("slots", "form", "kept MiB", "sent", "weights us", "p99", "gradients us", "p99")
     return [
         Grid("Weights of one layer's slots, and their gradients back", header, lines, tuple(notes))
     ]

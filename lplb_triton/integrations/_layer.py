@@ -77,6 +77,8 @@ class LayerBalance:
             raise ValueError(
                 f"the EP group's size must divide the {n_logical} experts, got {self.ep_size}"
             )
+        if load is not None and tuple(load.shape) != (n_logical,):
+            raise ValueError(f"load must have shape ({n_logical},), got {tuple(load.shape)}")
         first = torch.ones(n_logical, device="cpu") if load is None else load
         with outside_modes():
             self.balancer = Balancer(
