@@ -15,6 +15,7 @@ from torch.utils.checkpoint import (
 )
 
 from lplb_triton import Placement, Replicas, SpreadPlan, chain, spread
+from lplb_triton.integrations.layers import LayerBalance
 from lplb_triton.training.slot_memory import extend_memory, is_extended, keep_redundant_rows
 from lplb_triton.training.spread import attach, stack_slots
 
@@ -419,3 +420,62 @@ def check_late(rank, group):
 def test_a_missing_rank_is_waited_for_no_longer_than_the_timeout(tmp_path):
     """The exchange's wait is bounded by the group's time-out."""
     run_ranks(check_late, 2, tmp_path)
+
+
+def check_on_gpus(rank, _):
+    """Train a layer over NCCL: ids rewritten, tokens and weights sent, gradients returned."""
+    torch.cuda.set_device(rank)
+    group = dist.new_group(backend="nccl")
+    device = torch.device("cuda", rank)
+    layer = LayerBalance(EXPERTS, group=group, device=device, redundant=2)
+    n, width = EXPERTS // 2, 64
+    generator = torch.Generator(device).manual_seed(0)
+    everything = torch.randn(EXPERTS, width, generator=generator, device=device)
+    w = torch.nn.Parameter(everything[rank * n : (rank + 1) * n].bfloat16().clone())
+    buffer = extend_memory(w, layer.plan.n_redundant)
+    compiled = torch.compile(lambda plan, w: spread(plan, w)[0] * 2)
+    for step in range(6):
+        ids = torch.randint(EXPERTS, (512, 2), generator=generator, device=device)
+        found = []
+        for form in ("stacked", "in place", "redundant", "compiled"):
+            slots = layer.route(ids)
+            plan = layer.plan
+            if form == "in place":
+                (rows,) = stack_slots(plan, [w], buffers=[buffer], reuse_gradients=True)
+            elif form == "redundant":
+                rows = torch.cat([w, spread(plan, w, redundant_only=True)[0]])
+            elif form == "compiled":
+                rows = compiled(plan, w) / 2
+            else:
+                (rows,) = spread(plan, w)
+            mine = (slots // plan.placement.slots_per_rank == rank) & (slots >= 0)
+            local = slots[mine] % plan.placement.slots_per_rank
+            count = torch.bincount(local, minlength=len(rows)).to(rows.dtype)
+            output = torch.zeros(1, device=device, dtype=rows.dtype, requires_grad=True) * 1
+            if len(local):
+                output = output + (rows.float() ** 2 * count[:, None].float()).sum().bfloat16()
+            attach(output, [rows]).sum().backward()
+            found.append(w.grad.clone())
+            w.grad = None
+        every = torch.bincount(ids.flatten(), minlength=EXPERTS)[rank * n : (rank + 1) * n]
+        # Both ranks hold the same ids, and each serves those that the plan gives it: all of them,
+        # once, up to what each rank rounds by itself.
+        expected = 2 * w.detach().float() * every[:, None].float()
+        for grad in found:
+            torch.testing.assert_close(grad, found[0], rtol=2**-6, atol=1e-2)
+            torch.testing.assert_close(
+                grad.float(), expected, rtol=0.1, atol=6 * float(w.abs().max())
+            )
+        with torch.no_grad():
+            w.add_(1)
+        if step % 2:
+            layer.rebalance()
+    dist.destroy_process_group(group)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("connections", ["1", "32"])
+def test_two_gpus_over_nccl(tmp_path, monkeypatch, connections):
+    """All forms agree over NCCL, also where one hardware queue orders all launches."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
+    run_ranks(check_on_gpus, 2, tmp_path)
