@@ -23,8 +23,8 @@ from lplb_triton.training.checks import (
     is_usable,
 )
 from lplb_triton.training.routes import plan_redundant_traffic
-from lplb_triton.training.rows import Index, Rows, ordinary_tensors, parts_of, put_rows, take_rows
-from lplb_triton.training.transfer import add_rows, exchange_rows, start_sum
+from lplb_triton.training.rows import Index, Rows, ordinary_tensors, parts_of
+from lplb_triton.training.transfer import start_copies, start_sums
 
 __all__ = ["SpreadPlan", "find_plan"]
 
@@ -87,6 +87,9 @@ class SpreadPlan:
         self.n_redundant = placement.slots_per_rank - self.n_local
         with ordinary_tensors():
             self.traffic = plan_redundant_traffic(placement, self.rank, self.device)
+        # Parts of an original by expert that the operators take: those with copies, and one more,
+        # so that autograd brings a rank without any to the exchange of gradients.
+        self.given = sorted({0, *self.copied.host})
         self._current = True
         self.handle = next(_handles)
         _plans[self.handle] = self
@@ -130,24 +133,14 @@ class SpreadPlan:
 
     def send_weights(self, originals: Sequence[Rows]) -> list[torch.Tensor]:
         """Return the weights of this rank's redundant slots, ``[n_redundant, ...]`` each."""
-        routes = self.traffic.weight_routes
-        slots, arriving = [], []
+        pairs: list[tuple[torch.Tensor, Rows]] = []
         for rows in originals:
             first = parts_of(rows)[0]
             shape = first.shape[1:] if isinstance(rows, torch.Tensor) else first.shape
-            redundant = torch.empty(
-                (self.n_redundant, *shape), dtype=first.dtype, device=first.device
-            )
-            if routes.local_from.host:
-                put_rows(redundant, routes.local_to, take_rows(rows, routes.local_from))
-            if routes.remote:
-                message = take_rows(rows, routes.out)
-                arriving.append((redundant, *exchange_rows(message, routes, self.group)))
-            slots.append(redundant)
-        for redundant, message, work in arriving:
-            work.wait()
-            put_rows(redundant, routes.into, message)
-        return slots
+            slots = torch.empty((self.n_redundant, *shape), dtype=first.dtype, device=first.device)
+            pairs.append((slots, rows))
+        start_copies(pairs, self.traffic.weight_routes, self.group)()
+        return [slots for slots, _ in pairs]
 
     def return_gradients(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the sums of the copies' gradients, ``[len(copied), ...]`` each.
@@ -163,20 +156,7 @@ class SpreadPlan:
             A row for each of ``copied``, in at least float32. The order of sums is fixed: copies
             on this rank first, then the others by slot number.
         """
-        routes = self.traffic.gradient_routes
-        totals, arriving = [], []
-        for grad in gradients:
-            started = None
-            if routes.remote:
-                started = exchange_rows(take_rows(grad, routes.out), routes, self.group)
-            total = start_sum(grad, self.traffic)
-            if started is not None:
-                arriving.append((total, *started))
-            totals.append(total)
-        for total, message, work in arriving:
-            work.wait()
-            add_rows(total, message, self.traffic.arriving_rounds)
-        return totals
+        return start_sums(gradients, self.traffic, self.group)()
 
 
 def find_plan(handle: int) -> SpreadPlan:
