@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from gloo import run_ranks
 from torch.utils.checkpoint import checkpoint
 
 from lplb_triton import spread
-from lplb_triton.integrations.layers import LayerBalance, measure_imbalance
+from lplb_triton.integrations.layers import LayerBalance, measure_imbalance, rebalance_layers
 from lplb_triton.training.spread import attach
 
 CPU = torch.device("cpu")
@@ -51,6 +52,30 @@ def check_loads(rank, group):
     layer.load.zero_()
     layer.rebalance()
     assert layer.plan is kept  # nothing was counted, so nothing is known to be better
+
+
+def check_many(rank, group):
+    """Rebalance layers of two groups at once, one of them without loads."""
+    alone = [dist.new_group([r]) for r in range(2)][rank]
+    layers = [LayerBalance(8, group=group, device=CPU) for _ in range(3)]
+    layers.append(LayerBalance(8, group=alone, device=CPU))
+    plans = [layer.plan for layer in layers]
+    for seed, layer in enumerate(layers):
+        if seed != 1:
+            layer.route(draw_ids(rank, seed))
+    single = LayerBalance(8, group=group, device=CPU)
+    single.route(draw_ids(rank, 0))
+    assert rebalance_layers(layers) == 3
+    kept = [layer.plan is plan for layer, plan in zip(layers, plans, strict=True)]
+    assert kept == [False, True, False, False]
+    single.rebalance()
+    assert torch.equal(single.placement.phy2log, layers[0].placement.phy2log)
+    assert layers[0].balancer.placement == layers[0].plan.placement
+
+
+def test_many_layers_at_once(tmp_path):
+    """Layers with loads get the placement that each would get by itself; others keep theirs."""
+    run_ranks(check_many, 2, tmp_path)
 
 
 def test_loads_and_imbalance(tmp_path):

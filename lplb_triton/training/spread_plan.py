@@ -81,6 +81,21 @@ class SpreadPlan:
             return {"placement": describe_placement(placement)}
 
         check_on_all_ranks({"group": group} if is_usable(group) else {}, check)
+        self._set_up(placement, group)
+
+    @classmethod
+    def of_agreed(
+        cls, placement: Placement, group: dist.ProcessGroup | None, device: torch.device
+    ) -> SpreadPlan:
+        """Make a plan of a placement that the ranks have agreed on, without communication."""
+        check_at_home(placement)
+        made = object.__new__(cls)
+        made.device = device
+        made._set_up(placement, group)
+        return made
+
+    def _set_up(self, placement: Placement, group: dist.ProcessGroup | None) -> None:
+        """Make what this rank sends, and register the plan for the operators."""
         self.placement, self.group = placement, group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.n_local = placement.n_logical // placement.ep_size
