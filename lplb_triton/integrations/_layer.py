@@ -211,8 +211,8 @@ def _count_ids(ids: torch.Tensor, n: int) -> torch.Tensor:
 def measure_imbalance(layers: Sequence[LayerBalance]) -> list[Imbalance]:
     """Return each layer's imbalance over its latest batches, at most eight; collective.
 
-    It waits for the device. Layers are given in the same order on all ranks of their groups. Batches
-    without tokens don't count, and a layer that saw no others has imbalances of 1.
+    It waits for the device. Layers are given in the same order on all ranks of their groups.
+    Batches without tokens don't count, and a layer that saw no others has imbalances of 1.
     """
     found: dict[int, Imbalance] = {}
     for members in _by_group(layers):
