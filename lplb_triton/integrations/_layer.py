@@ -142,15 +142,26 @@ class LayerBalance:
         self._logical[place] = logical.view(self.ep_size, -1).sum(1)
         self._physical[place] = physical.view(self.ep_size, -1).sum(1)
 
-    def rebalance(self) -> None:
+    @property
+    def has_batches(self) -> bool:
+        """Whether a batch was routed since the last `rebalance`."""
+        return self._batches > 0
+
+    def rebalance(self, load: torch.Tensor | None = None) -> None:
         """Place copies by the loads since the last call; collective over the group.
 
         Without any load the placement stays. Call it between optimizer steps.
+
+        Parameters
+        ----------
+        load : torch.Tensor or None
+            ``[n_logical]``, loads to place copies by instead, the same on all ranks.
         """
         with outside_modes(), torch.no_grad():
-            load = self.load.clone()
-            if self.group is not None:
-                dist.all_reduce(load, group=self.group)
+            if load is None:
+                load = self.load.clone()
+                if self.group is not None:
+                    dist.all_reduce(load, group=self.group)
             load = load.cpu()
             if not bool(load.any()):
                 return
