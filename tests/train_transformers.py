@@ -7,6 +7,7 @@ in which ``spec.json`` says what to run and rank 0 leaves ``results.pt``.
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -204,6 +205,7 @@ def main():
             folder / "model"
         )
     dist.barrier()
+    warnings.simplefilter("error")
     results = {name: carry_out(folder, spec, run) for name, run in spec["runs"].items()}
     if rank == 0:
         torch.save(results, folder / "results.pt")

@@ -40,13 +40,11 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
         Made in the first forward pass, which is when the device is known.
     """
 
-    def __init__(
-        self, experts: torch.nn.Module, ep_mesh: Any, tp_mesh: Any, *, redundant: int
-    ) -> None:
+    def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any, *, redundant: int) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self._experts, self._redundant = experts, redundant
-        self._n_local = self.num_local_experts
-        self._run_experts = self.experts_forward
+        self._n_local = int(experts.num_experts)
+        self._run_experts = experts.forward
         self._all_reduce = AllReduceEP(experts, ep_mesh, tp_mesh) if self.shares_batch else None
         self._memory = ExpertMemory(experts, self._n_local, redundant)
         self._first_load: torch.Tensor | None = None
@@ -58,12 +56,11 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
 
     def __call__(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> Any:
         """Return the weighted expert output of each token; collective over the EP group."""
         learns = self._experts.training or (torch.is_grad_enabled() and hidden_states.requires_grad)
         if self._all_reduce is not None and not learns:
-            output: torch.Tensor = self._all_reduce(hidden_states, top_k_index, top_k_weights)
-            return output
+            return self._all_reduce(hidden_states, top_k_index, top_k_weights)
         originals = self._memory.take_originals()
         balance = self._get_balance(hidden_states.device)
         slot_ids = self._route(balance, top_k_index)
@@ -72,11 +69,13 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
 
         def run_experts(*args: torch.Tensor) -> Any:
             with self._memory.replace_parameters(plan, originals, slots):
-                return self._run_experts(*args)
+                expert_output = self._run_experts(*args)
+            # What goes back through the all-to-all, in whose backward pass every rank takes part.
+            # The layer's own output must not be a view, which FSDP warns of.
+            return attach(expert_output, list(slots.values()))
 
         self.experts_forward = run_experts
-        output = super().__call__(hidden_states, slot_ids, top_k_weights)
-        return attach(output, list(slots.values()))
+        return super().__call__(hidden_states, slot_ids, top_k_weights)
 
     def _get_balance(self, device: torch.device) -> LayerBalance:
         """Return the layer's balance; the first call makes it, and is collective."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
+from lplb_triton.integrations._fsdp import find_lasting_memory
 from lplb_triton.training.slot_memory import extend_memory, is_extended, keep_redundant_rows
 from lplb_triton.training.spread import stack_slots
 from lplb_triton.training.spread_plan import SpreadPlan
@@ -19,8 +19,8 @@ __all__ = ["ExpertMemory"]
 class ExpertMemory:
     """Makes the slots' weights from an experts module's parameters, and puts them in their place.
 
-    Where parameters stay in memory of their own, that memory is extended by the redundant slots,
-    so that nothing is copied. Under FSDP, whose memory comes and goes, home and redundant rows are
+    Where this rank's parameters stay in memory of their own, that memory is extended by the
+    redundant slots, so that nothing is copied. Where FSDP gathers them, home and redundant rows are
     put together in each forward pass, and autograd keeps only the redundant ones.
 
     Parameters
@@ -33,25 +33,26 @@ class ExpertMemory:
         Redundant slots of this rank.
     """
 
-    def __init__(self, experts: torch.nn.Module, n_local: int, n_redundant: int) -> None:
+    def __init__(self, experts: Any, n_local: int, n_redundant: int) -> None:
         self._experts, self._n_local, self._n_redundant = experts, n_local, n_redundant
         self._buffers: dict[str, torch.Tensor] = {}
-        # A DTensor's memory can be replaced only where the DTensor itself is at hand. Within the
-        # experts' forward there are only its local tensors.
+        # Buffers that hold the present weights, from the hook to the experts' own forward.
+        self._ready: dict[str, torch.Tensor] = {}
+        # Memory can be replaced only where the DTensors themselves are at hand. Within the
+        # experts' forward there are only their local tensors.
         experts.register_forward_pre_hook(self._extend_parameters)
 
     def _extend_parameters(self, module: torch.nn.Module, args: object) -> None:
-        """Extend the memory of the parameters that were not extended yet, or were moved."""
-        pending = {}
-        for name, parameter in module.named_parameters(recurse=False):
-            local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
-            if not is_extended(local, self._buffers.get(name)):
-                pending[name] = local
-        if not pending or is_managed_by_fsdp(module):
-            return
-        for name, local in pending.items():
-            if is_spreadable(local, self._n_local) and local.is_contiguous():
-                self._buffers[name] = extend_memory(local, self._n_redundant)
+        """Extend the memory of parameters that were not extended yet, or were moved since."""
+        self._ready = {}
+        for name, (tensor, announce) in find_lasting_memory(module).items():
+            buffer = self._buffers.get(name)
+            if buffer is None or not is_extended(tensor, buffer):
+                if not is_spreadable(tensor, self._n_local) or not tensor.is_contiguous():
+                    continue
+                buffer = self._buffers[name] = extend_memory(tensor, self._n_redundant)
+                announce()
+            self._ready[name] = buffer
 
     def take_originals(self) -> dict[str, torch.Tensor]:
         """Return the module's parameters, which are local tensors here.
@@ -62,7 +63,7 @@ class ExpertMemory:
             Naming a tensor that does not hold a row of weights for each local expert.
         """
         module = self._experts
-        found = dict(module.named_parameters(recurse=False))
+        found: dict[str, torch.Tensor] = dict(module.named_parameters(recurse=False))
         buffers = dict(module.named_buffers(recurse=False))
         for name, tensor in {**found, **buffers}.items():
             if name in buffers or not is_spreadable(tensor, self._n_local):
@@ -88,17 +89,19 @@ class ExpertMemory:
             part = {k: v for k, v in originals.items() if v.requires_grad == trained}
             if not part:
                 continue
-            if self.are_extended(part):
-                buffers = [self._buffers[name] for name in part]
-            else:
-                buffers = None
-            made = stack_slots(plan, list(part.values()), buffers=buffers, reuse_gradients=True)
+            buffers = [self._ready[name] for name in part if name in self._ready]
+            made = stack_slots(
+                plan,
+                list(part.values()),
+                buffers=buffers if len(buffers) == len(part) else None,
+                reuse_gradients=True,
+            )
             slots.update(zip(part, made, strict=True))
         return {name: slots[name] for name in originals}
 
-    def are_extended(self, originals: dict[str, torch.Tensor]) -> bool:
-        """Return whether each original is the first rows of a buffer with room for slots."""
-        return all(is_extended(v, self._buffers.get(name)) for name, v in originals.items())
+    def _lies_in_buffer(self, name: str, slots: torch.Tensor) -> bool:
+        buffer = self._buffers.get(name)
+        return buffer is not None and slots.data_ptr() == buffer.data_ptr()
 
     @contextmanager
     def replace_parameters(
@@ -110,7 +113,7 @@ class ExpertMemory:
         """Give the module the slots' weights for the time of its own forward."""
         module = self._experts
         with ExitStack() as stack:
-            copied = [name for name in slots if not self.are_extended({name: originals[name]})]
+            copied = [n for n, one in slots.items() if not self._lies_in_buffer(n, one)]
             if copied and torch.is_grad_enabled():
                 kept = keep_redundant_rows(
                     plan, [originals[n] for n in copied], [slots[n] for n in copied]
@@ -136,22 +139,4 @@ def is_spreadable(tensor: torch.Tensor, n_local: int) -> bool:
         and tensor.itemsize >= 2
         and tensor.ndim > 0
         and len(tensor) == n_local
-    )
-
-
-def is_managed_by_fsdp(module: torch.nn.Module) -> bool:
-    """Return whether FSDP may take and give the memory of a module's parameters.
-
-    If torch doesn't tell which modules FSDP manages, it may.
-    """
-    if isinstance(module, FSDPModule):
-        return True
-    try:
-        from torch.distributed._composable_state import _module_state_mapping
-    except ImportError:
-        return True
-    # A module does not know its parents, so that those under FSDP are asked for their children.
-    return any(
-        isinstance(root, FSDPModule) and any(child is module for child in root.modules())
-        for root in list(_module_state_mapping)
     )

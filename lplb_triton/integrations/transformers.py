@@ -21,20 +21,18 @@ import torch
 
 from lplb_triton._checks import check_integer
 from lplb_triton.integrations import _layer
-
-MISSING = (
-    "lplb_triton.integrations.transformers needs transformers 5.24 or newer: "
-    "pip install 'lplb_triton[integrations]' (Python 3.11 or newer)"
-)
+from lplb_triton.integrations._layer import Imbalance
 
 try:
     from transformers import TrainerCallback
     from transformers.distributed.expert_parallel import EPImplementationInterface
-except ImportError as error:
-    raise ImportError(MISSING) from error
 
-from lplb_triton.integrations._layer import Imbalance
-from lplb_triton.integrations._transformers_experts import BalancedEP, find_layers
+    from lplb_triton.integrations._transformers_experts import BalancedEP, find_layers
+except ImportError as error:
+    raise ImportError(
+        "lplb_triton.integrations.transformers needs transformers 5.24 or newer: "
+        "pip install 'lplb_triton[integrations]' (Python 3.11 or newer)"
+    ) from error
 
 __all__ = ["Imbalance", "Rebalance", "measure_imbalance", "rebalance", "register"]
 

@@ -27,6 +27,9 @@ def run_training(folder, model, layout, runs, limit=240):
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),
+            # accelerate wants an address, though the ranks meet by a file.
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500",
             "HF_HUB_OFFLINE": "1",
         }
         with open(folder / f"rank{rank}.log", "w") as log:
