@@ -12,9 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
-torch.set_num_threads(1)
-
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -93,7 +90,7 @@ def load_model(folder, spec, run):
             parameter.requires_grad_("experts" not in name)
     if run.get("checkpointing"):
         reentrant = run["checkpointing"] == "reentrant"
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
     return model.train()
 
 
@@ -176,6 +173,11 @@ def carry_out(folder, spec, run):
         for name, one in model.named_parameters()
         if hasattr(one, "to_local")
     }
+    result["extended"] = {
+        name: one.to_local().untyped_storage().nbytes() > one.to_local().nbytes
+        for name, one in model.named_parameters()
+        if ".experts." in name
+    }
     if "save" in run:
         model.save_pretrained(folder / run["save"])
         dist.barrier()
@@ -192,6 +194,7 @@ def carry_out(folder, spec, run):
 
 def main():
     """Carry out all runs of the spec."""
+    torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     spec = json.loads((folder / "spec.json").read_text())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

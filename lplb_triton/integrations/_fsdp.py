@@ -13,7 +13,7 @@ __all__ = ["LastingMemory", "find_lasting_memory"]
 
 
 class LastingMemory(NamedTuple):
-    """This rank's part of a parameter, in memory that stays from step to step."""
+    """A rank's part of a parameter, in memory that stays from step to step."""
 
     tensor: torch.Tensor
     """The part itself, which the optimizer changes."""
