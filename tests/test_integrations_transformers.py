@@ -10,7 +10,6 @@ import types
 
 import pytest
 import torch
-
 from helpers.transformers_runs import run_training
 
 from lplb_triton.integrations._transformers_memory import ExpertMemory
