@@ -209,15 +209,34 @@ def test_experts_without_parameters_are_refused():
         ExpertMemory(torch.nn.Module(), 4, 1).take_originals()
 
 
-def test_imbalances_join_logs_of_training_only():
-    """The callback adds what it measured to logs with a loss, also where they were stored."""
-    callback = lplb.Rebalance()
-    callback._measured = {"imbalance_before": 1.5, "imbalance_after": 1.1}
-    for logs, joined in (({"loss": 2.0}, True), ({"eval_loss": 2.0}, False)):
-        state = types.SimpleNamespace(log_history=[dict(logs)])
-        callback.on_log(None, state, None, logs=logs)
-        assert ("imbalance_after" in logs) == joined
-        assert state.log_history == [logs]
+def test_imbalances_join_logs_of_training_only(monkeypatch):
+    """The callback adds mean imbalances to logs with a loss, also where the Trainer keeps them."""
+    layers = {"first": lplb.Imbalance(1.5, 1.25), "second": lplb.Imbalance(2.0, 1.0)}
+    monkeypatch.setattr(lplb, "measure_imbalance", lambda model: layers)
+    for name, joined in (("loss", True), ("eval_loss", False)):
+        logs, state = {name: 2.0}, types.SimpleNamespace(log_history=[{name: 2.0}])
+        lplb.Rebalance().on_log(None, state, None, logs=logs, model=None)
+        expected = {"imbalance_before": 1.75, "imbalance_after": 1.125} if joined else {}
+        assert logs == {name: 2.0, **expected} and state.log_history == [logs]
+
+
+def test_rebalancing_keeps_what_was_measured(monkeypatch):
+    """The callback rebalances at multiples of its steps, and logs what came before that."""
+    found, calls = {"layer": lplb.Imbalance(2.0, 1.5)}, []
+    monkeypatch.setattr(lplb, "measure_imbalance", lambda model: dict(found))
+
+    def rebalance(model):
+        calls.append(model)
+        found.clear()
+
+    monkeypatch.setattr(lplb, "rebalance", rebalance)
+    callback, logs = lplb.Rebalance(every=3), {"loss": 1.0}
+    for step in range(1, 5):
+        state = types.SimpleNamespace(global_step=step, log_history=[{}])
+        callback.on_step_end(None, state, None, model=step)
+    assert calls == [3]
+    callback.on_log(None, state, None, logs=logs, model=4)
+    assert logs["imbalance_after"] == 1.5
 
 
 def test_missing_transformers_is_named(monkeypatch):

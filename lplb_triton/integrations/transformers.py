@@ -124,9 +124,9 @@ def measure_imbalance(model: torch.nn.Module) -> dict[str, Imbalance]:
 class Rebalance(TrainerCallback):  # type: ignore[misc]
     """Callback of transformers' Trainer that rebalances, and logs imbalances.
 
-    ``imbalance_before`` and ``imbalance_after`` join the Trainer's log: the mean over MoE layers
-    of `measure_imbalance`, taken when a log is due and before each rebalancing. Callbacks that
-    stand before this one in the Trainer's list have had their turn by then.
+    ``imbalance_before`` and ``imbalance_after`` join every log of training steps: the mean over
+    MoE layers of `measure_imbalance`. Callbacks that stand before this one in the Trainer's list
+    have read the log by then.
 
     Parameters
     ----------
@@ -141,25 +141,34 @@ class Rebalance(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any
     ) -> None:
-        """Measure where a log or a rebalancing is due, and rebalance where that is."""
-        due = state.global_step % self.every == 0
-        if due or control.should_log:
-            found = list(measure_imbalance(model).values())
-            if found:
-                self._measured = {
-                    "imbalance_before": sum(one.before for one in found) / len(found),
-                    "imbalance_after": sum(one.after for one in found) / len(found),
-                }
-        if due:
+        """Rebalance where that is due; what has been measured until then is kept for the log."""
+        if state.global_step % self.every == 0:
+            self._measure(model)
             rebalance(model)
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any],
+        model: torch.nn.Module,
+        **kwargs: Any,
     ) -> None:
-        """Add the imbalances to a log of training steps."""
+        """Add the imbalances to a log of training steps, which every rank makes."""
         if "loss" in logs:
+            self._measure(model)
             logs.update(self._measured)
             state.log_history[-1].update(self._measured)
+
+    def _measure(self, model: torch.nn.Module) -> None:
+        """Measure imbalances; collective. The former ones stay if no layer has run since."""
+        found = list(measure_imbalance(model).values())
+        if found:
+            self._measured = {
+                "imbalance_before": sum(one.before for one in found) / len(found),
+                "imbalance_after": sum(one.after for one in found) / len(found),
+            }
 
 
 register()
