@@ -1,5 +1,6 @@
 # make run    balance the packaged trace (tables, picture, JSON and report in lplb-bench-results/)
 # make test   lint, type-check and test
+# make test-integrations    train in transformers, Megatron-Core and others, for minutes
 #
 # Each works alone on a fresh machine with Python >= 3.10, with or without a GPU. To choose:
 #   PYTHON=python3.12         interpreter to make the environment with
@@ -24,13 +25,16 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) $
 SETTINGS := pyproject.toml constraints-ci.txt
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint format clean
+.PHONY: run test test-integrations lint format clean
 
 run: $(VENV)/.installed-bench
 	$(BIN)/lplb-bench balance $(RUN_ARGS)
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-integrations: $(VENV)/.installed-dev
+	LPLB_TEST_INTEGRATIONS=1 $(BIN)/python -m pytest -m integrations $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

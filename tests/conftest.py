@@ -42,6 +42,10 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(
                     pytest.mark.skip(reason=f"needs {count} GPU(s), torch finds {N_GPUS}")
                 )
+        chosen = os.environ.get("LPLB_TEST_INTEGRATIONS") == "1"
+        if item.get_closest_marker("integrations") and not chosen:
+            reason = "run by `make test-integrations`, or with LPLB_TEST_INTEGRATIONS=1"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -151,9 +151,24 @@ class LayerBalance:
         self.logical_loads[place] = logical.view(self.ep_size, -1).sum(1)
         self.physical_loads[place] = physical.view(self.ep_size, -1).sum(1)
 
-    def rebalance(self) -> None:
-        """Place copies by the loads since the last call; see `rebalance_layers`."""
-        rebalance_layers([self])
+    @property
+    def has_batches(self) -> bool:
+        """Whether a batch was routed since the last `rebalance`."""
+        return self._batches > 0
+
+    def rebalance(self, load: torch.Tensor | None = None) -> None:
+        """Place copies by the loads since the last call; see `rebalance_layers`.
+
+        Parameters
+        ----------
+        load : torch.Tensor or None
+            ``[n_logical]``, loads to place copies by instead, the same on all ranks.
+        """
+        if load is None:
+            rebalance_layers([self])
+            return
+        with outside_modes(), torch.no_grad():
+            self.use(self.balancer.update_placement(self.place(load.cpu())))
 
     def use(self, placement: Placement) -> None:
         """Use a placement that the balancer uses already, and count loads afresh."""
