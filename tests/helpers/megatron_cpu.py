@@ -55,6 +55,9 @@ def pretend_cuda():
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda *args: None
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     for name in ("tensor", "zeros", "empty", "ones", "full", "arange", "zeros_like", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
