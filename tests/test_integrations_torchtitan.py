@@ -140,3 +140,5 @@ def test_resume_with_replicas_and_without_checkpointing(folder, plain, noise):
     resumed = train(folder, "to_balanced", *BALANCED, resume="plain", extra=extra)
     assert [step["step"] for step in resumed[0]] == list(range(SAVED + 1, STEPS + 1))
     assert float((losses(resumed) - losses(plain)[SAVED:]).abs().max()) <= 3 * noise
+    for step in resumed[0]:
+        assert [one["solves"] for one in step["layers"]] == 2 * [step["step"] - SAVED]

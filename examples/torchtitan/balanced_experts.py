@@ -224,9 +224,7 @@ def balance(cfg: RoutedExperts.Config, *, redundant: int = 1) -> BalancedExperts
 
 
 @override(target=OptimizersContainer.Config, description="copies of experts chosen by load")
-def rebalance(
-    cfg: OptimizersContainer.Config, *, every: int = 100
-) -> RebalancingOptimizers.Config:
+def rebalance(cfg: OptimizersContainer.Config, *, every: int = 100) -> RebalancingOptimizers.Config:
     return derive(cfg, RebalancingOptimizers.Config, every=_check_positive("every", every))
 
 
