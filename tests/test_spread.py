@@ -26,7 +26,9 @@ def make_plan(group, redundant=2, seed=0):
     load = torch.distributions.LogNormal(0.0, 1.0)
     torch.manual_seed(seed)
     ranks = 1 if group is None else group.size()
-    placement = chain(load.sample((EXPERTS,)), ranks, redundant_per_rank=redundant, keep_home=True)
+    placement = chain(
+        load.sample((EXPERTS,)), ranks, redundant_per_rank=redundant, keep_home=True
+    )
     return SpreadPlan(placement, group=group, device="cpu")
 
 
@@ -82,9 +84,7 @@ def check_gradients(rank, group, redundant):
     rows, more = spread(plan, w, parts, redundant_only=True)
     torch.testing.assert_close(rows, case.slots[n:], rtol=0, atol=0)
     upstream = case.upstream[rank]
-    (
-        (w * upstream[:n]).sum() + (rows * upstream[n:]).sum() + (more * upstream[n:]).sum()
-    ).backward()
+    ((w * upstream[:n]).sum() + (rows * upstream[n:]).sum() + (more * upstream[n:]).sum()).backward()
     torch.testing.assert_close(w.grad, case.gradient, rtol=1e-14, atol=1e-14)
     uncopied = set(range(n)) - set(plan.copied.host)
     assert all(parts[i].grad is None for i in uncopied)

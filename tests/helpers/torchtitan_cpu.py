@@ -16,7 +16,8 @@ import torch.cpu
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-# This comes before torchtitan, which asks for a device as soon as it is imported.
+# torchtitan asks for a device as soon as it is imported, so this comes before.
+# ruff: noqa: E402
 torch._utils._get_available_device_type = lambda: "cpu"
 
 from torchtitan.components.dataloader import BaseDataLoader
