@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -177,7 +177,7 @@ class LayerBalance:
         self._reset()
 
 
-def rebalance_layers(layers: Sequence[LayerBalance]) -> int:
+def rebalance_layers(layers: Iterable[LayerBalance]) -> int:
     """Place the copies of many layers by their loads since the last call; collective.
 
     The ranks wait for one another a few times, however many layers there are. A layer without any
@@ -185,7 +185,7 @@ def rebalance_layers(layers: Sequence[LayerBalance]) -> int:
 
     Parameters
     ----------
-    layers : sequence of LayerBalance
+    layers : iterable of LayerBalance
         In the same order on all ranks of their groups.
 
     Returns
@@ -223,12 +223,13 @@ def _count_ids(ids: torch.Tensor, n: int) -> torch.Tensor:
     return bins[:n]
 
 
-def measure_imbalance(layers: Sequence[LayerBalance]) -> list[Imbalance]:
+def measure_imbalance(layers: Iterable[LayerBalance]) -> list[Imbalance]:
     """Return each layer's imbalance over its latest batches, at most eight; collective.
 
     It waits for the device. Layers are given in the same order on all ranks of their groups.
     Batches without tokens don't count, and a layer that saw no others has imbalances of 1.
     """
+    layers = list(layers)
     found: dict[int, Imbalance] = {}
     for members in _by_group(layers):
         loads = torch.stack([torch.stack([m.logical_loads, m.physical_loads]) for m in members])
