@@ -22,15 +22,16 @@ def _align(pointer, UNIT: tl.constexpr):
     return pointer
 
 
-@triton.jit(do_not_specialize=["units", "blocks"])
+@triton.jit(do_not_specialize=["units", "stride_units", "blocks"])
 def add_rows_kernel(
     own_ptr,  # [n, width], read and written at `rows` if IN_PLACE, else unused
     total_ptr,  # [n_summed, width], written unless IN_PLACE
-    arrived_ptr,  # [n_arrived, width]
+    arrived_ptr,  # [n_arrived, width], rows `stride_units` times UNIT apart
     starts_ptr,  # [n_summed + 1] int32, where each row's part of `sources` begins
     sources_ptr,  # [n_arrived] int32, rows of `arrived` in the order in which they are added
     rows_ptr,  # [n_summed] int64, rows of `own`
     units,  # width / UNIT
+    stride_units,
     blocks,
     UNIT: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -52,7 +53,7 @@ def add_rows_kernel(
         total = tl.load(own + column, mask=inside, other=0).to(kind)
     for k in range(tl.load(starts_ptr + number), tl.load(starts_ptr + number + 1)):
         source = tl.load(sources_ptr + k).to(tl.int64)
-        arrived = _align(arrived_ptr + source * width, UNIT)
+        arrived = _align(arrived_ptr + source * (stride_units * UNIT), UNIT)
         total += tl.load(arrived + column, mask=inside, other=0).to(kind)
     if IN_PLACE:
         tl.store(own + column, total.to(own_ptr.dtype.element_ty), mask=inside)
@@ -73,17 +74,18 @@ def add_rows(
     """Add rows of ``arrived`` ``[n_arrived, ...]`` up, in float32 or, for float64, in that.
 
     With ``in_place`` they are added to the given rows of ``target`` ``[n, ...]``, else the sums are
-    written to ``target`` ``[len(rows), ...]``. Both are contiguous. See `add_rows_kernel`.
+    written to ``target`` ``[len(rows), ...]``. It is contiguous, and so is each row of ``arrived``.
+    See `add_rows_kernel`.
     """
     width = arrived.shape[1:].numel()
     blocks = triton.cdiv(width, ROW_BLOCK)
     if not blocks or not len(rows):
         return
-    aligned = all(
-        one.data_ptr() % 16 == 0 and width % ALIGNED_UNIT == 0 for one in (target, arrived)
-    )
-    unit = ALIGNED_UNIT if aligned else 1
-    args = (target, target, arrived, starts, sources, rows, width // unit, blocks)
+    stride = arrived.stride(0)
+    aligned = not (target.data_ptr() % 16 or arrived.data_ptr() % 16)
+    unit = ALIGNED_UNIT if aligned and not (width | stride) % ALIGNED_UNIT else 1
+    units = width // unit, stride // unit
+    args = (target, target, arrived, starts, sources, rows, *units, blocks)
     constants = (unit, in_place, arrived.dtype == torch.float64, ROW_BLOCK)
     grid = len(rows) * blocks
     launch_call(KernelCall(add_rows_kernel, grid, args, constants, {"num_warps": 8}))

@@ -15,7 +15,7 @@ def test_rows_are_added_in_order(width, dtype, in_place):
 
     torch.manual_seed(0)
     own = torch.randn(5, width, device=DEVICE).to(dtype)
-    arrived = torch.randn(6, width, device=DEVICE).to(dtype)
+    arrived = torch.randn(6, width + 8, device=DEVICE).to(dtype)[:, :width]
     sources = {3: [4, 0, 2], 0: [1], 4: [3, 5]}
     rows = torch.tensor(list(sources), device=DEVICE)
     starts = torch.tensor([0, 3, 4, 6], dtype=torch.int32, device=DEVICE)

@@ -11,6 +11,7 @@ import torch
 __all__ = [
     "Index",
     "Rows",
+    "as_integers",
     "check_rows",
     "describe_tensor",
     "ordinary_tensors",
@@ -55,27 +56,27 @@ def describe_tensor(value: object) -> str:
 def take_rows(rows: Rows, index: Index) -> torch.Tensor:
     """Return a fresh tensor ``[len(index), ...]`` of the given rows."""
     if isinstance(rows, torch.Tensor):
-        selected = _as_integers(rows).index_select(0, index.device.to(rows.device))
+        selected = as_integers(rows).index_select(0, index.device.to(rows.device))
         return selected.view(rows.dtype)
     if not index.host:
         return rows[0].new_empty((0, *rows[0].shape))
-    return torch.stack([_as_integers(rows[i]) for i in index.host]).view(rows[0].dtype)
+    return torch.stack([as_integers(rows[i]) for i in index.host]).view(rows[0].dtype)
 
 
 def put_rows(rows: Rows, index: Index, values: torch.Tensor) -> None:
     """Write ``values``, of the rows' dtype, to the given rows."""
     first = parts_of(rows)[0]
-    fresh = _as_integers(values).to(first.device)
+    fresh = as_integers(values).to(first.device)
     # Outside of inference mode torch refuses to write to a tensor that was made in it.
     with torch.inference_mode() if first.is_inference() else nullcontext():
         if isinstance(rows, torch.Tensor):
-            _as_integers(rows).index_copy_(0, index.device.to(rows.device), fresh)
+            as_integers(rows).index_copy_(0, index.device.to(rows.device), fresh)
             return
         for i, value in zip(index.host, fresh, strict=True):
-            _as_integers(rows[i]).copy_(value)
+            as_integers(rows[i]).copy_(value)
 
 
-def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
     """View the same memory as integers of the same size, since not every dtype can be indexed."""
     integers = _INTEGERS.get(tensor.element_size())
     return tensor.detach() if integers is None else tensor.detach().view(integers)

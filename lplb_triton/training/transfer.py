@@ -9,15 +9,21 @@ import torch.distributed as dist
 
 from lplb_triton.training.checks import is_trained
 from lplb_triton.training.routes import Routes, Traffic
-from lplb_triton.training.rows import Index, Rows, parts_of, put_rows, take_rows
+from lplb_triton.training.rows import (
+    Index,
+    Rows,
+    as_integers,
+    parts_of,
+    put_rows,
+    take_rows,
+)
 from lplb_triton.training.slots import Slots
 
 __all__ = [
-    "list_peers",
     "move_rows",
     "start_copies",
     "start_gradients",
-    "start_messages",
+    "start_exchange",
     "start_sums",
     "start_weights",
 ]
@@ -33,12 +39,9 @@ def move_rows(
         message = None
         if routes.remote:
             out = take_rows(rows, routes.out).to(device)
-            message = out.new_empty((len(routes.into.host), *out.shape[1:]))
-            start_messages(
-                list(zip(list_peers(routes.out_counts), out, strict=True)),
-                list(zip(list_peers(routes.in_counts), message, strict=True)),
-                group,
-            )()
+            sample = parts_of(rows)[0]
+            row = out.new_empty(sample.shape[1:] if sample is rows else sample.shape)
+            (message,) = start_exchange([row], [out], routes, group)()
         put_rows(rows, routes.local_to, local)
         if message is not None:
             put_rows(rows, routes.into, message)
@@ -59,22 +62,24 @@ def start_copies(
     group: dist.ProcessGroup | None,
 ) -> Callable[[], None]:
     """Start copying rows to slots ``[n_slots, ...]``; return a function that finishes it."""
-    out, into = list_peers(routes.out_counts), list_peers(routes.in_counts)
-    sent = [
-        (peer, _row(rows, i).to(slots.dtype))
-        for slots, rows in pairs
-        for peer, i in zip(out, routes.out.host, strict=True)
-    ]
-    received = [
-        (peer, slots[i].detach())
-        for slots, _ in pairs
-        for peer, i in zip(into, routes.into.host, strict=True)
-    ]
-    finish = start_messages(sent, received, group)
+    wait = None
+    if routes.remote:
+        kinds = [slots.detach()[0] for slots, _ in pairs]
+        out = routes.out.host
+        sent = [[rows[i].detach().to(slots.dtype) for i in out] for slots, rows in pairs]
+        wait = start_exchange(kinds, sent, routes, group)
     if routes.local_from.host:
         for slots, rows in pairs:
             local = take_rows(rows, routes.local_from).to(slots.dtype)
             put_rows(slots, routes.local_to, local)
+
+    def finish() -> None:
+        if wait is None:
+            return
+        into = routes.into.host
+        targets = [slots.detach()[i] for slots, _ in pairs for i in into]
+        _copy_rows(targets, [row for rows in wait() for row in rows])
+
     return finish
 
 
@@ -104,21 +109,15 @@ def start_sums(
     sums are added to their rows ``summed`` and rounded once, and nothing is returned.
     """
     routes = traffic.gradient_routes
-    peers = list_peers(routes.out_counts)
     grads = [grad.contiguous() for grad in grads]
-    arrived = [grad.new_empty((len(routes.into.host), *grad.shape[1:])) for grad in grads]
-    wait = start_messages(
-        [(peer, grad[i]) for grad in grads for peer, i in zip(peers, routes.out.host, strict=True)],
-        [
-            message
-            for rows in arrived
-            for message in zip(list_peers(routes.in_counts), rows, strict=True)
-        ],
-        group,
-    )
+    wait = None
+    if routes.remote and grads:
+        kinds = [grad.new_empty(grad.shape[1:]) for grad in grads]
+        out = routes.out.host
+        wait = start_exchange(kinds, [[grad[i] for i in out] for grad in grads], routes, group)
 
     def finish(into: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
-        wait()
+        arrived = [grad[:0] for grad in grads] if wait is None else wait()
         if into is None:
             return [
                 _sum_rows(grad, rows, traffic, None)
@@ -184,44 +183,96 @@ def _add_gradient(rows: Rows, index: Index, total: torch.Tensor) -> None:
             param.grad = torch.zeros_like(param)
 
 
-def start_messages(
-    out: Sequence[tuple[int, torch.Tensor]],
-    into: Sequence[tuple[int, torch.Tensor]],
+def start_exchange(
+    kinds: Sequence[torch.Tensor],
+    sent: Sequence[Sequence[torch.Tensor]],
+    routes: Routes,
     group: dist.ProcessGroup | None,
-) -> Callable[[], None]:
-    """Start sending tensors from their own memory into that of others; return what waits for it.
+) -> Callable[[], list[torch.Tensor]]:
+    """Start sending rows of several tensors; return a function that waits and returns what came.
+
+    Rows travel in one message per pair of ranks (one for each size of elements, if these differ),
+    into which one launch gathers them: a message of its own for each row would cost the host more.
 
     Parameters
     ----------
-    out : sequence of (int, torch.Tensor)
-        Receivers by their numbers in the group, and contiguous tensors of any dtype.
-    into : sequence of (int, torch.Tensor)
-        Senders, and contiguous tensors to write. What two ranks send each other is in the same
-        order on both.
+    kinds : sequence of torch.Tensor
+        For each tensor one of its rows, or any of the same shape, dtype and device.
+    sent : sequence of sequences of torch.Tensor
+        For each tensor the rows to send, grouped by receiver as ``routes.out_counts`` says.
+    routes : Routes
+        How many rows go to, and come from, each rank.
     group : torch.distributed.ProcessGroup or None
-        None only if nothing is sent.
-    """
-    operations = []
-    # Tensors are sent as bytes, so that every back end can send every dtype.
-    for call, messages in ((dist.isend, out), (dist.irecv, into)):
-        for peer, tensor in messages:
-            if tensor.numel():
-                data = tensor.view(-1).view(torch.uint8)
-                operations.append(dist.P2POp(call, data, group=group, group_peer=peer))
-    works = dist.batch_isend_irecv(operations) if operations else []
+        The ranks.
 
-    def wait() -> None:
-        for work in works:
-            work.wait()
+    Returns
+    -------
+    callable
+        Returns, for each tensor, the rows that came, grouped by sender: ``[rows, ...]``, whose rows
+        are contiguous.
+    """
+    by_element: dict[torch.dtype, list[int]] = {}
+    for i, one in enumerate(kinds):
+        by_element.setdefault(as_integers(one).dtype, []).append(i)
+    waits = [
+        (
+            chosen,
+            _start_message([kinds[i] for i in chosen], [sent[i] for i in chosen], routes, group),
+        )
+        for chosen in by_element.values()
+    ]
+
+    def wait() -> list[torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+        for chosen, one in waits:
+            found.update(zip(chosen, one(), strict=True))
+        return [found[i] for i in range(len(kinds))]
 
     return wait
 
 
-def list_peers(counts: Sequence[int]) -> list[int]:
-    """Return the peer of each row, from how many rows each has."""
-    return [peer for peer, count in enumerate(counts) for _ in range(count)]
+def _start_message(
+    kinds: Sequence[torch.Tensor],
+    sent: Sequence[Sequence[torch.Tensor]],
+    routes: Routes,
+    group: dist.ProcessGroup | None,
+) -> Callable[[], list[torch.Tensor]]:
+    """Send rows whose elements are of one size; see `start_exchange`."""
+    widths = [one.numel() for one in kinds]
+    width = sum(widths)
+    element = as_integers(kinds[0])
+    n_out, n_in = len(routes.out.host), len(routes.into.host)
+    message = element.new_empty(n_out * width)
+    rows = [as_integers(parts[i]).reshape(-1) for i in range(n_out) for parts in sent]
+    if rows:
+        torch._foreach_copy_(list(message.split(widths * n_out)), rows)
+    arrived = element.new_empty(n_in * width)
+    # Rows are sent as bytes, so that every back end can send every dtype.
+    size = width * element.element_size()
+    work = dist.all_to_all_single(
+        arrived.view(torch.uint8),
+        message.view(torch.uint8),
+        [count * size for count in routes.in_counts],
+        [count * size for count in routes.out_counts],
+        group=group,
+        async_op=True,
+    )
+
+    def wait() -> list[torch.Tensor]:
+        work.wait()
+        table = arrived.view(n_in, width) if width else arrived.new_empty((n_in, 0))
+        return [
+            part.view(one.dtype).view(n_in, *one.shape)
+            for part, one in zip(torch.split(table, widths, 1), kinds, strict=True)
+        ]
+
+    return wait
 
 
-def _row(rows: Rows, number: int) -> torch.Tensor:
-    """Return a row, contiguous, and in its own memory where it is."""
-    return rows[number].detach().contiguous()
+def _copy_rows(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy contiguous rows of any dtype in one launch."""
+    if targets:
+        torch._foreach_copy_(
+            [as_integers(one).view(-1) for one in targets],
+            [as_integers(one).view(-1) for one in sources],
+        )
