@@ -61,7 +61,7 @@ class LayerBalance:
         ``[n_logical]`` int64 on the device: this rank's choices by expert since the last
         `rebalance`.
     logical_loads, physical_loads : torch.Tensor
-        ``[8, ep_size]`` int64 on the device: this rank's choices by rank in the latest batches,
+        ``[9, ep_size]`` int64 on the device: this rank's choices by rank in the latest batches,
         with every token on its expert's home rank, and as it was routed.
     """
 
@@ -143,13 +143,26 @@ class LayerBalance:
 
     def _count(self, ids: torch.Tensor, slots: torch.Tensor) -> None:
         """Count the choices of one batch, without a wait for the device."""
-        place = self._batches % WINDOW
+        batch = self._batches
         self._batches += 1
+        if ids.is_cuda:
+            from lplb_triton import kernels  # it imports triton, which a CPU may lack
+
+            if self.n_logical <= kernels.MOST_EXPERTS:
+                kernels.record_loads(
+                    ids.contiguous(), slots.contiguous(), self.load, self.logical_loads,
+                    self.physical_loads, batch, self.placement.slots_per_rank,
+                )  # fmt: skip
+                return
+        place = batch % len(self.logical_loads)
         logical = _count_ids(ids, self.n_logical)
         physical = _count_ids(slots, self.placement.n_physical)
         self.load += logical
         self.logical_loads[place] = logical.view(self.ep_size, -1).sum(1)
         self.physical_loads[place] = physical.view(self.ep_size, -1).sum(1)
+        following = (place + 1) % len(self.logical_loads)
+        self.logical_loads[following] = 0
+        self.physical_loads[following] = 0
 
     @property
     def has_batches(self) -> bool:

@@ -58,6 +58,10 @@ class Traffic(NamedTuple):
     """Rows of this rank's slots to add to rows of ``summed``, in rounds without a target twice."""
     arriving_rounds: list[tuple[Index, Index]]
     """The same for the rows that other ranks send."""
+    arriving_starts: torch.Tensor
+    """int32, where the rows that are sent for each of ``summed`` begin in ``arriving_sources``."""
+    arriving_sources: torch.Tensor
+    """int32, the rows that are sent, in the order in which they are added."""
 
 
 def _make_index(rows: list[int], device: torch.device) -> Index:
@@ -132,12 +136,17 @@ def _add_way_back(weight_routes: Routes, device: torch.device) -> Traffic:
     summed = sorted({*back.local_to.host, *back.into.host})
     place = {row: i for i, row in enumerate(summed)}
     arrived = range(len(back.into.host))
+    targets = [place[row] for row in back.into.host]
+    starts = np.cumsum([0, *np.bincount(np.array(targets, dtype=np.int64), minlength=len(summed))])
+    order = sorted(arrived, key=lambda i: targets[i])  # stable, so that the order stays
     return Traffic(
         weight_routes,
         back,
         _make_index(summed, device),
         _make_rounds(back.local_from.host, [place[row] for row in back.local_to.host], device),
-        _make_rounds(arrived, [place[row] for row in back.into.host], device),
+        _make_rounds(arrived, targets, device),
+        torch.tensor(starts.tolist(), dtype=torch.int32, device=device),
+        torch.tensor(order, dtype=torch.int32, device=device),
     )
 
 

@@ -166,20 +166,21 @@ class _Stack(torch.autograd.Function):
         ctx.shapes = [one.shape for one in originals]
         # Dispatch modes must not see inside: selective checkpointing would keep, or replay, parts.
         with outside_modes(), torch.no_grad():
-            redundant = plan.send_weights(originals)
             slots = []
-            for original, rows, buffer in zip(originals, redundant, buffers, strict=True):
+            for original, buffer in zip(originals, buffers, strict=True):
+                shape = (plan.placement.slots_per_rank, *original.shape[1:])
                 if buffer is None:
-                    slots.append(torch.cat([original.detach(), rows]))
-                    continue
-                # Another view of the memory, since what this writes is what was there while a
-                # graph of the same step is alive: autograd's count of writes must not know.
-                view = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
-                view.set_(
-                    buffer.untyped_storage(), buffer.storage_offset(), buffer.shape, buffer.stride()
-                )
-                view[plan.n_local :].copy_(rows)
+                    view = torch.empty(shape, dtype=original.dtype, device=original.device)
+                    view[: plan.n_local].copy_(original)
+                else:
+                    # Another view of the memory, since what this writes is what was there while a
+                    # graph of the same step is alive: autograd's count of writes must not know.
+                    view = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
+                    view.set_(
+                        buffer.untyped_storage(), buffer.storage_offset(), shape, buffer.stride()
+                    )
                 slots.append(view)
+            plan.send_weights(originals, [one[plan.n_local :] for one in slots])
         return tuple(slots)
 
     @staticmethod
@@ -188,16 +189,10 @@ class _Stack(torch.autograd.Function):
         plan.require_current()
         n = plan.n_local
         with outside_modes(), torch.no_grad():
-            totals = plan.return_gradients([grad[n:] for grad in grads])
-            results = []
-            for grad, total in zip(grads, totals, strict=True):
-                own = grad[:n] if ctx.reuse_gradients else grad[:n].clone()
-                if plan.copied.host:
-                    index = plan.copied.device
-                    total += own.index_select(0, index)
-                    own.index_copy_(0, index, total.to(own.dtype))
-                results.append(own)
-        return (None, None, None, *results)
+            whole = [grad.contiguous() for grad in grads]
+            own = [grad[:n] if ctx.reuse_gradients else grad[:n].clone() for grad in whole]
+            plan.return_gradients([grad[n:] for grad in whole], own)
+        return (None, None, None, *own)
 
 
 def _check_original(label: str, value: object, plan: SpreadPlan) -> Rows:

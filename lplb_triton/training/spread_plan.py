@@ -146,10 +146,18 @@ class SpreadPlan:
                 "recomputes): change it between optimizer steps, when no graph is alive"
             )
 
-    def send_weights(self, originals: Sequence[Rows]) -> list[torch.Tensor]:
-        """Return the weights of this rank's redundant slots, ``[n_redundant, ...]`` each."""
+    def send_weights(
+        self, originals: Sequence[Rows], into: Sequence[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        """Return the weights of this rank's redundant slots, ``[n_redundant, ...]`` each.
+
+        They are written to the tensors ``into``, if these are given.
+        """
         pairs: list[tuple[torch.Tensor, Rows]] = []
-        for rows in originals:
+        for i, rows in enumerate(originals):
+            if into is not None:
+                pairs.append((into[i], rows))
+                continue
             first = parts_of(rows)[0]
             shape = first.shape[1:] if isinstance(rows, torch.Tensor) else first.shape
             slots = torch.empty((self.n_redundant, *shape), dtype=first.dtype, device=first.device)
@@ -157,13 +165,18 @@ class SpreadPlan:
         start_copies(pairs, self.traffic.weight_routes, self.group)()
         return [slots for slots, _ in pairs]
 
-    def return_gradients(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def return_gradients(
+        self, gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
         """Return the sums of the copies' gradients, ``[len(copied), ...]`` each.
 
         Parameters
         ----------
         gradients
             Gradients of the weights that `send_weights` returned.
+        into
+            Contiguous tensors ``[n_local, ...]`` of the gradients' dtype: the sums are added to
+            their rows and rounded once, and nothing is returned.
 
         Returns
         -------
@@ -171,7 +184,7 @@ class SpreadPlan:
             A row for each of ``copied``, in at least float32. The order of sums is fixed: copies
             on this rank first, then the others by slot number.
         """
-        return start_sums(gradients, self.traffic, self.group)()
+        return start_sums(gradients, self.traffic, self.group)(into)
 
 
 def find_plan(handle: int) -> SpreadPlan:

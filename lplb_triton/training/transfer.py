@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import pad
 
 from lplb_triton.training.checks import is_trained
 from lplb_triton.training.routes import Routes, Traffic
@@ -14,15 +13,14 @@ from lplb_triton.training.rows import Index, Rows, parts_of, put_rows, take_rows
 from lplb_triton.training.slots import Slots
 
 __all__ = [
+    "list_peers",
     "move_rows",
     "start_copies",
     "start_gradients",
+    "start_messages",
     "start_sums",
     "start_weights",
 ]
-
-# Parts of a message begin at multiples of so many bytes, so that they can be read as any dtype.
-ALIGNMENT = 16
 
 
 def move_rows(
@@ -35,7 +33,12 @@ def move_rows(
         message = None
         if routes.remote:
             out = take_rows(rows, routes.out).to(device)
-            (message,) = Exchange([out], routes, group).wait()
+            message = out.new_empty((len(routes.into.host), *out.shape[1:]))
+            start_messages(
+                list(zip(list_peers(routes.out_counts), out, strict=True)),
+                list(zip(list_peers(routes.in_counts), message, strict=True)),
+                group,
+            )()
         put_rows(rows, routes.local_to, local)
         if message is not None:
             put_rows(rows, routes.into, message)
@@ -56,20 +59,22 @@ def start_copies(
     group: dist.ProcessGroup | None,
 ) -> Callable[[], None]:
     """Start copying rows to slots ``[n_slots, ...]``; return a function that finishes it."""
-    exchange = None
-    if routes.remote:
-        out = [take_rows(rows, routes.out).to(weight.dtype) for weight, rows in pairs]
-        exchange = Exchange(out, routes, group)
+    out, into = list_peers(routes.out_counts), list_peers(routes.in_counts)
+    sent = [
+        (peer, _row(rows, i).to(slots.dtype))
+        for slots, rows in pairs
+        for peer, i in zip(out, routes.out.host, strict=True)
+    ]
+    received = [
+        (peer, slots[i].detach())
+        for slots, _ in pairs
+        for peer, i in zip(into, routes.into.host, strict=True)
+    ]
+    finish = start_messages(sent, received, group)
     if routes.local_from.host:
-        for weight, rows in pairs:
-            local = take_rows(rows, routes.local_from).to(weight.dtype)
-            put_rows(weight, routes.local_to, local)
-
-    def finish() -> None:
-        if exchange is not None:
-            for (weight, _), arrived in zip(pairs, exchange.wait(), strict=True):
-                put_rows(weight, routes.into, arrived)
-
+        for slots, rows in pairs:
+            local = take_rows(rows, routes.local_from).to(slots.dtype)
+            put_rows(slots, routes.local_to, local)
     return finish
 
 
@@ -90,33 +95,64 @@ def start_gradients(
 
 def start_sums(
     grads: Sequence[torch.Tensor], traffic: Traffic, group: dist.ProcessGroup | None
-) -> Callable[[], list[torch.Tensor]]:
+) -> Callable[..., list[torch.Tensor]]:
     """Start adding up slots' gradients; return a function that finishes and returns the sums.
 
     There is a sum ``[len(summed), ...]`` for each of ``grads`` ``[n_slots, ...]``, in at least
-    float32. The order is fixed: slots of this rank first, then the others by slot number.
+    float32. The order is fixed: slots of this rank first, then the others by slot number. The
+    function takes ``into``, contiguous tensors ``[n_own, ...]`` of the gradients' dtype: then the
+    sums are added to their rows ``summed`` and rounded once, and nothing is returned.
     """
     routes = traffic.gradient_routes
-    exchange = None
-    if routes.remote and grads:
-        exchange = Exchange([take_rows(grad, routes.out) for grad in grads], routes, group)
-    totals = []
-    for grad in grads:
-        total = torch.zeros(
-            (len(traffic.summed.host), *grad.shape[1:]),
-            dtype=torch.promote_types(grad.dtype, torch.float32),
-            device=grad.device,
-        )
-        _add_rows(total, grad, traffic.local_rounds)
-        totals.append(total)
+    peers = list_peers(routes.out_counts)
+    grads = [grad.contiguous() for grad in grads]
+    arrived = [grad.new_empty((len(routes.into.host), *grad.shape[1:])) for grad in grads]
+    wait = start_messages(
+        [(peer, grad[i]) for grad in grads for peer, i in zip(peers, routes.out.host, strict=True)],
+        [
+            message
+            for rows in arrived
+            for message in zip(list_peers(routes.in_counts), rows, strict=True)
+        ],
+        group,
+    )
 
-    def finish() -> list[torch.Tensor]:
-        if exchange is not None:
-            for total, arrived in zip(totals, exchange.wait(), strict=True):
-                _add_rows(total, arrived, traffic.arriving_rounds)
-        return totals
+    def finish(into: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        wait()
+        if into is None:
+            return [
+                _sum_rows(grad, rows, traffic, None)
+                for grad, rows in zip(grads, arrived, strict=True)
+            ]
+        for grad, rows, own in zip(grads, arrived, into, strict=True):
+            _sum_rows(grad, rows, traffic, own)
+        return []
 
     return finish
+
+
+def _sum_rows(
+    grad: torch.Tensor, arrived: torch.Tensor, traffic: Traffic, own: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the sums of one gradient, or add them to rows of ``own``."""
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    index = traffic.summed.device
+    if grad.is_cuda and not traffic.local_rounds and dtype.is_floating_point:
+        from lplb_triton import kernels  # it imports triton, which a CPU may lack
+
+        shape = (len(index), *grad.shape[1:])
+        total = torch.empty(shape, dtype=dtype, device=grad.device) if own is None else own
+        starts, sources = traffic.arriving_starts, traffic.arriving_sources
+        kernels.add_rows(total, arrived, starts, sources, index, in_place=own is not None)
+        return total
+    total = torch.zeros((len(index), *grad.shape[1:]), dtype=dtype, device=grad.device)
+    if own is not None:
+        total += own.index_select(0, index)
+    _add_rows(total, grad, traffic.local_rounds)
+    _add_rows(total, arrived, traffic.arriving_rounds)
+    if own is not None:
+        own.index_copy_(0, index, total.to(own.dtype))
+    return total
 
 
 def _add_rows(
@@ -148,61 +184,44 @@ def _add_gradient(rows: Rows, index: Index, total: torch.Tensor) -> None:
             param.grad = torch.zeros_like(param)
 
 
-class Exchange:
-    """Rows of several tensors under way to their ranks, in one message per pair of ranks.
+def start_messages(
+    out: Sequence[tuple[int, torch.Tensor]],
+    into: Sequence[tuple[int, torch.Tensor]],
+    group: dist.ProcessGroup | None,
+) -> Callable[[], None]:
+    """Start sending tensors from their own memory into that of others; return what waits for it.
 
     Parameters
     ----------
-    parts : sequence of torch.Tensor
-        ``[rows, ...]`` each, the rows to send, grouped by peer.
-    routes : Routes
-        How many rows go to, and come from, each rank.
+    out : sequence of (int, torch.Tensor)
+        Receivers by their numbers in the group, and contiguous tensors of any dtype.
+    into : sequence of (int, torch.Tensor)
+        Senders, and contiguous tensors to write. What two ranks send each other is in the same
+        order on both.
     group : torch.distributed.ProcessGroup or None
-        Only None if no rank sends anything.
+        None only if nothing is sent.
     """
+    operations = []
+    # Tensors are sent as bytes, so that every back end can send every dtype.
+    for call, messages in ((dist.isend, out), (dist.irecv, into)):
+        for peer, tensor in messages:
+            if tensor.numel():
+                data = tensor.view(-1).view(torch.uint8)
+                operations.append(dist.P2POp(call, data, group=group, group_peer=peer))
+    works = dist.batch_isend_irecv(operations) if operations else []
 
-    def __init__(
-        self, parts: Sequence[torch.Tensor], routes: Routes, group: dist.ProcessGroup | None
-    ) -> None:
-        self._kinds = [(part.shape[1:], part.dtype) for part in parts]
-        self._widths = [
-            -(-part.shape[1:].numel() * part.element_size() // ALIGNMENT) * ALIGNMENT
-            for part in parts
-        ]
-        width = sum(self._widths)
-        # Rows are sent as bytes, so that every back end can send every dtype.
-        rows = [_as_bytes(part, w) for part, w in zip(parts, self._widths, strict=True)]
-        message = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
-        self._received = message.new_empty((sum(routes.in_counts), width))
-        self._message = message  # stays until it is sent
-        self._work = dist.all_to_all_single(
-            self._received.view(-1),
-            message.view(-1),
-            [count * width for count in routes.in_counts],
-            [count * width for count in routes.out_counts],
-            group=group,
-            async_op=True,
-        )
+    def wait() -> None:
+        for work in works:
+            work.wait()
 
-    def wait(self) -> list[torch.Tensor]:
-        """Return the received rows ``[rows, ...]`` of each tensor; the current stream waits."""
-        self._work.wait()
-        found = []
-        for (shape, dtype), part in zip(
-            self._kinds, torch.split(self._received, self._widths, 1), strict=True
-        ):
-            if shape.numel() == 0:
-                found.append(torch.empty((len(part), *shape), dtype=dtype, device=part.device))
-                continue
-            used = part[:, : shape.numel() * dtype.itemsize].view(dtype)
-            found.append(used.view(len(part), *shape))
-        return found
+    return wait
 
 
-def _as_bytes(rows: torch.Tensor, width: int) -> torch.Tensor:
-    """Return rows as bytes ``[len(rows), width]``, with padding of any value at the end."""
-    elements = rows.shape[1:].numel()
-    if elements == 0:
-        return torch.empty((len(rows), 0), dtype=torch.uint8, device=rows.device)
-    flat = rows.contiguous().view(len(rows), elements).view(torch.uint8)
-    return flat if flat.shape[1] == width else pad(flat, (0, width - flat.shape[1]))
+def list_peers(counts: Sequence[int]) -> list[int]:
+    """Return the peer of each row, from how many rows each has."""
+    return [peer for peer, count in enumerate(counts) for _ in range(count)]
+
+
+def _row(rows: Rows, number: int) -> torch.Tensor:
+    """Return a row, contiguous, and in its own memory where it is."""
+    return rows[number].detach().contiguous()
