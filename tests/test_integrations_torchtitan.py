@@ -32,29 +32,36 @@ BALANCED = (
 )
 
 
-def train(folder, name, *overrides, perturb=False, resume=False, extra=()):
-    """Train in a process per rank, EP 2 beside FSDP 2; return what each rank logged, by step."""
-    records = folder / f"{name}.records"
+def launch(folder, *arguments, ranks=RANKS, records="records", perturb=False):
+    """Run torchtitan's entry point in a process per rank, and return what became of it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(RANKS), str(ROOT / "tests/helpers/torchtitan_cpu.py")]
+    command += ["--nproc-per-node", str(ranks), str(ROOT / "tests/helpers/torchtitan_cpu.py")]
     command += ["--module", "torchtitan_cpu", "--config", "tiny", "--dump_folder", str(folder)]
-    command += ["--parallelism.expert_parallel_degree", "2", "--training.steps", str(STEPS)]
-    command += ["--parallelism.spmd_backend", "partial_dtensor", "--checkpoint.enable"]
-    command += ["--checkpoint.interval", str(SAVED), "--checkpoint.folder", resume or name]
-    if resume:
-        command += ["--checkpoint.load_step", str(SAVED), "--checkpoint.load_only"]
-    command += ["--override.imports", "torchtitan_cpu.plain_attention", *overrides, *extra]
+    command += ["--parallelism.spmd_backend", "partial_dtensor", "--training.steps", str(STEPS)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, FOLDERS)),
-        "RECORDS": str(records),
+        "RECORDS": str(folder / records),
         "PERTURB": "1" if perturb else "",
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    return subprocess.run(
+        command + list(arguments), env=environment, capture_output=True, text=True, timeout=400
+    )
+
+
+def train(folder, name, *overrides, perturb=False, resume=None, extra=()):
+    """Train with EP 2 beside FSDP 2; return what each rank logged, by step."""
+    arguments = ["--parallelism.expert_parallel_degree", "2", "--checkpoint.enable"]
+    arguments += ["--checkpoint.interval", str(SAVED), "--checkpoint.folder", resume or name]
+    if resume:
+        arguments += ["--checkpoint.load_step", str(SAVED), "--checkpoint.load_only"]
+    arguments += ["--override.imports", "torchtitan_cpu.plain_attention", *overrides, *extra]
+    records = f"{name}.records"
+    done = launch(folder, *arguments, records=records, perturb=perturb)
     assert done.returncode == 0, done.stderr[-6000:]
-    ranks = [Path(f"{records}.{r}").read_text().splitlines() for r in range(RANKS)]
+    ranks = [(folder / f"{records}.{rank}").read_text().splitlines() for rank in range(RANKS)]
     return [[json.loads(line) for line in lines] for lines in ranks]
 
 
@@ -142,3 +149,26 @@ def test_resume_with_replicas_and_without_checkpointing(folder, plain, noise):
     assert float((losses(resumed) - losses(plain)[SAVED:]).abs().max()) <= 3 * noise
     for step in resumed[0]:
         assert [one["solves"] for one in step["layers"]] == 2 * [step["step"] - SAVED]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "override", "ranks", "message"),
+    [
+        ((), "balanced_experts.balance", 1, "expert_parallel_degree >= 2"),
+        ((), 'balanced_experts.balance={"redundant": 0}', 1, "redundant must be a positive"),
+        ((), 'balanced_experts.rebalance={"every": 0.5}', 1, "every must be a positive"),
+        (
+            ("--parallelism.expert_parallel_degree", "2", "--compile.enable")
+            + ("--compile.components", "model", "--compile.backend", "aot_eager"),
+            "balanced_experts.balance",
+            2,
+            "balanced experts are not for --compile.components",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path, arguments, override, ranks, message):
+    """A run without expert parallelism, bad settings and a compiled model end with a sentence."""
+    overrides = ("--override.imports", "torchtitan_cpu.plain_attention", override)
+    done = launch(tmp_path, *arguments, *overrides, ranks=ranks)
+    assert done.returncode != 0
+    assert message in done.stderr

@@ -39,6 +39,7 @@ from lplb_triton.integrations.layers import (
     attach,
     keep_redundant_rows,
     measure_imbalance,
+    rebalance_layers,
     stack_slots,
 )
 
@@ -163,8 +164,7 @@ class RebalancingOptimizers(OptimizersContainer):
         super().zero_grad(set_to_none=set_to_none)
         if self.due:
             self.due = False
-            for balance in find_balances(self.model_parts):
-                balance.rebalance()
+            rebalance_layers(find_balances(self.model_parts))
 
 
 class ReportingMetrics(MetricsProcessor):
