@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import run_ranks
-
 from helpers import megatron_cpu
 
 if importlib.util.find_spec("megatron") is None or not importlib.util.find_spec("megatron.core"):

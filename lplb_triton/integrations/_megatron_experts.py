@@ -7,7 +7,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -59,7 +59,10 @@ class _SequentialSlots:
         self.view.__dict__["num_local_experts"] = len(experts.local_experts) + self.n_redundant
         self.template = _copy_structure(experts.local_experts[0])
         self.names = [_split(name) for name, _ in experts.local_experts[0].named_parameters()]
-        self.targets = [(self.template.get_submodule(path), name) for path, name in self.names]
+        self.targets: list[tuple[dict[str, Any], str]] = [
+            (cast(Any, self.template.get_submodule(path)._parameters), name)
+            for path, name in self.names
+        ]
         self.sources = [
             [(expert.get_submodule(path), name) for expert in experts.local_experts]
             for path, name in self.names
@@ -89,10 +92,8 @@ class _SequentialSlots:
             slots.extend(_copy_weights(self.balance.plan, weights))
         if not len(tokens):
             return tokens, None
-        for (module, name), stacked in zip(self.targets, slots, strict=True):
-            # A view's gradient is the view of a gradient, where a row's is copied into zeros.
-            row = stacked.squeeze(0) if self.n_redundant == 1 else stacked[number]
-            module._parameters[name] = row
+        for (parameters, name), stacked in zip(self.targets, slots, strict=True):
+            parameters[name] = _take_row(stacked, number)
         try:
             result: tuple[torch.Tensor, Any] = self.template(tokens, probs)
         finally:
@@ -101,8 +102,13 @@ class _SequentialSlots:
 
     def _clear_template(self) -> None:
         """Let weights go that a call used."""
-        for module, name in self.targets:
-            module._parameters[name] = None
+        for parameters, name in self.targets:
+            parameters[name] = None
+
+
+def _take_row(stacked: torch.Tensor, number: int) -> torch.Tensor:
+    """Return a row; of a single one the gradient is a view too, and not a copy into zeros."""
+    return stacked.squeeze(0) if len(stacked) == 1 else stacked[number]
 
 
 def _copy_weights(
@@ -195,9 +201,8 @@ def _lend_slots(
     try:
         for i in range(n_redundant):
             for kind, stacked in zip(kinds, copies, strict=True):
-                row = stacked.squeeze(0) if n_redundant == 1 else stacked[i]
                 lent.append((linear._parameters, f"{kind}{n_local + i}"))
-                linear._parameters[lent[-1][1]] = row
+                linear._parameters[lent[-1][1]] = _take_row(stacked, i)
             if empty is not None:
                 lent.append((linear.__dict__, f"bias{n_local + i}"))
                 linear.__dict__[lent[-1][1]] = empty

@@ -187,7 +187,9 @@ def make_layer(dtype=torch.float64, **settings):
 class _GroupedLinear(torch.nn.Module):
     """Has the parameters and the forward method of Transformer Engine's grouped linears."""
 
-    def __init__(self, num_gemms, input_size, output_size, *, config, bias, skip_bias_add, **kwargs):
+    def __init__(
+        self, num_gemms, input_size, output_size, *, config, bias, skip_bias_add, **kwargs
+    ):
         super().__init__()
         self.num_gemms, self.use_bias, self.returns_bias = num_gemms, bias, skip_bias_add and bias
         for i in range(num_gemms):
