@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from lplb_triton._torch_op import outside_modes
 from lplb_triton.integrations._layer import LayerBalance
-from lplb_triton.training.spread import attach, spread
+from lplb_triton.training.rows import Rows
+from lplb_triton.training.spread import attach
+from lplb_triton.training.spread_plan import SpreadPlan
 
 __all__ = ["replace_grouped_forward", "replace_sequential_forward"]
 
@@ -56,7 +59,10 @@ class _SequentialSlots:
         self.view.__dict__["num_local_experts"] = len(experts.local_experts) + self.n_redundant
         self.template = _copy_structure(experts.local_experts[0])
         self.names = [_split(name) for name, _ in experts.local_experts[0].named_parameters()]
-        self.targets = [(self.template.get_submodule(path), name) for path, name in self.names]
+        self.targets: list[tuple[dict[str, Any], str]] = [
+            (cast(Any, self.template.get_submodule(path)._parameters), name)
+            for path, name in self.names
+        ]
         self.sources = [
             [(expert.get_submodule(path), name) for expert in experts.local_experts]
             for path, name in self.names
@@ -83,13 +89,11 @@ class _SequentialSlots:
         """Compute a redundant slot's tokens; without any, only take part in the exchange."""
         if not slots:
             weights = [[module._parameters[name] for module, name in row] for row in self.sources]
-            slots.extend(spread(self.balance.plan, *weights, redundant_only=True))
+            slots.extend(_copy_weights(self.balance.plan, weights))
         if not len(tokens):
             return tokens, None
-        for (module, name), stacked in zip(self.targets, slots, strict=True):
-            # A view's gradient is the view of a gradient, where a row's is copied into zeros.
-            row = stacked.squeeze(0) if self.n_redundant == 1 else stacked[number]
-            module._parameters[name] = row
+        for (parameters, name), stacked in zip(self.targets, slots, strict=True):
+            parameters[name] = _take_row(stacked, number)
         try:
             result: tuple[torch.Tensor, Any] = self.template(tokens, probs)
         finally:
@@ -98,8 +102,52 @@ class _SequentialSlots:
 
     def _clear_template(self) -> None:
         """Let weights go that a call used."""
-        for module, name in self.targets:
-            module._parameters[name] = None
+        for parameters, name in self.targets:
+            parameters[name] = None
+
+
+def _take_row(stacked: torch.Tensor, number: int) -> torch.Tensor:
+    """Return a row; of a single one the gradient is a view too, and not a copy into zeros."""
+    return stacked.squeeze(0) if len(stacked) == 1 else stacked[number]
+
+
+def _copy_weights(
+    plan: SpreadPlan, weights: Sequence[list[torch.Tensor]]
+) -> tuple[torch.Tensor, ...]:
+    """Return redundant slots' weights, as `spread` does with ``redundant_only=True``.
+
+    Autograd learns of the experts that have copies only: to list all of them costs the host a
+    millisecond per layer. One more makes a rank's backward pass come here that has no such expert.
+    """
+    plan.require_current()
+    copied = [rows[i] for rows in weights for i in plan.copied.host]
+    slots: tuple[torch.Tensor, ...] = _CopyWeights.apply(plan, weights, *copied, weights[0][0])  # type: ignore[no-untyped-call]
+    return slots
+
+
+class _CopyWeights(torch.autograd.Function):
+    """Sends weights to redundant slots, and gradients back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: SpreadPlan, weights: Sequence[Rows], *copied: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.plan = plan
+        with outside_modes(), torch.no_grad():
+            return tuple(plan.send_weights(weights))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        plan: SpreadPlan = ctx.plan
+        plan.require_current()
+        with outside_modes(), torch.no_grad():
+            totals = plan.return_gradients([grad.contiguous() for grad in grads])
+            rows = [
+                row
+                for total, grad in zip(totals, grads, strict=True)
+                for row in total.to(grad.dtype).unbind(0)
+            ]
+        return (None, None, *rows, None)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -134,7 +182,7 @@ def _call_grouped_linear(
     kinds = [kind for kind in ("weight", "bias") if f"{kind}0" in linear._parameters]
     plan = balance.plan
     weights = [[linear._parameters[f"{kind}{i}"] for i in range(plan.n_local)] for kind in kinds]
-    copies = spread(plan, *weights, redundant_only=True)
+    copies = _copy_weights(plan, weights)
     slots.extend(copies)
     forward: Callable[..., Any] = type(linear).forward
     with _lend_slots(linear, kinds, copies, plan.n_local):
@@ -153,9 +201,8 @@ def _lend_slots(
     try:
         for i in range(n_redundant):
             for kind, stacked in zip(kinds, copies, strict=True):
-                row = stacked.squeeze(0) if n_redundant == 1 else stacked[i]
                 lent.append((linear._parameters, f"{kind}{n_local + i}"))
-                linear._parameters[lent[-1][1]] = row
+                linear._parameters[lent[-1][1]] = _take_row(stacked, i)
             if empty is not None:
                 lent.append((linear.__dict__, f"bias{n_local + i}"))
                 linear.__dict__[lent[-1][1]] = empty

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from lplb_triton._checks import resolve_device
 from lplb_triton.integrations._layer import LayerBalance
 from lplb_triton.integrations._megatron_checks import find_kind
 from lplb_triton.integrations._megatron_experts import (
@@ -24,12 +26,11 @@ def balance_layer(label: str, layer: Any, redundant: int) -> LayerBalance:
     Its modules, parameters and configuration stay as they are. The token dispatcher is replaced by
     one of the same kind for as many experts as there are slots.
     """
-    parameter = next(layer.experts.parameters())
+    # Where Megatron initializes weights on the CPU, it moves them after the model provider.
+    on_gpu = "nccl" in dist.get_backend(layer.ep_group)
+    device = resolve_device(None) if on_gpu else next(layer.experts.parameters()).device
     balance = LayerBalance(
-        layer.config.num_moe_experts,
-        group=layer.ep_group,
-        device=parameter.device,
-        redundant=redundant,
+        layer.config.num_moe_experts, group=layer.ep_group, device=device, redundant=redundant
     )
     _replace_dispatcher(layer, balance)
     replace = {"sequential": replace_sequential_forward, "grouped": replace_grouped_forward}

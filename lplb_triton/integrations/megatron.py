@@ -13,6 +13,7 @@ Transformer Engine itself.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -155,6 +156,9 @@ def balance(
     found = list(_find_layers(model))
     for label, layer in found:
         check_layer(label, layer)
+    # Balancers of one group share a communicator while any of them lives. Those of a model that is
+    # no longer used must be gone on all ranks, or a rank would wait for one that has it already.
+    gc.collect()
     return Balancing(
         {label: balance_layer(label, layer, redundant) for label, layer in found}, every
     )

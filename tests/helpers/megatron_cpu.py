@@ -6,6 +6,7 @@
 import contextlib
 import functools
 import inspect
+import re
 import zlib
 
 import torch
@@ -156,11 +157,11 @@ def fill(model):
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 continue
-            layer, found, rest = name.partition("local_experts.")
-            if found:
-                number, _, rest = rest.partition(".")
-                own = 8 // parallel_state.get_expert_model_parallel_world_size()
-                name = f"{layer}{found}{rank * own + int(number)}.{rest}"
+            own = 8 // parallel_state.get_expert_model_parallel_world_size()
+            expert = re.search(r"local_experts\.(\d+)|linear_fc\d\.(?:weight|bias)(\d+)$", name)
+            if expert:
+                number = int(expert[1] or expert[2])
+                name = f"{name.replace(str(number), '')} of {rank * own + number}"
             parameter.copy_(_seeded(name, parameter))
             if "router.weight" in name:
                 parameter.add_(torch.linspace(0.6, 0, 8, dtype=torch.float64)[:, None])
@@ -183,6 +184,54 @@ def make_layer(dtype=torch.float64, **settings):
     return layer
 
 
+class _GroupedLinear(torch.nn.Module):
+    """Has the parameters and the forward method of Transformer Engine's grouped linears."""
+
+    def __init__(
+        self, num_gemms, input_size, output_size, *, config, bias, skip_bias_add, **kwargs
+    ):
+        super().__init__()
+        self.num_gemms, self.use_bias, self.returns_bias = num_gemms, bias, skip_bias_add and bias
+        for i in range(num_gemms):
+            shape = output_size, input_size
+            weight = torch.empty(shape, dtype=config.params_dtype)
+            self.register_parameter(f"weight{i}", torch.nn.Parameter(weight))
+            if bias:
+                offset = torch.empty(output_size, dtype=config.params_dtype)
+                self.register_parameter(f"bias{i}", torch.nn.Parameter(offset))
+            else:
+                setattr(self, f"bias{i}", torch.Tensor())
+        for parameter in self.parameters():
+            parameter.allreduce = config.expert_model_parallel_size == 1
+
+    def forward(self, x, m_splits):
+        assert len(m_splits) == self.num_gemms
+        weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
+        biases = [getattr(self, f"bias{i}") for i in range(self.num_gemms)]
+        parts = [a @ w.t() for a, w in zip(x.split(m_splits), weights, strict=True)]
+        if self.use_bias and not self.returns_bias:
+            parts = [a + b for a, b in zip(parts, biases, strict=True)]
+        return torch.cat(parts), biases if self.returns_bias else None
+
+
+def make_grouped_layer(dtype=torch.float64, **settings):
+    """An MoE layer with Megatron's ``TEGroupedMLP`` over stand-ins of its grouped linears."""
+    from megatron.core.transformer.moe import experts
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    settings = {"add_bias_linear": True, "bias_dropout_fusion": False, **settings}
+    layer = make_layer(dtype, **settings)
+    kinds = [getattr(experts, name, None) for name in ("GroupedMLPSubmodules", "MLPSubmodules")]
+    submodules = next(kind for kind in kinds if kind is not None)(
+        linear_fc1=_GroupedLinear, linear_fc2=_GroupedLinear
+    )
+    layer.experts = experts.TEGroupedMLP(
+        layer.num_local_experts, layer.config, submodules, pg_collection=get_default_pg_collection()
+    )
+    fill(layer)
+    return layer
+
+
 def make_model(dtype=torch.float64, **settings):
     """A GPT of two MoE layers, with the weights that `fill` gives it."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -195,11 +244,11 @@ def make_model(dtype=torch.float64, **settings):
     return model.to(dtype)
 
 
-def run_layer(layer, seed, tokens=24):
+def run_layer(layer, seed, tokens=24, offset=0.3):
     """Run a layer on a batch that is the rank's own; returns its input, output and a loss."""
     generator = torch.Generator().manual_seed(100 * seed + dist.get_rank())
     dtype = next(layer.parameters()).dtype
-    x = torch.randn(tokens, 2, 16, generator=generator, dtype=torch.float64) + 0.3
+    x = torch.randn(tokens, 2, 16, generator=generator, dtype=torch.float64) + offset
     x = x.to(dtype).requires_grad_()
     output, _ = layer(x)
     weights = torch.linspace(-1, 1, 16, dtype=torch.float64)
