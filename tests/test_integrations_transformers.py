@@ -78,6 +78,8 @@ def test_models_and_layouts(tmp_path, model, layout):
     check_imbalances(results["lplb"])
     whole = layout["ep_size"] == layout["fsdp_size"]
     assert set(results["lplb"]["extended"].values()) == {whole}
+    # What FSDP gathers, and the slots put together from it, is gone after a pass.
+    assert results["lplb"]["held"] == (len(results["lplb"]["extended"]) if whole else 0)
 
 
 @integrations

@@ -4,6 +4,7 @@ Started by tests/helpers/transformers_runs.py with RANK and WORLD_SIZE set and t
 in which ``spec.json`` says what to run and rank 0 leaves ``results.pt``.
 """
 
+import gc
 import json
 import os
 import sys
@@ -160,6 +161,14 @@ def evaluate(model):
         return float(model.eval()(input_ids=ids, labels=ids).loss)
 
 
+def count_slots(model, ep_size):
+    """Return how many tensors with the weights of all slots are alive, apart from parameters."""
+    parameters = [one for name, one in model.named_parameters() if ".experts." in name]
+    shapes = {(len(one) // ep_size + 1, *one.shape[1:]) for one in parameters}
+    gc.collect()
+    return sum(type(one) is torch.Tensor and one.shape in shapes for one in gc.get_objects())
+
+
 def carry_out(folder, spec, run):
     """Carry out one run and return what the tests look at."""
     model = load_model(folder, spec, run)
@@ -178,6 +187,7 @@ def carry_out(folder, spec, run):
         for name, one in model.named_parameters()
         if ".experts." in name
     }
+    result["held"] = count_slots(model, spec["layout"]["ep_size"])
     if "save" in run:
         model.save_pretrained(folder / run["save"])
         dist.barrier()

@@ -75,7 +75,11 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
             return attach(expert_output, list(slots.values()))
 
         self.experts_forward = run_experts
-        return super().__call__(hidden_states, slot_ids, top_k_weights)
+        try:
+            return super().__call__(hidden_states, slot_ids, top_k_weights)
+        finally:
+            # The closure would keep the slots' weights alive until the next call.
+            self.experts_forward = self._run_experts
 
     def _get_balance(self, device: torch.device) -> LayerBalance:
         """Return the layer's balance; the first call makes it, and is collective."""
