@@ -75,7 +75,7 @@ def make_tokens(rank, step):
 def load_model(folder, spec, run):
     """Load the model in its layout, with one rounding error in each weight if the run wants it."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder / run.get("load", "model"),
+        folder / run.get("load", run["model"]),
         dtype=getattr(torch, run.get("dtype", "float32")),
         experts_implementation=run.get("experts", "grouped_mm"),
         distributed_config=DistributedConfig(**spec["layout"], ep_implementation=run["ep"]),
@@ -212,11 +212,10 @@ def main():
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
     )
     if rank == 0:
-        torch.manual_seed(0)
-        config = MODELS[spec["model"]]()
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(
-            folder / "model"
-        )
+        for name in {run["model"] for run in spec["runs"].values()}:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.float32)
+            model.save_pretrained(folder / name)
     dist.barrier()
     warnings.simplefilter("error")
     results = {name: carry_out(folder, spec, run) for name, run in spec["runs"].items()}
