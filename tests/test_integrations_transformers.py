@@ -107,11 +107,18 @@ def check_imbalances(result):
 def test_training_is_that_of_plain_expert_parallelism(tmp_path):
     """Losses, weights and their layout are plain EP's, and no home weight is copied."""
     runs = list_runs({"model": "qwen3_moe", "steps": 6, "rebalance": 2})
+    # On its own, since FSDP goes on otherwise after an evaluation that comes before all training.
+    runs["given"] = {"ep": "lplb", "model": "qwen3_moe", "steps": 1, "given": True}
     results = run_training(tmp_path, EP2, runs)
     check_equal(results["plain"], results["lplb"], results["rounded"])
     check_imbalances(results["lplb"])
     assert not any(results["plain"]["extended"].values())
     assert results["lplb"]["extended"] and all(results["lplb"]["extended"].values())
+    # By given loads, the other rank's redundant slot holds the expert with nearly all tokens.
+    before, after, *errors = results["given"]["placed"]
+    assert [[one[4] for one in before], [one[9] for one in after]] == [[7, 7], [1, 1]]
+    assert errors[0].startswith("load must have shape (2, 8)") and "got (8,)" in errors[0]
+    assert errors[1] == "load must be a tensor, got list"
 
 
 @integrations

@@ -26,6 +26,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.utils import gather_full_state_dict
 
 import lplb_triton.integrations.transformers as lplb
+from lplb_triton.integrations._transformers_experts import find_layers
 
 SMALL = {
     "vocab_size": 64,
@@ -169,14 +170,38 @@ def count_slots(model, ep_size):
     return sum(type(one) is torch.Tensor and one.shape in shapes for one in gc.get_objects())
 
 
+def place_by_loads(model):
+    """Place copies by given loads before and after the first pass; return what each led to."""
+    layers, found = find_layers(model), []
+    for hot in (7, 1):
+        load = torch.ones(len(layers), 8)
+        load[:, hot] = 100
+        lplb.rebalance(model, load)
+        evaluate(model)
+        found.append([one.balance.placement.phy2log.tolist() for one in layers.values()])
+    for load in (torch.ones(8), [1.0] * 8):
+        try:
+            lplb.rebalance(model, load)
+        except (TypeError, ValueError) as error:
+            found.append(str(error))
+    model.train()
+    return found
+
+
 def carry_out(folder, spec, run):
     """Carry out one run and return what the tests look at."""
     model = load_model(folder, spec, run)
+    placed = place_by_loads(model) if run.get("given") else None
     if run.get("trainer"):
         losses, imbalances = train_by_trainer(model, folder, run)
     else:
         losses, imbalances = train(model, spec, run)
-    result = {"losses": losses, "imbalances": imbalances, "evaluated": evaluate(model)}
+    result = {
+        "losses": losses,
+        "imbalances": imbalances,
+        "evaluated": evaluate(model),
+        "placed": placed,
+    }
     result["local"] = {
         name: (tuple(one.shape), tuple(one.to_local().shape))
         for name, one in model.named_parameters()
