@@ -1,6 +1,7 @@
 # make run    balance the packaged trace (tables, picture, JSON and report in lplb-bench-results/)
 # make test   lint, type-check and test
 # make test-integrations    train in transformers, Megatron-Core and others, for minutes
+# make test-torchtitan    run the torchtitan example in an environment of its own (minutes)
 #
 # Each works alone on a fresh machine with Python >= 3.10, with or without a GPU. To choose:
 #   PYTHON=python3.12         interpreter to make the environment with
@@ -10,6 +11,8 @@
 #   CONSTRAINTS=              install without pinned versions (as on a machine with a GPU)
 #   RUN_ARGS="--ep 8,16"      for lplb-bench balance
 #   PYTEST_ARGS="-k solve"    for pytest
+#   TORCHTITAN_PYTHON=python3.12    for test-torchtitan, which needs 3.11 or newer
+#   TORCHTITAN_VENV=/path/to/venv   its environment
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -59,6 +62,24 @@ $(VENV)/.installed-bench: $(VENV)/.made $(SETTINGS)
 $(VENV)/.installed-dev: $(VENV)/.made $(SETTINGS)
 	$(INSTALL) -e '.[dev]'
 	touch "$@" $(VENV)/.installed-bench
+
+# torchtitan wants older releases of some packages than the other frameworks, so it stands alone.
+TORCHTITAN_PYTHON ?= $(PYTHON)
+TORCHTITAN_VENV ?= .venv-torchtitan
+TORCHTITAN_CONSTRAINTS := examples/torchtitan/constraints.txt
+
+.PHONY: test-torchtitan
+test-torchtitan: $(TORCHTITAN_VENV)/.installed-torchtitan
+	LPLB_TEST_INTEGRATIONS=1 $(TORCHTITAN_VENV)/bin/python -m pytest \
+	  tests/test_integrations_torchtitan.py $(PYTEST_ARGS)
+
+$(TORCHTITAN_VENV)/.installed-torchtitan: pyproject.toml $(TORCHTITAN_CONSTRAINTS)
+	@$(TORCHTITAN_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'Python 3.11 or newer is needed; choose one with TORCHTITAN_PYTHON=' >&2; exit 1; }
+	$(TORCHTITAN_PYTHON) -m venv "$(TORCHTITAN_VENV)"
+	$(TORCHTITAN_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
+	  -c $(TORCHTITAN_CONSTRAINTS) -e . torchtitan pytest pytest-timeout hypothesis
+	touch "$@"
 
 clean:
 	rm -rf build dist lplb_triton.egg-info lplb-bench-results .pytest_cache .mypy_cache \

@@ -17,9 +17,11 @@ from lplb_triton.kernels.exchange import (
 from lplb_triton.kernels.exchange_rows import FAULTS, status_words
 from lplb_triton.kernels.gathered import sum_gathered
 from lplb_triton.kernels.launch import is_interpreted
+from lplb_triton.kernels.loads import MOST_EXPERTS, record_loads
 from lplb_triton.kernels.pipeline import Pipeline
 from lplb_triton.kernels.quotas import Quotas, divide_quotas
 from lplb_triton.kernels.report import read_report
+from lplb_triton.kernels.rows import add_rows
 from lplb_triton.kernels.select import SelectTables, select
 from lplb_triton.kernels.solve.launch import (
     ExpandTables,
@@ -38,6 +40,7 @@ __all__ = [
     "FIRST_CHANNEL",
     "HEADER_WORDS",
     "MAX_RANKS",
+    "MOST_EXPERTS",
     "STATUS_FIRST",
     "Channel",
     "Exchange",
@@ -48,11 +51,13 @@ __all__ = [
     "SolveBuffers",
     "SolveTables",
     "ExpandTables",
+    "add_rows",
     "channel_words",
     "count_by_program",
     "divide_quotas",
     "is_interpreted",
     "read_report",
+    "record_loads",
     "select",
     "solve",
     "solve_counts",

@@ -28,7 +28,9 @@ from lplb_triton.kernels.count import (
 from lplb_triton.kernels.exchange import EXCHANGE_BLOCK, choose_block, sum_over_ranks_kernel
 from lplb_triton.kernels.exchange_rows import WARPS
 from lplb_triton.kernels.gathered import sum_gathered_kernel
+from lplb_triton.kernels.loads import LOAD_BLOCK, record_loads_kernel
 from lplb_triton.kernels.quotas import divide_quotas_kernel
+from lplb_triton.kernels.rows import ROW_BLOCK, add_rows_kernel
 from lplb_triton.kernels.select import SELECT_BLOCK, select_kernel
 from lplb_triton.kernels.solve import launch as solve_launch
 from lplb_triton.kernels.solve.counts_kernel import solve_counts_kernel
@@ -91,6 +93,11 @@ def jobs(capability):
         for gather in gathers.get((ranks, classes), ()):
             yield solve_counts_kernel, {**constants, **exchange(gather)}, options
     yield expand_kernel, {"BLOCK": solve_launch.EXPAND_BLOCK}, {"num_warps": 4}
+    for in_place in (0, 1):
+        constants = {"UNIT": 8, "IN_PLACE": in_place, "DOUBLE": 0, "BLOCK": ROW_BLOCK}
+        yield add_rows_kernel, constants, {"num_warps": 8}
+    constants = {"N_ROWS": 9, "EXPERT_BINS": 512, "RANK_BINS": 128, "BLOCK": LOAD_BLOCK}
+    yield record_loads_kernel, constants, {"num_warps": 8}
     bins = {"BINS": 256, "PDL": capability >= 90}
     yield count_kernel, {**bins, "BLOCK": COUNT_BLOCK}, {"num_warps": 2}
     rows = {"ROWS": SUM_ROWS, "EXPERTS": SUM_EXPERTS}

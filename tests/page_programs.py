@@ -131,6 +131,23 @@ def stepped(names):
     assert names["replicas"].weights["w_in"].shape == (6, 3, 2)
 
 
+def at_home(names):
+    names["moved"] = names["balancer"]
+    placement = Placement.from_history(
+        torch.arange(1.0, 9), 2, redundant_per_rank=2, keep_home=True
+    )
+    names["balancer"] = Balancer(placement, group=names["ep_group"])
+
+
+def stacked(names):
+    for slots, own in (("w_slots", "w_in"), ("v_slots", "w_out")):
+        assert names[slots].shape == (6, 3, 2) and torch.equal(names[slots][:4], names[own])
+    names["w_slots"].sum().backward()
+    names["w_in"].grad = None
+    names["balancer"].close()
+    names["balancer"] = names["moved"]
+
+
 def quantized(names):
     names["trained"] = names["replicas"]
     bits = torch.randint(256, (4, 3, 2), dtype=torch.uint8)
@@ -250,6 +267,7 @@ BEFORE = {
     ("docs/sync.md", "With DeepEP"): a_planner,
     ("docs/traces.md", "From your script to a report"): script_with_routers,
     ("docs/training.md", "Training"): layer,
+    ("docs/training.md", "Experts that stay at home: `spread`"): at_home,
     ("docs/training.md", "Frozen and quantized weights"): quantized,
     ("docs/training.md", "A new placement"): new_load,
     ("docs/training.md", "Checkpoints"): savers,
@@ -268,6 +286,7 @@ AFTER = {
     ("docs/sync.md", "With DeepEP"): initialised,
     ("docs/traces.md", "From your script to a report"): recorded,
     ("docs/training.md", "Training"): stepped,
+    ("docs/training.md", "Experts that stay at home: `spread`"): stacked,
     ("docs/training.md", "Frozen and quantized weights"): of_any_dtype,
     ("docs/training.md", "A new placement"): new_placement,
     ("docs/training.md", "Checkpoints"): saved,

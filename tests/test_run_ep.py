@@ -20,6 +20,7 @@ from lplb_triton.bench import cli, run_ep
 from lplb_triton.bench.ep import loads, processes, schedule, train
 from lplb_triton.bench.ep.pipeline import make_placements
 from lplb_triton.bench.ep.sizes import SIZES, Job
+from lplb_triton.bench.ep.weights import FORMS
 from lplb_triton.bench.measure.timer import WrongAnswerError
 
 CPU = SIZES["cpu"]
@@ -60,6 +61,12 @@ def test_every_section_on_a_cpu(quick_start, tmp_path, capsys):
             assert row["host_us"]["rank 0"]["median"] > 0
         assert shape["global"]["kept_on_rank"] > shape["local"]["kept_on_rank"]
 
+    for redundant in ("1", "2"):
+        row = sections[f"weights:{redundant}"]
+        assert 0 < row["rows_out"] <= int(redundant) and row["home_bytes"] == 8 * 16 * 32 * 3 * 4
+        assert set(row["forms"]) == set(FORMS)
+        for form in row["forms"].values():
+            assert form["weights"]["median"] > 0 and form["gradients"]["median"] > 0
     for routing in ("skewed", "learned", "even"):
         row = sections[f"train:{routing}"]
         runs = {run["balance"]: run for run in row["runs"]}
@@ -76,7 +83,7 @@ def test_every_section_on_a_cpu(quick_start, tmp_path, capsys):
     assert "Whole run with load sync" in printed.out and "train:even: done in" in printed.err
     assert f"torch {report['environment']['torch']}" in written
     assert "| eplb:2:2 | distributed | global |" in written
-    assert "| train:skewed | done |" in written
+    assert "| train:skewed | done |" in written and "| 2 | Replicas |" in written
 
 
 @pytest.mark.slow

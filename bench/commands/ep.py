@@ -26,7 +26,7 @@ MOST_ON_CPU = 16
 _USED_BY = {
     "epochs": ("verify", "pipeline"),
     "tokens": ("pipeline",),
-    "replays": ("time", "pipeline"),
+    "replays": ("time", "pipeline", "weights"),
     "kinds": ("verify", "time", "pipeline", "kill"),
 }
 
@@ -38,12 +38,13 @@ def add(commands: Any) -> None:
         "ep",
         run,
         parents=(options.output_files(),),
-        help="load sync, whole runs and training on the GPUs of this host",
+        help="load sync, whole runs, weights of slots and training on the GPUs of this host",
         description=(
-            "Verify and time load sync against NCCL, whole runs with sync, a killed rank, and\n"
-            "training with and without balancing, one process per GPU. Each section has processes\n"
-            "of its own and a bound; one that fails doesn't keep the others from running. Nothing\n"
-            "is timed before its answers have been held against the LP."
+            "Verify and time load sync against NCCL, whole runs with sync, a killed rank, weights\n"
+            "of slots with gradients back, and training with and without balancing, one process\n"
+            "per GPU. Each section has processes of its own and a bound; one that fails doesn't\n"
+            "keep the others from running. Nothing is timed before its answers have been held\n"
+            "against the LP, or against sums made another way."
         ),
         examples=(
             "  lplb-bench ep --json ep.json --markdown ep.md\n"
@@ -69,7 +70,7 @@ def add(commands: Any) -> None:
     for name, text in (
         ("epochs", "sums to verify, eagerly and again under graph replay"),
         ("tokens", "tokens of a whole run on each rank"),
-        ("replays", "timed replays of each graph"),
+        ("replays", "timed replays of each graph, or steps of the section weights"),
     ):
         standard = ", ".join(f"{getattr(s, name)} on {on}" for on, s in SIZES.items())
         sub.add_argument(

@@ -12,6 +12,7 @@ from lplb_triton.bench.ep.kill import kill_one
 from lplb_triton.bench.ep.pipeline import time_pipeline
 from lplb_triton.bench.ep.sizes import KINDS
 from lplb_triton.bench.ep.verify import verify_sync
+from lplb_triton.bench.ep.weights import measure_weights
 from lplb_triton.bench.ep.worker import Worker
 from lplb_triton.bench.types import Row
 
@@ -27,7 +28,7 @@ class Section:
     work
         Function that runs on every rank, for one variant, and returns the figures.
     variants
-        Back ends or routings.
+        Back ends, routings, or redundant slots per rank.
     seconds
         Limit for each variant.
     """
@@ -42,6 +43,7 @@ SECTIONS = {
     "time": Section(time_exchange, KINDS, 90.0),
     "pipeline": Section(time_pipeline, KINDS, 150.0),
     "kill": Section(kill_one, KINDS, 60.0),
+    "weights": Section(measure_weights, ("1", "2"), 90.0),
     "train": Section(train.train, ("skewed", "learned", "even"), 150.0),
 }
 
@@ -52,6 +54,8 @@ def reason_to_skip(section: str, variant: str, ranks: int, device: str) -> str |
         if (train.EXAMPLES / "train_moe_ep.py").is_file():
             return None
         return "needs the examples folder of a checkout, which an installed package lacks"
+    if section == "weights":
+        return None
     if device == "cpu" and variant != "distributed":
         return "needs GPUs"
     if variant == "nvshmem" and importlib.util.find_spec("nvshmem") is None:

@@ -36,6 +36,7 @@ def make_ep_grids(report: dict[str, Any]) -> list[Grid]:
         "time": _make_sync_grids,
         "pipeline": _make_run_grids,
         "kill": _make_kill_grids,
+        "weights": _make_weights_grids,
         "train": _make_training_grids,
     }
     grids: list[Grid] = []
@@ -187,6 +188,41 @@ def _make_kill_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid
             ),
         )
     ]
+
+
+def _make_weights_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
+    lines, notes = [], []
+    for redundant, row in rows.items():
+        sent = row["rows_out"] * row["bytes_per_expert"]
+        for name, form in row["forms"].items():
+            kept = form["kept_bytes"]
+            lines.append(
+                (
+                    redundant,
+                    name,
+                    "n/a" if kept is None else f"{kept / 2**20:.1f}",
+                    f"{sent / 2**20:.1f}",
+                    *(format_us(form[part][k]) for part in _PASSES for k in ("median", "p99")),
+                )
+            )
+    first = next(iter(rows.values()))
+    notes.append(
+        f"One layer of {first['experts']} experts of {first['bytes_per_expert'] / 2**20:.2f} MiB, "
+        f"{first['home_bytes'] / 2**20:.0f} MiB of them on each rank. sent: weights, mean by rank; "
+        "as much comes back in gradients. kept: device memory beyond the originals from the "
+        "forward pass to the backward pass. Times are of the slowest rank, with the host's work. "
+        "The first three forms are lplb_triton.spread's, which sends in every forward pass: all "
+        "slots in a new tensor, all slots in memory whose first rows are the parameter, and rows "
+        "of redundant slots for parameters by expert. Replicas sends once per optimizer step; "
+        "rows: redundant_only."
+    )
+    header = ("slots", "form", "kept MiB", "sent", "weights us", "p99", "gradients us", "p99")
+    return [
+        Grid("Weights of one layer's slots, and their gradients back", header, lines, tuple(notes))
+    ]
+
+
+_PASSES = ("weights", "gradients")
 
 
 def _make_training_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:

@@ -10,12 +10,13 @@ import torch.distributed as dist
 
 from lplb_triton._checks import check_integer
 from lplb_triton._torch_op import outside_modes
+from lplb_triton._updates import update_placements
 from lplb_triton.balancer import Balancer
 from lplb_triton.placement import Placement
 from lplb_triton.placement.chaining import chain
 from lplb_triton.training.spread_plan import SpreadPlan
 
-__all__ = ["Imbalance", "LayerBalance", "measure_imbalance"]
+__all__ = ["Imbalance", "LayerBalance", "measure_imbalance", "rebalance_layers"]
 
 # Batches that an imbalance is averaged over.
 WINDOW = 8
@@ -59,6 +60,9 @@ class LayerBalance:
     load : torch.Tensor
         ``[n_logical]`` int64 on the device: this rank's choices by expert since the last
         `rebalance`.
+    logical_loads, physical_loads : torch.Tensor
+        ``[9, ep_size]`` int64 on the device: this rank's choices by rank in the latest batches,
+        with every token on its expert's home rank, and as it was routed.
     """
 
     def __init__(
@@ -77,10 +81,12 @@ class LayerBalance:
             raise ValueError(
                 f"the EP group's size must divide the {n_logical} experts, got {self.ep_size}"
             )
+        if load is not None and tuple(load.shape) != (n_logical,):
+            raise ValueError(f"load must have shape ({n_logical},), got {tuple(load.shape)}")
         first = torch.ones(n_logical, device="cpu") if load is None else load
         with outside_modes():
             self.balancer = Balancer(
-                self._place(first), group=group, rank=0 if group is None else None, device=device
+                self.place(first), group=group, rank=0 if group is None else None, device=device
             )
             self.plan = SpreadPlan(self.balancer.placement, group=group, device=device)
             self._reset()
@@ -90,14 +96,17 @@ class LayerBalance:
         """The placement in use (immutable)."""
         return self.plan.placement
 
-    def _place(self, load: torch.Tensor) -> Placement:
+    def place(self, load: torch.Tensor) -> Placement:
+        """Make a placement for loads ``[n_logical]``; not collective."""
         return chain(load, self.ep_size, redundant_per_rank=self.redundant, keep_home=True)
 
     def _reset(self) -> None:
         """Start counting afresh."""
         self.load = torch.zeros(self.n_logical, dtype=torch.int64, device=self.device)
-        self._logical = torch.zeros(WINDOW, self.ep_size, dtype=torch.int64, device=self.device)
-        self._physical = torch.zeros_like(self._logical)
+        self.logical_loads = torch.zeros(
+            WINDOW, self.ep_size, dtype=torch.int64, device=self.device
+        )
+        self.physical_loads = torch.zeros_like(self.logical_loads)
         self._batches = 0
 
     def route(self, ids: torch.Tensor) -> torch.Tensor:
@@ -134,13 +143,26 @@ class LayerBalance:
 
     def _count(self, ids: torch.Tensor, slots: torch.Tensor) -> None:
         """Count the choices of one batch, without a wait for the device."""
-        place = self._batches % WINDOW
+        batch = self._batches
         self._batches += 1
+        if ids.is_cuda:
+            from lplb_triton import kernels  # it imports triton, which a CPU may lack
+
+            if self.n_logical <= kernels.MOST_EXPERTS:
+                kernels.record_loads(
+                    ids.contiguous(), slots.contiguous(), self.load, self.logical_loads,
+                    self.physical_loads, batch, self.placement.slots_per_rank,
+                )  # fmt: skip
+                return
+        place = batch % len(self.logical_loads)
         logical = _count_ids(ids, self.n_logical)
         physical = _count_ids(slots, self.placement.n_physical)
         self.load += logical
-        self._logical[place] = logical.view(self.ep_size, -1).sum(1)
-        self._physical[place] = physical.view(self.ep_size, -1).sum(1)
+        self.logical_loads[place] = logical.view(self.ep_size, -1).sum(1)
+        self.physical_loads[place] = physical.view(self.ep_size, -1).sum(1)
+        following = (place + 1) % len(self.logical_loads)
+        self.logical_loads[following] = 0
+        self.physical_loads[following] = 0
 
     @property
     def has_batches(self) -> bool:
@@ -148,28 +170,62 @@ class LayerBalance:
         return self._batches > 0
 
     def rebalance(self, load: torch.Tensor | None = None) -> None:
-        """Place copies by the loads since the last call; collective over the group.
-
-        Without any load the placement stays. Call it between optimizer steps.
+        """Place copies by the loads since the last call; see `rebalance_layers`.
 
         Parameters
         ----------
         load : torch.Tensor or None
             ``[n_logical]``, loads to place copies by instead, the same on all ranks.
         """
+        if load is None:
+            rebalance_layers([self])
+            return
         with outside_modes(), torch.no_grad():
-            if load is None:
-                load = self.load.clone()
-                if self.group is not None:
-                    dist.all_reduce(load, group=self.group)
-            load = load.cpu()
-            if not bool(load.any()):
-                return
-            self.balancer.update_placement(self._place(load))
-            plan = SpreadPlan(self.balancer.placement, group=self.group, device=self.device)
-            self.plan.retire()
-            self.plan = plan
-            self._reset()
+            self.use(self.balancer.update_placement(self.place(load.cpu())))
+
+    def use(self, placement: Placement) -> None:
+        """Use a placement that the balancer uses already, and count loads afresh."""
+        self.plan.retire()
+        self.plan = SpreadPlan.of_agreed(placement, self.group, self.device)
+        self._reset()
+
+
+def rebalance_layers(layers: Iterable[LayerBalance]) -> int:
+    """Place the copies of many layers by their loads since the last call; collective.
+
+    The ranks wait for one another a few times, however many layers there are. A layer without any
+    load keeps its placement. Call it between optimizer steps, when no graph is alive.
+
+    Parameters
+    ----------
+    layers : iterable of LayerBalance
+        In the same order on all ranks of their groups.
+
+    Returns
+    -------
+    int
+        How many layers have a new placement.
+    """
+    changed = 0
+    with outside_modes(), torch.no_grad():
+        for members in _by_group(layers):
+            sizes = [layer.n_logical for layer in members]
+            loads = torch.cat([layer.load for layer in members])
+            if members[0].group is not None:
+                dist.all_reduce(loads, group=members[0].group)
+            parts = torch.split(loads.cpu(), sizes)
+            loaded = [(m, p) for m, p in zip(members, parts, strict=True) if bool(p.any())]
+            if not loaded:
+                continue
+            used = update_placements(
+                [layer.balancer for layer, _ in loaded],
+                [layer.place(load) for layer, load in loaded],
+                "rebalancing layers",
+            )
+            for (layer, _), placement in zip(loaded, used, strict=True):
+                layer.use(placement)
+            changed += len(loaded)
+    return changed
 
 
 def _count_ids(ids: torch.Tensor, n: int) -> torch.Tensor:
@@ -183,17 +239,27 @@ def _count_ids(ids: torch.Tensor, n: int) -> torch.Tensor:
 def measure_imbalance(layers: Iterable[LayerBalance]) -> list[Imbalance]:
     """Return each layer's imbalance over its latest batches, at most eight; collective.
 
-    It waits for the device. Layers are given in the same order on all ranks of their groups. A
-    layer that saw no token has imbalances of 1.
+    It waits for the device. Layers are given in the same order on all ranks of their groups.
+    Batches without tokens don't count, and a layer that saw no others has imbalances of 1.
     """
-    found = []
-    for layer in layers:
-        n = min(max(layer._batches, 1), WINDOW)
-        loads = torch.stack([layer._logical[:n], layer._physical[:n]])
-        if layer.group is not None:
-            dist.all_reduce(loads, group=layer.group)
+    layers = list(layers)
+    found: dict[int, Imbalance] = {}
+    for members in _by_group(layers):
+        loads = torch.stack([torch.stack([m.logical_loads, m.physical_loads]) for m in members])
+        if members[0].group is not None:
+            dist.all_reduce(loads, group=members[0].group)
         rows = loads.double().cpu()
-        mean = rows.mean(2)
-        ratio = torch.where(mean > 0, rows.amax(2) / mean.clamp(min=1e-9), 1.0).mean(1)
-        found.append(Imbalance(*ratio.tolist()))
-    return found
+        mean = rows.mean(3)
+        ratio = torch.where(mean > 0, rows.amax(3) / mean.clamp(min=1e-9), torch.nan)
+        averages = ratio.nanmean(2).nan_to_num(nan=1.0)
+        for member, pair in zip(members, averages.tolist(), strict=True):
+            found[id(member)] = Imbalance(*pair)
+    return [found[id(layer)] for layer in layers]
+
+
+def _by_group(layers: Iterable[LayerBalance]) -> list[list[LayerBalance]]:
+    """Return the layers of each group, in their order."""
+    groups: dict[int, list[LayerBalance]] = {}
+    for layer in layers:
+        groups.setdefault(id(layer.group), []).append(layer)
+    return list(groups.values())

@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton.placement import Placement
+from lplb_triton.placement.home import is_at_home
 from lplb_triton.placement.moves import require_placement
 from lplb_triton.training.rows import Rows, check_rows, describe_tensor, parts_of
 
 __all__ = [
     "TRAINABLE",
     "Spec",
+    "check_at_home",
     "check_backend",
     "check_dtype",
     "check_group",
@@ -124,6 +126,15 @@ def check_placement(placement: Placement, group: dist.ProcessGroup | None) -> No
         )
 
 
+def check_at_home(placement: Placement, wanted: bool = True) -> None:
+    """Raise a ValueError if experts of ``placement`` are to be at home, and are not."""
+    if wanted and not is_at_home(placement):
+        raise ValueError(
+            "placement must keep every expert at home: make it with keep_home=True "
+            "(Placement.from_history, chain, place)"
+        )
+
+
 def check_dtype(dtype: object) -> None:
     """Raise naming ``dtype`` unless it is None or that of a parameter that gets gradients."""
     if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -149,6 +160,11 @@ def check_params(
             raise ValueError(f"{label} must be trained (requires_grad) for all experts or none")
         if not is_trained(rows):
             continue
+        if any(hasattr(part, "main_grad") for part in parts):
+            raise ValueError(
+                f"{label} has a main_grad, so its optimizer won't read .grad, where Replicas puts "
+                "gradients; use lplb_triton.spread"
+            )
         if not all(part.is_leaf for part in parts):
             raise ValueError(f"{label} must hold leaves of the autograd graph")
         if parts[0].dtype not in TRAINABLE:

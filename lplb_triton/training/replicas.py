@@ -23,9 +23,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lplb_triton._checks import check_flag
 from lplb_triton.placement import Placement
 from lplb_triton.training.checks import (
     Spec,
+    check_at_home,
     check_backend,
     check_dtype,
     check_group,
@@ -39,7 +41,13 @@ from lplb_triton.training.gradients import require_current_gradients, require_re
 from lplb_triton.training.handle import Handle
 from lplb_triton.training.originals import Originals
 from lplb_triton.training.owners import Claim, check_unclaimed
-from lplb_triton.training.routes import Ints, assign_positions, plan_routes, plan_traffic
+from lplb_triton.training.routes import (
+    Ints,
+    assign_positions,
+    plan_redundant_traffic,
+    plan_routes,
+    plan_traffic,
+)
 from lplb_triton.training.rows import Rows, ordinary_tensors, parts_of
 from lplb_triton.training.slots import Slots
 from lplb_triton.training.state import Optimizers, find_movable, list_optimizers
@@ -91,6 +99,11 @@ class Replicas:
         Dtype of the slot weights of trained parameters; by default that of each parameter.
         Gradients are accumulated, sent and summed in the parameter's dtype (float16 and bfloat16
         are summed in float32).
+    redundant_only : bool
+        Have `weights` hold the redundant slots only, ``[n_redundant, ...]``, where
+        ``n_redundant = slots_per_rank - n_logical / ep_size``: the model computes with the
+        parameters themselves in the other slots, so nothing but copies is stored and sent. The
+        placement must keep experts at home (``keep_home=True``).
     optimizer : torch.optim.Optimizer, sequence of them, or None
         Needed only if it already has state for ``params``.
 
@@ -121,9 +134,11 @@ class Replicas:
         group: dist.ProcessGroup | None = None,
         data_parallel_group: dist.ProcessGroup | None = None,
         dtype: torch.dtype | None = None,
+        redundant_only: bool = False,
         optimizer: Optimizers = None,
     ) -> None:
         self.group = group
+        self._redundant_only = check_flag("redundant_only", redundant_only)
         given = {"group": group, "data_parallel_group": data_parallel_group}
         self._groups = {name: one for name, one in given.items() if is_usable(one)}
         self.rank = dist.get_rank(group) if "group" in self._groups else 0
@@ -133,6 +148,7 @@ class Replicas:
             for name, one in given.items():
                 check_group(name, one)
             check_placement(placement, group)
+            check_at_home(placement, redundant_only)
             self._n_own = placement.n_logical // placement.ep_size
             self._originals = Originals(check_params(params, self._n_own))
             check_unclaimed(self._originals)
@@ -143,10 +159,11 @@ class Replicas:
                 self._originals, self._n_own, list_optimizers(optimizer), None
             )
             movable.extend(rows)
-            return {"dtype": str(dtype), "placement": describe_placement(placement), **spec}
+            alike = {"dtype": str(dtype), "redundant_only": redundant_only}
+            return {**alike, "placement": describe_placement(placement), **spec}
 
-        alike: dict[str, Spec] = {"data_parallel_group": {"the rank in group": self.rank}}
-        check_on_all_ranks(self._groups, check, alike)
+        own: dict[str, Spec] = {"data_parallel_group": {"the rank in group": self.rank}}
+        check_on_all_ranks(self._groups, check, own)
         self._placement = placement
         self._dtype = dtype
         self._ordered = False
@@ -160,7 +177,8 @@ class Replicas:
         """Make the slots of this object's parameters, and claim the parameters."""
         self._pending: Handle | None = None
         self._synced: list[tuple[int, int]] | None = None
-        self._slots = Slots(self._originals, self._placement.slots_per_rank, self._dtype)
+        n_slots = self._placement.slots_per_rank - self._redundant_only * self._n_own
+        self._slots = Slots(self._originals, n_slots, self._dtype)
         self._claim = Claim(self._originals, self._slots.weights, self, self._check_step)
 
     @property
@@ -181,7 +199,8 @@ class Replicas:
     def weights(self) -> Mapping[str, torch.Tensor]:
         """Slot weights by name, ``[slots_per_rank, ...]`` each, to compute with.
 
-        Row i is physical slot ``rank * slots_per_rank + i``. They are leaves of the autograd
+        Row i is physical slot ``rank * slots_per_rank + i``; with ``redundant_only`` the first row
+        is the first redundant slot. They are leaves of the autograd
         graph, contiguous, and stay the same tensors as long as the `Replicas` exists. They require
         gradients while their parameter does. The optimizer must not update them.
 
@@ -340,6 +359,7 @@ class Replicas:
 
         def check() -> Spec:
             check_placement(placement, self.group)
+            check_at_home(placement, self._redundant_only)
             for name in ("n_logical", "n_physical"):
                 wanted, got = getattr(self._placement, name), getattr(placement, name)
                 if wanted != got:
@@ -454,8 +474,10 @@ class Replicas:
             move_rows(movable, routes, self.group, self.device)
         self._positions = positions
         self._claim.in_order = bool((positions == self._logical_positions).all())
-        self._traffic = plan_traffic(
-            self._placement, positions, self._n_own, self.rank, self.device
+        self._traffic = (
+            plan_redundant_traffic(self._placement, self.rank, self.device)
+            if self._redundant_only
+            else plan_traffic(self._placement, positions, self._n_own, self.rank, self.device)
         )
         self._synced = None
 

@@ -17,9 +17,7 @@ __all__ = [
     "Routes",
     "Traffic",
     "assign_positions",
-    "make_index",
-    "make_rounds",
-    "plan_redundant_routes",
+    "plan_redundant_traffic",
     "plan_routes",
     "plan_traffic",
 ]
@@ -54,13 +52,19 @@ class Traffic(NamedTuple):
     """From originals to slots."""
     gradient_routes: Routes
     """From slots to originals."""
+    summed: Index
+    """Rows of this rank's originals that gradients of slots are added to."""
     local_rounds: list[tuple[Index, Index]]
-    """Rows of this rank's slots to add to its originals, in rounds that name no target twice."""
+    """Rows of this rank's slots to add to rows of ``summed``, in rounds without a target twice."""
     arriving_rounds: list[tuple[Index, Index]]
     """The same for the rows that other ranks send."""
+    arriving_starts: torch.Tensor
+    """int32, where the rows that are sent for each of ``summed`` begin in ``arriving_sources``."""
+    arriving_sources: torch.Tensor
+    """int32, the rows that are sent, in the order in which they are added."""
 
 
-def make_index(rows: list[int], device: torch.device) -> Index:
+def _make_index(rows: list[int], device: torch.device) -> Index:
     """Put row numbers on the host and on ``device``."""
     return Index(rows, torch.tensor(rows, dtype=torch.int64, device=device))
 
@@ -82,7 +86,7 @@ def plan_routes(
     into = into[np.argsort(src[into], kind="stable")]
 
     def rows(values: Ints, per_rank: int) -> Index:
-        return make_index((values % per_rank).tolist(), device)
+        return _make_index((values % per_rank).tolist(), device)
 
     return Routes(
         rows(source[local], per_source),
@@ -95,22 +99,23 @@ def plan_routes(
     )
 
 
-def make_rounds(source: Sequence[int], target: Index, n_own: int) -> list[tuple[Index, Index]]:
+def _make_rounds(
+    source: Sequence[int], target: Sequence[int], device: torch.device
+) -> list[tuple[Index, Index]]:
     """Split additions into rounds that name no target twice, so that the order of sums is fixed.
 
-    ``source`` are the rows to add and ``target``, as many, the rows that they are added to, below
-    ``n_own``.
+    ``source`` are the rows to add and ``target``, as many, the rows that they are added to.
     """
-    seen = [0] * n_own
+    seen: dict[int, int] = {}
     rounds: list[tuple[list[int], list[int]]] = []
-    for origin, row in zip(source, target.host, strict=True):
-        if seen[row] == len(rounds):
+    for origin, row in zip(source, target, strict=True):
+        number = seen.get(row, 0)
+        if number == len(rounds):
             rounds.append(([], []))
-        rounds[seen[row]][0].append(origin)
-        rounds[seen[row]][1].append(row)
-        seen[row] += 1
-    device = target.device.device
-    return [(make_index(a, device), make_index(b, device)) for a, b in rounds]
+        rounds[number][0].append(origin)
+        rounds[number][1].append(row)
+        seen[row] = number + 1
+    return [(_make_index(a, device), _make_index(b, device)) for a, b in rounds]
 
 
 def plan_traffic(
@@ -122,35 +127,44 @@ def plan_traffic(
     weight_routes = plan_routes(
         position, n_own, slots, placement.slots_per_rank, placement.ep_size, rank, device
     )
-    gradient_routes = weight_routes.reverse()
-    arrived = range(len(gradient_routes.into.host))
+    return _add_way_back(weight_routes, device)
+
+
+def _add_way_back(weight_routes: Routes, device: torch.device) -> Traffic:
+    """Plan how gradients return, and how they are added up."""
+    back = weight_routes.reverse()
+    summed = sorted({*back.local_to.host, *back.into.host})
+    place = {row: i for i, row in enumerate(summed)}
+    arrived = range(len(back.into.host))
+    targets = [place[row] for row in back.into.host]
+    starts = np.cumsum([0, *np.bincount(np.array(targets, dtype=np.int64), minlength=len(summed))])
+    order = sorted(arrived, key=lambda i: targets[i])  # stable, so that the order stays
     return Traffic(
         weight_routes,
-        gradient_routes,
-        make_rounds(gradient_routes.local_from.host, gradient_routes.local_to, n_own),
-        make_rounds(arrived, gradient_routes.into, n_own),
+        back,
+        _make_index(summed, device),
+        _make_rounds(back.local_from.host, [place[row] for row in back.local_to.host], device),
+        _make_rounds(arrived, targets, device),
+        torch.tensor(starts.tolist(), dtype=torch.int32, device=device),
+        torch.tensor(order, dtype=torch.int32, device=device),
     )
 
 
-def plan_redundant_routes(placement: Placement, rank: int, device: torch.device) -> Routes:
-    """Plan what ``rank`` does to fill redundant slots, where experts stay at home.
+def plan_redundant_traffic(placement: Placement, rank: int, device: torch.device) -> Traffic:
+    """Plan what ``rank`` sends between its experts and redundant slots, where experts stay at home.
 
     Sources are rows of the ranks' own experts, targets are rows of their redundant slots, both in
     order.
     """
     n_own = placement.n_logical // placement.ep_size
     n_redundant = placement.slots_per_rank - n_own
-    experts = placement.phy2log.numpy().reshape(placement.ep_size, -1)[:, n_own:].reshape(-1)
+    slots = placement.phy2log.numpy().astype(np.int64)
+    experts = slots.reshape(placement.ep_size, -1)[:, n_own:].reshape(-1)
     target = np.arange(len(experts))
-    return plan_routes(
-        experts.astype(np.int64),
-        n_own,
-        target,
-        max(n_redundant, 1),
-        placement.ep_size,
-        rank,
-        device,
+    routes = plan_routes(
+        experts, n_own, target, max(n_redundant, 1), placement.ep_size, rank, device
     )
+    return _add_way_back(routes, device)
 
 
 def assign_positions(placement: Placement, current: Ints) -> Ints:

@@ -76,9 +76,13 @@ def spread(
     stacked = [one for one in rows if isinstance(one, torch.Tensor)]
     if not redundant_only and len(stacked) == len(rows) and not torch.compiler.is_compiling():
         return stack_slots(plan, stacked)
-    counts = [0 if isinstance(one, torch.Tensor) else len(one) for one in rows]
-    flat = [part for one in rows for part in parts_of(one)]
-    redundant = tuple(torch.ops.lplb_triton.spread(flat, counts, plan.handle))
+    by_expert = [int(not isinstance(one, torch.Tensor)) for one in rows]
+    flat = [
+        part
+        for one in rows
+        for part in ([one] if isinstance(one, torch.Tensor) else [one[i] for i in plan.given])
+    ]
+    redundant = tuple(torch.ops.lplb_triton.spread(flat, by_expert, plan.handle))
     if redundant_only:
         return redundant
     return tuple(
@@ -162,20 +166,21 @@ class _Stack(torch.autograd.Function):
         ctx.shapes = [one.shape for one in originals]
         # Dispatch modes must not see inside: selective checkpointing would keep, or replay, parts.
         with outside_modes(), torch.no_grad():
-            redundant = plan.send_weights(originals)
             slots = []
-            for original, rows, buffer in zip(originals, redundant, buffers, strict=True):
+            for original, buffer in zip(originals, buffers, strict=True):
+                shape = (plan.placement.slots_per_rank, *original.shape[1:])
                 if buffer is None:
-                    slots.append(torch.cat([original.detach(), rows]))
-                    continue
-                # Another view of the memory, since what this writes is what was there while a
-                # graph of the same step is alive: autograd's count of writes must not know.
-                view = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
-                view.set_(
-                    buffer.untyped_storage(), buffer.storage_offset(), buffer.shape, buffer.stride()
-                )
-                view[plan.n_local :].copy_(rows)
+                    view = torch.empty(shape, dtype=original.dtype, device=original.device)
+                    view[: plan.n_local].copy_(original)
+                else:
+                    # Another view of the memory, since what this writes is what was there while a
+                    # graph of the same step is alive: autograd's count of writes must not know.
+                    view = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
+                    view.set_(
+                        buffer.untyped_storage(), buffer.storage_offset(), shape, buffer.stride()
+                    )
                 slots.append(view)
+            plan.send_weights(originals, [one[plan.n_local :] for one in slots])
         return tuple(slots)
 
     @staticmethod
@@ -184,16 +189,10 @@ class _Stack(torch.autograd.Function):
         plan.require_current()
         n = plan.n_local
         with outside_modes(), torch.no_grad():
-            totals = plan.return_gradients([grad[n:] for grad in grads])
-            results = []
-            for grad, total in zip(grads, totals, strict=True):
-                own = grad[:n] if ctx.reuse_gradients else grad[:n].clone()
-                if plan.copied.host:
-                    index = plan.copied.device
-                    total += own.index_select(0, index)
-                    own.index_copy_(0, index, total.to(own.dtype))
-                results.append(own)
-        return (None, None, None, *results)
+            whole = [grad.contiguous() for grad in grads]
+            own = [grad[:n] if ctx.reuse_gradients else grad[:n].clone() for grad in whole]
+            plan.return_gradients([grad[n:] for grad in whole], own)
+        return (None, None, None, *own)
 
 
 def _check_original(label: str, value: object, plan: SpreadPlan) -> Rows:
@@ -249,42 +248,54 @@ def _to_local(label: str, value: object) -> torch.Tensor:
 
 
 torch.library.define(
-    "lplb_triton::spread", "(Tensor[] originals, int[] counts, int plan) -> Tensor[]"
+    "lplb_triton::spread", "(Tensor[] originals, int[] by_expert, int plan) -> Tensor[]"
 )
 torch.library.define(
     "lplb_triton::return_gradients",
-    "(Tensor[] gradients, int[] counts, int plan) -> Tensor[]",
+    "(Tensor[] gradients, int[] by_expert, int plan) -> Tensor[]",
 )
 
 
-def _group_rows(flat: Sequence[torch.Tensor], counts: Sequence[int]) -> list[Rows]:
-    """Undo the flattening: a count of 0 stands for a stacked tensor, others for so many parts."""
+def _group_rows(
+    flat: Sequence[torch.Tensor], by_expert: Sequence[int], plan: SpreadPlan
+) -> list[Rows]:
+    """Undo the flattening: each original is one stacked tensor, or the parts that are sent."""
     rows: list[Rows] = []
     taken = 0
-    for count in counts:
-        rows.append(list(flat[taken : taken + count]) if count else flat[taken])
-        taken += count or 1
+    for is_parted in by_expert:
+        if not is_parted:
+            rows.append(flat[taken])
+            taken += 1
+            continue
+        parts = [flat[taken]] * plan.n_local
+        for row in plan.given:
+            parts[row] = flat[taken]
+            taken += 1
+        rows.append(parts)
     return rows
 
 
-def _spread(originals: list[torch.Tensor], counts: list[int], plan: int) -> list[torch.Tensor]:
+def _spread(originals: list[torch.Tensor], by_expert: list[int], plan: int) -> list[torch.Tensor]:
     """Send weights; the implementation of the operator."""
+    found = find_plan(plan)
     with torch.no_grad():
-        return find_plan(plan).send_weights(_group_rows(originals, counts))
+        return found.send_weights(_group_rows(originals, by_expert, found))
 
 
-def _spread_fake(originals: list[torch.Tensor], counts: list[int], plan: int) -> list[torch.Tensor]:
+def _spread_fake(
+    originals: list[torch.Tensor], by_expert: list[int], plan: int
+) -> list[torch.Tensor]:
     """Return what tracing needs to know of the redundant slots."""
-    n_redundant, fakes = find_plan(plan).n_redundant, []
-    for rows in _group_rows(originals, counts):
+    found, fakes = find_plan(plan), []
+    for rows in _group_rows(originals, by_expert, found):
         first = parts_of(rows)[0]
         shape = first.shape[1:] if isinstance(rows, torch.Tensor) else first.shape
-        fakes.append(first.new_empty((n_redundant, *shape)))
+        fakes.append(first.new_empty((found.n_redundant, *shape)))
     return fakes
 
 
 def _return_gradients(
-    gradients: list[torch.Tensor], counts: list[int], plan: int
+    gradients: list[torch.Tensor], by_expert: list[int], plan: int
 ) -> list[torch.Tensor]:
     """Add up the copies' gradients, in their dtype; the implementation of the operator.
 
@@ -296,9 +307,9 @@ def _return_gradients(
     with torch.no_grad():
         totals = found.return_gradients([grad.contiguous() for grad in gradients])
         results = []
-        for total, grad, count in zip(totals, gradients, counts, strict=True):
+        for total, grad, is_parted in zip(totals, gradients, by_expert, strict=True):
             rounded = total.to(grad.dtype)
-            if not count:
+            if not is_parted:
                 whole = rounded.new_zeros((found.n_local, *grad.shape[1:]))
                 rounded = whole.index_copy_(0, found.copied.device, rounded)
             results.append(rounded)
@@ -306,20 +317,20 @@ def _return_gradients(
 
 
 def _return_gradients_fake(
-    gradients: list[torch.Tensor], counts: list[int], plan: int
+    gradients: list[torch.Tensor], by_expert: list[int], plan: int
 ) -> list[torch.Tensor]:
     """Return what tracing needs to know of the sums."""
     found = find_plan(plan)
     return [
-        grad.new_empty((len(found.copied.host) if count else found.n_local, *grad.shape[1:]))
-        for grad, count in zip(gradients, counts, strict=True)
+        grad.new_empty((len(found.copied.host) if is_parted else found.n_local, *grad.shape[1:]))
+        for grad, is_parted in zip(gradients, by_expert, strict=True)
     ]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     """Keep what the backward pass needs; no tensor is among it."""
-    originals, counts, plan = inputs
-    ctx.counts, ctx.plan, ctx.n_flat = counts, plan, len(originals)
+    originals, by_expert, plan = inputs
+    ctx.by_expert, ctx.plan, ctx.n_flat = by_expert, plan, len(originals)
     ctx.kinds = [(one.shape, one.dtype, one.device) for one in output]
 
 
@@ -329,17 +340,15 @@ def _differentiate(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[Any,
         torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
         for grad, (shape, dtype, device) in zip(grads, ctx.kinds, strict=True)
     ]
-    totals = torch.ops.lplb_triton.return_gradients(given, ctx.counts, ctx.plan)
-    copied = find_plan(ctx.plan).copied.host
+    totals = torch.ops.lplb_triton.return_gradients(given, ctx.by_expert, ctx.plan)
+    plan = find_plan(ctx.plan)
     results: list[torch.Tensor | None] = []
-    for total, count in zip(totals, ctx.counts, strict=True):
-        if not count:
+    for total, is_parted in zip(totals, ctx.by_expert, strict=True):
+        if is_parted:
+            sums = dict(zip(plan.copied.host, total.unbind(), strict=True))
+            results.extend(sums.get(row) for row in plan.given)
+        else:
             results.append(total)
-            continue
-        parts: list[torch.Tensor | None] = [None] * count
-        for i, row in enumerate(copied):
-            parts[row] = total[i]
-        results.extend(parts)
     return results, None, None
 
 

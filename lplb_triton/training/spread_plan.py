@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from lplb_triton._checks import resolve_device
 from lplb_triton.placement import Placement
-from lplb_triton.placement.home import is_at_home
 from lplb_triton.training.checks import (
     Spec,
+    check_at_home,
     check_backend,
     check_group,
     check_on_all_ranks,
@@ -22,9 +22,9 @@ from lplb_triton.training.checks import (
     describe_placement,
     is_usable,
 )
-from lplb_triton.training.routes import make_index, make_rounds, plan_redundant_routes
-from lplb_triton.training.rows import Rows, ordinary_tensors, parts_of, put_rows, take_rows
-from lplb_triton.training.transfer import add_rows, exchange_rows
+from lplb_triton.training.routes import plan_redundant_traffic
+from lplb_triton.training.rows import Index, Rows, ordinary_tensors, parts_of
+from lplb_triton.training.transfer import start_copies, start_sums
 
 __all__ = ["SpreadPlan", "find_plan"]
 
@@ -75,39 +75,44 @@ class SpreadPlan:
         def check() -> Spec:
             check_group("group", group)
             check_placement(placement, group)
-            if not is_at_home(placement):
-                raise ValueError(
-                    "placement must keep every expert at home: make it with keep_home=True "
-                    "(Placement.from_history, chain, place)"
-                )
+            check_at_home(placement)
             self.device = resolve_device(device)
             check_backend(group, self.device)
             return {"placement": describe_placement(placement)}
 
         check_on_all_ranks({"group": group} if is_usable(group) else {}, check)
+        self._set_up(placement, group)
+
+    @classmethod
+    def of_agreed(
+        cls, placement: Placement, group: dist.ProcessGroup | None, device: torch.device
+    ) -> SpreadPlan:
+        """Make a plan of a placement that the ranks have agreed on, without communication."""
+        check_at_home(placement)
+        made = object.__new__(cls)
+        made.device = device
+        made._set_up(placement, group)
+        return made
+
+    def _set_up(self, placement: Placement, group: dist.ProcessGroup | None) -> None:
+        """Make what this rank sends, and register the plan for the operators."""
         self.placement, self.group = placement, group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.n_local = placement.n_logical // placement.ep_size
         self.n_redundant = placement.slots_per_rank - self.n_local
         with ordinary_tensors():
-            self._make_routes()
+            self.traffic = plan_redundant_traffic(placement, self.rank, self.device)
+        # Parts of an original by expert that the operators take: those with copies, and one more,
+        # so that autograd brings a rank without any to the exchange of gradients.
+        self.given = sorted({0, *self.copied.host})
         self._current = True
         self.handle = next(_handles)
         _plans[self.handle] = self
 
-    def _make_routes(self) -> None:
-        """Make the routes, and the order in which returned gradients are added up."""
-        self.weight_routes = plan_redundant_routes(self.placement, self.rank, self.device)
-        self.gradient_routes = self.weight_routes.reverse()
-        back = self.gradient_routes
-        # Only experts with a copy get a sum; `copied` are their rows.
-        copied = sorted({*back.local_to.host, *back.into.host})
-        place = {row: i for i, row in enumerate(copied)}
-        self.copied = make_index(copied, self.device)
-        local = make_index([place[row] for row in back.local_to.host], self.device)
-        arriving = make_index([place[row] for row in back.into.host], self.device)
-        self._local_rounds = make_rounds(back.local_from.host, local, len(copied))
-        self._arriving_rounds = make_rounds(range(len(back.into.host)), arriving, len(copied))
+    @property
+    def copied(self) -> Index:
+        """Rows of this rank's experts that have copies."""
+        return self.traffic.summed
 
     def __repr__(self) -> str:
         """Write the placement and the rank in one line."""
@@ -123,7 +128,7 @@ class SpreadPlan:
         A forward pass sends and receives as many rows of weights, and a backward pass receives and
         sends as many rows of gradients.
         """
-        return sum(self.weight_routes.out_counts), sum(self.weight_routes.in_counts)
+        return sum(self.traffic.weight_routes.out_counts), sum(self.traffic.weight_routes.in_counts)
 
     def retire(self) -> None:
         """Declare that another plan has taken this one's place.
@@ -141,34 +146,37 @@ class SpreadPlan:
                 "recomputes): change it between optimizer steps, when no graph is alive"
             )
 
-    def send_weights(self, originals: Sequence[Rows]) -> list[torch.Tensor]:
-        """Return the weights of this rank's redundant slots, ``[n_redundant, ...]`` each."""
-        routes = self.weight_routes
-        slots, arriving = [], []
-        for rows in originals:
+    def send_weights(
+        self, originals: Sequence[Rows], into: Sequence[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        """Return the weights of this rank's redundant slots, ``[n_redundant, ...]`` each.
+
+        They are written to the tensors ``into``, if these are given.
+        """
+        pairs: list[tuple[torch.Tensor, Rows]] = []
+        for i, rows in enumerate(originals):
+            if into is not None:
+                pairs.append((into[i], rows))
+                continue
             first = parts_of(rows)[0]
             shape = first.shape[1:] if isinstance(rows, torch.Tensor) else first.shape
-            redundant = torch.empty(
-                (self.n_redundant, *shape), dtype=first.dtype, device=first.device
-            )
-            if routes.local_from.host:
-                put_rows(redundant, routes.local_to, take_rows(rows, routes.local_from))
-            if routes.remote:
-                message = take_rows(rows, routes.out)
-                arriving.append((redundant, *exchange_rows(message, routes, self.group)))
-            slots.append(redundant)
-        for redundant, message, work in arriving:
-            work.wait()
-            put_rows(redundant, routes.into, message)
-        return slots
+            slots = torch.empty((self.n_redundant, *shape), dtype=first.dtype, device=first.device)
+            pairs.append((slots, rows))
+        start_copies(pairs, self.traffic.weight_routes, self.group)()
+        return [slots for slots, _ in pairs]
 
-    def return_gradients(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def return_gradients(
+        self, gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
         """Return the sums of the copies' gradients, ``[len(copied), ...]`` each.
 
         Parameters
         ----------
         gradients
             Gradients of the weights that `send_weights` returned.
+        into
+            Contiguous tensors ``[n_local, ...]`` of the gradients' dtype: the sums are added to
+            their rows and rounded once, and nothing is returned.
 
         Returns
         -------
@@ -176,23 +184,7 @@ class SpreadPlan:
             A row for each of ``copied``, in at least float32. The order of sums is fixed: copies
             on this rank first, then the others by slot number.
         """
-        routes = self.gradient_routes
-        totals, arriving = [], []
-        for grad in gradients:
-            total = torch.zeros(
-                (len(self.copied.host), *grad.shape[1:]),
-                dtype=torch.promote_types(grad.dtype, torch.float32),
-                device=grad.device,
-            )
-            if routes.remote:
-                message = take_rows(grad, routes.out)
-                arriving.append((total, *exchange_rows(message, routes, self.group)))
-            add_rows(total, grad, self._local_rounds)
-            totals.append(total)
-        for total, message, work in arriving:
-            work.wait()
-            add_rows(total, message, self._arriving_rounds)
-        return totals
+        return start_sums(gradients, self.traffic, self.group)(into)
 
 
 def find_plan(handle: int) -> SpreadPlan:
