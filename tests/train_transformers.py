@@ -207,8 +207,9 @@ def carry_out(folder, spec, run):
         for name, one in model.named_parameters()
         if hasattr(one, "to_local")
     }
+    n_slots = 8 // spec["layout"]["ep_size"] + 1
     result["extended"] = {
-        name: one.to_local().untyped_storage().nbytes() > one.to_local().nbytes
+        name: one.to_local().untyped_storage().nbytes() == n_slots * one[0].numel() * one.itemsize
         for name, one in model.named_parameters()
         if ".experts." in name
     }

@@ -109,8 +109,11 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
         ids[part][:size] = balance.route(own)
         return ids
 
-    def rebalance(self, load: torch.Tensor | None) -> None:
-        """Place copies by the loads that were counted, or by those given; collective."""
+    def use_load(self, load: torch.Tensor) -> None:
+        """Place copies by loads ``[n_experts]``; collective once the layer has run.
+
+        Before that it is what the first placement is made from.
+        """
         if self.balance is None:
             self._first_load = load
         else:

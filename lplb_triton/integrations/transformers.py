@@ -91,9 +91,11 @@ def rebalance(model: torch.nn.Module, load: torch.Tensor | None = None) -> None:
                 f"load must have shape {shape}, a row for each MoE layer and a column for each "
                 f"expert, got {tuple(load.shape)}"
             )
-        load = load.cpu()
-    for i, layer in enumerate(layers.values()):
-        layer.rebalance(None if load is None else load[i])
+        for layer, row in zip(layers.values(), load.cpu(), strict=True):
+            layer.use_load(row)
+        return
+    made = [layer.balance for layer in layers.values() if layer.balance is not None]
+    _layer.rebalance_layers(made)
 
 
 def measure_imbalance(model: torch.nn.Module) -> dict[str, Imbalance]:
