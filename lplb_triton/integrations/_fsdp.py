@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -82,11 +83,10 @@ def _is_managed_by_parent(module: torch.nn.Module) -> bool:
     If torch doesn't tell which modules FSDP manages, it may.
     """
     try:
-        from torch.distributed._composable_state import _module_state_mapping
-    except ImportError:
+        states: Any = importlib.import_module("torch.distributed._composable_state")
+        roots: list[torch.nn.Module] = list(states._module_state_mapping)
+    except (ImportError, AttributeError):
         return True
     # A module does not know its parents, so that those under FSDP are asked for their children.
-    return any(
-        isinstance(root, FSDPModule) and any(child is module for child in root.modules())
-        for root in list(_module_state_mapping)
-    )
+    managed = [root for root in roots if issubclass(type(root), FSDPModule)]
+    return any(child is module for root in managed for child in root.modules())

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from lplb_triton._checks import check_integer
-from lplb_triton.integrations import _layer
-from lplb_triton.integrations._layer import Imbalance
+from lplb_triton.integrations import layers as balanced_layers
+from lplb_triton.integrations.layers import Imbalance
 
 try:
     from transformers import TrainerCallback
@@ -95,7 +95,7 @@ def rebalance(model: torch.nn.Module, load: torch.Tensor | None = None) -> None:
             layer.use_load(row)
         return
     made = [layer.balance for layer in layers.values() if layer.balance is not None]
-    _layer.rebalance_layers(made)
+    balanced_layers.rebalance_layers(made)
 
 
 def measure_imbalance(model: torch.nn.Module) -> dict[str, Imbalance]:
@@ -120,7 +120,7 @@ def measure_imbalance(model: torch.nn.Module) -> dict[str, Imbalance]:
         for name, layer in find_layers(model).items()
         if layer.balance is not None and layer.balance.has_batches
     }
-    return dict(zip(layers, _layer.measure_imbalance(layers.values()), strict=True))
+    return dict(zip(layers, balanced_layers.measure_imbalance(layers.values()), strict=True))
 
 
 class Rebalance(TrainerCallback):  # type: ignore[misc]
