@@ -38,11 +38,14 @@ def find_lasting_memory(module: torch.nn.Module) -> dict[str, LastingMemory]:
     if _is_managed_by_parent(module):
         return {}
     return {
-        name: LastingMemory(
-            parameter._local_tensor if isinstance(parameter, DTensor) else parameter, _do_nothing
-        )
+        name: LastingMemory(_get_local(parameter), _do_nothing)
         for name, parameter in module.named_parameters(recurse=False)
     }
+
+
+def _get_local(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the tensor with this rank's part of a parameter."""
+    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
 
 
 def _do_nothing() -> None:
@@ -63,7 +66,7 @@ def _find_whole_shards(module: Any) -> Iterator[tuple[str, LastingMemory]]:
             and type(local) is torch.Tensor
             and memory.data_ptr() == local.data_ptr()
             and (gathered.dtype, gathered.device) == (local.dtype, local.device)
-            and gathered._local_tensor.shape == local.shape
+            and _get_local(gathered).shape == local.shape
         ):
             yield name, LastingMemory(local, _make_announcement(shard, local))
 
