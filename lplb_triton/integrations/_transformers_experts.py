@@ -75,7 +75,11 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
             return attach(expert_output, list(slots.values()))
 
         self.experts_forward = run_experts
-        return super().__call__(hidden_states, slot_ids, top_k_weights)
+        try:
+            return super().__call__(hidden_states, slot_ids, top_k_weights)
+        finally:
+            # The closure would keep the slots' weights alive until the next call.
+            self.experts_forward = self._run_experts
 
     def _get_balance(self, device: torch.device) -> LayerBalance:
         """Return the layer's balance; the first call makes it, and is collective."""
@@ -105,8 +109,11 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
         ids[part][:size] = balance.route(own)
         return ids
 
-    def rebalance(self, load: torch.Tensor | None) -> None:
-        """Place copies by the loads that were counted, or by those given; collective."""
+    def use_load(self, load: torch.Tensor) -> None:
+        """Place copies by loads ``[n_experts]``; collective once the layer has run.
+
+        Before that it is what the first placement is made from.
+        """
         if self.balance is None:
             self._first_load = load
         else:

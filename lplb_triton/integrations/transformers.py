@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from lplb_triton._checks import check_integer
-from lplb_triton.integrations import _layer
-from lplb_triton.integrations._layer import Imbalance
+from lplb_triton.integrations import layers as balanced_layers
+from lplb_triton.integrations.layers import Imbalance
 
 try:
     from transformers import TrainerCallback
@@ -91,9 +91,11 @@ def rebalance(model: torch.nn.Module, load: torch.Tensor | None = None) -> None:
                 f"load must have shape {shape}, a row for each MoE layer and a column for each "
                 f"expert, got {tuple(load.shape)}"
             )
-        load = load.cpu()
-    for i, layer in enumerate(layers.values()):
-        layer.rebalance(None if load is None else load[i])
+        for layer, row in zip(layers.values(), load.cpu(), strict=True):
+            layer.use_load(row)
+        return
+    made = [layer.balance for layer in layers.values() if layer.balance is not None]
+    balanced_layers.rebalance_layers(made)
 
 
 def measure_imbalance(model: torch.nn.Module) -> dict[str, Imbalance]:
@@ -118,7 +120,7 @@ def measure_imbalance(model: torch.nn.Module) -> dict[str, Imbalance]:
         for name, layer in find_layers(model).items()
         if layer.balance is not None and layer.balance.has_batches
     }
-    return dict(zip(layers, _layer.measure_imbalance(layers.values()), strict=True))
+    return dict(zip(layers, balanced_layers.measure_imbalance(layers.values()), strict=True))
 
 
 class Rebalance(TrainerCallback):  # type: ignore[misc]

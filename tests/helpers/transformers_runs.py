@@ -12,12 +12,12 @@ import torch
 SCRIPT = Path(__file__).parent.parent / "train_transformers.py"
 
 
-def run_training(folder, model, layout, runs, limit=240):
+def run_training(folder, layout, runs, limit=240):
     """Carry out runs in a layout of ranks, and return their results by name.
 
-    A rank that fails ends the others.
+    The ranks are given a limit in seconds, and one that fails ends the others.
     """
-    spec = {"model": model, "layout": layout, "runs": runs}
+    spec = {"layout": layout, "runs": runs}
     (folder / "spec.json").write_text(json.dumps(spec))
     world = layout.get("fsdp_size", 1) * layout.get("tp_size", 1)
     ranks = []
