@@ -21,11 +21,14 @@ from lplb_triton.testing.verify import solve_counts
 from lplb_triton.traces.trace import Trace
 
 __all__ = [
+    "EXPERT_BYTES",
     "METHODS",
     "MOVES_EXPERTS",
     "SEEDS",
     "Case",
     "PublishedError",
+    "count_moved",
+    "count_remote",
     "explain_impossible",
     "judge",
     "make_by_history",
@@ -37,7 +40,11 @@ __all__ = [
     "trace_cases",
 ]
 
-METHODS = BY_HISTORY
+# Methods that leave every expert on its home rank, by the method that they are a form of.
+_AT_HOME = {"home": "eplb", "home-chain": "chain", "home-place": "place"}
+METHODS = (*BY_HISTORY, *_AT_HOME)
+# Weights of an expert of DeepSeek-V3 in bfloat16: three matrices of 7168 x 2048.
+EXPERT_BYTES = 3 * 7168 * 2048 * 2
 # Synthetic loads: seeds, batches of history and of test, spread of the means, jitter by batch.
 SEEDS = tuple(range(10))
 SYNTHETIC_HISTORY, SYNTHETIC_TEST = 512, 256
@@ -150,16 +157,36 @@ def make_by_history(
     slots: int,
     device: torch.device,
     trials: int | None,
+    previous: Placement | None = None,
 ) -> Placement:
-    """Make a placement from history by one of `METHODS`."""
+    """Make a placement from history by one of `METHODS`; `place` starts from ``previous``."""
+    keep_home, method = method in _AT_HOME, _AT_HOME.get(method, method)
     if method == "place":
-        loads = history.to(device)
-        return place(loads, ep, redundant_per_rank=slots, trials=trials)
+        return place(
+            history.to(device),
+            ep,
+            redundant_per_rank=slots,
+            trials=trials,
+            previous=previous,
+            keep_home=keep_home,
+        )
     load = history.double()
     load = (load / load.sum(1, keepdim=True).clamp(min=1)).mean(0)
     if method == "chain":
-        return chain(load, ep, redundant_per_rank=slots)
-    return Placement.from_history(load, ep, redundant_per_rank=slots)
+        return chain(load, ep, redundant_per_rank=slots, keep_home=keep_home)
+    return Placement.from_history(load, ep, redundant_per_rank=slots, keep_home=keep_home)
+
+
+def count_remote(placement: Placement) -> int:
+    """Count the slots, on all ranks, whose expert has its home on another rank."""
+    home = placement.phy2log.long() // (placement.n_logical // placement.ep_size)
+    rank = torch.arange(placement.ep_size, device=home.device)
+    return int((home.reshape(placement.ep_size, -1) != rank[:, None]).sum())
+
+
+def count_moved(before: Placement, after: Placement) -> int:
+    """Count the expert weights that ranks receive when one placement replaces another."""
+    return plan_moves(before, after).moved
 
 
 def judge(placement: Placement, test: torch.Tensor, device: torch.device) -> dict[str, float]:
@@ -220,12 +247,21 @@ def measure(
     -------
     dict
         ``even``, ``lp`` and ``integer``, mean largest over mean rank load, minus 1; ``seconds``,
-        wall time, and ``cpu_seconds``, of all threads, to make the placement.
+        wall time, and ``cpu_seconds``, of all threads, to make the placement; ``remote``, slots a
+        rank whose expert has its home elsewhere; ``moved``, expert weights that all ranks together
+        receive when the placement made from the test batches replaces this one.
     """
     begin, cpu = time.perf_counter(), time.process_time()
     placement = make_by_history(method, case.history, ep, slots, device, trials)
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
-    return {**judge(placement, case.test, device), "seconds": seconds, "cpu_seconds": cpu}
+    after = make_by_history(method, case.test.sum(1), ep, slots, device, trials, placement)
+    return {
+        **judge(placement, case.test, device),
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "remote": count_remote(placement) / ep,
+        "moved": float(count_moved(placement, after)),
+    }
 
 
 def run(

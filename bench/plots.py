@@ -79,9 +79,12 @@ def placement_png(rows: Sequence[dict[str, Any]], *, title: str) -> bytes:
     figure = _figure(2 + 1.5 * len(rows), 4)
     ax = figure.subplots()
     at = np.arange(len(rows))
-    for offset, (name, color) in enumerate(zip(rows[0]["methods"], COLORS.values(), strict=False)):
+    methods = list(rows[0]["methods"])
+    width = 0.84 / len(methods)
+    for number, name in enumerate(methods):
         excess = [100 * float(np.mean(row["methods"][name]["lp"])) for row in rows]
-        ax.bar(at + 0.28 * (offset - 1), excess, width=0.28, color=color, label=f"{name} + LP")
+        offset = width * (number - (len(methods) - 1) / 2)
+        ax.bar(at + offset, excess, width=width, color=f"C{number}", label=f"{name} + LP")
     ax.set_xticks(at, [f"EP {row['ep']}, {row['slots']} a rank" for row in rows])
     ax.set_ylabel("mean excess imbalance, %")
     ax.set_title(title, fontsize=10, parse_math=False)

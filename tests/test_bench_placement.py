@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lplb_triton import Placement
 from lplb_triton.bench import cli, placement
 from lplb_triton.traces.trace import Trace, save
 
@@ -59,7 +60,14 @@ def test_command_writes_every_output(trace, tmp_path, capsys):
         "--json",
         str(tmp_path / "a.json"),
     ]
-    arguments += ["--markdown", "-", "--png", str(tmp_path / "a.png")]
+    arguments += [
+        "--expert-bytes",
+        "1000000000",
+        "--markdown",
+        "-",
+        "--png",
+        str(tmp_path / "a.png"),
+    ]
     assert cli.main(arguments) == cli.OK
     report = json.loads((tmp_path / "a.json").read_text())
     (row,) = report["rows"]
@@ -68,11 +76,39 @@ def test_command_writes_every_output(trace, tmp_path, capsys):
         assert all(
             whole >= lp - 1e-9 for whole, lp in zip(values["integer"], values["lp"], strict=True)
         )
+    home = {name: values for name, values in row["methods"].items() if name.startswith("home")}
+    # One redundant slot a rank is all that isn't at home; a re-placement fills nothing else.
+    assert len(home) == 3
+    for values in home.values():
+        assert values["remote"] == [1.0, 1.0] and max(values["moved"]) <= 4
+    assert min(row["methods"]["eplb"]["remote"]) > 1
+    assert report["expert_bytes"] == 1_000_000_000
     excess = {name: np.mean(values["lp"]) for name, values in row["methods"].items()}
     assert excess["place"] < excess["eplb"]
     assert report["published"]["same"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert "place/EPLB" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "place/EPLB" in printed
+    moved = np.mean(row["methods"]["eplb"]["moved"])
+    even = np.mean(row["methods"]["eplb"]["even"])
+    remote = np.mean(row["methods"]["eplb"]["remote"])
+    assert any(
+        line.startswith(f"| 4 | 1 | EPLB | {100 * even:.2f}% |")
+        and line.endswith(f"| {remote:.2f} | {moved:.1f} | {moved:.2f} |")
+        for line in printed.splitlines()
+    )
+
+
+def test_remote_slots_and_moved_weights_are_counted():
+    """Slots away from an expert's home are remote, and weights that a rank lacked are moved."""
+    # Four experts on two ranks, three slots each: experts 2 and 0 have a copy away from home.
+    before = Placement.from_phy2log([0, 1, 2, 2, 3, 0], 2)
+    assert placement.count_remote(before) == 2
+    assert placement.count_moved(before, before) == 0
+    # The same weights in other slots of their ranks, and then expert 1 in place of 0 on rank 1.
+    shuffled = Placement.from_phy2log([2, 1, 0, 0, 3, 2], 2)
+    assert placement.count_moved(before, shuffled) == 0 and placement.count_remote(shuffled) == 2
+    assert placement.count_moved(before, Placement.from_phy2log([0, 1, 2, 2, 3, 1], 2)) == 1
 
 
 def test_moves_are_counted(monkeypatch):

@@ -44,6 +44,22 @@ def test_micro_batches(tmp_path, adds_per_step):
 
 
 @pytest.mark.parametrize("every", [1, 2])
+def test_a_discarded_batch_counts_nowhere(tmp_path, every):
+    """What was added before `discard` is in no batch, and batches keep their numbers."""
+    path, ids = tmp_path / "t.npz", draw(5, 1, 8)
+    with Recorder(path, 8, 1, every=every) as recorder:
+        recorder.discard()
+        for batch in ids:
+            recorder.add(0, batch[0] * 0)
+            recorder.discard()
+            recorder.add(0, batch[0])
+            recorder.step()
+    assert_holds(path, ids[::every], 8)
+    with pytest.raises(RuntimeError, match="closed"):
+        recorder.discard()
+
+
+@pytest.mark.parametrize("every", [1, 2])
 def test_a_save_between_and_a_batch_that_was_begun(tmp_path, every):
     """A save leaves out the begun batch, `close` keeps it, and only `save` works afterwards."""
     path, ids = tmp_path / "t.npz", draw(5, 1, 8)

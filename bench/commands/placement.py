@@ -29,8 +29,9 @@ def add(commands: Any) -> None:
         help="EPLB's placement against those made for the LP",
         description=(
             "Place experts by the first batches of a trace, or of synthetic loads, by EPLB, by\n"
-            "lplb_triton.chain and by lplb_triton.place, and compare the LP's optimum, and its\n"
-            "result in whole tokens, on the following batches; with the time that each takes."
+            "lplb_triton.chain and by lplb_triton.place, each also with every expert at home, and\n"
+            "compare the LP's optimum, and its result in whole tokens, on the following batches;\n"
+            "with the time that each takes, and the weights that a re-placement moves."
         ),
         examples=(
             "  lplb-bench placement --ep 8,16,32\n"
@@ -57,6 +58,10 @@ def add(commands: Any) -> None:
     sub.add_argument(
         "--trials", type=options.count, metavar="N",
         help="effort of place (default: its own, 2000 on a CPU)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--expert-bytes", type=options.count, metavar="N", default=placement.EXPERT_BYTES,
+        help="bytes of one expert's weights (default %(default)s: DeepSeek-V3 in bfloat16)",
     )  # fmt: skip
     sub.add_argument(
         "--moves", type=options.penalty, metavar="PENALTY",
@@ -107,6 +112,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         "command": "placement",
         "source": source,
         "trials": args.trials,
+        "expert_bytes": args.expert_bytes,
         "environment": environment(device.type),
         "seconds": time.perf_counter() - begin,
         "rows": rows,

@@ -14,6 +14,12 @@ __all__ = [
 ]
 
 
+# Methods that choose the ranks of all experts, with their names in tables, and those that leave
+# every expert at home.
+_NAMES = {"eplb": "EPLB", "chain": "chain", "place": "place"}
+_HOME_NAMES = {"home": "EPLB", "home-chain": "chain", "home-place": "place"}
+
+
 def make_placement_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench placement``.
 
@@ -26,7 +32,7 @@ def make_placement_grids(report: dict[str, Any]) -> list[Grid]:
     -------
     list of Grid
     """
-    grids = [_make_excess_grid(report), _make_time_grid(report)]
+    grids = [_make_excess_grid(report), _make_home_grid(report), _make_time_grid(report)]
     if report["moves"]:
         grids.append(_make_moves_grid(report["moves"]))
     if report["published"] is not None:
@@ -45,13 +51,13 @@ def _make_excess_grid(report: dict[str, Any]) -> Grid:
             name: {key: float(np.mean(found[key])) for key in ("even", "lp", "integer")}
             for name, found in row["methods"].items()
         }
-        shown = [_format_percent(m[key]) for m in mean.values() for key in ("lp", "integer")]
+        shown = [_format_percent(mean[name][key]) for name in _NAMES for key in ("lp", "integer")]
         base = mean["eplb"]["lp"]
         ratio = f"{mean['place']['lp'] / base:.2f}" if base >= 1e-4 else "n/a"
         even = _format_percent(mean["eplb"]["even"])
         lines.append((str(row["ep"]), str(row["slots"]), even, *shown, ratio))
     cases = len(report["rows"][0]["cases"])
-    columns = [f"{name} {kind}" for name in ("EPLB", "chain", "place") for kind in ("LP", "tokens")]
+    columns = [f"{name} {kind}" for name in _NAMES.values() for kind in ("LP", "tokens")]
     return Grid(
         f"Mean excess imbalance on unseen batches, {report['source']}",
         ("EP", "slots", "EPLB even", *columns, "place/EPLB"),
@@ -68,6 +74,37 @@ def _make_excess_grid(report: dict[str, Any]) -> Grid:
     )
 
 
+def _make_home_grid(report: dict[str, Any]) -> Grid:
+    """Lay out the methods with experts at home beside those that move them."""
+    lines = []
+    for row in report["rows"]:
+        for name in (*_NAMES, *_HOME_NAMES):
+            found = {key: float(np.mean(values)) for key, values in row["methods"][name].items()}
+            gigabytes = found["moved"] * report["expert_bytes"] / 1e9
+            lines.append(
+                (
+                    *(str(row["ep"]), str(row["slots"])),
+                    f"{_HOME_NAMES[name]}, at home" if name in _HOME_NAMES else _NAMES[name],
+                    *(_format_percent(found[key]) for key in ("even", "lp", "integer")),
+                    f"{found['remote']:.2f}",
+                    f"{found['moved']:.1f}",
+                    f"{gigabytes:.2f}",
+                )
+            )
+    return Grid(
+        f"Experts at home, {report['source']}",
+        ("EP", "slots", "placement", "even", "LP", "tokens", "remote slots", "moved", "GB moved"),
+        lines,
+        (
+            "remote slots: slots of a rank whose expert has its home (experts in order) elsewhere. "
+            "moved: weights that all ranks of a layer receive when the placement made from the "
+            "test batches replaces this one, originals and copies; place starts from the one "
+            f"before. GB: at {report['expert_bytes']} bytes of weights an expert; states of the "
+            "optimizer, which follow originals, are not counted.",
+        ),
+    )
+
+
 def _make_time_grid(report: dict[str, Any]) -> Grid:
     lines = []
     for row in report["rows"]:
@@ -80,11 +117,16 @@ def _make_time_grid(report: dict[str, Any]) -> Grid:
                 f"{mean['place']:.2f}",
                 f"{max(methods['place']['seconds']):.2f}",
                 f"{float(np.mean(methods['place']['cpu_seconds'])):.2f}",
+                *(f"{1e3 * mean[name]:.1f}" for name in ("home", "home-chain")),
+                f"{mean['home-place']:.2f}",
             )
         )
     return Grid(
         "Time of one placement",
-        ("EP", "slots", "EPLB ms", "chain ms", "place s", "place max s", "place CPU s"),
+        (
+            *("EP", "slots", "EPLB ms", "chain ms", "place s", "place max s", "place CPU s"),
+            *("home: EPLB ms", "chain ms", "place s"),
+        ),
         lines,
         (),
     )

@@ -9,7 +9,7 @@ through them:
 4. ``combine``              sends the outputs back, weighted and added up
 
 Two transports in `moe.transports` have these functions (``dispatch``, ``combine``, ``close``):
-`AllToAll`, with torch.distributed, and `DeepEP`, with DeepEP's ``ElasticBuffer`` where
+`AllToAll`, with torch.distributed, and `DeepEP`, with DeepEP's buffer of version 1 or 2 where
 ``deep_ep`` is installed.
 """
 

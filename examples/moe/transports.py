@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.deep_ep_buffer import make_buffer
 from moe.experts import Collect, Dispatch, count_assignments, wide
 
 
@@ -138,17 +139,17 @@ class _DeepDispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, slots: Tensor, weights: Tensor, buffer: Any, n_physical: int):
-        received, local, factors, handle, _ = buffer.dispatch(
+        received, local, factors, handle, sizes = buffer.dispatch(
             x, topk_idx=slots, topk_weights=weights, num_experts=n_physical
         )
         ctx.buffer, ctx.handle = buffer, handle
         ctx.mark_non_differentiable(local)
         ctx.set_materialize_grads(True)
         # `combine` needs the handle; autograd returns it as it is, since it is no tensor.
-        return received, local, factors, handle
+        return received, local, factors, handle, sizes
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _, grad_factors: Tensor, __):
+    def backward(ctx, grad: Tensor, _, grad_factors: Tensor, *__):
         grad, grad_weights, _ = ctx.buffer.combine(
             grad.contiguous(), handle=ctx.handle, topk_weights=grad_factors.contiguous()
         )
@@ -169,7 +170,7 @@ class _DeepCombine(torch.autograd.Function):
 
 
 class DeepEP:
-    """Dispatch and combine by DeepEP's ``ElasticBuffer``: one row per token and rank.
+    """Dispatch and combine by DeepEP, version 1 or 2: one row per token and rank.
 
     Parameters
     ----------
@@ -180,12 +181,16 @@ class DeepEP:
     tokens, hidden, top_k
         Largest batch of a rank, and the layer's sizes.
     buffer
-        An ``ElasticBuffer`` to use; by default a new one.
+        An ``ElasticBuffer``, or a `moe.deep_ep_buffer.LegacyBuffer` around DeepEP 1's ``Buffer``,
+        to use; by default a new one of the installed release.
 
     Raises
     ------
     ModuleNotFoundError
         If there is no ``deep_ep``.
+    ValueError
+        If DeepEP 1 is to serve one rank only, or (at the first dispatch) more than 128 slots a
+        rank.
     """
 
     def __init__(
@@ -199,17 +204,13 @@ class DeepEP:
         buffer: Any = None,
     ) -> None:
         if buffer is None:
-            from deep_ep import ElasticBuffer
-
-            buffer = ElasticBuffer(
-                group, num_max_tokens_per_rank=tokens, hidden=hidden, num_topk=top_k
-            )
+            buffer = make_buffer(group, tokens=tokens, hidden=hidden, top_k=top_k)
         self.buffer, self.n_physical, self.ranks = buffer, n_physical, group.size()
 
     def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Send every token to its slots, as `AllToAll.dispatch` does."""
         low = x.to(torch.bfloat16)
-        received, local, factors, handle = _DeepDispatch.apply(
+        received, local, factors, handle, sizes = _DeepDispatch.apply(
             low, slots, weights.float(), self.buffer, self.n_physical
         )
         # DeepEP sends a token to a rank once: copy it for each slot of this rank that it chose.
@@ -217,7 +218,11 @@ class DeepEP:
         slot = local[row, choice].long()
         by_slot = slot.argsort(stable=True)
         row, choice = row[by_slot], choice[by_slot]
-        ends = torch.bincount(slot, minlength=self.n_physical // self.ranks).cumsum(0)
+        if isinstance(sizes, list):
+            rows = torch.tensor(sizes, device=x.device)
+        else:
+            rows = torch.bincount(slot, minlength=self.n_physical // self.ranks)
+        ends = rows.cumsum(0)
         way = handle, row, factors[row, choice], received, x.dtype
         return received[row].to(x.dtype), ends.to(torch.int32), way
 

@@ -260,6 +260,20 @@ class Recorder:
         if bad is not None:
             raise bad
 
+    def discard(self) -> None:
+        """Drop what was counted of the batch that was begun, as after an error in its middle.
+
+        Raises
+        ------
+        RuntimeError
+            If the recorder is closed.
+        """
+        self._check_open()
+        if self._buffer is not None:
+            # Rows behind the ended batches hold the begun one only.
+            self._buffer[len(self._pending) :].zero_()
+        self._begin_batch()
+
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the recorder is closed")
