@@ -102,7 +102,7 @@ class BalancedExperts(RoutedExperts):
         counts = counts.scatter_add(0, flat, torch.ones_like(flat, dtype=counts.dtype))
         output = super().forward(x_BLD, topk_scores_BLK, slot_ids, counts)
         slots, self._slots = self._slots, ()
-        return attach(output, slots)
+        return attach(output, slots, balance.plan)
 
     def _compute_slots(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Run the inner experts' own forward pass on the slots' weights."""

@@ -89,7 +89,7 @@ class LayerBalance:
                 self.place(first), group=group, rank=0 if group is None else None, device=device
             )
             self.plan = SpreadPlan(self.balancer.placement, group=group, device=device)
-            self._reset()
+            self._make_counters()
 
     @property
     def placement(self) -> Placement:
@@ -100,14 +100,14 @@ class LayerBalance:
         """Make a placement for loads ``[n_logical]``; not collective."""
         return chain(load, self.ep_size, redundant_per_rank=self.redundant, keep_home=True)
 
-    def _reset(self) -> None:
-        """Start counting afresh."""
+    def _make_counters(self) -> None:
+        """Start counting; the loads by rank have a row more, since the next batch's is cleared."""
         self.load = torch.zeros(self.n_logical, dtype=torch.int64, device=self.device)
-        self.logical_loads = torch.zeros(
-            WINDOW, self.ep_size, dtype=torch.int64, device=self.device
-        )
+        shape = (WINDOW + 1, self.ep_size)
+        self.logical_loads = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.physical_loads = torch.zeros_like(self.logical_loads)
         self._batches = 0
+        self._first_batch = 0
 
     def route(self, ids: torch.Tensor) -> torch.Tensor:
         """Rewrite logical into physical ids; collective over the group.
@@ -130,7 +130,7 @@ class LayerBalance:
             If a region is recomputed whose forward pass ran with another placement.
         """
         recomputed = torch._C._current_graph_task_id() != -1
-        if recomputed and not self._batches:
+        if recomputed and not self.has_batches:
             raise RuntimeError(
                 "the placement changed between a forward pass and what its backward pass "
                 "recomputes: rebalance between optimizer steps, when no graph is alive"
@@ -167,7 +167,7 @@ class LayerBalance:
     @property
     def has_batches(self) -> bool:
         """Whether a batch was routed since the last `rebalance`."""
-        return self._batches > 0
+        return self._batches > self._first_batch
 
     def rebalance(self, load: torch.Tensor | None = None) -> None:
         """Place copies by the loads since the last call; see `rebalance_layers`.
@@ -187,7 +187,8 @@ class LayerBalance:
         """Use a placement that the balancer uses already, and count loads afresh."""
         self.plan.retire()
         self.plan = SpreadPlan.of_agreed(placement, self.group, self.device)
-        self._reset()
+        self.load.zero_()
+        self._first_batch = self._batches
 
 
 def rebalance_layers(layers: Iterable[LayerBalance]) -> int:

@@ -34,7 +34,7 @@ def replace_grouped_forward(experts: Any, balance: LayerBalance) -> None:
         slots.clear()
         try:
             output, bias = type(experts).forward(experts, *args, **kwargs)
-            return attach(output, slots), bias
+            return attach(output, slots, balance.plan), bias
         finally:
             slots.clear()
 
@@ -81,7 +81,7 @@ class _SequentialSlots:
             output, bias = type(self.experts).forward(self.view, hidden, tokens_per_expert, probs)
         finally:
             self.view.__dict__["local_experts"] = []
-        return attach(output, slots), bias
+        return attach(output, slots, self.balance.plan), bias
 
     def _call_copy(
         self, slots: list[torch.Tensor], number: int, tokens: torch.Tensor, probs: torch.Tensor

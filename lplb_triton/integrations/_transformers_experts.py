@@ -72,7 +72,7 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
                 expert_output = self._run_experts(*args)
             # What goes back through the all-to-all, in whose backward pass every rank takes part.
             # The layer's own output must not be a view, which FSDP warns of.
-            return attach(expert_output, list(slots.values()))
+            return attach(expert_output, list(slots.values()), plan)
 
         self.experts_forward = run_experts
         try:

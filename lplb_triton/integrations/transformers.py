@@ -21,6 +21,7 @@ import torch
 
 from lplb_triton._checks import check_integer
 from lplb_triton.integrations import layers as balanced_layers
+from lplb_triton.integrations._transformers_record import ModelRecorder, record
 from lplb_triton.integrations.layers import Imbalance
 
 try:
@@ -34,7 +35,15 @@ except ImportError as error:
         "pip install 'lplb_triton[integrations]' (Python 3.11 or newer)"
     ) from error
 
-__all__ = ["Imbalance", "Rebalance", "measure_imbalance", "rebalance", "register"]
+__all__ = [
+    "Imbalance",
+    "ModelRecorder",
+    "Rebalance",
+    "measure_imbalance",
+    "rebalance",
+    "record",
+    "register",
+]
 
 
 def register(name: str = "lplb", *, redundant: int = 1) -> None:
@@ -113,12 +122,12 @@ def measure_imbalance(model: torch.nn.Module) -> dict[str, Imbalance]:
     dict of str to Imbalance
         By name of the experts module: largest load of a rank over the mean one, ``before`` with
         every token on its expert's home rank, and ``after`` with replicas. Layers that have not
-        run since the last `rebalance` are left out.
+        run are left out.
     """
     layers = {
         name: layer.balance
         for name, layer in find_layers(model).items()
-        if layer.balance is not None and layer.balance.has_batches
+        if layer.balance is not None
     }
     return dict(zip(layers, balanced_layers.measure_imbalance(layers.values()), strict=True))
 

@@ -20,7 +20,28 @@ import torch
 
 from lplb_triton.training.spread_plan import SpreadPlan
 
-__all__ = ["extend_memory", "is_extended", "keep_redundant_rows"]
+__all__ = ["Stamp", "extend_memory", "is_extended", "keep_redundant_rows"]
+
+
+class Stamp:
+    """How often tensors were written, to notice a change between a forward and a backward pass.
+
+    Slots in the originals' memory, or stacked again from them, change with them, where autograd
+    would have noticed that a tensor which it keeps was changed.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        # Torch doesn't count the writes of tensors made in inference mode.
+        self._tensors = [one.detach() for one in tensors if not one.is_inference()]
+        self._versions = [one._version for one in self._tensors]
+
+    def require_unchanged(self) -> None:
+        """Raise a RuntimeError if one of the tensors was written since."""
+        if [one._version for one in self._tensors] != self._versions:
+            raise RuntimeError(
+                "parameters changed between a forward pass and its backward pass, which reads the "
+                "slots' weights from their memory: run backward before the optimizer's step"
+            )
 
 
 def extend_memory(original: torch.Tensor, n_redundant: int) -> torch.Tensor:
@@ -87,7 +108,11 @@ def keep_redundant_rows(
     slots : sequence of torch.Tensor
         ``[slots_per_rank, ...]`` each, by `stack_slots` without buffers.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    if (
+        not torch.is_grad_enabled()
+        or torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    ):
         yield
         return
     kept = {
@@ -97,7 +122,7 @@ def keep_redundant_rows(
 
     def pack(tensor: torch.Tensor) -> Any:
         found = kept.get(tensor.untyped_storage().data_ptr())
-        if found is None:
+        if found is None or tensor.dtype != found.dtype:
             return tensor
         return found, tensor.shape, tensor.stride(), tensor.storage_offset()
 
@@ -117,7 +142,9 @@ class _Kept:
     """The rows of a stacked tensor that are kept, and where the others can be read."""
 
     def __init__(self, original: torch.Tensor, slots: torch.Tensor, plan: SpreadPlan) -> None:
+        self.dtype = slots.dtype
         self._original, self._plan = original, plan
+        self._stamp = Stamp([original])
         self._slots: torch.Tensor | None = slots
         self._redundant = slots[plan.n_local :].clone()
 
@@ -130,5 +157,6 @@ class _Kept:
         if self._slots is not None:
             return self._slots
         self._plan.require_current()
+        self._stamp.require_unchanged()
         with torch.no_grad():
             return torch.cat([self._original, self._redundant])

@@ -9,12 +9,14 @@ optimizers and checkpoints see plain expert parallelism.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from lplb_triton._torch_op import outside_modes
 from lplb_triton.training.rows import Rows, describe_tensor, parts_of
+from lplb_triton.training.slot_memory import Stamp
 from lplb_triton.training.spread_plan import SpreadPlan, find_plan
 
 __all__ = ["attach", "spread", "stack_slots"]
@@ -55,8 +57,10 @@ def spread(
     ------
     TypeError, ValueError
         Naming the original that doesn't fit.
+        If an original requires gradients on some ranks only (checked in a plan's first call).
     RuntimeError
-        In the backward pass, if the plan was retired since the forward pass.
+        In the backward pass, if the plan was retired since the forward pass, or a stacked original
+        was changed; and in a second derivative.
 
     Examples
     --------
@@ -76,6 +80,8 @@ def spread(
     stacked = [one for one in rows if isinstance(one, torch.Tensor)]
     if not redundant_only and len(stacked) == len(rows) and not torch.compiler.is_compiling():
         return stack_slots(plan, stacked)
+    if not torch.compiler.is_compiling():
+        plan.check_trained([part.requires_grad for one in rows for part in parts_of(one)[:1]])
     by_expert = [int(not isinstance(one, torch.Tensor)) for one in rows]
     flat = [
         part
@@ -114,12 +120,15 @@ def stack_slots(
         Whether the backward pass may add to the memory of the gradients that it is given. That is
         right where slots are used by one operation, which makes a fresh gradient for them.
     """
+    plan.check_trained([one.requires_grad for one in originals])
     given = [None] * len(originals) if buffers is None else list(buffers)
     slots: tuple[torch.Tensor, ...] = _Stack.apply(plan, given, reuse_gradients, *originals)  # type: ignore[no-untyped-call]
     return slots
 
 
-def attach(output: torch.Tensor, slots: Sequence[torch.Tensor]) -> torch.Tensor:
+def attach(
+    output: torch.Tensor, slots: Sequence[torch.Tensor], plan: SpreadPlan | None = None
+) -> torch.Tensor:
     """Return ``output``, whose backward pass then always takes part in that of `spread`.
 
     Where no token reached a rank's slots, or an operation skipped them, autograd would not visit
@@ -132,23 +141,31 @@ def attach(output: torch.Tensor, slots: Sequence[torch.Tensor]) -> torch.Tensor:
         Any, floating-point.
     slots : sequence of torch.Tensor
         What `spread` returned.
+    plan : SpreadPlan or None
+        What the slots were made by, if the backward pass is to raise where it was retired. The
+        gradients of trained slots see to that themselves, frozen ones have none.
     """
-    result: torch.Tensor = _Attach.apply(output, *slots)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _Attach.apply(plan, output, *slots)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Attach(torch.autograd.Function):
-    """The identity of its first argument; the others get zero gradients."""
+    """The identity of an output; slots get no gradients, but their backward passes run."""
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, *slots: torch.Tensor) -> torch.Tensor:
-        ctx.n_slots = len(slots)
-        return output.view_as(output)
+    def forward(
+        ctx: Any, plan: SpreadPlan | None, output: torch.Tensor, *slots: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.plan, ctx.n_slots = plan, len(slots)
+        # Not a view for autograd, so that a layer may write to it.
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.plan is not None:
+            ctx.plan.require_current()
         # An undefined gradient is no work for autograd, but its receiver runs all the same.
-        return (grads[0], *[None] * ctx.n_slots)
+        return (None, grads[0], *[None] * ctx.n_slots)
 
 
 class _Stack(torch.autograd.Function):
@@ -163,7 +180,7 @@ class _Stack(torch.autograd.Function):
         *originals: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.plan, ctx.reuse_gradients = plan, reuse_gradients
-        ctx.shapes = [one.shape for one in originals]
+        ctx.stamp = Stamp(originals)
         # Dispatch modes must not see inside: selective checkpointing would keep, or replay, parts.
         with outside_modes(), torch.no_grad():
             slots = []
@@ -184,9 +201,11 @@ class _Stack(torch.autograd.Function):
         return tuple(slots)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         plan: SpreadPlan = ctx.plan
         plan.require_current()
+        ctx.stamp.require_unchanged()
         n = plan.n_local
         with outside_modes(), torch.no_grad():
             whole = [grad.contiguous() for grad in grads]
@@ -219,6 +238,8 @@ def _check_original(label: str, value: object, plan: SpreadPlan) -> Rows:
                     f"{label} must hold tensors of one shape and dtype, "
                     f"got {describe_tensor(rows[0])} and {describe_tensor(part)}"
                 )
+            if part.requires_grad != rows[0].requires_grad:
+                raise ValueError(f"{label} must require gradients for all experts or none")
     else:
         raise TypeError(
             f"{label} must be a tensor or a sequence of tensors, got {type(value).__name__}"
@@ -352,6 +373,11 @@ def _differentiate(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[Any,
     return results, None, None
 
 
+def _refuse(ctx: Any, *grads: Any) -> NoReturn:
+    """Raise, since what was sent once isn't sent again for a derivative of a derivative."""
+    raise RuntimeError("spread can't be differentiated twice")
+
+
 for _name, _call, _traced in (
     ("spread", _spread, _spread_fake),
     ("return_gradients", _return_gradients, _return_gradients_fake),
@@ -361,3 +387,4 @@ for _name, _call, _traced in (
     # A call takes part in an exchange, so it must not be removed where its result is unused.
     torch.fx.node.has_side_effect(getattr(torch.ops.lplb_triton, _name).default)
 torch.library.register_autograd("lplb_triton::spread", _differentiate, setup_context=_remember)
+torch.library.register_autograd("lplb_triton::return_gradients", _refuse)

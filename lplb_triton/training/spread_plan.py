@@ -106,6 +106,7 @@ class SpreadPlan:
         # so that autograd brings a rank without any to the exchange of gradients.
         self.given = sorted({0, *self.copied.host})
         self._current = True
+        self._trained: set[tuple[bool, ...]] = set()
         self.handle = next(_handles)
         _plans[self.handle] = self
 
@@ -145,6 +146,20 @@ class SpreadPlan:
                 "the placement changed between a forward pass and its backward pass (or what it "
                 "recomputes): change it between optimizer steps, when no graph is alive"
             )
+
+    def check_trained(self, flags: Sequence[bool]) -> None:
+        """Raise on every rank unless the originals require gradients on all ranks or none.
+
+        Else some ranks would wait for gradients that others don't send. It is collective when
+        flags are given for the first time.
+        """
+        key = tuple(flags)
+        if key in self._trained:
+            return
+        if self.group is not None:
+            told: Spec = {f"requires_grad of originals[{i}]": flag for i, flag in enumerate(key)}
+            check_on_all_ranks({"group": self.group}, lambda: told)
+        self._trained.add(key)
 
     def send_weights(
         self, originals: Sequence[Rows], into: Sequence[torch.Tensor] | None = None

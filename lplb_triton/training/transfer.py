@@ -41,7 +41,7 @@ def move_rows(
             out = take_rows(rows, routes.out).to(device)
             sample = parts_of(rows)[0]
             row = out.new_empty(sample.shape[1:] if sample is rows else sample.shape)
-            (message,) = start_exchange([row], [out], routes, group)()
+            (message,) = start_exchange([row], [list(out)], routes, group)()
         put_rows(rows, routes.local_to, local)
         if message is not None:
             put_rows(rows, routes.into, message)
@@ -245,7 +245,7 @@ def _start_message(
     message = element.new_empty(n_out * width)
     rows = [as_integers(parts[i]).reshape(-1) for i in range(n_out) for parts in sent]
     if rows:
-        torch._foreach_copy_(list(message.split(widths * n_out)), rows)
+        torch._foreach_copy_(list(torch.split(message, widths * n_out)), rows)
     arrived = element.new_empty(n_in * width)
     # Rows are sent as bytes, so that every back end can send every dtype.
     size = width * element.element_size()
