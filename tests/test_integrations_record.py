@@ -10,11 +10,11 @@ import torch.multiprocessing as mp
 from gloo import context
 from torch import nn
 
-from lplb_triton.integrations._transformers_record import record
 from lplb_triton.traces.record import merge, rank_path
 from lplb_triton.traces.trace import load
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.24")
+record = pytest.importorskip("lplb_triton.integrations.transformers").record
 
 TOP_K, EXPERTS, LAYERS = 2, 8, 2
 SMALL = dict(

@@ -44,6 +44,7 @@ def check_loads(rank, group):
     first = layer.plan
     layer.rebalance()
     assert layer.plan is not first and not bool(layer.load.any())
+    assert measure_imbalance([layer]) == [found]  # of the batches before
     for seed in range(9):  # more batches than are averaged over
         layer.route(draw_ids(rank, seed))
     (balanced,) = measure_imbalance([layer])

@@ -422,6 +422,96 @@ def test_a_missing_rank_is_waited_for_no_longer_than_the_timeout(tmp_path):
     run_ranks(check_late, 2, tmp_path)
 
 
+def test_a_second_derivative_is_refused():
+    """Where a graph of the backward pass is wanted, its use raises: it would miss the copies."""
+    plan = make_plan(None, redundant=3)
+    for only in (False, True):
+        w = torch.randn(EXPERTS, WIDTH, requires_grad=True)
+        (slots,) = spread(plan, w, redundant_only=only)
+        (grad,) = torch.autograd.grad((slots**3).sum(), w, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate|differentiated twice"):
+            grad.sum().backward()
+
+
+def test_changed_parameters_are_noticed():
+    """A write between forward and backward raises where slots share or rebuild the memory."""
+    plan = make_plan(None, redundant=3)
+    w = torch.nn.Parameter(torch.randn(EXPERTS, WIDTH))
+    buffer = extend_memory(w, plan.n_redundant)
+    x = torch.randn(WIDTH, requires_grad=True)
+    (slots,) = stack_slots(plan, [w], buffers=[buffer])
+    loss = (slots * x).sum()
+    with torch.no_grad():
+        w.mul_(100)
+    with pytest.raises(RuntimeError, match="parameters changed between a forward pass"):
+        loss.backward()
+    (slots,) = stack_slots(plan, [w])
+    with keep_redundant_rows(plan, [w], [slots]):
+        loss = (slots * x).sum()
+    del slots
+    with torch.no_grad():
+        w.mul_(100)
+    with pytest.raises(RuntimeError, match="parameters changed between a forward pass"):
+        loss.backward()
+
+
+def test_frozen_copies_notice_another_placement():
+    """Frozen slots have no backward pass, so the output's raises if the plan was retired."""
+    plan = make_plan(None, redundant=3)
+    x = torch.randn(WIDTH, requires_grad=True)
+    (slots,) = spread(plan, torch.randn(EXPERTS, WIDTH))
+    output = attach((slots * x).sum(), [slots], plan)
+    plan.retire()
+    with pytest.raises(RuntimeError, match="placement changed"):
+        output.backward()
+
+
+def test_an_attached_output_can_be_written():
+    """A layer may add to the output in place, as for shared experts."""
+    plan = make_plan(None, redundant=3)
+    w, x = torch.randn(EXPERTS, WIDTH, requires_grad=True), torch.ones(3, requires_grad=True)
+    (slots,) = spread(plan, w)
+    output = attach(slots.sum(0) * x, [slots])
+    output += 2 * x
+    output.sum().backward()
+    torch.testing.assert_close(x.grad, slots.detach().sum(0) + 2)
+
+
+def test_other_views_of_slots_are_kept_as_they_are():
+    """What an operation saves in another dtype comes back in that, also where hooks are off."""
+    plan = make_plan(None, redundant=3)
+    w = torch.randn(EXPERTS, WIDTH, requires_grad=True)
+    x = torch.ones(EXPERTS + 3, WIDTH, requires_grad=True)
+    (slots,) = stack_slots(plan, [w])
+    with keep_redundant_rows(plan, [w], [slots]):
+        product = x * slots.detach().view(torch.int32)
+    product.sum().backward()
+    torch.testing.assert_close(x.grad, slots.detach().view(torch.int32).float())
+    with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"):
+        (slots,) = stack_slots(plan, [w])
+        with keep_redundant_rows(plan, [w], [slots]):
+            (slots**2).sum().backward()
+    assert w.grad is not None
+
+
+def check_trained_somewhere(rank, group):
+    """Freeze the originals of one rank."""
+    plan = make_plan(group)
+    for only in (False, True):
+        w = torch.randn(4, WIDTH, requires_grad=rank == 1)
+        message = r"requires_grad of originals\[0\] must be the same on all ranks"
+        with pytest.raises(ValueError, match=message):
+            spread(plan, w, redundant_only=only)
+    mixed = [torch.randn(WIDTH, requires_grad=i > 0) for i in range(4)]
+    with pytest.raises(ValueError, match=r"originals\[0\] must require gradients for all"):
+        spread(plan, mixed)
+
+
+def test_trained_on_all_ranks_or_none(tmp_path):
+    """Originals that only some ranks train are refused everywhere, before anyone waits."""
+    run_ranks(check_trained_somewhere, 2, tmp_path)
+
+
 def check_on_gpus(rank, _):
     """Train a layer over NCCL: ids rewritten, tokens and weights sent, gradients returned."""
     torch.cuda.set_device(rank)
