@@ -129,3 +129,37 @@ def check_size(rank, group):
 def test_experts_are_shared_evenly(tmp_path):
     """The group's size must divide the number of experts."""
     run_ranks(check_size, 2, tmp_path)
+
+
+def check_idle(rank, group):
+    """Rebalance by loads that are even enough, and then by uneven ones."""
+    layer = LayerBalance(8, group=group, device=CPU, redundant=1, balance_above=1.05)
+    w = torch.randn(4, 3, requires_grad=True)
+    even = torch.arange(8).repeat(8).view(-1, 2)
+    layer.route(even)
+    assert not layer.idle
+    layer.rebalance()
+    assert layer.idle
+    solves = int(layer.balancer.solves)
+    slots = layer.route(even.masked_fill(even == 3, -1))
+    assert torch.equal(slots[even != 3], (even + even // 4)[even != 3])
+    assert bool((slots[even == 3] == -1).all()) and int(layer.balancer.solves) == solves
+    (weights,) = spread(layer.plan, w)
+    assert torch.equal(weights[:4], w) and not bool(weights[4:].any())
+    (rows,) = spread(layer.plan, list(w.unbind()), redundant_only=True)
+    attach((weights**2).sum() + rows.sum(), [weights, rows], layer.plan).backward()
+    torch.testing.assert_close(w.grad, 2 * w.detach())
+    layer.route(draw_ids(rank))
+    layer.load.zero_()
+    layer.route(draw_ids(rank, 1))
+    layer.rebalance()  # by the latest batches, which are not all even
+    assert not layer.idle and layer.plan.count_messages() != (0, 0)
+    layer.rebalance(torch.ones(8))
+    assert layer.idle
+    layer.rebalance(torch.arange(8.0))
+    assert not layer.idle
+
+
+def test_even_layers_are_idle(tmp_path):
+    """Where balancing would gain little, nothing is solved or sent, until loads are uneven."""
+    run_ranks(check_idle, 2, tmp_path)

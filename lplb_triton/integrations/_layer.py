@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from lplb_triton._checks import check_integer
+from lplb_triton._checks import check_integer, check_number
 from lplb_triton._torch_op import outside_modes
 from lplb_triton._updates import update_placements
 from lplb_triton.balancer import Balancer
@@ -20,6 +20,8 @@ __all__ = ["Imbalance", "LayerBalance", "measure_imbalance", "rebalance_layers"]
 
 # Batches that an imbalance is averaged over.
 WINDOW = 8
+# Below this, replicas cost a layer more time than they save.
+BALANCE_ABOVE = 1.05
 
 
 class Imbalance(NamedTuple):
@@ -50,6 +52,10 @@ class LayerBalance:
         Redundant slots per rank.
     load : torch.Tensor or None
         ``[n_logical]``, loads to make the first placement from.
+    balance_above : float
+        Where `rebalance` finds the layer's imbalance without replicas at or below this, the layer
+        is idle until the next call: tokens go to the experts at home, and nothing is solved or
+        sent, since that would cost more time than it saves.
 
     Attributes
     ----------
@@ -73,9 +79,11 @@ class LayerBalance:
         device: torch.device,
         redundant: int = 1,
         load: torch.Tensor | None = None,
+        balance_above: float = BALANCE_ABOVE,
     ) -> None:
         self.group, self.device, self.n_logical = group, device, n_logical
         self.redundant = check_integer("redundant", redundant, 0)
+        self.balance_above = check_number("balance_above", balance_above)
         self.ep_size = 1 if group is None else group.size()
         if n_logical % self.ep_size:
             raise ValueError(
@@ -135,11 +143,22 @@ class LayerBalance:
                 "the placement changed between a forward pass and what its backward pass "
                 "recomputes: rebalance between optimizer steps, when no graph is alive"
             )
-        slots = self.balancer.run(ids.contiguous())
+        slots = self._keep_home(ids) if self.idle else self.balancer.run(ids.contiguous())
         if not recomputed:
             with outside_modes(), torch.no_grad():
                 self._count(ids.detach(), slots.detach())
         return slots
+
+    @property
+    def idle(self) -> bool:
+        """Whether tokens go to the experts at home, since that balances them well enough."""
+        return self.plan.idle
+
+    def _keep_home(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the ids of the slots at home."""
+        n_local = self.n_logical // self.ep_size
+        home = ids + ids.div(n_local, rounding_mode="floor") * self.redundant
+        return torch.where(ids < 0, ids, home)
 
     def _count(self, ids: torch.Tensor, slots: torch.Tensor) -> None:
         """Count the choices of one batch, without a wait for the device."""
@@ -180,13 +199,20 @@ class LayerBalance:
         if load is None:
             rebalance_layers([self])
             return
+        load = load.cpu()
         with outside_modes(), torch.no_grad():
-            self.use(self.balancer.update_placement(self.place(load.cpu())))
+            placement = self.balancer.update_placement(self.place(load))
+            by_rank = load.double().view(1, self.ep_size, -1).sum(2)
+            self.use(placement, float(_average_imbalance(by_rank)))
 
-    def use(self, placement: Placement) -> None:
-        """Use a placement that the balancer uses already, and count loads afresh."""
+    def use(self, placement: Placement, imbalance: float) -> None:
+        """Use a placement that the balancer uses already, and count loads afresh.
+
+        ``imbalance`` is what the layer has without replicas, the same on all ranks.
+        """
         self.plan.retire()
-        self.plan = SpreadPlan.of_agreed(placement, self.group, self.device)
+        idle = imbalance <= self.balance_above
+        self.plan = SpreadPlan.of_agreed(placement, self.group, self.device, idle=idle)
         self.load.zero_()
         self._first_batch = self._batches
 
@@ -210,21 +236,23 @@ def rebalance_layers(layers: Iterable[LayerBalance]) -> int:
     changed = 0
     with outside_modes(), torch.no_grad():
         for members in _by_group(layers):
-            sizes = [layer.n_logical for layer in members]
-            loads = torch.cat([layer.load for layer in members])
+            counts = [one for m in members for one in (m.load, m.logical_loads.view(-1))]
+            summed = torch.cat(counts)
             if members[0].group is not None:
-                dist.all_reduce(loads, group=members[0].group)
-            parts = torch.split(loads.cpu(), sizes)
-            loaded = [(m, p) for m, p in zip(members, parts, strict=True) if bool(p.any())]
+                dist.all_reduce(summed, group=members[0].group)
+            parts = torch.split(summed.cpu(), [len(one) for one in counts])
+            told = zip(members, parts[::2], parts[1::2], strict=True)
+            loaded = [one for one in told if bool(one[1].any())]
             if not loaded:
                 continue
             used = update_placements(
-                [layer.balancer for layer, _ in loaded],
-                [layer.place(load) for layer, load in loaded],
+                [layer.balancer for layer, _, _ in loaded],
+                [layer.place(load) for layer, load, _ in loaded],
                 "rebalancing layers",
             )
-            for (layer, _), placement in zip(loaded, used, strict=True):
-                layer.use(placement)
+            for (layer, _, by_rank), placement in zip(loaded, used, strict=True):
+                rows = by_rank.double().view(-1, layer.ep_size)
+                layer.use(placement, float(_average_imbalance(rows)))
             changed += len(loaded)
     return changed
 
@@ -249,13 +277,20 @@ def measure_imbalance(layers: Iterable[LayerBalance]) -> list[Imbalance]:
         loads = torch.stack([torch.stack([m.logical_loads, m.physical_loads]) for m in members])
         if members[0].group is not None:
             dist.all_reduce(loads, group=members[0].group)
-        rows = loads.double().cpu()
-        mean = rows.mean(3)
-        ratio = torch.where(mean > 0, rows.amax(3) / mean.clamp(min=1e-9), torch.nan)
-        averages = ratio.nanmean(2).nan_to_num(nan=1.0)
+        averages = _average_imbalance(loads.double().cpu())
         for member, pair in zip(members, averages.tolist(), strict=True):
             found[id(member)] = Imbalance(*pair)
     return [found[id(layer)] for layer in layers]
+
+
+def _average_imbalance(loads: torch.Tensor) -> torch.Tensor:
+    """Average the largest load over the mean one, of ``[..., batches, ranks]``, over the batches.
+
+    Batches without tokens don't count; without any other the result is 1.
+    """
+    mean = loads.mean(-1)
+    ratio = torch.where(mean > 0, loads.amax(-1) / mean.clamp(min=1e-9), torch.nan)
+    return ratio.nanmean(-1).nan_to_num(nan=1.0)
 
 
 def _by_group(layers: Iterable[LayerBalance]) -> list[list[LayerBalance]]:

@@ -87,6 +87,8 @@ class _SequentialSlots:
         self, slots: list[torch.Tensor], number: int, tokens: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, Any]:
         """Compute a redundant slot's tokens; without any, only take part in the exchange."""
+        if self.balance.idle:
+            return tokens, None  # all tokens are at home
         if not slots:
             weights = [[module._parameters[name] for module, name in row] for row in self.sources]
             slots.extend(_copy_weights(self.balance.plan, weights))

@@ -20,7 +20,7 @@ from lplb_triton.integrations._megatron_experts import (
 __all__ = ["balance_layer"]
 
 
-def balance_layer(label: str, layer: Any, redundant: int) -> LayerBalance:
+def balance_layer(label: str, layer: Any, redundant: int, balance_above: float) -> LayerBalance:
     """Balance an MoE layer in place, and return what rebalances it; collective over its EP group.
 
     Its modules, parameters and configuration stay as they are. The token dispatcher is replaced by
@@ -30,7 +30,11 @@ def balance_layer(label: str, layer: Any, redundant: int) -> LayerBalance:
     on_gpu = "nccl" in dist.get_backend(layer.ep_group)
     device = resolve_device(None) if on_gpu else next(layer.experts.parameters()).device
     balance = LayerBalance(
-        layer.config.num_moe_experts, group=layer.ep_group, device=device, redundant=redundant
+        layer.config.num_moe_experts,
+        group=layer.ep_group,
+        device=device,
+        redundant=redundant,
+        balance_above=balance_above,
     )
     _replace_dispatcher(layer, balance)
     replace = {"sequential": replace_sequential_forward, "grouped": replace_grouped_forward}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.distributed.expert_parallel import AllReduceEP, AllToAllEP
 
-from lplb_triton.integrations._layer import LayerBalance
+from lplb_triton.integrations._layer import BALANCE_ABOVE, LayerBalance
 from lplb_triton.integrations._transformers_memory import ExpertMemory
 from lplb_triton.training.spread import attach
 
@@ -31,6 +31,8 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
         EP group, and group of the ranks that hold the same batch.
     redundant : int
         Redundant slots per rank.
+    balance_above : float
+        As for `LayerBalance`.
 
     Attributes
     ----------
@@ -40,9 +42,18 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
         Made in the first forward pass, which is when the device is known.
     """
 
-    def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any, *, redundant: int) -> None:
+    def __init__(
+        self,
+        experts: Any,
+        ep_mesh: Any,
+        tp_mesh: Any,
+        *,
+        redundant: int,
+        balance_above: float = BALANCE_ABOVE,
+    ) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self._experts, self._redundant = experts, redundant
+        self._balance_above = balance_above
         self._n_local = int(experts.num_experts)
         self._run_experts = experts.forward
         self._all_reduce = AllReduceEP(experts, ep_mesh, tp_mesh) if self.shares_batch else None
@@ -89,6 +100,7 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
                 group=self.ep_mesh.get_group(),
                 device=device,
                 redundant=self._redundant,
+                balance_above=self._balance_above,
                 load=self._first_load,
             )
         return self.balance

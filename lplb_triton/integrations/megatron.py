@@ -13,14 +13,19 @@ Transformer Engine itself.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from lplb_triton._checks import check_integer
-from lplb_triton.integrations._layer import Imbalance, LayerBalance, measure_imbalance
+from lplb_triton._checks import check_integer, check_number
+from lplb_triton.integrations._layer import (
+    BALANCE_ABOVE,
+    Imbalance,
+    LayerBalance,
+    measure_imbalance,
+    rebalance_layers,
+)
 from lplb_triton.integrations._megatron_checks import check_layer, import_megatron
 from lplb_triton.integrations._megatron_layer import balance_layer
 
@@ -97,8 +102,7 @@ class Balancing:
         if self._steps == 0 or (self._steps - 1) % self.every or not self.layers:
             return {}
         imbalance = self.measure()
-        for layer in self.layers.values():
-            layer.rebalance()
+        rebalance_layers(self.layers.values())
         scalars = _name_scalars(list(imbalance.values()))
         number = self._steps if iteration is None else iteration
         written = scalars if per_layer_logging else dict(list(scalars.items())[:2])
@@ -111,7 +115,11 @@ class Balancing:
 
 
 def balance(
-    model: nn.Module | Sequence[nn.Module], redundant: int = 1, *, every: int = 100
+    model: nn.Module | Sequence[nn.Module],
+    redundant: int = 1,
+    *,
+    every: int = 100,
+    balance_above: float = BALANCE_ABOVE,
 ) -> Balancing:
     """Give the MoE layers of a Megatron-Core model replicas, and balance every batch by an LP.
 
@@ -126,6 +134,9 @@ def balance(
         Slots for copies per rank and layer, at least 1.
     every : int
         Steps after which `Balancing.step` places copies anew.
+    balance_above : float
+        A layer whose imbalance without replicas is at or below this when copies are placed routes
+        every token home until they are placed again, and sends no weights.
 
     Returns
     -------
@@ -156,12 +167,9 @@ def balance(
     found = list(_find_layers(model))
     for label, layer in found:
         check_layer(label, layer)
-    # Balancers of one group share a communicator while any of them lives. Those of a model that is
-    # no longer used must be gone on all ranks, or a rank would wait for one that has it already.
-    gc.collect()
-    return Balancing(
-        {label: balance_layer(label, layer, redundant) for label, layer in found}, every
-    )
+    above = check_number("balance_above", balance_above)
+    layers = {label: balance_layer(label, layer, redundant, above) for label, layer in found}
+    return Balancing(layers, every)
 
 
 def _find_layers(model: nn.Module | Sequence[nn.Module]) -> Iterable[tuple[str, Any]]:

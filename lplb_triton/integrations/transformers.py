@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from lplb_triton._checks import check_integer
+from lplb_triton._checks import check_integer, check_number
 from lplb_triton.integrations import layers as balanced_layers
+from lplb_triton.integrations._layer import BALANCE_ABOVE
 from lplb_triton.integrations._transformers_record import ModelRecorder, record
 from lplb_triton.integrations.layers import Imbalance
 
@@ -46,7 +47,9 @@ __all__ = [
 ]
 
 
-def register(name: str = "lplb", *, redundant: int = 1) -> None:
+def register(
+    name: str = "lplb", *, redundant: int = 1, balance_above: float = BALANCE_ABOVE
+) -> None:
     """Register an expert-parallel implementation of transformers with replicas.
 
     Models that are loaded from now on find it by its name. Importing this module registers
@@ -58,16 +61,22 @@ def register(name: str = "lplb", *, redundant: int = 1) -> None:
         For ``DistributedConfig(ep_implementation=name)``.
     redundant : int
         Redundant slots per rank: copies of other ranks' experts that each rank holds per layer.
+    balance_above : float
+        A layer whose imbalance without replicas is at or below this when it is rebalanced routes
+        every token home until the next time, and sends no weights.
 
     Raises
     ------
     TypeError, ValueError
-        If ``name`` isn't a string, or ``redundant`` isn't an integer of at least 1.
+        If ``name`` isn't a string, ``redundant`` isn't an integer of at least 1, or
+        ``balance_above`` isn't a number of at least 0.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {type(name).__name__}")
     slots = check_integer("redundant", redundant, 1)
-    EPImplementationInterface.register(name, functools.partial(BalancedEP, redundant=slots))
+    above = check_number("balance_above", balance_above)
+    made = functools.partial(BalancedEP, redundant=slots, balance_above=above)
+    EPImplementationInterface.register(name, made)
 
 
 def rebalance(model: torch.nn.Module, load: torch.Tensor | None = None) -> None:

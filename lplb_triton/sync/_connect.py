@@ -234,12 +234,19 @@ def acquire(
     # The communicator holds a reference to its group, so no other group can have this id meanwhile.
     key = (id(group), sync, device, timeout, capacity, domain_size)
     communicator = shared_communicators.get(key)
-    if communicator is None or communicator.closed:
+    state = "none" if communicator is None or communicator.closed else "usable"
+    if communicator is not None and communicator.failed():
+        state = "failed"
+    # The ranks agree on it: where nothing refers to a communicator any more, it may exist on some
+    # of them until their garbage is collected.
+    bound = group_timeout(group, device) if timeout is None else timeout
+    states = set(all_gather_objects(group, "sharing a communicator", bound, state))
+    if communicator is None or states != {"usable"} and "failed" not in states:
         communicator = shared_communicators[key] = connect(
             group, sync, device=device, timeout=timeout, capacity=capacity,
             domain_size=domain_size,
         )  # fmt: skip
-    elif communicator.failed():
+    elif "failed" in states:
         raise RuntimeError(f"{communicator!r} over this group has failed; use a new group")
     communicator.users += 1
     return communicator

@@ -150,9 +150,12 @@ def _add_way_back(weight_routes: Routes, device: torch.device) -> Traffic:
     )
 
 
-def plan_redundant_traffic(placement: Placement, rank: int, device: torch.device) -> Traffic:
+def plan_redundant_traffic(
+    placement: Placement, rank: int, device: torch.device, *, idle: bool = False
+) -> Traffic:
     """Plan what ``rank`` sends between its experts and redundant slots, where experts stay at home.
 
+    With ``idle`` it sends nothing, and redundant slots stay empty.
     Sources are rows of the ranks' own experts, targets are rows of their redundant slots, both in
     order.
     """
@@ -161,6 +164,8 @@ def plan_redundant_traffic(placement: Placement, rank: int, device: torch.device
     slots = placement.phy2log.numpy().astype(np.int64)
     experts = slots.reshape(placement.ep_size, -1)[:, n_own:].reshape(-1)
     target = np.arange(len(experts))
+    if idle:
+        experts, target = experts[:0], target[:0]
     routes = plan_routes(
         experts, n_own, target, max(n_redundant, 1), placement.ep_size, rank, device
     )

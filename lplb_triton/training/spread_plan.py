@@ -85,23 +85,33 @@ class SpreadPlan:
 
     @classmethod
     def of_agreed(
-        cls, placement: Placement, group: dist.ProcessGroup | None, device: torch.device
+        cls,
+        placement: Placement,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        *,
+        idle: bool = False,
     ) -> SpreadPlan:
-        """Make a plan of a placement that the ranks have agreed on, without communication."""
+        """Make a plan of a placement that the ranks have agreed on, without communication.
+
+        By an idle plan nothing is sent, and the weights of redundant slots are zeros.
+        """
         check_at_home(placement)
         made = object.__new__(cls)
         made.device = device
-        made._set_up(placement, group)
+        made._set_up(placement, group, idle)
         return made
 
-    def _set_up(self, placement: Placement, group: dist.ProcessGroup | None) -> None:
+    def _set_up(
+        self, placement: Placement, group: dist.ProcessGroup | None, idle: bool = False
+    ) -> None:
         """Make what this rank sends, and register the plan for the operators."""
-        self.placement, self.group = placement, group
+        self.placement, self.group, self.idle = placement, group, idle
         self.rank = 0 if group is None else dist.get_rank(group)
         self.n_local = placement.n_logical // placement.ep_size
         self.n_redundant = placement.slots_per_rank - self.n_local
         with ordinary_tensors():
-            self.traffic = plan_redundant_traffic(placement, self.rank, self.device)
+            self.traffic = plan_redundant_traffic(placement, self.rank, self.device, idle=idle)
         # Parts of an original by expert that the operators take: those with copies, and one more,
         # so that autograd brings a rank without any to the exchange of gradients.
         self.given = sorted({0, *self.copied.host})
@@ -154,7 +164,7 @@ class SpreadPlan:
         flags are given for the first time.
         """
         key = tuple(flags)
-        if key in self._trained:
+        if key in self._trained or self.idle:
             return
         if self.group is not None:
             told: Spec = {f"requires_grad of originals[{i}]": flag for i, flag in enumerate(key)}
@@ -168,6 +178,10 @@ class SpreadPlan:
 
         They are written to the tensors ``into``, if these are given.
         """
+        if self.idle and into is not None:
+            for one in into:
+                one.zero_()
+            return list(into)
         pairs: list[tuple[torch.Tensor, Rows]] = []
         for i, rows in enumerate(originals):
             if into is not None:
@@ -175,7 +189,8 @@ class SpreadPlan:
                 continue
             first = parts_of(rows)[0]
             shape = first.shape[1:] if isinstance(rows, torch.Tensor) else first.shape
-            slots = torch.empty((self.n_redundant, *shape), dtype=first.dtype, device=first.device)
+            make = torch.zeros if self.idle else torch.empty
+            slots = make((self.n_redundant, *shape), dtype=first.dtype, device=first.device)
             pairs.append((slots, rows))
         start_copies(pairs, self.traffic.weight_routes, self.group)()
         return [slots for slots, _ in pairs]
@@ -199,6 +214,8 @@ class SpreadPlan:
             A row for each of ``copied``, in at least float32. The order of sums is fixed: copies
             on this rank first, then the others by slot number.
         """
+        if self.idle and into is not None:
+            return []
         return start_sums(gradients, self.traffic, self.group)(into)
 
 
