@@ -1,7 +1,8 @@
 # make run    balance the packaged trace (tables, picture, JSON and report in lplb-bench-results/)
 # make test   lint, type-check and test
-# make test-integrations    train in transformers, Megatron-Core and others, for minutes
-# make test-torchtitan    run the torchtitan example in an environment of its own (minutes)
+# make test-integrations    train in transformers, Megatron-Core and torchtitan (half an hour)
+#     test-frameworks, test-megatron, test-torchtitan    its parts: packages of this environment,
+#                           Megatron-Core for Python 3.12, torchtitan in an environment of its own
 #
 # Each works alone on a fresh machine with Python >= 3.10, with or without a GPU. To choose:
 #   PYTHON=python3.12         interpreter to make the environment with
@@ -28,7 +29,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) $
 SETTINGS := pyproject.toml constraints-ci.txt
 
 .DELETE_ON_ERROR:
-.PHONY: run test test-integrations lint format clean
+.PHONY: run test test-integrations test-frameworks test-megatron test-torchtitan lint format clean
 
 run: $(VENV)/.installed-bench
 	$(BIN)/lplb-bench balance $(RUN_ARGS)
@@ -36,7 +37,9 @@ run: $(VENV)/.installed-bench
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-integrations: $(VENV)/.installed-dev
+test-integrations: test-frameworks test-megatron test-torchtitan
+
+test-frameworks: $(VENV)/.installed-dev
 	LPLB_TEST_INTEGRATIONS=1 $(BIN)/python -m pytest -m integrations $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
@@ -63,12 +66,27 @@ $(VENV)/.installed-dev: $(VENV)/.made $(SETTINGS)
 	$(INSTALL) -e '.[dev]'
 	touch "$@" $(VENV)/.installed-bench
 
+# On Python 3.11 pip finds Megatron-Core 0.16; newer releases want 3.12.
+MEGATRON_PYTHON ?= python3.12
+MEGATRON_VENV ?= .venv-megatron
+MEGATRON_TESTS := tests/test_integrations_megatron.py tests/test_integrations_megatron_matrix.py
+
+test-megatron: $(MEGATRON_VENV)/.installed-megatron
+	LPLB_TEST_INTEGRATIONS=1 $(MEGATRON_VENV)/bin/python -m pytest $(MEGATRON_TESTS) $(PYTEST_ARGS)
+
+$(MEGATRON_VENV)/.installed-megatron: $(SETTINGS)
+	@$(MEGATRON_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' \
+	  || { echo 'Python 3.12 or newer is needed; choose one with MEGATRON_PYTHON=' >&2; exit 1; }
+	$(MEGATRON_PYTHON) -m venv "$(MEGATRON_VENV)"
+	$(MEGATRON_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
+	  $(CONSTRAINTS) -e . megatron-core pytest pytest-timeout hypothesis
+	touch "$@"
+
 # torchtitan wants older releases of some packages than the other frameworks, so it stands alone.
 TORCHTITAN_PYTHON ?= $(PYTHON)
 TORCHTITAN_VENV ?= .venv-torchtitan
 TORCHTITAN_CONSTRAINTS := examples/torchtitan/constraints.txt
 
-.PHONY: test-torchtitan
 test-torchtitan: $(TORCHTITAN_VENV)/.installed-torchtitan
 	LPLB_TEST_INTEGRATIONS=1 $(TORCHTITAN_VENV)/bin/python -m pytest \
 	  tests/test_integrations_torchtitan.py $(PYTEST_ARGS)
