@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import run_ranks
-from torch.multiprocessing.reductions import StorageWeakRef
+from helpers.spread import EXPERTS, WIDTH, Case, make_plan
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -16,50 +16,8 @@ from torch.utils.checkpoint import (
 
 from lplb_triton import Placement, Replicas, SpreadPlan, chain, spread
 from lplb_triton.integrations.layers import LayerBalance
-from lplb_triton.training.slot_memory import extend_memory, is_extended, keep_redundant_rows
+from lplb_triton.training.slot_memory import extend_memory
 from lplb_triton.training.spread import attach, stack_slots
-
-EXPERTS, WIDTH = 8, 3
-
-
-def make_plan(group, redundant=2, seed=0):
-    """Make a plan with several copies of some experts."""
-    load = torch.distributions.LogNormal(0.0, 1.0)
-    torch.manual_seed(seed)
-    ranks = 1 if group is None else group.size()
-    placement = chain(load.sample((EXPERTS,)), ranks, redundant_per_rank=redundant, keep_home=True)
-    return SpreadPlan(placement, group=group, device="cpu")
-
-
-class Case:
-    """Originals and output gradients of all ranks, the same on every rank, and what must come."""
-
-    def __init__(self, plan, rank, dtype=torch.float64, seed=1):
-        generator = torch.Generator().manual_seed(seed)
-        self.plan, self.rank, n = plan, rank, plan.n_local
-        everything = torch.randn(EXPERTS, WIDTH, generator=generator, dtype=torch.float64)
-        slots = plan.placement.n_physical
-        upstream = torch.randn(slots, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
-        self.original = everything.to(dtype)[rank * n : (rank + 1) * n].clone()
-        self.upstream = upstream.view(plan.placement.ep_size, -1, WIDTH)
-        phy2log = plan.placement.phy2log.long()
-        self.slots = everything.to(dtype)[phy2log].view(self.upstream.shape)[rank]
-        self.gradient = self.add_up(self.upstream)
-
-    def add_up(self, upstream):
-        """Return the sums of gradients that this rank's originals must get."""
-        wide = torch.zeros(EXPERTS, WIDTH, dtype=torch.float64)
-        wide.index_add_(0, self.plan.placement.phy2log.long(), upstream.reshape(-1, WIDTH).double())
-        n = self.plan.n_local
-        return wide[self.rank * n : (self.rank + 1) * n]
-
-    def leaf(self):
-        """Return a fresh leaf with the originals' values."""
-        return self.original.clone().requires_grad_()
-
-    def loss(self, slots):
-        """Return a loss whose gradient by the slots is this rank's part of ``upstream``."""
-        return (slots * self.upstream[self.rank]).sum()
 
 
 def check_gradients(rank, group, redundant):
@@ -220,65 +178,6 @@ def test_dtensors_that_hold_whole_experts(tmp_path):
     run_ranks(check_dtensor, 2, tmp_path)
 
 
-def check_stacking(rank, group):
-    """Stack into the parameter's own memory, and keep only redundant rows otherwise."""
-    case = Case(make_plan(group), rank)
-    plan = case.plan
-    w = torch.nn.Parameter(case.original.clone())
-    buffer = extend_memory(w, plan.n_redundant)
-    assert is_extended(w, buffer) and not is_extended(case.original, buffer)
-    assert torch.equal(w, case.original)
-    for count in (1, 2):  # the second forward pass writes while the first graph is alive
-        w.grad = None
-        losses = [
-            (stack_slots(plan, [w], buffers=[buffer], reuse_gradients=True)[0] ** 2).mul(
-                case.upstream[rank]
-            )
-            for _ in range(count)
-        ]
-        assert losses[0].shape[0] == plan.placement.slots_per_rank
-        for loss in losses:
-            loss.sum().backward()
-        expected = torch.nn.Parameter(case.original.clone())
-        (spread(plan, expected)[0] ** 2).mul(case.upstream[rank]).sum().backward()
-        torch.testing.assert_close(w.grad, count * expected.grad, rtol=1e-14, atol=1e-14)
-    with torch.no_grad():
-        w.mul_(2)
-    (slots,) = stack_slots(plan, [w], buffers=[buffer])
-    assert slots.data_ptr() == w.data_ptr()
-    torch.testing.assert_close(slots, 2 * case.slots, rtol=0, atol=0)
-
-    w = case.leaf()
-    (slots,) = stack_slots(plan, [w])
-    with keep_redundant_rows(plan, [w], [slots]):
-        product = slots**2 * case.upstream[rank]
-    saved = product.grad_fn.next_functions[0][0]
-    del slots
-    assert saved._saved_self.shape[0] == plan.placement.slots_per_rank
-    product.sum().backward()
-    torch.testing.assert_close(w.grad, expected.grad, rtol=1e-14, atol=1e-14)
-
-
-def test_stacking_without_a_second_copy(tmp_path):
-    """Slots share the parameter's memory, or are stacked again for the backward pass."""
-    run_ranks(check_stacking, 2, tmp_path)
-
-
-def test_only_redundant_rows_are_kept():
-    """What autograd keeps does not hold the stacked tensor alive."""
-    plan = make_plan(None, redundant=3)
-    w = torch.randn(EXPERTS, WIDTH, requires_grad=True)
-    (slots,) = stack_slots(plan, [w])
-    memory = StorageWeakRef(slots.untyped_storage())
-    with keep_redundant_rows(plan, [w], [slots]):
-        product = slots.sin()
-    assert not memory.expired()
-    del slots
-    assert memory.expired()
-    product.sum().backward()
-    assert w.grad is not None
-
-
 def check_retired(rank, group):
     """Change the placement between a forward pass and its backward pass."""
     plan = make_plan(group)
@@ -433,28 +332,6 @@ def test_a_second_derivative_is_refused():
             grad.sum().backward()
 
 
-def test_changed_parameters_are_noticed():
-    """A write between forward and backward raises where slots share or rebuild the memory."""
-    plan = make_plan(None, redundant=3)
-    w = torch.nn.Parameter(torch.randn(EXPERTS, WIDTH))
-    buffer = extend_memory(w, plan.n_redundant)
-    x = torch.randn(WIDTH, requires_grad=True)
-    (slots,) = stack_slots(plan, [w], buffers=[buffer])
-    loss = (slots * x).sum()
-    with torch.no_grad():
-        w.mul_(100)
-    with pytest.raises(RuntimeError, match="parameters changed between a forward pass"):
-        loss.backward()
-    (slots,) = stack_slots(plan, [w])
-    with keep_redundant_rows(plan, [w], [slots]):
-        loss = (slots * x).sum()
-    del slots
-    with torch.no_grad():
-        w.mul_(100)
-    with pytest.raises(RuntimeError, match="parameters changed between a forward pass"):
-        loss.backward()
-
-
 def test_frozen_copies_notice_another_placement():
     """Frozen slots have no backward pass, so the output's raises if the plan was retired."""
     plan = make_plan(None, redundant=3)
@@ -475,23 +352,6 @@ def test_an_attached_output_can_be_written():
     output += 2 * x
     output.sum().backward()
     torch.testing.assert_close(x.grad, slots.detach().sum(0) + 2)
-
-
-def test_other_views_of_slots_are_kept_as_they_are():
-    """What an operation saves in another dtype comes back in that, also where hooks are off."""
-    plan = make_plan(None, redundant=3)
-    w = torch.randn(EXPERTS, WIDTH, requires_grad=True)
-    x = torch.ones(EXPERTS + 3, WIDTH, requires_grad=True)
-    (slots,) = stack_slots(plan, [w])
-    with keep_redundant_rows(plan, [w], [slots]):
-        product = x * slots.detach().view(torch.int32)
-    product.sum().backward()
-    torch.testing.assert_close(x.grad, slots.detach().view(torch.int32).float())
-    with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"):
-        (slots,) = stack_slots(plan, [w])
-        with keep_redundant_rows(plan, [w], [slots]):
-            (slots**2).sum().backward()
-    assert w.grad is not None
 
 
 def check_trained_somewhere(rank, group):

@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from lplb_triton._torch_op import outside_modes
 from lplb_triton.integrations._layer import LayerBalance
-from lplb_triton.training.rows import Rows
-from lplb_triton.training.spread import attach
-from lplb_triton.training.spread_plan import SpreadPlan
+from lplb_triton.training.spread import attach, copy_weights
 
 __all__ = ["replace_grouped_forward", "replace_sequential_forward"]
 
@@ -91,7 +88,7 @@ class _SequentialSlots:
             return tokens, None  # all tokens are at home
         if not slots:
             weights = [[module._parameters[name] for module, name in row] for row in self.sources]
-            slots.extend(_copy_weights(self.balance.plan, weights))
+            slots.extend(copy_weights(self.balance.plan, weights))
         if not len(tokens):
             return tokens, None
         for (parameters, name), stacked in zip(self.targets, slots, strict=True):
@@ -111,45 +108,6 @@ class _SequentialSlots:
 def _take_row(stacked: torch.Tensor, number: int) -> torch.Tensor:
     """Return a row; of a single one the gradient is a view too, and not a copy into zeros."""
     return stacked.squeeze(0) if len(stacked) == 1 else stacked[number]
-
-
-def _copy_weights(
-    plan: SpreadPlan, weights: Sequence[list[torch.Tensor]]
-) -> tuple[torch.Tensor, ...]:
-    """Return redundant slots' weights, as `spread` does with ``redundant_only=True``.
-
-    Autograd learns of the experts that have copies only: to list all of them costs the host a
-    millisecond per layer. One more makes a rank's backward pass come here that has no such expert.
-    """
-    plan.require_current()
-    copied = [rows[i] for rows in weights for i in plan.copied.host]
-    slots: tuple[torch.Tensor, ...] = _CopyWeights.apply(plan, weights, *copied, weights[0][0])  # type: ignore[no-untyped-call]
-    return slots
-
-
-class _CopyWeights(torch.autograd.Function):
-    """Sends weights to redundant slots, and gradients back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, plan: SpreadPlan, weights: Sequence[Rows], *copied: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.plan = plan
-        with outside_modes(), torch.no_grad():
-            return tuple(plan.send_weights(weights))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        plan: SpreadPlan = ctx.plan
-        plan.require_current()
-        with outside_modes(), torch.no_grad():
-            totals = plan.return_gradients([grad.contiguous() for grad in grads])
-            rows = [
-                row
-                for total, grad in zip(totals, grads, strict=True)
-                for row in total.to(grad.dtype).unbind(0)
-            ]
-        return (None, None, *rows, None)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -184,7 +142,7 @@ def _call_grouped_linear(
     kinds = [kind for kind in ("weight", "bias") if f"{kind}0" in linear._parameters]
     plan = balance.plan
     weights = [[linear._parameters[f"{kind}{i}"] for i in range(plan.n_local)] for kind in kinds]
-    copies = _copy_weights(plan, weights)
+    copies = copy_weights(plan, weights)
     slots.extend(copies)
     forward: Callable[..., Any] = type(linear).forward
     with _lend_slots(linear, kinds, copies, plan.n_local):

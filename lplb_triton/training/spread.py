@@ -19,7 +19,7 @@ from lplb_triton.training.rows import Rows, describe_tensor, parts_of
 from lplb_triton.training.slot_memory import Stamp
 from lplb_triton.training.spread_plan import SpreadPlan, find_plan
 
-__all__ = ["attach", "spread", "stack_slots"]
+__all__ = ["attach", "copy_weights", "spread", "stack_slots"]
 
 
 def spread(
@@ -82,6 +82,8 @@ def spread(
         return stack_slots(plan, stacked)
     if not torch.compiler.is_compiling():
         plan.check_trained([part.requires_grad for one in rows for part in parts_of(one)[:1]])
+    if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
+        return _finish(rows, copy_weights(plan, rows), redundant_only)
     by_expert = [int(not isinstance(one, torch.Tensor)) for one in rows]
     flat = [
         part
@@ -89,12 +91,35 @@ def spread(
         for part in ([one] if isinstance(one, torch.Tensor) else [one[i] for i in plan.given])
     ]
     redundant = tuple(torch.ops.lplb_triton.spread(flat, by_expert, plan.handle))
+    return _finish(rows, redundant, redundant_only)
+
+
+def _finish(
+    rows: Sequence[Rows], redundant: tuple[torch.Tensor, ...], redundant_only: bool
+) -> tuple[torch.Tensor, ...]:
+    """Put originals before the weights of redundant slots, if they are wanted."""
     if redundant_only:
         return redundant
     return tuple(
         torch.cat([one if isinstance(one, torch.Tensor) else torch.stack(one), copies])
         for one, copies in zip(rows, redundant, strict=True)
     )
+
+
+def copy_weights(plan: SpreadPlan, originals: Sequence[Rows]) -> tuple[torch.Tensor, ...]:
+    """Return redundant slots' weights, as `spread` does with ``redundant_only``, unchecked.
+
+    Of originals by expert, autograd learns of those with copies only: to list all of them costs
+    the host a millisecond per layer. One more brings a rank without any to the backward pass.
+    """
+    plan.require_current()
+    listed = [
+        part
+        for rows in originals
+        for part in ([rows] if isinstance(rows, torch.Tensor) else [rows[i] for i in plan.given])
+    ]
+    slots: tuple[torch.Tensor, ...] = _CopyWeights.apply(plan, originals, *listed)  # type: ignore[no-untyped-call]
+    return slots
 
 
 def stack_slots(
@@ -166,6 +191,28 @@ class _Attach(torch.autograd.Function):
             ctx.plan.require_current()
         # An undefined gradient is no work for autograd, but its receiver runs all the same.
         return (None, grads[0], *[None] * ctx.n_slots)
+
+
+class _CopyWeights(torch.autograd.Function):
+    """Weights of redundant slots; see `copy_weights`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: SpreadPlan, originals: Sequence[Rows], *listed: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.plan = plan
+        ctx.by_expert = [not isinstance(rows, torch.Tensor) for rows in originals]
+        # Dispatch modes must not see inside: selective checkpointing would keep, or replay, parts.
+        with outside_modes(), torch.no_grad():
+            return tuple(plan.send_weights(originals))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.plan.require_current()
+        with outside_modes(), torch.no_grad():
+            totals = _sum_at_home(ctx.plan, grads, ctx.by_expert)
+        return (None, None, *_list_gradients(ctx.plan, totals, ctx.by_expert))
 
 
 class _Stack(torch.autograd.Function):
@@ -318,22 +365,44 @@ def _spread_fake(
 def _return_gradients(
     gradients: list[torch.Tensor], by_expert: list[int], plan: int
 ) -> list[torch.Tensor]:
-    """Add up the copies' gradients, in their dtype; the implementation of the operator.
+    """Add up the copies' gradients, in their dtype; the implementation of the operator."""
+    found = find_plan(plan)
+    found.require_current()
+    with torch.no_grad():
+        return _sum_at_home(found, gradients, by_expert)
+
+
+def _sum_at_home(
+    plan: SpreadPlan, gradients: Sequence[torch.Tensor], by_expert: Sequence[int]
+) -> list[torch.Tensor]:
+    """Return the sums of the copies' gradients, rounded to their dtype.
 
     A stacked original gets a gradient of its own shape. One of several parts gets a row for each
     part that has copies.
     """
-    found = find_plan(plan)
-    found.require_current()
-    with torch.no_grad():
-        totals = found.return_gradients([grad.contiguous() for grad in gradients])
-        results = []
-        for total, grad, is_parted in zip(totals, gradients, by_expert, strict=True):
-            rounded = total.to(grad.dtype)
-            if not is_parted:
-                whole = rounded.new_zeros((found.n_local, *grad.shape[1:]))
-                rounded = whole.index_copy_(0, found.copied.device, rounded)
-            results.append(rounded)
+    results = []
+    for total, grad, is_parted in zip(
+        plan.return_gradients(gradients), gradients, by_expert, strict=True
+    ):
+        rounded = total.to(grad.dtype)
+        if not is_parted:
+            whole = rounded.new_zeros((plan.n_local, *grad.shape[1:]))
+            rounded = whole.index_copy_(0, plan.copied.device, rounded)
+        results.append(rounded)
+    return results
+
+
+def _list_gradients(
+    plan: SpreadPlan, totals: Sequence[torch.Tensor], by_expert: Sequence[int]
+) -> list[torch.Tensor | None]:
+    """Return a gradient for each tensor that autograd was given; parts without copies get none."""
+    results: list[torch.Tensor | None] = []
+    for total, is_parted in zip(totals, by_expert, strict=True):
+        if is_parted:
+            sums = dict(zip(plan.copied.host, total.unbind(), strict=True))
+            results.extend(sums.get(row) for row in plan.given)
+        else:
+            results.append(total)
     return results
 
 
@@ -362,14 +431,7 @@ def _differentiate(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[Any,
         for grad, (shape, dtype, device) in zip(grads, ctx.kinds, strict=True)
     ]
     totals = torch.ops.lplb_triton.return_gradients(given, ctx.by_expert, ctx.plan)
-    plan = find_plan(ctx.plan)
-    results: list[torch.Tensor | None] = []
-    for total, is_parted in zip(totals, ctx.by_expert, strict=True):
-        if is_parted:
-            sums = dict(zip(plan.copied.host, total.unbind(), strict=True))
-            results.extend(sums.get(row) for row in plan.given)
-        else:
-            results.append(total)
+    results = _list_gradients(find_plan(ctx.plan), totals, ctx.by_expert)
     return results, None, None
 
 
