@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
+pytest.importorskip("torchtitan")
 # The example's folder has the package's name, and other tests put its parent on the path.
 if importlib.util.find_spec("torchtitan.trainer") is None:
-    pytest.skip("could not import 'torchtitan'", allow_module_level=True)
+    pytest.skip("torchtitan is not installed", allow_module_level=True)
 pytestmark = [
     pytest.mark.integrations,
     pytest.mark.timeout(1200),
