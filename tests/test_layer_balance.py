@@ -154,7 +154,7 @@ def check_idle(rank, group):
     layer.route(draw_ids(rank, 1))
     layer.rebalance()  # by the latest batches, which are not all even
     assert not layer.idle and layer.plan.count_messages() != (0, 0)
-    layer.rebalance(torch.ones(8))
+    layer.rebalance(torch.ones(8) if rank == 0 else torch.arange(8.0))  # the first rank's count
     assert layer.idle
     layer.rebalance(torch.arange(8.0))
     assert not layer.idle

@@ -357,18 +357,28 @@ def test_an_attached_output_can_be_written():
 def check_trained_somewhere(rank, group):
     """Freeze the originals of one rank."""
     plan = make_plan(group)
-    for only in (False, True):
-        w = torch.randn(4, WIDTH, requires_grad=rank == 1)
-        message = r"requires_grad of originals\[0\] must be the same on all ranks"
-        with pytest.raises(ValueError, match=message):
-            spread(plan, w, redundant_only=only)
-    mixed = [torch.randn(WIDTH, requires_grad=i > 0) for i in range(4)]
-    with pytest.raises(ValueError, match=r"originals\[0\] must require gradients for all"):
-        spread(plan, mixed)
+    w = torch.randn(4, WIDTH, requires_grad=rank == 1)
+    message = r"requires_grad of originals\[0\] must be the same on all ranks"
+    with pytest.raises(ValueError, match=message):
+        spread(plan, w)
+    with pytest.raises(ValueError, match="must have the same shapes and dtypes on all ranks"):
+        spread(plan, torch.ones(4, 3 + rank))
+    case = Case(make_plan(group), rank)
+    for frozen in ({0, 1, 2, 3} if rank == 0 else set(), {0, 2}, {1} if rank == 1 else {0, 1, 2}):
+        parts = [row.clone().requires_grad_(i not in frozen) for i, row in enumerate(case.original)]
+        fixed = list(torch.randn(4, WIDTH).unbind())
+        slots, more = spread(case.plan, parts, fixed)
+        assert not spread(case.plan, fixed)[0].requires_grad
+        attach(case.loss(slots), [slots, more]).backward()
+        for i, part in enumerate(parts):
+            if i in frozen:
+                assert part.grad is None
+            else:
+                torch.testing.assert_close(part.grad, case.gradient[i], rtol=1e-14, atol=1e-14)
 
 
-def test_trained_on_all_ranks_or_none(tmp_path):
-    """Originals that only some ranks train are refused everywhere, before anyone waits."""
+def test_trained_by_some_ranks_only(tmp_path):
+    """Experts may be frozen one by one, on any ranks; what can't be is refused everywhere."""
     run_ranks(check_trained_somewhere, 2, tmp_path)
 
 

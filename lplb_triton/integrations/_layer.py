@@ -194,13 +194,18 @@ class LayerBalance:
         Parameters
         ----------
         load : torch.Tensor or None
-            ``[n_logical]``, loads to place copies by instead, the same on all ranks.
+            ``[n_logical]``, loads to place copies by instead; those of the group's first rank
+            are used.
         """
         if load is None:
             rebalance_layers([self])
             return
-        load = load.cpu()
         with outside_modes(), torch.no_grad():
+            load = load.to(self.device, torch.float64, copy=True)
+            if self.group is not None:
+                first = dist.get_global_rank(self.group, 0)
+                dist.broadcast(load, src=first, group=self.group)
+            load = load.cpu()
             placement = self.balancer.update_placement(self.place(load))
             by_rank = load.double().view(1, self.ep_size, -1).sum(2)
             self.use(placement, float(_average_imbalance(by_rank)))

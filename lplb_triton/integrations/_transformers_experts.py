@@ -95,15 +95,19 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
     def _get_balance(self, device: torch.device) -> LayerBalance:
         """Return the layer's balance; the first call makes it, and is collective."""
         if self.balance is None:
-            self.balance = LayerBalance(
-                self.n_experts,
-                group=self.ep_mesh.get_group(),
-                device=device,
-                redundant=self._redundant,
-                balance_above=self._balance_above,
-                load=self._first_load,
-            )
+            self.balance = self._make_balance(device)
         return self.balance
+
+    @torch.compiler.disable  # it communicates, and makes what no graph may hold
+    def _make_balance(self, device: torch.device) -> LayerBalance:
+        return LayerBalance(
+            self.n_experts,
+            group=self.ep_mesh.get_group(),
+            device=device,
+            redundant=self._redundant,
+            balance_above=self._balance_above,
+            load=self._first_load,
+        )
 
     def _route(self, balance: LayerBalance, top_k_index: torch.Tensor) -> torch.Tensor:
         """Return the ids of slots for the tokens that this rank sends.

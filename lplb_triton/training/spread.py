@@ -57,7 +57,8 @@ def spread(
     ------
     TypeError, ValueError
         Naming the original that doesn't fit.
-        If an original requires gradients on some ranks only (checked in a plan's first call).
+        On every rank, in a plan's first call, if originals differ in number, shapes or dtypes
+        between ranks, or a stacked one requires gradients on some of them only.
     RuntimeError
         In the backward pass, if the plan was retired since the forward pass, or a stacked original
         was changed; and in a second derivative.
@@ -80,8 +81,6 @@ def spread(
     stacked = [one for one in rows if isinstance(one, torch.Tensor)]
     if not redundant_only and len(stacked) == len(rows) and not torch.compiler.is_compiling():
         return stack_slots(plan, stacked)
-    if not torch.compiler.is_compiling():
-        plan.check_trained([part.requires_grad for one in rows for part in parts_of(one)[:1]])
     if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
         return _finish(rows, copy_weights(plan, rows), redundant_only)
     by_expert = [int(not isinstance(one, torch.Tensor)) for one in rows]
@@ -110,15 +109,18 @@ def copy_weights(plan: SpreadPlan, originals: Sequence[Rows]) -> tuple[torch.Ten
     """Return redundant slots' weights, as `spread` does with ``redundant_only``, unchecked.
 
     Of originals by expert, autograd learns of those with copies only: to list all of them costs
-    the host a millisecond per layer. One more brings a rank without any to the backward pass.
+    the host a millisecond per layer. Where any rank trains any of them, an anchor brings every
+    rank to the backward pass.
     """
     plan.require_current()
+    trained = plan.agree_on_training(originals)
+    anchor = torch.zeros((), device=plan.device, requires_grad=any(trained))
     listed = [
         part
         for rows in originals
         for part in ([rows] if isinstance(rows, torch.Tensor) else [rows[i] for i in plan.given])
     ]
-    slots: tuple[torch.Tensor, ...] = _CopyWeights.apply(plan, originals, *listed)  # type: ignore[no-untyped-call]
+    slots: tuple[torch.Tensor, ...] = _CopyWeights.apply(plan, originals, trained, anchor, *listed)  # type: ignore[no-untyped-call]
     return slots
 
 
@@ -145,7 +147,7 @@ def stack_slots(
         Whether the backward pass may add to the memory of the gradients that it is given. That is
         right where slots are used by one operation, which makes a fresh gradient for them.
     """
-    plan.check_trained([one.requires_grad for one in originals])
+    plan.agree_on_training(originals)
     given = [None] * len(originals) if buffers is None else list(buffers)
     slots: tuple[torch.Tensor, ...] = _Stack.apply(plan, given, reuse_gradients, *originals)  # type: ignore[no-untyped-call]
     return slots
@@ -198,21 +200,32 @@ class _CopyWeights(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: SpreadPlan, originals: Sequence[Rows], *listed: torch.Tensor
+        ctx: Any,
+        plan: SpreadPlan,
+        originals: Sequence[Rows],
+        trained: tuple[bool, ...],
+        anchor: torch.Tensor,
+        *listed: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.plan = plan
+        ctx.plan, ctx.trained = plan, trained
         ctx.by_expert = [not isinstance(rows, torch.Tensor) for rows in originals]
         # Dispatch modes must not see inside: selective checkpointing would keep, or replay, parts.
         with outside_modes(), torch.no_grad():
-            return tuple(plan.send_weights(originals))
+            slots = plan.send_weights(originals)
+        frozen = [one for one, flag in zip(slots, trained, strict=True) if not flag]
+        ctx.mark_non_differentiable(*frozen)
+        return tuple(slots)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ctx.plan.require_current()
         with outside_modes(), torch.no_grad():
-            totals = _sum_at_home(ctx.plan, grads, ctx.by_expert)
-        return (None, None, *_list_gradients(ctx.plan, totals, ctx.by_expert))
+            given = [grad for grad, flag in zip(grads, ctx.trained, strict=True) if flag]
+            kinds = [one for one, flag in zip(ctx.by_expert, ctx.trained, strict=True) if flag]
+            totals = iter(_sum_at_home(ctx.plan, given, kinds))
+        results = [next(totals) if flag else None for flag in ctx.trained]
+        return (None, None, None, None, *_list_gradients(ctx.plan, results, ctx.by_expert))
 
 
 class _Stack(torch.autograd.Function):
@@ -285,8 +298,6 @@ def _check_original(label: str, value: object, plan: SpreadPlan) -> Rows:
                     f"{label} must hold tensors of one shape and dtype, "
                     f"got {describe_tensor(rows[0])} and {describe_tensor(part)}"
                 )
-            if part.requires_grad != rows[0].requires_grad:
-                raise ValueError(f"{label} must require gradients for all experts or none")
     else:
         raise TypeError(
             f"{label} must be a tensor or a sequence of tensors, got {type(value).__name__}"
@@ -393,12 +404,14 @@ def _sum_at_home(
 
 
 def _list_gradients(
-    plan: SpreadPlan, totals: Sequence[torch.Tensor], by_expert: Sequence[int]
+    plan: SpreadPlan, totals: Sequence[torch.Tensor | None], by_expert: Sequence[int]
 ) -> list[torch.Tensor | None]:
     """Return a gradient for each tensor that autograd was given; parts without copies get none."""
     results: list[torch.Tensor | None] = []
     for total, is_parted in zip(totals, by_expert, strict=True):
-        if is_parted:
+        if total is None:
+            results.extend([None] * (len(plan.given) if is_parted else 1))
+        elif is_parted:
             sums = dict(zip(plan.copied.host, total.unbind(), strict=True))
             results.extend(sums.get(row) for row in plan.given)
         else:

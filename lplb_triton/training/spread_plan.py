@@ -28,6 +28,8 @@ from lplb_triton.training.transfer import start_copies, start_sums
 
 __all__ = ["SpreadPlan", "find_plan"]
 
+_Fact = tuple[bool, tuple[int, ...], str]
+
 _handles = itertools.count()
 _plans: weakref.WeakValueDictionary[int, SpreadPlan] = weakref.WeakValueDictionary()
 
@@ -116,7 +118,7 @@ class SpreadPlan:
         # so that autograd brings a rank without any to the exchange of gradients.
         self.given = sorted({0, *self.copied.host})
         self._current = True
-        self._trained: set[tuple[bool, ...]] = set()
+        self._trained: dict[tuple[_Fact, ...], tuple[bool, ...]] = {}
         self.handle = next(_handles)
         _plans[self.handle] = self
 
@@ -157,19 +159,40 @@ class SpreadPlan:
                 "recomputes): change it between optimizer steps, when no graph is alive"
             )
 
-    def check_trained(self, flags: Sequence[bool]) -> None:
-        """Raise on every rank unless the originals require gradients on all ranks or none.
+    def agree_on_training(self, originals: Sequence[Rows]) -> tuple[bool, ...]:
+        """Return for each original whether any rank trains any of its experts.
 
-        Else some ranks would wait for gradients that others don't send. It is collective when
-        flags are given for the first time.
+        Ranks that train none take part in the gradients' exchange all the same, or the others
+        would wait for them. It is collective where originals differ from those of earlier calls.
+
+        Raises
+        ------
+        ValueError
+            On every rank, if originals differ in number, shapes or dtypes between ranks, or a
+            stacked one requires gradients on some of them only.
         """
-        key = tuple(flags)
-        if key in self._trained or self.idle:
-            return
-        if self.group is not None:
-            told: Spec = {f"requires_grad of originals[{i}]": flag for i, flag in enumerate(key)}
-            check_on_all_ranks({"group": self.group}, lambda: told)
-        self._trained.add(key)
+        facts = tuple(_describe_rows(rows) for rows in originals)
+        known = self._trained.get(facts)
+        if known is not None or self.idle or self.group is None:
+            return tuple(fact[0] for fact in facts) if known is None else known
+        everywhere: list[tuple[_Fact, ...]] = [()] * self.group.size()
+        dist.all_gather_object(everywhere, facts, group=self.group)
+        shapes = [[fact[1:] for fact in theirs] for theirs in everywhere]
+        for rank, theirs in enumerate(shapes):
+            if theirs != shapes[0]:
+                raise ValueError(
+                    "originals must have the same shapes and dtypes on all ranks, "
+                    f"got {shapes[0]} on rank 0 and {theirs} on rank {rank}"
+                )
+        for i, ranks in enumerate(zip(*everywhere, strict=True)):
+            if isinstance(originals[i], torch.Tensor) and len({fact[0] for fact in ranks}) > 1:
+                raise ValueError(
+                    f"requires_grad of originals[{i}] must be the same on all ranks, "
+                    f"got {[fact[0] for fact in ranks]}"
+                )
+        trained = tuple(any(fact[0] for fact in ranks) for ranks in zip(*everywhere, strict=True))
+        self._trained[facts] = trained
+        return trained
 
     def send_weights(
         self, originals: Sequence[Rows], into: Sequence[torch.Tensor] | None = None
@@ -217,6 +240,14 @@ class SpreadPlan:
         if self.idle and into is not None:
             return []
         return start_sums(gradients, self.traffic, self.group)(into)
+
+
+def _describe_rows(rows: Rows) -> _Fact:
+    """Return whether any of the rows is trained, and shape and dtype of a row."""
+    if isinstance(rows, torch.Tensor):
+        return rows.requires_grad, tuple(rows.shape[1:]), str(rows.dtype)
+    trained = any(part.requires_grad for part in rows)
+    return trained, tuple(rows[0].shape), str(rows[0].dtype)
 
 
 def find_plan(handle: int) -> SpreadPlan:
