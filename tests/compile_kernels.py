@@ -41,6 +41,8 @@ POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64", "uncertified_ptr": "*i64"}
 POINTERS |= {"addresses_ptr": "*i64", "traffic_ptr": "*i64", "edges_ptr": "*i64"}
 POINTERS |= {"pairs_ptr": "*i64", "report_ptr": "*i64"}
+POINTERS |= {"load_ptr": "*i64", "by_home_ptr": "*i64", "by_rank_ptr": "*i64"}
+POINTERS |= {"own_ptr": "*bf16", "arrived_ptr": "*bf16"}
 FLOATS = (
     "scratch_ptr",
     "weights_ptr",

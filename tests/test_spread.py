@@ -363,8 +363,8 @@ def check_trained_somewhere(rank, group):
         spread(plan, w)
     with pytest.raises(ValueError, match="must have the same shapes and dtypes on all ranks"):
         spread(plan, torch.ones(4, 3 + rank))
-    case = Case(make_plan(group), rank)
     for frozen in ({0, 1, 2, 3} if rank == 0 else set(), {0, 2}, {1} if rank == 1 else {0, 1, 2}):
+        case = Case(make_plan(group), rank)  # what is trained is agreed on once per plan
         parts = [row.clone().requires_grad_(i not in frozen) for i, row in enumerate(case.original)]
         fixed = list(torch.randn(4, WIDTH).unbind())
         slots, more = spread(case.plan, parts, fixed)

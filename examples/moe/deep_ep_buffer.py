@@ -10,6 +10,8 @@ from torch import Tensor
 
 # One thread of DeepEP 1's kernel counts the rows of one expert, and it has as many threads.
 MOST_EXPERTS_PER_RANK = 128
+# NVLink joins as many ranks for DeepEP 1; more are taken for several nodes.
+RANKS_PER_NODE = 8
 
 
 class LegacyBuffer:
@@ -140,10 +142,14 @@ def make_legacy(group: dist.ProcessGroup, hidden: int) -> Any:
     dispatch = deep_ep.Buffer.get_dispatch_config(ranks)
     combine = deep_ep.Buffer.get_combine_config(ranks)
     both = (dispatch, combine)
+    rdma_bytes = 0
+    # A build without NVSHMEM, which suffices within a node, refuses to be asked.
+    if ranks > RANKS_PER_NODE:
+        rdma_bytes = max(config.get_rdma_buffer_size_hint(row_bytes, ranks) for config in both)
     return deep_ep.Buffer(
         group,
         max(config.get_nvl_buffer_size_hint(row_bytes, ranks) for config in both),
-        max(config.get_rdma_buffer_size_hint(row_bytes, ranks) for config in both),
+        rdma_bytes,
         explicitly_destroy=True,
     )
 

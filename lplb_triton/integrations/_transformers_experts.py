@@ -98,7 +98,8 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
             self.balance = self._make_balance(device)
         return self.balance
 
-    @torch.compiler.disable  # it communicates, and makes what no graph may hold
+    # It communicates, and makes what no graph may hold.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _make_balance(self, device: torch.device) -> LayerBalance:
         return LayerBalance(
             self.n_experts,
