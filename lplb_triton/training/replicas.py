@@ -41,13 +41,7 @@ from lplb_triton.training.gradients import require_current_gradients, require_re
 from lplb_triton.training.handle import Handle
 from lplb_triton.training.originals import Originals
 from lplb_triton.training.owners import Claim, check_unclaimed
-from lplb_triton.training.routes import (
-    Ints,
-    assign_positions,
-    plan_redundant_traffic,
-    plan_routes,
-    plan_traffic,
-)
+from lplb_triton.training.routes import Ints, assign_positions, plan_layer_traffic, plan_routes
 from lplb_triton.training.rows import Rows, ordinary_tensors, parts_of
 from lplb_triton.training.slots import Slots
 from lplb_triton.training.state import Optimizers, find_movable, list_optimizers
@@ -100,10 +94,8 @@ class Replicas:
         Gradients are accumulated, sent and summed in the parameter's dtype (float16 and bfloat16
         are summed in float32).
     redundant_only : bool
-        Have `weights` hold the redundant slots only, ``[n_redundant, ...]``, where
-        ``n_redundant = slots_per_rank - n_logical / ep_size``: the model computes with the
-        parameters themselves in the other slots, so nothing but copies is stored and sent. The
-        placement must keep experts at home (``keep_home=True``).
+        Have `weights` hold the redundant slots only: the model computes with the parameters
+        themselves in the others. The placement must keep experts at home (``keep_home=True``).
     optimizer : torch.optim.Optimizer, sequence of them, or None
         Needed only if it already has state for ``params``.
 
@@ -159,8 +151,8 @@ class Replicas:
                 self._originals, self._n_own, list_optimizers(optimizer), None
             )
             movable.extend(rows)
-            alike = {"dtype": str(dtype), "redundant_only": redundant_only}
-            return {**alike, "placement": describe_placement(placement), **spec}
+            spec |= {"dtype": str(dtype), "redundant_only": redundant_only}
+            return {"placement": describe_placement(placement), **spec}
 
         own: dict[str, Spec] = {"data_parallel_group": {"the rank in group": self.rank}}
         check_on_all_ranks(self._groups, check, own)
@@ -474,10 +466,8 @@ class Replicas:
             move_rows(movable, routes, self.group, self.device)
         self._positions = positions
         self._claim.in_order = bool((positions == self._logical_positions).all())
-        self._traffic = (
-            plan_redundant_traffic(self._placement, self.rank, self.device)
-            if self._redundant_only
-            else plan_traffic(self._placement, positions, self._n_own, self.rank, self.device)
+        self._traffic = plan_layer_traffic(
+            self._placement, positions, self.rank, self.device, self._redundant_only
         )
         self._synced = None
 

@@ -17,6 +17,7 @@ __all__ = [
     "Routes",
     "Traffic",
     "assign_positions",
+    "plan_layer_traffic",
     "plan_redundant_traffic",
     "plan_routes",
     "plan_traffic",
@@ -170,6 +171,16 @@ def plan_redundant_traffic(
         experts, n_own, target, max(n_redundant, 1), placement.ep_size, rank, device
     )
     return _add_way_back(routes, device)
+
+
+def plan_layer_traffic(
+    placement: Placement, positions: Ints, rank: int, device: torch.device, redundant_only: bool
+) -> Traffic:
+    """Plan what ``rank`` sends to fill all its slots, or the redundant ones only."""
+    if redundant_only:
+        return plan_redundant_traffic(placement, rank, device)
+    n_own = placement.n_logical // placement.ep_size
+    return plan_traffic(placement, positions, n_own, rank, device)
 
 
 def assign_positions(placement: Placement, current: Ints) -> Ints:
