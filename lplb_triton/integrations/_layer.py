@@ -20,7 +20,7 @@ __all__ = ["Imbalance", "LayerBalance", "measure_imbalance", "rebalance_layers"]
 
 # Batches that an imbalance is averaged over.
 WINDOW = 8
-# Below this, replicas cost a layer more time than they save.
+# A layer that is this even gains at most so much, less what replicas cost.
 BALANCE_ABOVE = 1.05
 
 
@@ -207,7 +207,7 @@ class LayerBalance:
                 dist.broadcast(load, src=first, group=self.group)
             load = load.cpu()
             placement = self.balancer.update_placement(self.place(load))
-            by_rank = load.double().view(1, self.ep_size, -1).sum(2)
+            by_rank = load.view(1, self.ep_size, -1).sum(2)
             self.use(placement, float(_average_imbalance(by_rank)))
 
     def use(self, placement: Placement, imbalance: float) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "ordinary_tensors",
     "parts_of",
     "put_rows",
+    "row_shape",
     "take_rows",
 ]
 
@@ -44,6 +45,11 @@ def ordinary_tensors() -> Iterator[None]:
 def parts_of(rows: Rows) -> list[torch.Tensor]:
     """List the tensors that hold the rows."""
     return [rows] if isinstance(rows, torch.Tensor) else rows
+
+
+def row_shape(rows: Rows) -> torch.Size:
+    """Return the shape of one row."""
+    return rows.shape[1:] if isinstance(rows, torch.Tensor) else rows[0].shape
 
 
 def describe_tensor(value: object) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from lplb_triton.training.checks import is_trained
-from lplb_triton.training.rows import Rows, parts_of
+from lplb_triton.training.rows import Rows, parts_of, row_shape
 
 __all__ = ["Slots"]
 
@@ -33,9 +33,8 @@ class Slots:
         self._trained = {name: is_trained(rows) for name, rows in params.items()}
         for name, rows in params.items():
             part = parts_of(rows)[0]
-            shape = part.shape[1:] if isinstance(rows, torch.Tensor) else part.shape
             weight = torch.empty(
-                (slots_per_rank, *shape),
+                (slots_per_rank, *row_shape(rows)),
                 dtype=dtype if dtype is not None and self._trained[name] else part.dtype,
                 device=part.device,
             )

@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lplb_triton._torch_op import outside_modes
-from lplb_triton.training.rows import Rows, describe_tensor, parts_of
+from lplb_triton.training.rows import Rows, describe_tensor, parts_of, row_shape
 from lplb_triton.training.slot_memory import Stamp
 from lplb_triton.training.spread_plan import SpreadPlan, find_plan
 
@@ -84,11 +84,7 @@ def spread(
     if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
         return _finish(rows, copy_weights(plan, rows), redundant_only)
     by_expert = [int(not isinstance(one, torch.Tensor)) for one in rows]
-    flat = [
-        part
-        for one in rows
-        for part in ([one] if isinstance(one, torch.Tensor) else [one[i] for i in plan.given])
-    ]
+    flat = _list_parts(plan, rows)
     redundant = tuple(torch.ops.lplb_triton.spread(flat, by_expert, plan.handle))
     return _finish(rows, redundant, redundant_only)
 
@@ -105,6 +101,15 @@ def _finish(
     )
 
 
+def _list_parts(plan: SpreadPlan, originals: Sequence[Rows]) -> list[torch.Tensor]:
+    """List what autograd learns of: stacked originals, and the parts ``plan.given`` of others."""
+    return [
+        part
+        for rows in originals
+        for part in ([rows] if isinstance(rows, torch.Tensor) else [rows[i] for i in plan.given])
+    ]
+
+
 def copy_weights(plan: SpreadPlan, originals: Sequence[Rows]) -> tuple[torch.Tensor, ...]:
     """Return redundant slots' weights, as `spread` does with ``redundant_only``, unchecked.
 
@@ -115,11 +120,7 @@ def copy_weights(plan: SpreadPlan, originals: Sequence[Rows]) -> tuple[torch.Ten
     plan.require_current()
     trained = plan.agree_on_training(originals)
     anchor = torch.zeros((), device=plan.device, requires_grad=any(trained))
-    listed = [
-        part
-        for rows in originals
-        for part in ([rows] if isinstance(rows, torch.Tensor) else [rows[i] for i in plan.given])
-    ]
+    listed = _list_parts(plan, originals)
     slots: tuple[torch.Tensor, ...] = _CopyWeights.apply(plan, originals, trained, anchor, *listed)  # type: ignore[no-untyped-call]
     return slots
 
@@ -367,9 +368,7 @@ def _spread_fake(
     """Return what tracing needs to know of the redundant slots."""
     found, fakes = find_plan(plan), []
     for rows in _group_rows(originals, by_expert, found):
-        first = parts_of(rows)[0]
-        shape = first.shape[1:] if isinstance(rows, torch.Tensor) else first.shape
-        fakes.append(first.new_empty((found.n_redundant, *shape)))
+        fakes.append(parts_of(rows)[0].new_empty((found.n_redundant, *row_shape(rows))))
     return fakes
 
 
@@ -432,8 +431,7 @@ def _return_gradients_fake(
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     """Keep what the backward pass needs; no tensor is among it."""
-    originals, by_expert, plan = inputs
-    ctx.by_expert, ctx.plan, ctx.n_flat = by_expert, plan, len(originals)
+    _, ctx.by_expert, ctx.plan = inputs
     ctx.kinds = [(one.shape, one.dtype, one.device) for one in output]
 
 

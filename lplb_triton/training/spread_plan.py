@@ -20,10 +20,11 @@ from lplb_triton.training.checks import (
     check_on_all_ranks,
     check_placement,
     describe_placement,
+    is_trained,
     is_usable,
 )
 from lplb_triton.training.routes import plan_redundant_traffic
-from lplb_triton.training.rows import Index, Rows, ordinary_tensors, parts_of
+from lplb_triton.training.rows import Index, Rows, ordinary_tensors, parts_of, row_shape
 from lplb_triton.training.transfer import start_copies, start_sums
 
 __all__ = ["SpreadPlan", "find_plan"]
@@ -172,9 +173,10 @@ class SpreadPlan:
             stacked one requires gradients on some of them only.
         """
         facts = tuple(_describe_rows(rows) for rows in originals)
-        known = self._trained.get(facts)
-        if known is not None or self.idle or self.group is None:
-            return tuple(fact[0] for fact in facts) if known is None else known
+        if self.idle or self.group is None:
+            return tuple(fact[0] for fact in facts)
+        if facts in self._trained:
+            return self._trained[facts]
         everywhere: list[tuple[_Fact, ...]] = [()] * self.group.size()
         dist.all_gather_object(everywhere, facts, group=self.group)
         shapes = [[fact[1:] for fact in theirs] for theirs in everywhere]
@@ -201,22 +203,17 @@ class SpreadPlan:
 
         They are written to the tensors ``into``, if these are given.
         """
-        if self.idle and into is not None:
-            for one in into:
-                one.zero_()
-            return list(into)
-        pairs: list[tuple[torch.Tensor, Rows]] = []
-        for i, rows in enumerate(originals):
-            if into is not None:
-                pairs.append((into[i], rows))
-                continue
-            first = parts_of(rows)[0]
-            shape = first.shape[1:] if isinstance(rows, torch.Tensor) else first.shape
-            make = torch.zeros if self.idle else torch.empty
-            slots = make((self.n_redundant, *shape), dtype=first.dtype, device=first.device)
-            pairs.append((slots, rows))
+        if into is None:
+            into = [
+                parts_of(rows)[0].new_empty((self.n_redundant, *row_shape(rows)))
+                for rows in originals
+            ]
+        if self.idle:
+            for slots in into:
+                slots.zero_()
+        pairs = list(zip(into, originals, strict=True))
         start_copies(pairs, self.traffic.weight_routes, self.group)()
-        return [slots for slots, _ in pairs]
+        return list(into)
 
     def return_gradients(
         self, gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
@@ -237,17 +234,12 @@ class SpreadPlan:
             A row for each of ``copied``, in at least float32. The order of sums is fixed: copies
             on this rank first, then the others by slot number.
         """
-        if self.idle and into is not None:
-            return []
         return start_sums(gradients, self.traffic, self.group)(into)
 
 
 def _describe_rows(rows: Rows) -> _Fact:
     """Return whether any of the rows is trained, and shape and dtype of a row."""
-    if isinstance(rows, torch.Tensor):
-        return rows.requires_grad, tuple(rows.shape[1:]), str(rows.dtype)
-    trained = any(part.requires_grad for part in rows)
-    return trained, tuple(rows[0].shape), str(rows[0].dtype)
+    return is_trained(rows), tuple(row_shape(rows)), str(parts_of(rows)[0].dtype)
 
 
 def find_plan(handle: int) -> SpreadPlan:

@@ -15,6 +15,7 @@ from lplb_triton.training.rows import (
     as_integers,
     parts_of,
     put_rows,
+    row_shape,
     take_rows,
 )
 from lplb_triton.training.slots import Slots
@@ -39,8 +40,7 @@ def move_rows(
         message = None
         if routes.remote:
             out = take_rows(rows, routes.out).to(device)
-            sample = parts_of(rows)[0]
-            row = out.new_empty(sample.shape[1:] if sample is rows else sample.shape)
+            row = out.new_empty(row_shape(rows))
             (message,) = start_exchange([row], [list(out)], routes, group)()
         put_rows(rows, routes.local_to, local)
         if message is not None:

@@ -271,6 +271,14 @@ def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+def compare_pass(plain, ours, run, step):
+    """Run one pass of both models; return the worst difference of their gradients."""
+    for model in (plain, ours):
+        model.zero_grad()
+        run(model, step).backward()
+    return worst_difference(gradients(plain), gradients(ours))
+
+
 def worst_difference(plain, other):
     """The largest difference, relative to the largest number of its tensor, over all ranks."""
     worst = torch.zeros((), dtype=torch.float64)
