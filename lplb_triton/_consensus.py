@@ -84,7 +84,8 @@ def agree_on_placements(
     text = None if problem is None else f"{type(problem).__name__}: {problem}"
     placements = [each.placement for each in proposed]
     facts: list[tuple[object, ...]] = [
-        (p.n_logical, p.n_physical, p.n_group, p.max_columns, *kinds) for p in placements
+        (p.n_logical, p.n_physical, p.live_per_rank, p.n_group, p.max_columns, *kinds)
+        for p in placements
     ]
     tables = [p.phy2log for p in placements] if dist.get_rank(group) == 0 else None
     mine = _Proposal(text, facts, tables, [each.layer_id for each in proposed])
@@ -116,7 +117,7 @@ def _raise_for_mismatch(proposals: list[_Proposal]) -> None:
         if len(set(facts)) > 1:
             raise ValueError(
                 "placement, quotas and solver must be of the same sizes and kinds on every rank, "
-                f"got {list(facts)} (logical experts, slots, groups, columns, quotas, solver)"
+                f"got {list(facts)} (logical experts, slots, live slots of a rank, groups, columns, quotas, solver)"
             )
 
 
@@ -130,4 +131,5 @@ def _placement_of(table: torch.Tensor | None, mine: Placement) -> Placement:
         n_logical=mine.n_logical,
         n_group=mine.n_group,
         max_columns=mine.max_columns,
+        live_per_rank=mine.live_per_rank,
     )

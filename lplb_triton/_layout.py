@@ -94,6 +94,21 @@ SCRATCH_BY_COLUMN = 1
 SCRATCH_BY_CELL = 4
 SCRATCH_BY_ROW = 2
 
+# Live slots.
+
+# A rank's load is planned in so many bits; loads of more tokens are counted in larger units.
+LIVE_UNIT_BITS = 20
+# The fraction of the mean load that a plan may end above it has so many bits.
+LIVE_AIM_BITS = 20
+# Sixteenths of the room that is left for tokens that are expected to fit into it.
+LIVE_ROOM_SHARE = 13
+# Passes that look for pieces, at most, and the part of its aim, 2**-7, by which a pass may miss it.
+LIVE_PASSES = 3
+LIVE_MISS_BITS = 7
+# Sets of ranks that the bound is found from, and halvings that find the level of each.
+LIVE_CUTS = 8
+LIVE_HALVINGS = 12
+
 # Exchange of counts between ranks.
 
 # The largest count, and the largest sum of counts: they are int32.

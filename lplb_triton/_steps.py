@@ -131,7 +131,7 @@ class BatchSteps:
         Returns
         -------
         torch.Tensor
-            ``[n_physical]`` int32 in units of 2**-24, by copy.
+            ``[n_copies]`` int32 in units of 2**-24, by copy in static slots.
 
         Raises
         ------
@@ -158,7 +158,7 @@ class BatchSteps:
         idx : torch.Tensor
             As for `run`.
         cumulative : torch.Tensor
-            ``[n_physical]`` int32 of `cumulative_shares`.
+            ``[n_copies]`` int32 of `cumulative_shares`.
         running : torch.Tensor
             ``[n_sms, n_logical]`` int32 of `count` for the same ``idx``.
 
@@ -182,8 +182,8 @@ class BatchSteps:
                 raise ValueError(
                     f"{name} must be int32 on {device}, got {table.dtype} on {table.device}"
                 )
-        if cumulative.shape != (p.n_physical,):
+        if cumulative.shape != (p.n_copies,):
             raise ValueError(
-                f"cumulative must have shape [{p.n_physical}], got {tuple(cumulative.shape)}"
+                f"cumulative must have shape [{p.n_copies}], got {tuple(cumulative.shape)}"
             )
         return self._backend.select(idx.contiguous(), cumulative.contiguous(), running)

@@ -78,7 +78,7 @@ def _find_refusal(old: Placement, placement: object) -> Exception | None:
         placement = require_placement("placement", placement)
     except TypeError as error:
         return error
-    for name in ("n_logical", "n_physical", "ep_size", "n_group", "max_columns"):
+    for name in ("n_logical", "n_physical", "live_per_rank", "ep_size", "n_group", "max_columns"):
         if getattr(placement, name) != getattr(old, name):
             return ValueError(
                 f"placement must have {name} {getattr(old, name)}, got {getattr(placement, name)}"

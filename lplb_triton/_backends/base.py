@@ -75,7 +75,7 @@ class Backend(ABC):
             check_id_values("idx", idx, self.layer.placement.n_logical)
 
     def cumulative_shares(self, shares: torch.Tensor) -> torch.Tensor:
-        """Return cumulative shares by copy, ``[n_physical]`` int32 in units of 2**-24."""
+        """Return cumulative shares by copy, ``[n_copies]`` int32 in units of 2**-24."""
         views = self.tables.views
         return reference.cumulative_shares(
             shares,

@@ -103,7 +103,7 @@ def make_cell_tables(placement: Placement, found: Cells) -> dict[str, NDArray[np
     nth = index - first
     early = nth < COPIES_AT_ONCE
     first_ranks[group[early], nth[early], column[early]] = rank[early]
-    most_on_a_rank = max(1, min(placement.slots_per_rank, n_columns))
+    most_on_a_rank = max(1, min(placement.static_per_rank, n_columns))
     most_on_a_rank = -(-most_on_a_rank // RANK_CELLS) * RANK_CELLS
     on_rank = np.full((n_group, most_on_a_rank, n_ranks), -1, dtype=np.int32)
     on_rank[group, count_earlier(group * n_ranks + rank), rank] = index
@@ -159,7 +159,7 @@ def make_cell_ends(placement: Placement, number: NDArray[np.int32]) -> NDArray[n
     index = s.copy_index[copies]
     last = index == s.copy_multiplicity[copies] - 1
     found[group[last], 0, cell[last]] = copies[last]
-    first = np.zeros(placement.n_physical + 1, dtype=np.bool_)
+    first = np.zeros(placement.n_copies + 1, dtype=np.bool_)
     first[s.copy_start] = True
     before = (index == 0) & ~first[copies]
     found[group[before], 1, cell[before]] = copies[before] - 1
@@ -175,18 +175,21 @@ def make_slot_tables(placement: Placement, number: NDArray[np.int32]) -> dict[st
     """
     s = placement.structure
     once = s.copy_index == 0
-    slot = s.copy_slot[once]
+    # Slots are numbered here as if there were no live ones.
+    slot = (
+        s.copy_slot[once] - s.copy_slot[once] // placement.slots_per_rank * placement.live_per_rank
+    )
     n_copies = np.diff(s.copy_start)
     expert = np.repeat(np.arange(placement.n_logical), n_copies)[once]
-    experts = np.full(placement.n_physical, -1, dtype=np.int32)
-    parts = np.zeros((2, placement.n_physical), dtype=np.float32)
-    cells = np.full(placement.n_physical, -1, dtype=np.int32)
+    experts = np.full(placement.n_copies, -1, dtype=np.int32)
+    parts = np.zeros((2, placement.n_copies), dtype=np.float32)
+    cells = np.full(placement.n_copies, -1, dtype=np.int32)
     experts[slot] = expert
     parts[0, slot] = 1.0 / np.bincount(expert)[expert]
     parts[1, slot] = s.copy_multiplicity[once] / n_copies[expert]
     at = s.copy_cell[once]
     cells[slot] = np.where(at < 0, -1, np.append(number, np.int32(-1))[at])
-    shape = placement.n_group, placement.group_size, placement.slots_per_rank
+    shape = placement.n_group, placement.group_size, placement.static_per_rank
     return {
         "rank_experts": experts.reshape(shape),
         "rank_parts": parts[0].reshape(shape),

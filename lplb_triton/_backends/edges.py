@@ -92,7 +92,7 @@ def make_edges(placement: Placement, cells: Cells) -> tuple[NDArray[np.int64], N
     """
     n_group, n_ranks, n_columns = placement.structure.mask.shape
     most_edges = max(MAX_COPIES_ALL_JOINED - 1, (n_ranks - 1).bit_length())
-    most_on_a_rank = min(placement.slots_per_rank, n_columns)
+    most_on_a_rank = min(placement.static_per_rank, n_columns)
     most = min(2 * most_on_a_rank, placement.redundant_per_group) * most_edges
     table = np.full((n_group, most + 1, max(1, n_ranks // 2)), -1, dtype=np.int64)
     low, high = _join_cells(cells)
@@ -129,7 +129,7 @@ def _count_pair_classes(placement: Placement, copies: NDArray[np.int64], n_class
         return 0
     if np.diff(s.column_start).max(initial=0) > 1:
         return 0
-    if placement.group_size > PAIR_RANKS or placement.n_physical >= PAIR_FIELD:
+    if placement.group_size > PAIR_RANKS or placement.n_copies >= PAIR_FIELD:
         return 0
     parts = -(-placement.group_size // PAIR_LANES)
     return n_classes if n_classes * parts <= PAIR_EDGES else 0

@@ -138,7 +138,7 @@ class LevellingBackend(TritonBackend):
         return [
             ((n_sms, p.n_logical), torch.int32),
             ((p.n_logical,), torch.int32),
-            ((p.n_physical,), torch.int32),
+            ((p.n_copies,), torch.int32),
             ((3, p.n_group), torch.float32),
             ((2, p.n_group), torch.int32),
             ((p.n_group, kernels.solve_scratch(self.solve_tables)), torch.float32),
@@ -152,7 +152,7 @@ class LevellingBackend(TritonBackend):
         p = self.layer.placement
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((p.n_logical,), torch.int32)]
         if self.layer.quotas == "global":
-            shapes += [((p.ep_size, p.n_logical), torch.int32), ((p.n_physical,), torch.int32)]
+            shapes += [((p.ep_size, p.n_logical), torch.int32), ((p.n_copies,), torch.int32)]
         return shapes
 
     def _lay_out(self, n_sms: int) -> list[_Field]:

@@ -14,7 +14,17 @@ from lplb_triton._checks import (
     on_host,
 )
 
-__all__ = ["check_batch", "count_copies", "to_int_array", "to_loads"]
+__all__ = [
+    "check_batch",
+    "check_live_slots",
+    "count_copies",
+    "take_static_slots",
+    "to_int_array",
+    "to_loads",
+]
+
+# The most live slots of a rank.
+MOST_LIVE = 2
 
 
 def to_int_array(name: str, value: object) -> NDArray[np.int64]:
@@ -75,3 +85,29 @@ def count_copies(phy2log: NDArray[np.int64], n_logical: int | None) -> NDArray[n
             f"phy2log gives no slot to {missing.size} logical experts, first {int(missing[0])}"
         )
     return counts
+
+
+def check_live_slots(live_per_rank: int, n_group: int) -> int:
+    """Check the number of live slots of a rank, and that one group holds them."""
+    live_per_rank = check_integer("live_per_rank", live_per_rank, 0)
+    if live_per_rank > MOST_LIVE:
+        raise ValueError(f"live_per_rank must be at most {MOST_LIVE}, got {live_per_rank}")
+    if live_per_rank and n_group > 1:
+        raise ValueError(f"live_per_rank needs a placement of one group, got {n_group} groups")
+    return live_per_rank
+
+
+def take_static_slots(
+    phy2log: NDArray[np.int64], ep_size: int, n_group: int, live_per_rank: int
+) -> NDArray[np.int64]:
+    """Return the experts of the slots ahead of each rank's live ones, which must hold nothing."""
+    live_per_rank = check_live_slots(live_per_rank, n_group)
+    by_rank = phy2log.reshape(ep_size, -1)
+    n_static = by_rank.shape[1] - live_per_rank
+    if n_static < 1:
+        raise ValueError(
+            f"live_per_rank must leave static slots, got {live_per_rank} of {by_rank.shape[1]}"
+        )
+    if (by_rank[:, n_static:] != -1).any():
+        raise ValueError(f"phy2log must be -1 in the last {live_per_rank} slots of each rank")
+    return np.ascontiguousarray(by_rank[:, :n_static]).reshape(-1)

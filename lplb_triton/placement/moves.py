@@ -17,6 +17,7 @@ __all__ = [
     "number_domains",
     "plan_moves",
     "require_placement",
+    "require_static_slots",
 ]
 
 
@@ -91,6 +92,11 @@ def plan_moves(
     placement = require_placement("placement", placement)
     sizes = (placement.n_logical, placement.n_physical, placement.ep_size)
     check_same_sizes("previous", previous, sizes)
+    if previous.live_per_rank != placement.live_per_rank:
+        raise ValueError(
+            f"previous must have {placement.live_per_rank} live slots a rank, "
+            f"got {previous.live_per_rank}"
+        )
     domain = number_domains(placement.ep_size, ranks_per_domain)
     old, new = previous.phy2log.long().numpy(), placement.phy2log.long().numpy()
     rank = placement.rank_of_slot.long().numpy()
@@ -115,6 +121,13 @@ def require_placement(name: str, value: object) -> Placement:
     if not isinstance(value, Placement):
         raise TypeError(f"{name} must be a Placement, got {type(value).__name__}")
     return value
+
+
+def require_static_slots(name: str, placement: Placement) -> Placement:
+    """Return a placement without live slots, or raise a ValueError that names it."""
+    if placement.live_per_rank:
+        raise ValueError(f"{name} must have no live slots here, got {placement}")
+    return placement
 
 
 def check_same_sizes(name: str, previous: object, sizes: tuple[int, int, int]) -> None:

@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 
 from lplb_triton import topologies
 from lplb_triton._checks import check_flag, check_integer, nearest_divisors, would_do
-from lplb_triton.placement.arguments import check_batch, count_copies, to_int_array
+from lplb_triton.placement.arguments import (
+    check_batch,
+    check_live_slots,
+    count_copies,
+    take_static_slots,
+    to_int_array,
+)
 from lplb_triton.placement.constructors import (
     copy_over_topology,
     replicate_at_home,
@@ -36,7 +42,7 @@ class Placement:
     Parameters
     ----------
     phy2log : torch.Tensor or array
-        ``[n_physical]`` int, logical expert of each physical slot.
+        ``[n_physical]`` int, logical expert of each physical slot; -1 in live slots.
     ep_size : int
         Number of expert-parallel ranks; divides ``n_physical``.
     n_logical : int or None
@@ -47,12 +53,15 @@ class Placement:
     max_columns : int or None
         Columns per group that device buffers are sized for. By default the number of redundant
         slots per group, which bounds the columns of any placement of the same sizes.
+    live_per_rank : int
+        Live slots of each rank, 0 to 2: its last ones. They hold nothing until a batch fills them,
+        see `with_live_slots`. This takes a placement of one group.
 
     Raises
     ------
     TypeError, ValueError
         Naming the argument: an expert without a slot, an id out of range, sizes that don't
-        divide, an expert whose copies span groups, too many columns.
+        divide, an expert whose copies span groups, too many columns, live slots that hold experts.
     """
 
     n_logical: int
@@ -66,7 +75,13 @@ class Placement:
     group_size: int
     """Ranks of a group."""
     slots_per_rank: int
-    """Slots of a rank."""
+    """Slots of a rank, live ones included."""
+    static_per_rank: int
+    """Slots of a rank that hold an expert in every batch; they come first."""
+    live_per_rank: int
+    """Live slots of a rank."""
+    n_copies: int
+    """Number of slots over all ranks that hold an expert in every batch."""
     redundant_per_group: int
     """Slots of a group beyond one for each of its experts."""
     max_columns: int
@@ -84,6 +99,7 @@ class Placement:
         n_logical: int | None = None,
         n_group: int = 1,
         max_columns: int | None = None,
+        live_per_rank: int = 0,
     ) -> None:
         flat = to_int_array("phy2log", phy2log)
         if flat.ndim != 1 or flat.size == 0:
@@ -99,9 +115,10 @@ class Placement:
             )
         if ep_size % n_group:
             raise ValueError(f"n_group must divide ep_size {ep_size}, got {n_group}")
-        counts = count_copies(flat, n_logical)
+        static = take_static_slots(flat, ep_size, n_group, live_per_rank)
+        counts = count_copies(static, n_logical)
         flat.setflags(write=False)
-        redundant = (n_physical - len(counts)) // n_group
+        redundant = (len(static) - len(counts)) // n_group
         if max_columns is None:
             max_columns = redundant
         max_columns = check_integer("max_columns", max_columns, 0)
@@ -113,9 +130,14 @@ class Placement:
             n_group=n_group,
             group_size=ep_size // n_group,
             slots_per_rank=n_physical // ep_size,
+            static_per_rank=len(static) // ep_size,
+            live_per_rank=live_per_rank,
+            n_copies=len(static),
             redundant_per_group=redundant,
             max_columns=max_columns,
-            structure=build_structure(flat, counts, n_group, ep_size // n_group, max_columns),
+            structure=build_structure(
+                static, counts, n_group, ep_size // n_group, max_columns, live_per_rank
+            ),
             _phy2log=flat,
             _counts=counts,
         )
@@ -129,9 +151,9 @@ class Placement:
         raise AttributeError(f"{name} can't be deleted: a Placement is immutable")
 
     @cached_property
-    def _content(self) -> tuple[int, int, int, int, bytes]:
+    def _content(self) -> tuple[int, int, int, int, int, bytes]:
         """Everything in which placements can differ."""
-        sizes = (self.n_logical, self.ep_size, self.n_group, self.max_columns)
+        sizes = (self.n_logical, self.ep_size, self.n_group, self.max_columns, self.live_per_rank)
         return *sizes, self._phy2log.tobytes()
 
     def __eq__(self, other: object) -> bool:
@@ -154,7 +176,7 @@ class Placement:
 
     def __getstate__(self) -> dict[str, Any]:
         """Arguments that make an equal placement, in Python's own types."""
-        names = ("ep_size", "n_logical", "n_group", "max_columns")
+        names = ("ep_size", "n_logical", "n_group", "max_columns", "live_per_rank")
         return {"phy2log": self._phy2log.tolist(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -296,14 +318,45 @@ class Placement:
         )
         return cls(slots, ep_size, n_logical=n_logical)
 
+    def with_live_slots(self, live_per_rank: int) -> Placement:
+        """Return a placement with this one's static slots, and live slots behind those of a rank.
+
+        A live slot holds nothing until `lplb_triton.Balancer` finds that a batch needs an expert
+        there; it is numbered like any slot, so physical ids and ``n_physical`` include it.
+
+        Parameters
+        ----------
+        live_per_rank : int
+            0, 1 or 2.
+
+        Returns
+        -------
+        Placement
+
+        Raises
+        ------
+        TypeError, ValueError
+            For another number, or a placement of several groups.
+        """
+        live_per_rank = check_live_slots(live_per_rank, self.n_group)
+        static = self._phy2log.reshape(self.ep_size, -1)[:, : self.static_per_rank]
+        return Placement(
+            np.pad(static, ((0, 0), (0, live_per_rank)), constant_values=-1).reshape(-1),
+            self.ep_size,
+            n_logical=self.n_logical,
+            n_group=self.n_group,
+            max_columns=self.max_columns,
+            live_per_rank=live_per_rank,
+        )
+
     @property
     def phy2log(self) -> torch.Tensor:
-        """``[n_physical]`` int32, logical expert of each slot."""
+        """``[n_physical]`` int32, logical expert of each slot, -1 for live slots."""
         return torch.from_numpy(self._phy2log.astype(np.int32))
 
     @property
     def logcnt(self) -> torch.Tensor:
-        """``[n_logical]`` int32, number of copies of each logical expert."""
+        """``[n_logical]`` int32, number of copies of each logical expert in static slots."""
         return torch.from_numpy(self._counts.astype(np.int32))
 
     @property
@@ -319,19 +372,20 @@ class Placement:
         Ordered by the slot's place within its rank, then by rank; under a topology, originals
         so come before copies.
         """
-        slots = np.arange(self.n_physical)
+        slots = np.flatnonzero(self._phy2log >= 0)
         local, rank = slots % self.slots_per_rank, slots // self.slots_per_rank
-        order = np.lexsort((rank, local, self._phy2log))
+        order = slots[np.lexsort((rank, local, self._phy2log[slots]))]
         table = np.full((self.n_logical, int(self._counts.max())), -1, dtype=np.int32)
         first = np.repeat(self.structure.copy_start[:-1], self._counts)
-        table[self._phy2log[order], np.arange(self.n_physical) - first] = order
+        table[self._phy2log[order], np.arange(self.n_copies) - first] = order
         return torch.from_numpy(table)
 
     def __repr__(self) -> str:
         """Write the sizes in one line."""
+        live = f", {self.live_per_rank} live slot(s) a rank" if self.live_per_rank else ""
         return (
-            f"Placement({self.n_logical} experts in {self.n_physical} slots, {self.ep_size} ranks, "
-            f"{self.n_group} group(s), up to {int(self._counts.max())} copies)"
+            f"Placement({self.n_logical} experts in {self.n_copies} slots, {self.ep_size} ranks, "
+            f"{self.n_group} group(s), up to {int(self._counts.max())} copies{live})"
         )
 
     def problem(self, counts: torch.Tensor) -> Problem:
@@ -379,7 +433,9 @@ class Placement:
             As `problem` does.
         """
         counts = check_batch(counts, self.n_logical)
-        per_slot = (counts / self.logcnt.to(counts.device))[:, self.phy2log.long()]
+        experts = self.phy2log.long().to(counts.device)
+        per_slot = (counts / self.logcnt.to(counts.device))[:, experts.clamp(min=0)]
+        per_slot = torch.where(experts >= 0, per_slot, 0.0)
         return per_slot.reshape(len(counts), self.ep_size, -1).sum(2)
 
     def rank_loads(self, counts: torch.Tensor, solution: Solution) -> torch.Tensor:

@@ -17,7 +17,7 @@ _Int64Array = NDArray[np.int64]
 class Structure(NamedTuple):
     """The placement as the LP and the token kernels read it; the arrays are read-only.
 
-    Copies are numbered 0 .. n_physical - 1, sorted by logical expert, then by slot; so the
+    Copies, in static slots, are numbered 0 .. n_copies - 1, sorted by logical expert, then by slot; so the
     copies of one expert are contiguous and ascend by rank. Columns and ranks are numbered
     within their group.
     """
@@ -29,7 +29,7 @@ class Structure(NamedTuple):
     mask: BoolArray
     """[n_group, group_size, max_columns] whether a rank holds a copy of a column."""
     fixed_experts: Int32Array
-    """[n_group, group_size, slots_per_rank] experts that only this rank holds, padded with -1."""
+    """[n_group, group_size, static_per_rank] experts that only this rank holds, padded with -1."""
     column_start: Int32Array
     """[n_group, max_columns + 1] start of each column's run in ``column_members``."""
     column_members: Int32Array
@@ -37,13 +37,13 @@ class Structure(NamedTuple):
     copy_start: Int32Array
     """[n_logical + 1] first copy of each expert."""
     copy_slot: Int32Array
-    """[n_physical] slot of each copy."""
+    """[n_copies] slot of each copy."""
     copy_cell: Int32Array
-    """[n_physical] flat index of the copy's share in [n_group, group_size, max_columns], or -1."""
+    """[n_copies] flat index of the copy's share in [n_group, group_size, max_columns], or -1."""
     copy_index: Int32Array
-    """[n_physical] index among the copies of one expert on one rank."""
+    """[n_copies] index among the copies of one expert on one rank."""
     copy_multiplicity: Int32Array
-    """[n_physical] number of copies of that expert on that rank."""
+    """[n_copies] number of copies of that expert on that rank."""
 
     def __repr__(self) -> str:
         """Write the sizes in one line."""
@@ -55,9 +55,16 @@ class Structure(NamedTuple):
 
 
 def build_structure(
-    phy2log: _Int64Array, counts: _Int64Array, n_group: int, group_size: int, max_columns: int
+    phy2log: _Int64Array,
+    counts: _Int64Array,
+    n_group: int,
+    group_size: int,
+    max_columns: int,
+    live_per_rank: int = 0,
 ) -> Structure:
-    """Derive every index table from the slot map and the copies of each expert.
+    """Derive every index table from the map of static slots and the copies of each expert.
+
+    ``copy_slot`` counts the ``live_per_rank`` live slots behind the static ones of each rank.
 
     Raises a ValueError that names ``phy2log`` or ``max_columns`` if the map doesn't fit groups or
     columns.
@@ -99,7 +106,7 @@ def build_structure(
         column_start=column_start,
         column_members=members,
         copy_start=start,
-        copy_slot=order.astype(np.int32),
+        copy_slot=(order + rank * live_per_rank).astype(np.int32),
         copy_cell=cell.astype(np.int32),
         copy_index=(np.arange(n_physical) - np.repeat(runs, lengths)).astype(np.int32),
         copy_multiplicity=np.repeat(lengths, lengths).astype(np.int32),

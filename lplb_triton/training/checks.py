@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from lplb_triton.placement import Placement
 from lplb_triton.placement.home import is_at_home
-from lplb_triton.placement.moves import require_placement
+from lplb_triton.placement.moves import require_placement, require_static_slots
 from lplb_triton.training.rows import Rows, check_rows, describe_tensor, parts_of
 
 __all__ = [
@@ -107,7 +107,7 @@ def check_group(name: str, group: object) -> None:
 
 def check_placement(placement: Placement, group: dist.ProcessGroup | None) -> None:
     """Raise unless ``placement`` is for the ranks of ``group``."""
-    placement = require_placement("placement", placement)
+    placement = require_static_slots("placement", require_placement("placement", placement))
     if group is None and placement.ep_size > 1:
         raise ValueError(
             f"placement is for {placement.ep_size} ranks (its ep_size): give group=, the process "
