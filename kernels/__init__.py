@@ -17,6 +17,13 @@ from lplb_triton.kernels.exchange import (
 from lplb_triton.kernels.exchange_rows import FAULTS, status_words
 from lplb_triton.kernels.gathered import sum_gathered
 from lplb_triton.kernels.launch import is_interpreted
+from lplb_triton.kernels.live.launch import (
+    Live,
+    LiveCopies,
+    LiveRules,
+    LiveTables,
+    size_live_scratch,
+)
 from lplb_triton.kernels.loads import MOST_EXPERTS, record_loads
 from lplb_triton.kernels.pipeline import Pipeline
 from lplb_triton.kernels.quotas import Quotas, divide_quotas
@@ -44,6 +51,10 @@ __all__ = [
     "STATUS_FIRST",
     "Channel",
     "Exchange",
+    "Live",
+    "LiveCopies",
+    "LiveRules",
+    "LiveTables",
     "Pipeline",
     "Quotas",
     "SelectTables",
@@ -59,6 +70,7 @@ __all__ = [
     "read_report",
     "record_loads",
     "select",
+    "size_live_scratch",
     "solve",
     "solve_counts",
     "solve_scratch",

@@ -24,6 +24,7 @@ from lplb_triton.kernels.launch import (
     launch_call,
     use_device,
 )
+from lplb_triton.kernels.live.launch import Live
 from lplb_triton.kernels.quotas import Quotas, divide_call
 from lplb_triton.kernels.select import (
     SELECT_CHUNK_AT,
@@ -36,6 +37,7 @@ from lplb_triton.kernels.select import (
 from lplb_triton.kernels.solve.launch import (
     CERTIFIED_AT,
     CHANNEL_FROM_END,
+    LIVE_OUT_FROM_END,
     OPENING_FROM_END,
     SOLVES_AT,
     UNCERTIFIED_AT,
@@ -64,6 +66,8 @@ class Pipeline:
         Of counts with other ranks; only for one group.
     quotas : Quotas or None
         Of all ranks, for shares that are divided by the counts that are gathered.
+    live : Live or None
+        For a placement with live slots; ``out`` of it is replaced in each run.
     """
 
     def __init__(
@@ -76,10 +80,11 @@ class Pipeline:
         rank: int,
         exchange: Exchange | None = None,
         quotas: Quotas | None = None,
+        live: Live | None = None,
     ) -> None:
         self._running, self._report, self._buffers = running, report, buffers
         self._solve_tables, self._select_tables, self._rank = solve_tables, select_tables, rank
-        self._exchange, self._quotas = exchange, quotas
+        self._exchange, self._quotas, self._live = exchange, quotas, live
         self._device = running.device.index
         if not is_interpreted():
             self._current_stream = triton.runtime.driver.active.get_current_stream
@@ -95,13 +100,16 @@ class Pipeline:
         settings: Settings,
         channel: Channel = FIRST_CHANNEL,
         between: Callable[[], None] | None = None,
+        live_out: torch.Tensor | None = None,
     ) -> None:
         """Write physical ids of contiguous ``idx`` to ``out``.
 
         ``channel`` is the exchange's. ``between`` takes the place of an exchange: it is called
         once this rank's counts are in the last row of ``running``, and leaves totals in
-        ``buffers.counts``; both on the current stream.
+        ``buffers.counts``; both on the current stream. ``live_out`` is `Live.out` of this run.
         """
+        if live_out is not None and self._live is not None:
+            self._live = self._live._replace(out=live_out)
         n_first = 1 if between is None else 2
         key = idx.dtype, settings.certified.dtype, *settings[3:], n_first
         prepared = self._prepared.get(key)
@@ -127,6 +135,8 @@ class Pipeline:
         solve.args[UNCERTIFIED_AT] = settings.uncertified.data_ptr()
         solve.args[solve.n_args - OPENING_FROM_END] = channel.opening
         solve.args[solve.n_args - CHANNEL_FROM_END] = channel.number
+        if live_out is not None:
+            solve.args[solve.n_args - LIVE_OUT_FROM_END] = live_out.data_ptr()
         select.args[SELECT_IDX_AT], select.args[SELECT_OUT_AT] = ids, out.data_ptr()
         select.args[SELECT_N_IDS_AT], select.args[SELECT_CHUNK_AT] = n_ids, chunk
         stream, profiled = self._current_stream(self._device), is_profiled()
@@ -157,16 +167,17 @@ class Pipeline:
         fixed = buffers, self._solve_tables, settings, self._report
         if split:
             calls.append((sum_call(running, buffers.counts), False))
-            calls.append((solve_counts_call(None, *fixed), False))
+            calls.append((solve_counts_call(None, *fixed, live=self._live), False))
         else:
-            solve = solve_counts_call(running, *fixed, self._exchange, channel)
+            solve = solve_counts_call(running, *fixed, self._exchange, channel, self._live)
             calls.append((solve, True))
         cumulative = buffers.cumulative
         if self._quotas is not None:
             calls.append((divide_call(cumulative, self._quotas), False))
             cumulative = self._quotas.mine
         select = select_call(
-            idx, out, running, cumulative, self._select_tables, self._report, chunk, self._rank
-        )
+            idx, out, running, cumulative, self._select_tables, self._report, chunk, self._rank,
+            live=None if self._live is None else self._live.copies,
+        )  # fmt: skip
         calls.append((select, self._quotas is None))
         return calls

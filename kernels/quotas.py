@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from lplb_triton.kernels.launch import KernelCall, launch_call
+from lplb_triton.kernels.live.launch import LiveCopies
 from lplb_triton.kernels.rounding import SHARE_BITS, compute_rounding_offset
 
 
@@ -33,17 +34,17 @@ def _compute_global_quota_end(cumulative_ptr, first, j, n_copies, total, offset)
 
 @triton.jit
 def _match_ranks(
-    supply_ptrs, cumulative_ptr, copy_index_ptr, there, begin, demand, first, j, n_copies, total,
+    supply_ptrs, cumulative_ptr, index_ptr, there, begin, demand, first, j, n_copies, total,
     offset,
 ):  # fmt: skip
     """Match ranks with the copies that they hold, in order of copies (equation 16).
 
     All arguments from ``there`` to ``demand`` are by copy: ``begin`` is the sum of what the copies
-    before take, ``supply_ptrs`` are the addresses of the holder's counts. Returns, by copy, the
-    tokens that its rank keeps.
+    before take, ``supply_ptrs`` are the addresses of the holder's counts. ``index_ptr`` is that of
+    the expert's first copy in ``copy_index``. Returns, by copy, the tokens that its rank keeps.
     """
     supply = tl.load(supply_ptrs, mask=there, other=0)
-    index = tl.load(copy_index_ptr + first + j, mask=there, other=0)
+    index = tl.load(index_ptr + j, mask=there, other=0)
     taken_before = begin - _compute_global_quota_end(
         cumulative_ptr, first, j - index - 1, n_copies, total, offset
     )
@@ -101,7 +102,14 @@ def _match_nodes(
 
 
 @triton.jit(
-    do_not_specialize=["rank", "n_ranks", "n_logical", "slots_per_rank", "ranks_per_node"],
+    do_not_specialize=[
+        "rank",
+        "n_ranks",
+        "n_logical",
+        "slots_per_rank",
+        "ranks_per_node",
+        "n_static",
+    ],
     do_not_specialize_on_alignment=["gathered_ptr", "cumulative_ptr", "mine_ptr", "traffic_ptr"],
 )
 def divide_quotas_kernel(
@@ -117,19 +125,36 @@ def divide_quotas_kernel(
     n_logical,
     slots_per_rank,
     ranks_per_node,
+    # What the batch's live slots change, see live/arguments.py; read only with LIVE.
+    live_flag_ptr,  # [1] int32
+    live_first_ptr,  # [n_logical] int32
+    live_last_ptr,  # [n_logical] int32
+    live_slot_ptr,  # int32: physical ids of the copies from number n_static on
+    live_index_ptr,  # int32: as copy_index, of these copies
+    n_static,  # static copies
     RANKS: tl.constexpr,  # n_ranks or more, a power of two
     COPIES: tl.constexpr,  # copies of any expert or more, a power of two
+    LIVE: tl.constexpr,  # whether there are live slots
 ):
     """Write one rank's cumulative shares for one expert (equations 15 to 17). Grid (n_logical,)."""
     expert = tl.program_id(0)
     first = tl.load(copy_start_ptr + expert)
     n_copies = tl.load(copy_start_ptr + expert + 1) - first
+    slot_ptr, index_ptr = copy_slot_ptr + first, copy_index_ptr + first
+    if LIVE:
+        if tl.load(live_flag_ptr) > 0:
+            moved = tl.load(live_first_ptr + expert)
+            if moved > 0:
+                first = moved
+                n_copies = tl.load(live_last_ptr + expert) + 1 - moved
+                slot_ptr = live_slot_ptr + (moved - n_static)
+                index_ptr = live_index_ptr + (moved - n_static)
     r = tl.arange(0, RANKS)
     j = tl.arange(0, COPIES)
     there = j < n_copies
     supply = tl.load(gathered_ptr + r * n_logical + expert, mask=r < n_ranks, other=0)
     count = tl.sum(tl.where(r == rank, supply, 0), 0)
-    holder = tl.load(copy_slot_ptr + first + j, mask=there, other=-1) // slots_per_rank
+    holder = tl.load(slot_ptr + j, mask=there, other=-1) // slots_per_rank
     holder = tl.where(there, holder, -1)
 
     # Equation 15: what each copy takes of all ranks' tokens.
@@ -141,7 +166,7 @@ def divide_quotas_kernel(
 
     # Equation 16: own rank first, its copies in order.
     at_home = _match_ranks(
-        gathered_ptr + holder * n_logical + expert, cumulative_ptr, copy_index_ptr, there, begin,
+        gathered_ptr + holder * n_logical + expert, cumulative_ptr, index_ptr, there, begin,
         demand, first, j, n_copies, total, offset,
     )  # fmt: skip
     quota = tl.where(holder == rank, at_home, 0)
@@ -182,7 +207,9 @@ class Quotas(NamedTuple):
     slots_per_rank: int
     ranks_per_node: int
     max_copies: int
-    """At least as many as any expert has copies."""
+    """At least as many as any expert has copies, live ones included."""
+    live: LiveCopies | None
+    """The copies of the batch, if there are live slots."""
 
 
 def divide_call(cumulative: torch.Tensor, quotas: Quotas) -> KernelCall:
@@ -191,10 +218,12 @@ def divide_call(cumulative: torch.Tensor, quotas: Quotas) -> KernelCall:
     args = (
         quotas.gathered, cumulative, *quotas[1:6],
         quotas.rank, n_ranks, n_logical, quotas.slots_per_rank, quotas.ranks_per_node,
+        *(quotas.live or [quotas.copy_slot] * 5), quotas.copy_slot.numel(),
     )  # fmt: skip
     ranks = max(2, triton.next_power_of_2(n_ranks))
     copies = max(2, triton.next_power_of_2(quotas.max_copies))
-    return KernelCall(divide_quotas_kernel, n_logical, args, (ranks, copies), {"num_warps": 1})
+    constants = (ranks, copies, quotas.live is not None)
+    return KernelCall(divide_quotas_kernel, n_logical, args, constants, {"num_warps": 1})
 
 
 def divide_quotas(cumulative: torch.Tensor, quotas: Quotas) -> None:

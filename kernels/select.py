@@ -14,6 +14,7 @@ import triton.language as tl
 
 from lplb_triton.kernels.count import pad_experts
 from lplb_triton.kernels.launch import KernelCall, launch_call, supports_pdl
+from lplb_triton.kernels.live.launch import LiveCopies
 from lplb_triton.kernels.pdl import await_previous
 from lplb_triton.kernels.report import BAD_CUMULATIVE, BAD_RUNNING, REPORT_INPUT, write_report
 from lplb_triton.kernels.rounding import SHARE_BITS, SHARE_MASK, compute_rounding_offset
@@ -104,7 +105,7 @@ def _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count,
 
 
 @triton.jit(
-    do_not_specialize=["n_ids", "chunk", "n_logical", "n_rows", "rank"],
+    do_not_specialize=["n_ids", "chunk", "n_logical", "n_rows", "rank", "n_static"],
     do_not_specialize_on_alignment=[
         "idx_ptr",
         "out_ptr",
@@ -127,10 +128,17 @@ def select_kernel(
     n_logical,
     n_rows,
     rank,  # this rank's number
+    # What the batch's live slots change, see live/arguments.py; read only with LIVE.
+    live_flag_ptr,  # [1] int32
+    live_first_ptr,  # [n_logical] int32
+    live_last_ptr,  # [n_logical] int32
+    live_slot_ptr,  # int32: physical ids of the copies from number n_static on
+    n_static,  # static copies
     BINS: tl.constexpr,  # n_logical or more, a power of two
     BLOCK: tl.constexpr,  # ids that are handled at a time
     PDL: tl.constexpr,  # whether this may start before the kernel ahead of it has ended
     CHECK: tl.constexpr,  # whether to check that `running` and `cumulative` fit the ids
+    LIVE: tl.constexpr,  # whether there are live slots
 ):
     """Write physical ids for one chunk of logical ids (equations 12 to 14). Grid (n_rows,)."""
     program = tl.program_id(0).to(tl.int64)
@@ -142,6 +150,8 @@ def select_kernel(
     n_before = tl.where(program > 0, n_logical, 0)
     totals_ptr = running_ptr + (n_rows - 1).to(tl.int64) * n_logical
     steps = tl.load(search_steps_ptr)
+    # Variables of a loop keep the type that they have before it.
+    has_moved = end < 0
     lane = tl.arange(0, BLOCK)
     earlier = lane[:, None] < lane[None, :]
     for block in range(begin, end, BLOCK):
@@ -157,6 +167,15 @@ def select_kernel(
             await_previous(PDL)
             before_ptrs = running_ptr + (program - 1) * n_logical + expert
             seen = tl.load(before_ptrs, mask=expert < n_before, other=0)
+            if LIVE:
+                flag = tl.load(live_flag_ptr)
+                has_moved = flag > 0
+                steps = tl.maximum(steps, flag - 1)
+        if LIVE:
+            first = tl.load(live_first_ptr + e, mask=known & has_moved, other=0)
+            is_moved = first > 0
+            low = tl.where(is_moved, first, low)
+            high = tl.where(is_moved, tl.load(live_last_ptr + e, mask=is_moved, other=0), high)
         count = tl.load(totals_ptr + e, mask=known, other=0)
         position += tl.gather(seen, e, 0)
         if block + BLOCK < end:
@@ -166,7 +185,12 @@ def select_kernel(
         if CHECK:
             _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count, offset)
         low = _find_copies(cumulative_ptr, low, high, position, count, offset, steps, n_ids)
-        slot = tl.load(copy_slot_ptr + low)
+        if LIVE:
+            slot = tl.load(copy_slot_ptr + low, mask=low < n_static, other=0)
+            moved_slot = tl.load(live_slot_ptr + low - n_static, mask=low >= n_static, other=0)
+            slot = tl.where(low >= n_static, moved_slot, slot)
+        else:
+            slot = tl.load(copy_slot_ptr + low)
         physical = tl.where(known, slot, -1).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, physical, mask=at < end)
     await_previous(PDL)
@@ -199,14 +223,20 @@ def select_call(
     chunk: int,
     rank: int,
     check: bool = False,
+    live: LiveCopies | None = None,
 ) -> KernelCall:
-    """Prepare `select`; ``check`` is whether to check ``running`` and ``cumulative``."""
+    """Prepare `select`; ``check`` is whether to check ``running`` and ``cumulative``.
+
+    ``live`` are the copies of this batch, if there are live slots.
+    """
     n_rows, n_logical = running.shape
     args = (
         idx, out, running, cumulative, *tables, report,
         idx.numel(), chunk, n_logical, n_rows, rank,
+        *(live[:4] if live else [report] * 4), tables.copy_slot.numel(),
     )  # fmt: skip
-    constants = (pad_experts(n_logical), SELECT_BLOCK, supports_pdl(idx.device), check)
+    pdl = supports_pdl(idx.device)
+    constants = (pad_experts(n_logical), SELECT_BLOCK, pdl, check, live is not None)
     return KernelCall(select_kernel, n_rows, args, constants, {"num_warps": 8})
 
 

@@ -44,7 +44,7 @@ def agree_on_placements(
     purpose: str,
     timeout: float,
     proposed: list[LayerPlacement],
-    kinds: tuple[str, str],
+    kinds: tuple[str, ...],
     problem: Exception | None = None,
 ) -> list[LayerPlacement]:
     """Return rank 0's placements and layer ids on every rank, by one rendezvous; collective.
@@ -60,7 +60,7 @@ def agree_on_placements(
     proposed : list of LayerPlacement
         This rank's, one for each layer.
     kinds : tuple of str
-        Quotas and solver, which must be the same on every rank.
+        Quotas, solver and rules of live slots, which must be the same on every rank.
     problem : Exception or None
         What is wrong with this rank's arguments. It is raised here once the other ranks know of
         it, and they raise too.
@@ -117,7 +117,8 @@ def _raise_for_mismatch(proposals: list[_Proposal]) -> None:
         if len(set(facts)) > 1:
             raise ValueError(
                 "placement, quotas and solver must be of the same sizes and kinds on every rank, "
-                f"got {list(facts)} (logical experts, slots, live slots of a rank, groups, columns, quotas, solver)"
+                f"got {list(facts)} (logical experts, slots, live slots of a rank, groups, "
+                "columns, quotas, solver, rules of live slots)"
             )
 
 

@@ -98,6 +98,11 @@ SCRATCH_BY_ROW = 2
 
 # A rank's load is planned in so many bits; loads of more tokens are counted in larger units.
 LIVE_UNIT_BITS = 20
+# Bits of a static slot's place on its rank, and of a rank's number, in words that are compared.
+LIVE_PLACE_BITS = 10
+LIVE_RANK_BITS = 9
+# Ranks of a slice, one in each lane of a warp.
+LIVE_LANES = 32
 # The fraction of the mean load that a plan may end above it has so many bits.
 LIVE_AIM_BITS = 20
 # Sixteenths of the room that is left for tokens that are expected to fit into it.
@@ -121,6 +126,8 @@ INVALID_COUNT = -1
 PENDING_COUNT = -1
 # The sum of a failed exchange, or a sum over ranks above MAX_COUNT.
 NO_COUNT = -2
+# Calls on different channels are independent.
+CHANNELS = 64
 # An exchange through peer memory takes at most so many ranks.
 MAX_RANKS = 128
 # Words of a row before its counts: 64-bit words in peer memory, int32 in rows that another library

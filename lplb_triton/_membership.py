@@ -13,7 +13,7 @@ from lplb_triton._backends.base import Backend
 from lplb_triton._backends.layer import Layer
 from lplb_triton._consensus import LayerPlacement, agree_on_placements
 from lplb_triton.placement import Placement
-from lplb_triton.sync._base import Communicator, group_timeout
+from lplb_triton.sync._base import Communicator, group_timeout, message_version
 from lplb_triton.sync._connect import acquire, release
 from lplb_triton.sync._rendezvous import barrier
 
@@ -66,9 +66,9 @@ class Membership:
         self._n_copies = 0
 
     @property
-    def kinds(self) -> tuple[str, str]:
-        """Settings that must be the same on all ranks: quotas and solver."""
-        return self.layer.quotas, self.layer.solver
+    def kinds(self) -> tuple[str, str, str]:
+        """Settings that must be the same on all ranks: quotas, solver and rules of live slots."""
+        return self.layer.quotas, self.layer.solver, str(self.layer.live)
 
     @property
     def ranks(self) -> tuple[int, ...] | None:
@@ -153,7 +153,11 @@ class Membership:
     def write(self, agreed: LayerPlacement) -> None:
         """Write a placement into the tables; the caller keeps the device idle."""
         self.backend.tables.write(agreed.placement)
-        self.layer.version.fill_(agreed.version)
+        version = agreed.version
+        if self.layer.live is not None:
+            # A rank with other rules would send tokens to other experts' weights.
+            version = message_version(str((version, tuple(self.layer.live))).encode())
+        self.layer.write_version(version)
         self.layer.placement, self.layer_id = agreed
 
     def write_idle(self, agreed: LayerPlacement) -> None:

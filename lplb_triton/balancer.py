@@ -26,6 +26,7 @@ from lplb_triton._membership import Membership, wait_for_device, warn_if_no_grou
 from lplb_triton._steps import BatchSteps
 from lplb_triton._torch_op import is_plain, opaque, register
 from lplb_triton._updates import update_placements
+from lplb_triton.live import LivePlan, LiveRules, make_rules, read_plan
 from lplb_triton.placement import Placement
 from lplb_triton.placement.moves import require_placement
 from lplb_triton.solver import (
@@ -95,6 +96,22 @@ class Balancer(BatchSteps):
         plans are made by the kernel of `lplb_triton.solve`, which has limits on sizes; it is a
         launch of its own between torch operations, so a batch takes longer. The solver must be the
         same on every rank. Both solvers keep the tolerance, but their plans differ.
+
+    live_above : float
+        With live slots (`Placement.with_live_slots`): they are filled in batches whose largest load
+        would exceed this many times the mean otherwise, 1 to 2. The plan aims at half of that
+        excess. A solve ends early once its bound is above this.
+    live_cost : int
+        Tokens of load that a fetched expert costs at the busiest rank, sent or received: an expert
+        is fetched only if that lowers the largest load by more. 0 fetches whatever helps.
+    live_fanout : int or None
+        The most copies of experts that are fetched from one home rank in a batch.
+    live_domain : int or None
+        Consecutive ranks, such as those of an NVLink domain, among which experts are fetched; by
+        default all.
+    live_resident : bool
+        Whether live slots keep what they hold from batch to batch, as in inference: what lies
+        there is used first, and costs nothing. All calls are then made on one stream.
 
     Attributes
     ----------
@@ -170,6 +187,11 @@ class Balancer(BatchSteps):
         timeout: float | None = None,
         quotas: str = "local",
         solver: str = "levelling",
+        live_above: float = LiveRules().above,
+        live_cost: int = 0,
+        live_fanout: int | None = None,
+        live_domain: int | None = None,
+        live_resident: bool = False,
     ) -> None:
         placement = require_placement("placement", placement)
         check_max_iterations(max_iterations)
@@ -188,9 +210,12 @@ class Balancer(BatchSteps):
         _check_combination(quotas, group, rank)
         if group is None and rank is None and quotas == "local" and not self._expects_group_later:
             warn_if_no_group(placement, stacklevel=3)
+        rules = make_rules(
+            placement, solver, live_above, live_cost, live_fanout, live_domain, live_resident
+        )
         layer = create_layer(
             placement, device, chosen, rank=rank or 0, quotas=quotas, solver=solver,
-            tolerance=tolerance, max_iterations=max_iterations,
+            tolerance=tolerance, max_iterations=max_iterations, live=rules,
         )  # fmt: skip
         self._set_up(layer, backend, rank, sync, timeout)
         self._membership.join("making a Balancer", group, sync, self.warmup)
@@ -316,6 +341,24 @@ class Balancer(BatchSteps):
             If a rank doesn't come within the time-out; it is named, and nothing is changed.
         """
         return update_placements([self], [placement], "Balancer.update_placement")[0]
+
+    @property
+    def live(self) -> LivePlan:
+        """What this rank's last call of `run` put into live slots; new tensors in every call.
+
+        A replay of a CUDA graph writes the plan of the call that was captured.
+
+        Raises
+        ------
+        RuntimeError
+            If the placement has no live slots, or before the first call.
+        """
+        p, out = self.placement, self._backend.live_out
+        if not p.live_per_rank:
+            raise RuntimeError("the placement has no live slots: see Placement.with_live_slots")
+        if out is None:
+            raise RuntimeError("no batch has been planned yet: call run first")
+        return read_plan(out, p.ep_size, p.live_per_rank)
 
     def run(
         self,

@@ -55,6 +55,14 @@ FLOATS = (
 )
 
 
+# Live slots by ranks and classes of pairs.
+LIVE_CASES = {
+    (8, 2): ({"slots": 1},),
+    (16, 0): ({"slots": 2, "PRICED": 1, "DOMAINS": 1, "RESIDENT": 1},),
+    (64, 0): ({"slots": 1},),
+}
+
+
 def signature(kernel, constants):
     types = {}
     for name in kernel.arg_names:
@@ -63,12 +71,19 @@ def signature(kernel, constants):
         elif name.endswith("_ptr"):
             types[name] = POINTERS.get(name, "*fp32" if name in FLOATS else "*i32")
         else:
-            types[name] = "fp32" if name == "tolerance" else "i32"
+            types[name] = "fp32" if name in ("tolerance", "live_above") else "i32"
     return types
 
 
 def exchange(gather):
     return {"CHANNELS": 64, "BLOCK": EXCHANGE_BLOCK, "GATHER": gather, "ON_GPU": 1}
+
+
+def live(ranks, columns, slots, **more):
+    """Return constants of a kernel with live slots; without any if ``slots`` is 0."""
+    constants = {"LIVE": slots, "LIVE_SLICES": -(-ranks // 32), "OFFERS": 8}
+    constants |= {"LIVE_EXPERTS": 256, "LIVE_SLOTS": max(16, ranks * slots)}
+    return {**constants, "PRICED": 0, "DOMAINS": 0, "RESIDENT": 0, **more}
 
 
 def jobs(capability):
@@ -90,7 +105,14 @@ def jobs(capability):
             "PDL": capability >= 90,
         }
         none = {"CHANNELS": 0, "BLOCK": EXCHANGE_BLOCK, "GATHER": 0, "ON_GPU": 0}
+        constants |= live(ranks, columns, 0)
         yield solve_counts_kernel, {**constants, **none}, options
+        for extra in LIVE_CASES.get((ranks, classes), ()):
+            yield (
+                solve_counts_kernel,
+                {**constants, **none, **live(ranks, columns, **extra)},
+                options,
+            )
         gathers = {(8, 0): (0, 1), (8, 2): (0,), (32, 0): (0,)}
         for gather in gathers.get((ranks, classes), ()):
             yield solve_counts_kernel, {**constants, **exchange(gather)}, options
@@ -105,8 +127,9 @@ def jobs(capability):
     rows = {"ROWS": SUM_ROWS, "EXPERTS": SUM_EXPERTS}
     yield running_sum_kernel, rows, {"num_warps": 1}
     for check in (False, True):
-        constants = {**bins, "BLOCK": SELECT_BLOCK, "CHECK": check}
-        yield select_kernel, constants, {"num_warps": 8}
+        for slots in (0, 1):
+            constants = {**bins, "BLOCK": SELECT_BLOCK, "CHECK": check, "LIVE": slots}
+            yield select_kernel, constants, {"num_warps": 8}
     lanes, warps = {"LANES": 32 * WARPS}, {"num_warps": WARPS}
     for gather in (0, 1):
         yield sum_over_ranks_kernel, {**exchange(gather), **lanes}, warps
@@ -115,7 +138,9 @@ def jobs(capability):
     yield sum_over_ranks_kernel, few, {"num_warps": 16}
     constants = {"BLOCK": EXCHANGE_BLOCK, "GATHER": 1, **lanes}
     yield sum_gathered_kernel, constants, warps
-    yield divide_quotas_kernel, {"RANKS": 64, "COPIES": 128}, {"num_warps": 1}
+    for slots in (0, 1):
+        constants = {"RANKS": 64, "COPIES": 128, "LIVE": slots}
+        yield divide_quotas_kernel, constants, {"num_warps": 1}
 
 
 def check_words(ptx, words, threads):

@@ -293,6 +293,7 @@ def solve_by_cells(
     bound,  # a load that no plan can beat
     tolerance,
     max_steps,
+    enough,  # float32, a bound above which no plan needs improvement
     counts_ptr,  # [n_logical] int32
     cumulative_ptr,  # [n_physical] int32, written for the copies of replicated experts
     scratch_ptr,  # [solve_scratch] float32
@@ -332,7 +333,8 @@ def solve_by_cells(
         max_load = _round_and_store(
             cumulative_ptr, scratch, tables, sizes, loaded, cell_weights, is_cell, first.fixed, G
         )
-        if may_step & (max_load - bound > max_load * (target * ROUNDED_FRACTION)):
+        is_poor = max_load - bound > max_load * (target * ROUNDED_FRACTION)
+        if may_step & is_poor & (bound <= enough):
             # This is False, since counts are valid here, and has the type that the loop carries.
             may_step = first.invalid
             unjudged = 1
@@ -360,6 +362,7 @@ def load_and_solve_by_cells(
     known_bound,  # a load that no plan can beat
     tolerance,
     max_steps,
+    enough,  # as for `solve_by_cells`
     tables,
     cumulative_ptr,  # [n_physical] int32
     scratch_ptr,  # [solve_scratch] float32
@@ -388,6 +391,6 @@ def load_and_solve_by_cells(
     )  # fmt: skip
     max_load, bound, steps = solve_by_cells(
         tables, loaded, weights, first, has_plan, tl.maximum(first.bound, known_bound), tolerance,
-        max_steps, counts_ptr, cumulative_ptr, scratch_ptr, sizes, G, C, R, COPIES, LANES,
+        max_steps, enough, counts_ptr, cumulative_ptr, scratch_ptr, sizes, G, C, R, COPIES, LANES,
     )  # fmt: skip
     return max_load, bound, steps, first.invalid

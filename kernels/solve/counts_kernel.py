@@ -12,6 +12,8 @@ import triton.language as tl
 from lplb_triton import _layout
 from lplb_triton.kernels.count import await_counts, load_counts, sum_rows
 from lplb_triton.kernels.exchange import exchange_counts
+from lplb_triton.kernels.live.arguments import LiveOutcome, LiveRules, LiveSizes, LiveTables
+from lplb_triton.kernels.live.plan import plan_live_slots
 from lplb_triton.kernels.pdl import await_previous, start_dependents
 from lplb_triton.kernels.report import BAD_COUNTS, REPORT_INPUT, write_report
 from lplb_triton.kernels.solve.cells import (
@@ -95,8 +97,9 @@ def _solve_pairs_or_cells(
     most_sweeps,
     tolerance,
     max_iterations,
+    enough,  # float32, a bound above which no plan needs improvement
     tables,
-    cumulative_ptr,  # [n_physical] int32
+    cumulative_ptr,  # [n_copies] int32
     scratch_ptr,  # [solve_scratch] float32
     sizes,
     G: tl.constexpr,
@@ -128,11 +131,11 @@ def _solve_pairs_or_cells(
             words, partners, pair_counts, fixed, tolerance - BOUND_ALLOWANCE, sizes.n_ranks,
             most_sweeps, cumulative_ptr, G, PAIRS,
         )  # fmt: skip
-    if solved == 0:
+    if (solved == 0) & (bound <= enough):
         # The cells start from the plan that `solve_pairs` has stored.
         tl.debug_barrier()
         max_load, bound, steps, invalid = load_and_solve_by_cells(
-            counts_ptr, complete, in_pairs, bound, tolerance, max_iterations, tables,
+            counts_ptr, complete, in_pairs, bound, tolerance, max_iterations, enough, tables,
             cumulative_ptr, scratch_ptr, sizes, G, C, R, S, COPIES, MEMBERS, LANES,
         )  # fmt: skip
     return max_load, bound, steps, invalid
@@ -148,8 +151,9 @@ def _solve_by_loaded_cells(
     complete,  # bool, whether all counts are there
     tolerance,
     max_iterations,
+    enough,  # float32, a bound above which no plan needs improvement
     tables,
-    cumulative_ptr,  # [n_physical] int32
+    cumulative_ptr,  # [n_copies] int32
     scratch_ptr,  # [solve_scratch] float32
     n_scratch,  # words of scratch before the last LANES, which `prefetch_tables` takes
     sizes,
@@ -174,8 +178,8 @@ def _solve_by_loaded_cells(
         C, MEMBERS,
     )  # fmt: skip
     max_load, bound, steps = solve_by_cells(
-        tables, loaded, weights, first, 0, first.bound, tolerance, max_iterations, counts_ptr,
-        cumulative_ptr, scratch_ptr, sizes, G, C, R, COPIES, LANES,
+        tables, loaded, weights, first, 0, first.bound, tolerance, max_iterations, enough,
+        counts_ptr, cumulative_ptr, scratch_ptr, sizes, G, C, R, COPIES, LANES,
     )  # fmt: skip
     return max_load, bound, steps, first.invalid
 
@@ -270,6 +274,7 @@ def _write_outcome(
     do_not_specialize=[
         "max_iterations", "n_ranks", "n_columns", "n_slots", "n_shared", "n_logical",
         "n_counts", "n_sums", "most_classes", "width",
+        "live_above", "live_aim", "live_cost", "live_fanout", "live_domain",
         "own_rank", "n_peers", "capacity", "timeout_ms", "opening", "channel",
     ],
     do_not_specialize_on_alignment=["counts_ptr", "certified_ptr", "solves_ptr", "uncertified_ptr"],
@@ -319,6 +324,24 @@ def solve_counts_kernel(
     copy_parts_ptr,  # [n_group, n_ranks, n_slots] float32, parts of the even split over copies
     slot_cells_ptr,  # [n_group, n_ranks, n_slots] int32, cells of the experts of each rank
     report_ptr,  # [2] int64, written if counts are invalid, see report.py
+    # Live slots, read only if LIVE > 0; the tables are those of `live.launch.LiveTables`.
+    slot_words_ptr,  # [n_slots, n_ranks] int32
+    slot_experts_ptr,  # [n_slots, n_ranks] int32
+    held_by_ptr,  # [n_logical, LIVE_SLICES] int32
+    homes_ptr,  # [n_logical] int32
+    copy_start_ptr,  # [n_logical + 1] int32
+    copy_slot_ptr,  # [n_copies] int32
+    most_copies_ptr,  # [1] int32
+    resident_ptr,  # [n_ranks, LIVE] int32, read and written with RESIDENT
+    live_scratch_ptr,  # [live_scratch_words] int32
+    live_versions_ptr,  # [CHANNELS] int32, takes the place of ``version``
+    live_base_ptr,  # [1] int32, the checksum of the placement
+    live_above,  # float32, plans are made if the largest load exceeds this many times the mean
+    live_aim,  # how much above the mean plans may end, in units of 2**-AIM_BITS
+    live_cost,  # tokens that a fetched expert costs
+    live_fanout,  # the most copies that leave one home rank
+    live_domain,  # ranks of a domain
+    live_out_ptr,  # [n_ranks LIVE + 3] int32, written
     # An exchange with other ranks, as for `exchange_counts`; read only if CHANNELS > 0.
     total_ptr,  # [n_logical] int32, written: counts of all ranks
     gathered_ptr,  # [n_peers, n_logical] int32, written if GATHER: counts of each rank
@@ -349,6 +372,14 @@ def solve_counts_kernel(
     BLOCK: tl.constexpr,  # counts that are awaited or exchanged at once
     GATHER: tl.constexpr,  # whether the exchange writes ``gathered``
     ON_GPU: tl.constexpr,  # False under the interpreter
+    LIVE: tl.constexpr,  # live slots of a rank, 0 for none; only for one group
+    LIVE_SLICES: tl.constexpr,  # slices of ranks
+    OFFERS: tl.constexpr,  # offers of a rank in registers
+    LIVE_EXPERTS: tl.constexpr,  # experts that the bound handles at once
+    LIVE_SLOTS: tl.constexpr,  # live slots of all ranks, padded
+    PRICED: tl.constexpr,  # whether fetching has a cost or a limit
+    DOMAINS: tl.constexpr,  # whether there are several domains
+    RESIDENT: tl.constexpr,  # whether live slots hold something already
 ):
     """Solve the groups of one batch (equations 11, 12 and 18 to 23). Grid (n_sums + n_group,).
 
@@ -358,7 +389,8 @@ def solve_counts_kernel(
     Programs that sum wait for no other program, so this wait ends whatever else is on the GPU.
 
     With CHANNELS > 0, for one group and n_sums > 0, the counts are those of this rank, and the
-    group's program sums them over the ranks before it solves.
+    group's program sums them over the ranks before it solves. With LIVE > 0 it then plans what live
+    slots hold.
 
     The function is long because of its parameters: it does little but hand them on.
     """
@@ -396,24 +428,44 @@ def solve_counts_kernel(
             loaded = load_tables(tables, sizes, G, C, COPIES, MEMBERS)
             copy_part = load_copy_parts(tables, sizes, G, S)
         await_previous(PDL)
+        live_versions_ptr += channel
         counts_ptr, complete = _await_all_counts(
-            counts_ptr, total_ptr, gathered_ptr,
-            addresses_ptr, gates_ptr, epochs_ptr, version_ptr, status_ptr,
+            counts_ptr, total_ptr, gathered_ptr, addresses_ptr, gates_ptr, epochs_ptr,
+            live_versions_ptr if LIVE > 0 else version_ptr, status_ptr,
             own_rank, n_peers, capacity, timeout_ms, opening, channel, n_logical, n_sums,
             PDL, CHANNELS, BLOCK, GATHER, ON_GPU, LANES,
         )  # fmt: skip
         counts = load_counts(counts_ptr, expert)
+        enough = tl.full((), float("inf"), tl.float32)
+        if LIVE > 0:
+            mean = tl.sum(counts * part, 0) / n_ranks.to(tl.float32)
+            if not PRICED and not DOMAINS:
+                # Live slots will be filled: a better plan of the static copies gains nothing.
+                enough = live_above * mean
         if PAIRS > 0:
             max_load, bound, steps, invalid = _solve_pairs_or_cells(
                 words, partners, counts_ptr, counts, part, complete, in_pairs, most_sweeps,
-                tolerance, max_iterations, tables, cumulative_ptr, scratch_ptr, sizes,
+                tolerance, max_iterations, enough, tables, cumulative_ptr, scratch_ptr, sizes,
                 G, C, R, S, COPIES, MEMBERS, PAIRS, LANES,
             )  # fmt: skip
         else:
             max_load, bound, steps, invalid = _solve_by_loaded_cells(
                 loaded, counts_ptr, counts, part, copy_part, complete, tolerance, max_iterations,
-                tables, cumulative_ptr, scratch_ptr, n_scratch, sizes,
+                enough, tables, cumulative_ptr, scratch_ptr, n_scratch, sizes,
                 G, C, R, S, COPIES, MEMBERS, LANES,
+            )  # fmt: skip
+        if LIVE > 0:
+            most_copies = tl.load(most_copies_ptr)
+            plan_live_slots(
+                counts_ptr, cumulative_ptr, max_load, mean, invalid, live_scratch_ptr,
+                LiveOutcome(live_out_ptr, live_versions_ptr, live_base_ptr),
+                LiveTables(
+                    slot_words_ptr, slot_experts_ptr, held_by_ptr, homes_ptr, copy_start_ptr,
+                    copy_slot_ptr, copy_index_ptr, resident_ptr,
+                ),
+                LiveRules(live_above, live_aim, live_cost, live_fanout, live_domain),
+                LiveSizes(n_ranks, n_slots, n_logical, most_copies, n_slots + LIVE),
+                G, LIVE_SLICES, OFFERS, LIVE_EXPERTS, LIVE_SLOTS, LIVE, PRICED, DOMAINS, RESIDENT,
             )  # fmt: skip
         _write_outcome(
             stats_ptr, ints_ptr, report_ptr, certified_ptr, solves_ptr, uncertified_ptr,

@@ -11,6 +11,7 @@ from lplb_triton import _layout
 from lplb_triton.kernels.count import SUM_EXPERTS, SUM_ROWS
 from lplb_triton.kernels.exchange import FIRST_CHANNEL, Channel, Exchange, choose_block
 from lplb_triton.kernels.launch import KernelCall, launch_call, supports_pdl
+from lplb_triton.kernels.live.launch import NO_LIVE, Live, no_live_args
 from lplb_triton.kernels.solve.counts_kernel import solve_counts_kernel
 from lplb_triton.kernels.solve.dense_kernel import solve_dense_kernel
 from lplb_triton.kernels.solve.expand_kernel import expand_kernel
@@ -116,6 +117,9 @@ class Settings(NamedTuple):
 CERTIFIED_AT = 2 + FIRST_TABLES + len(SolveBuffers._fields) - 1
 SOLVES_AT, UNCERTIFIED_AT = CERTIFIED_AT + 1, CERTIFIED_AT + 2
 OPENING_FROM_END, CHANNEL_FROM_END = 2, 1
+# The plan of live slots is the last argument before those of the exchange.
+N_EXCHANGE_ARGS = 13
+LIVE_OUT_FROM_END = N_EXCHANGE_ARGS + 1
 
 
 def pad_tile(n_ranks: int, n_columns: int) -> tuple[int, int]:
@@ -219,8 +223,12 @@ def solve_counts_call(
     report: torch.Tensor,
     exchange: Exchange | None = None,
     channel: Channel = FIRST_CHANNEL,
+    live: Live | None = None,
 ) -> KernelCall:
-    """Prepare `solve_counts`, with an ``exchange`` for counts that are summed over ranks first."""
+    """Prepare `solve_counts`, with an ``exchange`` for counts that are summed over ranks first.
+
+    ``live`` is for a placement with live slots.
+    """
     n_group, n_ranks, n_slots = tables.rank_experts.shape
     _, n_members, n_columns = tables.first_members.shape
     n_shared = tables.shared_copies.shape[1]
@@ -233,6 +241,7 @@ def solve_counts_call(
         *buffers[1:], *settings, n_ranks, n_columns, n_slots, n_shared,
         n_logical, 0 if running is None else running.shape[0], n_sums,
         *tables.edges.shape[1:], *tables[FIRST_TABLES:], report,
+        *(live.args() if live else no_live_args(buffers.counts)),
         *(exchange.args(channel) if exchange else (*[buffers.counts] * 7, 0, 0, 0, 0, 0, 0)),
     )  # fmt: skip
     rows = pad_rows(n_shared)
@@ -242,6 +251,7 @@ def solve_counts_call(
         SUM_ROWS, SUM_EXPERTS, tables.pairs.shape[1], 32 * warps,
         supports_pdl(buffers.counts.device),
         *(exchange.constants() if exchange else (0, choose_block(n_logical), 0, 0)),
+        *(live.constants() if live else NO_LIVE),
     )  # fmt: skip
     options = make_options(warps)
     return KernelCall(solve_counts_kernel, n_sums + n_group, args, constants, options)

@@ -17,7 +17,7 @@ from lplb_triton._backends.cells import (
     make_slot_tables,
 )
 from lplb_triton._backends.edges import make_edges, make_pairs
-from lplb_triton._layout import MEMBERS, N_EXTENTS, Extent
+from lplb_triton._layout import LIVE_LANES, MEMBERS, N_EXTENTS, Extent
 from lplb_triton.placement.programs import find_load_targets
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from lplb_triton.placement import Placement
 
-__all__ = ["make_copy_arrays", "make_dense_arrays", "make_kernel_arrays"]
+__all__ = ["make_copy_arrays", "make_dense_arrays", "make_kernel_arrays", "make_live_arrays"]
 
 # Classes of edges that levelling goes through, at most, before steps by potentials take over: a
 # sweep goes through all classes of a group.
@@ -130,6 +130,30 @@ def make_kernel_arrays(
         "extents": _make_extents(placement, found, n_classes, in_pairs),
         "pairs": pairs,
         "search_steps": np.array([math.ceil(math.log2(int(per_expert.max())))], dtype=np.int32),
+    }
+
+
+def make_live_arrays(placement: Placement) -> dict[str, NDArray[Any]]:
+    """Make what planning live slots reads besides; see `LiveTables` of the kernels."""
+    s, n_ranks = placement.structure, placement.ep_size
+    rank, place = np.divmod(s.copy_slot, placement.slots_per_rank)
+    n_copies = np.diff(s.copy_start)
+    expert = np.arange(placement.n_logical).repeat(n_copies)
+    is_first = np.zeros(placement.n_copies, dtype=np.bool_)
+    is_first[s.copy_start[:-1]] = True
+    words, experts = np.zeros((2, placement.static_per_rank, n_ranks), dtype=np.int32)
+    is_shared = n_copies.repeat(n_copies) > 1
+    words[place, rank] = np.arange(placement.n_copies) << 2 | is_shared << 1 | is_first
+    experts[place, rank] = expert
+    held = np.zeros((placement.n_logical, -(-n_ranks // LIVE_LANES)), dtype=np.uint32)
+    bits = np.uint32(1) << (rank % LIVE_LANES).astype(np.uint32)
+    np.bitwise_or.at(held, (expert, rank // LIVE_LANES), bits)
+    return {
+        "slot_words": words,
+        "slot_experts": experts,
+        "held_by": held.view(np.int32),
+        "homes": placement.log2phy[:, 0].numpy() // np.int32(placement.slots_per_rank),
+        "most_copies": np.array([n_copies.max()], dtype=np.int32),
     }
 
 

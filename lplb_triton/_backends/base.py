@@ -34,10 +34,14 @@ class Backend(ABC):
         The balancer's layer; the balancer may change its placement, rank and communicator.
     tables : DeviceTables
         The placement's index tables on the device.
+    live_out : torch.Tensor or None
+        ``[ep_size * live_per_rank + 3]`` int32, the last plan of live slots; None before there is
+        one.
     """
 
     def __init__(self, layer: Layer, tables: DeviceTables) -> None:
         self.layer, self.tables = layer, tables
+        self.live_out: torch.Tensor | None = None
 
     @property
     @abstractmethod

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 import torch
 
+from lplb_triton._layout import CHANNELS
 from lplb_triton.placement import Placement
 from lplb_triton.solution import SolveError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+    from lplb_triton.live import LiveRules
     from lplb_triton.sync import Communicator
 
 __all__ = ["Layer", "LayerAttribute", "create_layer"]
@@ -30,6 +32,13 @@ class Layer:
     ----------
     version : torch.Tensor
         ``[1]`` int32 on the device, checksum of the placement; sent with the counts.
+    live : LiveRules or None
+        How live slots are filled; None for a placement without them.
+    live_versions : torch.Tensor or None
+        ``[channels]`` int32 on the device, with live slots: checksum of the placement and of the
+        last plan, by channel of the exchange; sent with the counts.
+    resident : torch.Tensor or None
+        ``[ep_size, live_per_rank]`` int32 on the device: what live slots hold, if they keep it.
     blocked : str or None
         Why the layer can't be used; None if it can.
     checked : tuple of int
@@ -50,10 +59,24 @@ class Layer:
     traffic: torch.Tensor
     version: torch.Tensor
     default_n_sms: int
+    live: LiveRules | None = None
+    live_versions: torch.Tensor | None = None
+    resident: torch.Tensor | None = None
     group: dist.ProcessGroup | None = None
     communicator: Communicator | None = None
     blocked: str | None = None
     checked: tuple[int, int] = (0, 0)
+
+    @property
+    def sent_version(self) -> torch.Tensor:
+        """``[1]`` int32, the checksum that calls on the first channel send with the counts."""
+        return self.version if self.live_versions is None else self.live_versions[:1]
+
+    def write_version(self, version: int) -> None:
+        """Write the checksum of a placement, and forget the last plan."""
+        self.version.fill_(version)
+        if self.live_versions is not None:
+            self.live_versions.fill_(version)
 
     def check_open(self) -> None:
         """Raise if the layer can't be used."""
@@ -85,6 +108,7 @@ def create_layer(
     solver: str,
     tolerance: float,
     max_iterations: int,
+    live: LiveRules | None = None,
     checked: tuple[int, int] = (0, 0),
 ) -> Layer:
     """Make a layer without a group, with counters at zero."""
@@ -100,8 +124,17 @@ def create_layer(
         traffic=zeros(3, torch.int64),
         version=zeros(1, torch.int32),
         default_n_sms=_default_n_sms(device),
+        live=live,
+        live_versions=zeros(CHANNELS, torch.int32) if live else None,
+        resident=_empty_slots(placement, device) if live and live.resident else None,
         checked=checked,
     )  # fmt: skip
+
+
+def _empty_slots(placement: Placement, device: torch.device) -> torch.Tensor:
+    """Return live slots that hold nothing."""
+    shape = placement.ep_size, placement.live_per_rank
+    return torch.full(shape, -1, dtype=torch.int32, device=device)
 
 
 # Programs per launch on a CPU, by default.

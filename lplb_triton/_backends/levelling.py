@@ -79,8 +79,18 @@ class LevellingBackend(TritonBackend):
         settings = self.settings(certified, layer.solves, layer.uncertified)
         out = torch.empty_like(idx)
         chunk = chunk_size(idx.numel(), n_sms)
-        scratch.pipeline.run(idx, out, chunk, settings, channel, scratch.exchange)
+        live_out = self._new_live_out()
+        scratch.pipeline.run(idx, out, chunk, settings, channel, scratch.exchange, live_out)
+        self.live_out = live_out
         return out
+
+    def _new_live_out(self) -> torch.Tensor | None:
+        """Return memory for one plan of live slots, which nobody else holds; None without them."""
+        p = self.layer.placement
+        if not p.live_per_rank:
+            return None
+        size = p.ep_size * p.live_per_rank + 3
+        return torch.empty(size, dtype=torch.int32, device=self.layer.device)
 
     def solve(self, counts: torch.Tensor, certified: torch.Tensor) -> Solution:
         """See `Backend.solve`."""
@@ -123,22 +133,26 @@ class LevellingBackend(TritonBackend):
         # The exchange of this endpoint is with no other rank.
         endpoint = None if self.peers is None else self.peers.endpoint.solo_endpoint()
         traffic = torch.zeros_like(self.layer.traffic)
-        pipeline = self._create_scratch(block, n_sms, endpoint, traffic).pipeline
+        versions = self.layer.live_versions
+        spare = None if versions is None else torch.zeros_like(versions)
+        pipeline = self._create_scratch(block, n_sms, endpoint, traffic, spare).pipeline
+        live_out = self._new_live_out()
         for dtype in (torch.int64, torch.int32):
             idx = self.warmup_ids(dtype)
             out, chunk = torch.empty_like(idx), chunk_size(2, n_sms)
             for certified in (counters[0], narrow):
                 settings = self.settings(certified, counters[1], counters[2])
                 for between in (None, lambda: None):
-                    pipeline.run(idx, out, chunk, settings, between=between)
+                    pipeline.run(idx, out, chunk, settings, between=between, live_out=live_out)
 
     def _solve_shapes(self, n_sms: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and dtype of the running sums and of `kernels.SolveBuffers`."""
         p = self.layer.placement
+        n_shares = self._count_shares()
         return [
             ((n_sms, p.n_logical), torch.int32),
             ((p.n_logical,), torch.int32),
-            ((p.n_copies,), torch.int32),
+            ((n_shares,), torch.int32),
             ((3, p.n_group), torch.float32),
             ((2, p.n_group), torch.int32),
             ((p.n_group, kernels.solve_scratch(self.solve_tables)), torch.float32),
@@ -147,13 +161,25 @@ class LevellingBackend(TritonBackend):
     def _sync_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and dtype of total counts, and with global quotas of two more.
 
-        These are the counts of every rank and this rank's cumulative shares.
+        These are the counts of every rank and this rank's cumulative shares. With live slots, their
+        scratch follows.
         """
         p = self.layer.placement
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((p.n_logical,), torch.int32)]
         if self.layer.quotas == "global":
-            shapes += [((p.ep_size, p.n_logical), torch.int32), ((p.n_copies,), torch.int32)]
+            n_shares = self._count_shares()
+            shapes += [((p.ep_size, p.n_logical), torch.int32), ((n_shares,), torch.int32)]
+        if p.live_per_rank:
+            sizes = p.n_logical, p.ep_size, p.static_per_rank, p.live_per_rank
+            shapes.append(((kernels.size_live_scratch(*sizes),), torch.int32))
         return shapes
+
+    def _count_shares(self) -> int:
+        """Count cumulative shares: of static copies, and with live slots of the batch's copies."""
+        p = self.layer.placement
+        if not p.live_per_rank:
+            return p.n_copies
+        return 2 * p.n_copies + p.ep_size * p.live_per_rank
 
     def _lay_out(self, n_sms: int) -> list[_Field]:
         """Return the places of all fields, with room for them in every block of the device."""
@@ -187,9 +213,14 @@ class LevellingBackend(TritonBackend):
         return scratch
 
     def _create_scratch(
-        self, block: torch.Tensor, n_sms: int, endpoint: Endpoint | None, traffic: torch.Tensor
+        self,
+        block: torch.Tensor,
+        n_sms: int,
+        endpoint: Endpoint | None,
+        traffic: torch.Tensor,
+        versions: torch.Tensor | None = None,
     ) -> _Scratch:
-        """Make views of a block, and the pipeline on them."""
+        """Make views of a block, and the pipeline on them; ``versions`` as in `_make_live`."""
         layer = self.layer
         running, *rest = (
             block[field.start : field.end].view(field.dtype).view(field.shape)
@@ -197,19 +228,39 @@ class LevellingBackend(TritonBackend):
         )
         n_buffers = len(kernels.SolveBuffers._fields)
         buffers, total = kernels.SolveBuffers(*rest[:n_buffers]), rest[n_buffers]
+        live = self._make_live(rest[-1], versions) if layer.live is not None else None
         in_kernel = quotas = exchange = gathered = None
         if layer.quotas == "global" and layer.communicator is not None:
-            gathered, mine = rest[n_buffers + 1 :]
-            quotas = self.quotas_of(gathered, mine, traffic)
+            gathered, mine = rest[n_buffers + 1 : n_buffers + 3]
+            quotas = self.quotas_of(gathered, mine, traffic, live)
         if endpoint is not None:
             in_kernel = endpoint.exchange_arguments(layer.version, total, gathered)
         elif layer.communicator is not None:
             # The pipeline leaves this rank's counts in the last row of the running sums.
             exchange = partial(
-                layer.communicator.exchange, running[-1], layer.version, buffers.counts, gathered
+                layer.communicator.exchange,
+                running[-1],
+                layer.sent_version,
+                buffers.counts,
+                gathered,
             )
         pipeline = kernels.Pipeline(
             running, self.report, buffers, self.solve_tables, self.select_tables, layer.rank,
-            in_kernel, quotas,
+            in_kernel, quotas, live,
         )  # fmt: skip
         return _Scratch(block, pipeline, exchange)
+
+    def _make_live(self, scratch: torch.Tensor, versions: torch.Tensor | None) -> kernels.Live:
+        """Return what planning live slots takes; ``versions`` stand for the layer's own."""
+        layer, views = self.layer, self.tables.views
+        tables = kernels.LiveTables(*(views[name] for name in kernels.LiveTables._fields))
+        own, out = layer.live_versions, self._new_live_out()
+        if layer.live is None or own is None or out is None:
+            raise RuntimeError("the placement has no live slots")
+        resident = layer.resident
+        if resident is not None and versions is not None:
+            resident = resident.clone()
+        return kernels.Live(
+            tables, resident, scratch, own if versions is None else versions,
+            layer.version, out, kernels.LiveRules(*layer.live[:4]), layer.placement.live_per_rank,
+        )  # fmt: skip

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lplb_triton._backends.arrays import make_copy_arrays, make_dense_arrays, make_kernel_arrays
+from lplb_triton._backends.arrays import (
+    make_copy_arrays,
+    make_dense_arrays,
+    make_kernel_arrays,
+    make_live_arrays,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -91,7 +96,11 @@ class DeviceTables:
         if not self._kernels:
             return make_copy_arrays(placement)
         arrays = make_kernel_arrays(placement, self._pair_classes)
-        return {**arrays, **make_dense_arrays(placement)} if self._dense else arrays
+        if self._dense:
+            arrays |= make_dense_arrays(placement)
+        if placement.live_per_rank:
+            arrays |= make_live_arrays(placement)
+        return arrays
 
     def write(self, placement: Placement) -> None:
         """Copy another placement of the same sizes into the block, on the current stream.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from lplb_triton import reference
@@ -10,7 +11,9 @@ from lplb_triton._backends.counters import count_statuses
 from lplb_triton._backends.layer import Layer
 from lplb_triton._backends.tables import DeviceTables
 from lplb_triton.reference import levelling
+from lplb_triton.reference.live import Copies, LiveCase, plan_live
 from lplb_triton.solution import Solution
+from lplb_triton.sync._base import message_version
 
 __all__ = ["TorchBackend"]
 
@@ -45,10 +48,13 @@ class TorchBackend(Backend):
             total = torch.empty_like(counts)
             if layer.quotas == "global":
                 gathered = counts.new_empty(layer.placement.ep_size, layer.placement.n_logical)
-            layer.communicator.exchange(counts, layer.version, total, gathered)
-        cumulative = self.cumulative_shares(self.solve(total, certified).shares)
+            layer.communicator.exchange(counts, layer.sent_version, total, gathered)
+        solution = self.solve(total, certified)
+        cumulative = self.cumulative_shares(solution.shares)
         views = self.tables.views
         start, slot = views["copy_start"], views["copy_slot"]
+        if layer.live is not None:
+            start, slot, cumulative = self._plan_live_slots(total, cumulative, solution)
         if gathered is not None and layer.communicator is not None:
             holder = slot // layer.placement.slots_per_rank
             quotas, kept = reference.divide_quotas(
@@ -57,6 +63,38 @@ class TorchBackend(Backend):
             cumulative = reference.shares_of_quotas(quotas[layer.rank], counts, start, layer.rank)
             layer.traffic += kept[layer.rank]
         return reference.assign_copies(idx, counts, cumulative, start, slot, layer.rank)
+
+    def _plan_live_slots(
+        self, counts: torch.Tensor, cumulative: torch.Tensor, solution: Solution
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Plan live slots on the host; returns first copies, slots and shares of all copies."""
+        layer, p = self.layer, self.layer.placement
+        if layer.live is None or layer.live_versions is None:
+            raise RuntimeError("the placement has no live slots")
+        s = p.structure
+        start, slot = s.copy_start.astype(np.int64), s.copy_slot.astype(np.int64)
+        copies = Copies(start, *np.divmod(slot, p.slots_per_rank))
+        case = LiveCase(p.ep_size, p.live_per_rank, *layer.live[:4])
+        resident = None if layer.resident is None else layer.resident.cpu().numpy()
+        plan = plan_live(
+            case,
+            counts.cpu().numpy().astype(np.int64),
+            cumulative.cpu().numpy().astype(np.int64),
+            copies,
+            float(solution.max_load),
+            resident,
+        )
+        if layer.resident is not None:
+            layer.resident.copy_(torch.from_numpy(plan.experts))
+        checksum = message_version(str(plan.pieces).encode()) if plan.pieces else 0
+        layer.live_versions.copy_(layer.version + checksum)
+        numbers = np.array([plan.max_load, plan.bound, plan.gap], dtype=np.float32)
+        words = np.append(plan.experts.astype(np.int32).reshape(-1), numbers.view(np.int32))
+        self.live_out = torch.from_numpy(words).to(layer.device)
+        found = plan.copies.start, plan.copies.rank * p.slots_per_rank + plan.copies.place
+        moved = [torch.from_numpy(a.astype(np.int32)) for a in (*found, plan.cumulative)]
+        moved = [tensor.to(layer.device) for tensor in moved]
+        return moved[0], moved[1], moved[2]
 
     def solve(self, counts: torch.Tensor, certified: torch.Tensor) -> Solution:
         """See `Backend.solve`."""

@@ -76,7 +76,11 @@ class TritonBackend(Backend):
         return out
 
     def quotas_of(
-        self, gathered: torch.Tensor, mine: torch.Tensor, traffic: torch.Tensor
+        self,
+        gathered: torch.Tensor,
+        mine: torch.Tensor,
+        traffic: torch.Tensor,
+        live: kernels.Live | None = None,
     ) -> kernels.Quotas:
         """Return the arguments by which quotas are divided among the communicator's ranks."""
         layer = self.layer
@@ -86,7 +90,8 @@ class TritonBackend(Backend):
         return kernels.Quotas(
             gathered, views["copy_start"], views["copy_slot"], views["copy_index"], mine,
             traffic, layer.rank, p.slots_per_rank, layer.communicator.ranks_per_node,
-            p.redundant_per_group + 1,
+            p.redundant_per_group + 1 + p.ep_size * p.live_per_rank,
+            None if live is None else live.copies,
         )  # fmt: skip
 
     def warmup(self) -> None:

@@ -17,8 +17,8 @@ _Int64Array = NDArray[np.int64]
 class Structure(NamedTuple):
     """The placement as the LP and the token kernels read it; the arrays are read-only.
 
-    Copies, in static slots, are numbered 0 .. n_copies - 1, sorted by logical expert, then by slot; so the
-    copies of one expert are contiguous and ascend by rank. Columns and ranks are numbered
+    Copies, in static slots, are numbered 0 .. n_copies - 1, sorted by logical expert, then by slot;
+    so the copies of one expert are contiguous and ascend by rank. Columns and ranks are numbered
     within their group.
     """
 

@@ -95,7 +95,8 @@ class LiveOutcome:
 
 def round_offsets(n_experts: int) -> Ints:
     """Return the offset of rank 0's rounding by expert (equation 13)."""
-    return (np.arange(n_experts) * OFFSET_BY_EXPERT + SHARE_ONE // 2) % SHARE_ONE
+    offsets: Ints = (np.arange(n_experts) * OFFSET_BY_EXPERT + SHARE_ONE // 2) % SHARE_ONE
+    return offsets
 
 
 def count_running(counts: Ints, cumulative: Ints, copies: Copies) -> Ints:
@@ -114,6 +115,14 @@ def choose_unit_shift(max_load: float, slots: int) -> int:
     return max(0, largest.bit_length() - LIVE_UNIT_BITS)
 
 
+def find_homes(copies: Copies) -> Ints:
+    """Find the rank of each expert's original, ``[E]``: the copy of the lowest slot of its rank."""
+    expert = np.repeat(np.arange(len(copies.start) - 1), np.diff(copies.start))
+    order = np.lexsort((copies.rank, copies.place, expert))
+    homes: Ints = copies.rank[order[copies.start[:-1]]]
+    return homes
+
+
 class _State:
     """Loads and offers of all ranks while pieces are found, in units of 2**shift tokens."""
 
@@ -127,7 +136,7 @@ class _State:
         self.copy_at = np.full((g, n_slots), -1)
         self.copy_at[ranks, copies.place] = np.arange(len(ranks))
         self.expert_of = np.repeat(np.arange(len(copies.start) - 1), np.diff(copies.start))
-        self.home = ranks[copies.start[:-1]]
+        self.home = find_homes(copies)
         self.held = np.zeros((len(copies.start) - 1, g), dtype=np.bool_)
         self.held[self.expert_of, ranks] = True
         self.surplus = self.offer.sum(1) - target
@@ -155,7 +164,7 @@ class _State:
 
     def _is_exhausted(self, expert: int) -> bool:
         """Whether the home rank of ``expert`` has sent as many copies as it may."""
-        return 0 < self.case.fanout <= self.sent[self.home[expert]]
+        return 0 < self.case.fanout <= int(self.sent[self.home[expert]])
 
     def choose_amount(self, giver: int, receiver: int, offered: int) -> int:
         """Return how much moves: what the giver has too much, or more where room gets scarce.
@@ -233,10 +242,12 @@ def _find_pieces(state: _State, resident: Ints) -> _Found:
         state.move(giver, place, receiver, amount, not there)
         used[receiver, slot] = True
         pieces.append((copy, receiver, slot, amount))
-        peak = int(state.surplus.max()) + target
+        peak = max(int(state.surplus.max()), 0) + target
         price = peak + int(max(state.sent.max(), state.received.max())) * case.cost
-        if price < best.price or (case.cost == 0 and price == best.price):
+        if price < best.price:
             best = _Found(price, peak, pieces.copy())
+    if len(best.pieces) == len(pieces):
+        best = best._replace(peak=int(state.surplus.max()) + target)
     return best
 
 
@@ -311,7 +322,6 @@ def _search(
     bound = mean
     for n_passes in range(1, LIVE_PASSES + 1):
         found = _find_pieces(_State(case, copies, tokens, n_slots, target), resident)
-        # With equal prices the pass before wins, but a pass is better than none.
         if found.price < best.price:
             best = found
         if best.peak <= first_target + (first_target >> LIVE_MISS_BITS):

@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from lplb_triton._checks import require_int
+from lplb_triton._layout import CHANNELS
 
 if TYPE_CHECKING:
     from lplb_triton import kernels
 
 __all__ = ["CHANNELS", "Channels", "Stream", "describe_mismatch"]
 
-CHANNELS = 64
 # Bits of the fields of an opening: the number of the call, the kind of the stream, and the stream's
 # place among those of its kind.
 NUMBER_BITS, KIND_BITS, PLACE_BITS = 9, 2, 4

@@ -1,0 +1,129 @@
+"""What launchers need of live slots: tables, rules, scratch, and where a plan is written."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from lplb_triton import _layout
+from lplb_triton.kernels.live.arguments import live_scratch_words
+from lplb_triton.kernels.live.plan import MOST_EXPERTS_AT_ONCE
+
+# Offers of a rank that stay in registers; the next ones are loaded when these are used up.
+FEW_OFFERS, MANY_OFFERS = 4, 8
+
+
+class LiveTables(NamedTuple):
+    """Device tables of a placement with live slots, int32; see live/arguments.py."""
+
+    slot_words: torch.Tensor
+    """[S, G]"""
+    slot_experts: torch.Tensor
+    """[S, G]"""
+    held_by: torch.Tensor
+    """[n_logical, cdiv(G, 32)]"""
+    homes: torch.Tensor
+    """[n_logical]"""
+    copy_start: torch.Tensor
+    """[n_logical + 1]"""
+    copy_slot: torch.Tensor
+    """[n_copies]"""
+    most_copies: torch.Tensor
+    """[1] the most static copies of an expert."""
+
+
+class LiveRules(NamedTuple):
+    """When and how live slots are filled; see `lplb_triton.Balancer`."""
+
+    above: float
+    cost: int
+    fanout: int
+    """0 for no limit."""
+    domain: int
+    """Ranks of a domain, 0 for one domain."""
+
+
+class LiveCopies(NamedTuple):
+    """Views of a stream's scratch that tell the copies of this batch; int32."""
+
+    flag: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+    slot: torch.Tensor
+    place: torch.Tensor
+
+
+class Live(NamedTuple):
+    """All that planning live slots takes besides what every solve does."""
+
+    tables: LiveTables
+    resident: torch.Tensor | None
+    """[G, L] int32, what live slots hold already; it is kept up to date."""
+    scratch: torch.Tensor
+    """[`live_scratch_words`] int32."""
+    versions: torch.Tensor
+    """[channels] int32: checksum of the placement and of the last plan."""
+    base: torch.Tensor
+    """[1] int32: checksum of the placement."""
+    out: torch.Tensor
+    """[G L + 3] int32: experts of live slots, then load, bound and gap in bits of float32."""
+    rules: LiveRules
+    live_per_rank: int
+
+    @property
+    def copies(self) -> LiveCopies:
+        """What select reads."""
+        n_slots, n_ranks = self.tables.slot_words.shape
+        n_logical, n_copies = self.tables.homes.numel(), n_slots * n_ranks
+        n_moved = n_copies + n_ranks * self.live_per_rank
+        sizes = (_layout.LIVE_LANES, n_logical, n_logical, n_moved, n_moved)
+        return LiveCopies(*self.scratch[: sum(sizes)].split(sizes))
+
+    def args(self) -> tuple[Any, ...]:
+        """Return the run-time arguments of the solving kernel, the output last."""
+        rules, resident = self.rules, self.resident
+        n_ranks = self.tables.slot_words.shape[1]
+        return (
+            *self.tables, self.scratch if resident is None else resident, self.scratch,
+            self.versions, self.base,
+            float(rules.above), round_aim(rules.above), rules.cost, rules.fanout or n_ranks * 2,
+            rules.domain or n_ranks, self.out,
+        )  # fmt: skip
+
+    def constants(self) -> tuple[int | bool, ...]:
+        """Return LIVE, SLICES, MOST, EXPERTS, P, PRICED, DOMAINS and RESIDENT."""
+        n_slots, n_ranks = self.tables.slot_words.shape
+        rules, n_logical = self.rules, self.tables.homes.numel()
+        return (
+            self.live_per_rank,
+            -(-n_ranks // _layout.LIVE_LANES),
+            FEW_OFFERS if n_slots <= FEW_OFFERS else MANY_OFFERS,
+            min(MOST_EXPERTS_AT_ONCE, max(16, triton.next_power_of_2(n_logical))),
+            max(16, triton.next_power_of_2(n_ranks * self.live_per_rank)),
+            rules.cost > 0 or rules.fanout > 0,
+            0 < rules.domain < n_ranks,
+            self.resident is not None,
+        )
+
+
+# Constants of a kernel without live slots.
+NO_LIVE = (0, 1, FEW_OFFERS, 16, 16, False, False, False)
+N_LIVE_ARGS = len(LiveTables._fields) + 10
+
+
+def no_live_args(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return arguments that a kernel without live slots doesn't read."""
+    n = len(LiveTables._fields) + 4
+    return (*[tensor] * n, 0.0, 0, 0, 0, 0, tensor)
+
+
+def round_aim(above: float) -> int:
+    """Return half of what a load may lie above the mean, in units of 2**-LIVE_AIM_BITS."""
+    return int((above - 1.0) * 0.5 * (1 << _layout.LIVE_AIM_BITS))
+
+
+def size_live_scratch(n_logical: int, n_ranks: int, n_slots: int, live: int) -> int:
+    """Return the int32 words of `Live.scratch`."""
+    return live_scratch_words(n_logical, n_ranks, n_slots, live)

@@ -1,0 +1,244 @@
+"""The plan of live slots, behind the plan of the static copies in the same launch.
+
+Equation numbers refer to docs/method.md.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lplb_triton.kernels.live.arguments import (
+    AIM_BITS,
+    LANES,
+    MISS_BITS,
+    MOST_UNITS,
+    OFFER_SHIFT,
+    PASSES,
+    divide_live_scratch,
+)
+from lplb_triton.kernels.live.bound import find_live_bound
+from lplb_triton.kernels.live.search import find_pieces, load_all_offers
+from lplb_triton.kernels.live.tables import count_running, load_total, write_copies
+
+# Static slots whose offers are made at once.
+SLOTS_AT_ONCE = tl.constexpr(512)
+# Experts that the bound handles at once, and experts that are reset at once.
+MOST_EXPERTS_AT_ONCE = 1024
+EXPERTS_AT_ONCE = tl.constexpr(256)
+
+
+@triton.jit
+def _make_offers(counts_ptr, cumulative_ptr, shift, scratch, tables, sizes):
+    """Write what static slots can offer: their units, place, and whether there are other copies."""
+    n_copies = sizes.n_ranks * sizes.n_slots
+    for block in range(0, n_copies, SLOTS_AT_ONCE):
+        at = block + tl.arange(0, SLOTS_AT_ONCE)
+        there = at < n_copies
+        word = tl.load(tables.slot_words + at, mask=there, other=0)
+        expert = tl.load(tables.slot_experts + at, mask=there, other=0)
+        copy, is_shared, is_first = word >> 2, (word >> 1) & 1, word & 1
+        total = load_total(counts_ptr, expert, there)
+        follows = tl.load(tables.copy_start + expert + 1, mask=there, other=0) > copy + 1
+        end = count_running(cumulative_ptr, copy, expert, total, there & follows)
+        has_before = there & (is_first == 0)
+        before = count_running(cumulative_ptr, copy - 1, expert, total, has_before)
+        units = ((end - tl.where(has_before, before, 0)) >> shift).to(tl.int32)
+        offer = (units << OFFER_SHIFT) | (at // sizes.n_ranks << 1) | is_shared
+        tl.store(scratch.offers + at, tl.where(units > 0, offer, 0), mask=there)
+
+
+@triton.jit
+def _reset(scratch, sizes, P: tl.constexpr, LIVE: tl.constexpr):
+    """Forget the copies of the batch before."""
+    for block in range(0, sizes.n_logical, EXPERTS_AT_ONCE):
+        expert = block + tl.arange(0, EXPERTS_AT_ONCE)
+        nothing = tl.zeros((EXPERTS_AT_ONCE,), tl.int32)
+        tl.store(scratch.first + expert, nothing, mask=expert < sizes.n_logical)
+    _reset_pieces(scratch.pieces, sizes, P, LIVE)
+    _reset_pieces(scratch.pieces + 3 * sizes.n_ranks * LIVE, sizes, P, LIVE)
+
+
+@triton.jit
+def _reset_pieces(pieces_ptr, sizes, P: tl.constexpr, LIVE: tl.constexpr):
+    """Forget the pieces of a pass: there is no step 0."""
+    n_live = sizes.n_ranks * LIVE
+    piece = tl.arange(0, P)
+    tl.store(pieces_ptr + 2 * n_live + piece, tl.zeros((P,), tl.int32), mask=piece < n_live)
+
+
+@triton.jit
+def _store_loads(scratch, loads, sizes, SLICES: tl.constexpr):
+    """Write the loads by rank to memory."""
+    lane = tl.arange(0, LANES)
+    for h in tl.static_range(SLICES):
+        rank = lane + h * LANES
+        tl.store(scratch.loads + rank, loads[h], mask=rank < sizes.n_ranks)
+
+
+@triton.jit
+def _sum_loads(loads, SLICES: tl.constexpr):
+    """Return the largest and the sum of the loads."""
+    largest, total = loads[0], loads[0]
+    for h in tl.static_range(1, SLICES):
+        largest = tl.maximum(largest, loads[h])
+        total += loads[h]
+    return tl.max(largest, 0), tl.sum(total, 0)
+
+
+@triton.jit
+def _search(
+    counts_ptr, shift, scratch, tables, rules, sizes,
+    G: tl.constexpr, SLICES: tl.constexpr, MOST: tl.constexpr, EXPERTS: tl.constexpr,
+    P: tl.constexpr, LIVE: tl.constexpr, PRICED: tl.constexpr, DOMAINS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Find pieces in up to PASSES passes.
+
+    The first pass aims at half of what the rules allow above the mean. If it misses that by much,
+    the next aim lies halfway between what can't be beaten and what was found. Returns the address
+    of the pieces, the number of their steps, the largest load and a bound, in units.
+    """
+    n_words = 3 * sizes.n_ranks * LIVE
+    cost = tl.minimum(rules.cost >> shift, MOST_UNITS)
+    kept_set, steps, n_passes = shift * 0, shift * 0, shift * 0
+    mean, first_target, target, price, peak, bound = steps, steps, steps, steps, steps, steps
+    goes_on = shift >= 0
+    while goes_on:
+        offers, loads = load_all_offers(scratch.offers, sizes, SLICES, MOST)
+        largest, total = _sum_loads(loads, SLICES)
+        if n_passes == 0:
+            mean = (total + sizes.n_ranks - 1) // sizes.n_ranks
+            aim = (mean.to(tl.int64) * rules.aim) >> AIM_BITS
+            first_target = mean + aim.to(tl.int32)
+            target, price, peak, bound = first_target, largest, largest, mean
+        # The pieces that are kept so far lie in the other set.
+        pieces_ptr = scratch.pieces + (1 - kept_set) * n_words
+        found_price, found_peak, found_steps = find_pieces(
+            offers, loads, target, pieces_ptr, scratch.offers, tables, rules, cost, sizes,
+            SLICES, MOST, LIVE, PRICED, DOMAINS, RESIDENT,
+        )  # fmt: skip
+        better = found_price < price
+        kept_set = tl.where(better, 1 - kept_set, kept_set)
+        steps = tl.where(better, found_steps, steps)
+        price = tl.where(better, found_price, price)
+        peak = tl.where(better, found_peak, peak)
+        n_passes += 1
+        goes_on = peak > first_target + (first_target >> MISS_BITS)
+        if goes_on:
+            if n_passes == 1:
+                _store_loads(scratch, loads, sizes, SLICES)
+                tl.debug_barrier()
+                known = find_live_bound(
+                    counts_ptr, mean, largest, shift, scratch, tables, sizes, G, EXPERTS, LIVE
+                )
+                bound = known
+            target = (tl.maximum(first_target, bound) + peak) // 2
+            goes_on = (target < peak) & (n_passes < PASSES)
+            if goes_on:
+                tl.debug_barrier()
+                _reset_pieces(scratch.pieces + (1 - kept_set) * n_words, sizes, P, LIVE)
+                tl.debug_barrier()
+    return scratch.pieces + kept_set * n_words, steps, peak, bound
+
+
+@triton.jit
+def _write_version(version_ptr, base_ptr, expert, tokens, piece):
+    """Write the checksum that the next exchange of counts compares: of placement and plan."""
+    word = (piece + 1).to(tl.int64) * 0x3504F333 + (expert + 1).to(tl.int64) * 0x2545F491
+    word = ((word ^ (word >> 15)) & 0x3FFFFFFF) * (2 * tokens.to(tl.int64) + 1)
+    checksum = tl.sum(tl.where(expert >= 0, word & 0x3FFFFFFFFFF, 0), 0)
+    checksum = (checksum ^ (checksum >> 23)) & 0x7FFFFFFF
+    tl.store(version_ptr, tl.load(base_ptr) ^ checksum.to(tl.int32))
+
+
+@triton.jit
+def _write_outcome(
+    expert, tokens, max_load, bound, outcome, tables, sizes,
+    P: tl.constexpr, LIVE: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Write what live slots hold, the numbers of the plan, and its checksum."""
+    piece = tl.arange(0, P)
+    n_live = sizes.n_ranks * LIVE
+    _write_version(outcome.version, outcome.base, expert, tokens, piece)
+    if RESIDENT:
+        there = tl.load(tables.resident + piece, mask=piece < n_live, other=-1)
+        expert = tl.where(expert >= 0, expert, there)
+        tl.store(tables.resident + piece, expert, mask=piece < n_live)
+    tl.store(outcome.out + piece, expert, mask=piece < n_live)
+    bound = tl.minimum(bound, max_load)
+    gap = tl.where(max_load > 0, (max_load - bound) / tl.maximum(max_load, 1.0), 0.0)
+    tl.store(outcome.out + n_live, max_load.to(tl.int32, bitcast=True))
+    tl.store(outcome.out + n_live + 1, bound.to(tl.int32, bitcast=True))
+    tl.store(outcome.out + n_live + 2, gap.to(tl.int32, bitcast=True))
+
+
+@triton.jit(noinline=True)
+def _plan(
+    counts_ptr, cumulative_ptr, max_load, mean, scratch, outcome, tables, rules, sizes,
+    G: tl.constexpr, SLICES: tl.constexpr, MOST: tl.constexpr, EXPERTS: tl.constexpr,
+    P: tl.constexpr, LIVE: tl.constexpr, PRICED: tl.constexpr, DOMAINS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Plan for a batch that needs it.
+
+    Most batches don't need this. Since it is not inlined, it takes no registers from the solver.
+    """
+    tl.debug_barrier()
+    largest = max_load.to(tl.int64) + sizes.n_slots
+    shift = sizes.n_slots * 0
+    while (largest >> shift) >= MOST_UNITS:
+        shift += 1
+    _make_offers(counts_ptr, cumulative_ptr, shift, scratch, tables, sizes)
+    _reset(scratch, sizes, P, LIVE)
+    tl.debug_barrier()
+    pieces_ptr, steps, peak, bound = _search(
+        counts_ptr, shift, scratch, tables, rules, sizes, G, SLICES, MOST, EXPERTS, P, LIVE,
+        PRICED, DOMAINS, RESIDENT,
+    )  # fmt: skip
+    tl.debug_barrier()
+    expert, tokens, halvings = write_copies(
+        counts_ptr, cumulative_ptr, pieces_ptr, steps, shift, scratch, tables, sizes, P, LIVE
+    )
+    tl.store(scratch.flag, tl.where(steps > 0, halvings + 1, 0))
+    max_load = tl.where(steps > 0, (peak << shift).to(tl.float32), max_load)
+    bound = tl.maximum((bound << shift).to(tl.float32), mean)
+    _write_outcome(expert, tokens, max_load, bound, outcome, tables, sizes, P, LIVE, RESIDENT)
+
+
+@triton.jit
+def plan_live_slots(
+    counts_ptr,  # [E] int32, tokens of each expert over all ranks
+    cumulative_ptr,  # [2 n_copies + G L] int32: shares of static copies, then of this batch's
+    max_load,  # float32, largest load of the plan of static copies
+    mean,  # float32, mean load
+    invalid,  # bool, whether counts are invalid
+    scratch_ptr,  # [live_scratch_words] int32
+    outcome,
+    tables,
+    rules,
+    sizes,
+    G: tl.constexpr,
+    SLICES: tl.constexpr,
+    MOST: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    P: tl.constexpr,
+    LIVE: tl.constexpr,
+    PRICED: tl.constexpr,
+    DOMAINS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """Plan what this batch's live slots hold, if the plan of static copies is not good enough.
+
+    Writes the outcome, and what `select` needs of it to the scratch (equations 24 to 27).
+    """
+    scratch = divide_live_scratch(scratch_ptr, sizes, LIVE)
+    if (max_load > rules.above * mean) & (invalid == 0):
+        _plan(
+            counts_ptr, cumulative_ptr, max_load, mean, scratch, outcome, tables, rules, sizes,
+            G, SLICES, MOST, EXPERTS, P, LIVE, PRICED, DOMAINS, RESIDENT,
+        )  # fmt: skip
+    else:
+        tl.store(scratch.flag, 0)
+        nothing = tl.full((P,), -1, tl.int32)
+        _write_outcome(nothing, nothing, max_load, mean, outcome, tables, sizes, P, LIVE, RESIDENT)

@@ -1,0 +1,403 @@
+"""Find pieces: tokens that move from static copies to live slots, one after the other.
+
+A rank is a lane of a slice of LANES ranks; numbers by rank are tuples of slices, and stay in
+registers. Every warp does all of the work, so no warp waits for another. Loads are whole numbers of
+units of 2**shift tokens. Equation numbers refer to docs/method.md.
+"""
+
+# A variable of type tuple[()] is extended in loops, which mypy takes for a change of type.
+# mypy: disable-error-code=assignment
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lplb_triton import _layout
+from lplb_triton.kernels.live.arguments import (
+    LANES,
+    MOST_UNITS,
+    OFFER_SHIFT,
+    PLACE_MASK,
+    RANK_BITS,
+    ROOM_SHARE,
+)
+
+RANK_MASK = tl.constexpr((1 << _layout.LIVE_RANK_BITS) - 1)
+# Slots whose offers are loaded at once.
+AT_ONCE = tl.constexpr(4)
+
+
+@triton.jit
+def _largest(slices, SLICES: tl.constexpr):
+    """Return the largest of numbers by rank."""
+    largest = slices[0]
+    for h in tl.static_range(1, SLICES):
+        largest = tl.maximum(largest, slices[h])
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def _sum(slices, SLICES: tl.constexpr):
+    """Return the sum of numbers by rank."""
+    total = slices[0]
+    for h in tl.static_range(1, SLICES):
+        total += slices[h]
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _take(slices, rank, SLICES: tl.constexpr):
+    """Return the number of one rank, which must not be negative."""
+    lane = tl.arange(0, LANES)
+    found = tl.where(lane == rank, slices[0], 0)
+    for h in tl.static_range(1, SLICES):
+        found = tl.where(lane + h * LANES == rank, slices[h], found)
+    return tl.max(found, 0)
+
+
+@triton.jit
+def _insert(offers, word, MOST: tl.constexpr):
+    """Insert a word by lane into MOST words in descending order, of which the last one drops."""
+    kept = ()
+    for k in tl.static_range(MOST):
+        kept += (tl.maximum(offers[k], word),)
+        word = tl.minimum(offers[k], word)
+    return kept
+
+
+@triton.jit
+def _load_offers(offers_ptr, sizes, below, h: tl.constexpr, MOST: tl.constexpr):
+    """Load the MOST largest offers ``below`` a word by lane, of the ranks of slice ``h``.
+
+    Returns them in descending order, 0 for none, and the sum of all units of each rank.
+    """
+    lane = tl.arange(0, LANES)
+    rank = lane + h * LANES
+    load = tl.zeros((LANES,), tl.int32)
+    offers = ()
+    for _ in tl.static_range(MOST):
+        offers += (load,)
+    for place in range(0, sizes.n_slots, AT_ONCE):
+        words = ()
+        for i in tl.static_range(AT_ONCE):
+            there = (rank < sizes.n_ranks) & (place + i < sizes.n_slots)
+            at = offers_ptr + (place + i) * sizes.n_ranks + rank
+            words += (tl.load(at, mask=there, other=0),)
+        for i in tl.static_range(AT_ONCE):
+            load += words[i] >> OFFER_SHIFT
+            offers = _insert(offers, tl.where(words[i] < below, words[i], 0), MOST)
+    return offers, load
+
+
+@triton.jit
+def load_all_offers(offers_ptr, sizes, SLICES: tl.constexpr, MOST: tl.constexpr):
+    """Load the largest offers of all ranks; returns offers by slice and number, and loads."""
+    offers, loads = (), ()
+    below = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
+    for h in tl.static_range(SLICES):
+        found, load = _load_offers(offers_ptr, sizes, below, h, MOST)
+        offers += found
+        loads += (load,)
+    return offers, loads
+
+
+@triton.jit
+def _find_giver(surplus, stuck, SLICES: tl.constexpr):
+    """Find the rank with the largest surplus; returns a word of surplus and rank, 0 for none."""
+    lane = tl.arange(0, LANES)
+    largest = tl.zeros((LANES,), tl.int32)
+    for h in tl.static_range(SLICES):
+        word = (surplus[h] << RANK_BITS) | (lane + h * LANES)
+        largest = tl.maximum(largest, tl.where((surplus[h] > 0) & (stuck[h] == 0), word, 0))
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def _find_offer(offers, giver, SLICES: tl.constexpr, MOST: tl.constexpr):
+    """Find the largest offer of the giver."""
+    lane = tl.arange(0, LANES)
+    found = tl.zeros((LANES,), tl.int32)
+    for h in tl.static_range(SLICES):
+        largest = offers[h * MOST]
+        for k in tl.static_range(1, MOST):
+            largest = tl.maximum(largest, offers[h * MOST + k])
+        found = tl.maximum(found, tl.where(lane + h * LANES == giver, largest, 0))
+    return tl.max(found, 0)
+
+
+@triton.jit
+def _replace_offer(offers, giver, word, new_word, SLICES: tl.constexpr, MOST: tl.constexpr):
+    """Replace one offer of the giver."""
+    lane = tl.arange(0, LANES)
+    replaced = ()
+    for h in tl.static_range(SLICES):
+        own = lane + h * LANES == giver
+        for k in tl.static_range(MOST):
+            offer = offers[h * MOST + k]
+            replaced += (tl.where(own & (offer == word), new_word, offer),)
+    return replaced
+
+
+@triton.jit
+def _refill(offers, floors, giver, offers_ptr, sizes, SLICES: tl.constexpr, MOST: tl.constexpr):
+    """Load the giver's next offers below its floor, which goes down; others stay as they are."""
+    lane = tl.arange(0, LANES)
+    new_offers, new_floors = (), ()
+    for h in tl.static_range(SLICES):
+        own = lane + h * LANES == giver
+        found, _ = _load_offers(offers_ptr, sizes, floors[h], h, MOST)
+        for k in tl.static_range(MOST):
+            new_offers += (tl.where(own, found[k], offers[h * MOST + k]),)
+        new_floors += (tl.where(own, found[MOST - 1], floors[h]),)
+    return new_offers, new_floors
+
+
+@triton.jit
+def _is_near(rank, home, domain):
+    """Whether ranks lie in the domain of ``home``."""
+    return rank // domain == home // domain
+
+
+@triton.jit
+def _find_receiver(
+    surplus, free, first_live, expert, bits, home, wanted, domain,
+    SLICES: tl.constexpr, LIVE: tl.constexpr, DOMAINS: tl.constexpr,
+):  # fmt: skip
+    """Find the rank with the smallest deficit that holds ``wanted`` units, or else the largest.
+
+    ``bits`` say which ranks hold a static copy of the expert, ``first_live`` what lies in the first
+    live slot of each rank. Returns a word of value and rank, 0 for none, and another that takes the
+    largest deficit of all.
+    """
+    lane = tl.arange(0, LANES)
+    largest = tl.zeros((LANES,), tl.int32)
+    for h in tl.static_range(SLICES):
+        deficit = tl.where(free[h] > 0, -surplus[h], 0)
+        deficit = tl.where((bits[h] >> lane) & 1 == 0, deficit, 0)
+        if LIVE > 1:
+            deficit = tl.where(first_live[h] == expert, 0, deficit)
+        if DOMAINS:
+            deficit = tl.where(_is_near(lane + h * LANES, home, domain), deficit, 0)
+        value = tl.where(deficit >= wanted, 4 * MOST_UNITS - deficit, deficit)
+        word = (value << RANK_BITS) | (lane + h * LANES)
+        largest = tl.maximum(largest, tl.where(deficit > 0, word, 0))
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def _find_resident(
+    surplus, used, resident, expert, bits, first_live, home, domain,
+    SLICES: tl.constexpr, LIVE: tl.constexpr, DOMAINS: tl.constexpr,
+):  # fmt: skip
+    """Find the rank with the largest deficit in an unused slot of which the expert lies already."""
+    lane = tl.arange(0, LANES)
+    largest = tl.zeros((LANES,), tl.int32)
+    for h in tl.static_range(SLICES):
+        there = lane < 0
+        for r in tl.static_range(LIVE):
+            there |= (resident[h * LIVE + r] == expert) & ((used[h] >> r) & 1 == 0)
+        deficit = tl.where(there & ((bits[h] >> lane) & 1 == 0), -surplus[h], 0)
+        if LIVE > 1:
+            deficit = tl.where(first_live[h] == expert, 0, deficit)
+        if DOMAINS:
+            deficit = tl.where(_is_near(lane + h * LANES, home, domain), deficit, 0)
+        word = (deficit << RANK_BITS) | (lane + h * LANES)
+        largest = tl.maximum(largest, tl.where(deficit > 0, word, 0))
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def _choose_slot(
+    used, resident, receiver, expert, is_there, SLICES: tl.constexpr, LIVE: tl.constexpr
+):
+    """Choose an unused live slot: the one with the expert, or else an empty one, or else any."""
+    taken = _take(used, receiver, SLICES)
+    # Of three numbers by slot, the smallest is best: 0 to 1 holds what is wanted, 2 to 3 doesn't.
+    best = tl.full((), 8, tl.int32)
+    for r in tl.static_range(LIVE):
+        holds = ()
+        for h in tl.static_range(SLICES):
+            holds += (resident[h * LIVE + r] + 1,)
+        inside = _take(holds, receiver, SLICES) - 1
+        wanted = tl.where(is_there, expert, -1)
+        rating = tl.where(inside == wanted, r, 2 + r)
+        best = tl.minimum(best, tl.where((taken >> r) & 1 == 0, rating, 8))
+    return best & 1
+
+
+@triton.jit
+def _load_resident(ptr, sizes, SLICES: tl.constexpr, LIVE: tl.constexpr, RESIDENT: tl.constexpr):
+    """Load what live slots hold already, by slice and slot; -1 for nothing."""
+    lane = tl.arange(0, LANES)
+    resident = ()
+    for h in tl.static_range(SLICES):
+        for r in tl.static_range(LIVE):
+            holds = tl.full((LANES,), -1, tl.int32)
+            if RESIDENT:
+                there = lane + h * LANES < sizes.n_ranks
+                at = (lane + h * LANES) * LIVE + r
+                holds = tl.load(ptr + at, mask=there, other=-1)
+            resident += (holds,)
+    return resident
+
+
+@triton.jit
+def _add_at(slices, rank, amount, SLICES: tl.constexpr):
+    """Add to the number of one rank."""
+    lane = tl.arange(0, LANES)
+    added = ()
+    for h in tl.static_range(SLICES):
+        added += (tl.where(lane + h * LANES == rank, slices[h] + amount, slices[h]),)
+    return added
+
+
+@triton.jit
+def find_pieces(
+    offers,  # by slice and number, from `load_all_offers`
+    loads,  # by rank
+    target,  # load to end at
+    pieces_ptr,  # [3, G L] int32, written: static slot + 1, units, step
+    offers_ptr,  # [S, G] int32
+    tables,
+    rules,
+    cost,  # of a fetched expert, in units
+    sizes,
+    SLICES: tl.constexpr,
+    MOST: tl.constexpr,  # offers of a rank in registers
+    LIVE: tl.constexpr,
+    PRICED: tl.constexpr,  # whether there is a cost, or a limit of copies that leave a rank
+    DOMAINS: tl.constexpr,  # whether there are several domains
+    RESIDENT: tl.constexpr,  # whether live slots hold something already
+):
+    """Find pieces one by one (equation 24), and keep those of the first steps that cost least.
+
+    Each step takes tokens of the largest offer of the rank with the largest surplus. Returns the
+    least price (equation 25), the largest load at that price, and the number of steps.
+    """
+    lane = tl.arange(0, LANES)
+    n_live = sizes.n_ranks * LIVE
+    zero = tl.zeros((LANES,), tl.int32)
+    surplus, rooms, excess, stuck, free, used, sent, received, floors, first_live = (
+        (), (), (), (), (), (), (), (), (), (),
+    )  # fmt: skip
+    for h in tl.static_range(SLICES):
+        is_rank = lane + h * LANES < sizes.n_ranks
+        # A surplus of 0 neither gives nor takes.
+        own = tl.where(is_rank, loads[h] - target, 0)
+        surplus += (own,)
+        rooms += (tl.maximum(-own, 0),)
+        excess += (tl.maximum(own, 0),)
+        stuck += (zero,)
+        free += (zero + LIVE,)
+        used += (zero,)
+        sent += (zero,)
+        received += (zero,)
+        floors += (offers[h * MOST + MOST - 1],)
+        first_live += (zero - 1,)
+    room, left = _sum(rooms, SLICES), _sum(excess, SLICES)
+    resident = _load_resident(tables.resident, sizes, SLICES, LIVE, RESIDENT)
+    peak = _largest(loads, SLICES)
+    price = peak
+    steps, kept, port, stuck_surplus = left * 0, left * 0, left * 0, left * 0
+    giver_word = _find_giver(surplus, stuck, SLICES)
+    while (giver_word > 0) & (room > 0):
+        giver, had = giver_word & RANK_MASK, giver_word >> RANK_BITS
+        word = _find_offer(offers, giver, SLICES, MOST)
+        if word == 0:
+            if _take(floors, giver, SLICES) > 0:
+                offers, floors = _refill(offers, floors, giver, offers_ptr, sizes, SLICES, MOST)
+                word = _find_offer(offers, giver, SLICES, MOST)
+        offered, place = word >> OFFER_SHIFT, (word >> 1) & PLACE_MASK
+        at = place * sizes.n_ranks + giver
+        is_shared = (word & 1) == 1
+        is_wanted = is_shared
+        if LIVE > 1 or RESIDENT:
+            is_wanted = word > 0
+        expert = tl.load(tables.slot_experts + at, mask=is_wanted, other=-1)
+        bits = ()
+        for h in tl.static_range(SLICES):
+            bits += (tl.load(tables.held_by + expert * SLICES + h, mask=is_shared, other=0),)
+        home = giver
+        if PRICED or DOMAINS:
+            # Only an expert with other static copies may have its original elsewhere.
+            original = tl.load(tables.homes + expert, mask=is_shared, other=0)
+            home = tl.where(is_shared, original, giver)
+        wanted = tl.minimum(had, offered)
+        found = _find_receiver(
+            surplus, free, first_live, expert, bits, home, wanted, rules.domain,
+            SLICES, LIVE, DOMAINS,
+        )  # fmt: skip
+        if PRICED:
+            found = tl.where(_take(sent, home, SLICES) < rules.fanout, found, 0)
+        value = found >> RANK_BITS
+        deficit = tl.where(value > 2 * MOST_UNITS, 4 * MOST_UNITS - value, value)
+        fetches = giver >= 0
+        if RESIDENT:
+            there = _find_resident(
+                surplus, used, resident, expert, bits, first_live, home, rules.domain,
+                SLICES, LIVE, DOMAINS,
+            )  # fmt: skip
+            fetches = there == 0
+            found = tl.where(fetches, found, there)
+            deficit = tl.where(fetches, deficit, there >> RANK_BITS)
+        receiver = found & RANK_MASK
+        some = (found > 0) & (word > 0)
+        is_last_slot = giver >= 0
+        slot = giver * 0
+        if LIVE > 1:
+            n_free = _take(free, receiver, SLICES)
+            is_last_slot = n_free == 1
+            slot = LIVE - n_free
+        if RESIDENT:
+            slot = _choose_slot(used, resident, receiver, expert, fetches == 0, SLICES, LIVE)
+
+        amount = tl.minimum(wanted, deficit)
+        is_scarce = left - amount > ((room - deficit) >> 4) * ROOM_SHARE
+        amount = tl.where(is_last_slot & is_scarce, tl.minimum(deficit, offered), amount)
+        amount = tl.where(some, amount, 0)
+        steps += some.to(tl.int32)
+        piece = pieces_ptr + receiver * LIVE + slot
+        tl.store(piece, at + 1, mask=some)
+        tl.store(piece + n_live, amount, mask=some)
+        tl.store(piece + 2 * n_live, steps, mask=some)
+
+        room += tl.maximum(amount - had, 0)
+        room -= tl.where(some, tl.where(is_last_slot, deficit, amount), 0)
+        left -= tl.minimum(amount, had)
+        surplus = _add_at(_add_at(surplus, giver, -amount, SLICES), receiver, amount, SLICES)
+        free = _add_at(free, receiver, -some.to(tl.int32), SLICES)
+        if RESIDENT:
+            used = _add_at(used, receiver, some.to(tl.int32) << slot, SLICES)
+        if LIVE > 1:
+            first_now = tl.where(some, expert + 1, 0)
+            new_first = ()
+            for h in tl.static_range(SLICES):
+                is_new = (lane + h * LANES == receiver) & (first_live[h] < 0)
+                new_first += (tl.where(is_new, first_now - 1, first_live[h]),)
+            first_live = new_first
+        new_word = word - (amount << OFFER_SHIFT)
+        new_word = tl.where(some & (amount < offered), new_word, 0)
+        offers = _replace_offer(offers, giver, word, new_word, SLICES, MOST)
+        stuck = _add_at(stuck, giver, (word == 0).to(tl.int32), SLICES)
+        stuck_surplus = tl.maximum(stuck_surplus, tl.where(word == 0, had, 0))
+        if PRICED:
+            fetched = (some & fetches).to(tl.int32)
+            sent = _add_at(sent, home, fetched, SLICES)
+            received = _add_at(received, receiver, fetched, SLICES)
+            port = tl.maximum(port, _take(sent, home, SLICES))
+            port = tl.maximum(port, _take(received, receiver, SLICES))
+        giver_word = _find_giver(surplus, stuck, SLICES)
+        new_peak = target + tl.maximum(giver_word >> RANK_BITS, stuck_surplus)
+        new_price = new_peak + port * cost
+        better = some & (new_price < price)
+        price = tl.where(better, new_price, price)
+        peak = tl.where(better, new_peak, peak)
+        kept = tl.where(better, steps, kept)
+    # The largest load may have come to lie below the target.
+    lasting = ()
+    for h in tl.static_range(SLICES):
+        is_rank = lane + h * LANES < sizes.n_ranks
+        lasting += (tl.where(is_rank, surplus[h] + target, 0),)
+    peak = tl.where((kept == steps) & (steps > 0), _largest(lasting, SLICES), peak)
+    return price, peak, kept

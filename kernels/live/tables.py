@@ -1,0 +1,173 @@
+"""The copies of this batch: static ones and live ones, as *select* reads them.
+
+Copies of an expert with pieces are listed anew, one after the other, behind the static copies of
+all experts. Equation numbers refer to docs/method.md.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lplb_triton.kernels.rounding import SHARE_BITS, compute_rounding_offset
+from lplb_triton.kernels.solve.tiles import SHARE_ONE
+
+# Static copies of an expert that are handled at once.
+COPIES_AT_ONCE = tl.constexpr(4)
+# Pieces that all others are compared with at once.
+PIECES_AT_ONCE = tl.constexpr(16)
+
+
+@triton.jit
+def load_total(counts_ptr, expert, known):
+    """Load the tokens of experts over all ranks, int64; 0 where none is ``known``."""
+    # The load is volatile, or it could return a stale line of a cache.
+    count = tl.load(counts_ptr + expert, mask=known, other=0, volatile=True)
+    return tl.maximum(count, 0).to(tl.int64)
+
+
+@triton.jit
+def count_running(cumulative_ptr, copy, expert, total, is_inner):
+    """Count an expert's tokens up to each of its copies, over all ranks (equation 15).
+
+    ``is_inner`` is whether another copy follows; the last one's count is the total.
+    """
+    share = tl.load(cumulative_ptr + copy, mask=is_inner, other=0).to(tl.int64)
+    offset = compute_rounding_offset(0, expert.to(tl.int64))
+    running = (total * share + offset) >> SHARE_BITS
+    return tl.where(is_inner, tl.minimum(running, total), total)
+
+
+@triton.jit
+def _make_share(running, expert, total):
+    """Make the cumulative share that equation 15 turns into ``running`` tokens (equation 27)."""
+    offset = compute_rounding_offset(0, expert.to(tl.int64))
+    size = tl.maximum(total, 1)
+    share = ((running << SHARE_BITS) - offset + size - 1) // size
+    share = tl.where(running == total, SHARE_ONE, share)
+    return tl.where(running == 0, 0, share).to(tl.int32)
+
+
+@triton.jit
+def _load_piece_experts(pieces_ptr, piece, n_live, n_steps, tables):
+    """Load the static slot of pieces of the first ``n_steps`` steps, and its expert; or -1."""
+    step = tl.load(pieces_ptr + 2 * n_live + piece, mask=piece < n_live, other=0)
+    is_kept = (step > 0) & (step <= n_steps)
+    at = tl.load(pieces_ptr + piece, mask=is_kept, other=0) - 1
+    return at, tl.load(tables.slot_experts + at, mask=at >= 0, other=-1)
+
+
+@triton.jit
+def _compare_pieces(pieces_ptr, expert, piece, n_live, n_steps, shift, tables, P: tl.constexpr):
+    """Count pieces of the same expert, and their tokens: those of lower slots, and all of them."""
+    n_before = tl.zeros((P,), tl.int32)
+    n_all, before, all_tokens = n_before, n_before, n_before
+    for block in range(0, n_live, PIECES_AT_ONCE):
+        other = block + tl.arange(0, PIECES_AT_ONCE)
+        _, other_expert = _load_piece_experts(pieces_ptr, other, n_live, n_steps, tables)
+        tokens = tl.load(pieces_ptr + n_live + other, mask=other_expert >= 0, other=0) << shift
+        same = (expert[:, None] == other_expert[None, :]) & (expert >= 0)[:, None]
+        earlier = same & (other[None, :] < piece[:, None])
+        n_before += tl.sum(earlier.to(tl.int32), 1)
+        n_all += tl.sum(same.to(tl.int32), 1)
+        before += tl.sum(tl.where(earlier, tokens[None, :], 0), 1)
+        all_tokens += tl.sum(tl.where(same, tokens[None, :], 0), 1)
+    return n_before, n_all, before, all_tokens
+
+
+@triton.jit
+def _list_static_copies(
+    counts_ptr, cumulative_ptr, expert, is_leader, begin, start, n_static, scratch, tables, sizes,
+    first_moved, P: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """List the static copies of the leaders' experts, from ``begin`` on.
+
+    At first running tokens are stored, and with WRITE the shares of what is left of them.
+    """
+    total = load_total(counts_ptr, expert, is_leader)[:, None]
+    for first in range(0, sizes.most_copies, COPIES_AT_ONCE):
+        k = first + tl.arange(0, COPIES_AT_ONCE)[None, :]
+        there = is_leader[:, None] & (k < n_static[:, None])
+        copy = start[:, None] + k
+        to = begin[:, None] + k
+        if WRITE:
+            # Other threads have subtracted from these words, past the first cache.
+            running = tl.load(scratch.running + to, mask=there, other=0, volatile=True)
+            share = _make_share(running.to(tl.int64), expert[:, None], total)
+            tl.store(cumulative_ptr + first_moved + to, share, mask=there)
+            slot = tl.load(tables.copy_slot + copy, mask=there, other=0)
+            tl.store(scratch.slot + to, slot, mask=there)
+            index = tl.load(tables.copy_index + copy, mask=there, other=0)
+            tl.store(scratch.place + to, index, mask=there)
+        else:
+            is_inner = there & (k < n_static[:, None] - 1)
+            running = count_running(cumulative_ptr, copy, expert[:, None], total, is_inner)
+            tl.store(scratch.running + to, running.to(tl.int32), mask=there)
+
+
+@triton.jit
+def write_copies(
+    counts_ptr,  # [E] int32
+    cumulative_ptr,  # [2 n_copies + G L] int32, written from n_copies on
+    pieces_ptr,  # [3, G L] int32
+    n_steps,  # how many of the steps are kept, at least one
+    shift,
+    scratch,
+    tables,
+    sizes,
+    P: tl.constexpr,  # live slots of all ranks, padded
+    LIVE: tl.constexpr,
+):
+    """Write the copies of experts with pieces, and their cumulative shares (equation 27).
+
+    Returns by live slot its expert, -1 for none, and its tokens; and the number of halvings that
+    find one of the copies of an expert.
+    """
+    n_copies = sizes.n_ranks * sizes.n_slots
+    n_live = sizes.n_ranks * LIVE
+    piece = tl.arange(0, P)
+    at, expert = _load_piece_experts(pieces_ptr, piece, n_live, n_steps, tables)
+    is_piece = expert >= 0
+    tokens = tl.load(pieces_ptr + n_live + piece, mask=is_piece, other=0) << shift
+    n_before, n_all, before, all_tokens = _compare_pieces(
+        pieces_ptr, expert, piece, n_live, n_steps, shift, tables, P
+    )
+    start = tl.load(tables.copy_start + expert, mask=is_piece, other=0)
+    n_static = tl.load(tables.copy_start + expert + 1, mask=is_piece, other=0) - start
+    # The first piece of an expert lists all of its copies.
+    is_leader = is_piece & (n_before == 0)
+    size = tl.where(is_leader, n_static + n_all, 0)
+    begin = tl.cumsum(size, 0) - size
+    tl.store(scratch.first + expert, n_copies + begin, mask=is_leader)
+    tl.store(scratch.last + expert, n_copies + begin + size - 1, mask=is_leader)
+    _list_static_copies(
+        counts_ptr, cumulative_ptr, expert, is_leader, begin, start, n_static, scratch, tables,
+        sizes, n_copies, P, WRITE=False,
+    )  # fmt: skip
+    tl.debug_barrier()
+    begin = tl.load(scratch.first + expert, mask=is_piece, other=0) - n_copies
+    source = (tl.load(tables.slot_words + at, mask=is_piece, other=0) >> 2) - start
+    for first in range(0, sizes.most_copies, COPIES_AT_ONCE):
+        k = first + tl.arange(0, COPIES_AT_ONCE)[None, :]
+        there = is_piece[:, None] & (k >= source[:, None]) & (k < n_static[:, None])
+        # The order of sums of whole numbers doesn't matter.
+        tl.atomic_add(
+            scratch.running + begin[:, None] + k, -tokens[:, None], mask=there, sem="relaxed"
+        )
+    tl.debug_barrier()
+    _list_static_copies(
+        counts_ptr, cumulative_ptr, expert, is_leader, begin, start, n_static, scratch, tables,
+        sizes, n_copies, P, WRITE=True,
+    )  # fmt: skip
+    total = load_total(counts_ptr, expert, is_piece)
+    running = total - all_tokens + before + tokens
+    to = begin + n_static + n_before
+    tl.store(cumulative_ptr + n_copies + to, _make_share(running, expert, total), mask=is_piece)
+    slot = piece // LIVE * (sizes.n_slots + LIVE) + sizes.n_slots + piece % LIVE
+    tl.store(scratch.slot + to, slot, mask=is_piece)
+    tl.store(scratch.place + to, tl.zeros((P,), tl.int32), mask=is_piece)
+    most = tl.max(size, 0)
+    halvings = most * 0
+    while (1 << halvings) < most:
+        halvings += 1
+    return expert, tokens, halvings

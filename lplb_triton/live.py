@@ -1,0 +1,94 @@
+"""Live slots: the rules by which they are filled, and the plan of a batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from lplb_triton._checks import check_integer
+from lplb_triton.placement import Placement
+
+__all__ = ["LivePlan", "LiveRules", "make_rules"]
+
+# Bounds of ``live_above``. A plan aims at half of what this allows above the mean.
+LEAST_ABOVE, MOST_ABOVE = 1.0, 2.0
+# Numbers of experts and slots that the plan takes.
+MOST_SLOTS_PER_RANK = 1023
+
+
+class LivePlan(NamedTuple):
+    """What live slots hold in one batch; tensors on the device, which the next batch leaves alone.
+
+    It is the same on every rank of the group, bit for bit.
+    """
+
+    experts: torch.Tensor
+    """``[ep_size, live_per_rank]`` int32, logical expert of each live slot, -1 for none."""
+    max_load: torch.Tensor
+    """Scalar float32, tokens of the most loaded rank with these slots filled."""
+    lower_bound: torch.Tensor
+    """Scalar float32, a load that no plan with as many live slots can beat (method.md, 26)."""
+    gap: torch.Tensor
+    """Scalar float32, ``(max_load - lower_bound) / max_load``, called ``live_gap``."""
+
+
+class LiveRules(NamedTuple):
+    """When and how live slots are filled; see `lplb_triton.Balancer`."""
+
+    above: float = 1.02
+    cost: int = 0
+    fanout: int = 0
+    """0 for no limit."""
+    domain: int = 0
+    """Ranks of a domain, 0 for one domain."""
+    resident: bool = False
+
+
+def make_rules(
+    placement: Placement,
+    solver: str,
+    above: float,
+    cost: int,
+    fanout: int | None,
+    domain: int | None,
+    resident: bool,
+) -> LiveRules | None:
+    """Check a balancer's arguments about live slots; None for a placement without them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument that doesn't fit.
+    """
+    above = float(above)
+    if not LEAST_ABOVE <= above <= MOST_ABOVE:
+        raise ValueError(f"live_above must be in [{LEAST_ABOVE}, {MOST_ABOVE}], got {above}")
+    cost = check_integer("live_cost", cost, 0)
+    fanout = 0 if fanout is None else check_integer("live_fanout", fanout)
+    domain = 0 if domain is None else check_integer("live_domain", domain)
+    rules = LiveRules(above, cost, fanout, domain, bool(resident))
+    if not placement.live_per_rank:
+        if rules != LiveRules():
+            raise ValueError(
+                "live_above, live_cost, live_fanout, live_domain and live_resident need a "
+                "placement with live slots: placement.with_live_slots(1)"
+            )
+        return None
+    if solver != "levelling":
+        raise ValueError(f"a placement with live slots needs solver='levelling', got {solver!r}")
+    if domain and placement.ep_size % domain:
+        raise ValueError(f"live_domain must divide ep_size {placement.ep_size}, got {domain}")
+    if placement.static_per_rank > MOST_SLOTS_PER_RANK:
+        raise ValueError(
+            f"a placement with live slots must have at most {MOST_SLOTS_PER_RANK} other slots a "
+            f"rank, got {placement.static_per_rank}"
+        )
+    return rules
+
+
+def read_plan(out: torch.Tensor, ep_size: int, live_per_rank: int) -> LivePlan:
+    """Make the plan of what a back end has written, ``[ep_size * live_per_rank + 3]`` int32."""
+    n_live = ep_size * live_per_rank
+    numbers = out[n_live:].view(torch.float32)
+    return LivePlan(out[:n_live].view(ep_size, live_per_rank), *numbers.unbind())
