@@ -30,22 +30,22 @@ Compare live slots, which are filled for one batch, with static placements under
 UltraEP's planner (written anew here), which chooses all replicas anew for each batch. By the twin
 of the plan in numpy, on the CPU, in whole tokens.
 
-Columns of the first table, each mean/p95/max of the largest over the mean rank load:
-  none          experts in order, as many on each rank, no copies
-  EPLB+LP, 1    EPLB by the history with one redundant slot a rank, and the LP of each batch
-  EPLB+LP       the same with as many slots as the base placement and the live slots together
-  chain+LP      lplb_triton.chain with as many slots
-  published     UltraEP's planner with as many slots as live ones, every expert at home
-  base+LP       the base placement and its LP, without live slots
-  live          the base placement, its LP, and live slots where the LP leaves too much
-Columns of the second:
-  pieces        experts fetched into live slots, mean per rank and batch
-  fetch         part of the batches that fetch any
-  leaving       copies that leave the busiest home rank, mean/max over the batches
-  bound         a largest load that no plan of live slots beats, over the mean load
-  gap           relative distance of live from the bound, mean/max
+Columns of the first table, mean, p95 and max over the batches of the largest over the mean load:
+  none     experts in order, as many on each rank, no copies
+  EPLB:1   EPLB by the history with one redundant slot a rank, and the LP of each batch
+  EPLB     the same with as many slots as the base placement and the live slots together
+  chain    lplb_triton.chain with as many slots, and the LP
+  UltraEP  UltraEP's planner with as many slots as live ones, every expert at home
+  base     the base placement and its LP, without live slots
+  live     the base placement, its LP, and live slots where the LP leaves too much
+Columns of the second, of UltraEP's planner (U) and of live slots (L):
+  pieces   experts fetched, mean per rank and batch
+  fetch    part of the batches that fetch any
+  leave    copies that leave the busiest home rank, mean/max over the batches
+  bound    a largest load that no plan of live slots beats, over the mean load
+  gap      relative distance of live from the bound, mean
 The last table holds figures against targets that live slots are to reach, as far as this run has
-them. Fails only if a plan is wrong: tokens lost, worse than the LP, or an expert twice on a rank."""
+them. Fails only if a plan is wrong: tokens lost, worse than the LP, an expert on a rank twice."""
 
 
 def add(commands: Any) -> None:

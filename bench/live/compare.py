@@ -230,13 +230,13 @@ def summarize(figures: _Figures) -> Row:
         laid out for every batch; ``published`` and ``live``, each with ``pieces`` (mean a rank),
         ``fetching`` (part of the batches with pieces) and ``leaving`` (copies that leave the
         busiest home rank: mean and max); of ``live`` also ``bound`` (mean, over the mean load),
-        ``gap`` (mean and max), ``less_a_token`` (the largest imbalance if the fullest rank had one
-        token less) and ``wrong`` (plans that fail their check).
+        ``gap`` (mean and max), ``less_a_token`` (mean and max imbalance if the fullest rank had one
+        token less, though at least 1) and ``wrong`` (plans that fail their check).
     """
     values = {name: np.array(found, dtype=np.float64) for name, found in figures.values.items()}
     n = len(values["live"])
     live = _summarize_fetches(values["pieces"], values["leaving"])
-    less = values["live"] - 1 / values["tokens"]
+    less = np.maximum(values["live"] - 1 / values["tokens"], 1.0)
     return {
         "batches": n,
         "imbalance": {
@@ -248,7 +248,7 @@ def summarize(figures: _Figures) -> Row:
             **live,
             "bound": float(values["bound"].mean()),
             "gap": {"mean": float(values["gap"].mean()), "max": float(values["gap"].max())},
-            "less_a_token": float(less.max()),
+            "less_a_token": {"mean": float(less.mean()), "max": float(less.max())},
             "wrong": int(values["wrong"].sum()),
         },
     }

@@ -11,24 +11,24 @@ __all__ = ["make_live_grids"]
 
 _WAYS = {
     "none": "none",
-    "eplb_1": "EPLB+LP, 1",
-    "eplb": "EPLB+LP",
-    "chain": "chain+LP",
-    "published": "published",
-    "base": "base+LP",
+    "eplb_1": "EPLB:1",
+    "eplb": "EPLB",
+    "chain": "chain",
+    "published": "UltraEP",
+    "base": "base",
     "live": "live",
 }
 _NOTE = (
-    "Largest over mean rank load, in whole tokens: mean/p95/max over the batches. none: experts in "
-    "order; EPLB+LP, 1: one redundant slot a rank; EPLB+LP and chain+LP: as many redundant slots "
-    "as the base and the live slots together; published: UltraEP's planner, experts at home, as "
-    "many slots as live ones; base+LP: without live slots; live: with them."
+    "Largest over mean rank load, in whole tokens, over the batches. none: experts in order; "
+    "EPLB:1: one redundant slot a rank, and the LP; EPLB and chain: as many redundant slots as the "
+    "base and the live slots together, and the LP; UltraEP: its planner written anew, experts at "
+    "home, as many slots as live ones; base: its LP without live slots; live: with them."
 )
 _TRAFFIC_NOTE = (
-    "pieces: experts fetched into live slots, mean per rank and batch; fetch: part of the batches "
-    "that fetch any; leaving: copies that leave the busiest home rank, mean/max over the batches; "
-    "bound: a largest load that no plan beats, over the mean load; gap: of live to the bound, "
-    "mean/max."
+    "U: UltraEP's planner; L: live slots. pieces: experts fetched, mean per rank and batch; fetch: "
+    "part of the batches that fetch any; leave: copies that leave the busiest home rank, mean/max "
+    "over the batches; bound: a largest load that no plan of live slots beats, over the mean load; "
+    "gap: of live to the bound, mean."
 )
 
 
@@ -50,10 +50,11 @@ def make_live_grids(report: dict[str, Any]) -> list[Grid]:
         sources = [*row["sources"], {**row["all"], "name": "all"}]
         where = f"EP {row['ep']}, {row['live']} live slots a rank on {row['base']}"
         lines = [
-            (source["name"], str(source["batches"]), *_format_ways(source["imbalance"]))
+            (source["name"], statistic, *_format_ways(source["imbalance"], statistic))
             for source in sources
+            for statistic in ("mean", "p95", "max")
         ]
-        header = ("loads", "batches", *_WAYS.values())
+        header = ("loads", "", *_WAYS.values())
         grids.append(Grid(f"Imbalance, {where}", header, lines, (_NOTE,)))
         grids.append(_make_traffic_grid(where, sources))
     if report["targets"]:
@@ -68,35 +69,30 @@ def make_live_grids(report: dict[str, Any]) -> list[Grid]:
     return grids
 
 
-def _format_ways(imbalance: dict[str, dict[str, float] | None]) -> list[str]:
-    cells = []
-    for way in _WAYS:
-        found = imbalance[way]
-        cells.append(
-            "n/a" if found is None else f"{found['mean']:.3f}/{found['p95']:.2f}/{found['max']:.2f}"
-        )
-    return cells
+def _format_ways(imbalance: dict[str, dict[str, float] | None], statistic: str) -> tuple[str, ...]:
+    found = (imbalance[way] for way in _WAYS)
+    return tuple("n/a" if way is None else f"{way[statistic]:.3f}" for way in found)
 
 
 def _make_traffic_grid(where: str, sources: list[dict[str, Any]]) -> Grid:
     lines = []
     for source in sources:
-        live, published = source["live"], source["published"]
+        both = (source["published"], source["live"])
+        live = source["live"]
         lines.append(
             (
                 source["name"],
-                f"{published['pieces']:.2f}",
-                f"{live['pieces']:.2f}",
-                format_percent(published["fetching"]),
-                format_percent(live["fetching"]),
-                *(f"{v['leaving']['mean']:.1f}/{v['leaving']['max']}" for v in (published, live)),
+                str(source["batches"]),
+                *(f"{found['pieces']:.2f}" for found in both),
+                *(format_percent(found["fetching"]) for found in both),
+                *(f"{found['leaving']['mean']:.1f}/{found['leaving']['max']}" for found in both),
                 f"{live['bound']:.3f}",
-                f"{live['gap']['mean']:.3f}/{live['gap']['max']:.2f}",
+                f"{live['gap']['mean']:.3f}",
             )
         )
     header = (
-        *("loads", "pieces, published", "pieces, live", "fetch, published", "fetch, live"),
-        *("leaving, published", "leaving, live", "bound", "gap"),
+        *("loads", "batches", "pieces U", "pieces L", "fetch U", "fetch L"),
+        *("leave U", "leave L", "bound", "gap"),
     )
     return Grid(f"What is fetched, {where}", header, lines, (_TRAFFIC_NOTE,))
 
