@@ -17,6 +17,7 @@ equation 15):
 
 from __future__ import annotations
 
+from lplb_triton.bench.live.added import find_gain
 from lplb_triton.bench.live.compare import WAYS, Options, run
 from lplb_triton.bench.live.plans import (
     Base,
@@ -37,6 +38,7 @@ __all__ = [
     "Source",
     "StaticPlan",
     "draw_workloads",
+    "find_gain",
     "judge_targets",
     "make_static_plan",
     "plan_batch",

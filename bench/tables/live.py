@@ -49,6 +49,7 @@ def make_live_grids(report: dict[str, Any]) -> list[Grid]:
     for row in report["rows"]:
         sources = [*row["sources"], {**row["all"], "name": "all"}]
         where = f"EP {row['ep']}, {row['live']} live slots a rank on {row['base']}"
+        where += f", {row['all']['batches']} batches"
         lines = [
             (source["name"], statistic, *_format_ways(source["imbalance"], statistic))
             for source in sources
@@ -82,7 +83,6 @@ def _make_traffic_grid(where: str, sources: list[dict[str, Any]]) -> Grid:
         lines.append(
             (
                 source["name"],
-                str(source["batches"]),
                 *(f"{found['pieces']:.2f}" for found in both),
                 *(format_percent(found["fetching"]) for found in both),
                 *(f"{found['leaving']['mean']:.1f}/{found['leaving']['max']}" for found in both),
@@ -91,7 +91,7 @@ def _make_traffic_grid(where: str, sources: list[dict[str, Any]]) -> Grid:
             )
         )
     header = (
-        *("loads", "batches", "pieces U", "pieces L", "fetch U", "fetch L"),
+        *("loads", "pieces U", "pieces L", "fetch U", "fetch L"),
         *("leave U", "leave L", "bound", "gap"),
     )
     return Grid(f"What is fetched, {where}", header, lines, (_TRAFFIC_NOTE,))
