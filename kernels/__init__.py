@@ -22,6 +22,7 @@ from lplb_triton.kernels.live.launch import (
     LiveCopies,
     LiveRules,
     LiveTables,
+    plan_live,
     size_live_scratch,
 )
 from lplb_triton.kernels.loads import MOST_EXPERTS, record_loads
@@ -67,6 +68,7 @@ __all__ = [
     "count_by_program",
     "divide_quotas",
     "is_interpreted",
+    "plan_live",
     "read_report",
     "record_loads",
     "select",

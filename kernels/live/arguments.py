@@ -106,7 +106,7 @@ class LiveScratch(NamedTuple):
 
 
 class LiveOutcome(NamedTuple):
-    """Addresses of what a plan writes for others."""
+    """Where a plan writes what others read."""
 
     out: Any
     """[G L + 3] int32: experts of live slots, -1 for none, then the largest load, a lower bound
@@ -114,7 +114,7 @@ class LiveOutcome(NamedTuple):
     version: Any
     """[1] int32, checksum of the placement and of this plan."""
     base: Any
-    """[1] int32, checksum of the placement; read."""
+    """Checksum of the placement, int32; no address."""
 
 
 @triton.jit

@@ -8,8 +8,9 @@ import torch
 import triton
 
 from lplb_triton import _layout
+from lplb_triton.kernels.launch import KernelCall, launch_call
 from lplb_triton.kernels.live.arguments import live_scratch_words
-from lplb_triton.kernels.live.plan import MOST_EXPERTS_AT_ONCE
+from lplb_triton.kernels.live.plan import MOST_EXPERTS_AT_ONCE, plan_live_kernel
 
 # Offers of a rank that stay in registers; the next ones are loaded when these are used up.
 FEW_OFFERS, MANY_OFFERS = 4, 8
@@ -29,6 +30,8 @@ class LiveTables(NamedTuple):
     copy_start: torch.Tensor
     """[n_logical + 1]"""
     copy_slot: torch.Tensor
+    """[n_copies]"""
+    copy_index: torch.Tensor
     """[n_copies]"""
     most_copies: torch.Tensor
     """[1] the most static copies of an expert."""
@@ -110,13 +113,39 @@ class Live(NamedTuple):
 
 # Constants of a kernel without live slots.
 NO_LIVE = (0, 1, FEW_OFFERS, 16, 16, False, False, False)
-N_LIVE_ARGS = len(LiveTables._fields) + 10
 
 
 def no_live_args(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return arguments that a kernel without live slots doesn't read."""
     n = len(LiveTables._fields) + 4
     return (*[tensor] * n, 0.0, 0, 0, 0, 0, tensor)
+
+
+def plan_live_call(
+    counts: torch.Tensor, cumulative: torch.Tensor, max_load: torch.Tensor, live: Live
+) -> KernelCall:
+    """Prepare `plan_live`."""
+    n_slots, n_ranks = live.tables.slot_words.shape
+    n_logical = counts.numel()
+    ranks = max(8, triton.next_power_of_2(n_ranks))
+    *pointers, above, aim, cost, fanout, domain, out = live.args()
+    rules = above, aim, cost, fanout, domain
+    args = (counts, cumulative, max_load, *pointers, out, *rules, n_ranks, n_slots, n_logical)
+    constants = (ranks, max(16, triton.next_power_of_2(n_logical)), *live.constants())
+    options = {"num_warps": 4 if ranks <= 64 else 8}
+    return KernelCall(plan_live_kernel, 1, args, constants, options)
+
+
+def plan_live(
+    counts: torch.Tensor, cumulative: torch.Tensor, max_load: torch.Tensor, live: Live
+) -> None:
+    """Plan live slots in a launch of its own, for given shares of the static copies.
+
+    ``counts`` [n_logical] int32, ``cumulative`` [2 n_copies + G L] int32, whose first n_copies are
+    given, ``max_load`` [1] float32 of these shares. Writes ``live.out``, ``live.scratch`` and the
+    rest of ``cumulative``.
+    """
+    launch_call(plan_live_call(counts, cumulative, max_load, live))
 
 
 def round_aim(above: float) -> int:

@@ -15,6 +15,10 @@ from lplb_triton.kernels.live.arguments import (
     MOST_UNITS,
     OFFER_SHIFT,
     PASSES,
+    LiveOutcome,
+    LiveRules,
+    LiveSizes,
+    LiveTables,
     divide_live_scratch,
 )
 from lplb_triton.kernels.live.bound import find_live_bound
@@ -143,24 +147,23 @@ def _search(
 
 
 @triton.jit
-def _write_version(version_ptr, base_ptr, expert, tokens, piece):
+def _write_version(outcome, expert, tokens, piece):
     """Write the checksum that the next exchange of counts compares: of placement and plan."""
     word = (piece + 1).to(tl.int64) * 0x3504F333 + (expert + 1).to(tl.int64) * 0x2545F491
     word = ((word ^ (word >> 15)) & 0x3FFFFFFF) * (2 * tokens.to(tl.int64) + 1)
     checksum = tl.sum(tl.where(expert >= 0, word & 0x3FFFFFFFFFF, 0), 0)
     checksum = (checksum ^ (checksum >> 23)) & 0x7FFFFFFF
-    tl.store(version_ptr, tl.load(base_ptr) ^ checksum.to(tl.int32))
+    tl.store(outcome.version, outcome.base ^ checksum.to(tl.int32))
 
 
 @triton.jit
 def _write_outcome(
-    expert, tokens, max_load, bound, outcome, tables, sizes,
+    expert, max_load, bound, outcome, tables, sizes,
     P: tl.constexpr, LIVE: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """Write what live slots hold, the numbers of the plan, and its checksum."""
+    """Write what live slots hold, and the numbers of the plan."""
     piece = tl.arange(0, P)
     n_live = sizes.n_ranks * LIVE
-    _write_version(outcome.version, outcome.base, expert, tokens, piece)
     if RESIDENT:
         there = tl.load(tables.resident + piece, mask=piece < n_live, other=-1)
         expert = tl.where(expert >= 0, expert, there)
@@ -203,7 +206,8 @@ def _plan(
     tl.store(scratch.flag, tl.where(steps > 0, halvings + 1, 0))
     max_load = tl.where(steps > 0, (peak << shift).to(tl.float32), max_load)
     bound = tl.maximum((bound << shift).to(tl.float32), mean)
-    _write_outcome(expert, tokens, max_load, bound, outcome, tables, sizes, P, LIVE, RESIDENT)
+    _write_version(outcome, expert, tokens, tl.arange(0, P))
+    _write_outcome(expert, max_load, bound, outcome, tables, sizes, P, LIVE, RESIDENT)
 
 
 @triton.jit
@@ -240,5 +244,64 @@ def plan_live_slots(
         )  # fmt: skip
     else:
         tl.store(scratch.flag, 0)
+        tl.store(outcome.version, outcome.base)
         nothing = tl.full((P,), -1, tl.int32)
-        _write_outcome(nothing, nothing, max_load, mean, outcome, tables, sizes, P, LIVE, RESIDENT)
+        _write_outcome(nothing, max_load, mean, outcome, tables, sizes, P, LIVE, RESIDENT)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_ranks", "n_slots", "n_logical", "above", "aim", "cost", "fanout", "domain",
+    ]
+)  # fmt: skip
+def plan_live_kernel(
+    counts_ptr,  # [E] int32, tokens of each expert over all ranks
+    cumulative_ptr,  # [2 n_copies + G L] int32: shares of static copies, then of this batch's
+    max_load_ptr,  # [1] float32, largest load of the plan of static copies
+    slot_words_ptr,  # the tables of `LiveTables`
+    slot_experts_ptr,
+    held_by_ptr,
+    homes_ptr,
+    copy_start_ptr,
+    copy_slot_ptr,
+    copy_index_ptr,
+    most_copies_ptr,  # [1] int32
+    resident_ptr,
+    scratch_ptr,  # [live_scratch_words] int32
+    version_ptr,  # [1] int32, written
+    base_ptr,  # [1] int32
+    out_ptr,  # [G L + 3] int32, written
+    above,  # float32
+    aim,
+    cost,
+    fanout,
+    domain,
+    n_ranks,
+    n_slots,
+    n_logical,
+    G: tl.constexpr,
+    BINS: tl.constexpr,  # E, padded
+    LIVE: tl.constexpr,
+    SLICES: tl.constexpr,
+    OFFERS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PRICED: tl.constexpr,
+    DOMAINS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """Plan live slots for given counts and shares, in a launch of its own. Grid (1,)."""
+    expert = tl.arange(0, BINS)
+    counts = tl.load(counts_ptr + expert, mask=expert < n_logical, other=0)
+    mean = tl.sum(counts.to(tl.float32), 0) / n_ranks.to(tl.float32)
+    plan_live_slots(
+        counts_ptr, cumulative_ptr, tl.load(max_load_ptr), mean, tl.min(counts, 0) < 0,
+        scratch_ptr, LiveOutcome(out_ptr, version_ptr, tl.load(base_ptr)),
+        LiveTables(
+            slot_words_ptr, slot_experts_ptr, held_by_ptr, homes_ptr, copy_start_ptr,
+            copy_slot_ptr, copy_index_ptr, resident_ptr,
+        ),
+        LiveRules(above, aim, cost, fanout, domain),
+        LiveSizes(n_ranks, n_slots, n_logical, tl.load(most_copies_ptr), n_slots + LIVE),
+        G, SLICES, OFFERS, EXPERTS, SLOTS, LIVE, PRICED, DOMAINS, RESIDENT,
+    )  # fmt: skip

@@ -24,6 +24,8 @@ from lplb_triton.kernels.live.arguments import (
 )
 
 RANK_MASK = tl.constexpr((1 << _layout.LIVE_RANK_BITS) - 1)
+# Stands for the surplus of a rank that neither gives nor takes any more.
+SETTLED = tl.constexpr(-(1 << 30))
 # Slots whose offers are loaded at once.
 AT_ONCE = tl.constexpr(4)
 
@@ -103,13 +105,13 @@ def load_all_offers(offers_ptr, sizes, SLICES: tl.constexpr, MOST: tl.constexpr)
 
 
 @triton.jit
-def _find_giver(surplus, stuck, SLICES: tl.constexpr):
+def _find_giver(surplus, SLICES: tl.constexpr):
     """Find the rank with the largest surplus; returns a word of surplus and rank, 0 for none."""
     lane = tl.arange(0, LANES)
     largest = tl.zeros((LANES,), tl.int32)
     for h in tl.static_range(SLICES):
         word = (surplus[h] << RANK_BITS) | (lane + h * LANES)
-        largest = tl.maximum(largest, tl.where((surplus[h] > 0) & (stuck[h] == 0), word, 0))
+        largest = tl.maximum(largest, tl.where(surplus[h] > 0, word, 0))
     return tl.max(largest, 0)
 
 
@@ -161,27 +163,26 @@ def _is_near(rank, home, domain):
 
 @triton.jit
 def _find_receiver(
-    surplus, free, first_live, expert, bits, home, wanted, domain,
+    surplus, first_live, expert, bits, home, wanted, domain,
     SLICES: tl.constexpr, LIVE: tl.constexpr, DOMAINS: tl.constexpr,
 ):  # fmt: skip
     """Find the rank with the smallest deficit that holds ``wanted`` units, or else the largest.
 
     ``bits`` say which ranks hold a static copy of the expert, ``first_live`` what lies in the first
-    live slot of each rank. Returns a word of value and rank, 0 for none, and another that takes the
-    largest deficit of all.
+    live slot of each rank. Returns a word of value and rank, 0 for none.
     """
     lane = tl.arange(0, LANES)
     largest = tl.zeros((LANES,), tl.int32)
     for h in tl.static_range(SLICES):
-        deficit = tl.where(free[h] > 0, -surplus[h], 0)
-        deficit = tl.where((bits[h] >> lane) & 1 == 0, deficit, 0)
+        deficit = tl.where((bits[h] >> lane) & 1 == 0, -surplus[h], 0)
         if LIVE > 1:
             deficit = tl.where(first_live[h] == expert, 0, deficit)
         if DOMAINS:
             deficit = tl.where(_is_near(lane + h * LANES, home, domain), deficit, 0)
+        # This is negative for ranks that are settled.
         value = tl.where(deficit >= wanted, 4 * MOST_UNITS - deficit, deficit)
         word = (value << RANK_BITS) | (lane + h * LANES)
-        largest = tl.maximum(largest, tl.where(deficit > 0, word, 0))
+        largest = tl.maximum(largest, tl.where(value > 0, word, 0))
     return tl.max(largest, 0)
 
 
@@ -278,17 +279,15 @@ def find_pieces(
     lane = tl.arange(0, LANES)
     n_live = sizes.n_ranks * LIVE
     zero = tl.zeros((LANES,), tl.int32)
-    surplus, rooms, excess, stuck, free, used, sent, received, floors, first_live = (
-        (), (), (), (), (), (), (), (), (), (),
+    surplus, rooms, excess, free, used, sent, received, floors, first_live = (
+        (), (), (), (), (), (), (), (), (),
     )  # fmt: skip
     for h in tl.static_range(SLICES):
         is_rank = lane + h * LANES < sizes.n_ranks
-        # A surplus of 0 neither gives nor takes.
         own = tl.where(is_rank, loads[h] - target, 0)
-        surplus += (own,)
+        surplus += (tl.where(is_rank, own, SETTLED),)
         rooms += (tl.maximum(-own, 0),)
         excess += (tl.maximum(own, 0),)
-        stuck += (zero,)
         free += (zero + LIVE,)
         used += (zero,)
         sent += (zero,)
@@ -299,8 +298,10 @@ def find_pieces(
     resident = _load_resident(tables.resident, sizes, SLICES, LIVE, RESIDENT)
     peak = _largest(loads, SLICES)
     price = peak
-    steps, kept, port, stuck_surplus = left * 0, left * 0, left * 0, left * 0
-    giver_word = _find_giver(surplus, stuck, SLICES)
+    steps, kept, port = left * 0, left * 0, left * 0
+    # The largest surplus of a settled rank.
+    settled = left * 0 + SETTLED
+    giver_word = _find_giver(surplus, SLICES)
     while (giver_word > 0) & (room > 0):
         giver, had = giver_word & RANK_MASK, giver_word >> RANK_BITS
         word = _find_offer(offers, giver, SLICES, MOST)
@@ -325,7 +326,7 @@ def find_pieces(
             home = tl.where(is_shared, original, giver)
         wanted = tl.minimum(had, offered)
         found = _find_receiver(
-            surplus, free, first_live, expert, bits, home, wanted, rules.domain,
+            surplus, first_live, expert, bits, home, wanted, rules.domain,
             SLICES, LIVE, DOMAINS,
         )  # fmt: skip
         if PRICED:
@@ -341,8 +342,8 @@ def find_pieces(
             fetches = there == 0
             found = tl.where(fetches, found, there)
             deficit = tl.where(fetches, deficit, there >> RANK_BITS)
-        receiver = found & RANK_MASK
         some = (found > 0) & (word > 0)
+        receiver = tl.where(some, found & RANK_MASK, -1)
         is_last_slot = giver >= 0
         slot = giver * 0
         if LIVE > 1:
@@ -365,8 +366,22 @@ def find_pieces(
         room += tl.maximum(amount - had, 0)
         room -= tl.where(some, tl.where(is_last_slot, deficit, amount), 0)
         left -= tl.minimum(amount, had)
-        surplus = _add_at(_add_at(surplus, giver, -amount, SLICES), receiver, amount, SLICES)
-        free = _add_at(free, receiver, -some.to(tl.int32), SLICES)
+        # A rank is settled once it has nothing to offer, or its last slot is taken: it is at or
+        # below the target then, and gives no more.
+        is_stuck = word == 0
+        after = amount - deficit
+        giver_after = tl.where(is_stuck, SETTLED, had - amount)
+        receiver_after = tl.where(is_last_slot, SETTLED, after)
+        settled = tl.maximum(settled, tl.where(is_stuck, had, SETTLED))
+        settled = tl.maximum(settled, tl.where(some & is_last_slot, after, SETTLED))
+        new_surplus = ()
+        for h in tl.static_range(SLICES):
+            rank = lane + h * LANES
+            own = tl.where(rank == receiver, receiver_after, surplus[h])
+            new_surplus += (tl.where(rank == giver, giver_after, own),)
+        surplus = new_surplus
+        if LIVE > 1:
+            free = _add_at(free, receiver, -some.to(tl.int32), SLICES)
         if RESIDENT:
             used = _add_at(used, receiver, some.to(tl.int32) << slot, SLICES)
         if LIVE > 1:
@@ -379,25 +394,21 @@ def find_pieces(
         new_word = word - (amount << OFFER_SHIFT)
         new_word = tl.where(some & (amount < offered), new_word, 0)
         offers = _replace_offer(offers, giver, word, new_word, SLICES, MOST)
-        stuck = _add_at(stuck, giver, (word == 0).to(tl.int32), SLICES)
-        stuck_surplus = tl.maximum(stuck_surplus, tl.where(word == 0, had, 0))
         if PRICED:
             fetched = (some & fetches).to(tl.int32)
             sent = _add_at(sent, home, fetched, SLICES)
             received = _add_at(received, receiver, fetched, SLICES)
             port = tl.maximum(port, _take(sent, home, SLICES))
             port = tl.maximum(port, _take(received, receiver, SLICES))
-        giver_word = _find_giver(surplus, stuck, SLICES)
-        new_peak = target + tl.maximum(giver_word >> RANK_BITS, stuck_surplus)
+        giver_word = _find_giver(surplus, SLICES)
+        # Below the target it doesn't matter which rank has the most.
+        new_peak = target + tl.maximum(giver_word >> RANK_BITS, tl.maximum(settled, 0))
         new_price = new_peak + port * cost
         better = some & (new_price < price)
         price = tl.where(better, new_price, price)
         peak = tl.where(better, new_peak, peak)
         kept = tl.where(better, steps, kept)
     # The largest load may have come to lie below the target.
-    lasting = ()
-    for h in tl.static_range(SLICES):
-        is_rank = lane + h * LANES < sizes.n_ranks
-        lasting += (tl.where(is_rank, surplus[h] + target, 0),)
-    peak = tl.where((kept == steps) & (steps > 0), _largest(lasting, SLICES), peak)
+    last_peak = target + tl.maximum(_largest(surplus, SLICES), settled)
+    peak = tl.where((kept == steps) & (steps > 0), last_peak, peak)
     return price, peak, kept

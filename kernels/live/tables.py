@@ -10,12 +10,15 @@ import triton
 import triton.language as tl
 
 from lplb_triton.kernels.rounding import SHARE_BITS, compute_rounding_offset
-from lplb_triton.kernels.solve.tiles import SHARE_ONE
+from lplb_triton.kernels.solve.tiles import SHARE_ONE, add2
 
 # Static copies of an expert that are handled at once.
 COPIES_AT_ONCE = tl.constexpr(4)
 # Pieces that all others are compared with at once.
-PIECES_AT_ONCE = tl.constexpr(16)
+PIECES_AT_ONCE = tl.constexpr(64)
+# An expert has fewer tokens than 2 to this.
+TOKEN_BITS = tl.constexpr(32)
+TOKEN_MASK = tl.constexpr((1 << 32) - 1)
 
 
 @triton.jit
@@ -60,19 +63,22 @@ def _load_piece_experts(pieces_ptr, piece, n_live, n_steps, tables):
 @triton.jit
 def _compare_pieces(pieces_ptr, expert, piece, n_live, n_steps, shift, tables, P: tl.constexpr):
     """Count pieces of the same expert, and their tokens: those of lower slots, and all of them."""
-    n_before = tl.zeros((P,), tl.int32)
-    n_all, before, all_tokens = n_before, n_before, n_before
-    for block in range(0, n_live, PIECES_AT_ONCE):
-        other = block + tl.arange(0, PIECES_AT_ONCE)
+    # Words of a number of pieces and their tokens, whose sums don't overflow into one another.
+    before, every = tl.zeros((P,), tl.int64), tl.zeros((P,), tl.int64)
+    OTHERS: tl.constexpr = P if P < PIECES_AT_ONCE else PIECES_AT_ONCE
+    for block in range(0, n_live, OTHERS):
+        other = block + tl.arange(0, OTHERS)
         _, other_expert = _load_piece_experts(pieces_ptr, other, n_live, n_steps, tables)
         tokens = tl.load(pieces_ptr + n_live + other, mask=other_expert >= 0, other=0) << shift
-        same = (expert[:, None] == other_expert[None, :]) & (expert >= 0)[:, None]
-        earlier = same & (other[None, :] < piece[:, None])
-        n_before += tl.sum(earlier.to(tl.int32), 1)
-        n_all += tl.sum(same.to(tl.int32), 1)
-        before += tl.sum(tl.where(earlier, tokens[None, :], 0), 1)
-        all_tokens += tl.sum(tl.where(same, tokens[None, :], 0), 1)
-    return n_before, n_all, before, all_tokens
+        word = (tl.full((OTHERS,), 1, tl.int64) << TOKEN_BITS) + tokens.to(tl.int64)
+        same = (other_expert[:, None] == expert[None, :]) & (expert >= 0)[None, :]
+        words = tl.where(same, word[:, None], 0)
+        earlier = tl.where(other[:, None] < piece[None, :], words, 0)
+        block_before, block_every = tl.reduce((earlier, words), 0, add2)
+        before += block_before
+        every += block_every
+    n_before, n_every = (before >> TOKEN_BITS).to(tl.int32), (every >> TOKEN_BITS).to(tl.int32)
+    return n_before, n_every, before & TOKEN_MASK, every & TOKEN_MASK
 
 
 @triton.jit

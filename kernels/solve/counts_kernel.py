@@ -331,6 +331,7 @@ def solve_counts_kernel(
     homes_ptr,  # [n_logical] int32
     copy_start_ptr,  # [n_logical + 1] int32
     copy_slot_ptr,  # [n_copies] int32
+    live_index_ptr,  # [n_copies] int32, as ``copy_index``
     most_copies_ptr,  # [1] int32
     resident_ptr,  # [n_ranks, LIVE] int32, read and written with RESIDENT
     live_scratch_ptr,  # [live_scratch_words] int32
@@ -427,6 +428,8 @@ def solve_counts_kernel(
         else:
             loaded = load_tables(tables, sizes, G, C, COPIES, MEMBERS)
             copy_part = load_copy_parts(tables, sizes, G, S)
+        if LIVE > 0:
+            live_base, most_copies = tl.load(live_base_ptr), tl.load(most_copies_ptr)
         await_previous(PDL)
         live_versions_ptr += channel
         counts_ptr, complete = _await_all_counts(
@@ -455,13 +458,12 @@ def solve_counts_kernel(
                 G, C, R, S, COPIES, MEMBERS, LANES,
             )  # fmt: skip
         if LIVE > 0:
-            most_copies = tl.load(most_copies_ptr)
             plan_live_slots(
                 counts_ptr, cumulative_ptr, max_load, mean, invalid, live_scratch_ptr,
-                LiveOutcome(live_out_ptr, live_versions_ptr, live_base_ptr),
+                LiveOutcome(live_out_ptr, live_versions_ptr, live_base),
                 LiveTables(
                     slot_words_ptr, slot_experts_ptr, held_by_ptr, homes_ptr, copy_start_ptr,
-                    copy_slot_ptr, copy_index_ptr, resident_ptr,
+                    copy_slot_ptr, live_index_ptr, resident_ptr,
                 ),
                 LiveRules(live_above, live_aim, live_cost, live_fanout, live_domain),
                 LiveSizes(n_ranks, n_slots, n_logical, most_copies, n_slots + LIVE),
