@@ -34,8 +34,9 @@ def judge_targets(rows: Sequence[Row]) -> list[Row]:
     Returns
     -------
     list of dict
-        ``ep``, ``live``, ``base``, ``what``, ``figure``, ``most`` and ``holds``, for every target
-        that the comparison has something for.
+        ``ep``, ``live``, ``base``, ``what``, ``figure``, ``less_a_token`` (the figure if each
+        fullest rank had one token less, or None where that does not count), ``most`` and
+        ``holds``, for every target that the comparison has something for.
     """
     found: list[Row] = []
     for row in rows:
@@ -48,11 +49,12 @@ def judge_targets(rows: Sequence[Row]) -> list[Row]:
 
 def _judge_all(row: Row) -> list[Row]:
     """Hold all batches together against the targets of experts at home."""
-    live, less = row["live"], row["all"]["live"]["less_a_token"]
-    found = []
+    live, found = row["live"], []
     if live == 2 or row["ep"] >= LEAST_RANKS:
-        found.append(_judge(row, "mean of all", less["mean"], MEAN[live]))
-        found.append(_judge(row, "max of all", less["max"], MOST[live]))
+        for statistic, most in (("mean", MEAN[live]), ("max", MOST[live])):
+            figure = row["all"]["imbalance"]["live"][statistic]
+            less = row["all"]["live"]["less_a_token"][statistic]
+            found.append(_judge(row, f"{statistic} of all", figure, most, less))
     return found
 
 
@@ -68,6 +70,12 @@ def _judge_sources(row: Row) -> list[Row]:
     return found
 
 
-def _judge(row: Row, what: str, figure: float, most: float) -> dict[str, Any]:
-    head = {name: row[name] for name in ("ep", "live", "base")}
-    return {**head, "what": what, "figure": figure, "most": most, "holds": figure <= most}
+def _judge(
+    row: Row, what: str, figure: float, most: float, less_a_token: float | None = None
+) -> dict[str, Any]:
+    counted = figure if less_a_token is None else less_a_token
+    return {
+        **{name: row[name] for name in ("ep", "live", "base")},
+        **{"what": what, "figure": figure, "less_a_token": less_a_token, "most": most},
+        "holds": counted <= most,
+    }

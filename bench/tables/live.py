@@ -100,12 +100,19 @@ def _make_traffic_grid(where: str, sources: list[dict[str, Any]]) -> Grid:
 def _make_target_grid(targets: list[dict[str, Any]]) -> Grid:
     return Grid(
         "What live slots are to reach",
-        ("target", "EP", "live", "base", "figure", "at most", "holds"),
+        ("target", "EP", "live", "base", "figure", "less", "most", "holds"),
         [
             (
                 *(row["what"], str(row["ep"]), str(row["live"]), row["base"]),
-                *(f"{row['figure']:.4f}", f"{row['most']:g}", "yes" if row["holds"] else "NO"),
+                f"{row['figure']:.4f}",
+                "" if row["less_a_token"] is None else f"{row['less_a_token']:.4f}",
+                *(f"{row['most']:g}", "yes" if row["holds"] else "NO"),
             )
             for row in targets
         ],
+        (
+            "less: the figure if the fullest rank of each batch had one token less, as rounding to "
+            "whole tokens alone costs that; where it is given, it is what counts. fetch: part of "
+            "the batches that fetch any.",
+        ),
     )
