@@ -27,6 +27,7 @@ BASE = {
     "simulate": "simulate --ep 8 --slots 1 --rows 64 --hidden 8 --inner 8",
     "ep": "ep --device cpu --sections time,pipeline",
     "placement": "placement --synthetic 8 --seeds 0 --ep 4 --slots 1 --device cpu --trials 1",
+    "live": "live --trace t.npz --workload uniform --experts 32 --batches 1 --ep 4 --base home",
     "workloads": "workloads --workload uniform --placement place --ep 4 --slots 1 --experts 32 "
     "--batches 1",
     "record": "record t.npz",

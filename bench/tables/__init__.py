@@ -11,6 +11,7 @@ from lplb_triton.bench.tables.grid import (
     require,
     show_grids,
 )
+from lplb_triton.bench.tables.live import make_live_grids
 from lplb_triton.bench.tables.pipeline import make_pipeline_grids
 from lplb_triton.bench.tables.placement import make_placement_grids, make_workloads_grids
 from lplb_triton.bench.tables.simulate import make_simulate_grids
@@ -25,6 +26,7 @@ __all__ = [
     "make_advise_grids",
     "console",
     "make_ep_grids",
+    "make_live_grids",
     "markdown",
     "make_pipeline_grids",
     "make_placement_grids",
