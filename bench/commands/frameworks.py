@@ -55,19 +55,18 @@ def add(commands: Any) -> None:
         help="time training steps in Megatron-Core or transformers, by the ranks of a torchrun",
         description=(
             "Train an MoE model of a framework without balancing, with an even split over copies\n"
-            "and with the LP, in turns, on the same batches and from the same weights. Each routing\n"
-            "has models of its own. The routers' biases (of DeepSeek-V3's kind) are set such that\n"
-            "the ranks' loads are even, or as uneven as is asked for. megatron: MoE layers with\n"
-            "residuals, DDP and the distributed optimizer. transformers: a DeepSeek-V3 with FSDP.\n"
+            "and with the LP, in turns, on the same batches and from the same weights. Routers\n"
+            "have biases, as DeepSeek-V3's have, that make the ranks' loads even, or as uneven as\n"
+            "is asked for. megatron: MoE layers with residuals, DDP and the distributed\n"
+            "optimizer. transformers: a DeepSeek-V3 with FSDP.\n"
             f"\ncolumns of the tables:\n{columns}"
         ),
         examples=(
-            "  torchrun --nproc-per-node 2 -m lplb_triton.bench frameworks --framework megatron \\\n"
-            "      --hidden 2048 --experts 64 --expert-hidden 1408 --tokens 8192 --json m.json\n"
-            "  torchrun --nproc-per-node 2 -m lplb_triton.bench frameworks --framework \\\n"
-            "      transformers --imbalance 1.3 --routing skewed --markdown t.md\n"
-            "  torchrun --nproc-per-node 2 -m lplb_triton.bench frameworks --framework megatron \\\n"
-            "      --device cpu"
+            "  torchrun --nproc-per-node 2 -m lplb_triton.bench frameworks \\\n"
+            "      --framework megatron --hidden 2048 --experts 64 --expert-hidden 1408 \\\n"
+            "      --tokens 8192 --steps 20 --json megatron.json --markdown megatron.md\n"
+            "  torchrun --nproc-per-node 2 -m lplb_triton.bench frameworks \\\n"
+            "      --framework transformers --routing skewed --imbalance 1.3"
         ),
     )
     sub.add_argument("--framework", choices=FRAMEWORKS, required=True, help="which one")
@@ -123,7 +122,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         report = _make_report(args, ranks, sizes)
 
         def after(routing: str, rows: Row) -> None:
-            report["routings"][routing] = rows
+            report["routings"][routing] = drop_non_finite(rows)
             report["faults"] += find_faults(routing, rows, sizes.parity, args.imbalance)
             report["seconds"] = time.perf_counter() - begin
             if not writes:
@@ -133,14 +132,23 @@ def run(args: argparse.Namespace, out: Output) -> int:
             if args.json not in (None, "-"):
                 output.Files().add("figures", args.json, output.json_text(report))
 
-        _compare(args, sizes, ranks, after)
+        import_and_compare(args, sizes, ranks, after)
     if writes:
         output.finish(args, out, report, tables.make_frameworks_grids(report))
     return FAILED if report["faults"] else OK
 
 
-def _compare(args: argparse.Namespace, sizes: Sizes, ranks: Ranks, after: Any) -> None:
-    """Set the framework up, and compare."""
+def drop_non_finite(value: Any) -> Any:
+    """Return figures with None in place of numbers that JSON has no way to write."""
+    if isinstance(value, dict):
+        return {name: drop_non_finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [drop_non_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def import_and_compare(args: argparse.Namespace, sizes: Sizes, ranks: Ranks, after: Any) -> None:
+    """Import the framework, set it up, and compare."""
     try:
         framework = make_framework(args.framework, sizes, ranks)
     except ImportError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from collections.abc import Callable, Sequence
 
@@ -136,11 +137,17 @@ def compare_routings(
     """
     wanted = imbalance if "skewed" in routings else None
     biases = find_biases(framework.build("none"), framework, wanted)
+    _free_memory(framework.ranks)
     for routing in routings:
         after(routing, _compare_methods(framework, biases[routing]))
-        if framework.ranks.on_gpu:
-            # The next models find the memory of these in one piece.
-            torch.cuda.empty_cache()
+        _free_memory(framework.ranks)
+
+
+def _free_memory(ranks: Ranks) -> None:
+    """Free the memory of models that are not used any more, many of whose parts are in cycles."""
+    gc.collect()
+    if ranks.on_gpu:
+        torch.cuda.empty_cache()
 
 
 def _compare_methods(framework: Framework, biases: torch.Tensor) -> Row:

@@ -30,7 +30,7 @@ class _Layers(Trained):
     ) -> None:
         self._ddp, self._optimizer, self._balancing = ddp, optimizer, balancing
         self.moe_layers = layers
-        self.routers = [layer.router for layer in layers]
+        self.routers: list[Any] = [layer.router for layer in layers]
         self.biases = [router.expert_bias for router in self.routers]
 
     @property
@@ -146,8 +146,8 @@ class MegatronCore(Framework):
         """Make hidden states ``[tokens, 1, hidden]``."""
         shape = (self.sizes.tokens, 1, self.sizes.hidden)
         generator = self.make_generator(number)
-        x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-        return x.to(self.ranks.device, self.dtype)
+        x = torch.randn(shape, generator=generator, dtype=torch.float32, device=self.ranks.device)
+        return x.to(self.dtype)
 
     def close(self) -> None:
         """Let go of Megatron's process groups."""

@@ -83,7 +83,7 @@ class Framework(ABC):
 
     def make_generator(self, number: int) -> torch.Generator:
         """Return random numbers of this rank's batch."""
-        generator = torch.Generator("cpu")
+        generator = torch.Generator(self.ranks.device)
         return generator.manual_seed(self.ranks.size * number + self.ranks.rank)
 
     @abstractmethod

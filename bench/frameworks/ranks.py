@@ -23,7 +23,7 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the ranks.
+    """Place of this process among the ranks.
 
     Attributes
     ----------

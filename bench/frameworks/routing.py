@@ -42,22 +42,18 @@ def count_loads(model: Trained, framework: Framework, batches: Sequence[int]) ->
     """
     shape = (len(batches), len(model.routers), framework.sizes.experts)
     loads = torch.zeros(shape, dtype=torch.int64, device=framework.ranks.device)
-    row = 0
+    seen: list[torch.Tensor] = []
 
-    def make_hook(layer: int) -> object:
-        def count(module: torch.nn.Module, args: object, output: object) -> None:
-            loads[row, layer] += model.count_choices(output)
+    def count(module: torch.nn.Module, args: object, output: object) -> None:
+        seen.append(model.count_choices(output))
 
-        return count
-
-    hooks = [
-        router.register_forward_hook(make_hook(layer))  # type: ignore[arg-type]
-        for layer, router in enumerate(model.routers)
-    ]
+    hooks = [router.register_forward_hook(count) for router in model.routers]
     try:
         with torch.no_grad():
             for row, number in enumerate(batches):
+                seen.clear()
                 model.compute_loss(framework.make_batch(number))
+                loads[row] = torch.stack(seen)
     finally:
         for hook in hooks:
             hook.remove()

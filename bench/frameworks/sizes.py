@@ -54,10 +54,10 @@ class Sizes:
 SIZES = {
     "cuda": Sizes(
         hidden=2048, experts=64, expert_hidden=1408, top_k=8, layers=2, tokens=8192, redundant=2,
-        steps=20, warm_up=8, vocab=4096, learning_rate=1e-5, parity=0.01,
+        steps=20, warm_up=8, vocab=4096, learning_rate=1e-4, parity=0.01,
     ),
     "cpu": Sizes(
         hidden=32, experts=8, expert_hidden=16, top_k=2, layers=2, tokens=64, redundant=1,
-        steps=4, warm_up=4, vocab=256, learning_rate=1e-3, parity=1e-3,
+        steps=4, warm_up=4, vocab=256, learning_rate=1e-3, parity=1e-4,
     ),
 }  # fmt: skip

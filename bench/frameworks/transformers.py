@@ -32,8 +32,8 @@ class _Model(Trained):
 
     def __init__(self, model: Any, balanced: bool, learning_rate: float, on_gpu: bool) -> None:
         self._model, self._balanced = model, balanced
-        self.moe_layers = [layer.mlp for layer in model.model.layers]
-        self.routers = [layer.gate for layer in self.moe_layers]
+        self.moe_layers: list[Any] = [layer.mlp for layer in model.model.layers]
+        self.routers: list[Any] = [layer.gate for layer in self.moe_layers]
         self.biases = [router.e_score_correction_bias for router in self.routers]
         self._optimizer = torch.optim.AdamW(
             model.parameters(), lr=learning_rate, fused=True if on_gpu else None
@@ -84,6 +84,10 @@ class Transformers(Framework):
             torch.manual_seed(SEED)
             with torch.device(ranks.device):
                 model = AutoModelForCausalLM.from_config(self._config, dtype=self.dtype)
+            with torch.no_grad():
+                # Else attention's output, which is nearly the same for all tokens, would drown the
+                # embeddings, and all tokens would choose the same experts.
+                model.get_input_embeddings().weight.mul_(sizes.hidden**0.5)
             model.save_pretrained(self._own)
             del model
         folders: list[Any] = [None] * ranks.size
@@ -135,10 +139,10 @@ class Transformers(Framework):
         """Make tokens ``[sequences, length]`` int64."""
         shape = (self.sizes.tokens // self._sequence, self._sequence)
         generator = self.make_generator(number)
-        ids = torch.randint(
-            self.sizes.vocab, shape, generator=generator, dtype=torch.int64, device="cpu"
-        )
-        return ids.to(self.ranks.device)
+        return torch.randint(
+            self.sizes.vocab, shape, generator=generator, dtype=torch.int64,
+            device=self.ranks.device,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Delete the checkpoint."""

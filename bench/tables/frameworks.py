@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lplb_triton.bench.tables.cells import format_or_na
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = ["COLUMNS", "make_frameworks_grids"]
@@ -45,7 +46,7 @@ def make_frameworks_grids(report: dict[str, Any]) -> list[Grid]:
                     method,
                     f"{row['imbalance_after']:.3f}",
                     *(f"{row[k][v]:.2f}" for k in ("step_ms", "moe_ms") for v in ("median", "p99")),
-                    f"{row['loss_difference']:.1e}",
+                    format_or_na(row["loss_difference"], ".1e"),
                 )
                 for method, row in rows.items()
             ],
