@@ -109,14 +109,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if "skewed" not in args.routing:
         options.refuse(args, ("imbalance",), "only for the routing skewed")
     options.fill(args, {"imbalance": 1.5})
+    output.check_files([("--json", args.json), ("--markdown", args.markdown)])
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda":
         check_gpu()
     ranks = read_ranks(args.device)
     sizes = _choose_sizes(args, ranks)
     writes = ranks.rank == 0
-    if writes:
-        output.check_files([("--json", args.json), ("--markdown", args.markdown)])
     begin = time.perf_counter()
     with join_ranks(ranks):
         report = _make_report(args, ranks, sizes)
