@@ -295,6 +295,23 @@ def test_processes_that_torchrun_did_not_start(monkeypatch, capsys):
         read_ranks("cuda")
 
 
+@pytest.mark.parametrize("found", [None, "meta"])
+def test_megatron_without_its_device(found, monkeypatch):
+    """Megatron-Core is refused on a CPU, whether there is a GPU or not."""
+    pytest.importorskip("megatron.core")
+    from lplb_triton.bench.frameworks.megatron import MegatronCore
+
+    def find():
+        if found is None:
+            raise RuntimeError("no driver")
+        return found
+
+    monkeypatch.setattr(torch.cuda, "current_device", find)
+    message = "needs a GPU: no driver" if found is None else "makes tensors on meta"
+    with pytest.raises(UsageError, match=message):
+        MegatronCore(SIZES["cpu"], Ranks(0, 0, 2, torch.device("cpu")))
+
+
 @pytest.mark.parametrize("framework", MODULES)
 def test_a_framework_that_is_missing(framework, monkeypatch, capsys):
     """A framework that can't be imported is named, with the way to install it."""

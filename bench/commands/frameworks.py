@@ -73,7 +73,7 @@ def add(commands: Any) -> None:
     sub.add_argument(
         "--device", choices=("cuda", "cpu"),
         help="cpu: gloo and small sizes, which tests the command, not the speed (default: cuda if "
-        "there is one). Megatron-Core itself asks for CUDA in many places",
+        "there is one). Megatron-Core as it is released needs a GPU",
     )  # fmt: skip
     sub.add_argument(
         "--routing", type=options.names(ROUTINGS), default=ROUTINGS, metavar="NAME[,NAME...]",

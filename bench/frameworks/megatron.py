@@ -13,6 +13,7 @@ from torch import nn
 from lplb_triton.bench.frameworks.model import Framework, Trained
 from lplb_triton.bench.frameworks.ranks import Ranks
 from lplb_triton.bench.frameworks.sizes import Sizes
+from lplb_triton.bench.options import UsageError
 from lplb_triton.integrations._megatron_checks import import_megatron
 from lplb_triton.integrations.layers import LayerBalance
 from lplb_triton.integrations.megatron import Balancing, balance
@@ -62,6 +63,7 @@ class MegatronCore(Framework):
 
     def __init__(self, sizes: Sizes, ranks: Ranks) -> None:
         super().__init__(sizes, ranks)
+        _check_device(ranks)
         moe_utils = import_megatron("transformer.moe.moe_utils")
         # Release 0.16.1 reads this name also where there is no Transformer Engine to import it of.
         vars(moe_utils).setdefault("te_general_gemm", None)
@@ -152,6 +154,19 @@ class MegatronCore(Framework):
     def close(self) -> None:
         """Let go of Megatron's process groups."""
         import_megatron("parallel_state").destroy_model_parallel()
+
+
+def _check_device(ranks: Ranks) -> None:
+    """Raise an error unless the device is the one on which Megatron-Core makes its tensors."""
+    try:
+        found = torch.empty(0, device=torch.cuda.current_device()).device.type
+    except (AssertionError, RuntimeError) as error:
+        raise UsageError(f"argument --framework: megatron-core needs a GPU: {error}") from error
+    if found != ranks.device.type:
+        raise UsageError(
+            f"argument --device: megatron-core makes tensors on {found}, so its models can't be "
+            f"on {ranks.device.type}"
+        )
 
 
 def _make_stack(config: Any) -> Any:

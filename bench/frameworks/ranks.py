@@ -97,7 +97,11 @@ def read_ranks(device: str) -> Ranks:
 
 @contextmanager
 def join_ranks(ranks: Ranks) -> Iterator[None]:
-    """Have a process group of all ranks within the context."""
+    """Have a process group of all ranks within the context.
+
+    After an error it stays, since others may wait in it for this rank, and to let go of it could
+    wait for them; torchrun ends them once this process has ended.
+    """
     for name, value in NO_MULTICAST.items():
         os.environ.setdefault(name, value)
     if ranks.on_gpu:
@@ -107,7 +111,5 @@ def join_ranks(ranks: Ranks) -> Iterator[None]:
         timeout=timedelta(seconds=TIMEOUT),
         device_id=ranks.device if ranks.on_gpu else None,
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()

@@ -16,8 +16,8 @@ COLUMNS = {
     "imbalance": "largest load of a rank over the mean one, as routed, averaged over the last "
     "batches and the MoE layers",
     "step ms": "a training step, optimizer included, of the slowest rank: median, p99",
-    "MoE ms": "forward and backward passes of all MoE layers in a step, waits for other ranks, "
-    "weights of copies and their gradients included: median, p99",
+    "MoE layers ms": "forward and backward passes of all MoE layers in a step, waits for other "
+    "ranks, weights of copies and their gradients included: median, p99",
     "loss difference": "of the losses from those of none, root of the mean square over the steps",
 }
 
@@ -40,7 +40,7 @@ def make_frameworks_grids(report: dict[str, Any]) -> list[Grid]:
         Grid(
             f"{options['framework']}, {routing} routing: imbalance "
             f"{rows['none']['imbalance_before']:.3f} without balancing",
-            ("method", "imbalance", "step ms", "p99", "MoE ms", "p99", "loss difference"),
+            ("method", "imbalance", "step ms", "p99", "MoE layers ms", "p99", "loss difference"),
             [
                 (
                     method,
