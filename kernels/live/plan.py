@@ -120,11 +120,14 @@ def _search(
             mean = (total + sizes.n_ranks - 1) // sizes.n_ranks
             aim = (mean.to(tl.int64) * rules.aim) >> AIM_BITS
             first_target = mean + aim.to(tl.int32)
-            target, price, peak, bound = first_target, largest, largest, total // sizes.n_ranks
+            target, price, peak = first_target, largest, largest
+            # Tokens are whole, but a larger unit may be divided.
+            bound = tl.where(shift == 0, mean, total // sizes.n_ranks)
         # The pieces that are kept so far lie in the other set.
         pieces_ptr = scratch.pieces + (1 - kept_set) * n_words
         found_price, found_peak, found_steps = find_pieces(
-            offers, loads, target, n_passes == 1, pieces_ptr, scratch.offers, tables, rules, cost, sizes,
+            offers, loads, target, n_passes == 1, pieces_ptr, scratch.offers, tables, rules, cost,
+            sizes,
             SLICES, MOST, MORE, LIVE, SHARED, PRICED, DOMAINS, RESIDENT,
         )  # fmt: skip
         better = found_price < price

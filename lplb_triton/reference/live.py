@@ -337,7 +337,8 @@ def _search(
     aim = int((case.above - 1.0) * 0.5 * (1 << LIVE_AIM_BITS))
     first_target = target = mean + (mean * aim >> LIVE_AIM_BITS)
     best = _Found(int(loads.max()), int(loads.max()), [])
-    bound = int(loads.sum()) // case.ep_size
+    # Tokens are whole, but a larger unit may be divided.
+    bound = mean if shift == 0 else int(loads.sum()) // case.ep_size
     case = case._replace(cost=_scale_cost(case.cost, shift))
     for n_passes in range(1, LIVE_PASSES + 1):
         state = _State(case, copies, tokens, n_slots, target, largest_first=n_passes == 2)
