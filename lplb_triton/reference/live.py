@@ -108,10 +108,11 @@ def count_running(counts: Ints, cumulative: Ints, copies: Copies) -> Ints:
     """Count the tokens of an expert up to each of its copies, over all ranks (equation 15)."""
     n_copies = np.diff(copies.start)
     n = counts.repeat(n_copies)
-    running = (n * cumulative + round_offsets(len(counts)).repeat(n_copies)) >> SHARE_BITS
+    running: Ints = (n * cumulative + round_offsets(len(counts)).repeat(n_copies)) >> SHARE_BITS
     last = copies.start[1:] - 1
     running[last] = counts
-    return np.minimum(running, n)
+    running = np.minimum(running, n)
+    return running
 
 
 def choose_unit_shift(max_load: float, slots: int) -> int:
