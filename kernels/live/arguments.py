@@ -40,10 +40,10 @@ class LiveTables(NamedTuple):
     other static copies, and whether this copy is the first of them."""
     slot_experts: Any
     """[S, G]"""
-    held_by: Any
-    """[E, cdiv(G, 32)] bits of the ranks with a static copy of each expert."""
-    homes: Any
-    """[E] rank of each expert's original."""
+    slot_holders: Any
+    """[S, G, cdiv(G, 32)] bits of the ranks with a static copy of the slot's expert."""
+    slot_homes: Any
+    """[S, G] rank of the expert's original."""
     copy_start: Any
     """[E + 1]"""
     copy_slot: Any

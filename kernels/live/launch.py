@@ -12,8 +12,8 @@ from lplb_triton.kernels.launch import KernelCall, launch_call
 from lplb_triton.kernels.live.arguments import live_scratch_words
 from lplb_triton.kernels.live.plan import MOST_EXPERTS_AT_ONCE, plan_live_kernel
 
-# Offers of a rank that stay in registers; the next ones are loaded when these are used up.
-FEW_OFFERS, MANY_OFFERS = 4, 8
+# The most offers of a rank that stay in registers; the next ones are loaded when these are used up.
+MOST_OFFERS = 8
 
 
 class LiveTables(NamedTuple):
@@ -23,10 +23,10 @@ class LiveTables(NamedTuple):
     """[S, G]"""
     slot_experts: torch.Tensor
     """[S, G]"""
-    held_by: torch.Tensor
-    """[n_logical, cdiv(G, 32)]"""
-    homes: torch.Tensor
-    """[n_logical]"""
+    slot_holders: torch.Tensor
+    """[S, G, cdiv(G, 32)]"""
+    slot_homes: torch.Tensor
+    """[S, G]"""
     copy_start: torch.Tensor
     """[n_logical + 1]"""
     copy_slot: torch.Tensor
@@ -79,7 +79,7 @@ class Live(NamedTuple):
     def copies(self) -> LiveCopies:
         """What select reads."""
         n_slots, n_ranks = self.tables.slot_words.shape
-        n_logical, n_copies = self.tables.homes.numel(), n_slots * n_ranks
+        n_logical, n_copies = self.tables.copy_start.numel() - 1, n_slots * n_ranks
         n_moved = n_copies + n_ranks * self.live_per_rank
         sizes = (_layout.LIVE_LANES, n_logical, n_logical, n_moved, n_moved)
         return LiveCopies(*self.scratch[: sum(sizes)].split(sizes))
@@ -98,12 +98,12 @@ class Live(NamedTuple):
     def constants(self) -> tuple[int | bool, ...]:
         """Return LIVE, SLICES, MOST, MORE, EXPERTS, P, SHARED, PRICED, DOMAINS and RESIDENT."""
         n_slots, n_ranks = self.tables.slot_words.shape
-        rules, n_logical = self.rules, self.tables.homes.numel()
+        rules, n_logical = self.rules, self.tables.copy_start.numel() - 1
         return (
             self.live_per_rank,
             -(-n_ranks // _layout.LIVE_LANES),
-            FEW_OFFERS if n_slots <= FEW_OFFERS else MANY_OFFERS,
-            n_slots > MANY_OFFERS,
+            max(2, min(MOST_OFFERS, n_slots)),
+            n_slots > MOST_OFFERS,
             min(MOST_EXPERTS_AT_ONCE, max(16, triton.next_power_of_2(n_logical))),
             max(16, triton.next_power_of_2(n_ranks * self.live_per_rank)),
             self.tables.slot_words.numel() > n_logical,
@@ -114,7 +114,7 @@ class Live(NamedTuple):
 
 
 # Constants of a kernel without live slots.
-NO_LIVE = (0, 1, FEW_OFFERS, False, 16, 16, False, False, False, False)
+NO_LIVE = (0, 1, 2, False, 16, 16, False, False, False, False)
 
 
 def no_live_args(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -272,8 +272,8 @@ def plan_live_kernel(
     max_load_ptr,  # [1] float32, largest load of the plan of static copies
     slot_words_ptr,  # the tables of `LiveTables`
     slot_experts_ptr,
-    held_by_ptr,
-    homes_ptr,
+    slot_holders_ptr,
+    slot_homes_ptr,
     copy_start_ptr,
     copy_slot_ptr,
     copy_index_ptr,
@@ -312,7 +312,7 @@ def plan_live_kernel(
         counts_ptr, cumulative_ptr, tl.load(max_load_ptr), mean, tl.min(counts, 0) < 0,
         scratch_ptr, LiveOutcome(out_ptr, version_ptr, tl.load(base_ptr)),
         LiveTables(
-            slot_words_ptr, slot_experts_ptr, held_by_ptr, homes_ptr, copy_start_ptr,
+            slot_words_ptr, slot_experts_ptr, slot_holders_ptr, slot_homes_ptr, copy_start_ptr,
             copy_slot_ptr, copy_index_ptr, resident_ptr,
         ),
         LiveRules(above, aim, cost, fanout, domain),

@@ -325,17 +325,15 @@ def find_pieces(
         expert, home, bits = giver * 0 - 1, giver, ()
         if LIVE > 1 or RESIDENT:
             expert = tl.load(tables.slot_experts + at, mask=word > 0, other=-1)
-        elif SHARED:
-            expert = tl.load(tables.slot_experts + at, mask=is_shared, other=-1)
         for h in tl.static_range(SLICES):
             if SHARED:
-                held_by = tables.held_by + expert * SLICES + h
-                bits += (tl.load(held_by, mask=is_shared, other=0),)
+                holders = tables.slot_holders + at * SLICES + h
+                bits += (tl.load(holders, mask=is_shared, other=0),)
             else:
                 bits += (0,)
         if SHARED and (PRICED or DOMAINS):
             # Only an expert with other static copies may have its original elsewhere.
-            original = tl.load(tables.homes + expert, mask=is_shared, other=0)
+            original = tl.load(tables.slot_homes + at, mask=is_shared, other=0)
             home = tl.where(is_shared, original, giver)
         wanted = tl.minimum(had, offered)
         # No deficit is as large as the second number.

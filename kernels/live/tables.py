@@ -73,8 +73,11 @@ def _compare_block(expert, piece, other_expert, other, units):
 
 
 @triton.jit
-def _compare_pieces(pieces_ptr, expert, units, piece, n_live, n_steps, tables, P: tl.constexpr):
-    """Count pieces of the same expert and sum their units: those of lower slots, and all."""
+def _compare_pieces(pieces_ptr, expert, units, piece, n_live, P: tl.constexpr):
+    """Count pieces of the same expert and sum their units: those of lower slots, and all.
+
+    Experts may take the place of static slots at ``pieces_ptr``.
+    """
     if P <= 64:
         n_ahead, n_every, ahead, every = _compare_block(expert, piece, expert, piece, units)
     else:
@@ -82,9 +85,11 @@ def _compare_pieces(pieces_ptr, expert, units, piece, n_live, n_steps, tables, P
         OTHERS: tl.constexpr = 4096 // P
         n_ahead, n_every = tl.zeros((P,), tl.int32), tl.zeros((P,), tl.int32)
         ahead, every = tl.zeros((P,), tl.int32), tl.zeros((P,), tl.int32)
+        tl.store(pieces_ptr + piece, expert, mask=piece < n_live)
+        tl.debug_barrier()
         for block in range(0, n_live, OTHERS):
             other = block + tl.arange(0, OTHERS)
-            _, other_expert = _load_piece_experts(pieces_ptr, other, n_live, n_steps, tables)
+            other_expert = tl.load(pieces_ptr + other, mask=other < n_live, other=-1)
             other_units = tl.load(pieces_ptr + n_live + other, mask=other_expert >= 0, other=0)
             found = _compare_block(expert, piece, other_expert, other, other_units)
             n_ahead += found[0]
@@ -176,9 +181,7 @@ def write_copies(
     start = tl.load(tables.copy_start + expert, mask=is_piece, other=0)
     n_static = tl.load(tables.copy_start + expert + 1, mask=is_piece, other=0) - start
     total = load_total(counts_ptr, expert, is_piece)
-    n_ahead, n_every, ahead, every = _compare_pieces(
-        pieces_ptr, expert, units, piece, n_live, n_steps, tables, P
-    )
+    n_ahead, n_every, ahead, every = _compare_pieces(pieces_ptr, expert, units, piece, n_live, P)
     tokens = units << shift
     ahead, every = ahead.to(tl.int64) << shift, every.to(tl.int64) << shift
     # The first piece of an expert lists all of its copies.

@@ -330,8 +330,8 @@ def solve_counts_kernel(
     # Live slots, read only if LIVE > 0; the tables are those of `live.launch.LiveTables`.
     slot_words_ptr,  # [n_slots, n_ranks] int32
     slot_experts_ptr,  # [n_slots, n_ranks] int32
-    held_by_ptr,  # [n_logical, LIVE_SLICES] int32
-    homes_ptr,  # [n_logical] int32
+    slot_holders_ptr,  # [n_slots, n_ranks, LIVE_SLICES] int32
+    slot_homes_ptr,  # [n_slots, n_ranks] int32
     copy_start_ptr,  # [n_logical + 1] int32
     copy_slot_ptr,  # [n_copies] int32
     live_index_ptr,  # [n_copies] int32, as ``copy_index``
@@ -466,8 +466,8 @@ def solve_counts_kernel(
                 counts_ptr, cumulative_ptr, max_load, total / n_ranks, invalid, live_scratch_ptr,
                 LiveOutcome(live_out_ptr, live_versions_ptr, live_base),
                 LiveTables(
-                    slot_words_ptr, slot_experts_ptr, held_by_ptr, homes_ptr, copy_start_ptr,
-                    copy_slot_ptr, live_index_ptr, resident_ptr,
+                    slot_words_ptr, slot_experts_ptr, slot_holders_ptr, slot_homes_ptr,
+                    copy_start_ptr, copy_slot_ptr, live_index_ptr, resident_ptr,
                 ),
                 LiveRules(live_above, live_aim, live_cost, live_fanout, live_domain),
                 LiveSizes(n_ranks, n_slots, n_logical, most_copies, n_slots + LIVE),

@@ -148,11 +148,12 @@ def make_live_arrays(placement: Placement) -> dict[str, NDArray[Any]]:
     held = np.zeros((placement.n_logical, -(-n_ranks // LIVE_LANES)), dtype=np.uint32)
     bits = np.uint32(1) << (rank % LIVE_LANES).astype(np.uint32)
     np.bitwise_or.at(held, (expert, rank // LIVE_LANES), bits)
+    homes = placement.log2phy[:, 0].numpy() // np.int32(placement.slots_per_rank)
     return {
         "slot_words": words,
         "slot_experts": experts,
-        "held_by": held.view(np.int32),
-        "homes": placement.log2phy[:, 0].numpy() // np.int32(placement.slots_per_rank),
+        "slot_holders": held[experts].view(np.int32),
+        "slot_homes": homes[experts],
         "most_copies": np.array([n_copies.max()], dtype=np.int32),
     }
 
