@@ -81,7 +81,8 @@ $(VENV)/.installed-dev: $(VENV)/.made $(SETTINGS)
 # On Python 3.11 pip finds Megatron-Core 0.16; newer releases want 3.12.
 MEGATRON_PYTHON ?= python3.12
 MEGATRON_VENV ?= .venv-megatron
-MEGATRON_TESTS := tests/test_integrations_megatron.py tests/test_integrations_megatron_matrix.py
+MEGATRON_TESTS := tests/test_integrations_megatron.py \
+  tests/test_integrations_megatron_matrix.py tests/test_bench_frameworks.py
 
 test-megatron: $(MEGATRON_VENV)/.installed-megatron
 	LPLB_TEST_INTEGRATIONS=1 $(MEGATRON_VENV)/bin/python -m pytest $(MEGATRON_TESTS) $(PYTEST_ARGS)
@@ -89,7 +90,7 @@ test-megatron: $(MEGATRON_VENV)/.installed-megatron
 $(MEGATRON_VENV)/.installed-megatron: $(SETTINGS)
 	$(call make_venv,$(MEGATRON_PYTHON),12,MEGATRON_PYTHON,$(MEGATRON_VENV))
 	$(MEGATRON_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
-	  $(CONSTRAINTS) -e . megatron-core pytest pytest-timeout hypothesis
+	  $(CONSTRAINTS) -e . megatron-core rich pytest pytest-timeout hypothesis
 	touch "$@"
 
 # torchtitan wants older releases of some packages than the other frameworks, so it stands alone.

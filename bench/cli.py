@@ -20,6 +20,8 @@ from lplb_triton.bench.commands import (
     advise,
     balance,
     ep,
+    frameworks,
+    live,
     pipeline,
     placement,
     record,
@@ -107,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lplb_triton {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    timed = (solve, pipeline, simulate)
-    for module in (balance, report, verify, *timed, ep, placement, workloads, record, advise):
+    timed = (solve, pipeline, simulate, ep, frameworks)
+    for module in (balance, report, verify, *timed, placement, live, workloads, record, advise):
         module.add(commands)
     return parser

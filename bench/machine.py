@@ -13,7 +13,7 @@ import torch
 
 from lplb_triton import __version__
 
-__all__ = ["communication", "environment", "machine_line", "pairs"]
+__all__ = ["communication", "environment", "find_version", "machine_line", "pairs"]
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def environment(device: str) -> dict[str, Any]:
         "driver": None,
         "cuda": torch.version.cuda,
     }
-    found.update({name: _version(name) for name in ("torch", "triton", "numpy", "scipy")})
+    found.update({name: find_version(name) for name in ("torch", "triton", "numpy", "scipy")})
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
         found["driver"] = _driver_version()
@@ -52,21 +52,22 @@ def communication(device: str) -> dict[str, Any]:
     on_gpu = device == "cuda"
     return {
         "nccl": _nccl_version() if on_gpu else None,
-        "nvshmem4py": _version("nvshmem4py-cu13") or _version("nvshmem4py-cu12"),
+        "nvshmem4py": find_version("nvshmem4py-cu13") or find_version("nvshmem4py-cu12"),
     }
 
 
 def machine_line(report: dict[str, Any]) -> str:
     """Return hardware and versions of a report in one line."""
     e = report["environment"]
-    if report["command"] in ("advise", "placement", "workloads"):
+    if report["command"] in ("advise", "live", "placement", "workloads"):
         where = f"{e['gpu']}, {e['cpu']}" if e["gpu"] else e["cpu"]
         threads = f"{e['torch_threads']} thread" + ("s" if e["torch_threads"] > 1 else "")
         return f"{where}, {threads}, torch {e['torch']}; {report['seconds']:.0f} s in all"
-    if report["command"] == "ep":
-        ranks, names = report["options"]["ranks"], ("torch", "triton", "nccl", "nvshmem4py")
+    if report["command"] in ("ep", "frameworks"):
+        ranks = report["options"]["ranks"]
+        names = ("torch", "triton", "nccl", "nvshmem4py", "megatron-core", "transformers")
         where = f"{ranks} x {e['gpu']}, driver {e['driver'] or 'unknown'}, " if e["gpu"] else ""
-        versions = ", ".join(f"{name} {e[name]}" for name in names if e[name])
+        versions = ", ".join(f"{name} {e[name]}" for name in names if e.get(name))
         return f"{where}{versions}, {e['cpu']}; {ranks} processes, {report['seconds']:.0f} s in all"
     return (
         f"{e['gpu']}, driver {e['driver'] or 'unknown'}, torch {e['torch']}, triton {e['triton']}, "
@@ -87,7 +88,8 @@ def _nccl_version() -> str:
     return ".".join(map(str, version))
 
 
-def _version(package: str) -> str | None:
+def find_version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

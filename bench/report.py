@@ -186,6 +186,9 @@ def _page(report: Mapping[str, Any]) -> str:
     ]
     for number, cell in enumerate(cells):
         parts.append(_cell(f"cell{number}", cell))
+    # Not in files of versions without live slots, nor where live slots are for no placement.
+    if report.get("live") is not None:
+        parts.append(_section("live", "Live slots", _live(report["live"])))
     parts.append(_section("timing", "Timing", _timing(report, cells)))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -285,6 +288,20 @@ def _heat(report: Mapping[str, Any]) -> str:
         f"<p>Rows: experts 0 to {tokens.shape[1] - 1}, from the top. Columns: {len(steps)} parts "
         f"of the trace, the first from step {steps[0]}, the last from step {steps[-1]}. White: the "
         "mean load; red: four times the mean or more; blue: a quarter or less.</p>"
+    )
+
+
+def _live(found: Mapping[str, Any]) -> str:
+    lp, live = (found["imbalance"][name] for name in ("lp", "live"))
+    series = {"LP": (COLORS["lp"], lp), "LP and live slots": ("#2e8b57", live)}
+    return (
+        f"<p>What {int(found['live'])} live slot(s) a rank would add, which are filled with an "
+        f"expert where a batch needs it: {escape(_name(found))}, layer {int(found['layer'])}. "
+        f"{100 * found['fetching']:.1f}% of the batches would fetch, those whose LP leaves more "
+        f"than {found['above']:g} times the mean load; {found['pieces']:.2f} experts a rank and "
+        f"batch. Mean imbalance {np.mean(lp):.3f} by the LP, {np.mean(live):.3f} with live slots, "
+        f"largest {max(lp):.3f} and {max(live):.3f}, in whole tokens.</p>\n"
+        + charts.draw_lines(series, "test batch")
     )
 
 

@@ -150,8 +150,9 @@ def select_kernel(
     n_before = tl.where(program > 0, n_logical, 0)
     totals_ptr = running_ptr + (n_rows - 1).to(tl.int64) * n_logical
     steps = tl.load(search_steps_ptr)
-    # Variables of a loop keep the type that they have before it.
-    has_moved = end < 0
+    # Of the batch's live slots: 0 until it is known.
+    flag = steps * 0
+    halvings = steps
     lane = tl.arange(0, BLOCK)
     earlier = lane[:, None] < lane[None, :]
     for block in range(begin, end, BLOCK):
@@ -169,10 +170,9 @@ def select_kernel(
             seen = tl.load(before_ptrs, mask=expert < n_before, other=0)
             if LIVE:
                 flag = tl.load(live_flag_ptr)
-                has_moved = flag > 0
-                steps = tl.maximum(steps, flag - 1)
         if LIVE:
-            first = tl.load(live_first_ptr + e, mask=known & has_moved, other=0)
+            halvings = tl.maximum(steps, flag - 1)
+            first = tl.load(live_first_ptr + e, mask=known & (flag > 0), other=0)
             is_moved = first > 0
             low = tl.where(is_moved, first, low)
             high = tl.where(is_moved, tl.load(live_last_ptr + e, mask=is_moved, other=0), high)
@@ -184,7 +184,7 @@ def select_kernel(
         offset = compute_rounding_offset(rank.to(tl.int64), e.to(tl.int64))
         if CHECK:
             _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count, offset)
-        low = _find_copies(cumulative_ptr, low, high, position, count, offset, steps, n_ids)
+        low = _find_copies(cumulative_ptr, low, high, position, count, offset, halvings, n_ids)
         if LIVE:
             slot = tl.load(copy_slot_ptr + low, mask=low < n_static, other=0)
             moved_slot = tl.load(live_slot_ptr + low - n_static, mask=low >= n_static, other=0)

@@ -81,9 +81,9 @@ def exchange(gather):
 
 def live(ranks, columns, slots, **more):
     """Return constants of a kernel with live slots; without any if ``slots`` is 0."""
-    constants = {"LIVE": slots, "LIVE_SLICES": -(-ranks // 32), "OFFERS": 8}
+    constants = {"LIVE": slots, "LIVE_SLICES": -(-ranks // 32), "OFFERS": 8, "MORE_OFFERS": 1}
     constants |= {"LIVE_EXPERTS": 256, "LIVE_SLOTS": max(16, ranks * slots)}
-    return {**constants, "PRICED": 0, "DOMAINS": 0, "RESIDENT": 0, **more}
+    return {**constants, "SHARED": 1, "PRICED": 0, "DOMAINS": 0, "RESIDENT": 0, **more}
 
 
 def jobs(capability):

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import re
 
 import numpy as np
 import pytest
@@ -27,8 +28,10 @@ BASE = {
     "simulate": "simulate --ep 8 --slots 1 --rows 64 --hidden 8 --inner 8",
     "ep": "ep --device cpu --sections time,pipeline",
     "placement": "placement --synthetic 8 --seeds 0 --ep 4 --slots 1 --device cpu --trials 1",
+    "live": "live --trace t.npz --workload uniform --experts 32 --batches 1 --ep 4 --base home",
     "workloads": "workloads --workload uniform --placement place --ep 4 --slots 1 --experts 32 "
     "--batches 1",
+    "frameworks": "frameworks --framework megatron --device cpu",
     "record": "record t.npz",
     "advise": "advise --gemm table --ep 8 --experts 32 --slots 1",
 }
@@ -270,7 +273,7 @@ def test_help_shows_the_examples_of_one_command(name, capsys):
         cli.main([name, "--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    examples = [part.split()[1] for part in text.split("examples:")[1].splitlines() if
-                part.strip().startswith("lplb-bench ")]  # fmt: skip
+    called = r"(?:^ *lplb-bench|^ *torchrun .* -m lplb_triton\.bench) (\w+)"
+    examples = re.findall(called, text.split("examples:")[1], re.MULTILINE)
     # A trace that was merged is for another command.
     assert name in examples and set(examples) <= {name, "balance" if name == "record" else name}

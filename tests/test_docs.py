@@ -153,7 +153,11 @@ def check_command(name, *args):
         check_install(*args)
     elif name == "torchrun":
         parsed = get_args_parser().parse_args(args)
-        check_script(parsed.training_script, *parsed.training_script_args)
+        if parsed.module:
+            assert parsed.training_script == "lplb_triton.bench"
+            parse(parsed.training_script_args)
+        else:
+            check_script(parsed.training_script, *parsed.training_script_args)
     else:
         # What stands ahead of it is another program's, such as compute-sanitizer.
         check_script(*((name, *args)[(name, *args).index("python") + 1 :]))

@@ -15,6 +15,7 @@ from helpers.traces import make_trace
 from PIL import Image
 
 from lplb_triton.bench import balance, charts, cli, report
+from lplb_triton.bench.live import find_gain
 from lplb_triton.traces import trace as traces
 
 VOID = {"meta", "img"}
@@ -88,6 +89,42 @@ def test_the_page(result):
         assert all(f["from"] != f["to"] for f in flows if cell["placement"] == "cube")
     assert "n/a: cube needs a positive multiple" in page.text and "a&b.npz" in page.text
     assert "not the GPU kernel's time" in page.text
+
+
+def test_the_page_says_what_live_slots_would_add(result):
+    """A section has both imbalances of each batch, and how many batches would fetch."""
+    figures = json.loads((result / "balance.json").read_text())
+    found = figures["live"]
+    assert (found["ep"], found["placement"], found["slots"]) == (8, "eplb", 1)
+    lp, live = (np.array(found["imbalance"][name]) for name in ("lp", "live"))
+    assert len(lp) == len(live) == 6 and (live <= lp).all()
+    # Live slots are filled where the LP leaves more, and nowhere else. Whole tokens add a little.
+    assert (live[lp <= 1.01] == lp[lp <= 1.01]).all() and (live < lp).mean() == found["fetching"]
+    cell = figures["cells"][0]
+    (layer,) = (row for row in cell["by_layer"] if row["layer"] == found["layer"])
+    assert lp == pytest.approx(np.array(layer["imbalance"]["lp"]), abs=0.05)
+    page = Page((result / "report.html").read_text(encoding="utf-8"))
+    assert count(page, "live", "polyline") == 2
+    assert f"{100 * found['fetching']:.1f}% of the batches would fetch" in page.text
+    # Figures of a version without live slots have no such section.
+    for older in ({k: v for k, v in figures.items() if k != "live"}, {**figures, "live": None}):
+        assert "live" not in Page(report.html(older)).ids
+
+
+def test_topologies_of_several_groups_have_no_live_slots():
+    """Where every placement has several groups of ranks, nothing is said of live slots."""
+    trace = make_trace(sources=1)
+    cells = balance.run(trace, balance.Options((16,), (2,), ("ring:8",)))
+    assert cells[0].reason is None and find_gain(trace, cells) is None
+
+
+def test_an_empty_batch_is_balanced():
+    """A batch without tokens needs no live slots and has imbalance 1."""
+    counts = make_trace(layers=1).counts.copy()
+    counts[-1] = 0
+    trace = traces.Trace(counts, np.arange(len(counts)))
+    found = find_gain(trace, balance.run(trace, balance.Options((8,), (1,), ("eplb",))))
+    assert found["imbalance"]["lp"][-1] == found["imbalance"]["live"][-1] == 1.0
 
 
 def test_it_needs_no_network(result):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lplb_triton import Status
-from lplb_triton.bench import balance, options, output, plots, tables
+from lplb_triton.bench import balance, live, options, output, plots, tables
 from lplb_triton.bench import report as reports
 from lplb_triton.bench.machine import environment
 from lplb_triton.bench.options import UsageError
@@ -103,6 +103,7 @@ def run(args: argparse.Namespace, out: Output, option: str = "--trace") -> int:
         "heat": reports.heat(
             trace, next(cell for cell in cells if cell.reason is None).worst().layer
         ),
+        "live": live.find_gain(trace, cells),
     }
     tested = sum(part.stop - part.split for part in parts)
     title = f"{source}: {trace.experts} experts, {len(layers)} layers, {tested} test batches"

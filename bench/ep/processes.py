@@ -20,7 +20,7 @@ from lplb_triton.bench.ep.sizes import Job
 from lplb_triton.bench.ep.worker import Worker
 from lplb_triton.bench.types import Row
 
-__all__ = ["blocked_interrupts", "run_section"]
+__all__ = ["NO_MULTICAST", "blocked_interrupts", "run_section"]
 
 # No section needs NVLink multicast, which some hosts do not allow.
 NO_MULTICAST = {

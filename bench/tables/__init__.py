@@ -3,6 +3,7 @@
 from lplb_triton.bench.tables.advise import make_advice_check_grids, make_advise_grids
 from lplb_triton.bench.tables.balance import LABELS, PARTS, show_balance, show_verdicts
 from lplb_triton.bench.tables.ep import make_ep_grids
+from lplb_triton.bench.tables.frameworks import make_frameworks_grids
 from lplb_triton.bench.tables.grid import (
     Grid,
     MissingExtraError,
@@ -11,6 +12,7 @@ from lplb_triton.bench.tables.grid import (
     require,
     show_grids,
 )
+from lplb_triton.bench.tables.live import make_live_grids
 from lplb_triton.bench.tables.pipeline import make_pipeline_grids
 from lplb_triton.bench.tables.placement import make_placement_grids, make_workloads_grids
 from lplb_triton.bench.tables.simulate import make_simulate_grids
@@ -25,6 +27,8 @@ __all__ = [
     "make_advise_grids",
     "console",
     "make_ep_grids",
+    "make_frameworks_grids",
+    "make_live_grids",
     "markdown",
     "make_pipeline_grids",
     "make_placement_grids",

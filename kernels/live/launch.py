@@ -96,15 +96,17 @@ class Live(NamedTuple):
         )  # fmt: skip
 
     def constants(self) -> tuple[int | bool, ...]:
-        """Return LIVE, SLICES, MOST, EXPERTS, P, PRICED, DOMAINS and RESIDENT."""
+        """Return LIVE, SLICES, MOST, MORE, EXPERTS, P, SHARED, PRICED, DOMAINS and RESIDENT."""
         n_slots, n_ranks = self.tables.slot_words.shape
         rules, n_logical = self.rules, self.tables.homes.numel()
         return (
             self.live_per_rank,
             -(-n_ranks // _layout.LIVE_LANES),
             FEW_OFFERS if n_slots <= FEW_OFFERS else MANY_OFFERS,
+            n_slots > MANY_OFFERS,
             min(MOST_EXPERTS_AT_ONCE, max(16, triton.next_power_of_2(n_logical))),
             max(16, triton.next_power_of_2(n_ranks * self.live_per_rank)),
+            self.tables.slot_words.numel() > n_logical,
             rules.cost > 0 or rules.fanout > 0,
             0 < rules.domain < n_ranks,
             self.resident is not None,
@@ -112,7 +114,7 @@ class Live(NamedTuple):
 
 
 # Constants of a kernel without live slots.
-NO_LIVE = (0, 1, FEW_OFFERS, 16, 16, False, False, False)
+NO_LIVE = (0, 1, FEW_OFFERS, False, 16, 16, False, False, False, False)
 
 
 def no_live_args(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -93,9 +93,9 @@ def _sum_loads(loads, SLICES: tl.constexpr):
 @triton.jit
 def _search(
     counts_ptr, shift, scratch, tables, rules, sizes,
-    G: tl.constexpr, SLICES: tl.constexpr, MOST: tl.constexpr, EXPERTS: tl.constexpr,
-    P: tl.constexpr, LIVE: tl.constexpr, PRICED: tl.constexpr, DOMAINS: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    G: tl.constexpr, SLICES: tl.constexpr, MOST: tl.constexpr, MORE: tl.constexpr,
+    EXPERTS: tl.constexpr, P: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
+    PRICED: tl.constexpr, DOMAINS: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """Find pieces in up to PASSES passes.
 
@@ -120,7 +120,7 @@ def _search(
         pieces_ptr = scratch.pieces + (1 - kept_set) * n_words
         found_price, found_peak, found_steps = find_pieces(
             offers, loads, target, pieces_ptr, scratch.offers, tables, rules, cost, sizes,
-            SLICES, MOST, LIVE, PRICED, DOMAINS, RESIDENT,
+            SLICES, MOST, MORE, LIVE, SHARED, PRICED, DOMAINS, RESIDENT,
         )  # fmt: skip
         better = found_price < price
         kept_set = tl.where(better, 1 - kept_set, kept_set)
@@ -179,9 +179,9 @@ def _write_outcome(
 @triton.jit(noinline=True)
 def _plan(
     counts_ptr, cumulative_ptr, max_load, mean, scratch, outcome, tables, rules, sizes,
-    G: tl.constexpr, SLICES: tl.constexpr, MOST: tl.constexpr, EXPERTS: tl.constexpr,
-    P: tl.constexpr, LIVE: tl.constexpr, PRICED: tl.constexpr, DOMAINS: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    G: tl.constexpr, SLICES: tl.constexpr, MOST: tl.constexpr, MORE: tl.constexpr,
+    EXPERTS: tl.constexpr, P: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
+    PRICED: tl.constexpr, DOMAINS: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """Plan for a batch that needs it.
 
@@ -196,8 +196,8 @@ def _plan(
     _reset(scratch, sizes, P, LIVE)
     tl.debug_barrier()
     pieces_ptr, steps, peak, bound = _search(
-        counts_ptr, shift, scratch, tables, rules, sizes, G, SLICES, MOST, EXPERTS, P, LIVE,
-        PRICED, DOMAINS, RESIDENT,
+        counts_ptr, shift, scratch, tables, rules, sizes, G, SLICES, MOST, MORE, EXPERTS, P, LIVE,
+        SHARED, PRICED, DOMAINS, RESIDENT,
     )  # fmt: skip
     tl.debug_barrier()
     expert, tokens, halvings = write_copies(
@@ -225,9 +225,11 @@ def plan_live_slots(
     G: tl.constexpr,
     SLICES: tl.constexpr,
     MOST: tl.constexpr,
+    MORE: tl.constexpr,
     EXPERTS: tl.constexpr,
     P: tl.constexpr,
     LIVE: tl.constexpr,
+    SHARED: tl.constexpr,
     PRICED: tl.constexpr,
     DOMAINS: tl.constexpr,
     RESIDENT: tl.constexpr,
@@ -240,7 +242,7 @@ def plan_live_slots(
     if (max_load > rules.above * mean) & (invalid == 0):
         _plan(
             counts_ptr, cumulative_ptr, max_load, mean, scratch, outcome, tables, rules, sizes,
-            G, SLICES, MOST, EXPERTS, P, LIVE, PRICED, DOMAINS, RESIDENT,
+            G, SLICES, MOST, MORE, EXPERTS, P, LIVE, SHARED, PRICED, DOMAINS, RESIDENT,
         )  # fmt: skip
     else:
         tl.store(scratch.flag, 0)
@@ -284,8 +286,10 @@ def plan_live_kernel(
     LIVE: tl.constexpr,
     SLICES: tl.constexpr,
     OFFERS: tl.constexpr,
+    MORE: tl.constexpr,
     EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
+    SHARED: tl.constexpr,
     PRICED: tl.constexpr,
     DOMAINS: tl.constexpr,
     RESIDENT: tl.constexpr,
@@ -303,5 +307,5 @@ def plan_live_kernel(
         ),
         LiveRules(above, aim, cost, fanout, domain),
         LiveSizes(n_ranks, n_slots, n_logical, tl.load(most_copies_ptr), n_slots + LIVE),
-        G, SLICES, OFFERS, EXPERTS, SLOTS, LIVE, PRICED, DOMAINS, RESIDENT,
+        G, SLICES, OFFERS, MORE, EXPERTS, SLOTS, LIVE, SHARED, PRICED, DOMAINS, RESIDENT,
     )  # fmt: skip

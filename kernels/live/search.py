@@ -24,8 +24,10 @@ from lplb_triton.kernels.live.arguments import (
 )
 
 RANK_MASK = tl.constexpr((1 << _layout.LIVE_RANK_BITS) - 1)
-# Stands for the surplus of a rank that neither gives nor takes any more.
-SETTLED = tl.constexpr(-(1 << 30))
+# Is added to the surplus of a rank that neither gives nor takes any more, and stands for that of no
+# rank.
+SETTLED = tl.constexpr(-(1 << 29))
+NEVER = tl.constexpr(-(1 << 30))
 # Slots whose offers are loaded at once.
 AT_ONCE = tl.constexpr(4)
 
@@ -117,7 +119,7 @@ def _find_giver(surplus, SLICES: tl.constexpr):
 
 @triton.jit
 def _find_offer(offers, giver, SLICES: tl.constexpr, MOST: tl.constexpr):
-    """Find the largest offer of the giver."""
+    """Find the largest offer of a rank."""
     lane = tl.arange(0, LANES)
     found = tl.zeros((LANES,), tl.int32)
     for h in tl.static_range(SLICES):
@@ -164,7 +166,7 @@ def _is_near(rank, home, domain):
 @triton.jit
 def _find_receiver(
     surplus, first_live, expert, bits, home, wanted, domain,
-    SLICES: tl.constexpr, LIVE: tl.constexpr, DOMAINS: tl.constexpr,
+    SLICES: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr, DOMAINS: tl.constexpr,
 ):  # fmt: skip
     """Find the rank with the smallest deficit that holds ``wanted`` units, or else the largest.
 
@@ -174,7 +176,9 @@ def _find_receiver(
     lane = tl.arange(0, LANES)
     largest = tl.zeros((LANES,), tl.int32)
     for h in tl.static_range(SLICES):
-        deficit = tl.where((bits[h] >> lane) & 1 == 0, -surplus[h], 0)
+        deficit = -surplus[h]
+        if SHARED:
+            deficit = tl.where((bits[h] >> lane) & 1 == 0, deficit, 0)
         if LIVE > 1:
             deficit = tl.where(first_live[h] == expert, 0, deficit)
         if DOMAINS:
@@ -189,7 +193,7 @@ def _find_receiver(
 @triton.jit
 def _find_resident(
     surplus, used, resident, expert, bits, first_live, home, domain,
-    SLICES: tl.constexpr, LIVE: tl.constexpr, DOMAINS: tl.constexpr,
+    SLICES: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr, DOMAINS: tl.constexpr,
 ):  # fmt: skip
     """Find the rank with the largest deficit in an unused slot of which the expert lies already."""
     lane = tl.arange(0, LANES)
@@ -198,7 +202,9 @@ def _find_resident(
         there = lane < 0
         for r in tl.static_range(LIVE):
             there |= (resident[h * LIVE + r] == expert) & ((used[h] >> r) & 1 == 0)
-        deficit = tl.where(there & ((bits[h] >> lane) & 1 == 0), -surplus[h], 0)
+        if SHARED:
+            there &= (bits[h] >> lane) & 1 == 0
+        deficit = tl.where(there, -surplus[h], 0)
         if LIVE > 1:
             deficit = tl.where(first_live[h] == expert, 0, deficit)
         if DOMAINS:
@@ -266,15 +272,19 @@ def find_pieces(
     sizes,
     SLICES: tl.constexpr,
     MOST: tl.constexpr,  # offers of a rank in registers
+    MORE: tl.constexpr,  # whether a rank may have more of them
     LIVE: tl.constexpr,
+    SHARED: tl.constexpr,  # whether experts may have several static copies
     PRICED: tl.constexpr,  # whether there is a cost, or a limit of copies that leave a rank
     DOMAINS: tl.constexpr,  # whether there are several domains
     RESIDENT: tl.constexpr,  # whether live slots hold something already
 ):
-    """Find pieces one by one (equation 24), and keep those of the first steps that cost least.
+    """Find pieces one by one (equation 24).
 
-    Each step takes tokens of the largest offer of the rank with the largest surplus. Returns the
-    least price (equation 25), the largest load at that price, and the number of steps.
+    Each step takes tokens of the largest offer of the rank with the largest surplus. Once that rank
+    has no offer left, the largest load stays what it is. With PRICED, only the pieces of the first
+    steps are kept, those that cost least (equation 25). Returns the least price, the largest load
+    at that price, and the number of steps.
     """
     lane = tl.arange(0, LANES)
     n_live = sizes.n_ranks * LIVE
@@ -285,7 +295,7 @@ def find_pieces(
     for h in tl.static_range(SLICES):
         is_rank = lane + h * LANES < sizes.n_ranks
         own = tl.where(is_rank, loads[h] - target, 0)
-        surplus += (tl.where(is_rank, own, SETTLED),)
+        surplus += (tl.where(is_rank, own, NEVER),)
         rooms += (tl.maximum(-own, 0),)
         excess += (tl.maximum(own, 0),)
         free += (zero + LIVE,)
@@ -298,36 +308,38 @@ def find_pieces(
     resident = _load_resident(tables.resident, sizes, SLICES, LIVE, RESIDENT)
     peak = _largest(loads, SLICES)
     price = peak
-    steps, kept, port = left * 0, left * 0, left * 0
-    # The largest surplus of a settled rank.
-    settled = left * 0 + SETTLED
+    steps, kept, port, word = left * 0, left * 0, left * 0, left * 0 + 1
     giver_word = _find_giver(surplus, SLICES)
-    while (giver_word > 0) & (room > 0):
+    while (giver_word > 0) & (room > 0) & (word > 0):
         giver, had = giver_word & RANK_MASK, giver_word >> RANK_BITS
         word = _find_offer(offers, giver, SLICES, MOST)
-        if word == 0:
-            if _take(floors, giver, SLICES) > 0:
-                offers, floors = _refill(offers, floors, giver, offers_ptr, sizes, SLICES, MOST)
-                word = _find_offer(offers, giver, SLICES, MOST)
+        if MORE:
+            if word == 0:
+                if _take(floors, giver, SLICES) > 0:
+                    offers, floors = _refill(offers, floors, giver, offers_ptr, sizes, SLICES, MOST)
+                    word = _find_offer(offers, giver, SLICES, MOST)
         offered, place = word >> OFFER_SHIFT, (word >> 1) & PLACE_MASK
         at = place * sizes.n_ranks + giver
         is_shared = (word & 1) == 1
-        is_wanted = is_shared
+        expert, home, bits = giver * 0 - 1, giver, ()
         if LIVE > 1 or RESIDENT:
-            is_wanted = word > 0
-        expert = tl.load(tables.slot_experts + at, mask=is_wanted, other=-1)
-        bits = ()
+            expert = tl.load(tables.slot_experts + at, mask=word > 0, other=-1)
+        elif SHARED:
+            expert = tl.load(tables.slot_experts + at, mask=is_shared, other=-1)
         for h in tl.static_range(SLICES):
-            bits += (tl.load(tables.held_by + expert * SLICES + h, mask=is_shared, other=0),)
-        home = giver
-        if PRICED or DOMAINS:
+            if SHARED:
+                held_by = tables.held_by + expert * SLICES + h
+                bits += (tl.load(held_by, mask=is_shared, other=0),)
+            else:
+                bits += (0,)
+        if SHARED and (PRICED or DOMAINS):
             # Only an expert with other static copies may have its original elsewhere.
             original = tl.load(tables.homes + expert, mask=is_shared, other=0)
             home = tl.where(is_shared, original, giver)
         wanted = tl.minimum(had, offered)
         found = _find_receiver(
             surplus, first_live, expert, bits, home, wanted, rules.domain,
-            SLICES, LIVE, DOMAINS,
+            SLICES, LIVE, SHARED, DOMAINS,
         )  # fmt: skip
         if PRICED:
             found = tl.where(_take(sent, home, SLICES) < rules.fanout, found, 0)
@@ -337,7 +349,7 @@ def find_pieces(
         if RESIDENT:
             there = _find_resident(
                 surplus, used, resident, expert, bits, first_live, home, rules.domain,
-                SLICES, LIVE, DOMAINS,
+                SLICES, LIVE, SHARED, DOMAINS,
             )  # fmt: skip
             fetches = there == 0
             found = tl.where(fetches, found, there)
@@ -366,49 +378,48 @@ def find_pieces(
         room += tl.maximum(amount - had, 0)
         room -= tl.where(some, tl.where(is_last_slot, deficit, amount), 0)
         left -= tl.minimum(amount, had)
-        # A rank is settled once it has nothing to offer, or its last slot is taken: it is at or
-        # below the target then, and gives no more.
-        is_stuck = word == 0
-        after = amount - deficit
-        giver_after = tl.where(is_stuck, SETTLED, had - amount)
-        receiver_after = tl.where(is_last_slot, SETTLED, after)
-        settled = tl.maximum(settled, tl.where(is_stuck, had, SETTLED))
-        settled = tl.maximum(settled, tl.where(some & is_last_slot, after, SETTLED))
+        # A rank whose last slot is taken is at or below the target: it gives no more.
+        receiver_after = amount - deficit + tl.where(is_last_slot, SETTLED, 0)
         new_surplus = ()
         for h in tl.static_range(SLICES):
             rank = lane + h * LANES
             own = tl.where(rank == receiver, receiver_after, surplus[h])
-            new_surplus += (tl.where(rank == giver, giver_after, own),)
+            new_surplus += (tl.where(rank == giver, had - amount, own),)
         surplus = new_surplus
         if LIVE > 1:
             free = _add_at(free, receiver, -some.to(tl.int32), SLICES)
-        if RESIDENT:
-            used = _add_at(used, receiver, some.to(tl.int32) << slot, SLICES)
-        if LIVE > 1:
-            first_now = tl.where(some, expert + 1, 0)
+            first_now = tl.where(some, expert, -1)
             new_first = ()
             for h in tl.static_range(SLICES):
                 is_new = (lane + h * LANES == receiver) & (first_live[h] < 0)
-                new_first += (tl.where(is_new, first_now - 1, first_live[h]),)
+                new_first += (tl.where(is_new, first_now, first_live[h]),)
             first_live = new_first
+        if RESIDENT:
+            used = _add_at(used, receiver, some.to(tl.int32) << slot, SLICES)
         new_word = word - (amount << OFFER_SHIFT)
         new_word = tl.where(some & (amount < offered), new_word, 0)
         offers = _replace_offer(offers, giver, word, new_word, SLICES, MOST)
+        giver_word = _find_giver(surplus, SLICES)
         if PRICED:
             fetched = (some & fetches).to(tl.int32)
             sent = _add_at(sent, home, fetched, SLICES)
             received = _add_at(received, receiver, fetched, SLICES)
             port = tl.maximum(port, _take(sent, home, SLICES))
             port = tl.maximum(port, _take(received, receiver, SLICES))
-        giver_word = _find_giver(surplus, SLICES)
-        # Below the target it doesn't matter which rank has the most.
-        new_peak = target + tl.maximum(giver_word >> RANK_BITS, tl.maximum(settled, 0))
-        new_price = new_peak + port * cost
-        better = some & (new_price < price)
-        price = tl.where(better, new_price, price)
-        peak = tl.where(better, new_peak, peak)
-        kept = tl.where(better, steps, kept)
-    # The largest load may have come to lie below the target.
-    last_peak = target + tl.maximum(_largest(surplus, SLICES), settled)
-    peak = tl.where((kept == steps) & (steps > 0), last_peak, peak)
+            # Below the target it doesn't matter which rank has the most.
+            new_peak = target + (giver_word >> RANK_BITS)
+            better = some & (new_peak + port * cost < price)
+            price = tl.where(better, new_peak + port * cost, price)
+            peak = tl.where(better, new_peak, peak)
+            kept = tl.where(better, steps, kept)
+    lasting = ()
+    for h in tl.static_range(SLICES):
+        is_settled = (surplus[h] < SETTLED // 2) & (surplus[h] > NEVER)
+        lasting += (tl.where(is_settled, surplus[h] - SETTLED, surplus[h]),)
+    last_peak = target + _largest(lasting, SLICES)
+    if PRICED:
+        # The largest load may have come to lie below the target.
+        peak = tl.where((kept == steps) & (steps > 0), last_peak, peak)
+    else:
+        kept, peak, price = steps, last_peak, last_peak
     return price, peak, kept

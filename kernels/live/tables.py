@@ -61,54 +61,93 @@ def _load_piece_experts(pieces_ptr, piece, n_live, n_steps, tables):
 
 
 @triton.jit
-def _compare_pieces(pieces_ptr, expert, piece, n_live, n_steps, shift, tables, P: tl.constexpr):
-    """Count pieces of the same expert, and their tokens: those of lower slots, and all of them."""
-    # Words of a number of pieces and their tokens, whose sums don't overflow into one another.
-    before, every = tl.zeros((P,), tl.int64), tl.zeros((P,), tl.int64)
-    OTHERS: tl.constexpr = P if P < PIECES_AT_ONCE else PIECES_AT_ONCE
-    for block in range(0, n_live, OTHERS):
-        other = block + tl.arange(0, OTHERS)
-        _, other_expert = _load_piece_experts(pieces_ptr, other, n_live, n_steps, tables)
-        tokens = tl.load(pieces_ptr + n_live + other, mask=other_expert >= 0, other=0) << shift
-        word = (tl.full((OTHERS,), 1, tl.int64) << TOKEN_BITS) + tokens.to(tl.int64)
-        same = (other_expert[:, None] == expert[None, :]) & (expert >= 0)[None, :]
-        words = tl.where(same, word[:, None], 0)
-        earlier = tl.where(other[:, None] < piece[None, :], words, 0)
-        block_before, block_every = tl.reduce((earlier, words), 0, add2)
-        before += block_before
-        every += block_every
-    n_before, n_every = (before >> TOKEN_BITS).to(tl.int32), (every >> TOKEN_BITS).to(tl.int32)
-    return n_before, n_every, before & TOKEN_MASK, every & TOKEN_MASK
+def _compare_block(expert, piece, other_expert, other, tokens):
+    """Sum words of pieces with the same expert: of those ahead, and of all of them.
+
+    A word holds a number of pieces above their tokens. ``other_expert``, ``other`` and ``tokens``
+    are of the pieces that the first ones are compared with.
+    """
+    word = (tl.full(other.shape, 1, tl.int64) << TOKEN_BITS) + tokens.to(tl.int64)
+    same = (other_expert[:, None] == expert[None, :]) & (expert >= 0)[None, :]
+    words = tl.where(same, word[:, None], 0)
+    ahead = tl.where(other[:, None] < piece[None, :], words, 0)
+    return tl.reduce((ahead, words), 0, add2)
 
 
 @triton.jit
-def _list_static_copies(
-    counts_ptr, cumulative_ptr, expert, is_leader, begin, start, n_static, scratch, tables, sizes,
-    first_moved, P: tl.constexpr, WRITE: tl.constexpr,
-):  # fmt: skip
-    """List the static copies of the leaders' experts, from ``begin`` on.
+def _compare_pieces(
+    pieces_ptr, expert, tokens, piece, n_live, n_steps, shift, tables, P: tl.constexpr
+):
+    """Count pieces of the same expert, and their tokens: those of lower slots, and all of them."""
+    if P <= PIECES_AT_ONCE:
+        ahead, every = _compare_block(expert, piece, expert, piece, tokens)
+    else:
+        ahead, every = tl.zeros((P,), tl.int64), tl.zeros((P,), tl.int64)
+        for block in range(0, n_live, PIECES_AT_ONCE):
+            other = block + tl.arange(0, PIECES_AT_ONCE)
+            _, other_expert = _load_piece_experts(pieces_ptr, other, n_live, n_steps, tables)
+            units = tl.load(pieces_ptr + n_live + other, mask=other_expert >= 0, other=0)
+            block_ahead, block_every = _compare_block(
+                expert, piece, other_expert, other, units << shift
+            )
+            ahead += block_ahead
+            every += block_every
+    n_ahead, n_every = (ahead >> TOKEN_BITS).to(tl.int32), (every >> TOKEN_BITS).to(tl.int32)
+    return n_ahead, n_every, ahead & TOKEN_MASK, every & TOKEN_MASK
 
-    At first running tokens are stored, and with WRITE the shares of what is left of them.
-    """
+
+@triton.jit
+def _count_static_copies(
+    counts_ptr, cumulative_ptr, expert, is_leader, begin, start, n_static, scratch, sizes
+):
+    """Write the running tokens of the static copies of the leaders' experts, from ``begin`` on."""
     total = load_total(counts_ptr, expert, is_leader)[:, None]
     for first in range(0, sizes.most_copies, COPIES_AT_ONCE):
         k = first + tl.arange(0, COPIES_AT_ONCE)[None, :]
         there = is_leader[:, None] & (k < n_static[:, None])
-        copy = start[:, None] + k
+        is_inner = there & (k < n_static[:, None] - 1)
+        running = count_running(
+            cumulative_ptr, start[:, None] + k, expert[:, None], total, is_inner
+        )
+        tl.store(scratch.running + begin[:, None] + k, running.to(tl.int32), mask=there)
+
+
+@triton.jit
+def _take_from_copies(scratch, is_piece, begin, source, n_static, tokens, sizes):
+    """Take tokens of pieces from the running tokens of their source and of the copies behind it."""
+    for first in range(0, sizes.most_copies, COPIES_AT_ONCE):
+        k = first + tl.arange(0, COPIES_AT_ONCE)[None, :]
+        there = is_piece[:, None] & (k >= source[:, None]) & (k < n_static[:, None])
+        # The order of sums of whole numbers doesn't matter.
+        tl.atomic_add(
+            scratch.running + begin[:, None] + k, -tokens[:, None], mask=there, sem="relaxed"
+        )
+
+
+@triton.jit
+def _write_static_copies(
+    counts_ptr, cumulative_ptr, expert, is_leader, begin, start, n_static, scratch, tables, sizes,
+    n_copies,
+):  # fmt: skip
+    """Write shares and slots of the static copies of the leaders' experts, from ``begin`` on."""
+    total = load_total(counts_ptr, expert, is_leader)[:, None]
+    for first in range(0, sizes.most_copies, COPIES_AT_ONCE):
+        k = first + tl.arange(0, COPIES_AT_ONCE)[None, :]
+        there = is_leader[:, None] & (k < n_static[:, None])
         to = begin[:, None] + k
-        if WRITE:
-            # Other threads have subtracted from these words, past the first cache.
-            running = tl.load(scratch.running + to, mask=there, other=0, volatile=True)
-            share = _make_share(running.to(tl.int64), expert[:, None], total)
-            tl.store(cumulative_ptr + first_moved + to, share, mask=there)
-            slot = tl.load(tables.copy_slot + copy, mask=there, other=0)
-            tl.store(scratch.slot + to, slot, mask=there)
-            index = tl.load(tables.copy_index + copy, mask=there, other=0)
-            tl.store(scratch.place + to, index, mask=there)
-        else:
-            is_inner = there & (k < n_static[:, None] - 1)
-            running = count_running(cumulative_ptr, copy, expert[:, None], total, is_inner)
-            tl.store(scratch.running + to, running.to(tl.int32), mask=there)
+        # Other threads have subtracted from these words, past the first cache.
+        running = tl.load(scratch.running + to, mask=there, other=0, volatile=True)
+        share = _make_share(running.to(tl.int64), expert[:, None], total)
+        tl.store(cumulative_ptr + n_copies + to, share, mask=there)
+        _copy_slots(start[:, None] + k, to, there, scratch, tables)
+
+
+@triton.jit
+def _copy_slots(copy, to, there, scratch, tables):
+    """Copy what is known of static copies to the batch's list."""
+    tl.store(scratch.slot + to, tl.load(tables.copy_slot + copy, mask=there, other=0), mask=there)
+    place = tl.load(tables.copy_index + copy, mask=there, other=0)
+    tl.store(scratch.place + to, place, mask=there)
 
 
 @triton.jit
@@ -116,7 +155,7 @@ def write_copies(
     counts_ptr,  # [E] int32
     cumulative_ptr,  # [2 n_copies + G L] int32, written from n_copies on
     pieces_ptr,  # [3, G L] int32
-    n_steps,  # how many of the steps are kept, at least one
+    n_steps,  # how many of the steps are kept
     shift,
     scratch,
     tables,
@@ -135,39 +174,43 @@ def write_copies(
     at, expert = _load_piece_experts(pieces_ptr, piece, n_live, n_steps, tables)
     is_piece = expert >= 0
     tokens = tl.load(pieces_ptr + n_live + piece, mask=is_piece, other=0) << shift
-    n_before, n_all, before, all_tokens = _compare_pieces(
-        pieces_ptr, expert, piece, n_live, n_steps, shift, tables, P
-    )
     start = tl.load(tables.copy_start + expert, mask=is_piece, other=0)
     n_static = tl.load(tables.copy_start + expert + 1, mask=is_piece, other=0) - start
+    total = load_total(counts_ptr, expert, is_piece)
+    n_ahead, n_every, ahead, every = _compare_pieces(
+        pieces_ptr, expert, tokens, piece, n_live, n_steps, shift, tables, P
+    )
     # The first piece of an expert lists all of its copies.
-    is_leader = is_piece & (n_before == 0)
-    size = tl.where(is_leader, n_static + n_all, 0)
+    is_leader = is_piece & (n_ahead == 0)
+    size = tl.where(is_leader, n_static + n_every, 0)
     begin = tl.cumsum(size, 0) - size
     tl.store(scratch.first + expert, n_copies + begin, mask=is_leader)
     tl.store(scratch.last + expert, n_copies + begin + size - 1, mask=is_leader)
-    _list_static_copies(
-        counts_ptr, cumulative_ptr, expert, is_leader, begin, start, n_static, scratch, tables,
-        sizes, n_copies, P, WRITE=False,
-    )  # fmt: skip
-    tl.debug_barrier()
-    begin = tl.load(scratch.first + expert, mask=is_piece, other=0) - n_copies
-    source = (tl.load(tables.slot_words + at, mask=is_piece, other=0) >> 2) - start
-    for first in range(0, sizes.most_copies, COPIES_AT_ONCE):
-        k = first + tl.arange(0, COPIES_AT_ONCE)[None, :]
-        there = is_piece[:, None] & (k >= source[:, None]) & (k < n_static[:, None])
-        # The order of sums of whole numbers doesn't matter.
-        tl.atomic_add(
-            scratch.running + begin[:, None] + k, -tokens[:, None], mask=there, sem="relaxed"
+    is_shared = is_leader & (n_static > 1)
+    some_shared = tl.max(is_shared.to(tl.int32), 0) > 0
+    if some_shared:
+        _count_static_copies(
+            counts_ptr, cumulative_ptr, expert, is_shared, begin, start, n_static, scratch, sizes
         )
+    # A single static copy keeps what the live ones leave.
+    is_single = is_leader & (n_static == 1)
+    kept = _make_share(total - every, expert, total)
+    tl.store(cumulative_ptr + n_copies + begin, kept, mask=is_single)
+    _copy_slots(start, begin, is_single, scratch, tables)
     tl.debug_barrier()
-    _list_static_copies(
-        counts_ptr, cumulative_ptr, expert, is_leader, begin, start, n_static, scratch, tables,
-        sizes, n_copies, P, WRITE=True,
-    )  # fmt: skip
-    total = load_total(counts_ptr, expert, is_piece)
-    running = total - all_tokens + before + tokens
-    to = begin + n_static + n_before
+    first = tl.load(scratch.first + expert, mask=is_piece, other=0) - n_copies
+    if some_shared:
+        source = (tl.load(tables.slot_words + at, mask=is_piece, other=0) >> 2) - start
+        _take_from_copies(
+            scratch, is_piece & (n_static > 1), first, source, n_static, tokens, sizes
+        )
+        tl.debug_barrier()
+        _write_static_copies(
+            counts_ptr, cumulative_ptr, expert, is_shared, begin, start, n_static, scratch,
+            tables, sizes, n_copies,
+        )  # fmt: skip
+    running = total - every + ahead + tokens
+    to = first + n_static + n_ahead
     tl.store(cumulative_ptr + n_copies + to, _make_share(running, expert, total), mask=is_piece)
     slot = piece // LIVE * (sizes.n_slots + LIVE) + sizes.n_slots + piece % LIVE
     tl.store(scratch.slot + to, slot, mask=is_piece)

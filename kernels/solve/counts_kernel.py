@@ -376,8 +376,10 @@ def solve_counts_kernel(
     LIVE: tl.constexpr,  # live slots of a rank, 0 for none; only for one group
     LIVE_SLICES: tl.constexpr,  # slices of ranks
     OFFERS: tl.constexpr,  # offers of a rank in registers
+    MORE_OFFERS: tl.constexpr,  # whether a rank may have more of them
     LIVE_EXPERTS: tl.constexpr,  # experts that the bound handles at once
     LIVE_SLOTS: tl.constexpr,  # live slots of all ranks, padded
+    SHARED: tl.constexpr,  # whether experts may have several static copies
     PRICED: tl.constexpr,  # whether fetching has a cost or a limit
     DOMAINS: tl.constexpr,  # whether there are several domains
     RESIDENT: tl.constexpr,  # whether live slots hold something already
@@ -467,7 +469,8 @@ def solve_counts_kernel(
                 ),
                 LiveRules(live_above, live_aim, live_cost, live_fanout, live_domain),
                 LiveSizes(n_ranks, n_slots, n_logical, most_copies, n_slots + LIVE),
-                G, LIVE_SLICES, OFFERS, LIVE_EXPERTS, LIVE_SLOTS, LIVE, PRICED, DOMAINS, RESIDENT,
+                G, LIVE_SLICES, OFFERS, MORE_OFFERS, LIVE_EXPERTS, LIVE_SLOTS, LIVE,
+                SHARED, PRICED, DOMAINS, RESIDENT,
             )  # fmt: skip
         _write_outcome(
             stats_ptr, ints_ptr, report_ptr, certified_ptr, solves_ptr, uncertified_ptr,

@@ -58,6 +58,11 @@ class LiveCase(NamedTuple):
     domain: int = 0
     """Consecutive ranks among which experts may be fetched; 0 stands for all."""
 
+    @property
+    def is_priced(self) -> bool:
+        """Whether fetching has a cost or a limit."""
+        return self.cost > 0 or self.fanout > 0
+
 
 class Piece(NamedTuple):
     """Tokens that move from a static copy to a live slot."""
@@ -213,23 +218,21 @@ class _Found(NamedTuple):
 
 
 def _find_pieces(state: _State, resident: Ints) -> _Found:
-    """Find pieces one by one, and keep those of the first steps that cost least in all."""
+    """Find pieces one by one; with a price, keep those of the first steps that cost least."""
     case, target = state.case, state.target
-    stuck = np.zeros(case.ep_size, dtype=np.bool_)
     used = np.zeros_like(resident, dtype=np.bool_)
     pieces: list[tuple[int, int, int, int]] = []
     peak = int(state.surplus.max()) + target
     best = _Found(peak, peak, [])
     while state.room > 0:
-        open_surplus = np.where(stuck, 0, state.surplus)
-        giver = _last_largest(open_surplus)
-        if open_surplus[giver] <= 0:
+        giver = _last_largest(state.surplus)
+        if state.surplus[giver] <= 0:
             break
         place = _last_largest(state.offer[giver])
         offered = int(state.offer[giver, place])
         if offered <= 0:
-            stuck[giver] = True
-            continue
+            # The largest load stays what it is.
+            break
         copy = int(state.copy_at[giver, place])
         expert = int(state.expert_of[copy])
         wanted = min(int(state.surplus[giver]), offered)
@@ -244,10 +247,11 @@ def _find_pieces(state: _State, resident: Ints) -> _Found:
         pieces.append((copy, receiver, slot, amount))
         peak = max(int(state.surplus.max()), 0) + target
         price = peak + int(max(state.sent.max(), state.received.max())) * case.cost
-        if price < best.price:
+        if price < best.price or not case.is_priced:
             best = _Found(price, peak, pieces.copy())
     if len(best.pieces) == len(pieces):
-        best = best._replace(peak=int(state.surplus.max()) + target)
+        peak = int(state.surplus.max()) + target
+        best = best._replace(peak=peak, price=best.price if case.is_priced else peak)
     return best
 
 
