@@ -102,9 +102,7 @@ def plan_both(placement, counts, cumulative=None, max_load=None, resident=None, 
     max_load = float(np.float32(max_load))
     given = counts, np.asarray(cumulative, dtype=np.int64), max_load
     case_rules = {name.removeprefix("live_"): value for name, value in rules.items()}
-    case = LiveCase(
-        placement.ep_size, placement.live_per_rank, **{"above": 1.02, **case_rules}
-    )
+    case = LiveCase(placement.ep_size, placement.live_per_rank, **{"above": 1.02, **case_rules})
     twin = _plan_by_twin(placement, case, *given, resident)
     kernel, after = _plan_by_kernel(placement, rules, *given, resident)
     return kernel, twin, after
@@ -186,7 +184,9 @@ def assert_same_plan(placement, counts, kernel, twin):
     inner = np.ones(len(twin.cumulative), dtype=np.bool_)
     inner[twin.copies.start[1:] - 1] = False
     assert np.array_equal(kernel.cumulative[inner], twin.cumulative[inner])
-    assert loads_of(placement, counts, kernel).max() <= kernel.max_load + slack_of(placement, kernel)
+    assert loads_of(placement, counts, kernel).max() <= kernel.max_load + slack_of(
+        placement, kernel
+    )
 
 
 def slack_of(placement, plan):
