@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_triton import Balancer, Placement, Replicas, SpreadPlan, chain, plan_moves, solve
+from lplb_triton import Balancer, Placement, Replicas, SpreadPlan, chain, place, plan_moves, solve
 
 LIVE = pytest.mark.parametrize("live", [1, 2])
 
@@ -176,3 +176,11 @@ def test_training_refuses_live_slots_by_name():
     with pytest.raises(ValueError, match="^placement must have no live slots here, got Placement"):
         replicas.move(p, None)
     assert replicas.placement == static
+
+
+@pytest.mark.xfail(strict=True, reason="place reads the -1 of live slots as an expert's number")
+def test_placing_refuses_live_slots_by_name():
+    """`place` takes a previous placement without live slots only, or says so."""
+    previous = static_placement(redundant=1).with_live_slots(1)
+    with pytest.raises(ValueError, match="^previous must have no live slots"):
+        place(torch.rand(16), 4, redundant_per_rank=2, previous=previous)
