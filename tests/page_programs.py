@@ -229,6 +229,19 @@ def initialised(names):
     names["planner"].close()
 
 
+def fetched_experts(names):
+    placement, plan = names["placement"], names["plan"]
+    if "expert_of_slot" not in names:
+        assert names["imbalance"]["with live slots"] < names["imbalance"]["static copies"]
+        # One rank holds all counts here, and rounds its quotas by less than a token a copy.
+        assert int(names["loads"].max()) <= float(plan.max_load) + 1
+        return
+    expert_of_slot = names["expert_of_slot"]
+    assert are_copies(names["physical_ids"], names["logical_ids"], expert_of_slot)
+    fetched = placement.phy2log[names["source"]]
+    assert len(fetched) and torch.equal(fetched, expert_of_slot[names["target"]])
+
+
 def vllm(names):
     stand_in("vllm.distributed.eplb.policy", EPLB_POLICIES={"default": None})
 
@@ -275,6 +288,8 @@ BEFORE = {
 }
 AFTER = {
     ("README.md", "lplb_triton"): balanced_a_batch,
+    ("docs/live.md", "A script"): fetched_experts,
+    ("docs/live.md", "The weights"): fetched_experts,
     ("docs/placement.md", "Experts at home"): placed_at_home,
     ("docs/placement.md", "Moves"): moved,
     ("docs/quickstart.md", "A first script"): improved_a_batch,

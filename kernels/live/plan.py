@@ -26,28 +26,31 @@ from lplb_triton.kernels.live.search import find_pieces, load_all_offers
 from lplb_triton.kernels.live.tables import count_running, load_total, write_copies
 
 # Static slots whose offers are made at once.
-SLOTS_AT_ONCE = tl.constexpr(512)
+SLOTS_AT_ONCE = tl.constexpr(256)
 # Experts that the bound handles at once, and experts that are reset at once.
 MOST_EXPERTS_AT_ONCE = 1024
 EXPERTS_AT_ONCE = tl.constexpr(256)
 
 
 @triton.jit
-def _make_offers(counts_ptr, cumulative_ptr, shift, scratch, tables, sizes):
+def _make_offers(counts_ptr, cumulative_ptr, shift, scratch, tables, sizes, SHARED: tl.constexpr):
     """Write what static slots can offer: their units, place, and whether there are other copies."""
     n_copies = sizes.n_ranks * sizes.n_slots
     for block in range(0, n_copies, SLOTS_AT_ONCE):
         at = block + tl.arange(0, SLOTS_AT_ONCE)
         there = at < n_copies
-        word = tl.load(tables.slot_words + at, mask=there, other=0)
         expert = tl.load(tables.slot_experts + at, mask=there, other=0)
-        copy, is_shared, is_first = word >> 2, (word >> 1) & 1, word & 1
-        total = load_total(counts_ptr, expert, there)
-        follows = tl.load(tables.copy_start + expert + 1, mask=there, other=0) > copy + 1
-        end = count_running(cumulative_ptr, copy, expert, total, there & follows)
-        has_before = there & (is_first == 0)
-        before = count_running(cumulative_ptr, copy - 1, expert, total, has_before)
-        units = ((end - tl.where(has_before, before, 0)) >> shift).to(tl.int32)
+        tokens = load_total(counts_ptr, expert, there)
+        is_shared = at * 0
+        if SHARED:
+            word = tl.load(tables.slot_words + at, mask=there, other=0)
+            copy, is_shared = word >> 2, (word >> 1) & 1
+            has_before = there & (word & 1 == 0)
+            follows = tl.load(tables.copy_start + expert + 1, mask=there, other=0) > copy + 1
+            end = count_running(cumulative_ptr, copy, expert, tokens, there & follows)
+            before = count_running(cumulative_ptr, copy - 1, expert, tokens, has_before)
+            tokens = end - tl.where(has_before, before, 0)
+        units = (tokens >> shift).to(tl.int32)
         offer = (units << OFFER_SHIFT) | (at // sizes.n_ranks << 1) | is_shared
         tl.store(scratch.offers + at, tl.where(units > 0, offer, 0), mask=there)
 
@@ -100,11 +103,13 @@ def _search(
     """Find pieces in up to PASSES passes.
 
     The first pass aims at half of what the rules allow above the mean. If it misses that by much,
-    the next aim lies halfway between what can't be beaten and what was found. Returns the address
+    the second one aims at what can't be beaten, and fills the largest deficits first; the third one
+    aims halfway between that and what was found. Returns the address
     of the pieces, the number of their steps, the largest load and a bound, in units.
     """
     n_words = 3 * sizes.n_ranks * LIVE
-    cost = tl.minimum(rules.cost >> shift, MOST_UNITS)
+    cost = tl.maximum(rules.cost >> shift, tl.minimum(rules.cost, 1))
+    cost = tl.minimum(cost, MOST_UNITS)
     kept_set, steps, n_passes = shift * 0, shift * 0, shift * 0
     mean, first_target, target, price, peak, bound = steps, steps, steps, steps, steps, steps
     goes_on = shift >= 0
@@ -115,11 +120,14 @@ def _search(
             mean = (total + sizes.n_ranks - 1) // sizes.n_ranks
             aim = (mean.to(tl.int64) * rules.aim) >> AIM_BITS
             first_target = mean + aim.to(tl.int32)
-            target, price, peak, bound = first_target, largest, largest, mean
+            target, price, peak = first_target, largest, largest
+            # Tokens are whole, but a larger unit may be divided.
+            bound = tl.where(shift == 0, mean, total // sizes.n_ranks)
         # The pieces that are kept so far lie in the other set.
         pieces_ptr = scratch.pieces + (1 - kept_set) * n_words
         found_price, found_peak, found_steps = find_pieces(
-            offers, loads, target, pieces_ptr, scratch.offers, tables, rules, cost, sizes,
+            offers, loads, target, n_passes == 1, pieces_ptr, scratch.offers, tables, rules, cost,
+            sizes,
             SLICES, MOST, MORE, LIVE, SHARED, PRICED, DOMAINS, RESIDENT,
         )  # fmt: skip
         better = found_price < price
@@ -136,8 +144,9 @@ def _search(
                 known = find_live_bound(
                     counts_ptr, mean, largest, shift, scratch, tables, sizes, G, EXPERTS, LIVE
                 )
-                bound = known
-            target = (tl.maximum(first_target, bound) + peak) // 2
+                bound = tl.maximum(bound, known)
+            least = tl.maximum(first_target, bound)
+            target = tl.where(n_passes == 1, least, (least + peak) // 2)
             goes_on = (target < peak) & (n_passes < PASSES)
             if goes_on:
                 tl.debug_barrier()
@@ -192,7 +201,7 @@ def _plan(
     shift = sizes.n_slots * 0
     while (largest >> shift) >= MOST_UNITS:
         shift += 1
-    _make_offers(counts_ptr, cumulative_ptr, shift, scratch, tables, sizes)
+    _make_offers(counts_ptr, cumulative_ptr, shift, scratch, tables, sizes, SHARED)
     _reset(scratch, sizes, P, LIVE)
     tl.debug_barrier()
     pieces_ptr, steps, peak, bound = _search(
@@ -201,8 +210,9 @@ def _plan(
     )  # fmt: skip
     tl.debug_barrier()
     expert, tokens, halvings = write_copies(
-        counts_ptr, cumulative_ptr, pieces_ptr, steps, shift, scratch, tables, sizes, P, LIVE
-    )
+        counts_ptr, cumulative_ptr, pieces_ptr, steps, shift, scratch, tables, sizes, P, LIVE,
+        SHARED,
+    )  # fmt: skip
     tl.store(scratch.flag, tl.where(steps > 0, halvings + 1, 0))
     max_load = tl.where(steps > 0, (peak << shift).to(tl.float32), max_load)
     bound = tl.maximum((bound << shift).to(tl.float32), mean)

@@ -165,10 +165,10 @@ def _is_near(rank, home, domain):
 
 @triton.jit
 def _find_receiver(
-    surplus, first_live, expert, bits, home, wanted, domain,
+    surplus, first_live, expert, bits, home, limit, domain,
     SLICES: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr, DOMAINS: tl.constexpr,
 ):  # fmt: skip
-    """Find the rank with the smallest deficit that holds ``wanted`` units, or else the largest.
+    """Find the rank with the smallest deficit of ``limit`` units or more, or else the largest.
 
     ``bits`` say which ranks hold a static copy of the expert, ``first_live`` what lies in the first
     live slot of each rank. Returns a word of value and rank, 0 for none.
@@ -184,7 +184,7 @@ def _find_receiver(
         if DOMAINS:
             deficit = tl.where(_is_near(lane + h * LANES, home, domain), deficit, 0)
         # This is negative for ranks that are settled.
-        value = tl.where(deficit >= wanted, 4 * MOST_UNITS - deficit, deficit)
+        value = tl.where(deficit >= limit, 4 * MOST_UNITS - deficit, deficit)
         word = (value << RANK_BITS) | (lane + h * LANES)
         largest = tl.maximum(largest, tl.where(value > 0, word, 0))
     return tl.max(largest, 0)
@@ -264,6 +264,7 @@ def find_pieces(
     offers,  # by slice and number, from `load_all_offers`
     loads,  # by rank
     target,  # load to end at
+    largest_first,  # bool, whether the largest deficits are filled first
     pieces_ptr,  # [3, G L] int32, written: static slot + 1, units, step
     offers_ptr,  # [S, G] int32
     tables,
@@ -337,8 +338,10 @@ def find_pieces(
             original = tl.load(tables.homes + expert, mask=is_shared, other=0)
             home = tl.where(is_shared, original, giver)
         wanted = tl.minimum(had, offered)
+        # No deficit is as large as the second number.
+        limit = tl.where(largest_first, 2 * MOST_UNITS, wanted)
         found = _find_receiver(
-            surplus, first_live, expert, bits, home, wanted, rules.domain,
+            surplus, first_live, expert, bits, home, limit, rules.domain,
             SLICES, LIVE, SHARED, DOMAINS,
         )  # fmt: skip
         if PRICED:

@@ -14,11 +14,6 @@ from lplb_triton.kernels.solve.tiles import SHARE_ONE, add2
 
 # Static copies of an expert that are handled at once.
 COPIES_AT_ONCE = tl.constexpr(4)
-# Pieces that all others are compared with at once.
-PIECES_AT_ONCE = tl.constexpr(64)
-# An expert has fewer tokens than 2 to this.
-TOKEN_BITS = tl.constexpr(32)
-TOKEN_MASK = tl.constexpr((1 << 32) - 1)
 
 
 @triton.jit
@@ -61,39 +56,42 @@ def _load_piece_experts(pieces_ptr, piece, n_live, n_steps, tables):
 
 
 @triton.jit
-def _compare_block(expert, piece, other_expert, other, tokens):
-    """Sum words of pieces with the same expert: of those ahead, and of all of them.
+def _compare_block(expert, piece, other_expert, other, units):
+    """Count pieces of the same expert and sum their units: of those ahead, and of all of them.
 
-    A word holds a number of pieces above their tokens. ``other_expert``, ``other`` and ``tokens``
-    are of the pieces that the first ones are compared with.
+    ``other_expert``, ``other`` and ``units`` are of the pieces that the first ones are compared
+    with.
     """
-    word = (tl.full(other.shape, 1, tl.int64) << TOKEN_BITS) + tokens.to(tl.int64)
     same = (other_expert[:, None] == expert[None, :]) & (expert >= 0)[None, :]
-    words = tl.where(same, word[:, None], 0)
-    ahead = tl.where(other[:, None] < piece[None, :], words, 0)
-    return tl.reduce((ahead, words), 0, add2)
+    ahead = same & (other[:, None] < piece[None, :])
+    n_ahead, n_every = tl.reduce((ahead.to(tl.int32), same.to(tl.int32)), 0, add2)
+    units = units[:, None]
+    ahead_units, every_units = tl.reduce(
+        (tl.where(ahead, units, 0), tl.where(same, units, 0)), 0, add2
+    )
+    return n_ahead, n_every, ahead_units, every_units
 
 
 @triton.jit
-def _compare_pieces(
-    pieces_ptr, expert, tokens, piece, n_live, n_steps, shift, tables, P: tl.constexpr
-):
-    """Count pieces of the same expert, and their tokens: those of lower slots, and all of them."""
-    if P <= PIECES_AT_ONCE:
-        ahead, every = _compare_block(expert, piece, expert, piece, tokens)
+def _compare_pieces(pieces_ptr, expert, units, piece, n_live, n_steps, tables, P: tl.constexpr):
+    """Count pieces of the same expert and sum their units: those of lower slots, and all."""
+    if P <= 64:
+        n_ahead, n_every, ahead, every = _compare_block(expert, piece, expert, piece, units)
     else:
-        ahead, every = tl.zeros((P,), tl.int64), tl.zeros((P,), tl.int64)
-        for block in range(0, n_live, PIECES_AT_ONCE):
-            other = block + tl.arange(0, PIECES_AT_ONCE)
+        # A tile of this size stays in registers.
+        OTHERS: tl.constexpr = 4096 // P
+        n_ahead, n_every = tl.zeros((P,), tl.int32), tl.zeros((P,), tl.int32)
+        ahead, every = tl.zeros((P,), tl.int32), tl.zeros((P,), tl.int32)
+        for block in range(0, n_live, OTHERS):
+            other = block + tl.arange(0, OTHERS)
             _, other_expert = _load_piece_experts(pieces_ptr, other, n_live, n_steps, tables)
-            units = tl.load(pieces_ptr + n_live + other, mask=other_expert >= 0, other=0)
-            block_ahead, block_every = _compare_block(
-                expert, piece, other_expert, other, units << shift
-            )
-            ahead += block_ahead
-            every += block_every
-    n_ahead, n_every = (ahead >> TOKEN_BITS).to(tl.int32), (every >> TOKEN_BITS).to(tl.int32)
-    return n_ahead, n_every, ahead & TOKEN_MASK, every & TOKEN_MASK
+            other_units = tl.load(pieces_ptr + n_live + other, mask=other_expert >= 0, other=0)
+            found = _compare_block(expert, piece, other_expert, other, other_units)
+            n_ahead += found[0]
+            n_every += found[1]
+            ahead += found[2]
+            every += found[3]
+    return n_ahead, n_every, ahead, every
 
 
 @triton.jit
@@ -162,6 +160,7 @@ def write_copies(
     sizes,
     P: tl.constexpr,  # live slots of all ranks, padded
     LIVE: tl.constexpr,
+    SHARED: tl.constexpr,  # whether experts may have several static copies
 ):
     """Write the copies of experts with pieces, and their cumulative shares (equation 27).
 
@@ -173,13 +172,15 @@ def write_copies(
     piece = tl.arange(0, P)
     at, expert = _load_piece_experts(pieces_ptr, piece, n_live, n_steps, tables)
     is_piece = expert >= 0
-    tokens = tl.load(pieces_ptr + n_live + piece, mask=is_piece, other=0) << shift
+    units = tl.load(pieces_ptr + n_live + piece, mask=is_piece, other=0)
     start = tl.load(tables.copy_start + expert, mask=is_piece, other=0)
     n_static = tl.load(tables.copy_start + expert + 1, mask=is_piece, other=0) - start
     total = load_total(counts_ptr, expert, is_piece)
     n_ahead, n_every, ahead, every = _compare_pieces(
-        pieces_ptr, expert, tokens, piece, n_live, n_steps, shift, tables, P
+        pieces_ptr, expert, units, piece, n_live, n_steps, tables, P
     )
+    tokens = units << shift
+    ahead, every = ahead.to(tl.int64) << shift, every.to(tl.int64) << shift
     # The first piece of an expert lists all of its copies.
     is_leader = is_piece & (n_ahead == 0)
     size = tl.where(is_leader, n_static + n_every, 0)
@@ -187,8 +188,10 @@ def write_copies(
     tl.store(scratch.first + expert, n_copies + begin, mask=is_leader)
     tl.store(scratch.last + expert, n_copies + begin + size - 1, mask=is_leader)
     is_shared = is_leader & (n_static > 1)
-    some_shared = tl.max(is_shared.to(tl.int32), 0) > 0
-    if some_shared:
+    some_shared = n_steps < 0
+    if SHARED:
+        some_shared = tl.max(is_shared.to(tl.int32), 0) > 0
+    if SHARED and some_shared:
         _count_static_copies(
             counts_ptr, cumulative_ptr, expert, is_shared, begin, start, n_static, scratch, sizes
         )
@@ -199,7 +202,7 @@ def write_copies(
     _copy_slots(start, begin, is_single, scratch, tables)
     tl.debug_barrier()
     first = tl.load(scratch.first + expert, mask=is_piece, other=0) - n_copies
-    if some_shared:
+    if SHARED and some_shared:
         source = (tl.load(tables.slot_words + at, mask=is_piece, other=0) >> 2) - start
         _take_from_copies(
             scratch, is_piece & (n_static > 1), first, source, n_static, tokens, sizes

@@ -293,7 +293,7 @@ def solve_by_cells(
     bound,  # a load that no plan can beat
     tolerance,
     max_steps,
-    enough,  # float32, a bound above which no plan needs improvement
+    enough,  # float32, no plan needs improvement if its bound exceeds this many times the mean
     counts_ptr,  # [n_logical] int32
     cumulative_ptr,  # [n_physical] int32, written for the copies of replicated experts
     scratch_ptr,  # [solve_scratch] float32
@@ -334,7 +334,8 @@ def solve_by_cells(
             cumulative_ptr, scratch, tables, sizes, loaded, cell_weights, is_cell, first.fixed, G
         )
         is_poor = max_load - bound > max_load * (target * ROUNDED_FRACTION)
-        if may_step & is_poor & (bound <= enough):
+        may_gain = bound * sizes.n_ranks <= enough * first.total
+        if may_step & is_poor & may_gain:
             # This is False, since counts are valid here, and has the type that the loop carries.
             may_step = first.invalid
             unjudged = 1

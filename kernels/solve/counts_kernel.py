@@ -92,12 +92,13 @@ def _solve_pairs_or_cells(
     counts_ptr,  # [n_logical] int32
     counts,  # [G S] float32, counts of the experts of each rank's slots
     part,  # [G S] float32, from `load_rank_experts`
+    total,  # float32, sum of the loads
     complete,  # bool, whether all counts are there
     in_pairs,  # whether the group's columns are pairs
     most_sweeps,
     tolerance,
     max_iterations,
-    enough,  # float32, a bound above which no plan needs improvement
+    enough,  # float32, no plan needs improvement if its bound exceeds this many times the mean
     tables,
     cumulative_ptr,  # [n_copies] int32
     scratch_ptr,  # [solve_scratch] float32
@@ -131,7 +132,8 @@ def _solve_pairs_or_cells(
             words, partners, pair_counts, fixed, tolerance - BOUND_ALLOWANCE, sizes.n_ranks,
             most_sweeps, cumulative_ptr, G, PAIRS,
         )  # fmt: skip
-    if (solved == 0) & (bound <= enough):
+    may_gain = bound * sizes.n_ranks <= enough * total
+    if (solved == 0) & may_gain:
         # The cells start from the plan that `solve_pairs` has stored.
         tl.debug_barrier()
         max_load, bound, steps, invalid = load_and_solve_by_cells(
@@ -151,7 +153,7 @@ def _solve_by_loaded_cells(
     complete,  # bool, whether all counts are there
     tolerance,
     max_iterations,
-    enough,  # float32, a bound above which no plan needs improvement
+    enough,  # as for `_solve_pairs_or_cells`
     tables,
     cumulative_ptr,  # [n_copies] int32
     scratch_ptr,  # [solve_scratch] float32
@@ -167,7 +169,8 @@ def _solve_by_loaded_cells(
 ):
     """Solve a group by cells, with tables that were loaded before the counts were there.
 
-    Returns the largest load, a bound, steps by potentials, and whether counts are invalid.
+    Returns the largest load, a bound, steps by potentials, whether counts are invalid, and the sum
+    of the loads.
     """
     first_counts = load_member_counts(counts_ptr, loaded.members, MEMBERS)
     extents = loaded.extents
@@ -181,7 +184,7 @@ def _solve_by_loaded_cells(
         tables, loaded, weights, first, 0, first.bound, tolerance, max_iterations, enough,
         counts_ptr, cumulative_ptr, scratch_ptr, sizes, G, C, R, COPIES, LANES,
     )  # fmt: skip
-    return max_load, bound, steps, first.invalid
+    return max_load, bound, steps, first.invalid, first.total
 
 
 @triton.jit
@@ -441,27 +444,26 @@ def solve_counts_kernel(
             PDL, CHANNELS, BLOCK, GATHER, ON_GPU, LANES,
         )  # fmt: skip
         counts = load_counts(counts_ptr, expert)
+        # How many times the mean a bound may be, above which a better plan gains nothing.
         enough = tl.full((), float("inf"), tl.float32)
-        if LIVE > 0:
-            mean = tl.sum(counts * part, 0) / n_ranks.to(tl.float32)
-            if not PRICED and not DOMAINS:
-                # Live slots will be filled: a better plan of the static copies gains nothing.
-                enough = live_above * mean
+        if LIVE > 0 and not PRICED and not DOMAINS:
+            enough = live_above
         if PAIRS > 0:
+            total = tl.sum(counts * part, 0)
             max_load, bound, steps, invalid = _solve_pairs_or_cells(
-                words, partners, counts_ptr, counts, part, complete, in_pairs, most_sweeps,
+                words, partners, counts_ptr, counts, part, total, complete, in_pairs, most_sweeps,
                 tolerance, max_iterations, enough, tables, cumulative_ptr, scratch_ptr, sizes,
                 G, C, R, S, COPIES, MEMBERS, PAIRS, LANES,
             )  # fmt: skip
         else:
-            max_load, bound, steps, invalid = _solve_by_loaded_cells(
+            max_load, bound, steps, invalid, total = _solve_by_loaded_cells(
                 loaded, counts_ptr, counts, part, copy_part, complete, tolerance, max_iterations,
                 enough, tables, cumulative_ptr, scratch_ptr, n_scratch, sizes,
                 G, C, R, S, COPIES, MEMBERS, LANES,
             )  # fmt: skip
         if LIVE > 0:
             plan_live_slots(
-                counts_ptr, cumulative_ptr, max_load, mean, invalid, live_scratch_ptr,
+                counts_ptr, cumulative_ptr, max_load, total / n_ranks, invalid, live_scratch_ptr,
                 LiveOutcome(live_out_ptr, live_versions_ptr, live_base),
                 LiveTables(
                     slot_words_ptr, slot_experts_ptr, held_by_ptr, homes_ptr, copy_start_ptr,

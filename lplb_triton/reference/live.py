@@ -128,14 +128,26 @@ def find_homes(copies: Copies) -> Ints:
     return homes
 
 
+def _scale_cost(cost: int, shift: int) -> int:
+    """Return a cost in units, which is not 0 unless it was."""
+    return min(max(cost >> shift, min(cost, 1)), 1 << LIVE_UNIT_BITS)
+
+
 class _State:
     """Loads and offers of all ranks while pieces are found, in units of 2**shift tokens."""
 
     def __init__(
-        self, case: LiveCase, copies: Copies, tokens: Ints, n_slots: int, target: int
+        self,
+        case: LiveCase,
+        copies: Copies,
+        tokens: Ints,
+        n_slots: int,
+        target: int,
+        largest_first: bool,
     ) -> None:
         g, ranks = case.ep_size, copies.rank
         self.case, self.copies, self.target = case, copies, target
+        self.largest_first = largest_first
         self.offer = np.zeros((g, n_slots), dtype=np.int64)
         self.offer[ranks, copies.place] = tokens
         self.copy_at = np.full((g, n_slots), -1)
@@ -164,7 +176,8 @@ class _State:
         if deficit.max() <= 0 or self._is_exhausted(expert):
             return -1, False
         # The smallest deficit that holds all of it, or else the largest.
-        value = np.where(deficit >= wanted, (1 << (LIVE_UNIT_BITS + 2)) - deficit, deficit)
+        holds = (deficit >= wanted) & (not self.largest_first)
+        value = np.where(holds, (1 << (LIVE_UNIT_BITS + 2)) - deficit, deficit)
         return _last_largest(np.where(deficit > 0, value, 0)), False
 
     def _is_exhausted(self, expert: int) -> bool:
@@ -312,7 +325,8 @@ def _search(
     """Find pieces in up to LIVE_PASSES passes; returns them, the largest load and a bound.
 
     The first pass aims at half of what the rules allow above the mean. If it misses that by much,
-    the next aim lies halfway between what can't be beaten and what was found.
+    the second one aims at what can't be beaten, and fills the largest deficits first; the third one
+    aims halfway between that and what was found.
     """
     n_slots = int(copies.place.max()) + 1
     tokens = _split_running(count_running(counts, cumulative, copies), copies.start)
@@ -323,16 +337,20 @@ def _search(
     aim = int((case.above - 1.0) * 0.5 * (1 << LIVE_AIM_BITS))
     first_target = target = mean + (mean * aim >> LIVE_AIM_BITS)
     best = _Found(int(loads.max()), int(loads.max()), [])
-    bound = mean
+    # Tokens are whole, but a larger unit may be divided.
+    bound = mean if shift == 0 else int(loads.sum()) // case.ep_size
+    case = case._replace(cost=_scale_cost(case.cost, shift))
     for n_passes in range(1, LIVE_PASSES + 1):
-        found = _find_pieces(_State(case, copies, tokens, n_slots, target), resident)
+        state = _State(case, copies, tokens, n_slots, target, largest_first=n_passes == 2)
+        found = _find_pieces(state, resident)
         if found.price < best.price:
             best = found
         if best.peak <= first_target + (first_target >> LIVE_MISS_BITS):
             break
         if n_passes == 1:
-            bound = find_live_bound(case, counts >> shift, copies, loads)
-        target = (max(first_target, bound) + best.peak) // 2
+            bound = max(bound, find_live_bound(case, counts >> shift, copies, loads))
+        least = max(first_target, bound)
+        target = least if n_passes == 1 else (least + best.peak) // 2
         if target >= best.peak:
             break
     expert_of = np.repeat(np.arange(len(counts)), np.diff(copies.start))
