@@ -22,9 +22,14 @@ def check_both(placement, counts, resident=None, **rules):
     return kernel, after
 
 
-@pytest.mark.parametrize("live", [1, 2])
-@pytest.mark.parametrize("redundant", [0, 1, 2])
-@pytest.mark.parametrize(("ranks", "experts"), [(4, 12), (8, 32), (40, 80)])
+@pytest.mark.parametrize(
+    ("ranks", "experts", "redundant", "live"),
+    [
+        *((4, 12, redundant, live) for redundant in (0, 1, 2) for live in (1, 2)),
+        *((8, 32, redundant, live) for redundant in (0, 1, 2) for live in (1, 2)),
+        *((40, 80, redundant, 1 + redundant % 2) for redundant in (0, 1, 2)),
+    ],
+)
 def test_plans_of_random_batches(ranks, experts, redundant, live):
     """Kernel and twin agree for placements with and without copies, and slots are filled."""
     placement = make_placement(ranks, experts, live, redundant)
@@ -78,7 +83,6 @@ def test_a_cost_is_the_price_of_a_fetch():
     assert before.n_live == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the twin takes a cost for units instead of tokens")
 def test_a_cost_in_large_units():
     """A cost is in tokens, whatever units loads are counted in."""
     placement = make_placement(8, 32, 1)
@@ -87,14 +91,32 @@ def test_a_cost_in_large_units():
     assert plan.shift > 0 and plan.n_live > 2
 
 
-def test_no_home_sends_more_than_the_fan_out():
-    """From no home rank are more copies fetched than `live_fanout`."""
-    placement = make_placement(8, 32, 2)
+def crowd_a_rank():
+    """Return a placement of 8 ranks, and counts of which one rank has nearly all."""
     counts = torch.full((32,), 10)
     counts[:4] = 900
-    for fanout in (1, 2, 4):
+    return make_placement(8, 32, 2), counts
+
+
+def test_no_home_sends_more_than_the_fan_out():
+    """From no home rank are more copies fetched than `live_fanout`, and more of them help."""
+    placement, counts = crowd_a_rank()
+    before = 3600.0
+    for fanout in (1, 2, 4, 8):
         plan, _ = check_both(placement, counts, live_fanout=fanout)
-        assert plan.n_live == fanout
+        assert 0 < plan.n_live <= fanout and plan.max_load < before
+        before = plan.max_load
+
+
+@pytest.mark.xfail(
+    strict=True, reason="later passes spend the fan-out on amounts that are too small"
+)
+def test_a_fan_out_is_spent_on_large_amounts():
+    """Three copies that may leave a rank take three whole experts of its four with them."""
+    placement, counts = crowd_a_rank()
+    plan, _ = check_both(placement, counts, live_fanout=3)
+    # Four ranks then share 3720 tokens.
+    assert plan.max_load <= 960
 
 
 def test_experts_stay_in_their_domain():
@@ -186,7 +208,6 @@ def test_live_slots_that_hold_experts_are_used_first():
 @pytest.mark.parametrize(("ranks", "experts"), [(1, 4), (2, 2), (33, 33)])
 def test_small_and_odd_sizes(ranks, experts):
     """One rank, one expert a rank, and a rank more than fits a slice."""
-    for live in (1, 2):
-        placement = make_placement(ranks, experts, live)
-        plan, _ = check_both(placement, draw_counts(placement, live, spread=2.0))
-        assert (plan.n_live > 0) == (ranks > 1)
+    placement = make_placement(ranks, experts, 2)
+    plan, _ = check_both(placement, draw_counts(placement, 2, spread=2.0))
+    assert (plan.n_live > 0) == (ranks > 1)
