@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from lplb_triton._checks import check_integer
+from lplb_triton._checks import check_flag, check_integer, check_number
+from lplb_triton._layout import MAX_COUNT
 from lplb_triton.placement import Placement
 
 __all__ = ["LivePlan", "LiveRules", "make_rules"]
@@ -61,13 +62,16 @@ def make_rules(
     TypeError, ValueError
         Naming the argument that doesn't fit.
     """
-    above = float(above)
+    above = check_number("live_above", above)
     if not LEAST_ABOVE <= above <= MOST_ABOVE:
         raise ValueError(f"live_above must be in [{LEAST_ABOVE}, {MOST_ABOVE}], got {above}")
     cost = check_integer("live_cost", cost, 0)
     fanout = 0 if fanout is None else check_integer("live_fanout", fanout)
     domain = 0 if domain is None else check_integer("live_domain", domain)
-    rules = LiveRules(above, cost, fanout, domain, bool(resident))
+    for name, value in (("live_cost", cost), ("live_fanout", fanout)):
+        if value > MAX_COUNT:
+            raise ValueError(f"{name} must be below 2**31, got {value}")
+    rules = LiveRules(above, cost, fanout, domain, check_flag("live_resident", resident))
     if not placement.live_per_rank:
         if rules != LiveRules():
             raise ValueError(

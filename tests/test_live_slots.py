@@ -178,9 +178,10 @@ def test_training_refuses_live_slots_by_name():
     assert replicas.placement == static
 
 
-@pytest.mark.xfail(strict=True, reason="place reads the -1 of live slots as an expert's number")
-def test_placing_refuses_live_slots_by_name():
-    """`place` takes a previous placement without live slots only, or says so."""
-    previous = static_placement(redundant=1).with_live_slots(1)
-    with pytest.raises(ValueError, match="^previous must have no live slots"):
-        place(torch.rand(16), 4, redundant_per_rank=2, previous=previous)
+def test_placing_starts_from_static_slots():
+    """`place` starts from the static slots of a previous placement."""
+    previous = static_placement(redundant=1)
+    load = torch.rand(16, generator=torch.Generator().manual_seed(3))
+    settings = {"redundant_per_rank": 1, "move_penalty": 0.01}
+    found = place(load, 4, previous=previous.with_live_slots(1), **settings)
+    assert found == place(load, 4, previous=previous, **settings)

@@ -11,6 +11,7 @@ import triton.language as tl
 from lplb_triton.kernels.live.arguments import (
     AIM_BITS,
     LANES,
+    LIMITED_PASSES,
     MISS_BITS,
     MOST_UNITS,
     OFFER_SHIFT,
@@ -95,16 +96,17 @@ def _sum_loads(loads, SLICES: tl.constexpr):
 
 @triton.jit
 def _search(
-    counts_ptr, shift, scratch, tables, rules, sizes,
+    counts_ptr, cumulative_ptr, shift, scratch, tables, rules, sizes,
     G: tl.constexpr, SLICES: tl.constexpr, MOST: tl.constexpr, MORE: tl.constexpr,
     EXPERTS: tl.constexpr, P: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
     PRICED: tl.constexpr, DOMAINS: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """Find pieces in up to PASSES passes.
+    """Find pieces in a few passes.
 
     The first pass aims at half of what the rules allow above the mean. If it misses that by much,
-    the second one aims at what can't be beaten, and fills the largest deficits first; the third one
-    aims halfway between that and what was found. Returns the address
+    the second one aims at what can't be beaten, and fills the largest deficits first; later ones
+    aim halfway between that and what was found. With limits, which the bound doesn't know, all of
+    them are such. Returns the address
     of the pieces, the number of their steps, the largest load and a bound, in units.
     """
     n_words = 3 * sizes.n_ranks * LIVE
@@ -114,6 +116,15 @@ def _search(
     mean, first_target, target, price, peak, bound = steps, steps, steps, steps, steps, steps
     goes_on = shift >= 0
     while goes_on:
+        if MORE:
+            if n_passes > 0:
+                # The pass before has changed the offers in memory.
+                tl.debug_barrier()
+                _make_offers(counts_ptr, cumulative_ptr, shift, scratch, tables, sizes, SHARED)
+                tl.debug_barrier()
+        largest_first = n_passes < 0
+        if not PRICED and not DOMAINS:
+            largest_first = n_passes == 1
         offers, loads = load_all_offers(scratch.offers, sizes, SLICES, MOST)
         largest, total = _sum_loads(loads, SLICES)
         if n_passes == 0:
@@ -126,7 +137,7 @@ def _search(
         # The pieces that are kept so far lie in the other set.
         pieces_ptr = scratch.pieces + (1 - kept_set) * n_words
         found_price, found_peak, found_steps = find_pieces(
-            offers, loads, target, n_passes == 1, pieces_ptr, scratch.offers, tables, rules, cost,
+            offers, loads, target, largest_first, pieces_ptr, scratch.offers, tables, rules, cost,
             sizes,
             SLICES, MOST, MORE, LIVE, SHARED, PRICED, DOMAINS, RESIDENT,
         )  # fmt: skip
@@ -146,8 +157,12 @@ def _search(
                 )
                 bound = tl.maximum(bound, known)
             least = tl.maximum(first_target, bound)
-            target = tl.where(n_passes == 1, least, (least + peak) // 2)
-            goes_on = (target < peak) & (n_passes < PASSES)
+            target = (least + peak) // 2
+            if PRICED or DOMAINS:
+                goes_on = (target < peak) & (n_passes < LIMITED_PASSES)
+            else:
+                target = tl.where(n_passes == 1, least, target)
+                goes_on = (target < peak) & (n_passes < PASSES)
             if goes_on:
                 tl.debug_barrier()
                 _reset_pieces(scratch.pieces + (1 - kept_set) * n_words, sizes, P, LIVE)
@@ -205,8 +220,8 @@ def _plan(
     _reset(scratch, sizes, P, LIVE)
     tl.debug_barrier()
     pieces_ptr, steps, peak, bound = _search(
-        counts_ptr, shift, scratch, tables, rules, sizes, G, SLICES, MOST, MORE, EXPERTS, P, LIVE,
-        SHARED, PRICED, DOMAINS, RESIDENT,
+        counts_ptr, cumulative_ptr, shift, scratch, tables, rules, sizes, G, SLICES, MOST, MORE,
+        EXPERTS, P, LIVE, SHARED, PRICED, DOMAINS, RESIDENT,
     )  # fmt: skip
     tl.debug_barrier()
     expert, tokens, halvings = write_copies(

@@ -71,8 +71,8 @@ def _insert(offers, word, MOST: tl.constexpr):
 
 
 @triton.jit
-def _load_offers(offers_ptr, sizes, below, h: tl.constexpr, MOST: tl.constexpr):
-    """Load the MOST largest offers ``below`` a word by lane, of the ranks of slice ``h``.
+def _load_offers(offers_ptr, sizes, h: tl.constexpr, MOST: tl.constexpr):
+    """Load the MOST largest offers of the ranks of slice ``h``.
 
     Returns them in descending order, 0 for none, and the sum of all units of each rank.
     """
@@ -90,7 +90,7 @@ def _load_offers(offers_ptr, sizes, below, h: tl.constexpr, MOST: tl.constexpr):
             words += (tl.load(at, mask=there, other=0),)
         for i in tl.static_range(AT_ONCE):
             load += words[i] >> OFFER_SHIFT
-            offers = _insert(offers, tl.where(words[i] < below, words[i], 0), MOST)
+            offers = _insert(offers, words[i], MOST)
     return offers, load
 
 
@@ -98,9 +98,8 @@ def _load_offers(offers_ptr, sizes, below, h: tl.constexpr, MOST: tl.constexpr):
 def load_all_offers(offers_ptr, sizes, SLICES: tl.constexpr, MOST: tl.constexpr):
     """Load the largest offers of all ranks; returns offers by slice and number, and loads."""
     offers, loads = (), ()
-    below = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
     for h in tl.static_range(SLICES):
-        found, load = _load_offers(offers_ptr, sizes, below, h, MOST)
+        found, load = _load_offers(offers_ptr, sizes, h, MOST)
         offers += found
         loads += (load,)
     return offers, loads
@@ -145,12 +144,15 @@ def _replace_offer(offers, giver, word, new_word, SLICES: tl.constexpr, MOST: tl
 
 @triton.jit
 def _refill(offers, floors, giver, offers_ptr, sizes, SLICES: tl.constexpr, MOST: tl.constexpr):
-    """Load the giver's next offers below its floor, which goes down; others stay as they are."""
+    """Load the giver's largest offers anew; those of others stay as they are.
+
+    A rank's floor is the smallest of the offers that were loaded, 0 if these are all.
+    """
     lane = tl.arange(0, LANES)
     new_offers, new_floors = (), ()
     for h in tl.static_range(SLICES):
         own = lane + h * LANES == giver
-        found, _ = _load_offers(offers_ptr, sizes, floors[h], h, MOST)
+        found, _ = _load_offers(offers_ptr, sizes, h, MOST)
         for k in tl.static_range(MOST):
             new_offers += (tl.where(own, found[k], offers[h * MOST + k]),)
         new_floors += (tl.where(own, found[MOST - 1], floors[h]),)
@@ -266,7 +268,7 @@ def find_pieces(
     target,  # load to end at
     largest_first,  # bool, whether the largest deficits are filled first
     pieces_ptr,  # [3, G L] int32, written: static slot + 1, units, step
-    offers_ptr,  # [S, G] int32
+    offers_ptr,  # [S, G] int32, changed with MORE
     tables,
     rules,
     cost,  # of a fetched expert, in units
@@ -315,10 +317,11 @@ def find_pieces(
         giver, had = giver_word & RANK_MASK, giver_word >> RANK_BITS
         word = _find_offer(offers, giver, SLICES, MOST)
         if MORE:
-            if word == 0:
-                if _take(floors, giver, SLICES) > 0:
-                    offers, floors = _refill(offers, floors, giver, offers_ptr, sizes, SLICES, MOST)
-                    word = _find_offer(offers, giver, SLICES, MOST)
+            if word < _take(floors, giver, SLICES):
+                # One thread has written what other threads read.
+                tl.debug_barrier()
+                offers, floors = _refill(offers, floors, giver, offers_ptr, sizes, SLICES, MOST)
+                word = _find_offer(offers, giver, SLICES, MOST)
         offered, place = word >> OFFER_SHIFT, (word >> 1) & PLACE_MASK
         at = place * sizes.n_ranks + giver
         is_shared = (word & 1) == 1
@@ -400,6 +403,8 @@ def find_pieces(
         new_word = word - (amount << OFFER_SHIFT)
         new_word = tl.where(some & (amount < offered), new_word, 0)
         offers = _replace_offer(offers, giver, word, new_word, SLICES, MOST)
+        if MORE:
+            tl.store(offers_ptr + at, new_word, mask=word > 0)
         giver_word = _find_giver(surplus, SLICES)
         if PRICED:
             fetched = (some & fetches).to(tl.int32)

@@ -44,6 +44,8 @@ from lplb_triton.kernels.solve.levelling import COPIES_AT_ONCE, RANK_CELLS
 from lplb_triton.kernels.solve.pairs import load_pair_counts, load_pairs, solve_pairs
 from lplb_triton.kernels.solve.rows import ROW_WORDS
 
+# More than any bound is times the mean; finite, since the mean may be 0.
+NEVER_ENOUGH = tl.constexpr(1e20)
 N_CELL_FIELDS = tl.constexpr(_layout.N_CELL_FIELDS)
 N_EXTENTS = tl.constexpr(_layout.N_EXTENTS)
 # Words of a group's scratch for each rank, column, cell and row.
@@ -445,7 +447,7 @@ def solve_counts_kernel(
         )  # fmt: skip
         counts = load_counts(counts_ptr, expert)
         # How many times the mean a bound may be, above which a better plan gains nothing.
-        enough = tl.full((), float("inf"), tl.float32)
+        enough = tl.full((), NEVER_ENOUGH, tl.float32)
         if LIVE > 0 and not PRICED and not DOMAINS:
             enough = live_above
         if PAIRS > 0:

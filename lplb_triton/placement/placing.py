@@ -22,7 +22,12 @@ from lplb_triton.placement.chaining import chain, check_load, check_ranks, scale
 from lplb_triton.placement.cut_search import CutSearch
 from lplb_triton.placement.exact_search import CANDIDATES, ExactSearch
 from lplb_triton.placement.home import is_at_home
-from lplb_triton.placement.moves import check_same_sizes, keep_slots, number_domains
+from lplb_triton.placement.moves import (
+    check_same_sizes,
+    keep_slots,
+    number_domains,
+    require_placement,
+)
 from lplb_triton.solver import solve
 
 __all__ = ["place"]
@@ -188,6 +193,8 @@ def _start_from(
     Slots that repeat an expert on their rank are given to others if ``may_replace``.
     """
     n_logical = len(mean)
+    # What live slots hold belongs to a batch and not to the placement.
+    previous = require_placement("previous", previous).with_live_slots(0)
     check_same_sizes("previous", previous, (n_logical, n_logical + redundant * ranks, ranks))
     n_domains = ranks // (ranks_per_domain or ranks)
     try:

@@ -16,6 +16,7 @@ from lplb_triton._layout import (
     LIVE_AIM_BITS,
     LIVE_CUTS,
     LIVE_HALVINGS,
+    LIVE_LIMITED_PASSES,
     LIVE_MISS_BITS,
     LIVE_PASSES,
     LIVE_ROOM_SHARE,
@@ -60,8 +61,13 @@ class LiveCase(NamedTuple):
 
     @property
     def is_priced(self) -> bool:
-        """Whether fetching has a cost or a limit."""
+        """Whether fetching has a cost or a limit by port."""
         return self.cost > 0 or self.fanout > 0
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether less may be fetched than live slots hold."""
+        return self.is_priced or 0 < self.domain < self.ep_size
 
 
 class Piece(NamedTuple):
@@ -323,11 +329,12 @@ def plan_live(
 def _search(
     case: LiveCase, counts: Ints, cumulative: Ints, copies: Copies, max_load: float, resident: Ints
 ) -> tuple[list[Piece], float, float]:
-    """Find pieces in up to LIVE_PASSES passes; returns them, the largest load and a bound.
+    """Find pieces in a few passes; returns them, the largest load and a bound.
 
     The first pass aims at half of what the rules allow above the mean. If it misses that by much,
-    the second one aims at what can't be beaten, and fills the largest deficits first; the third one
-    aims halfway between that and what was found.
+    the second one aims at what can't be beaten, and fills the largest deficits first; later ones
+    aim halfway between that and what was found. With limits, which the bound doesn't know, all of
+    them are such.
     """
     n_slots = int(copies.place.max()) + 1
     tokens = _split_running(count_running(counts, cumulative, copies), copies.start)
@@ -341,8 +348,9 @@ def _search(
     # Tokens are whole, but a larger unit may be divided.
     bound = mean if shift == 0 else int(loads.sum()) // case.ep_size
     case = case._replace(cost=_scale_cost(case.cost, shift))
-    for n_passes in range(1, LIVE_PASSES + 1):
-        state = _State(case, copies, tokens, n_slots, target, largest_first=n_passes == 2)
+    for n_passes in range(1, (LIVE_LIMITED_PASSES if case.is_limited else LIVE_PASSES) + 1):
+        largest_first = n_passes == 2 and not case.is_limited
+        state = _State(case, copies, tokens, n_slots, target, largest_first)
         found = _find_pieces(state, resident)
         if found.price < best.price:
             best = found
@@ -351,7 +359,9 @@ def _search(
         if n_passes == 1:
             bound = max(bound, find_live_bound(case, counts >> shift, copies, loads))
         least = max(first_target, bound)
-        target = least if n_passes == 1 else (least + best.peak) // 2
+        target = (least + best.peak) // 2
+        if n_passes == 1 and not case.is_limited:
+            target = least
         if target >= best.peak:
             break
     expert_of = np.repeat(np.arange(len(counts)), np.diff(copies.start))
