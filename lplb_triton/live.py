@@ -9,7 +9,7 @@ import torch
 from lplb_triton._checks import check_integer
 from lplb_triton.placement import Placement
 
-__all__ = ["LivePlan", "LiveRules", "make_rules"]
+__all__ = ["LivePlan", "LiveRules", "make_rules", "read_plan"]
 
 # Bounds of ``live_above``. A plan aims at half of what this allows above the mean.
 LEAST_ABOVE, MOST_ABOVE = 1.0, 2.0
