@@ -373,17 +373,21 @@ def _time_batches(
 def _summarize(times: _Times) -> Row:
     """Make a row of the JSON file."""
     fetching = np.array(times.fetching)
-    runs = {name: np.array(values) for name, values in times.runs.items()}
     return {
         "batches": len(fetching),
         "fetching": int(fetching.sum()),
         "run_us": {
-            kind: {
-                name: compute_statistics(values[which].tolist()) for name, values in runs.items()
-            }
-            if which.any()
-            else None
+            kind: _summarize_runs(times.runs, which)
             for kind, which in (("fetch", fetching), ("level", ~fetching))
         },
         "plan_us": compute_statistics(times.plan) if times.plan else None,
+    }
+
+
+def _summarize_runs(runs: dict[str, list[float]], which: np.typing.NDArray[np.bool_]) -> Row | None:
+    """Compute statistics of each run over some batches; None without any."""
+    if not which.any():
+        return None
+    return {
+        name: compute_statistics(np.array(values)[which].tolist()) for name, values in runs.items()
     }
