@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from lplb_triton import Balancer, Placement, kernels
+from lplb_triton import Balancer, Placement
 from lplb_triton._layout import CHANNELS
 from lplb_triton.bench.live.compare import Options
 from lplb_triton.bench.live.plans import (
@@ -29,6 +29,9 @@ from lplb_triton.bench.placement import explain_impossible
 from lplb_triton.bench.types import Row
 from lplb_triton.live import MOST_SLOTS_PER_RANK, LivePlan, read_plan
 from lplb_triton.reference.live import LiveCase
+
+if TYPE_CHECKING:
+    from lplb_triton import kernels
 
 __all__ = ["RUNS", "Timing", "check_batches", "draw_ids", "time_runs"]
 
@@ -87,6 +90,9 @@ class PlanAlone:
 
     def launch(self) -> None:
         """Plan on what ``words`` holds."""
+        # The comparison on a CPU does without Triton, which this module imports.
+        from lplb_triton import kernels
+
         counts, cumulative, max_load = (self.words[place] for place in self._places)
         kernels.plan_live(counts, cumulative, max_load.view(torch.float32), self._live)
 
@@ -135,7 +141,7 @@ class _Outcome(NamedTuple):
 
 
 @dataclass
-class _Times:
+class Times:
     """Microseconds by batch, of all sources."""
 
     fetching: list[bool] = field(default_factory=list)
@@ -181,7 +187,7 @@ def time_runs(
         for base in options.bases:
             for n_live in options.live:
                 head = {"ep": ep, "live": n_live, "base": str(base)}
-                times = _Times()
+                times = Times()
                 for number, source in enumerate(here):
                     reason = _explain_impossible(source.experts, ep, base)
                     if reason is not None:
@@ -194,7 +200,7 @@ def time_runs(
                     if progress is not None:
                         progress()
                 if times.fetching:
-                    rows.append({**head, **_summarize(times)})
+                    rows.append({**head, **summarize(times)})
     return rows, left_out
 
 
@@ -207,7 +213,7 @@ def _explain_impossible(experts: int, ep: int, base: Base) -> str | None:
 
 
 def _time_source(
-    number: int, source: Source, case: LiveCase, base: Base, timing: Timing, times: _Times
+    number: int, source: Source, case: LiveCase, base: Base, timing: Timing, times: Times
 ) -> None:
     """Check and time all batches of a source, and add their times."""
     for at, one in enumerate(source.cases):
@@ -357,7 +363,7 @@ def _time_batches(
     ids: torch.Tensor,
     checked: Checked,
     timer: Timer,
-    times: _Times,
+    times: Times,
 ) -> None:
     """Time checked batches, and add their times."""
     times.fetching += checked.fetching
@@ -370,7 +376,7 @@ def _time_batches(
         times.plan += timer.time_batches(alone.launch, alone.words, checked.words[fetching])
 
 
-def _summarize(times: _Times) -> Row:
+def summarize(times: Times) -> Row:
     """Make a row of the JSON file."""
     fetching = np.array(times.fetching)
     return {
