@@ -8,6 +8,7 @@ import torch
 from helpers.timers import FakeTimer
 from helpers.traces import make_trace
 
+from lplb_triton import Balancer
 from lplb_triton.bench import cli, live
 from lplb_triton.bench.commands import gpu
 from lplb_triton.bench.live import times
@@ -73,6 +74,20 @@ def test_wrong_outcomes_are_not_timed(monkeypatch, change, message):
     plan, timer = times.plan_batch, FakeTimer()
     monkeypatch.setattr(times, "plan_batch", lambda *given: change(plan(*given)))
     with pytest.raises(WrongAnswerError, match=message):
+        time_source(timer, batches=1)
+    assert timer.calls == 0
+
+
+def test_ids_of_other_experts_are_not_timed(monkeypatch):
+    """Ids that are no copies of their experts are refused before anything is timed."""
+    run, timer = Balancer.run, FakeTimer()
+
+    def exchange(balancer, idx):
+        out = run(balancer, idx)
+        return out.roll(1, 0) if balancer.placement.live_per_rank else out
+
+    monkeypatch.setattr(Balancer, "run", exchange)
+    with pytest.raises(WrongAnswerError, match="batch 0: a physical id is no copy"):
         time_source(timer, batches=1)
     assert timer.calls == 0
 

@@ -32,6 +32,7 @@ from lplb_triton.reference.live import LiveCase
 
 if TYPE_CHECKING:
     from lplb_triton import kernels
+    from lplb_triton._backends.levelling import LevellingBackend
 
 __all__ = ["RUNS", "Timing", "check_batches", "draw_ids", "time_runs"]
 
@@ -65,6 +66,16 @@ class Timing:
     seed: int = 0
 
 
+def _get_backend(live: Balancer) -> LevellingBackend:
+    """Return the back end of a balancer, which must be Triton's."""
+    # The comparison on a CPU does without Triton, which this module imports.
+    from lplb_triton._backends.levelling import LevellingBackend
+
+    if not isinstance(live._backend, LevellingBackend):
+        raise TypeError(f"live slots are timed by the Triton back end, got {live!r}")
+    return live._backend
+
+
 class PlanAlone:
     """Plans live slots in a launch of its own, on memory of its own.
 
@@ -75,7 +86,7 @@ class PlanAlone:
     """
 
     def __init__(self, live: Balancer) -> None:
-        backend, p = live._backend, live.placement
+        backend, p = _get_backend(live), live.placement
         sizes = p.n_logical, backend.count_shares(), 1
         starts = np.cumsum([0, *(-(-size // FIELD_WORDS) * FIELD_WORDS for size in sizes)])
         self._places = [
@@ -308,7 +319,8 @@ def check_batches(
         check_ids(placement, idx, static.run(idx), static.solve(counts))
         out = live.run(idx)
         plan = LivePlan(*(tensor.cpu() for tensor in live.live))
-        found.append(_Outcome(counts, *live._backend.read_static_plan(), out.cpu(), plan))
+        cumulative, max_load = _get_backend(live).read_static_plan()
+        found.append(_Outcome(counts, cumulative, max_load, out.cpu(), plan))
     static_plan = StaticPlan(
         case.ep_size,
         torch.stack([one.counts for one in found]).cpu().numpy().astype(np.int64),
