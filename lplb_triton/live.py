@@ -10,7 +10,7 @@ from lplb_triton._checks import check_flag, check_integer, check_number
 from lplb_triton._layout import MAX_COUNT
 from lplb_triton.placement import Placement
 
-__all__ = ["LivePlan", "LiveRules", "make_rules"]
+__all__ = ["LivePlan", "LiveRules", "make_rules", "read_plan"]
 
 # Bounds of ``live_above``. A plan aims at half of what this allows above the mean.
 LEAST_ABOVE, MOST_ABOVE = 1.0, 2.0

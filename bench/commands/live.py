@@ -11,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from lplb_triton.bench import live, options, output, tables, workloads
+from lplb_triton.bench.commands import gpu
 from lplb_triton.bench.machine import environment
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import FAILED, OK, Output, say
 from lplb_triton.bench.progress import progress
+from lplb_triton.bench.types import Row
+from lplb_triton.live import MOST_ABOVE
 from lplb_triton.placement.arguments import MOST_LIVE
 
 __all__ = ["add", "run"]
 
 MOST_BATCHES, MOST_DOMAIN = 10**4, 2**12
-EXPERTS, SEED, ABOVE = 256, 0, 1.02
+# Counts of so many tokens' ids are exact in float32, in which plans are compared.
+MOST_TOKENS = 2**20
+EXPERTS, SEED, ABOVE, TOKENS = 256, 0, 1.02, 4096
 NO_WORKLOADS = "none"
 # The adversarial workload is searched for one placement, and here there are several.
 WORKLOADS = tuple(name for name in workloads.WORKLOADS if name != workloads.ADVERSARIAL)
@@ -45,7 +50,17 @@ Columns of the second, of UltraEP's planner (U) and of live slots (L):
   bound    a largest load that no plan of live slots beats, over the mean load
   gap      relative distance of live from the bound, mean
 The last table holds figures against targets that live slots are to reach, as far as this run has
-them. Fails only if a plan is wrong: tokens lost, worse than the LP, an expert on a rank twice."""
+them. Fails only if a plan is wrong: tokens lost, worse than the LP, an expert on a rank twice.
+
+With --times it times on a GPU instead, in microseconds, without load sync. A rank's ids of each
+batch are drawn in proportion to the batch's counts. Columns, median/p99/max over the batches:
+  without  Balancer.run on the base placement
+  with     Balancer.run with live slots
+  again    without live slots once more, which shows how the GPU's speed changes meanwhile
+  plan     the plan of live slots alone, from the shares of the run's LP, a launch of its own
+The first three are given of batches that fetch (fetch) and of the others (level), the last of
+batches that fetch. Each batch's plan and ids are first held against the twin: a wrong outcome
+fails the command, and nothing is timed."""
 
 
 def add(commands: Any) -> None:
@@ -60,7 +75,8 @@ def add(commands: Any) -> None:
         examples=(
             "  lplb-bench live --ep 8,16,32,64 --json live.json\n"
             "  lplb-bench live --workload none --trace a.npz --trace b.npz --ep 8 --base home\n"
-            "  lplb-bench live --workload rotating,burst --base chain:2 --cost 500 --domain 8"
+            "  lplb-bench live --workload rotating,burst --base chain:2 --cost 500 --domain 8\n"
+            "  lplb-bench live --times --ep 8,64 --tokens 4096 --json times.json"
         ),
     )
     sub.add_argument(
@@ -78,8 +94,9 @@ def add(commands: Any) -> None:
         help=f"logical experts of the workloads (default {EXPERTS})",
     )  # fmt: skip
     sub.add_argument(
-        "--seed", type=options.seed, metavar="N", help=f"of the workloads (default {SEED})"
-    )
+        "--seed", type=options.seed, metavar="N",
+        help=f"of the workloads, and of the ids of --times (default {SEED})",
+    )  # fmt: skip
     sub.add_argument(
         "--batches", type=partial(options.count, most=MOST_BATCHES), default=8, metavar="N",
         help="test batches of a workload, and of each layer and stretch of a trace at most, evenly "
@@ -87,6 +104,14 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     options.add_ep(sub)
     _add_rules(sub)
+    sub.add_argument(
+        "--times", action="store_true", default=None,
+        help="time runs with and without live slots, and the plan alone, on a GPU; no comparison",
+    )  # fmt: skip
+    sub.add_argument(
+        "--tokens", type=partial(options.count, most=MOST_TOKENS), metavar="N",
+        help=f"with --times: tokens of this rank in a batch, top-8 (default {TOKENS})",
+    )  # fmt: skip
 
 
 def _add_rules(sub: argparse.ArgumentParser) -> None:
@@ -135,23 +160,63 @@ def _read_factor(text: str) -> float:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    """Compare all ways."""
+    """Compare all ways, or time runs."""
     tables.require("rich")
     names = () if args.workload == (NO_WORKLOADS,) else args.workload
     if NO_WORKLOADS in names:
         raise UsageError(f"argument --workload: {NO_WORKLOADS} stands alone")
     if not names:
-        options.refuse(args, ("experts", "seed"), "only for workloads")
-    defaults = {"experts": EXPERTS, "seed": SEED, "history": options.HISTORY}
+        options.refuse(
+            args, ("experts",) if args.times else ("experts", "seed"), "only for workloads"
+        )
+    if not args.times:
+        options.refuse(args, ("tokens",), "only with --times")
+    elif args.above > MOST_ABOVE:
+        raise UsageError(f"argument --above: with --times at most {MOST_ABOVE:g}")
+    defaults = {"experts": EXPERTS, "seed": SEED, "history": options.HISTORY, "tokens": TOKENS}
     options.fill(args, defaults)
     files = [("--json", args.json), ("--markdown", args.markdown)]
     output.check_files(files, [("--trace", path) for path in args.trace or ()])
+    timing = None
+    if args.times:
+        device, timer = gpu.start(args)
+        timing = live.Timing(timer, device, args.tokens, args.seed)
     traced = _load_traces(args)
     chosen = live.Options(
         args.ep, args.live, args.base, args.above, args.cost, args.fanout, args.domain
     )
     _check_sizes(args, names, traced)
     begin = time.perf_counter()
+    rows, left_out = _compute_rows(args, names, traced, chosen, timing)
+    if not rows:
+        reasons = "; ".join(dict.fromkeys(row["reason"] for row in left_out))
+        raise UsageError(f"arguments --ep, --base: {reasons}")
+    compared = [] if timing else rows
+    report = {
+        "command": "live",
+        "options": _describe_options(args, chosen, names, traced),
+        "environment": environment("cpu" if timing is None else timing.device.type),
+        "seconds": time.perf_counter() - begin,
+        "rows": compared,
+        "left_out": left_out,
+        "targets": live.judge_targets(compared) if _has_default_rules(chosen) else [],
+        "times": rows if timing else [],
+    }
+    output.finish(args, out, report, tables.make_live_grids(report))
+    wrong = sum(row["all"]["live"]["wrong"] for row in compared)
+    if wrong:
+        say(f"{wrong} plans lose tokens, are worse than the LP, or copy an expert twice to a rank")
+    return FAILED if wrong else OK
+
+
+def _compute_rows(
+    args: argparse.Namespace,
+    names: Sequence[str],
+    traced: Sequence[live.Source],
+    chosen: live.Options,
+    timing: live.Timing | None,
+) -> tuple[list[Row], list[Row]]:
+    """Compare, or time if ``timing`` is given; returns rows, and what can't be laid out."""
     labels = [
         (f"EP {ep}, {n_live} live slots on {base}", len(names) + len(traced))
         for ep in args.ep
@@ -163,24 +228,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
         return [*_draw(args, names, ep), *traced]
 
     with progress(labels, args.progress) as advance:
-        rows, left_out = live.run(make_sources, chosen, advance)
-    if not rows:
-        reasons = "; ".join(dict.fromkeys(row["reason"] for row in left_out))
-        raise UsageError(f"arguments --ep, --base: {reasons}")
-    report = {
-        "command": "live",
-        "options": _describe_options(args, chosen, names, traced),
-        "environment": environment("cpu"),
-        "seconds": time.perf_counter() - begin,
-        "rows": rows,
-        "left_out": left_out,
-        "targets": live.judge_targets(rows) if _has_default_rules(chosen) else [],
-    }
-    output.finish(args, out, report, tables.make_live_grids(report))
-    wrong = sum(row["all"]["live"]["wrong"] for row in rows)
-    if wrong:
-        say(f"{wrong} plans lose tokens, are worse than the LP, or copy an expert twice to a rank")
-    return FAILED if wrong else OK
+        if timing is None:
+            return live.run(make_sources, chosen, advance)
+        return live.time_runs(make_sources, chosen, timing, advance)
 
 
 def _load_traces(args: argparse.Namespace) -> list[live.Source]:
@@ -238,7 +288,8 @@ def _describe_options(
         "workloads": list(names),
         "traces": [source.name for source in traced],
         "experts": args.experts if names else None,
-        "seed": args.seed if names else None,
+        "seed": args.seed if names or args.times else None,
+        "tokens": args.tokens if args.times else None,
         "batches": args.batches,
         "history": args.history,
         "layers": None if args.layers is None else list(args.layers),

@@ -13,6 +13,8 @@ equation 15):
 ``base``       the base placement and its LP, without live slots
 ``live``       the base placement, its LP, and the plan of the live slots
 =============  =================================================================================
+
+On a GPU, `time_runs` times runs with and without live slots.
 """
 
 from __future__ import annotations
@@ -29,14 +31,17 @@ from lplb_triton.bench.live.plans import (
 )
 from lplb_triton.bench.live.sources import Source, draw_workloads, take_trace
 from lplb_triton.bench.live.targets import judge_targets
+from lplb_triton.bench.live.times import RUNS, Timing, time_runs
 
 __all__ = [
+    "RUNS",
     "WAYS",
     "Base",
     "BatchPlan",
     "Options",
     "Source",
     "StaticPlan",
+    "Timing",
     "draw_workloads",
     "find_gain",
     "judge_targets",
@@ -45,4 +50,5 @@ __all__ = [
     "read_base",
     "run",
     "take_trace",
+    "time_runs",
 ]

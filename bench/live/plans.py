@@ -20,8 +20,10 @@ __all__ = [
     "BatchPlan",
     "StaticPlan",
     "make_static_plan",
+    "place_base",
     "plan_batch",
     "read_base",
+    "read_copies",
     "solve_batches",
 ]
 
@@ -104,6 +106,8 @@ class BatchPlan(NamedTuple):
     """[ep_size] tokens of each rank."""
     bound: float
     """A largest load that no plan can beat."""
+    max_load: float
+    """Largest load as the plan itself tells it, before shares are rounded to tokens."""
 
 
 def find_rank_loads(counts: Ints, cumulative: Ints, copies: Copies, ep_size: int) -> Ints:
@@ -140,8 +144,27 @@ def make_static_plan(base: Base, history: torch.Tensor, counts: Ints, ep_size: i
     SolveError
         If an LP was not certified.
     """
+    return solve_batches(place_base(base, history, ep_size), counts)
+
+
+def place_base(base: Base, history: torch.Tensor, ep_size: int) -> Placement:
+    """Place experts by a history ``[batches, n_logical]``.
+
+    Raises
+    ------
+    ValueError
+        If the sizes don't fit.
+    """
     name = "none" if base.name == HOME else base.name
-    return solve_batches(make_placement(name, history, ep_size, base.slots), counts)
+    return make_placement(name, history, ep_size, base.slots)
+
+
+def read_copies(placement: Placement) -> tuple[Copies, Ints]:
+    """Return the copies of a placement without live slots, and each expert's home rank."""
+    structure = placement.structure
+    rank, place = np.divmod(structure.copy_slot.astype(np.int64), placement.slots_per_rank)
+    home = placement.log2phy[:, 0].numpy().astype(np.int64) // placement.slots_per_rank
+    return Copies(structure.copy_start.astype(np.int64), rank, place), home
 
 
 def solve_batches(placement: Placement, counts: Ints, *, certified: bool = True) -> StaticPlan:
@@ -166,9 +189,7 @@ def solve_batches(placement: Placement, counts: Ints, *, certified: bool = True)
         If an LP that must be certified isn't.
     """
     structure = placement.structure
-    rank, place = np.divmod(structure.copy_slot.astype(np.int64), placement.slots_per_rank)
-    copies = Copies(structure.copy_start.astype(np.int64), rank, place)
-    home = placement.log2phy[:, 0].numpy().astype(np.int64) // placement.slots_per_rank
+    copies, home = read_copies(placement)
     tokens = torch.from_numpy(counts)
     if placement.n_physical == placement.n_logical:
         cumulative = np.full((len(counts), placement.n_copies), SHARE_ONE, dtype=np.int64)
@@ -214,4 +235,4 @@ def plan_batch(case: LiveCase, static: StaticPlan, batch: int) -> BatchPlan:
         case, counts, static.cumulative[batch], static.copies, float(static.max_load[batch])
     )
     loads = find_rank_loads(counts, found.cumulative, found.copies, case.ep_size)
-    return BatchPlan(found.experts, loads, found.bound)
+    return BatchPlan(found.experts, loads, found.bound, found.max_load)

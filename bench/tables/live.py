@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lplb_triton.bench.tables.cells import format_percent
+from lplb_triton.bench.tables.cells import format_percent, format_spread
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = ["make_live_grids"]
@@ -18,6 +18,7 @@ _WAYS = {
     "base": "base",
     "live": "live",
 }
+_RUNS = ("without", "with", "again")
 _NOTE = (
     "Largest over mean rank load, in whole tokens, over the batches. none: experts in order; "
     "EPLB:1: one redundant slot a rank, and the LP; EPLB and chain: as many redundant slots as the "
@@ -29,6 +30,13 @@ _TRAFFIC_NOTE = (
     "part of the batches that fetch any; leave: copies that leave the busiest home rank, mean/max "
     "over the batches; bound: a largest load that no plan of live slots beats, over the mean load; "
     "gap: of live to the bound, mean."
+)
+_TIMES_NOTE = (
+    "Median / p99 / max over the batches; a batch's time is the median of at least 20 replays of a "
+    "CUDA graph. Every plan and every id was held against the twin first. kind: batches that fetch "
+    "(fetch), and others (level); without: Balancer.run on the base placement; with: the same with "
+    "live slots; again: without them once more, timed after, which shows how the GPU's speed "
+    "changes; plan: of live slots alone, from the shares of the run's LP, a launch of its own."
 )
 
 
@@ -43,7 +51,8 @@ def make_live_grids(report: dict[str, Any]) -> list[Grid]:
     Returns
     -------
     list of Grid
-        Two for each EP size, base placement and number of live slots, and one of the targets.
+        Two for each EP size, base placement and number of live slots, and one of the targets; or
+        one of the times.
     """
     grids = []
     for row in report["rows"]:
@@ -60,6 +69,8 @@ def make_live_grids(report: dict[str, Any]) -> list[Grid]:
         grids.append(_make_traffic_grid(where, sources))
     if report["targets"]:
         grids.append(_make_target_grid(report["targets"]))
+    if report["times"]:
+        grids.append(_make_times_grid(report["times"], report["options"]["tokens"]))
     if grids and report["left_out"]:
         last = grids[-1]
         reasons = dict.fromkeys(
@@ -115,4 +126,30 @@ def _make_target_grid(targets: list[dict[str, Any]]) -> Grid:
             "whole tokens alone costs that; where it is given, it is what counts. fetch: part of "
             "the batches that fetch any.",
         ),
+    )
+
+
+def _make_times_grid(rows: list[dict[str, Any]], tokens: int) -> Grid:
+    lines = []
+    for row in rows:
+        for kind, batches in (
+            ("fetch", row["fetching"]),
+            ("level", row["batches"] - row["fetching"]),
+        ):
+            runs = row["run_us"][kind]
+            if runs is None:
+                continue
+            plan = row["plan_us"] if kind == "fetch" else None
+            lines.append(
+                (
+                    *(str(row["ep"]), row["base"], str(row["live"]), kind, str(batches)),
+                    *(" / ".join(format_spread(runs[name])) for name in _RUNS),
+                    "" if plan is None else " / ".join(format_spread(plan)),
+                )
+            )
+    return Grid(
+        f"Times on a GPU without load sync, microseconds, {tokens} tokens, top-8",
+        ("EP", "base", "live", "kind", "batches", *_RUNS, "plan"),
+        lines,
+        (_TIMES_NOTE,),
     )

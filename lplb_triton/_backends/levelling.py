@@ -36,6 +36,7 @@ class _Scratch(NamedTuple):
 
     block: torch.Tensor
     pipeline: kernels.Pipeline
+    buffers: kernels.SolveBuffers
     exchange: Callable[[], None] | None
     """Sums counts over the ranks between two launches; None if a kernel does, or nothing does."""
 
@@ -148,7 +149,7 @@ class LevellingBackend(TritonBackend):
     def _solve_shapes(self, n_sms: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and dtype of the running sums and of `kernels.SolveBuffers`."""
         p = self.layer.placement
-        n_shares = self._count_shares()
+        n_shares = self.count_shares()
         return [
             ((n_sms, p.n_logical), torch.int32),
             ((p.n_logical,), torch.int32),
@@ -167,14 +168,14 @@ class LevellingBackend(TritonBackend):
         p = self.layer.placement
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((p.n_logical,), torch.int32)]
         if self.layer.quotas == "global":
-            n_shares = self._count_shares()
+            n_shares = self.count_shares()
             shapes += [((p.ep_size, p.n_logical), torch.int32), ((n_shares,), torch.int32)]
         if p.live_per_rank:
             sizes = p.n_logical, p.ep_size, p.static_per_rank, p.live_per_rank
             shapes.append(((kernels.size_live_scratch(*sizes),), torch.int32))
         return shapes
 
-    def _count_shares(self) -> int:
+    def count_shares(self) -> int:
         """Count cumulative shares: of static copies, and with live slots of the batch's copies."""
         p = self.layer.placement
         if not p.live_per_rank:
@@ -220,7 +221,7 @@ class LevellingBackend(TritonBackend):
         traffic: torch.Tensor,
         versions: torch.Tensor | None = None,
     ) -> _Scratch:
-        """Make views of a block, and the pipeline on them; ``versions`` as in `_make_live`."""
+        """Make views of a block, and the pipeline on them; ``versions`` as in `make_live`."""
         layer = self.layer
         running, *rest = (
             block[field.start : field.end].view(field.dtype).view(field.shape)
@@ -228,7 +229,7 @@ class LevellingBackend(TritonBackend):
         )
         n_buffers = len(kernels.SolveBuffers._fields)
         buffers, total = kernels.SolveBuffers(*rest[:n_buffers]), rest[n_buffers]
-        live = self._make_live(rest[-1], versions) if layer.live is not None else None
+        live = self.make_live(rest[-1], versions) if layer.live is not None else None
         in_kernel = quotas = exchange = gathered = None
         if layer.quotas == "global" and layer.communicator is not None:
             gathered, mine = rest[n_buffers + 1 : n_buffers + 3]
@@ -248,19 +249,60 @@ class LevellingBackend(TritonBackend):
             running, self.report, buffers, self.solve_tables, self.select_tables, layer.rank,
             in_kernel, quotas, live,
         )  # fmt: skip
-        return _Scratch(block, pipeline, exchange)
+        return _Scratch(block, pipeline, buffers, exchange)
 
-    def _make_live(self, scratch: torch.Tensor, versions: torch.Tensor | None) -> kernels.Live:
-        """Return what planning live slots takes; ``versions`` stand for the layer's own."""
+    def make_live(
+        self, scratch: torch.Tensor | None = None, versions: torch.Tensor | None = None
+    ) -> kernels.Live:
+        """Return what planning live slots takes besides counts and shares.
+
+        Parameters
+        ----------
+        scratch
+            int32, of the size that `kernels.size_live_scratch` says; by default new memory.
+        versions
+            ``[channels]`` int32, which stand for the layer's own. What live slots hold is then a
+            copy too.
+
+        Returns
+        -------
+        kernels.Live
+            Its output is new memory.
+
+        Raises
+        ------
+        RuntimeError
+            If the placement has no live slots.
+        """
         layer, views = self.layer, self.tables.views
-        tables = kernels.LiveTables(*(views[name] for name in kernels.LiveTables._fields))
         own, out = layer.live_versions, self._new_live_out()
         if layer.live is None or own is None or out is None:
             raise RuntimeError("the placement has no live slots")
+        tables = kernels.LiveTables(*(views[name] for name in kernels.LiveTables._fields))
         resident = layer.resident
         if resident is not None and versions is not None:
             resident = resident.clone()
+        if scratch is None:
+            shape, dtype = self._sync_shapes()[-1]
+            scratch = torch.zeros(shape, dtype=dtype, device=layer.device)
         return kernels.Live(
             tables, resident, scratch, own if versions is None else versions,
             layer.version, out, kernels.LiveRules(*layer.live[:4]), layer.placement.live_per_rank,
         )  # fmt: skip
+
+    def read_static_plan(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy what the last `balance` on the current stream found for the static copies.
+
+        The solve of a run with live slots may end before that of `solve`, where a better plan
+        would gain nothing, so its shares can't be had otherwise.
+
+        Returns
+        -------
+        cumulative : torch.Tensor
+            ``[n_copies]`` int32, cumulative shares in units of 2**-24.
+        max_load : torch.Tensor
+            ``[n_group]`` float32, largest load of this plan in tokens.
+        """
+        buffers = self._find_scratch(self.layer.default_n_sms).buffers
+        n_copies = self.layer.placement.n_copies
+        return buffers.cumulative[:n_copies].clone(), buffers.stats[0].clone()
