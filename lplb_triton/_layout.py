@@ -107,10 +107,8 @@ LIVE_LANES = 32
 LIVE_AIM_BITS = 20
 # Sixteenths of the room that is left for tokens that are expected to fit into it.
 LIVE_ROOM_SHARE = 13
-# Passes that look for pieces, at most, without and with limits of what may be fetched, and the part
-# of its aim, 2**-7, by which a pass may miss it.
-LIVE_PASSES = 3
-LIVE_LIMITED_PASSES = 4
+# Passes that look for pieces, at most, and the part of its aim, 2**-7, by which a pass may miss it.
+LIVE_PASSES = 4
 LIVE_MISS_BITS = 7
 # Sets of ranks that the bound is found from, and halvings that find the level of each.
 LIVE_CUTS = 8

@@ -11,7 +11,6 @@ import triton.language as tl
 from lplb_triton.kernels.live.arguments import (
     AIM_BITS,
     LANES,
-    LIMITED_PASSES,
     MISS_BITS,
     MOST_UNITS,
     OFFER_SHIFT,
@@ -158,11 +157,9 @@ def _search(
                 bound = tl.maximum(bound, known)
             least = tl.maximum(first_target, bound)
             target = (least + peak) // 2
-            if PRICED or DOMAINS:
-                goes_on = (target < peak) & (n_passes < LIMITED_PASSES)
-            else:
+            if not PRICED and not DOMAINS:
                 target = tl.where(n_passes == 1, least, target)
-                goes_on = (target < peak) & (n_passes < PASSES)
+            goes_on = (target < peak) & (n_passes < PASSES)
             if goes_on:
                 tl.debug_barrier()
                 _reset_pieces(scratch.pieces + (1 - kept_set) * n_words, sizes, P, LIVE)

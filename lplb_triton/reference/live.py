@@ -16,7 +16,6 @@ from lplb_triton._layout import (
     LIVE_AIM_BITS,
     LIVE_CUTS,
     LIVE_HALVINGS,
-    LIVE_LIMITED_PASSES,
     LIVE_MISS_BITS,
     LIVE_PASSES,
     LIVE_ROOM_SHARE,
@@ -348,7 +347,7 @@ def _search(
     # Tokens are whole, but a larger unit may be divided.
     bound = mean if shift == 0 else int(loads.sum()) // case.ep_size
     case = case._replace(cost=_scale_cost(case.cost, shift))
-    for n_passes in range(1, (LIVE_LIMITED_PASSES if case.is_limited else LIVE_PASSES) + 1):
+    for n_passes in range(1, LIVE_PASSES + 1):
         largest_first = n_passes == 2 and not case.is_limited
         state = _State(case, copies, tokens, n_slots, target, largest_first)
         found = _find_pieces(state, resident)
