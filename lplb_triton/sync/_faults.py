@@ -27,7 +27,10 @@ def mismatch_error(
     if mine is not None:
         own = f"; here it was version {mine[0] & 0xFFFFFFFF:08x} and {mine[1]} counts"
     return SyncError(
-        f"epoch {epoch} of {sync!r} failed on rank {sync.rank}: {calls}{own}", tuple(theirs), epoch
+        f"epoch {epoch} of {sync!r} failed on rank {sync.rank}: {calls}{own} (a version is of the "
+        "placement and, with live slots, of their rules and the plan of the batch before)",
+        tuple(theirs),
+        epoch,
     )
 
 
