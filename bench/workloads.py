@@ -298,7 +298,7 @@ def adversary(placement: Placement, settings: Settings) -> torch.Tensor:
 
 def _lp_loads(placement: Placement, counts: torch.Tensor) -> torch.Tensor:
     """Compute rank loads under the LP, ``[batches, ranks]``; without any copies, the even ones."""
-    if placement.n_physical == placement.n_logical:
+    if placement.n_copies == placement.n_logical:
         return placement.even_loads(counts)
     return placement.rank_loads(counts, solve(placement.problem(counts)))
 
@@ -325,7 +325,7 @@ def judge(placement: Placement, test: torch.Tensor, tolerance: float) -> dict[st
     counts = test.sum(1)
     even = placement.even_loads(counts)
     mean = counts.sum(1).double() / placement.ep_size
-    if placement.n_physical == placement.n_logical:
+    if placement.n_copies == placement.n_logical:
         lp, tokens, optimum = even, even, even.amax(1)
     else:
         problem = placement.problem(counts)

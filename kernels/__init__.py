@@ -17,13 +17,13 @@ from lplb_triton.kernels.exchange import (
 from lplb_triton.kernels.exchange_rows import FAULTS, status_words
 from lplb_triton.kernels.gathered import sum_gathered
 from lplb_triton.kernels.launch import is_interpreted
+from lplb_triton.kernels.live.arguments import live_scratch_words
 from lplb_triton.kernels.live.launch import (
     Live,
     LiveCopies,
     LiveRules,
     LiveTables,
     plan_live,
-    size_live_scratch,
 )
 from lplb_triton.kernels.loads import MOST_EXPERTS, record_loads
 from lplb_triton.kernels.pipeline import Pipeline
@@ -72,7 +72,7 @@ __all__ = [
     "read_report",
     "record_loads",
     "select",
-    "size_live_scratch",
+    "live_scratch_words",
     "solve",
     "solve_counts",
     "solve_scratch",

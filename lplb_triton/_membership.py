@@ -67,8 +67,13 @@ class Membership:
 
     @property
     def kinds(self) -> tuple[str, str, str]:
-        """Settings that must be the same on all ranks: quotas, solver and rules of live slots."""
-        return self.layer.quotas, self.layer.solver, str(self.layer.live)
+        """Settings that must be the same on all ranks: quotas, solver and rules of live slots.
+
+        Back ends make the checksum of a plan of live slots in different ways.
+        """
+        layer = self.layer
+        live = "" if layer.live is None else f"{layer.live}, {layer.backend}"
+        return layer.quotas, layer.solver, live
 
     @property
     def ranks(self) -> tuple[int, ...] | None:

@@ -76,7 +76,7 @@ class BatchSteps:
             return counts
         counts = counts.contiguous()
         total = torch.empty_like(counts)
-        layer.communicator.exchange(counts, layer.sent_version, total)
+        layer.communicator.exchange(counts, layer.version, total)
         return total
 
     def _counts_to_int32(self, counts: torch.Tensor) -> torch.Tensor:

@@ -346,7 +346,8 @@ class Balancer(BatchSteps):
     def live(self) -> LivePlan:
         """What this rank's last call of `run` put into live slots; new tensors in every call.
 
-        A replay of a CUDA graph writes the plan of the call that was captured.
+        A replay of a CUDA graph writes the plan of the call that was captured: keep what this
+        returns after each capture.
 
         Raises
         ------

@@ -27,7 +27,8 @@ class LivePlan(NamedTuple):
     experts: torch.Tensor
     """``[ep_size, live_per_rank]`` int32, logical expert of each live slot, -1 for none."""
     max_load: torch.Tensor
-    """Scalar float32, tokens of the most loaded rank with these slots filled."""
+    """Scalar float32, tokens of the most loaded rank with these slots filled; too low by up to a
+    unit for each static slot of a rank, where loads are counted in units of several tokens."""
     lower_bound: torch.Tensor
     """Scalar float32, a load that no plan with as many live slots can beat (method.md, 26)."""
     gap: torch.Tensor

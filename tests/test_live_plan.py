@@ -97,7 +97,7 @@ def test_never_worse_than_the_static_plan(batch, live, above):
     assert after.sum() == before.sum()
     if outcome.pieces:
         n_slots = int(batch.copies.place.max()) + 1
-        unit = 1 << choose_unit_shift(batch.max_load, n_slots)
+        unit = 1 << choose_unit_shift(batch.max_load, n_slots, batch.ep_size)
         # Each slot's tokens are rounded down to units.
         rounding = (unit - 1) * n_slots
         assert after.max() < before.max() + rounding

@@ -60,8 +60,8 @@ def check_batches(group, rank, placement, **settings):
             assert most == float(plan.max_load)
         assert most <= float(plan.max_load) + placement.ep_size * placement.slots_per_rank
         # What the next call sends along with the counts tells plans apart.
-        assert bool((layer.sent_version != layer.version).all()) == filled
-        versions = gather(group, layer.sent_version)
+        assert bool((layer.live_versions[:1] != layer.version).all()) == filled
+        versions = gather(group, layer.live_versions[:1])
         assert all(torch.equal(version, versions[0]) for version in versions)
     if exact:
         kept, node, everything = balancer.traffic.tolist()

@@ -164,7 +164,7 @@ def _replay_layer(
         "reordered": make_placement("eplb", history, ep, 0).even_loads(totals).numpy(),
         "even": placement.even_loads(totals).numpy(),
     }
-    if placement.n_physical == placement.n_logical:
+    if placement.n_copies == placement.n_logical:
         # Every expert has one copy, so that the LP has nothing to decide.
         loads["lp"] = loads["integer"] = loads["even"]
         empty = np.zeros(0, dtype=np.int64)

@@ -200,7 +200,8 @@ def is_right(found: BatchPlan, static: StaticPlan, batch: int) -> bool:
     before = static.find_loads(batch)
     n_slots = int(static.copies.place.max()) + 1
     # Loads of more than 2**20 tokens are planned in units of several.
-    rounding = ((1 << choose_unit_shift(float(static.max_load[batch]), n_slots)) - 1) * n_slots
+    shift = choose_unit_shift(float(static.max_load[batch]), n_slots, static.ep_size)
+    rounding = ((1 << shift) - 1) * n_slots
     n_experts = len(static.counts[batch])
     held = np.zeros((static.ep_size, n_experts), dtype=np.int64)
     # EPLB itself may put an expert twice on a rank.

@@ -191,7 +191,7 @@ def solve_batches(placement: Placement, counts: Ints, *, certified: bool = True)
     structure = placement.structure
     copies, home = read_copies(placement)
     tokens = torch.from_numpy(counts)
-    if placement.n_physical == placement.n_logical:
+    if placement.n_copies == placement.n_logical:
         cumulative = np.full((len(counts), placement.n_copies), SHARE_ONE, dtype=np.int64)
         largest = placement.even_loads(tokens).amax(1).numpy().astype(np.float64)
         return StaticPlan(placement.ep_size, counts, copies, home, cumulative, largest)

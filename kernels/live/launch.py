@@ -9,7 +9,6 @@ import triton
 
 from lplb_triton import _layout
 from lplb_triton.kernels.launch import KernelCall, launch_call
-from lplb_triton.kernels.live.arguments import live_scratch_words
 from lplb_triton.kernels.live.plan import MOST_EXPERTS_AT_ONCE, plan_live_kernel
 
 # The most offers of a rank that stay in registers; the next ones are loaded when these are used up.
@@ -153,8 +152,3 @@ def plan_live(
 def round_aim(above: float) -> int:
     """Return half of what a load may lie above the mean, in units of 2**-LIVE_AIM_BITS."""
     return int((above - 1.0) * 0.5 * (1 << _layout.LIVE_AIM_BITS))
-
-
-def size_live_scratch(n_logical: int, n_ranks: int, n_slots: int, live: int) -> int:
-    """Return the int32 words of `Live.scratch`."""
-    return live_scratch_words(n_logical, n_ranks, n_slots, live)

@@ -22,8 +22,9 @@ from lplb_triton.kernels.live.arguments import (
     divide_live_scratch,
 )
 from lplb_triton.kernels.live.bound import find_live_bound
-from lplb_triton.kernels.live.search import find_pieces, load_all_offers
+from lplb_triton.kernels.live.search import find_largest, find_pieces, load_all_offers, sum_slices
 from lplb_triton.kernels.live.tables import count_running, load_total, write_copies
+from lplb_triton.kernels.rounding import SHARE_BITS
 
 # Static slots whose offers are made at once.
 SLOTS_AT_ONCE = tl.constexpr(256)
@@ -84,16 +85,6 @@ def _store_loads(scratch, loads, sizes, SLICES: tl.constexpr):
 
 
 @triton.jit
-def _sum_loads(loads, SLICES: tl.constexpr):
-    """Return the largest and the sum of the loads."""
-    largest, total = loads[0], loads[0]
-    for h in tl.static_range(1, SLICES):
-        largest = tl.maximum(largest, loads[h])
-        total += loads[h]
-    return tl.max(largest, 0), tl.sum(total, 0)
-
-
-@triton.jit
 def _search(
     counts_ptr, cumulative_ptr, shift, scratch, tables, rules, sizes,
     G: tl.constexpr, SLICES: tl.constexpr, MOST: tl.constexpr, MORE: tl.constexpr,
@@ -104,9 +95,9 @@ def _search(
 
     The first pass aims at half of what the rules allow above the mean. If it misses that by much,
     the second one aims at what can't be beaten, and fills the largest deficits first; later ones
-    aim halfway between that and what was found. With limits, which the bound doesn't know, all of
-    them are such. Returns the address
-    of the pieces, the number of their steps, the largest load and a bound, in units.
+    aim halfway between that and what was found. With limits, which the bound doesn't know, the
+    second pass is like the later ones. Returns the address of the pieces, the number of their
+    steps, the largest load and a bound, in units.
     """
     n_words = 3 * sizes.n_ranks * LIVE
     cost = tl.maximum(rules.cost >> shift, tl.minimum(rules.cost, 1))
@@ -125,7 +116,10 @@ def _search(
         if not PRICED and not DOMAINS:
             largest_first = n_passes == 1
         offers, loads = load_all_offers(scratch.offers, sizes, SLICES, MOST)
-        largest, total = _sum_loads(loads, SLICES)
+        if MORE:
+            # All threads have read before one of them writes.
+            tl.debug_barrier()
+        largest, total = find_largest(loads, SLICES), sum_slices(loads, SLICES)
         if n_passes == 0:
             mean = (total + sizes.n_ranks - 1) // sizes.n_ranks
             aim = (mean.to(tl.int64) * rules.aim) >> AIM_BITS
@@ -169,7 +163,10 @@ def _search(
 
 @triton.jit
 def _write_version(outcome, expert, tokens, piece):
-    """Write the checksum that the next exchange of counts compares: of placement and plan."""
+    """Write the checksum that the next exchange of counts compares: of placement and plan.
+
+    Slots without an expert, -1, add nothing.
+    """
     word = (piece + 1).to(tl.int64) * 0x3504F333 + (expert + 1).to(tl.int64) * 0x2545F491
     word = ((word ^ (word >> 15)) & 0x3FFFFFFF) * (2 * tokens.to(tl.int64) + 1)
     checksum = tl.sum(tl.where(expert >= 0, word & 0x3FFFFFFFFFF, 0), 0)
@@ -179,16 +176,20 @@ def _write_version(outcome, expert, tokens, piece):
 
 @triton.jit
 def _write_outcome(
-    expert, max_load, bound, outcome, tables, sizes,
+    expert, tokens, max_load, bound, outcome, tables, sizes,
     P: tl.constexpr, LIVE: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """Write what live slots hold, and the numbers of the plan."""
+    """Write what live slots hold, and the numbers of the plan.
+
+    With RESIDENT the checksum is of all that they hold, since the next plans depend on it.
+    """
     piece = tl.arange(0, P)
     n_live = sizes.n_ranks * LIVE
     if RESIDENT:
         there = tl.load(tables.resident + piece, mask=piece < n_live, other=-1)
         expert = tl.where(expert >= 0, expert, there)
         tl.store(tables.resident + piece, expert, mask=piece < n_live)
+        _write_version(outcome, expert, tokens, piece)
     tl.store(outcome.out + piece, expert, mask=piece < n_live)
     bound = tl.minimum(bound, max_load)
     gap = tl.where(max_load > 0, (max_load - bound) / tl.maximum(max_load, 1.0), 0.0)
@@ -209,7 +210,9 @@ def _plan(
     Most batches don't need this. Since it is not inlined, it takes no registers from the solver.
     """
     tl.debug_barrier()
-    largest = max_load.to(tl.int64) + sizes.n_slots
+    # Rounding to shares moves less than this from copy to copy.
+    largest = max_load.to(tl.int64)
+    largest += sizes.n_slots * ((largest * sizes.n_ranks >> SHARE_BITS) + 2)
     shift = sizes.n_slots * 0
     while (largest >> shift) >= MOST_UNITS:
         shift += 1
@@ -228,8 +231,9 @@ def _plan(
     tl.store(scratch.flag, tl.where(steps > 0, halvings + 1, 0))
     max_load = tl.where(steps > 0, (peak << shift).to(tl.float32), max_load)
     bound = tl.maximum((bound << shift).to(tl.float32), mean)
-    _write_version(outcome, expert, tokens, tl.arange(0, P))
-    _write_outcome(expert, max_load, bound, outcome, tables, sizes, P, LIVE, RESIDENT)
+    if not RESIDENT:
+        _write_version(outcome, expert, tokens, tl.arange(0, P))
+    _write_outcome(expert, tokens, max_load, bound, outcome, tables, sizes, P, LIVE, RESIDENT)
 
 
 @triton.jit
@@ -268,9 +272,12 @@ def plan_live_slots(
         )  # fmt: skip
     else:
         tl.store(scratch.flag, 0)
-        tl.store(outcome.version, outcome.base)
+        if not RESIDENT:
+            tl.store(outcome.version, outcome.base)
         nothing = tl.full((P,), -1, tl.int32)
-        _write_outcome(nothing, max_load, mean, outcome, tables, sizes, P, LIVE, RESIDENT)
+        _write_outcome(
+            nothing, nothing * 0, max_load, mean, outcome, tables, sizes, P, LIVE, RESIDENT
+        )
 
 
 @triton.jit(

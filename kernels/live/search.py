@@ -33,7 +33,7 @@ AT_ONCE = tl.constexpr(4)
 
 
 @triton.jit
-def _largest(slices, SLICES: tl.constexpr):
+def find_largest(slices, SLICES: tl.constexpr):
     """Return the largest of numbers by rank."""
     largest = slices[0]
     for h in tl.static_range(1, SLICES):
@@ -42,7 +42,7 @@ def _largest(slices, SLICES: tl.constexpr):
 
 
 @triton.jit
-def _sum(slices, SLICES: tl.constexpr):
+def sum_slices(slices, SLICES: tl.constexpr):
     """Return the sum of numbers by rank."""
     total = slices[0]
     for h in tl.static_range(1, SLICES):
@@ -307,9 +307,9 @@ def find_pieces(
         received += (zero,)
         floors += (offers[h * MOST + MOST - 1],)
         first_live += (zero - 1,)
-    room, left = _sum(rooms, SLICES), _sum(excess, SLICES)
+    room, left = sum_slices(rooms, SLICES), sum_slices(excess, SLICES)
     resident = _load_resident(tables.resident, sizes, SLICES, LIVE, RESIDENT)
-    peak = _largest(loads, SLICES)
+    peak = find_largest(loads, SLICES)
     price = peak
     steps, kept, port, word = left * 0, left * 0, left * 0, left * 0 + 1
     giver_word = _find_giver(surplus, SLICES)
@@ -321,6 +321,8 @@ def find_pieces(
                 # One thread has written what other threads read.
                 tl.debug_barrier()
                 offers, floors = _refill(offers, floors, giver, offers_ptr, sizes, SLICES, MOST)
+                # All threads have read before one of them writes again.
+                tl.debug_barrier()
                 word = _find_offer(offers, giver, SLICES, MOST)
         offered, place = word >> OFFER_SHIFT, (word >> 1) & PLACE_MASK
         at = place * sizes.n_ranks + giver
@@ -422,7 +424,7 @@ def find_pieces(
     for h in tl.static_range(SLICES):
         is_settled = (surplus[h] < SETTLED // 2) & (surplus[h] > NEVER)
         lasting += (tl.where(is_settled, surplus[h] - SETTLED, surplus[h]),)
-    last_peak = target + _largest(lasting, SLICES)
+    last_peak = target + find_largest(lasting, SLICES)
     if PRICED:
         # The largest load may have come to lie below the target.
         peak = tl.where((kept == steps) & (steps > 0), last_peak, peak)

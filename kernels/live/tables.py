@@ -85,6 +85,8 @@ def _compare_pieces(pieces_ptr, expert, units, piece, n_live, P: tl.constexpr):
         OTHERS: tl.constexpr = 4096 // P
         n_ahead, n_every = tl.zeros((P,), tl.int32), tl.zeros((P,), tl.int32)
         ahead, every = tl.zeros((P,), tl.int32), tl.zeros((P,), tl.int32)
+        # Several threads may hold the same piece, and all of them have read its slot by then.
+        tl.debug_barrier()
         tl.store(pieces_ptr + piece, expert, mask=piece < n_live)
         tl.debug_barrier()
         for block in range(0, n_live, OTHERS):

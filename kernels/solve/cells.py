@@ -147,7 +147,7 @@ def _divide_scratch(scratch_ptr, sizes):
 def _store_cumulative(cumulative_ptr, scratch, tables, loaded):
     """Write the cumulative shares of the copies of replicated experts (equation 12).
 
-    cumulative is [n_physical] int32. Copies of one expert ascend by rank, so that what earlier
+    cumulative is [n_copies] int32. Copies of one expert ascend by rank, so that what earlier
     copies take is the running sum of the cells before.
     """
     copy, cell, multiplicity = loaded.shared, loaded.shared_cell, loaded.extents.multiplicity
@@ -182,7 +182,7 @@ def _split_over_copies(counts_ptr, scratch, tables, n_cells, n_slots, COPIES: tl
 
 @triton.jit
 def _load_plan_of_pairs(cumulative_ptr, scratch, loaded):
-    """Write to x the plan that `solve_pairs` left in cumulative [n_physical] int32.
+    """Write to x the plan that `solve_pairs` left in cumulative [n_copies] int32.
 
     Cells 2 e and 2 e + 1 are the two copies of column e.
     """
@@ -295,7 +295,7 @@ def solve_by_cells(
     max_steps,
     enough,  # float32, no plan needs improvement if its bound exceeds this many times the mean
     counts_ptr,  # [n_logical] int32
-    cumulative_ptr,  # [n_physical] int32, written for the copies of replicated experts
+    cumulative_ptr,  # [n_copies] int32, written for the copies of replicated experts
     scratch_ptr,  # [solve_scratch] float32
     sizes,
     G: tl.constexpr,
@@ -365,7 +365,7 @@ def load_and_solve_by_cells(
     max_steps,
     enough,  # as for `solve_by_cells`
     tables,
-    cumulative_ptr,  # [n_physical] int32
+    cumulative_ptr,  # [n_copies] int32
     scratch_ptr,  # [solve_scratch] float32
     sizes,
     G: tl.constexpr,

@@ -292,7 +292,7 @@ def solve_counts_kernel(
     rank_parts_ptr,  # [n_group, n_ranks, n_slots] float32, their parts of the even split over ranks
     extents_ptr,  # [n_group, N_EXTENTS] int32, numbers of each group
     pairs_ptr,  # [n_group, PAIRS, n_ranks] int64, edges of each rank, as for `load_pairs`
-    cumulative_ptr,  # [n_physical] int32, written for the copies of replicated experts
+    cumulative_ptr,  # [n_copies] int32, written for the copies of replicated experts
     stats_ptr,  # [3, n_group] float32, written: largest load, lower bound, gap
     ints_ptr,  # [2, n_group] int32, written: steps by potentials, status
     scratch_ptr,  # [n_group, solve_scratch] float32
@@ -321,8 +321,8 @@ def solve_counts_kernel(
     column_members_ptr,  # int32, experts of all columns
     shared_copies_ptr,  # [n_group, n_shared] int32, copies of replicated experts
     shared_cells_ptr,  # [n_group, n_shared] int32, cells of these copies
-    copy_index_ptr,  # [n_physical] int32, position among the copies of an expert on one rank
-    copy_multiplicity_ptr,  # [n_physical] int32, number of these copies
+    copy_index_ptr,  # [n_copies] int32, position among the copies of an expert on one rank
+    copy_multiplicity_ptr,  # [n_copies] int32, number of these copies
     # [n_group, most_classes, width] int64, as for `levelling.level_edges`; a group's last class is
     # empty.
     edges_ptr,
@@ -449,7 +449,8 @@ def solve_counts_kernel(
         # How many times the mean a bound may be, above which a better plan gains nothing.
         enough = tl.full((), NEVER_ENOUGH, tl.float32)
         if LIVE > 0 and not PRICED and not DOMAINS:
-            enough = live_above
+            # A bound at the mean is no reason to stop, whatever its round-off.
+            enough = live_above * (1.0 + 2.0**-20)
         if PAIRS > 0:
             total = tl.sum(counts * part, 0)
             max_load, bound, steps, invalid = _solve_pairs_or_cells(

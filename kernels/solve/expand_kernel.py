@@ -10,7 +10,7 @@ from lplb_triton.kernels.solve.tiles import units_to_shares
 
 @triton.jit(do_not_specialize=["n_ranks", "n_columns", "n_shared"])
 def expand_kernel(
-    cumulative_ptr,  # [n_physical] int32, cumulative shares by copy (equation 12)
+    cumulative_ptr,  # [n_copies] int32, cumulative shares by copy (equation 12)
     cell_number_ptr,  # tables, as in `ExpandTables`
     cell_ends_ptr,
     shares_ptr,  # [n_group, n_ranks, n_columns] float32, written

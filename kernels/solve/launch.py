@@ -90,7 +90,7 @@ class SolveBuffers(NamedTuple):
     counts: torch.Tensor
     """[n_logical] int32."""
     cumulative: torch.Tensor
-    """[n_physical] int32."""
+    """[n_copies] int32."""
     stats: torch.Tensor
     """[3, n_group] float32: largest load, lower bound and gap."""
     ints: torch.Tensor
@@ -276,7 +276,7 @@ def solve_counts(
 def expand_shares(cumulative: torch.Tensor, shares: torch.Tensor, tables: ExpandTables) -> None:
     """Write to ``shares`` [n_group, group_size, max_columns] float32 what copies of columns take.
 
-    ``cumulative`` [n_physical] int32 as `solve_counts` leaves it.
+    ``cumulative`` [n_copies] int32 as `solve_counts` leaves it.
     """
     n_group, n_ranks, n_columns = shares.shape
     grid = n_group * triton.cdiv(n_ranks * n_columns, EXPAND_BLOCK)

@@ -283,7 +283,7 @@ def _compute_first_loads(fixed, counts, part_of_rank, G: tl.constexpr, CLASSES: 
 
 @triton.jit
 def _store_pairs(
-    cumulative_ptr,  # [n_physical] int32, written for the copies of the pairs
+    cumulative_ptr,  # [n_copies] int32, written for the copies of the pairs
     units,  # by class and rank
     words,  # by class and rank
     partners,  # by class and rank
@@ -318,7 +318,7 @@ def solve_pairs(
     target,  # relative gap that the plan may have
     n_ranks,
     most_sweeps,
-    cumulative_ptr,  # [n_physical] int32, written for the copies of the pairs
+    cumulative_ptr,  # [n_copies] int32, written for the copies of the pairs
     G: tl.constexpr,
     CLASSES: tl.constexpr,
 ):

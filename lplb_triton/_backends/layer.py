@@ -67,16 +67,13 @@ class Layer:
     blocked: str | None = None
     checked: tuple[int, int] = (0, 0)
 
-    @property
-    def sent_version(self) -> torch.Tensor:
-        """``[1]`` int32, the checksum that calls on the first channel send with the counts."""
-        return self.version if self.live_versions is None else self.live_versions[:1]
-
     def write_version(self, version: int) -> None:
-        """Write the checksum of a placement, and forget the last plan."""
+        """Write the checksum of a placement; forget the last plan, and what live slots hold."""
         self.version.fill_(version)
         if self.live_versions is not None:
             self.live_versions.fill_(version)
+        if self.resident is not None:
+            self.resident.fill_(-1)
 
     def check_open(self) -> None:
         """Raise if the layer can't be used."""

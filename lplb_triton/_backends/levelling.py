@@ -13,6 +13,7 @@ from lplb_triton._backends import workspace
 from lplb_triton._backends.base import chunk_size
 from lplb_triton._backends.layer import Layer
 from lplb_triton._backends.triton import TritonBackend
+from lplb_triton._layout import CHANNELS
 from lplb_triton.solution import Solution
 from lplb_triton.sync._peer import Endpoint, PeerCommunicator
 
@@ -56,6 +57,8 @@ class LevellingBackend(TritonBackend):
         # The communicator, if the solving kernel contains the exchange.
         self.peers: PeerCommunicator | None = None
         self._scratches: dict[tuple[int, int], _Scratch] = {}
+        # Numbers of streams, for versions with live slots.
+        self._streams: dict[int, int] = {}
         self._fields: dict[int, list[_Field]] = {}
         self._lay_out(layer.default_n_sms)
 
@@ -67,6 +70,7 @@ class LevellingBackend(TritonBackend):
         if in_kernel and isinstance(communicator, PeerCommunicator):
             self.peers = communicator
         self._scratches.clear()
+        self._streams.clear()
 
     def balance(self, idx: torch.Tensor, certified: torch.Tensor, n_sms: int) -> torch.Tensor:
         """See `Backend.balance`."""
@@ -76,6 +80,8 @@ class LevellingBackend(TritonBackend):
         channel = kernels.FIRST_CHANNEL
         if self.peers is not None:
             channel = self.peers.begin(layer.placement.n_logical)
+        elif layer.live is not None:
+            channel = kernels.Channel(self._number_stream())
         scratch = self._find_scratch(n_sms)
         settings = self.settings(certified, layer.solves, layer.uncertified)
         out = torch.empty_like(idx)
@@ -84,6 +90,19 @@ class LevellingBackend(TritonBackend):
         scratch.pipeline.run(idx, out, chunk, settings, channel, scratch.exchange, live_out)
         self.live_out = live_out
         return out
+
+    def _number_stream(self) -> int:
+        """Return the current stream's number, in the order in which streams first made a call.
+
+        Calls of torch.distributed are in the same order on every rank, so these numbers are, too.
+        Each stream has a version of its own, since a plan on one of them may be made while another
+        one sends.
+        """
+        stream = workspace.find_stream(self.layer.device)
+        number = self._streams.setdefault(stream, len(self._streams))
+        if number >= CHANNELS:
+            raise RuntimeError(f"a Balancer with live slots takes at most {CHANNELS} streams")
+        return number
 
     def _new_live_out(self) -> torch.Tensor | None:
         """Return memory for one plan of live slots, which nobody else holds; None without them."""
@@ -172,7 +191,7 @@ class LevellingBackend(TritonBackend):
             shapes += [((p.ep_size, p.n_logical), torch.int32), ((n_shares,), torch.int32)]
         if p.live_per_rank:
             sizes = p.n_logical, p.ep_size, p.static_per_rank, p.live_per_rank
-            shapes.append(((kernels.size_live_scratch(*sizes),), torch.int32))
+            shapes.append(((kernels.live_scratch_words(*sizes),), torch.int32))
         return shapes
 
     def count_shares(self) -> int:
@@ -237,11 +256,15 @@ class LevellingBackend(TritonBackend):
         if endpoint is not None:
             in_kernel = endpoint.exchange_arguments(layer.version, total, gathered)
         elif layer.communicator is not None:
+            version = layer.version
+            if layer.live_versions is not None:
+                number = self._number_stream()
+                version = layer.live_versions[number : number + 1]
             # The pipeline leaves this rank's counts in the last row of the running sums.
             exchange = partial(
                 layer.communicator.exchange,
                 running[-1],
-                layer.sent_version,
+                version,
                 buffers.counts,
                 gathered,
             )
@@ -259,7 +282,7 @@ class LevellingBackend(TritonBackend):
         Parameters
         ----------
         scratch
-            int32, of the size that `kernels.size_live_scratch` says; by default new memory.
+            int32, of the size that `kernels.live_scratch_words` says; by default new memory.
         versions
             ``[channels]`` int32, which stand for the layer's own. What live slots hold is then a
             copy too.

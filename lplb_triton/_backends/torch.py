@@ -48,7 +48,8 @@ class TorchBackend(Backend):
             total = torch.empty_like(counts)
             if layer.quotas == "global":
                 gathered = counts.new_empty(layer.placement.ep_size, layer.placement.n_logical)
-            layer.communicator.exchange(counts, layer.sent_version, total, gathered)
+            version = layer.version if layer.live_versions is None else layer.live_versions[:1]
+            layer.communicator.exchange(counts, version, total, gathered)
         solution = self.solve(total, certified)
         cumulative = self.cumulative_shares(solution.shares)
         views = self.tables.views
@@ -86,7 +87,9 @@ class TorchBackend(Backend):
         )
         if layer.resident is not None:
             layer.resident.copy_(torch.from_numpy(plan.experts))
-        checksum = message_version(str(plan.pieces).encode()) if plan.pieces else 0
+        checksum = 0
+        if plan.pieces or layer.resident is not None:
+            checksum = message_version(str((plan.pieces, plan.experts.tolist())).encode())
         layer.live_versions.copy_(layer.version + checksum)
         numbers = np.array([plan.max_load, plan.bound, plan.gap], dtype=np.float32)
         words = np.append(plan.experts.astype(np.int32).reshape(-1), numbers.view(np.int32))

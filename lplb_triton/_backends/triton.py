@@ -90,7 +90,7 @@ class TritonBackend(Backend):
         return kernels.Quotas(
             gathered, views["copy_start"], views["copy_slot"], views["copy_index"], mine,
             traffic, layer.rank, p.slots_per_rank, layer.communicator.ranks_per_node,
-            p.redundant_per_group + 1 + p.ep_size * p.live_per_rank,
+            p.redundant_per_group + 1 + (p.ep_size if p.live_per_rank else 0),
             None if live is None else live.copies,
         )  # fmt: skip
 

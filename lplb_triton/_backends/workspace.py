@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["reserve", "scratch", "workspace_bytes"]
+__all__ = ["find_stream", "reserve", "scratch", "workspace_bytes"]
 
 _required: dict[torch.device, int] = {}
 _blocks: dict[tuple[torch.device, int], torch.Tensor] = {}
@@ -21,6 +21,11 @@ def _stream_key(device: torch.device) -> tuple[torch.device, int]:
         return device, 0
     # The raw handle: to make a Stream object takes as long as a launch.
     return device, torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def find_stream(device: torch.device) -> int:
+    """Return a key for the current stream of ``device`` among its streams; 0 for a CPU."""
+    return _stream_key(device)[1]
 
 
 def reserve(device: torch.device, n_bytes: int) -> None:

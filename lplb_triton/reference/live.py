@@ -120,9 +120,13 @@ def count_running(counts: Ints, cumulative: Ints, copies: Copies) -> Ints:
     return running
 
 
-def choose_unit_shift(max_load: float, slots: int) -> int:
-    """Return by how many bits tokens are shifted, so that a rank's load has few bits."""
-    largest = int(max_load) + slots
+def choose_unit_shift(max_load: float, slots: int, ranks: int) -> int:
+    """Return by how many bits tokens are shifted, so that a rank's load has few bits.
+
+    Rounding to shares moves less than 2**-24 of all tokens, and two, from copy to copy.
+    """
+    largest = int(max_load)
+    largest += slots * ((largest * ranks >> SHARE_BITS) + 2)
     return max(0, largest.bit_length() - LIVE_UNIT_BITS)
 
 
@@ -332,12 +336,12 @@ def _search(
 
     The first pass aims at half of what the rules allow above the mean. If it misses that by much,
     the second one aims at what can't be beaten, and fills the largest deficits first; later ones
-    aim halfway between that and what was found. With limits, which the bound doesn't know, all of
-    them are such.
+    aim halfway between that and what was found. With limits, which the bound doesn't know, the
+    second pass is like the later ones.
     """
     n_slots = int(copies.place.max()) + 1
     tokens = _split_running(count_running(counts, cumulative, copies), copies.start)
-    shift = choose_unit_shift(max_load, n_slots)
+    shift = choose_unit_shift(max_load, n_slots, case.ep_size)
     tokens >>= shift
     loads = np.bincount(copies.rank, tokens, case.ep_size).astype(np.int64)
     mean = -(-int(loads.sum()) // case.ep_size)

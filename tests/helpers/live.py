@@ -115,7 +115,7 @@ def _plan_by_twin(placement, case, counts, cumulative, max_load, resident):
     numbers = np.array([found.max_load, found.bound, found.gap], dtype=np.float32)
     experts = torch.from_numpy(found.experts.astype(np.int32).reshape(-1))
     words = torch.cat([experts, torch.from_numpy(numbers).view(torch.int32)])
-    shift = choose_unit_shift(max_load, placement.static_per_rank)
+    shift = choose_unit_shift(max_load, placement.static_per_rank, placement.ep_size)
     return Plan(words, found.copies, found.cumulative, shift)
 
 
@@ -125,8 +125,8 @@ def _plan_by_kernel(placement, rules, counts, cumulative, max_load, resident):
     p, backend = placement, balancer._backend
     sizes = p.n_logical, p.ep_size, p.static_per_rank, p.live_per_rank
     # What memory held doesn't matter.
-    scratch = torch.full((kernels.size_live_scratch(*sizes),), -77, dtype=torch.int32)
-    live = backend._make_live(scratch.to(DEVICE), None)
+    scratch = torch.full((kernels.live_scratch_words(*sizes),), -77, dtype=torch.int32)
+    live = backend.make_live(scratch.to(DEVICE), None)
     if resident is not None:
         live.resident.copy_(resident)
     shares = torch.full((2 * p.n_copies + p.ep_size * p.live_per_rank,), -5, dtype=torch.int32)
@@ -136,7 +136,7 @@ def _plan_by_kernel(placement, rules, counts, cumulative, max_load, resident):
     kernels.plan_live(counts.int().to(DEVICE), shares, load, live)
     copies, found = _read_copies(placement, live, shares.cpu().numpy().astype(np.int64))
     after = None if resident is None else live.resident.cpu()
-    shift = choose_unit_shift(max_load, placement.static_per_rank)
+    shift = choose_unit_shift(max_load, placement.static_per_rank, placement.ep_size)
     return Plan(live.out.cpu(), copies, found, shift), after
 
 
