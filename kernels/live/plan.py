@@ -22,7 +22,9 @@ from lplb_triton.kernels.live.arguments import (
     divide_live_scratch,
 )
 from lplb_triton.kernels.live.bound import find_live_bound
-from lplb_triton.kernels.live.search import find_largest, find_pieces, load_all_offers, sum_slices
+from lplb_triton.kernels.live.offers import load_all_offers
+from lplb_triton.kernels.live.search import find_pieces
+from lplb_triton.kernels.live.slices import find_largest, sum_slices
 from lplb_triton.kernels.live.tables import count_running, load_total, write_copies
 from lplb_triton.kernels.rounding import SHARE_BITS
 

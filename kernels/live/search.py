@@ -10,6 +10,8 @@ units of 2**shift tokens. Equation numbers refer to docs/method.md.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -22,87 +24,14 @@ from lplb_triton.kernels.live.arguments import (
     RANK_BITS,
     ROOM_SHARE,
 )
+from lplb_triton.kernels.live.offers import find_offer, refill_offers, replace_offer
+from lplb_triton.kernels.live.slices import add_at, find_largest, sum_slices, take
 
 RANK_MASK = tl.constexpr((1 << _layout.LIVE_RANK_BITS) - 1)
 # Is added to the surplus of a rank that neither gives nor takes any more, and stands for that of no
 # rank.
 SETTLED = tl.constexpr(-(1 << 29))
 NEVER = tl.constexpr(-(1 << 30))
-# Slots whose offers are loaded at once.
-AT_ONCE = tl.constexpr(4)
-
-
-@triton.jit
-def find_largest(slices, SLICES: tl.constexpr):
-    """Return the largest of numbers by rank."""
-    largest = slices[0]
-    for h in tl.static_range(1, SLICES):
-        largest = tl.maximum(largest, slices[h])
-    return tl.max(largest, 0)
-
-
-@triton.jit
-def sum_slices(slices, SLICES: tl.constexpr):
-    """Return the sum of numbers by rank."""
-    total = slices[0]
-    for h in tl.static_range(1, SLICES):
-        total += slices[h]
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _take(slices, rank, SLICES: tl.constexpr):
-    """Return the number of one rank, which must not be negative."""
-    lane = tl.arange(0, LANES)
-    found = tl.where(lane == rank, slices[0], 0)
-    for h in tl.static_range(1, SLICES):
-        found = tl.where(lane + h * LANES == rank, slices[h], found)
-    return tl.max(found, 0)
-
-
-@triton.jit
-def _insert(offers, word, MOST: tl.constexpr):
-    """Insert a word by lane into MOST words in descending order, of which the last one drops."""
-    kept = ()
-    for k in tl.static_range(MOST):
-        kept += (tl.maximum(offers[k], word),)
-        word = tl.minimum(offers[k], word)
-    return kept
-
-
-@triton.jit
-def _load_offers(offers_ptr, sizes, h: tl.constexpr, MOST: tl.constexpr):
-    """Load the MOST largest offers of the ranks of slice ``h``.
-
-    Returns them in descending order, 0 for none, and the sum of all units of each rank.
-    """
-    lane = tl.arange(0, LANES)
-    rank = lane + h * LANES
-    load = tl.zeros((LANES,), tl.int32)
-    offers = ()
-    for _ in tl.static_range(MOST):
-        offers += (load,)
-    for place in range(0, sizes.n_slots, AT_ONCE):
-        words = ()
-        for i in tl.static_range(AT_ONCE):
-            there = (rank < sizes.n_ranks) & (place + i < sizes.n_slots)
-            at = offers_ptr + (place + i) * sizes.n_ranks + rank
-            words += (tl.load(at, mask=there, other=0),)
-        for i in tl.static_range(AT_ONCE):
-            load += words[i] >> OFFER_SHIFT
-            offers = _insert(offers, words[i], MOST)
-    return offers, load
-
-
-@triton.jit
-def load_all_offers(offers_ptr, sizes, SLICES: tl.constexpr, MOST: tl.constexpr):
-    """Load the largest offers of all ranks; returns offers by slice and number, and loads."""
-    offers, loads = (), ()
-    for h in tl.static_range(SLICES):
-        found, load = _load_offers(offers_ptr, sizes, h, MOST)
-        offers += found
-        loads += (load,)
-    return offers, loads
 
 
 @triton.jit
@@ -114,49 +43,6 @@ def _find_giver(surplus, SLICES: tl.constexpr):
         word = (surplus[h] << RANK_BITS) | (lane + h * LANES)
         largest = tl.maximum(largest, tl.where(surplus[h] > 0, word, 0))
     return tl.max(largest, 0)
-
-
-@triton.jit
-def _find_offer(offers, giver, SLICES: tl.constexpr, MOST: tl.constexpr):
-    """Find the largest offer of a rank."""
-    lane = tl.arange(0, LANES)
-    found = tl.zeros((LANES,), tl.int32)
-    for h in tl.static_range(SLICES):
-        largest = offers[h * MOST]
-        for k in tl.static_range(1, MOST):
-            largest = tl.maximum(largest, offers[h * MOST + k])
-        found = tl.maximum(found, tl.where(lane + h * LANES == giver, largest, 0))
-    return tl.max(found, 0)
-
-
-@triton.jit
-def _replace_offer(offers, giver, word, new_word, SLICES: tl.constexpr, MOST: tl.constexpr):
-    """Replace one offer of the giver."""
-    lane = tl.arange(0, LANES)
-    replaced = ()
-    for h in tl.static_range(SLICES):
-        own = lane + h * LANES == giver
-        for k in tl.static_range(MOST):
-            offer = offers[h * MOST + k]
-            replaced += (tl.where(own & (offer == word), new_word, offer),)
-    return replaced
-
-
-@triton.jit
-def _refill(offers, floors, giver, offers_ptr, sizes, SLICES: tl.constexpr, MOST: tl.constexpr):
-    """Load the giver's largest offers anew; those of others stay as they are.
-
-    A rank's floor is the smallest of the offers that were loaded, 0 if these are all.
-    """
-    lane = tl.arange(0, LANES)
-    new_offers, new_floors = (), ()
-    for h in tl.static_range(SLICES):
-        own = lane + h * LANES == giver
-        found, _ = _load_offers(offers_ptr, sizes, h, MOST)
-        for k in tl.static_range(MOST):
-            new_offers += (tl.where(own, found[k], offers[h * MOST + k]),)
-        new_floors += (tl.where(own, found[MOST - 1], floors[h]),)
-    return new_offers, new_floors
 
 
 @triton.jit
@@ -221,14 +107,14 @@ def _choose_slot(
     used, resident, receiver, expert, is_there, SLICES: tl.constexpr, LIVE: tl.constexpr
 ):
     """Choose an unused live slot: the one with the expert, or else an empty one, or else any."""
-    taken = _take(used, receiver, SLICES)
+    taken = take(used, receiver, SLICES)
     # Of three numbers by slot, the smallest is best: 0 to 1 holds what is wanted, 2 to 3 doesn't.
     best = tl.full((), 8, tl.int32)
     for r in tl.static_range(LIVE):
         holds = ()
         for h in tl.static_range(SLICES):
             holds += (resident[h * LIVE + r] + 1,)
-        inside = _take(holds, receiver, SLICES) - 1
+        inside = take(holds, receiver, SLICES) - 1
         wanted = tl.where(is_there, expert, -1)
         rating = tl.where(inside == wanted, r, 2 + r)
         best = tl.minimum(best, tl.where((taken >> r) & 1 == 0, rating, 8))
@@ -251,14 +137,195 @@ def _load_resident(ptr, sizes, SLICES: tl.constexpr, LIVE: tl.constexpr, RESIDEN
     return resident
 
 
+class Offer(NamedTuple):
+    """What the giver of a step offers."""
+
+    giver: Any
+    had: Any
+    """Its surplus."""
+    word: Any
+    """0 if it has nothing to offer."""
+    units: Any
+    at: Any
+    """Number of the static slot."""
+    expert: Any
+    """-1 where nothing needs it."""
+    home: Any
+    """Rank of the expert's original."""
+    bits: Any
+    """By slice, the ranks with a static copy of the expert; 0 for an expert with one only."""
+
+
+class Receiver(NamedTuple):
+    """Who receives in a step."""
+
+    some: Any
+    """Whether there is a receiver."""
+    rank: Any
+    """-1 for none."""
+    deficit: Any
+    slot: Any
+    """Its live slot."""
+    is_last: Any
+    """Whether this is the last of its slots that are free."""
+    fetches: Any
+    """Whether the expert doesn't lie in the slot already."""
+
+
+class Ranks(NamedTuple):
+    """What changes by rank during a search; tuples of slices."""
+
+    surplus: Any
+    free: Any
+    """Live slots without a piece."""
+    first_live: Any
+    """Expert of the first piece, -1 for none."""
+    used: Any
+    """Bits of the live slots with a piece, with RESIDENT."""
+    sent: Any
+    """Copies that were fetched from the rank, with PRICED."""
+    received: Any
+
+
 @triton.jit
-def _add_at(slices, rank, amount, SLICES: tl.constexpr):
-    """Add to the number of one rank."""
+def _start_ranks(loads, target, sizes, SLICES: tl.constexpr, LIVE: tl.constexpr):
+    """Return `Ranks` before the first step, the sum of their deficits and that of surpluses."""
     lane = tl.arange(0, LANES)
-    added = ()
+    zero = tl.zeros((LANES,), tl.int32)
+    surplus, rooms, excess, free, first_live, zeros = (), (), (), (), (), ()
     for h in tl.static_range(SLICES):
-        added += (tl.where(lane + h * LANES == rank, slices[h] + amount, slices[h]),)
-    return added
+        is_rank = lane + h * LANES < sizes.n_ranks
+        own = tl.where(is_rank, loads[h] - target, 0)
+        surplus += (tl.where(is_rank, own, NEVER),)
+        rooms += (tl.maximum(-own, 0),)
+        excess += (tl.maximum(own, 0),)
+        free += (zero + LIVE,)
+        first_live += (zero - 1,)
+        zeros += (zero,)
+    ranks = Ranks(surplus, free, first_live, zeros, zeros, zeros)
+    return ranks, sum_slices(rooms, SLICES), sum_slices(excess, SLICES)
+
+
+@triton.jit
+def _read_offer(
+    giver_word, word, tables, sizes,
+    SLICES: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr, PRICED: tl.constexpr,
+    DOMAINS: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Take the words of a step apart, and load what else is needed of the offer."""
+    giver, had = giver_word & RANK_MASK, giver_word >> RANK_BITS
+    at = ((word >> 1) & PLACE_MASK) * sizes.n_ranks + giver
+    is_shared = (word & 1) == 1
+    expert, home, bits = giver * 0 - 1, giver, ()
+    if LIVE > 1 or RESIDENT:
+        expert = tl.load(tables.slot_experts + at, mask=word > 0, other=-1)
+    for h in tl.static_range(SLICES):
+        if SHARED:
+            holders = tables.slot_holders + at * SLICES + h
+            bits += (tl.load(holders, mask=is_shared, other=0),)
+        else:
+            bits += (0,)
+    if SHARED and (PRICED or DOMAINS):
+        # Only an expert with other static copies may have its original elsewhere.
+        original = tl.load(tables.slot_homes + at, mask=is_shared, other=0)
+        home = tl.where(is_shared, original, giver)
+    return Offer(giver, had, word, word >> OFFER_SHIFT, at, expert, home, bits)
+
+
+@triton.jit
+def _choose_receiver(
+    offer, ranks, resident, largest_first, rules,
+    SLICES: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr, PRICED: tl.constexpr,
+    DOMAINS: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Choose who receives what is offered, and in which live slot."""
+    # No deficit is as large as the first number.
+    wanted = tl.minimum(offer.had, offer.units)
+    limit = tl.where(largest_first, 2 * MOST_UNITS, wanted)
+    found = _find_receiver(
+        ranks.surplus, ranks.first_live, offer.expert, offer.bits, offer.home, limit, rules.domain,
+        SLICES, LIVE, SHARED, DOMAINS,
+    )  # fmt: skip
+    if PRICED:
+        found = tl.where(take(ranks.sent, offer.home, SLICES) < rules.fanout, found, 0)
+    value = found >> RANK_BITS
+    deficit = tl.where(value > 2 * MOST_UNITS, 4 * MOST_UNITS - value, value)
+    fetches = offer.giver >= 0
+    if RESIDENT:
+        there = _find_resident(
+            ranks.surplus, ranks.used, resident, offer.expert, offer.bits, ranks.first_live,
+            offer.home, rules.domain, SLICES, LIVE, SHARED, DOMAINS,
+        )  # fmt: skip
+        fetches = there == 0
+        found = tl.where(fetches, found, there)
+        deficit = tl.where(fetches, deficit, there >> RANK_BITS)
+    some = (found > 0) & (offer.word > 0)
+    rank = tl.where(some, found & RANK_MASK, -1)
+    is_last = offer.giver >= 0
+    slot = offer.giver * 0
+    if LIVE > 1:
+        n_free = take(ranks.free, rank, SLICES)
+        is_last = n_free == 1
+        slot = LIVE - n_free
+    if RESIDENT:
+        slot = _choose_slot(ranks.used, resident, rank, offer.expert, fetches == 0, SLICES, LIVE)
+    return Receiver(some, rank, deficit, slot, is_last, fetches)
+
+
+@triton.jit
+def _choose_amount(offer, receiver, room, left):
+    """Choose how many units move: what the giver has too much, or more where room gets scarce.
+
+    ``room`` is the sum of the deficits of ranks with free slots, ``left`` that of the surpluses. A
+    receiver's last slot is filled up if the room of the others might not hold what is left.
+    """
+    amount = tl.minimum(tl.minimum(offer.had, offer.units), receiver.deficit)
+    is_scarce = left - amount > ((room - receiver.deficit) >> 4) * ROOM_SHARE
+    filling = tl.minimum(receiver.deficit, offer.units)
+    amount = tl.where(receiver.is_last & is_scarce, filling, amount)
+    return tl.where(receiver.some, amount, 0)
+
+
+@triton.jit
+def _move_units(
+    ranks, offer, receiver, amount,
+    SLICES: tl.constexpr, LIVE: tl.constexpr, PRICED: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Return `Ranks` after a piece has moved."""
+    lane = tl.arange(0, LANES)
+    surplus, free, first_live, used, sent, received = ranks
+    # A rank whose last slot is taken is at or below the target: it gives no more.
+    after = amount - receiver.deficit + tl.where(receiver.is_last, SETTLED, 0)
+    first = tl.where(receiver.some, offer.expert, -1)
+    new_surplus, new_first = (), ()
+    for h in tl.static_range(SLICES):
+        rank = lane + h * LANES
+        own = tl.where(rank == receiver.rank, after, surplus[h])
+        new_surplus += (tl.where(rank == offer.giver, offer.had - amount, own),)
+        if LIVE > 1:
+            is_new = (rank == receiver.rank) & (first_live[h] < 0)
+            new_first += (tl.where(is_new, first, first_live[h]),)
+    count = receiver.some.to(tl.int32)
+    if LIVE > 1:
+        first_live = new_first
+        free = add_at(free, receiver.rank, -count, SLICES)
+    if RESIDENT:
+        used = add_at(used, receiver.rank, count << receiver.slot, SLICES)
+    if PRICED:
+        fetched = (receiver.some & receiver.fetches).to(tl.int32)
+        sent = add_at(sent, offer.home, fetched, SLICES)
+        received = add_at(received, receiver.rank, fetched, SLICES)
+    return Ranks(new_surplus, free, first_live, used, sent, received)
+
+
+@triton.jit
+def _find_last_peak(surplus, target, SLICES: tl.constexpr):
+    """Find the largest load, also of ranks that are settled."""
+    loads = ()
+    for h in tl.static_range(SLICES):
+        is_settled = (surplus[h] < SETTLED // 2) & (surplus[h] > NEVER)
+        loads += (tl.where(is_settled, surplus[h] - SETTLED, surplus[h]),)
+    return target + find_largest(loads, SLICES)
 
 
 @triton.jit
@@ -289,142 +356,64 @@ def find_pieces(
     steps are kept, those that cost least (equation 25). Returns the least price, the largest load
     at that price, and the number of steps.
     """
-    lane = tl.arange(0, LANES)
     n_live = sizes.n_ranks * LIVE
-    zero = tl.zeros((LANES,), tl.int32)
-    surplus, rooms, excess, free, used, sent, received, floors, first_live = (
-        (), (), (), (), (), (), (), (), (),
-    )  # fmt: skip
-    for h in tl.static_range(SLICES):
-        is_rank = lane + h * LANES < sizes.n_ranks
-        own = tl.where(is_rank, loads[h] - target, 0)
-        surplus += (tl.where(is_rank, own, NEVER),)
-        rooms += (tl.maximum(-own, 0),)
-        excess += (tl.maximum(own, 0),)
-        free += (zero + LIVE,)
-        used += (zero,)
-        sent += (zero,)
-        received += (zero,)
-        floors += (offers[h * MOST + MOST - 1],)
-        first_live += (zero - 1,)
-    room, left = sum_slices(rooms, SLICES), sum_slices(excess, SLICES)
+    ranks, room, left = _start_ranks(loads, target, sizes, SLICES, LIVE)
     resident = _load_resident(tables.resident, sizes, SLICES, LIVE, RESIDENT)
+    floors = ()
+    for h in tl.static_range(SLICES):
+        floors += (offers[h * MOST + MOST - 1],)
     peak = find_largest(loads, SLICES)
     price = peak
     steps, kept, port, word = left * 0, left * 0, left * 0, left * 0 + 1
-    giver_word = _find_giver(surplus, SLICES)
+    giver_word = _find_giver(ranks.surplus, SLICES)
     while (giver_word > 0) & (room > 0) & (word > 0):
-        giver, had = giver_word & RANK_MASK, giver_word >> RANK_BITS
-        word = _find_offer(offers, giver, SLICES, MOST)
+        giver = giver_word & RANK_MASK
+        word = find_offer(offers, giver, SLICES, MOST)
         if MORE:
-            if word < _take(floors, giver, SLICES):
+            if word < take(floors, giver, SLICES):
                 # One thread has written what other threads read.
                 tl.debug_barrier()
-                offers, floors = _refill(offers, floors, giver, offers_ptr, sizes, SLICES, MOST)
+                offers, floors = refill_offers(
+                    offers, floors, giver, offers_ptr, sizes, SLICES, MOST
+                )
                 # All threads have read before one of them writes again.
                 tl.debug_barrier()
-                word = _find_offer(offers, giver, SLICES, MOST)
-        offered, place = word >> OFFER_SHIFT, (word >> 1) & PLACE_MASK
-        at = place * sizes.n_ranks + giver
-        is_shared = (word & 1) == 1
-        expert, home, bits = giver * 0 - 1, giver, ()
-        if LIVE > 1 or RESIDENT:
-            expert = tl.load(tables.slot_experts + at, mask=word > 0, other=-1)
-        for h in tl.static_range(SLICES):
-            if SHARED:
-                holders = tables.slot_holders + at * SLICES + h
-                bits += (tl.load(holders, mask=is_shared, other=0),)
-            else:
-                bits += (0,)
-        if SHARED and (PRICED or DOMAINS):
-            # Only an expert with other static copies may have its original elsewhere.
-            original = tl.load(tables.slot_homes + at, mask=is_shared, other=0)
-            home = tl.where(is_shared, original, giver)
-        wanted = tl.minimum(had, offered)
-        # No deficit is as large as the second number.
-        limit = tl.where(largest_first, 2 * MOST_UNITS, wanted)
-        found = _find_receiver(
-            surplus, first_live, expert, bits, home, limit, rules.domain,
-            SLICES, LIVE, SHARED, DOMAINS,
+                word = find_offer(offers, giver, SLICES, MOST)
+        offer = _read_offer(
+            giver_word, word, tables, sizes, SLICES, LIVE, SHARED, PRICED, DOMAINS, RESIDENT
+        )
+        receiver = _choose_receiver(
+            offer, ranks, resident, largest_first, rules, SLICES, LIVE, SHARED, PRICED, DOMAINS,
+            RESIDENT,
         )  # fmt: skip
-        if PRICED:
-            found = tl.where(_take(sent, home, SLICES) < rules.fanout, found, 0)
-        value = found >> RANK_BITS
-        deficit = tl.where(value > 2 * MOST_UNITS, 4 * MOST_UNITS - value, value)
-        fetches = giver >= 0
-        if RESIDENT:
-            there = _find_resident(
-                surplus, used, resident, expert, bits, first_live, home, rules.domain,
-                SLICES, LIVE, SHARED, DOMAINS,
-            )  # fmt: skip
-            fetches = there == 0
-            found = tl.where(fetches, found, there)
-            deficit = tl.where(fetches, deficit, there >> RANK_BITS)
-        some = (found > 0) & (word > 0)
-        receiver = tl.where(some, found & RANK_MASK, -1)
-        is_last_slot = giver >= 0
-        slot = giver * 0
-        if LIVE > 1:
-            n_free = _take(free, receiver, SLICES)
-            is_last_slot = n_free == 1
-            slot = LIVE - n_free
-        if RESIDENT:
-            slot = _choose_slot(used, resident, receiver, expert, fetches == 0, SLICES, LIVE)
-
-        amount = tl.minimum(wanted, deficit)
-        is_scarce = left - amount > ((room - deficit) >> 4) * ROOM_SHARE
-        amount = tl.where(is_last_slot & is_scarce, tl.minimum(deficit, offered), amount)
-        amount = tl.where(some, amount, 0)
+        amount = _choose_amount(offer, receiver, room, left)
+        some = receiver.some
         steps += some.to(tl.int32)
-        piece = pieces_ptr + receiver * LIVE + slot
-        tl.store(piece, at + 1, mask=some)
+        piece = pieces_ptr + receiver.rank * LIVE + receiver.slot
+        tl.store(piece, offer.at + 1, mask=some)
         tl.store(piece + n_live, amount, mask=some)
         tl.store(piece + 2 * n_live, steps, mask=some)
 
-        room += tl.maximum(amount - had, 0)
-        room -= tl.where(some, tl.where(is_last_slot, deficit, amount), 0)
-        left -= tl.minimum(amount, had)
-        # A rank whose last slot is taken is at or below the target: it gives no more.
-        receiver_after = amount - deficit + tl.where(is_last_slot, SETTLED, 0)
-        new_surplus = ()
-        for h in tl.static_range(SLICES):
-            rank = lane + h * LANES
-            own = tl.where(rank == receiver, receiver_after, surplus[h])
-            new_surplus += (tl.where(rank == giver, had - amount, own),)
-        surplus = new_surplus
-        if LIVE > 1:
-            free = _add_at(free, receiver, -some.to(tl.int32), SLICES)
-            first_now = tl.where(some, expert, -1)
-            new_first = ()
-            for h in tl.static_range(SLICES):
-                is_new = (lane + h * LANES == receiver) & (first_live[h] < 0)
-                new_first += (tl.where(is_new, first_now, first_live[h]),)
-            first_live = new_first
-        if RESIDENT:
-            used = _add_at(used, receiver, some.to(tl.int32) << slot, SLICES)
+        room += tl.maximum(amount - offer.had, 0)
+        room -= tl.where(some, tl.where(receiver.is_last, receiver.deficit, amount), 0)
+        left -= tl.minimum(amount, offer.had)
+        ranks = _move_units(ranks, offer, receiver, amount, SLICES, LIVE, PRICED, RESIDENT)
         new_word = word - (amount << OFFER_SHIFT)
-        new_word = tl.where(some & (amount < offered), new_word, 0)
-        offers = _replace_offer(offers, giver, word, new_word, SLICES, MOST)
+        new_word = tl.where(some & (amount < offer.units), new_word, 0)
+        offers = replace_offer(offers, giver, word, new_word, SLICES, MOST)
         if MORE:
-            tl.store(offers_ptr + at, new_word, mask=word > 0)
-        giver_word = _find_giver(surplus, SLICES)
+            tl.store(offers_ptr + offer.at, new_word, mask=word > 0)
+        giver_word = _find_giver(ranks.surplus, SLICES)
         if PRICED:
-            fetched = (some & fetches).to(tl.int32)
-            sent = _add_at(sent, home, fetched, SLICES)
-            received = _add_at(received, receiver, fetched, SLICES)
-            port = tl.maximum(port, _take(sent, home, SLICES))
-            port = tl.maximum(port, _take(received, receiver, SLICES))
+            port = tl.maximum(port, take(ranks.sent, offer.home, SLICES))
+            port = tl.maximum(port, take(ranks.received, receiver.rank, SLICES))
             # Below the target it doesn't matter which rank has the most.
             new_peak = target + (giver_word >> RANK_BITS)
             better = some & (new_peak + port * cost < price)
             price = tl.where(better, new_peak + port * cost, price)
             peak = tl.where(better, new_peak, peak)
             kept = tl.where(better, steps, kept)
-    lasting = ()
-    for h in tl.static_range(SLICES):
-        is_settled = (surplus[h] < SETTLED // 2) & (surplus[h] > NEVER)
-        lasting += (tl.where(is_settled, surplus[h] - SETTLED, surplus[h]),)
-    last_peak = target + find_largest(lasting, SLICES)
+    last_peak = _find_last_peak(ranks.surplus, target, SLICES)
     if PRICED:
         # The largest load may have come to lie below the target.
         peak = tl.where((kept == steps) & (steps > 0), last_peak, peak)
