@@ -208,7 +208,7 @@ class Quotas(NamedTuple):
     ranks_per_node: int
     max_copies: int
     """At least as many as any expert has copies, live ones included."""
-    live: LiveCopies | None
+    live: LiveCopies | None = None
     """The copies of the batch, if there are live slots."""
 
 

@@ -1,6 +1,6 @@
 """Compile every kernel for a GPU that need not be there; prints what each takes.
 
-    python tests/compile_kernels.py [compute capability, 90]
+    python tests/compile_kernels.py [compute capability, 90] [all, or one size of each kernel]
 
 Runs in a process of its own, without TRITON_INTERPRET.
 """
@@ -181,14 +181,24 @@ def compile_job(capability, number):
     return f"{name} {constants} {options}: {cubin} bytes, {time.monotonic() - begun:.1f} s"
 
 
-def main(capability):
+def choose_jobs(capability, sizes):
+    """Choose the numbers of all jobs, or of one for each kernel and kind of constants."""
+    features = ("PAIRS", "CHANNELS", "GATHER", "CHECK", "LIVE", "IN_PLACE")
+    chosen = {}
+    for number, (kernel, constants, _) in enumerate(jobs(capability)):
+        kind = kernel.__name__, *(bool(constants.get(feature)) for feature in features)
+        chosen.setdefault(number if sizes == "all" else kind, number)
+    return list(chosen.values())
+
+
+def main(capability, sizes="all"):
     assert peers  # imported for its kernels' decorators: they must parse without a GPU
-    count = len(list(jobs(capability)))
+    chosen = choose_jobs(capability, sizes)
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for line in pool.map(partial(compile_job, capability), range(count)):
+        for line in pool.map(partial(compile_job, capability), chosen):
             print(line, flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 90)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 90, *sys.argv[2:])
     print("compiled")

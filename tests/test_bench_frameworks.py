@@ -46,7 +46,10 @@ def be_a_rank(rank, framework, port, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("framework", MODULES)
+@pytest.mark.parametrize(
+    "framework",
+    ["megatron", pytest.param("transformers", marks=pytest.mark.integrations)],
+)
 def test_both_routings(framework, tmp_path):
     """Losses agree, the LP evens the ranks out, and rank 0 alone writes figures and tables."""
     pytest.importorskip(MODULES[framework])

@@ -27,7 +27,7 @@ def check_both(placement, counts, resident=None, **rules):
     [
         *((4, 12, redundant, live) for redundant in (0, 1, 2) for live in (1, 2)),
         *((8, 32, redundant, live) for redundant in (0, 1, 2) for live in (1, 2)),
-        *((40, 80, redundant, 1 + redundant % 2) for redundant in (0, 1, 2)),
+        (40, 80, 1, 2),
     ],
 )
 def test_plans_of_random_batches(ranks, experts, redundant, live):
