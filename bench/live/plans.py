@@ -12,7 +12,15 @@ from lplb_triton import Placement, reference, solve
 from lplb_triton._layout import SHARE_ONE
 from lplb_triton.bench.balance import BY_HISTORY, make_placement
 from lplb_triton.bench.types import Floats
-from lplb_triton.reference.live import Copies, LiveCase, count_running, plan_live
+from lplb_triton.reference.live import (
+    Copies,
+    LiveCase,
+    count_running,
+    find_homes,
+    list_copies,
+    plan_live,
+    split_running,
+)
 
 __all__ = [
     "HOME",
@@ -112,10 +120,7 @@ class BatchPlan(NamedTuple):
 
 def find_rank_loads(counts: Ints, cumulative: Ints, copies: Copies, ep_size: int) -> Ints:
     """Compute the tokens of each rank over all source ranks, by cumulative shares."""
-    running = count_running(counts, cumulative, copies)
-    tokens = np.diff(running, prepend=0)
-    # The running sums of each expert start anew.
-    tokens[copies.start[:-1]] = running[copies.start[:-1]]
+    tokens = split_running(count_running(counts, cumulative, copies), copies.start)
     return np.bincount(copies.rank, tokens, ep_size).astype(np.int64)
 
 
@@ -161,10 +166,8 @@ def place_base(base: Base, history: torch.Tensor, ep_size: int) -> Placement:
 
 def read_copies(placement: Placement) -> tuple[Copies, Ints]:
     """Return the copies of a placement without live slots, and each expert's home rank."""
-    structure = placement.structure
-    rank, place = np.divmod(structure.copy_slot.astype(np.int64), placement.slots_per_rank)
-    home = placement.log2phy[:, 0].numpy().astype(np.int64) // placement.slots_per_rank
-    return Copies(structure.copy_start.astype(np.int64), rank, place), home
+    copies = list_copies(placement)
+    return copies, find_homes(copies)
 
 
 def solve_batches(placement: Placement, counts: Ints, *, certified: bool = True) -> StaticPlan:

@@ -27,7 +27,7 @@ HALVINGS = tl.constexpr(_layout.LIVE_HALVINGS)
 # expert has other static copies.
 OFFER_SHIFT = tl.constexpr(_layout.LIVE_PLACE_BITS + 1)
 PLACE_MASK = tl.constexpr((1 << _layout.LIVE_PLACE_BITS) - 1)
-# Bits of a rank's number in a word that is compared, and of a rank in a word of ranks.
+# Bits of a rank's number in a word that is compared.
 RANK_BITS = tl.constexpr(_layout.LIVE_RANK_BITS)
 LANES = tl.constexpr(_layout.LIVE_LANES)
 
@@ -91,7 +91,7 @@ class LiveScratch(NamedTuple):
     """[E] its last copy."""
     slot: Any
     """[n_copies + G L] physical slots of the copies in these ranges, numbered from n_copies on."""
-    place: Any
+    copy_index: Any
     """[n_copies + G L] as ``copy_index``."""
     running: Any
     """[n_copies + G L] tokens of the expert up to each of these copies."""
@@ -125,13 +125,13 @@ def divide_live_scratch(ptr, sizes, LIVE: tl.constexpr):
     first = ptr + LANES
     last = first + sizes.n_logical
     slot = last + sizes.n_logical
-    place = slot + n_moved
-    running = place + n_moved
+    copy_index = slot + n_moved
+    running = copy_index + n_moved
     offers = running + n_moved
     loads = offers + n_copies
     lowest = loads + sizes.n_ranks
     pieces = lowest + sizes.n_logical
-    return LiveScratch(ptr, first, last, slot, place, running, offers, loads, lowest, pieces)
+    return LiveScratch(ptr, first, last, slot, copy_index, running, offers, loads, lowest, pieces)
 
 
 def live_scratch_words(n_logical: int, n_ranks: int, n_slots: int, live: int) -> int:

@@ -54,7 +54,7 @@ class LiveCopies(NamedTuple):
     first: torch.Tensor
     last: torch.Tensor
     slot: torch.Tensor
-    place: torch.Tensor
+    copy_index: torch.Tensor
 
 
 class Live(NamedTuple):

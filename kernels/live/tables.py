@@ -152,7 +152,7 @@ def _copy_slots(copy, to, there, scratch, tables):
     """Copy what is known of static copies to the batch's list."""
     tl.store(scratch.slot + to, tl.load(tables.copy_slot + copy, mask=there, other=0), mask=there)
     place = tl.load(tables.copy_index + copy, mask=there, other=0)
-    tl.store(scratch.place + to, place, mask=there)
+    tl.store(scratch.copy_index + to, place, mask=there)
 
 
 @triton.jit
@@ -222,7 +222,7 @@ def write_copies(
     tl.store(cumulative_ptr + n_copies + to, _make_share(running, expert, total), mask=is_piece)
     slot = piece // LIVE * (sizes.n_slots + LIVE) + sizes.n_slots + piece % LIVE
     tl.store(scratch.slot + to, slot, mask=is_piece)
-    tl.store(scratch.place + to, tl.zeros((P,), tl.int32), mask=is_piece)
+    tl.store(scratch.copy_index + to, tl.zeros((P,), tl.int32), mask=is_piece)
     most = tl.max(size, 0)
     halvings = most * 0
     while (1 << halvings) < most:

@@ -11,7 +11,7 @@ from lplb_triton._backends.counters import count_statuses
 from lplb_triton._backends.layer import Layer
 from lplb_triton._backends.tables import DeviceTables
 from lplb_triton.reference import levelling
-from lplb_triton.reference.live import Copies, LiveCase, plan_live
+from lplb_triton.reference.live import LiveCase, list_copies, plan_live
 from lplb_triton.solution import Solution
 from lplb_triton.sync._base import message_version
 
@@ -72,9 +72,7 @@ class TorchBackend(Backend):
         layer, p = self.layer, self.layer.placement
         if layer.live is None or layer.live_versions is None:
             raise RuntimeError("the placement has no live slots")
-        s = p.structure
-        start, slot = s.copy_start.astype(np.int64), s.copy_slot.astype(np.int64)
-        copies = Copies(start, *np.divmod(slot, p.slots_per_rank))
+        copies = list_copies(p)
         case = LiveCase(p.ep_size, p.live_per_rank, *layer.live[:4])
         resident = None if layer.resident is None else layer.resident.cpu().numpy()
         plan = plan_live(

@@ -28,9 +28,21 @@ from lplb_triton._layout import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from lplb_triton.placement import Placement
+
     Ints = NDArray[np.int64]
 
-__all__ = ["Copies", "LiveCase", "LiveOutcome", "Piece", "find_live_bound", "plan_live"]
+__all__ = [
+    "Copies",
+    "LiveCase",
+    "LiveOutcome",
+    "Piece",
+    "find_homes",
+    "find_live_bound",
+    "list_copies",
+    "plan_live",
+    "split_running",
+]
 
 
 class Copies(NamedTuple):
@@ -101,6 +113,13 @@ class LiveOutcome:
     def gap(self) -> float:
         """Relative gap between the largest load and the bound."""
         return (self.max_load - self.bound) / self.max_load if self.max_load > 0 else 0.0
+
+
+def list_copies(placement: Placement) -> Copies:
+    """List the static copies of a placement."""
+    s = placement.structure
+    rank, place = np.divmod(s.copy_slot.astype(np.int64), placement.slots_per_rank)
+    return Copies(s.copy_start.astype(np.int64), rank, place)
 
 
 def round_offsets(n_experts: int) -> Ints:
@@ -340,7 +359,7 @@ def _search(
     second pass is like the later ones.
     """
     n_slots = int(copies.place.max()) + 1
-    tokens = _split_running(count_running(counts, cumulative, copies), copies.start)
+    tokens = split_running(count_running(counts, cumulative, copies), copies.start)
     shift = choose_unit_shift(max_load, n_slots, case.ep_size)
     tokens >>= shift
     loads = np.bincount(copies.rank, tokens, case.ep_size).astype(np.int64)
@@ -378,7 +397,7 @@ def _search(
     return pieces, max_load, min(max_load, max(mean_load, float(bound << shift)))
 
 
-def _split_running(running: Ints, start: Ints) -> Ints:
+def split_running(running: Ints, start: Ints) -> Ints:
     """Turn running sums by copy into tokens by copy."""
     tokens = np.diff(running, prepend=0)
     tokens[start[:-1]] = running[start[:-1]]
@@ -393,7 +412,7 @@ def _add_copies(
     Shares of experts without a piece stay as they are (equation 27).
     """
     n_copies = np.diff(copies.start)
-    tokens = _split_running(count_running(counts, cumulative, copies), copies.start)
+    tokens = split_running(count_running(counts, cumulative, copies), copies.start)
     parts: list[tuple[Ints, Ints, Ints]] = []
     by_expert: dict[int, list[Piece]] = {}
     for piece in sorted(pieces, key=lambda p: (p.rank, p.slot)):

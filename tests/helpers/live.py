@@ -6,7 +6,14 @@ import numpy as np
 import torch
 
 from lplb_triton import Balancer, Placement, chain, kernels
-from lplb_triton.reference.live import Copies, LiveCase, choose_unit_shift, count_running, plan_live
+from lplb_triton.reference.live import (
+    Copies,
+    LiveCase,
+    choose_unit_shift,
+    count_running,
+    list_copies,
+    plan_live,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -81,9 +88,7 @@ def words_of(plan):
 
 def static_copies(placement):
     """Return the static copies as the twin takes them."""
-    s = placement.structure
-    rank, place = np.divmod(s.copy_slot.astype(np.int64), placement.slots_per_rank)
-    return Copies(s.copy_start.astype(np.int64), rank, place)
+    return list_copies(placement)
 
 
 def plan_both(placement, counts, cumulative=None, max_load=None, resident=None, **rules):
