@@ -27,6 +27,7 @@ from lplb_triton.bench.commands import (
     record,
     report,
     simulate,
+    simulate_live,
     solve,
     verify,
     workloads,
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lplb_triton {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    timed = (solve, pipeline, simulate, ep, frameworks)
+    timed = (solve, pipeline, simulate, simulate_live, ep, frameworks)
     for module in (balance, report, verify, *timed, placement, live, workloads, record, advise):
         module.add(commands)
     return parser

@@ -43,6 +43,7 @@ __all__ = [
     "penalty",
     "placements",
     "progress_option",
+    "rate",
     "refuse",
     "seconds",
     "seed",
@@ -302,6 +303,14 @@ def seconds(text: str) -> float:
     value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
+    return value
+
+
+def rate(text: str) -> float:
+    """Read a rate, such as gigabytes per second."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive finite rate, got {text!r}")
     return value
 
 

@@ -9,21 +9,35 @@ from __future__ import annotations
 from lplb_triton.bench.advise.check import compare_times
 from lplb_triton.bench.advise.gemm import GemmModel, Point, fit
 from lplb_triton.bench.advise.gpu_times import measure
-from lplb_triton.bench.advise.models import MODELS, Model
+from lplb_triton.bench.advise.live import (
+    GIGABYTES_PER_SECOND,
+    advise_live,
+    count_live_bytes,
+    suggest_live_above,
+    suggest_live_cost,
+)
+from lplb_triton.bench.advise.models import CHECKED, LAYERS, MODELS, Model
 from lplb_triton.bench.advise.overhead import predict_overhead_us
 from lplb_triton.bench.advise.predict import advise, select_slots
 from lplb_triton.bench.advise.table import packaged
 
 __all__ = [
+    "CHECKED",
+    "GIGABYTES_PER_SECOND",
+    "LAYERS",
     "MODELS",
     "GemmModel",
     "Model",
     "Point",
     "advise",
+    "advise_live",
     "compare_times",
+    "count_live_bytes",
     "fit",
     "measure",
     "predict_overhead_us",
     "packaged",
     "select_slots",
+    "suggest_live_above",
+    "suggest_live_cost",
 ]

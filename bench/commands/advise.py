@@ -17,6 +17,7 @@ from lplb_triton.bench.measure.simulate import draw_experts
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import FAILED, OK, Output, say
 from lplb_triton.bench.progress import progress
+from lplb_triton.placement.arguments import MOST_LIVE
 from lplb_triton.traces import trace as traces
 
 __all__ = ["add", "run", "sizes"]
@@ -105,6 +106,15 @@ def _add_batches(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     options.add_slots(sub, default=None)
     sub.add_argument(
+        "--live", type=options.integers(1, MOST_LIVE), metavar="N[,N...]",
+        help="live slots per rank to predict on top of the best static placement (default 1)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--pull-rate", type=options.rate, metavar="GB/S",
+        help="rate at which a rank's port moves live weights; measured by lplb-bench ep --sections "
+        f"live (default {advise.GIGABYTES_PER_SECOND:g}: an assumption)",
+    )  # fmt: skip
+    sub.add_argument(
         "--training", action="store_true", default=None,
         help="count the backward pass too: three times the work",
     )  # fmt: skip
@@ -120,6 +130,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     tables.require("rich")
     if args.check:
         fixed = ("model", *FIELDS, "trace", "tokens", "slots", "training", "history", "gemm")
+        fixed += ("live", "pull_rate")
         options.refuse(args, fixed, "--check has models, loads and batch sizes of its own")
         return _check(args, out)
     return _predict(args, out)
@@ -131,8 +142,11 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
         options.refuse(args, ("history",), "only with --trace")
     options.fill(
         args,
-        {"slots": options.SLOTS, "tokens": TOKENS, "history": options.HISTORY, "training": False},
-    )
+        {
+            "slots": options.SLOTS, "tokens": TOKENS, "history": options.HISTORY,
+            "training": False, "live": (1,), "pull_rate": advise.GIGABYTES_PER_SECOND,
+        },
+    )  # fmt: skip
     output.check_files(
         [("--json", args.json), ("--markdown", args.markdown)], [("--trace", args.trace)]
     )
@@ -155,6 +169,7 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
+    live = _predict_live(args, model, gemm, cases, ep, advice["best"])
     report = {
         "command": "advise",
         "options": {
@@ -165,6 +180,8 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
             "tokens": args.tokens,
             "slots": list(args.slots),
             "training": args.training,
+            "live": list(args.live),
+            "pull_rate": args.pull_rate,
         },
         "gemm": dataclasses.asdict(gemm),
         "points": [p._asdict() for p in points],
@@ -172,9 +189,28 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
         "seconds": time.perf_counter() - begin,
         "left_out": sorted(set(args.slots) - set(possible)),
         **advice,
+        "live": live,
     }
     output.finish(args, out, report, tables.make_advise_grids(report))
     return OK
+
+
+def _predict_live(
+    args: argparse.Namespace,
+    model: advise.Model,
+    gemm: advise.GemmModel,
+    cases: tuple[placement.Case, ...],
+    ep: int,
+    best: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Predict live slots on top of the best static placement."""
+    return [
+        advise.advise_live(
+            model, gemm, cases, ep, args.tokens, (best["placement"], best["slots"]), live,
+            training=args.training, gigabytes_per_second=args.pull_rate,
+        )
+        for live in args.live
+    ]  # fmt: skip
 
 
 def _make_cases(
@@ -272,13 +308,14 @@ def _check(args: argparse.Namespace, out: Output) -> int:
     device, timer = gpu.start(args)
     name = torch.cuda.get_device_name()
     ep = args.ep or CHECK_EP
-    for model in advise.MODELS.values():
+    checked = {key: advise.MODELS[key] for key in advise.CHECKED}
+    for model in checked.values():
         options.check_divides((ep,), model.experts)
     begin = time.perf_counter()
     rows, fits = [], {}
-    names = [(key, len(CHECK_TOKENS)) for key in advise.MODELS]
+    names = [(key, len(CHECK_TOKENS)) for key in checked]
     with progress(names, args.progress) as advance:
-        for key, model in advise.MODELS.items():
+        for key, model in checked.items():
             (case,) = placement.synthetic_cases(model.experts, (0,))
             widest = model.experts // ep + 1
             weights = draw_experts(model.hidden, model.inner, widest, device)

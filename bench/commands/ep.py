@@ -11,6 +11,7 @@ import torch
 
 from lplb_triton.bench import options, output, tables
 from lplb_triton.bench.commands.gpu import check_gpu
+from lplb_triton.bench.ep.layer.sizes import TRANSPORTS, LayerSizes, check_layer, read_fields
 from lplb_triton.bench.ep.schedule import describe_outcome, run_sections
 from lplb_triton.bench.ep.sections import SECTIONS
 from lplb_triton.bench.ep.sizes import KINDS, N_COUNTS, SIZES
@@ -28,7 +29,10 @@ _USED_BY = {
     "tokens": ("pipeline",),
     "replays": ("time", "pipeline", "weights"),
     "kinds": ("verify", "time", "pipeline", "kill"),
+    **dict.fromkeys(("layer", "live_transport"), ("live",)),
 }
+
+_LAYER_FIELDS = read_fields()
 
 
 def add(commands: Any) -> None:
@@ -41,14 +45,16 @@ def add(commands: Any) -> None:
         help="load sync, whole runs, weights of slots and training on the GPUs of this host",
         description=(
             "Verify and time load sync against NCCL, whole runs with sync, a killed rank, weights\n"
-            "of slots with gradients back, and training with and without balancing, one process\n"
-            "per GPU. Each section has processes of its own and a bound; one that fails doesn't\n"
-            "keep the others from running. Nothing is timed before its answers have been held\n"
+            "of slots with gradients back, one MoE layer with and without live slots, and\n"
+            "training with and without balancing, one process per GPU. Each section has\n"
+            "processes of its own and a bound; one that fails doesn't keep the others from\n"
+            "running. Nothing is timed before its answers have been held\n"
             "against the LP, or against sums made another way."
         ),
         examples=(
             "  lplb-bench ep --json ep.json --markdown ep.md\n"
             "  lplb-bench ep --sections verify,time --kinds symmetric\n"
+            "  lplb-bench ep --sections live --layer hidden=4096,inner=1536,rounds=50\n"
             "  lplb-bench ep --device cpu"
         ),
     )
@@ -77,9 +83,50 @@ def add(commands: Any) -> None:
             f"--{name}", type=options.count, metavar="N", help=f"{text} (default {standard})"
         )
     sub.add_argument(
+        "--layer", type=_read_layer, metavar="NAME=VALUE[,...]",
+        help="sizes of the section live, of " + ", ".join(_LAYER_FIELDS),
+    )  # fmt: skip
+    sub.add_argument(
+        "--live-transport", type=options.names(TRANSPORTS), metavar="NAME[,NAME...]",
+        help="ways to move live weights, each a form of its own: symmetric and messages of "
+        "LiveSlots, and spread (default "
+        + ", ".join(f"{','.join(s.layer.transports)} on {on}" for on, s in SIZES.items()) + ")",
+    )  # fmt: skip
+    sub.add_argument(
         "--seconds", type=options.seconds, default=570.0, metavar="S",
         help="bound on the whole run (default %(default)g)",
     )  # fmt: skip
+
+
+def _read_layer(text: str) -> dict[str, Any]:
+    """Read sizes of the layer as ``name=value`` with commas between them."""
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in _LAYER_FIELDS or name in found:
+            raise argparse.ArgumentTypeError(
+                f"expected each of {', '.join(_LAYER_FIELDS)} at most once, got {name!r}"
+            )
+        try:
+            found[name] = _LAYER_FIELDS[name](value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{name}: {error}") from error
+    return found
+
+
+def _choose_layer(args: argparse.Namespace, ranks: int) -> LayerSizes:
+    """Return the sizes of the section live."""
+    layer = dataclasses.replace(SIZES[args.device].layer, **(args.layer or {}))
+    if args.live_transport is not None:
+        layer = dataclasses.replace(layer, transports=args.live_transport)
+    if "live" in args.sections:
+        try:
+            check_layer(layer, ranks)
+        except ValueError as error:
+            raise UsageError(f"argument --layer: {error}") from error
+        if args.device == "cpu" and "symmetric" in layer.transports:
+            raise UsageError("argument --live-transport: symmetric needs GPUs")
+    return layer
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -94,7 +141,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
         check_gpu()
     ranks = _ranks(args.ranks, on_gpu)
     changed = {n: getattr(args, n) for n in ("epochs", "tokens", "replays") if getattr(args, n)}
-    sizes = dataclasses.replace(SIZES[args.device], **changed)
+    sizes = dataclasses.replace(
+        SIZES[args.device], **changed, layer=_choose_layer(args, ranks)
+    )  # fmt: skip
     kinds = args.kinds or (KINDS if on_gpu else ("distributed",))
     begin = time.perf_counter()
     report: dict[str, Any] = {

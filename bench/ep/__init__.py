@@ -10,6 +10,8 @@ sizes, which tests their code, not the speed.
 ``time``      an exchange of 256 counts beside a plain all-reduce
 ``pipeline``  whole runs with sync: a fixed topology, EPLB with one and two slots per rank
 ``kill``      a rank dies between two batches
+``weights``   weights of one layer's slots, and gradients back
+``live``      one MoE layer, forward and backward, with static copies and with live slots
 ``train``     examples/train_moe_ep.py: losses, step and MoE-layer times
 ============  ==================================================================================
 """

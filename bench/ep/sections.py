@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from lplb_triton.bench.ep import train
 from lplb_triton.bench.ep.exchange import time_exchange
 from lplb_triton.bench.ep.kill import kill_one
+from lplb_triton.bench.ep.layer.run import measure_layer
+from lplb_triton.bench.ep.layer.sizes import ROUTINGS
 from lplb_triton.bench.ep.pipeline import time_pipeline
 from lplb_triton.bench.ep.sizes import KINDS
 from lplb_triton.bench.ep.verify import verify_sync
@@ -44,13 +46,14 @@ SECTIONS = {
     "pipeline": Section(time_pipeline, KINDS, 150.0),
     "kill": Section(kill_one, KINDS, 60.0),
     "weights": Section(measure_weights, ("1", "2"), 90.0),
+    "live": Section(measure_layer, ROUTINGS, 180.0),
     "train": Section(train.train, ("skewed", "learned", "even"), 150.0),
 }
 
 
 def reason_to_skip(section: str, variant: str, ranks: int, device: str) -> str | None:
     """Say why a section can't run here, or return None."""
-    if section == "train":
+    if section in ("train", "live"):
         if (train.EXAMPLES / "train_moe_ep.py").is_file():
             return None
         return "needs the examples folder of a checkout, which an installed package lacks"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lplb_triton.bench.ep.layer.sizes import LAYER_SIZES, LayerSizes
 from lplb_triton.bench.types import Row
 
 __all__ = ["KINDS", "N_COUNTS", "PER_GRAPH", "SIZES", "TIMEOUT", "Job", "Sizes"]
@@ -39,6 +40,8 @@ class Sizes:
     noise : float
         Factor on the difference that another order of sums makes, which is allowed too: a
         rounding error can route a token to another expert, after which the curves diverge.
+    layer : LayerSizes
+        Of the section ``live``.
     """
 
     epochs: int
@@ -48,6 +51,7 @@ class Sizes:
     router_bias: float
     parity: float
     noise: float = 3.0
+    layer: LayerSizes = LAYER_SIZES["cuda"]
 
 
 SIZES = {
@@ -76,6 +80,7 @@ SIZES = {
         },
         router_bias=0.4,
         parity=1e-8,
+        layer=LAYER_SIZES["cpu"],
     ),
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from lplb_triton.bench.tables.live import make_live_grids
 from lplb_triton.bench.tables.pipeline import make_pipeline_grids
 from lplb_triton.bench.tables.placement import make_placement_grids, make_workloads_grids
 from lplb_triton.bench.tables.simulate import make_simulate_grids
+from lplb_triton.bench.tables.simulate_live import make_simulate_live_grids
 from lplb_triton.bench.tables.solve import make_solve_grids
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "show_grids",
     "show_verdicts",
     "make_simulate_grids",
+    "make_simulate_live_grids",
     "make_solve_grids",
     "make_workloads_grids",
 ]

@@ -83,7 +83,47 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
                 ),
             ),
         ),
+        _make_live_grid(report),
     ]
+
+
+def _make_live_grid(report: dict[str, Any]) -> Grid:
+    """Lay out what live slots are predicted to save over the best static placement."""
+    o = report["options"]
+    lines = []
+    for row in report["live"]:
+        layer, sizes = row["layer_us"], row["bytes"]
+        lines.append(
+            (
+                *(str(row["live"]), f"{row['pieces']:.1f}", f"{row['fetching']:.0%}"),
+                f"{row['sent']:.1f}/{row['received']:.1f}",
+                *(format_us(us) for us in (row["fetch_us"], layer["static"], layer["live"])),
+                "never" if row["break_even"] is None else str(row["break_even"]),
+                "none" if row["above"] is None else f"{row['above']:.3f}",
+                str(row["cost"]),
+                *(f"{sizes[k] / 2**20:.0f}" for k in ("live", "static")),
+            )
+        )
+    first = report["live"][0]
+    return Grid(
+        "Predicted: live slots on top of the best static placement, microseconds",
+        (
+            *("live", "pieces", "fetching", "sent/received", "fetch", "static", "with live"),
+            *("break-even", "live_above", "live_cost", "live MiB", "static MiB"),
+        ),
+        lines,
+        (
+            f"On {first['placement']}, {first['slots']} slots per rank, by the twin of the plan, "
+            "means over the batches. pieces: live slots filled on all ranks. fetching: part of the "
+            "batches that fetch any. sent/received: experts at the busiest rank. fetch: their time "
+            f"at {o['pull_rate']:g} GB/s, in training for weights twice and for gradients; with "
+            "live includes it, as if nothing overlapped. break-even: tokens per rank from which on "
+            "live slots save time on such loads. live_above, live_cost: suggested for Balancer; "
+            "none: no fetch can pay in so small a batch. live MiB: live slots of a rank, once for "
+            "all layers, in training with gradients on their way; static MiB: as many static "
+            "slots in one layer.",
+        ),
+    )
 
 
 def _describe_recommendation(report: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from lplb_triton.bench.tables.cells import format_or_na, format_us
 from lplb_triton.bench.tables.grid import Grid
+from lplb_triton.bench.tables.layer import make_layer_grids
 
 __all__ = [
     "make_ep_grids",
@@ -37,13 +38,16 @@ def make_ep_grids(report: dict[str, Any]) -> list[Grid]:
         "pipeline": _make_run_grids,
         "kill": _make_kill_grids,
         "weights": _make_weights_grids,
+        "live": make_layer_grids,
         "train": _make_training_grids,
     }
     grids: list[Grid] = []
     for section, rows in by_name.items():
         done = {k: row for k, row in rows.items() if not {"failed", "skipped"} & set(row)}
-        if section == "train":
-            done = {k: row for k, row in rows.items() if "runs" in row}
+        if section in ("train", "live"):
+            # These have figures even where a check failed.
+            part = {"train": "runs", "live": "forms"}[section]
+            done = {k: row for k, row in rows.items() if part in row}
         if done:
             grids += layouts[section](done, options)
     ends: list[tuple[str, ...]] = []

@@ -12,7 +12,7 @@ from moe.deep_ep_buffer import make_buffer
 from moe.experts import Collect, Dispatch, count_assignments, wide
 
 
-class _Exchange(torch.autograd.Function):
+class Exchange(torch.autograd.Function):
     """Send rows to their ranks; the backward pass sends their gradients back."""
 
     @staticmethod
@@ -24,7 +24,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _Exchange.apply(grad, *ctx.way_back), None, None, None
+        return Exchange.apply(grad, *ctx.way_back), None, None, None
 
 
 def invert(order: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class AllToAll:
         out, into = torch.stack([sent.view(self.ranks, -1).sum(1), received.sum(1)]).tolist()
 
         rows = Dispatch.apply(x, order, inverse, slots.shape[1])
-        rows = _Exchange.apply(rows, out, into, self.group)
+        rows = Exchange.apply(rows, out, into, self.group)
         # Rows arrive sorted by source rank, then slot; the products need them sorted by slot.
         slot = torch.arange(received.shape[1], device=x.device).repeat(self.ranks)
         slot = slot.repeat_interleave(received.flatten(), output_size=sum(into))
@@ -124,7 +124,7 @@ class AllToAll:
             [tokens, hidden].
         """
         y = Collect.apply(y, route.by_slot, route.by_source)
-        y = _Exchange.apply(y, route.into, route.out, self.group)
+        y = Exchange.apply(y, route.into, route.out, self.group)
         y = Collect.apply(y, route.order, route.inverse)
         weights = route.weights
         y = y.view(*weights.shape, y.shape[-1])

@@ -1,0 +1,184 @@
+"""Dispatch, expert products in parts, and combine, made of the parts of ``examples/moe``.
+
+Static and live slots may have their weights in different tensors. Then each tensor has a grouped
+product of its own, whose rows are gathered on their way from the exchange and put in their places
+on the way back, so that nothing is copied once more.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lplb_triton.bench.ep.train import EXAMPLES
+
+__all__ = ["Layer", "Weights"]
+
+# Weights of some slots: ``[slots, hidden, 2 * inner]`` and ``[slots, inner, hidden]``.
+Weights = tuple[torch.Tensor, torch.Tensor]
+
+
+class _Gather(torch.autograd.Function):
+    """Divide rows among parts by their order; the gradient puts them in their places."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, order: torch.Tensor, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(order)
+        ctx.first = first
+        return rows[order[:first]], rows[order[first:]]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return _scatter(grads, order, ctx.first), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """Put the rows of two parts in their places; the gradient gathers them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, one: torch.Tensor, other: torch.Tensor, order: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        ctx.first = len(one)
+        return _scatter((one, other), order, ctx.first)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return grads[0][order[: ctx.first]], grads[0][order[ctx.first :]], None
+
+
+def _scatter(parts: Sequence[torch.Tensor], order: torch.Tensor, first: int) -> torch.Tensor:
+    rows = parts[0].new_empty((len(order), *parts[0].shape[1:]))
+    for part, places in zip(parts, (order[:first], order[first:]), strict=True):
+        rows.index_copy_(0, places, part)
+    return rows
+
+
+class _Route(NamedTuple):
+    """What the rows of one batch need on their way back."""
+
+    order: torch.Tensor
+    inverse: torch.Tensor
+    out: list[int]
+    into: list[int]
+    by_slot: torch.Tensor
+    first: int
+    """Rows of the first part."""
+    ends: torch.Tensor
+    """``[slots_per_rank]`` int32, where the rows of each slot end."""
+
+
+class Layer:
+    """The way of one rank's tokens to their slots and back, one row per choice.
+
+    Parameters
+    ----------
+    group
+        The EP group.
+    reverse
+        Put the rows of each slot in the opposite order, which shows what rounding alone changes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, reverse: bool = False) -> None:
+        if str(EXAMPLES) not in sys.path:
+            sys.path.append(str(EXAMPLES))
+        self._transports = importlib.import_module("moe.transports")
+        self._experts = importlib.import_module("moe.experts")
+        self.group, self.reverse = group, reverse
+
+    def dispatch(
+        self, x: torch.Tensor, slots: torch.Tensor, per_rank: int, static: int
+    ) -> tuple[list[torch.Tensor], _Route]:
+        """Send every token to its slots.
+
+        Parameters
+        ----------
+        x
+            ``[tokens, hidden]``.
+        slots
+            ``[tokens, top_k]`` int64, physical ids.
+        per_rank
+            Slots of a rank.
+        static
+            Slots of a rank whose rows are the first part.
+
+        Returns
+        -------
+        parts : list of torch.Tensor
+            ``[rows, hidden]`` by slot: one part if the others have no rows.
+        route
+            For `combine`.
+        """
+        ranks = self.group.size()
+        order = slots.flatten().argsort(stable=True)
+        inverse = self._transports.invert(order)
+        sent = self._experts.count_assignments(slots, 1, ranks * per_rank)[0].long()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        received = received.view(ranks, -1)
+        # The host waits here, and only here, to learn how many rows it will receive.
+        by_rank = torch.stack(
+            [sent.view(ranks, -1).sum(1), received.sum(1), received[:, :static].sum(1)]
+        )
+        out, into, first_rows = by_rank.tolist()
+        rows = self._experts.Dispatch.apply(x, order, inverse, slots.shape[1])
+        rows = self._transports.Exchange.apply(rows, out, into, self.group)
+        slot = torch.arange(per_rank, device=x.device).repeat(ranks)
+        slot = slot.repeat_interleave(received.flatten(), output_size=sum(into))
+        by_slot = slot.argsort(stable=True)
+        if self.reverse:
+            by_slot = slot.numel() - 1 - slot.flip(0).argsort(stable=True)
+        ends = received.sum(0).cumsum(0).to(torch.int32)
+        route = _Route(order, inverse, out, into, by_slot, sum(first_rows), ends)
+        if route.first < sum(into):
+            return list(_Gather.apply(rows, by_slot, route.first)), route  # type: ignore[no-untyped-call]
+        by_source = self._transports.invert(by_slot)
+        return [self._experts.Collect.apply(rows, by_source, by_slot)], route
+
+    def compute(
+        self, parts: Sequence[torch.Tensor], weights: Sequence[Weights], route: _Route
+    ) -> list[torch.Tensor]:
+        """Apply each row's expert; ``weights`` of the static slots, then of the live ones."""
+        outputs, slot, row = [], 0, 0
+        # Without rows of live slots there is one part.
+        for rows, (w_in, w_out) in zip(parts, weights, strict=False):
+            ends = route.ends[slot : slot + len(w_in)]
+            ends = ends if row == 0 else ends - row
+            grouped = rows.dtype == torch.bfloat16
+            outputs.append(self._experts.expert_outputs(rows, w_in, w_out, ends, grouped))
+            slot, row = slot + len(w_in), row + len(rows)
+        return outputs
+
+    def combine(
+        self,
+        outputs: Sequence[torch.Tensor],
+        gates: torch.Tensor,
+        route: _Route,
+        attach: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Bring the outputs back and add up each token's, weighted: ``[tokens, hidden]``.
+
+        ``attach`` is given the outputs of all slots before they are sent, so that in the backward
+        pass it comes before the products.
+        """
+        if len(outputs) == 2:
+            y = _Scatter.apply(*outputs, route.by_slot)  # type: ignore[no-untyped-call]
+        else:
+            by_source = self._transports.invert(route.by_slot)
+            y = self._experts.Collect.apply(outputs[0], route.by_slot, by_source)
+        y = self._transports.Exchange.apply(attach(y), route.into, route.out, self.group)
+        y = self._experts.Collect.apply(y, route.order, route.inverse)
+        y = y.view(*gates.shape, y.shape[-1])
+        wide = self._experts.wide(y)
+        summed: torch.Tensor = (wide * gates[..., None]).sum(1).to(y.dtype)
+        return summed

@@ -1,0 +1,273 @@
+"""Section ``live``: check every form against ``none``, then time them in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from lplb_triton import Placement
+from lplb_triton.bench.ep.layer.exchange import Layer
+from lplb_triton.bench.ep.layer.forms import Form, find_cost, make_forms
+from lplb_triton.bench.ep.layer.routing import (
+    Batch,
+    draw_batches,
+    draw_even_batch,
+    draw_popularity,
+)
+from lplb_triton.bench.ep.layer.sizes import LayerSizes
+from lplb_triton.bench.ep.worker import Worker
+from lplb_triton.bench.measure.timer import WrongAnswerError, compute_statistics, make_event
+from lplb_triton.bench.types import Row
+
+__all__ = ["EVEN", "measure_layer", "run_layer"]
+
+EVEN = "even"
+# Relative difference from ``none``, by norm, that rounding may explain: of sums in another order,
+# and of gradients that are rounded once more per copy.
+TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-4, torch.float64: 1e-10}
+WARM_UP = 3
+
+
+def measure_layer(worker: Worker, routing: str) -> Row:
+    """Check and time all forms; ``routing`` is ``changing`` or ``steady``."""
+    sizes = worker.job.sizes.layer
+    dtype = torch.bfloat16 if worker.on_gpu else torch.float32
+    history = draw_popularity(sizes, routing)
+    placement = Placement.from_history(
+        history, worker.ranks, redundant_per_rank=sizes.redundant, keep_home=True
+    )
+    batches = draw_batches(sizes, routing, placement, worker.rank, dtype, worker.device)
+    originals = _draw_weights(worker, sizes, dtype)
+    expert_bytes = sum(one[0].numel() for one in originals) * originals[0].element_size()
+    row: Row = {
+        "sizes": {**dataclasses.asdict(sizes), "cost": find_cost(sizes)},
+        "dtype": str(dtype).removeprefix("torch."),
+        "expert_bytes": expert_bytes,
+        "forms": {},
+    }
+    makers = make_forms(worker, sizes, placement, originals)
+    forms = {name: make() for name, make in makers.items()}
+    try:
+        wrong = _check_forms(worker, forms, batches, row)
+        even = draw_even_batch(sizes, worker.rank, dtype, worker.device)
+        right: dict[str, tuple[Form, Sequence[Batch]]] = {
+            name: (form, batches) for name, form in forms.items() if name not in wrong
+        }
+        none = forms["none"]
+        right[EVEN] = (none, [even] * sizes.batches)
+        row["forms"][EVEN] = {"imbalance": [_find_imbalance(worker, none, even)]}
+        _time_forms(worker, sizes, right, row["forms"])
+        _time_fetches(worker, right, row["forms"], expert_bytes)
+    finally:
+        for form in forms.values():
+            form.close()
+    if wrong:
+        row["failed"] = "; ".join(f"{name} is wrong: {why}" for name, why in wrong.items())
+    return row
+
+
+def _draw_weights(worker: Worker, sizes: LayerSizes, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Draw this rank's experts, ``[n_local, ...]`` for both products."""
+    generator = torch.Generator(worker.device).manual_seed(100 + worker.rank)
+    n_local = sizes.experts // worker.ranks
+    found = []
+    for rows, columns in ((sizes.hidden, 2 * sizes.inner), (sizes.inner, sizes.hidden)):
+        weight = torch.empty(n_local, rows, columns, dtype=dtype, device=worker.device)
+        found.append(weight.normal_(std=rows**-0.5, generator=generator))
+    return found
+
+
+def run_layer(layer: Layer, form: Form, batch: Batch) -> torch.Tensor:
+    """Run the layer's forward pass, given the router's choice.
+
+    Parameters
+    ----------
+    layer
+        Way of the tokens.
+    form
+        How they are balanced.
+    batch
+        Tokens and ids.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[tokens, hidden]``.
+    """
+    slots = form.choose_slots(batch.ids)
+    form.start()
+    per_rank = form.placement.slots_per_rank
+    parts, route = layer.dispatch(batch.x, slots, per_rank, form.static)
+    outputs = layer.compute(parts, form.finish(), route)
+    return layer.combine(outputs, batch.gates, route, form.attach)
+
+
+def _train(layer: Layer, form: Form, batch: Batch) -> torch.Tensor:
+    """Run both passes, and return the output."""
+    y = run_layer(layer, form, batch)
+    y.backward(batch.upstream)  # type: ignore[no-untyped-call]
+    return y.detach()
+
+
+def _forget(form: Form, batch: Batch) -> None:
+    """Drop all gradients."""
+    form.drop_gradients()
+    batch.x.grad = batch.gates.grad = None
+
+
+def _check_forms(
+    worker: Worker, forms: dict[str, Form], batches: Sequence[Batch], row: Row
+) -> dict[str, str]:
+    """Hold the outputs and gradients of all forms against those of ``none``; say which are wrong.
+
+    The same difference of ``none`` with its sums in the opposite order is noted beside them.
+    """
+    layer, backwards = Layer(worker.group), Layer(worker.group, reverse=True)
+    wrong: dict[str, str] = {}
+    errors: dict[str, dict[str, float]] = {name: {} for name in (*forms, "reversed")}
+    imbalance: dict[str, list[float]] = {name: [] for name in forms}
+    for batch in batches:
+        expected = _collect_results(layer, forms["none"], batch)
+        runs = {"reversed": (backwards, forms["none"])}
+        runs |= {name: (layer, form) for name, form in forms.items()}
+        for name, (way, form) in runs.items():
+            found = _collect_results(way, form, batch)
+            for part, value in found.items():
+                error = _measure_error(worker, value, expected[part])
+                errors[name][part] = max(error, errors[name].get(part, 0.0))
+        for name, form in forms.items():
+            imbalance[name].append(_find_imbalance(worker, form, batch))
+    for name, form in forms.items():
+        limit = TOLERANCE[batches[0].x.dtype]
+        over = {part: error for part, error in errors[name].items() if not error <= limit}
+        if over:
+            wrong[name] = ", ".join(f"{part} is {error:.1e} off" for part, error in over.items())
+        row["forms"][name] = {
+            "imbalance": imbalance[name], "errors": errors[name]
+        }  # fmt: skip
+    row["reversed_errors"] = errors["reversed"]
+    return wrong
+
+
+def _collect_results(layer: Layer, form: Form, batch: Batch) -> dict[str, torch.Tensor]:
+    """Return the output, a loss of this rank, and all gradients."""
+    _forget(form, batch)
+    y = _train(layer, form, batch)
+    found = {"output": y, "loss": (y.float() * batch.upstream.float()).mean()}
+    grads = {"x": batch.x.grad, "gates": batch.gates.grad}
+    grads |= dict(zip(("w_in", "w_out"), form.collect_gradients(), strict=True))
+    for name, grad in grads.items():
+        if grad is None:
+            raise WrongAnswerError(f"no gradient of {name} came back")
+        found[name] = grad
+    _forget(form, batch)
+    return found
+
+
+def _measure_error(worker: Worker, found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative difference by norm, the largest of all ranks and of the tensor's rows.
+
+    Weights are compared expert by expert, so that one expert's gradient can't hide behind others.
+    """
+    if found.dim() == 3:
+        pairs = [(one.float(), other.float()) for one, other in zip(found, expected, strict=True)]
+    else:
+        pairs = [(found.float(), expected.float())]
+    # An expert without tokens has no gradient, and those of few tokens are small beside the mean.
+    scale = float(expected.float().norm()) / len(pairs) ** 0.5
+    errors = [
+        (one - other).norm() / other.norm().clamp(min=0.1 * scale + 1e-30) for one, other in pairs
+    ]
+    return worker.slowest([float(torch.stack(errors).max())])[0]
+
+
+def _find_imbalance(worker: Worker, form: Form, batch: Batch) -> float:
+    """Return the largest over the mean rank load of a batch."""
+    slots = form.choose_slots(batch.ids)
+    loads = torch.bincount(
+        (slots // form.placement.slots_per_rank).flatten(), minlength=worker.ranks
+    )
+    dist.all_reduce(loads)
+    return float(loads.max() / loads.double().mean())
+
+
+def _time_forms(
+    worker: Worker,
+    sizes: LayerSizes,
+    forms: dict[str, tuple[Form, Sequence[Batch]]],
+    rows: Row,
+) -> None:
+    """Run all forms in turns on the same batches, and add their times to the rows."""
+    layer = Layer(worker.group)
+    names = list(forms)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(sizes.rounds + WARM_UP):
+        # Each form comes first equally often.
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            form, batches = forms[name]
+            batch = batches[number % len(batches)]
+            _forget(form, batch)
+            took = _time_on_device(worker, lambda f=form, b=batch: _train(layer, f, b))  # type: ignore[misc]
+            if number >= WARM_UP:
+                times[name].append(took)
+    slowest = {name: worker.slowest(found) for name, found in times.items()}
+    for name, found in slowest.items():
+        rows[name]["us"] = compute_statistics(found)
+        for other in (EVEN, "lplb"):
+            if other in slowest:
+                pairs = zip(found, slowest[other], strict=True)
+                rows[name][f"over_{other}"] = compute_statistics([a / b for a, b in pairs])
+
+
+def _time_on_device(worker: Worker, work: Callable[[], object]) -> float:
+    """Return microseconds of work that begins on all ranks at once."""
+    dist.all_reduce(worker.start)
+    if not worker.on_gpu:
+        begun = time.perf_counter()
+        work()
+        return 1e6 * (time.perf_counter() - begun)
+    # Every rank's host has arrived before the clock starts.
+    torch.cuda.synchronize()
+    begin, end = make_event(), make_event()
+    begin.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e3 * begin.elapsed_time(end)
+
+
+def _time_fetches(
+    worker: Worker,
+    forms: dict[str, tuple[Form, Sequence[Batch]]],
+    rows: Row,
+    expert_bytes: int,
+) -> None:
+    """Time the weights alone of forms with live slots, nothing beside them."""
+    for name, (form, batches) in forms.items():
+        if not form.placement.live_per_rank:
+            continue
+        times, rates, pieces = [], [], []
+        for number in range(WARM_UP + max(len(batches), worker.job.sizes.layer.rounds // 4)):
+            form.choose_slots(batches[number % len(batches)].ids)
+            # The plan is known before the clock starts.
+            busiest = form.count_port_rows()
+
+            def fetch(form: Form = form) -> None:
+                form.start()
+                form.finish()
+
+            with torch.no_grad():
+                took = worker.slowest([_time_on_device(worker, fetch)])[0]
+            if number >= WARM_UP:
+                times.append(took)
+                pieces.append(form.count_pieces())
+                rates += [busiest * expert_bytes / took / 1e3] if busiest else []
+        rows[name]["bytes"] = form.count_bytes()
+        rows[name]["pieces"] = sum(pieces) / len(pieces)
+        rows[name]["fetch_us"] = compute_statistics(times)
+        rows[name]["fetch_gb_s"] = compute_statistics(rates) if rates else None

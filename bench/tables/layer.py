@@ -1,0 +1,82 @@
+"""Make the tables of the section ``live`` of `lplb-bench ep`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lplb_triton.bench.tables.cells import format_or_na, format_us
+from lplb_triton.bench.tables.grid import Grid
+
+__all__ = ["make_layer_grids"]
+
+
+def make_layer_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
+    """Lay out the section.
+
+    Parameters
+    ----------
+    rows
+        Figures by routing.
+    options
+        Of the whole run.
+
+    Returns
+    -------
+    list of Grid
+    """
+    times: list[tuple[str, ...]] = []
+    errors: list[tuple[str, ...]] = []
+    for routing, row in rows.items():
+        for name, form in row["forms"].items():
+            imbalance = form["imbalance"]
+            mean = f"{sum(imbalance) / len(imbalance):.3f}"
+            if "us" in form:
+                over = (form[f"over_{other}"]["median"] for other in ("even", "lplb"))
+                rate = (form.get("fetch_gb_s") or {}).get("median")
+                pieces = form.get("pieces")
+                times.append(
+                    (
+                        *(routing, name, mean, format_us(form["us"]["median"])),
+                        *(format_us(form["us"]["p99"]), *(f"{value:.3f}" for value in over)),
+                        *(format_or_na(pieces, ".1f"), format_or_na(rate, ".1f")),
+                    )
+                )
+            if "errors" in form:
+                cells = (f"{error:.1e}" for error in form["errors"].values())
+                errors.append((routing, name, *cells, "right" if "us" in form else "WRONG"))
+        noise = (f"{error:.1e}" for error in row["reversed_errors"].values())
+        errors.append((routing, "reversed", *noise, ""))
+    first = next(iter(rows.values()))
+    s = first["sizes"]
+    return [
+        Grid(
+            "One MoE layer, forward and backward, microseconds",
+            (
+                *("routing", "form", "imbalance", "median", "p99", "over even", "over lplb"),
+                *("pieces", "GB/s"),
+            ),
+            times,
+            (
+                f"{s['experts']} experts, top-{s['top_k']}, {s['tokens']} tokens per rank, hidden "
+                f"{s['hidden']}, inner {s['inner']}, {first['dtype']}, {s['redundant']} static "
+                f"redundant slots per rank, {s['live']} live ones, live_above {s['above']}, "
+                f"live_cost {s['cost']}; {s['rounds']} runs of each form, in turns, slowest rank. "
+                f"changing: {s['hot']} experts of one rank that {s['share']:.0%} of the tokens "
+                "choose each, others in every batch. steady: loads near those that copies were "
+                "placed by. over: median of the quotients, run by run. pieces: live slots that a "
+                "batch fills. GB/s: weights at the busiest port over the time of a fetch alone. "
+                "lplb, live: static copies are filled once per step, which isn't timed; with "
+                "spread they are sent in each pass.",
+            ),
+        ),
+        Grid(
+            "Outputs and gradients against those of none",
+            ("routing", "form", "output", "loss", "x", "gates", "w_in", "w_out", "verdict"),
+            errors,
+            (
+                "Largest relative difference, by norm, over the ranks and batches; of weights, "
+                "over the experts too. reversed: none with the rows of each slot in the opposite "
+                "order, which shows what rounding alone changes. A form that is wrong isn't timed.",
+            ),
+        ),
+    ]
