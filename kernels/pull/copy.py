@@ -136,6 +136,4 @@ def copy_rows(copies: torch.Tensor, table: CopyTable, live: torch.Tensor, n_sms:
     """
     n_tensors, line = table.table.shape
     args = (copies, table.table, live, table.per_copy, n_tensors, line - int(TABLE_FIELDS))
-    launch_call(
-        KernelCall(copy_rows_kernel, n_sms, args, (COPY_BLOCK,), {"num_warps": COPY_WARPS})
-    )
+    launch_call(KernelCall(copy_rows_kernel, n_sms, args, (COPY_BLOCK,), {"num_warps": COPY_WARPS}))

@@ -226,7 +226,7 @@ def add_gradients_kernel(
 
 def count_entries(n_ranks: int, slots: int) -> int:
     """Return the number of a plan's entries, padded as kernels need it."""
-    return triton.next_power_of_2(n_ranks * slots)
+    return int(triton.next_power_of_2(n_ranks * slots))
 
 
 def list_words(n_ranks: int, slots: int) -> int:

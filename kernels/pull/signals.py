@@ -142,20 +142,18 @@ def await_or_report(
     Nothing is waited for once the gate is closed.
     """
     gate = tl.load(state_ptr + GATE, volatile=True)
-    late = await_signals(
-        addresses_ptr, row, rank, needed & (gate == 0), least, timeout_ms, ON_GPU
-    )
+    late = await_signals(addresses_ptr, row, rank, needed & (gate == 0), least, timeout_ms, ON_GPU)
     n_late = tl.sum(late, 0)
     if n_late > 0:
         fault = tl.full((), FAULT_ABSENT, tl.int32)
         least_of_all = tl.zeros((LANES,), dtype=tl.int64) + least
-        report_fault(
-            state_ptr, status_ptr, fault, n_ranks, number, row, late, least_of_all
-        )
+        report_fault(state_ptr, status_ptr, fault, n_ranks, number, row, late, least_of_all)
     return (n_late == 0) & (gate == 0)
 
 
-@triton.jit(do_not_specialize=["rank", "n_ranks", "timeout_ms", "row", "counter", "advance", "more"])
+@triton.jit(
+    do_not_specialize=["rank", "n_ranks", "timeout_ms", "row", "counter", "advance", "more"]
+)
 def meet_kernel(
     addresses_ptr,  # [n_ranks] int64: where each rank's signals are
     state_ptr,  # [LIVE_STATE_WORDS] int64, this rank's own

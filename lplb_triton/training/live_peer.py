@@ -58,9 +58,7 @@ class LiveTables:
         from lplb_triton import kernels
 
         self.rows, self.homes, self.number = rows, homes, number
-        self.copies = kernels.make_copy_table(
-            rows.units, rows.offsets, addresses, homes.device
-        )
+        self.copies = kernels.make_copy_table(rows.units, rows.offsets, addresses, homes.device)
 
 
 class LivePeer:
@@ -205,9 +203,7 @@ class LivePeer:
         small = rows.shrink()
         signals = torch.zeros(self.words(), dtype=torch.int64, device=on)
         half = torch.zeros(max(1, 4 * 2 * small.gradient_units), dtype=torch.int32, device=on)
-        solo = LivePeer(
-            [signals.data_ptr()], [half.data_ptr()], 0, on, self.slots, 1.0, self.n_sms
-        )
+        solo = LivePeer([signals.data_ptr()], [half.data_ptr()], 0, on, self.slots, 1.0, self.n_sms)
         solo._lists = torch.zeros_like(self._lists)
         sources = torch.zeros(4 * small.total_units, dtype=torch.int32, device=on)
         homes = torch.zeros(1, 2, dtype=torch.int32, device=on)

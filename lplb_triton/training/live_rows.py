@@ -81,16 +81,17 @@ class LiveRows:
         """Return ``n`` rows of a tensor that begin ``offset`` units into int32 memory."""
         kind = self.kinds[number]
         per_unit = UNIT // kind.dtype.itemsize
-        strides = [1]
-        for size in reversed(kind.shape[1:]):
-            strides.append(strides[-1] * size)
-        inner = list(reversed(strides)) if kind.shape else []
-        elements = memory.detach().view(kind.dtype)
-        return elements.as_strided(
-            (n, *kind.shape),
-            (self.units[number] * per_unit, *inner),
-            elements.storage_offset() + offset * per_unit,
-        )
+        inner: list[int] = []
+        for size in reversed(kind.shape):
+            inner.insert(0, inner[0] * last if inner else 1)
+            last = size
+        # A tensor with a count of writes of its own: that the slots' memory is filled anew while a
+        # graph is alive is as it should be, so autograd must not know.
+        view = torch.empty(0, dtype=kind.dtype, device=memory.device)
+        begin = memory.storage_offset() * memory.element_size() // kind.dtype.itemsize
+        outer = (self.units[number] * per_unit, *inner)
+        storage = memory.untyped_storage()
+        return view.set_(storage, begin + offset * per_unit, (n, *kind.shape), outer)
 
     def shrink(self) -> LiveRows:
         """Return small rows for which the same kernels are compiled."""
