@@ -20,8 +20,8 @@ from lplb_triton._layout import (
     STATUS_CHANNEL,
     STATUS_EPOCH,
     STATUS_FAULT,
-    STATUS_FIRST,
     STATUS_FIELDS,
+    STATUS_FIRST,
 )
 from lplb_triton.sync import SyncError
 from lplb_triton.training.live_rows import LiveRows
@@ -62,7 +62,7 @@ class LiveTables:
 
 
 class LivePeer:
-    """This rank's signals, and the launches; nothing here waits on the host.
+    """Signals of this rank, and the launches; nothing here waits on the host.
 
     Parameters
     ----------
@@ -194,30 +194,35 @@ class LivePeer:
         """Begin the next step, and publish its weights."""
         self._kernels.meet(self._signals, LIVE_PUBLISHED, LIVE_STEP, advance=1)
 
-    def warm(self, rows: LiveRows, static_rows: int) -> None:
-        """Compile and load all kernels, by one round of a group of one rank.
+    def warm(self, rows: LiveRows) -> None:
+        """Compile and load all kernels, by one round of this rank alone.
 
         A kernel that is loaded while another waits for a rank may have to wait for that one's end.
         """
-        on = self.device
+        on, n_ranks = self.device, self._signals.addresses.numel()
         small = rows.shrink()
-        signals = torch.zeros(self.words(), dtype=torch.int64, device=on)
-        half = torch.zeros(max(1, 4 * 2 * small.gradient_units), dtype=torch.int32, device=on)
-        solo = LivePeer([signals.data_ptr()], [half.data_ptr()], 0, on, self.slots, 1.0, self.n_sms)
-        solo._lists = torch.zeros_like(self._lists)
-        sources = torch.zeros(4 * small.total_units, dtype=torch.int32, device=on)
-        homes = torch.zeros(1, 2, dtype=torch.int32, device=on)
-        addresses = [[sources.data_ptr() + 16 * offset] for offset in small.offsets]
-        tables = LiveTables(small, homes, addresses, 0)
+        # All ranks' signals are this memory, and all that is waited for has come.
+        signals = torch.full((self.words(),), 1 << 40, dtype=torch.int64, device=on)
+        half = torch.zeros(max(4, 8 * small.gradient_units), dtype=torch.int32, device=on)
+        solo = LivePeer(
+            [signals.data_ptr()] * n_ranks, [half.data_ptr()] * n_ranks, self.rank, on,
+            self.slots, 1.0, self.n_sms,
+        )  # fmt: skip
         live = torch.zeros(small.words, dtype=torch.int32, device=on)
-        plan = torch.zeros(1, self.slots, dtype=torch.int32, device=on)
+        sources = torch.zeros_like(live)
+        homes = torch.full((1, 2), self.rank, dtype=torch.int32, device=on)
+        homes[:, 1] = 0
+        addresses = [[sources.data_ptr() + 16 * offset] * n_ranks for offset in small.offsets]
+        tables = LiveTables(small, homes, addresses, 0)
+        plan = torch.full((n_ranks, self.slots), -1, dtype=torch.int32, device=on)
+        plan[self.rank] = 0
         for held in (None, torch.full((self.slots,), -1, dtype=torch.int32, device=on)):
             for compare in (True, False):
                 solo.pull(tables, plan, live, held=held, compare=compare)
-        grads = [torch.zeros_like(small.view(live, number)) for number in small.trained]
-        solo.begin_return(tables, plan, [grad.contiguous() for grad in grads])
+        grads = [small.view(live, number).contiguous() for number in small.trained]
+        solo.begin_return(tables, plan, grads)
         solo.exchange(tables, plan)
-        solo.end_return(tables, [grad[:1].contiguous() for grad in grads])
+        solo.end_return(tables, [grad[:1] for grad in grads])
         solo.enter_update()
         solo.exit_update()
         if on.type == "cuda":

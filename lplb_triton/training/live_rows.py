@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,10 +24,7 @@ class RowKind(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Bytes of a row."""
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class LiveRows:
@@ -81,10 +79,7 @@ class LiveRows:
         """Return ``n`` rows of a tensor that begin ``offset`` units into int32 memory."""
         kind = self.kinds[number]
         per_unit = UNIT // kind.dtype.itemsize
-        inner: list[int] = []
-        for size in reversed(kind.shape):
-            inner.insert(0, inner[0] * last if inner else 1)
-            last = size
+        inner = [math.prod(kind.shape[i + 1 :]) for i in range(len(kind.shape))]
         # A tensor with a count of writes of its own: that the slots' memory is filled anew while a
         # graph is alive is as it should be, so autograd must not know.
         view = torch.empty(0, dtype=kind.dtype, device=memory.device)
@@ -97,9 +92,7 @@ class LiveRows:
         """Return small rows for which the same kernels are compiled."""
         small = []
         for kind in self.kinds:
-            width = 1
-            for size in kind.shape:
-                width *= size
+            width = math.prod(kind.shape)
             small.append(kind._replace(shape=(16 if width % 8 == 0 else 1,)))
         return LiveRows(small, self.slots)
 

@@ -58,7 +58,7 @@ class SymmetricTransport(Transport):
 
     @property
     def peer(self) -> LivePeer:
-        """This rank's side of the protocol."""
+        """Side of this rank in the protocol."""
         assert self._peer is not None
         return self._peer
 
@@ -76,7 +76,7 @@ class SymmetricTransport(Transport):
     def add(self, layer: LiveLayer) -> None:
         """See `Transport.add`."""
         if self._peer is None:
-            self._make_peer(layer.rows, layer.placement.static_per_rank)
+            self._make_peer(layer.rows)
         rows, n_home = layer.rows, int(layer.homes[:, 1].max()) + 1
         places = [self._find(source) for source in layer.sources]
         staged = [number for number, place in enumerate(places) if place is None]
@@ -118,7 +118,7 @@ class SymmetricTransport(Transport):
         # From here on every rank may read.
         barrier(self._group, purpose, self._timeout)
 
-    def _make_peer(self, rows: LiveRows, n_static: int) -> None:
+    def _make_peer(self, rows: LiveRows) -> None:
         """Allocate signals and the memory for gradients, and load the kernels; collective."""
         signals = self.allocate(8 * LivePeer.words(), "signals")
         returned = self.allocate(2 * 16 * rows.gradient_units, "gradients")
@@ -126,7 +126,7 @@ class SymmetricTransport(Transport):
             signals.addresses, returned.addresses, self._rank, self._device, self._slots,
             self._timeout, self._n_sms,
         )  # fmt: skip
-        self._peer.warm(rows, n_static)
+        self._peer.warm(rows)
 
     def _find(self, source: torch.Tensor) -> tuple[int, int] | None:
         """Return in which memory a tensor begins, and at which byte of it; None for others."""
