@@ -69,9 +69,11 @@ def machine_line(report: dict[str, Any]) -> str:
         where = f"{ranks} x {e['gpu']}, driver {e['driver'] or 'unknown'}, " if e["gpu"] else ""
         versions = ", ".join(f"{name} {e[name]}" for name in names if e.get(name))
         return f"{where}{versions}, {e['cpu']}; {ranks} processes, {report['seconds']:.0f} s in all"
+    # Some commands have no LP whose gap could be chosen.
+    gap = report["options"].get("tolerance")
     return (
         f"{e['gpu']}, driver {e['driver'] or 'unknown'}, torch {e['torch']}, triton {e['triton']}, "
-        f"{e['cpu']}; CUDA-graph replays, gap {report['options']['tolerance']:g}, "
+        f"{e['cpu']}; CUDA-graph replays{'' if gap is None else f', gap {gap:g}'}, "
         f"{report['seconds']:.0f} s in all"
     )
 

@@ -26,6 +26,7 @@ BASE = {
     "--batches 1 --processes 1",
     "pipeline": "pipeline --shapes cube --tokens 8 --no-first-call --no-traffic",
     "simulate": "simulate --ep 8 --slots 1 --rows 64 --hidden 8 --inner 8",
+    "simulate-live": "simulate-live --pull-rate 300 --model gpt-oss-120b --ep 8 --tokens 64",
     "ep": "ep --device cpu --sections time,pipeline",
     "placement": "placement --synthetic 8 --seeds 0 --ep 4 --slots 1 --device cpu --trials 1",
     "live": "live --trace t.npz --workload uniform --experts 32 --batches 1 --ep 4 --base home",
@@ -163,6 +164,13 @@ def test_wrong_files(folder, capsys, name, value):
         ("ep --device cpu --sections train --epochs 3", "argument --epochs: only for the sections"),
         ("ep --device cpu --sections train --kinds nvshmem", "argument --kinds: only for"),
         ("ep --device cpu --sections verify --replays 3", "argument --replays: only for"),
+        ("ep --device cpu --sections verify --layer live=1", "argument --layer: only for"),
+        ("ep --device cpu --sections live --layer depth=1", "expected each of tokens, hidden"),
+        ("ep --device cpu --sections live --layer live=3", "argument --layer: live must be at"),
+        ("ep --device cpu --sections live --live-transport symmetric", "symmetric needs GPUs"),
+        ("simulate-live", "one of the arguments --pulls --pull-rate is required"),
+        ("simulate-live --pulls t.npz", "argument --pulls: t.npz can't be read"),
+        ("simulate-live --pull-rate 1 --base chain:128 --ep 8", "argument --base: qwen3-235b"),
         # Sizes that don't fit each other.
         ("advise --top-k 500 --experts 64", "argument --top-k: a token can't have 500 of 64"),
         ("advise --experts 8 --ep 8 --slots 8", "argument --slots: expected some in [1, 7]"),
@@ -273,7 +281,7 @@ def test_help_shows_the_examples_of_one_command(name, capsys):
         cli.main([name, "--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    called = r"(?:^ *lplb-bench|^ *torchrun .* -m lplb_triton\.bench) (\w+)"
+    called = r"(?:^ *lplb-bench|^ *torchrun .* -m lplb_triton\.bench) ([\w-]+)"
     examples = re.findall(called, text.split("examples:")[1], re.MULTILINE)
     # A trace that was merged is for another command.
     assert name in examples and set(examples) <= {name, "balance" if name == "record" else name}

@@ -24,6 +24,7 @@ from lplb_triton.bench.ep.weights import FORMS
 from lplb_triton.bench.measure.timer import WrongAnswerError
 
 CPU = SIZES["cpu"]
+LIVE_FORMS = {"live, messages"}
 
 
 @pytest.fixture
@@ -78,6 +79,15 @@ def test_every_section_on_a_cpu(quick_start, tmp_path, capsys):
     assert sections["train:skewed"]["runs"][2]["imbalance"] < 1.2
     assert 0 < sections["train:learned"]["reversed_difference"] <= CPU.parity
     assert sections["train:even"]["runs"][0]["imbalance"] == 1.0
+    for routing, row in sections["live:layer"]["routings"].items():
+        forms = row["forms"]
+        assert set(forms) == {"none", "eplb", "lplb", "even", *LIVE_FORMS}
+        assert all(form["us"]["median"] > 0 for form in forms.values())
+        for name in LIVE_FORMS:
+            if name.startswith("live"):
+                assert max(forms[name]["imbalance"]) <= 1.04
+                assert (forms[name]["pieces"] > 0) == (routing == "changing")
+        assert (min(forms["lplb"]["imbalance"]) > 1.2) == (routing == "changing")
 
     printed, written = capsys.readouterr(), text.read_text()
     assert "Whole run with load sync" in printed.out and "train:even: done in" in printed.err

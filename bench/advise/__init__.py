@@ -16,16 +16,16 @@ from lplb_triton.bench.advise.live import (
     suggest_live_above,
     suggest_live_cost,
 )
-from lplb_triton.bench.advise.models import CHECKED, LAYERS, MODELS, Model
+from lplb_triton.bench.advise.models import LAYERS, MODELS, UNCHECKED, Model
 from lplb_triton.bench.advise.overhead import predict_overhead_us
 from lplb_triton.bench.advise.predict import advise, select_slots
 from lplb_triton.bench.advise.table import packaged
 
 __all__ = [
-    "CHECKED",
     "GIGABYTES_PER_SECOND",
     "LAYERS",
     "MODELS",
+    "UNCHECKED",
     "GemmModel",
     "Model",
     "Point",

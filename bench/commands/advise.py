@@ -129,8 +129,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Predict, or check predictions."""
     tables.require("rich")
     if args.check:
-        fixed = ("model", *FIELDS, "trace", "tokens", "slots", "training", "history", "gemm")
-        fixed += ("live", "pull_rate")
+        fixed = (
+            *("model", *FIELDS, "trace", "tokens", "slots", "training", "history", "gemm"),
+            *("live", "pull_rate"),
+        )
         options.refuse(args, fixed, "--check has models, loads and batch sizes of its own")
         return _check(args, out)
     return _predict(args, out)
@@ -308,7 +310,7 @@ def _check(args: argparse.Namespace, out: Output) -> int:
     device, timer = gpu.start(args)
     name = torch.cuda.get_device_name()
     ep = args.ep or CHECK_EP
-    checked = {key: advise.MODELS[key] for key in advise.CHECKED}
+    checked = {k: model for k, model in advise.MODELS.items() if k not in advise.UNCHECKED}
     for model in checked.values():
         options.check_divides((ep,), model.experts)
     begin = time.perf_counter()

@@ -25,13 +25,12 @@ from lplb_triton.placement.arguments import MOST_LIVE
 
 __all__ = ["add", "read_pull_rate", "run"]
 
-EP = (8, 16, 32, 64)
 TOKENS = (1024, 2048, 4096, 8192, 16384)
 MODELS = ("deepseek-v3", "qwen3-235b-a22b", "gpt-oss-120b")
 WORKLOADS = ("rotating", "burst")
 MOST_TOKENS, MOST_BATCHES = 2**17, 100
 # Where `lplb-bench ep --sections live` leaves the rate of a pull.
-SECTION, FORM = "live:changing", "live, symmetric"
+SECTION, ROUTING, FORM = "live:layer", "changing", "live, symmetric"
 
 
 def add(commands: Any) -> None:
@@ -45,12 +44,12 @@ def add(commands: Any) -> None:
         description=(
             "A SIMULATION: the busiest ranks of an EP group one after the other on one GPU. Their\n"
             "expert products are timed for real, with the rows that no balancing, static copies\n"
-            "under the LP, and live slots give them. Live slots also take the time of the busiest\n"
-            "port for the experts that it sends or receives, at a rate measured on two GPUs, as if\n"
-            "nothing overlapped. No dispatch, no routing, no time for the plan."
+            "under the LP, and live slots give them. Live slots also take the time of the\n"
+            "busiest port for the experts that it sends or receives, at a rate measured on two\n"
+            "GPUs, as if nothing overlapped. No dispatch, no routing, no time for the plan."
         ),
         examples=(
-            "  lplb-bench simulate-live --pulls ep.json --markdown live.md\n"
+            "  lplb-bench simulate-live --pulls ep.json --ep 8,16,32,64 --markdown live.md\n"
             "  lplb-bench simulate-live --pull-rate 300 --ep 32 --model deepseek-v3 --training"
         ),
     )
@@ -67,10 +66,7 @@ def add(commands: Any) -> None:
         metavar="NAME[,NAME...]", help=f"some of {', '.join(advise.MODELS)} (default "
         f"{','.join(MODELS)})",
     )  # fmt: skip
-    sub.add_argument(
-        "--ep", type=options.integers(1), default=EP, metavar="N[,N...]",
-        help=f"numbers of expert-parallel ranks (default {','.join(map(str, EP))})",
-    )  # fmt: skip
+    options.add_ep(sub)
     sub.add_argument(
         "--tokens", type=options.integers(1, MOST_TOKENS), default=TOKENS, metavar="N[,N...]",
         help=f"tokens of a rank in a batch (default {','.join(map(str, TOKENS))})",
@@ -120,7 +116,8 @@ def read_pull_rate(path: Path) -> float:
     """
     try:
         report = json.loads(path.read_text())
-        return float(report["sections"][SECTION]["forms"][FORM]["fetch_gb_s"]["median"])
+        forms = report["sections"][SECTION]["routings"][ROUTING]["forms"]
+        return float(forms[FORM]["fetch_gb_s"]["median"])
     except (OSError, ValueError) as error:
         raise UsageError(f"argument --pulls: {path} can't be read: {error}") from error
     except (KeyError, TypeError) as error:

@@ -10,7 +10,6 @@ from lplb_triton.bench.ep import train
 from lplb_triton.bench.ep.exchange import time_exchange
 from lplb_triton.bench.ep.kill import kill_one
 from lplb_triton.bench.ep.layer.run import measure_layer
-from lplb_triton.bench.ep.layer.sizes import ROUTINGS
 from lplb_triton.bench.ep.pipeline import time_pipeline
 from lplb_triton.bench.ep.sizes import KINDS
 from lplb_triton.bench.ep.verify import verify_sync
@@ -46,7 +45,7 @@ SECTIONS = {
     "pipeline": Section(time_pipeline, KINDS, 150.0),
     "kill": Section(kill_one, KINDS, 60.0),
     "weights": Section(measure_weights, ("1", "2"), 90.0),
-    "live": Section(measure_layer, ROUTINGS, 180.0),
+    "live": Section(measure_layer, ("layer",), 420.0),
     "train": Section(train.train, ("skewed", "learned", "even"), 150.0),
 }
 

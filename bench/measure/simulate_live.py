@@ -1,7 +1,7 @@
 """Simulate live slots on many ranks: products measured on one GPU, fetches from a measured rate.
 
-Each rank's grouped products are timed with the rows that its slots have, for the ranks with the most
-rows; the layer takes as long as the slowest. With live slots it also takes as long as the busiest
+The grouped products of the ranks with the most rows are timed, with the rows that their slots have;
+the layer takes as long as the slowest. With live slots it also takes as long as the busiest
 port needs for the experts that it sends or receives, at the rate that a run on two GPUs measured.
 Nothing is taken to overlap. Dispatch, combine, routing and the plan itself are left out.
 

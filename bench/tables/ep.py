@@ -46,7 +46,7 @@ def make_ep_grids(report: dict[str, Any]) -> list[Grid]:
         done = {k: row for k, row in rows.items() if not {"failed", "skipped"} & set(row)}
         if section in ("train", "live"):
             # These have figures even where a check failed.
-            part = {"train": "runs", "live": "forms"}[section]
+            part = {"train": "runs", "live": "routings"}[section]
             done = {k: row for k, row in rows.items() if part in row}
         if done:
             grids += layouts[section](done, options)

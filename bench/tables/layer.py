@@ -16,7 +16,7 @@ def make_layer_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid
     Parameters
     ----------
     rows
-        Figures by routing.
+        Figures of the section's one variant.
     options
         Of the whole run.
 
@@ -26,18 +26,23 @@ def make_layer_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid
     """
     times: list[tuple[str, ...]] = []
     errors: list[tuple[str, ...]] = []
-    for routing, row in rows.items():
+    (found,) = (row["routings"] for row in rows.values())
+    for routing, row in found.items():
         for name, form in row["forms"].items():
             imbalance = form["imbalance"]
             mean = f"{sum(imbalance) / len(imbalance):.3f}"
             if "us" in form:
-                over = (form[f"over_{other}"]["median"] for other in ("even", "lplb"))
+                # A form that others are compared with may be wrong, and then has no times.
+                over = [
+                    format_or_na(form.get(f"over_{other}", {}).get("median"), ".3f")
+                    for other in ("even", "lplb")
+                ]
                 rate = (form.get("fetch_gb_s") or {}).get("median")
                 pieces = form.get("pieces")
                 times.append(
                     (
                         *(routing, name, mean, format_us(form["us"]["median"])),
-                        *(format_us(form["us"]["p99"]), *(f"{value:.3f}" for value in over)),
+                        *(format_us(form["us"]["p99"]), *over),
                         *(format_or_na(pieces, ".1f"), format_or_na(rate, ".1f")),
                     )
                 )
@@ -46,7 +51,7 @@ def make_layer_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid
                 errors.append((routing, name, *cells, "right" if "us" in form else "WRONG"))
         noise = (f"{error:.1e}" for error in row["reversed_errors"].values())
         errors.append((routing, "reversed", *noise, ""))
-    first = next(iter(rows.values()))
+    first = next(iter(found.values()))
     s = first["sizes"]
     return [
         Grid(

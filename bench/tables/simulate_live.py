@@ -25,7 +25,8 @@ def make_simulate_live_grids(report: dict[str, Any]) -> list[Grid]:
     list of Grid
     """
     o = report["options"]
-    lines, ends = [], []
+    lines: list[tuple[str, ...]] = []
+    ends: list[tuple[str, ...]] = []
     for found in report["rows"]:
         head = (found["model"], str(found["ep"]), found["workload"])
         even = found["break_even"]
@@ -55,8 +56,8 @@ def make_simulate_live_grids(report: dict[str, Any]) -> list[Grid]:
                 f"A simulation on one GPU, {passes}: products of the busiest ranks, one after the "
                 "other, measured"
                 + (", three times the forward pass" if o["training"] else "")
-                + f"; weights of live slots at {o['pull_rate']:g} GB/s, as measured, at the busiest "
-                "port, as if nothing overlapped; no dispatch, no routing, no plan. live: "
+                + f"; weights of live slots at {o['pull_rate']:g} GB/s, as measured, at the "
+                "busiest port, as if nothing overlapped; no dispatch, no routing, no plan. live: "
                 f"{o['live']} live slots a rank on {o['base']}, with their fetches; lplb: as many "
                 f"slots, all static. Means over {o['batches']} batches. imbalance: of none, lplb "
                 "and live. sent/received: experts at the busiest rank.",

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from lplb_triton import Balancer, Placement, SpreadPlan
+from lplb_triton import Balancer, LiveSlots, Placement, SpreadPlan
 from lplb_triton.bench.advise.live import count_ports, suggest_live_cost
 from lplb_triton.bench.ep.layer.exchange import Weights
 from lplb_triton.bench.ep.layer.sizes import LayerSizes
 from lplb_triton.bench.ep.worker import Worker
+from lplb_triton.training.live_layer import LivePull
 from lplb_triton.training.slot_memory import extend_memory
 from lplb_triton.training.spread import attach, stack_slots
 
@@ -232,8 +233,6 @@ class _ByLiveSlots(_Balanced):
         transport: str,
         **rules: Any,
     ) -> None:
-        from lplb_triton.training.live_slots import LiveSlots
-
         # A layer's weights are used by one grouped product, which makes a fresh gradient.
         self.slots = LiveSlots(
             placement.live_per_rank, group=worker.group, device=worker.device,
@@ -242,7 +241,7 @@ class _ByLiveSlots(_Balanced):
         super().__init__(worker, placement, originals, **rules)
         self.layer = self.slots.add(self.balancer, *self.params)
         self._homes = (placement.log2phy[:, 0] // placement.slots_per_rank).numpy()
-        self._pull: Any = None
+        self._pull: LivePull | None = None
 
     def _place(self, slots: torch.Tensor) -> torch.Tensor:
         return self.slots.empty(slots.shape, slots.dtype).copy_(slots)

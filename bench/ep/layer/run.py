@@ -18,7 +18,7 @@ from lplb_triton.bench.ep.layer.routing import (
     draw_even_batch,
     draw_popularity,
 )
-from lplb_triton.bench.ep.layer.sizes import LayerSizes
+from lplb_triton.bench.ep.layer.sizes import ROUTINGS, LayerSizes
 from lplb_triton.bench.ep.worker import Worker
 from lplb_triton.bench.measure.timer import WrongAnswerError, compute_statistics, make_event
 from lplb_triton.bench.types import Row
@@ -32,8 +32,22 @@ TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-4, torch.float64: 1e-10}
 WARM_UP = 3
 
 
-def measure_layer(worker: Worker, routing: str) -> Row:
-    """Check and time all forms; ``routing`` is ``changing`` or ``steady``."""
+def measure_layer(worker: Worker, variant: str) -> Row:
+    """Check and time all forms under each of `ROUTINGS`."""
+    found = {routing: _measure_routing(worker, routing) for routing in ROUTINGS}
+    row: Row = {"routings": found}
+    faults = [
+        f"{routing}, {name} is wrong: {why}"
+        for routing, figures in found.items()
+        for name, why in figures["wrong"].items()
+    ]
+    if faults:
+        row["failed"] = "; ".join(faults)
+    return row
+
+
+def _measure_routing(worker: Worker, routing: str) -> Row:
+    """Check and time all forms under one routing."""
     sizes = worker.job.sizes.layer
     dtype = torch.bfloat16 if worker.on_gpu else torch.float32
     history = draw_popularity(sizes, routing)
@@ -52,7 +66,7 @@ def measure_layer(worker: Worker, routing: str) -> Row:
     makers = make_forms(worker, sizes, placement, originals)
     forms = {name: make() for name, make in makers.items()}
     try:
-        wrong = _check_forms(worker, forms, batches, row)
+        wrong = row["wrong"] = _check_forms(worker, forms, batches, row)
         even = draw_even_batch(sizes, worker.rank, dtype, worker.device)
         right: dict[str, tuple[Form, Sequence[Batch]]] = {
             name: (form, batches) for name, form in forms.items() if name not in wrong
@@ -65,8 +79,6 @@ def measure_layer(worker: Worker, routing: str) -> Row:
     finally:
         for form in forms.values():
             form.close()
-    if wrong:
-        row["failed"] = "; ".join(f"{name} is wrong: {why}" for name, why in wrong.items())
     return row
 
 
@@ -141,7 +153,7 @@ def _check_forms(
                 errors[name][part] = max(error, errors[name].get(part, 0.0))
         for name, form in forms.items():
             imbalance[name].append(_find_imbalance(worker, form, batch))
-    for name, form in forms.items():
+    for name in forms:
         limit = TOLERANCE[batches[0].x.dtype]
         over = {part: error for part, error in errors[name].items() if not error <= limit}
         if over:
@@ -154,10 +166,13 @@ def _check_forms(
 
 
 def _collect_results(layer: Layer, form: Form, batch: Batch) -> dict[str, torch.Tensor]:
-    """Return the output, a loss of this rank, and all gradients."""
+    """Return the output, a loss of this rank, and all gradients.
+
+    The loss is the mean square of the output's distance from the upstream gradient.
+    """
     _forget(form, batch)
     y = _train(layer, form, batch)
-    found = {"output": y, "loss": (y.float() * batch.upstream.float()).mean()}
+    found = {"output": y, "loss": (y.float() - batch.upstream.float()).square().mean()}
     grads = {"x": batch.x.grad, "gates": batch.gates.grad}
     grads |= dict(zip(("w_in", "w_out"), form.collect_gradients(), strict=True))
     for name, grad in grads.items():
@@ -238,7 +253,8 @@ def _time_on_device(worker: Worker, work: Callable[[], object]) -> float:
     work()
     end.record()
     torch.cuda.synchronize()
-    return 1e3 * begin.elapsed_time(end)
+    milliseconds: float = begin.elapsed_time(end)
+    return 1e3 * milliseconds
 
 
 def _time_fetches(

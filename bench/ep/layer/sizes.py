@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lplb_triton._layout import MAX_COUNT
+from lplb_triton.live import LEAST_ABOVE, MOST_ABOVE
 from lplb_triton.placement.arguments import MOST_LIVE
 
 __all__ = ["LAYER_SIZES", "ROUTINGS", "TRANSPORTS", "LayerSizes", "check_layer", "read_fields"]
@@ -64,7 +66,7 @@ class LayerSizes:
     rounds: int = 100
     above: float = 1.02
     cost: int | None = None
-    transports: tuple[str, ...] = ("symmetric", "spread")
+    transports: tuple[str, ...] = ("symmetric",)
     n_sms: int = 16
     backward: str = "pull"
 
@@ -73,7 +75,7 @@ LAYER_SIZES = {
     "cuda": LayerSizes(),
     "cpu": LayerSizes(
         tokens=64, hidden=16, inner=16, experts=32, top_k=4, hot=2, share=0.8, batches=2, rounds=2,
-        cost=0, transports=("messages", "spread"),
+        cost=0, transports=("messages",),
     ),
 }  # fmt: skip
 
@@ -119,6 +121,10 @@ def check_layer(sizes: LayerSizes, ranks: int) -> None:
         raise ValueError(f"top_k must be at most {sizes.experts - sizes.hot}, got {sizes.top_k}")
     if not 0 < sizes.share <= 1:
         raise ValueError(f"share must be in (0, 1], got {sizes.share}")
+    if not LEAST_ABOVE <= sizes.above <= MOST_ABOVE:
+        raise ValueError(f"above must be in [{LEAST_ABOVE}, {MOST_ABOVE}], got {sizes.above}")
+    if sizes.cost is not None and not 0 <= sizes.cost <= MAX_COUNT:
+        raise ValueError(f"cost must be in [0, {MAX_COUNT}], got {sizes.cost}")
     if sizes.live > MOST_LIVE:
         raise ValueError(f"live must be at most {MOST_LIVE}, got {sizes.live}")
     if sizes.redundant > sizes.experts - per_rank:
