@@ -65,20 +65,19 @@ def _measure_routing(worker: Worker, routing: str) -> Row:
     }
     makers = make_forms(worker, sizes, placement, originals)
     forms = {name: make() for name, make in makers.items()}
-    try:
-        wrong = row["wrong"] = _check_forms(worker, forms, batches, row)
-        even = draw_even_batch(sizes, worker.rank, dtype, worker.device)
-        right: dict[str, tuple[Form, Sequence[Batch]]] = {
-            name: (form, batches) for name, form in forms.items() if name not in wrong
-        }
-        none = forms["none"]
-        right[EVEN] = (none, [even] * sizes.batches)
-        row["forms"][EVEN] = {"imbalance": [_find_imbalance(worker, none, even)]}
-        _time_forms(worker, sizes, right, row["forms"])
-        _time_fetches(worker, right, row["forms"], expert_bytes)
-    finally:
-        for form in forms.values():
-            form.close()
+    wrong = row["wrong"] = _check_forms(worker, forms, batches, row)
+    even = draw_even_batch(sizes, worker.rank, dtype, worker.device)
+    right: dict[str, tuple[Form, Sequence[Batch]]] = {
+        name: (form, batches) for name, form in forms.items() if name not in wrong
+    }
+    none = forms["none"]
+    right[EVEN] = (none, [even] * sizes.batches)
+    row["forms"][EVEN] = {"imbalance": [_find_imbalance(worker, none, even)]}
+    _time_forms(worker, sizes, right, row["forms"])
+    _time_fetches(worker, right, row["forms"], expert_bytes)
+    # After an error nothing is closed, since other ranks may have had none; the process ends then.
+    for form in forms.values():
+        form.close()
     return row
 
 
