@@ -33,7 +33,7 @@ def check_slots(ranks, plan, rank):
     [(2, KINDS), (1, [((5, 7), torch.float8_e4m3fn, False), ((1,), torch.float32, False)])],
 )
 def test_slots_hold_the_rows_of_their_experts(slots, kinds):
-    """All tensors of all filled slots are copied from the homes, whatever their dtypes and sizes."""
+    """All tensors of filled slots are copied from the homes, whatever their dtypes and sizes."""
     ranks = Pullers(3, 4, slots, kinds)
     ranks.fill()
     plan = [row[2 - slots :] for row in PLAN]
