@@ -163,7 +163,8 @@ class _Balanced(Form):
         return own
 
     def close(self) -> None:
-        """Close load sync."""
+        """Raise what was reported since the last call, and close load sync."""
+        self.balancer.check()
         self.balancer.close()
 
 
@@ -280,7 +281,8 @@ class _ByLiveSlots(_Balanced):
         return sum(n for name, n in self.slots.memory().items() if name != "in_place")
 
     def close(self) -> None:
-        """Close the live slots and load sync."""
+        """Raise what was reported since the last call, and close live slots and load sync."""
+        self.slots.check()
         self.slots.close()
         super().close()
 
