@@ -9,6 +9,9 @@ from lplb_triton.bench.tables.grid import Grid
 
 __all__ = ["make_layer_grids"]
 
+# Each the median of its slowest rank; the waits of one pass for other ranks may be in the other.
+_PARTS = ("ids", "forward", "backward")
+
 
 def make_layer_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid]:
     """Lay out the section.
@@ -41,8 +44,10 @@ def make_layer_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid
                 pieces = form.get("pieces")
                 times.append(
                     (
-                        *(routing, name, mean, format_us(form["us"]["median"])),
-                        *(format_us(form["us"]["p99"]), *over),
+                        *(routing, name, mean),
+                        *(format_us(form["us"][k]) for k in ("median", "p99")),
+                        *(format_us(form[f"{k}_us"]["median"]) for k in _PARTS),
+                        *over,
                         *(format_or_na(pieces, ".1f"), format_or_na(rate, ".1f")),
                     )
                 )
@@ -57,7 +62,16 @@ def make_layer_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid
         Grid(
             "One MoE layer, forward and backward, microseconds",
             (
-                *("routing", "form", "imbalance", "median", "p99", "over even", "over lplb"),
+                *(
+                    "routing",
+                    "form",
+                    "imbalance",
+                    "median",
+                    "p99",
+                    *_PARTS,
+                    "over even",
+                    "over lplb",
+                ),
                 *("pieces", "GB/s"),
             ),
             times,
@@ -68,7 +82,8 @@ def make_layer_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid
                 f"live_cost {s['cost']}; {s['rounds']} runs of each form, in turns, slowest rank. "
                 f"changing: {s['hot']} experts of one rank that {s['share']:.0%} of the tokens "
                 "choose each, others in every batch. steady: loads near those that copies were "
-                "placed by. over: median of the quotients, run by run. pieces: live slots that a "
+                "placed by. ids: physical ids alone, which forward includes. over: median of the "
+                "quotients, run by run. pieces: live slots that a "
                 "batch fills. GB/s: weights at the busiest port over the time of a fetch alone. "
                 "lplb, live: static copies are filled once per step, which isn't timed; with "
                 "spread they are sent in each pass.",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,8 @@ EVEN = "even"
 # and of gradients that are rounded once more per copy.
 TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-4, torch.float64: 1e-10}
 WARM_UP = 3
+REPEATS = 8
+PARTS = ("forward", "backward")
 
 
 def measure_layer(worker: Worker, variant: str) -> Row:
@@ -218,7 +222,7 @@ def _time_forms(
     """Run all forms in turns on the same batches, and add their times to the rows."""
     layer = Layer(worker.group)
     names = list(forms)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[list[float]]] = {name: [] for name in names}
     for number in range(sizes.rounds + WARM_UP):
         # Each form comes first equally often.
         first = number % len(names)
@@ -226,11 +230,13 @@ def _time_forms(
             form, batches = forms[name]
             batch = batches[number % len(batches)]
             _forget(form, batch)
-            took = _time_on_device(worker, lambda f=form, b=batch: _train(layer, f, b))  # type: ignore[misc]
+            took = _time_passes(worker, layer, form, batch)
             if number >= WARM_UP:
                 times[name].append(took)
-    slowest = {name: worker.slowest(found) for name, found in times.items()}
+    slowest = {name: worker.slowest([sum(one) for one in found]) for name, found in times.items()}
     for name, found in slowest.items():
+        for part, values in zip(PARTS, zip(*times[name], strict=True), strict=True):
+            rows[name][f"{part}_us"] = compute_statistics(worker.slowest(list(values)))
         rows[name]["us"] = compute_statistics(found)
         for other in (EVEN, "lplb"):
             if other in slowest:
@@ -238,22 +244,37 @@ def _time_forms(
                 rows[name][f"over_{other}"] = compute_statistics([a / b for a, b in pairs])
 
 
-def _time_on_device(worker: Worker, work: Callable[[], object]) -> float:
-    """Return microseconds of work that begins on all ranks at once."""
+def _time_passes(worker: Worker, layer: Layer, form: Form, batch: Batch) -> list[float]:
+    """Return microseconds of both passes."""
+    found: list[torch.Tensor] = []
+
+    def forward() -> None:
+        found.append(run_layer(layer, form, batch))
+
+    def backward() -> None:
+        found[0].backward(batch.upstream)  # type: ignore[no-untyped-call]
+
+    return _time_on_device(worker, forward, backward)
+
+
+def _time_on_device(worker: Worker, *works: Callable[[], object]) -> list[float]:
+    """Return microseconds of works that follow one another and begin on all ranks at once."""
     dist.all_reduce(worker.start)
     if not worker.on_gpu:
-        begun = time.perf_counter()
-        work()
-        return 1e6 * (time.perf_counter() - begun)
+        marks = [time.perf_counter()]
+        for work in works:
+            work()
+            marks.append(time.perf_counter())
+        return [1e6 * (b - a) for a, b in itertools.pairwise(marks)]
     # Every rank's host has arrived before the clock starts.
     torch.cuda.synchronize()
-    begin, end = make_event(), make_event()
-    begin.record()
-    work()
-    end.record()
+    events = [make_event() for _ in range(len(works) + 1)]
+    events[0].record()
+    for work, event in zip(works, events[1:], strict=True):
+        work()
+        event.record()
     torch.cuda.synchronize()
-    milliseconds: float = begin.elapsed_time(end)
-    return 1e3 * milliseconds
+    return [1e3 * a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
 def _time_fetches(
@@ -262,27 +283,34 @@ def _time_fetches(
     rows: Row,
     expert_bytes: int,
 ) -> None:
-    """Time the weights alone of forms with live slots, nothing beside them."""
+    """Time the ids alone, and the weights alone of forms with live slots, nothing beside them."""
+    # Several fetches follow one another, so that a launch on the host costs nothing.
+    repeats = REPEATS if worker.on_gpu else 1
     for name, (form, batches) in forms.items():
-        if not form.placement.live_per_rank:
-            continue
-        times, rates, pieces = [], [], []
+        times, rates, pieces, chosen = [], [], [], []
         for number in range(WARM_UP + max(len(batches), worker.job.sizes.layer.rounds // 4)):
-            form.choose_slots(batches[number % len(batches)].ids)
+            ids = batches[number % len(batches)].ids
+            chosen += _time_on_device(worker, partial(form.choose_slots, ids))
+            if not form.placement.live_per_rank:
+                continue
             # The plan is known before the clock starts.
             busiest = form.count_port_rows()
-
-            def fetch(form: Form = form) -> None:
-                form.start()
-                form.finish()
-
             with torch.no_grad():
-                took = worker.slowest([_time_on_device(worker, fetch)])[0]
+                took = worker.slowest(_time_on_device(worker, partial(_fetch, form, repeats)))[0]
             if number >= WARM_UP:
-                times.append(took)
+                times.append(took / repeats)
                 pieces.append(form.count_pieces())
-                rates += [busiest * expert_bytes / took / 1e3] if busiest else []
+                rates += [repeats * busiest * expert_bytes / took / 1e3] if busiest else []
+        rows[name]["ids_us"] = compute_statistics(worker.slowest(chosen[WARM_UP:]))
+        if not times:
+            continue
         rows[name]["bytes"] = form.count_bytes()
         rows[name]["pieces"] = sum(pieces) / len(pieces)
         rows[name]["fetch_us"] = compute_statistics(times)
         rows[name]["fetch_gb_s"] = compute_statistics(rates) if rates else None
+
+
+def _fetch(form: Form, repeats: int) -> None:
+    for _ in range(repeats):
+        form.start()
+        form.finish()
