@@ -95,7 +95,7 @@ def jobs(capability):
             options = solve_launch.make_options(solve_launch.choose_dense_warps(ranks, columns))
             tile = {"G": ranks, "C": columns, "HAS_START": ranks == 8}
             yield solve_dense_kernel, tile, options
-        options = solve_launch.make_options(solve_launch.choose_counts_warps(ranks, columns))
+        options = solve_launch.make_options(solve_launch.choose_counts_warps(ranks, 2 * columns))
         constants = {"G": ranks, "C": columns, "R": columns, "S": 8, "COPIES": 64, "MEMBERS": 4}
         constants |= {
             "ROWS": SUM_ROWS,

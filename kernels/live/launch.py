@@ -133,7 +133,8 @@ def plan_live_call(
     rules = above, aim, cost, fanout, domain
     args = (counts, cumulative, max_load, *pointers, out, *rules, n_ranks, n_slots, n_logical)
     constants = (ranks, max(16, triton.next_power_of_2(n_logical)), *live.constants())
-    options = {"num_warps": 4 if ranks <= 64 else 8}
+    # All warps search for the same pieces, so more of them would share its instructions' time.
+    options = {"num_warps": 4}
     return KernelCall(plan_live_kernel, 1, args, constants, options)
 
 
