@@ -49,6 +49,7 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
                 f"{row['replica_bytes'] / 2**20:.0f}",
             )
         )
+    some = "" if o["layers"] is None else f", one of {o['layers']} such layers"
     per = "forward and backward" if o["training"] else "forward"
     return [
         Grid(
@@ -57,7 +58,7 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
             rows,
             (
                 f"Hidden {model['hidden']}, inner {model['inner']}, {model['experts']} experts, "
-                f"top-{model['top_k']} ({said}), {o['tokens']} tokens per rank, {per}; loads: "
+                f"top-{model['top_k']} ({said}){some}, {o['tokens']} tokens per rank, {per}; loads: "
                 f"{o['loads']}. even: EPLB with as many slots, split evenly. saving: of the LP "
                 "over that, mean and range (10th to 90th percentile of the batches, widened by "
                 "the fit's worst error).",

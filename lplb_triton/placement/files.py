@@ -136,7 +136,7 @@ def save_placements(
         if not isinstance(placement, PlacementFile):
             raise TypeError(f"placements must hold Placements, got {type(placement).__name__}")
         number = check_integer("layer", layer, 0)
-        entries.append({"layer": number, **placement.__getstate__()})  # type: ignore[dict-item]
+        entries.append({"layer": number, **placement.__getstate__()})
     content: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
