@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,6 +158,11 @@ def _count_listed(section: Mapping[str, Any]) -> int | None:
     return sum(map(bool, frequency)) if isinstance(frequency, list) else None
 
 
+def _is_last_of(step: int, layer: int) -> bool:
+    """Whether the layer is the last one of a run of ``step`` layers."""
+    return (layer + 1) % step == 0
+
+
 def _find_rules(section: dict[str, Any]) -> Iterator[Callable[[int], bool]]:
     """Find the rules by which a layer, numbered from 0, has experts; all of them hold."""
 
@@ -164,12 +171,13 @@ def _find_rules(section: dict[str, Any]) -> Iterator[Callable[[int], bool]]:
 
     for name in ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"):
         if (first := take(name, 0)) is not None:
-            yield lambda layer, first=first: layer >= first
-    if (last := take("moe_layer_end_index", -1)) not in (None, -1):
-        yield lambda layer: layer <= last
+            yield partial(operator.le, first)
+    last = take("moe_layer_end_index", -1)
+    if last is not None and last >= 0:
+        yield partial(operator.ge, last)
     for name in ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval"):
         if (step := take(name)) is not None:
-            yield lambda layer, step=step: (layer + 1) % step == 0
+            yield partial(_is_last_of, step)
     if (frequency := take("moe_layer_freq")) is not None:
         yield lambda layer: layer % frequency == 0
     if (period := take("expert_layer_period")) is not None:

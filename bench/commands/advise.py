@@ -131,7 +131,17 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Predict, or check predictions."""
     tables.require("rich")
     if args.check:
-        fixed = ("model", "hf_config", *FIELDS, "trace", "tokens", "slots", "training", "history", "gemm")
+        fixed = (
+            "model",
+            "hf_config",
+            *FIELDS,
+            "trace",
+            "tokens",
+            "slots",
+            "training",
+            "history",
+            "gemm",
+        )
         options.refuse(args, fixed, "--check has models, loads and batch sizes of its own")
         return _check(args, out)
     return _predict(args, out)

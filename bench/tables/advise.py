@@ -58,8 +58,8 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
             rows,
             (
                 f"Hidden {model['hidden']}, inner {model['inner']}, {model['experts']} experts, "
-                f"top-{model['top_k']} ({said}){some}, {o['tokens']} tokens per rank, {per}; loads: "
-                f"{o['loads']}. even: EPLB with as many slots, split evenly. saving: of the LP "
+                f"top-{model['top_k']} ({said}){some}, {o['tokens']} tokens per rank, {per}; "
+                f"loads: {o['loads']}. even: EPLB with as many slots, split evenly. saving: of the LP "
                 "over that, mean and range (10th to 90th percentile of the batches, widened by "
                 "the fit's worst error).",
                 f"Times of a rank's products: {gemm['source']}. Fit: {gemm['error']:.0%} rms, "

@@ -32,7 +32,14 @@ from lplb_triton._version import __version__
 if TYPE_CHECKING:
     from lplb_triton.placement.placement import Placement
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "PlacementFile", "load_placements", "save_placements"]
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "PlacementFile",
+    "lay_out_placements",
+    "load_placements",
+    "save_placements",
+]
 
 FORMAT, FORMAT_VERSION = "lplb_triton placements", 1
 # Members of the file and of each placement in it, besides its arguments.
@@ -125,6 +132,13 @@ def save_placements(
     OSError
         If the file can't be written.
     """
+    text = lay_out_placements(placements, note=note)
+    with replace_file(Path(path)) as file:
+        file.write(text.encode())
+
+
+def lay_out_placements(placements: Mapping[int, Placement], *, note: str = "") -> str:
+    """Return the text that `save_placements` writes, after the same checks."""
     if not isinstance(placements, Mapping):
         raise TypeError(f"placements must be a mapping, got {type(placements).__name__}")
     if not placements:
@@ -145,8 +159,7 @@ def save_placements(
         "placements": sorted(entries, key=lambda entry: entry["layer"]),
     }
     content["sha256"] = _compute_checksum(content)
-    with replace_file(Path(path)) as file:
-        file.write(_lay_out(content).encode())
+    return _lay_out(content)
 
 
 def load_placements(path: str | os.PathLike[str]) -> dict[int, Placement]:
