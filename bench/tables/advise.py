@@ -26,8 +26,6 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
     list of Grid
     """
     o, gemm = report["options"], report["gemm"]
-    model = o["model"]
-    said = ", ".join(f"{name} from {source}" for name, source in o["sizes_from"].items())
     rows, costs = [], []
     for row in report["rows"]:
         head = (row["placement"], str(row["slots"]))
@@ -49,7 +47,6 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
                 f"{row['replica_bytes'] / 2**20:.0f}",
             )
         )
-    some = "" if o["layers"] is None else f", one of {o['layers']} such layers"
     per = "forward and backward" if o["training"] else "forward"
     return [
         Grid(
@@ -57,9 +54,8 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
             ("placement", "slots", "in order", "even", "LP", "saving", "net"),
             rows,
             (
-                f"Hidden {model['hidden']}, inner {model['inner']}, {model['experts']} experts, "
-                f"top-{model['top_k']} ({said}){some}, {o['tokens']} tokens per rank, {per}; "
-                f"loads: {o['loads']}. even: EPLB with as many slots, split evenly. saving: of the LP "
+                f"{_describe_layer(o)}, {o['tokens']} tokens per rank, {per}; loads: "
+                f"{o['loads']}. even: EPLB with as many slots, split evenly. saving: of the LP "
                 "over that, mean and range (10th to 90th percentile of the batches, widened by "
                 "the fit's worst error).",
                 f"Times of a rank's products: {gemm['source']}. Fit: {gemm['error']:.0%} rms, "
@@ -85,6 +81,17 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
             ),
         ),
     ]
+
+
+def _describe_layer(options: dict[str, Any]) -> str:
+    """Say the sizes of a layer, where each comes from, and how many such layers there are."""
+    model, layers = options["model"], options["layers"]
+    said = ", ".join(f"{name} from {source}" for name, source in options["sizes_from"].items())
+    some = "" if layers is None else f", one of {layers} such layers"
+    return (
+        f"Hidden {model['hidden']}, inner {model['inner']}, {model['experts']} experts, "
+        f"top-{model['top_k']} ({said}){some}"
+    )
 
 
 def _describe_recommendation(report: dict[str, Any]) -> str:
