@@ -19,6 +19,7 @@ from lplb_triton.bench import tables
 from lplb_triton.bench.commands import (
     advise,
     balance,
+    completion,
     ep,
     frameworks,
     live,
@@ -32,7 +33,6 @@ from lplb_triton.bench.commands import (
     verify,
     workloads,
 )
-from lplb_triton.bench.completion import SHELLS, PrintCompletion
 from lplb_triton.bench.measure.timer import WrongAnswerError
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import CLOSED, FAILED, INTERRUPTED, OK, USAGE, Output, say, silence
@@ -112,13 +112,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"lplb_triton {__version__}")
-    parser.add_argument(
-        "--print-completion", action=PrintCompletion, choices=SHELLS, metavar="SHELL",
-        help=f"print what a shell ({', '.join(SHELLS)}) needs to complete options, and exit",
-    )  # fmt: skip
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     timed = (solve, pipeline, simulate, ep, frameworks)
     rest = (place, placement, live, workloads, record, advise)
     for module in (balance, report, verify, *timed, *rest):
         module.add(commands)
+    completion.add(commands, parser)
     return parser

@@ -49,7 +49,8 @@ class LoadHistory:
             layer.recorder = LoadRecorder(layer.placement.n_logical, layer.device)
         if recording:
             layer.recorder.start(decay)
-        layer.recorder.recording = recording
+        else:
+            layer.recorder.recording = False
 
     @opaque
     def load_history(self, *, reset: bool = False) -> torch.Tensor:

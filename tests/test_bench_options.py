@@ -34,6 +34,7 @@ BASE = {
     "--batches 1",
     "frameworks": "frameworks --framework megatron --device cpu",
     "record": "record t.npz",
+    "completion": "completion bash",
     "advise": "advise --gemm table --ep 8 --experts 32 --slots 1",
 }
 # What no option takes: neither a number in any range, nor a name, nor a file or its folder.

@@ -133,6 +133,7 @@ def test_every_placement_call_takes_the_history():
 def test_graphs_streams_and_recomputation_on_a_gpu():
     """Replays count each, streams have sums of their own, and a run without recording is as is."""
     balancer = make_balancer("triton", device="cuda")
+    balancer.warmup()
     balancer.record_loads()
     (first, counts), (second, others) = draw(0, "cuda"), draw(1, "cuda")
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()

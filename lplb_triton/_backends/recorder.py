@@ -42,7 +42,9 @@ class LoadRecorder:
 
     def start(self, decay: float) -> None:
         """Start from zero with a decay."""
-        self.decay = decay
+        self.recording, self.decay = True, decay
+        # The next batch may be captured in a graph, and torch loads its kernel with the first call.
+        self.add(torch.zeros(self._sums.shape[1], dtype=torch.int32, device=self._device))
         self.reset()
 
     def reset(self) -> None:

@@ -1,19 +1,47 @@
-"""Write what a shell needs to complete the options of ``lplb-bench``, by the package shtab."""
+"""``lplb-bench completion``."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lplb_triton.bench import options
 from lplb_triton.bench.options import UsageError
+from lplb_triton.bench.output import OK, Output
 
-__all__ = ["SHELLS", "PrintCompletion", "make_completion"]
+__all__ = ["SHELLS", "add", "make_completion", "run"]
 
 SHELLS = ("bash", "zsh", "tcsh")
 # Options whose path is no Path, since a dash means standard output.
 PATHS = ("json", "markdown")
+
+
+def add(commands: Any, parser: argparse.ArgumentParser) -> None:
+    """Add the parser; ``parser`` is that of all commands."""
+    sub = options.add_command(
+        commands,
+        "completion",
+        run,
+        help="print a script by which a shell completes commands and options",
+        description=(
+            "Print what a shell needs to complete commands, options and files. It needs the\n"
+            "package shtab: pip install 'lplb_triton[completion]'."
+        ),
+        examples=(
+            "  source <(lplb-bench completion bash)      in ~/.bashrc, say\n"
+            "  lplb-bench completion zsh"
+        ),
+    )
+    sub.add_argument("shell", choices=SHELLS, help="for which shell")
+    sub.set_defaults(parser=parser)
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Print the script."""
+    out.write(make_completion(args.parser, args.shell) + "\n")
+    return OK
 
 
 def make_completion(parser: argparse.ArgumentParser, shell: str) -> str:
@@ -28,8 +56,7 @@ def make_completion(parser: argparse.ArgumentParser, shell: str) -> str:
         import shtab  # an extra of its own, needed here only
     except ModuleNotFoundError as error:
         raise UsageError(
-            "argument --print-completion: needs shtab, which is not installed: "
-            "pip install 'lplb_triton[completion]'"
+            "completion needs shtab, which is not installed: pip install 'lplb_triton[completion]'"
         ) from error
     for action in _list_actions(parser):
         if action.type is Path or action.dest in PATHS:
@@ -45,18 +72,3 @@ def _list_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
                 yield from _list_actions(command)
-
-
-class PrintCompletion(argparse.Action):
-    """Print the completion script and exit, whatever else is on the command line."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        """Print the script for the shell that was given."""
-        print(make_completion(parser, str(values)))
-        parser.exit()
