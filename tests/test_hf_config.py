@@ -83,6 +83,12 @@ CONFIGS = {
          "num_experts_per_tok": 6, "num_hidden_layers": 6, "hybrid_override_pattern": "MEM*ME"},
         (2688, 1856, 128, 6), 2,
     ),
+    "hunyuan": (
+        {"hidden_size": 4096, "intermediate_size": 3072, "moe_intermediate_size": [3072] * 3,
+         "num_hidden_layers": 3, "num_experts": 64, "moe_topk": [8, 8, 8],
+         "moe_layer_num_skipped": 0},
+        (4096, 3072, 64, 8), 3,
+    ),
     "without_layers": (
         {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 4, "moe_topk": 2},
         (64, 32, 4, 2), None,

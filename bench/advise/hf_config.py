@@ -169,7 +169,10 @@ def _find_rules(section: dict[str, Any]) -> Iterator[Callable[[int], bool]]:
     def take(name: str, least: int = 1) -> int | None:
         return None if section.get(name) is None else _take_number(section, name, least)
 
-    for name in ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"):
+    for name in (
+        *("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"),
+        "moe_layer_num_skipped",
+    ):
         if (first := take(name, 0)) is not None:
             yield partial(operator.le, first)
     last = take("moe_layer_end_index", -1)
