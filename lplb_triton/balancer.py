@@ -22,6 +22,7 @@ from lplb_triton._checks import (
     check_tolerance,
     resolve_device,
 )
+from lplb_triton._load_history import LoadHistory
 from lplb_triton._membership import Membership, wait_for_device, warn_if_no_group
 from lplb_triton._steps import BatchSteps
 from lplb_triton._torch_op import is_plain, opaque, register
@@ -43,7 +44,7 @@ QUOTAS = ("local", "global", "replicated")
 SOLVERS = ("levelling", "interior_point")
 
 
-class Balancer(BatchSteps):
+class Balancer(LoadHistory, BatchSteps):
     """Rewrites logical into physical expert ids so that the ranks of a group finish together.
 
     One balancer serves one MoE layer on one rank. Make it with the layer's `Placement`, call

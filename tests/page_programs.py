@@ -85,6 +85,22 @@ def script_with_routers(names):
     names["routers"] = [Router(), Router()]
 
 
+def traced(names):
+    torch.manual_seed(0)
+    with Recorder("trace.npz", 256, 2) as recorder:
+        for _ in range(4):
+            for layer in range(2):
+                recorder.add(layer, torch.randint(256, (64, 8)))
+            recorder.step()
+    names["balancer"] = Balancer(chain(torch.rand(256), 32, redundant_per_rank=2))
+    names["batches"] = torch.randint(256, (3, 64, 8)).to(names["balancer"].device)
+
+
+def read_back(names):
+    assert names["same"] == names["placement"] == names["layers"][1]
+    assert names["second"] == names["new"] == names["layers"][2]
+
+
 def loaded(names):
     names["history"] = torch.randint(100, (8, 256)).float()
 
@@ -272,6 +288,7 @@ def solved(names):
 
 
 BEFORE = {
+    ("docs/placement.md", "Loads"): traced,
     ("docs/placement.md", "Experts at home"): loaded,
     ("docs/placement.md", "Moves"): placed,
     ("docs/serving.md", "vLLM"): vllm,
@@ -290,6 +307,7 @@ AFTER = {
     ("README.md", "lplb_triton"): balanced_a_batch,
     ("docs/live.md", "A script"): fetched_experts,
     ("docs/live.md", "The weights"): fetched_experts,
+    ("docs/placement.md", "Files"): read_back,
     ("docs/placement.md", "Experts at home"): placed_at_home,
     ("docs/placement.md", "Moves"): moved,
     ("docs/quickstart.md", "A first script"): improved_a_batch,

@@ -9,21 +9,26 @@ from __future__ import annotations
 from lplb_triton.bench.advise.check import compare_times
 from lplb_triton.bench.advise.gemm import GemmModel, Point, fit
 from lplb_triton.bench.advise.gpu_times import measure
-from lplb_triton.bench.advise.models import MODELS, Model
+from lplb_triton.bench.advise.hf_config import ConfigSizes, read_config
+from lplb_triton.bench.advise.models import MODELS, PUBLISHED, Model, Published
 from lplb_triton.bench.advise.overhead import predict_overhead_us
 from lplb_triton.bench.advise.predict import advise, select_slots
 from lplb_triton.bench.advise.table import packaged
 
 __all__ = [
     "MODELS",
+    "PUBLISHED",
+    "ConfigSizes",
     "GemmModel",
     "Model",
     "Point",
+    "Published",
     "advise",
     "compare_times",
     "fit",
     "measure",
     "predict_overhead_us",
     "packaged",
+    "read_config",
     "select_slots",
 ]

@@ -26,8 +26,6 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
     list of Grid
     """
     o, gemm = report["options"], report["gemm"]
-    model = o["model"]
-    said = ", ".join(f"{name} from {source}" for name, source in o["sizes_from"].items())
     rows, costs = [], []
     for row in report["rows"]:
         head = (row["placement"], str(row["slots"]))
@@ -56,8 +54,7 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
             ("placement", "slots", "in order", "even", "LP", "saving", "net"),
             rows,
             (
-                f"Hidden {model['hidden']}, inner {model['inner']}, {model['experts']} experts, "
-                f"top-{model['top_k']} ({said}), {o['tokens']} tokens per rank, {per}; loads: "
+                f"{_describe_layer(o)}, {o['tokens']} tokens per rank, {per}; loads: "
                 f"{o['loads']}. even: EPLB with as many slots, split evenly. saving: of the LP "
                 "over that, mean and range (10th to 90th percentile of the batches, widened by "
                 "the fit's worst error).",
@@ -84,6 +81,17 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
             ),
         ),
     ]
+
+
+def _describe_layer(options: dict[str, Any]) -> str:
+    """Say the sizes of a layer, where each comes from, and how many such layers there are."""
+    model, layers = options["model"], options["layers"]
+    said = ", ".join(f"{name} from {source}" for name, source in options["sizes_from"].items())
+    some = "" if layers is None else f", one of {layers} such layers"
+    return (
+        f"Hidden {model['hidden']}, inner {model['inner']}, {model['experts']} experts, "
+        f"top-{model['top_k']} ({said}){some}"
+    )
 
 
 def _describe_recommendation(report: dict[str, Any]) -> str:

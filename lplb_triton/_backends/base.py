@@ -73,6 +73,11 @@ class Backend(ABC):
         certified = layer.certified if certified is None else certified
         return self.balance(idx.contiguous(), certified, n_sms)
 
+    def record(self, counts: torch.Tensor) -> None:
+        """Add a batch's counts, summed over the ranks, to the recorded loads, if that is on."""
+        if self.layer.recorder is not None:
+            self.layer.recorder.add(counts)
+
     def check_values(self, idx: torch.Tensor) -> None:
         """Raise for ids out of range, unless the kernels report them."""
         if self.checks_on_host:

@@ -39,7 +39,9 @@ class InteriorPointBackend(TritonBackend):
         layer = self.layer
         exchange = None if layer.communicator is None else layer.communicator.exchange
         counters = certified, layer.solves, layer.uncertified
-        return self._balance(idx, counters, n_sms, layer.traffic, exchange)
+        out, total = self._balance(idx, counters, n_sms, layer.traffic, exchange)
+        self.record(total)
+        return out
 
     def _balance(
         self,
@@ -48,8 +50,11 @@ class InteriorPointBackend(TritonBackend):
         n_sms: int,
         traffic: torch.Tensor,
         exchange: Callable[..., None] | None,
-    ) -> torch.Tensor:
-        """Do what `balance` says with other counters (certified, solves, uncertified)."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do what `balance` says with other counters (certified, solves, uncertified).
+
+        Returns physical ids, and the counts of all ranks.
+        """
         layer, p = self.layer, self.layer.placement
         counts, running = self.count_by_program(idx, n_sms)
         total, gathered = counts, None
@@ -63,7 +68,7 @@ class InteriorPointBackend(TritonBackend):
             mine = torch.empty_like(cumulative)
             kernels.divide_quotas(cumulative, self.quotas_of(gathered, mine, traffic))
             cumulative = mine
-        return self.select_by_program(idx, cumulative, running)
+        return self.select_by_program(idx, cumulative, running), total
 
     def solve(self, counts: torch.Tensor, certified: torch.Tensor) -> Solution:
         """See `Backend.solve`."""

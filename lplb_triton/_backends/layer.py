@@ -14,6 +14,7 @@ from lplb_triton.solution import SolveError
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+    from lplb_triton._backends.recorder import LoadRecorder
     from lplb_triton.live import LiveRules
     from lplb_triton.sync import Communicator
 
@@ -39,6 +40,8 @@ class Layer:
         last plan, by channel of the exchange; sent with the counts.
     resident : torch.Tensor or None
         ``[ep_size, live_per_rank]`` int32 on the device: what live slots hold, if they keep it.
+    recorder : LoadRecorder or None
+        Adds up the loads of batches; None if that was never asked for.
     blocked : str or None
         Why the layer can't be used; None if it can.
     checked : tuple of int
@@ -64,6 +67,7 @@ class Layer:
     resident: torch.Tensor | None = None
     group: dist.ProcessGroup | None = None
     communicator: Communicator | None = None
+    recorder: LoadRecorder | None = None
     blocked: str | None = None
     checked: tuple[int, int] = (0, 0)
 

@@ -40,6 +40,8 @@ class _Scratch(NamedTuple):
     buffers: kernels.SolveBuffers
     exchange: Callable[[], None] | None
     """Sums counts over the ranks between two launches; None if a kernel does, or nothing does."""
+    counts: torch.Tensor
+    """``[n_logical]`` int32, of all ranks once a batch has been solved."""
 
 
 class LevellingBackend(TritonBackend):
@@ -89,6 +91,7 @@ class LevellingBackend(TritonBackend):
         live_out = self._new_live_out()
         scratch.pipeline.run(idx, out, chunk, settings, channel, scratch.exchange, live_out)
         self.live_out = live_out
+        self.record(scratch.counts)
         return out
 
     def _number_stream(self) -> int:
@@ -272,7 +275,8 @@ class LevellingBackend(TritonBackend):
             running, self.report, buffers, self.solve_tables, self.select_tables, layer.rank,
             in_kernel, quotas, live,
         )  # fmt: skip
-        return _Scratch(block, pipeline, buffers, exchange)
+        counts = buffers.counts if endpoint is None else total
+        return _Scratch(block, pipeline, buffers, exchange, counts)
 
     def make_live(
         self, scratch: torch.Tensor | None = None, versions: torch.Tensor | None = None

@@ -51,6 +51,7 @@ class TorchBackend(Backend):
             version = layer.version if layer.live_versions is None else layer.live_versions[:1]
             layer.communicator.exchange(counts, version, total, gathered)
         solution = self.solve(total, certified)
+        self.record(total)
         cumulative = self.cumulative_shares(solution.shares)
         views = self.tables.views
         start, slot = views["copy_start"], views["copy_slot"]
