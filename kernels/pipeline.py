@@ -38,6 +38,7 @@ from lplb_triton.kernels.solve.launch import (
     CERTIFIED_AT,
     CHANNEL_FROM_END,
     LIVE_OUT_FROM_END,
+    METRICS_AT,
     OPENING_FROM_END,
     SOLVES_AT,
     UNCERTIFIED_AT,
@@ -111,7 +112,7 @@ class Pipeline:
         if live_out is not None and self._live is not None:
             self._live = self._live._replace(out=live_out)
         n_first = 1 if between is None else 2
-        key = idx.dtype, settings.certified.dtype, *settings[3:], n_first
+        key = idx.dtype, settings.certified.dtype, *settings[4:], n_first
         prepared = self._prepared.get(key)
         if prepared is None:
             calls = self._calls(idx, out, chunk, settings, channel, between is not None)
@@ -133,6 +134,7 @@ class Pipeline:
         solve.args[CERTIFIED_AT] = settings.certified.data_ptr()
         solve.args[SOLVES_AT] = settings.solves.data_ptr()
         solve.args[UNCERTIFIED_AT] = settings.uncertified.data_ptr()
+        solve.args[METRICS_AT] = settings.metrics.data_ptr()
         solve.args[solve.n_args - OPENING_FROM_END] = channel.opening
         solve.args[solve.n_args - CHANNEL_FROM_END] = channel.number
         if live_out is not None:

@@ -170,8 +170,8 @@ def make_slot_tables(placement: Placement, number: NDArray[np.int32]) -> dict[st
     """Make the tables by slot: expert, the parts that two even splits leave there, and cell.
 
     An expert is in one slot of a rank only. ``rank_parts`` are of the split that is even over
-    ranks, ``copy_parts`` of the one that is even over copies. ``number`` is ``cell_number`` of
-    `make_cell_tables`.
+    ranks, and negative on the rank of the expert's original; ``copy_parts`` are of the split that
+    is even over copies. ``number`` is ``cell_number`` of `make_cell_tables`.
     """
     s = placement.structure
     once = s.copy_index == 0
@@ -185,7 +185,9 @@ def make_slot_tables(placement: Placement, number: NDArray[np.int32]) -> dict[st
     parts = np.zeros((2, placement.n_copies), dtype=np.float32)
     cells = np.full(placement.n_copies, -1, dtype=np.int32)
     experts[slot] = expert
-    parts[0, slot] = 1.0 / np.bincount(expert)[expert]
+    home = placement.log2phy[:, 0].numpy() // placement.slots_per_rank
+    is_home = home[expert] == s.copy_slot[once] // placement.slots_per_rank
+    parts[0, slot] = np.where(is_home, -1.0, 1.0) / np.bincount(expert)[expert]
     parts[1, slot] = s.copy_multiplicity[once] / n_copies[expert]
     at = s.copy_cell[once]
     cells[slot] = np.where(at < 0, -1, np.append(number, np.int32(-1))[at])

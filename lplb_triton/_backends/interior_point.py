@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from lplb_triton import kernels
-from lplb_triton._backends.counters import add_to_counter, count_statuses
+from lplb_triton._backends.counters import add_metrics, add_to_counter, count_statuses
 from lplb_triton._backends.layer import Layer
 from lplb_triton._backends.triton import TritonBackend
 from lplb_triton.placement import Placement
@@ -38,18 +38,18 @@ class InteriorPointBackend(TritonBackend):
         self.check_values(idx)
         layer = self.layer
         exchange = None if layer.communicator is None else layer.communicator.exchange
-        counters = certified, layer.solves, layer.uncertified
+        counters = certified, layer.solves, layer.uncertified, layer.metrics
         return self._balance(idx, counters, n_sms, layer.traffic, exchange)
 
     def _balance(
         self,
         idx: torch.Tensor,
-        counters: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        counters: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
         n_sms: int,
         traffic: torch.Tensor,
         exchange: Callable[..., None] | None,
     ) -> torch.Tensor:
-        """Do what `balance` says with other counters (certified, solves, uncertified)."""
+        """Do what `balance` says with other counters (certified, solves, uncertified, metrics)."""
         layer, p = self.layer, self.layer.placement
         counts, running = self.count_by_program(idx, n_sms)
         total, gathered = counts, None
@@ -68,7 +68,8 @@ class InteriorPointBackend(TritonBackend):
     def solve(self, counts: torch.Tensor, certified: torch.Tensor) -> Solution:
         """See `Backend.solve`."""
         self.raise_on_report()
-        return self._solve(counts, certified, self.layer.solves, self.layer.uncertified)
+        layer = self.layer
+        return self._solve(counts, certified, layer.solves, layer.uncertified, layer.metrics)
 
     def _solve(
         self,
@@ -76,6 +77,7 @@ class InteriorPointBackend(TritonBackend):
         certified: torch.Tensor,
         solves: torch.Tensor,
         uncertified: torch.Tensor,
+        metrics: torch.Tensor,
     ) -> Solution:
         """Solve and add to the counters, without a host sync."""
         layer = self.layer
@@ -83,6 +85,7 @@ class InteriorPointBackend(TritonBackend):
             counts, layer.placement, self.tables.views, layer.tolerance, layer.max_iterations
         )
         count_statuses(solution.status, certified, solves, uncertified)
+        add_metrics(metrics, layer.placement, self.tables.views["home_rank"], counts, solution)
         add_to_counter(self._invalid, solution.status == Status.INVALID)
         self._invalid_on_host.copy_(self._invalid, non_blocking=True)
         return solution
@@ -96,14 +99,14 @@ class InteriorPointBackend(TritonBackend):
 
     def warmup_kernels(self, counters: torch.Tensor, narrow: torch.Tensor) -> None:
         """See `TritonBackend.warmup_kernels`."""
-        traffic = torch.zeros_like(self.layer.traffic)
+        traffic, metrics = (torch.zeros_like(x) for x in (self.layer.traffic, self.layer.metrics))
         exchange = None if self.layer.communicator is None else self._exchange_alone
         for dtype in (torch.int64, torch.int32):
             idx = self.warmup_ids(dtype)
             for certified in (counters[0], narrow):
                 self._balance(
-                    idx, (certified, counters[1], counters[2]), self.layer.default_n_sms, traffic,
-                    exchange,
+                    idx, (certified, counters[1], counters[2], metrics),
+                    self.layer.default_n_sms, traffic, exchange,
                 )  # fmt: skip
 
     def _exchange_alone(

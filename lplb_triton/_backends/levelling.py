@@ -83,7 +83,7 @@ class LevellingBackend(TritonBackend):
         elif layer.live is not None:
             channel = kernels.Channel(self._number_stream())
         scratch = self._find_scratch(n_sms)
-        settings = self.settings(certified, layer.solves, layer.uncertified)
+        settings = self.settings(certified, layer.solves, layer.uncertified, layer.metrics)
         out = torch.empty_like(idx)
         chunk = chunk_size(idx.numel(), n_sms)
         live_out = self._new_live_out()
@@ -133,17 +133,22 @@ class LevellingBackend(TritonBackend):
             counts.contiguous(),
             *(torch.empty(s, dtype=d, device=self.layer.device) for s, d in shapes),
         )
-        settings = self.settings(certified, self.layer.solves, self.layer.uncertified)
+        layer = self.layer
+        settings = self.settings(certified, layer.solves, layer.uncertified, layer.metrics)
         kernels.solve_counts(None, buffers, self.solve_tables, settings, self.report)
         return buffers
 
     def settings(
-        self, certified: torch.Tensor, solves: torch.Tensor, uncertified: torch.Tensor
+        self,
+        certified: torch.Tensor,
+        solves: torch.Tensor,
+        uncertified: torch.Tensor,
+        metrics: torch.Tensor,
     ) -> kernels.Settings:
         """Return the solving kernel's counters and tolerances."""
         layer = self.layer
         return kernels.Settings(
-            certified, solves, uncertified, layer.tolerance, layer.max_iterations
+            certified, solves, uncertified, metrics, layer.tolerance, layer.max_iterations
         )
 
     def warmup_kernels(self, counters: torch.Tensor, narrow: torch.Tensor) -> None:
@@ -152,7 +157,7 @@ class LevellingBackend(TritonBackend):
         block, _ = self._current_block(n_sms)
         # The exchange of this endpoint is with no other rank.
         endpoint = None if self.peers is None else self.peers.endpoint.solo_endpoint()
-        traffic = torch.zeros_like(self.layer.traffic)
+        traffic, metrics = (torch.zeros_like(x) for x in (self.layer.traffic, self.layer.metrics))
         versions = self.layer.live_versions
         spare = None if versions is None else torch.zeros_like(versions)
         pipeline = self._create_scratch(block, n_sms, endpoint, traffic, spare).pipeline
@@ -161,7 +166,7 @@ class LevellingBackend(TritonBackend):
             idx = self.warmup_ids(dtype)
             out, chunk = torch.empty_like(idx), chunk_size(2, n_sms)
             for certified in (counters[0], narrow):
-                settings = self.settings(certified, counters[1], counters[2])
+                settings = self.settings(certified, counters[1], counters[2], metrics)
                 for between in (None, lambda: None):
                     pipeline.run(idx, out, chunk, settings, between=between, live_out=live_out)
 

@@ -7,9 +7,10 @@ import torch
 
 from lplb_triton import reference
 from lplb_triton._backends.base import Backend, chunk_size
-from lplb_triton._backends.counters import count_statuses
+from lplb_triton._backends.counters import add_metrics, count_statuses
 from lplb_triton._backends.layer import Layer
 from lplb_triton._backends.tables import DeviceTables
+from lplb_triton._layout import Metric
 from lplb_triton.reference import levelling
 from lplb_triton.reference.live import LiveCase, list_copies, plan_live
 from lplb_triton.solution import Solution
@@ -74,7 +75,7 @@ class TorchBackend(Backend):
             raise RuntimeError("the placement has no live slots")
         copies = list_copies(p)
         case = LiveCase(p.ep_size, p.live_per_rank, *layer.live[:4])
-        resident = None if layer.resident is None else layer.resident.cpu().numpy()
+        resident = None if layer.resident is None else layer.resident.cpu().numpy().copy()
         plan = plan_live(
             case,
             counts.cpu().numpy().astype(np.int64),
@@ -85,6 +86,10 @@ class TorchBackend(Backend):
         )
         if layer.resident is not None:
             layer.resident.copy_(torch.from_numpy(plan.experts))
+        mean = max(float(counts.sum()), 1.0) / p.ep_size
+        layer.metrics[Metric.AFTER] += (plan.max_load - float(solution.max_load)) / mean
+        held = np.full_like(plan.experts, -1) if resident is None else resident
+        layer.metrics[Metric.FETCHED] += int(((plan.experts >= 0) & (plan.experts != held)).sum())
         checksum = 0
         if plan.pieces or layer.resident is not None:
             checksum = message_version(str((plan.pieces, plan.experts.tolist())).encode())
@@ -106,6 +111,8 @@ class TorchBackend(Backend):
             layer.placement.problem(counts), layer.tolerance, layer.max_iterations, torch.float64
         )
         count_statuses(solution.status, certified, layer.solves, layer.uncertified)
+        home_rank = self.tables.views["home_rank"]
+        add_metrics(layer.metrics, layer.placement, home_rank, counts, solution)
         return solution
 
     def select(
