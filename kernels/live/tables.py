@@ -4,6 +4,9 @@ Copies of an expert with pieces are listed anew, one after the other, behind the
 all experts. Equation numbers refer to docs/method.md.
 """
 
+# A variable of type tuple[()] is extended in loops, which mypy takes for a change of type.
+# mypy: disable-error-code=assignment
+
 from __future__ import annotations
 
 import triton
