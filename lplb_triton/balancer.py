@@ -367,7 +367,7 @@ class Balancer(BatchSteps):
     def metrics(self, *, wait: bool = True) -> Metrics | None:
         """Return how well the batches since the last reading were balanced.
 
-        `run` and `solve` add to sums on the device in the launch that solves, graph replays too.
+        `run` adds to sums on the device in its last launch, in graph replays too.
 
         Parameters
         ----------

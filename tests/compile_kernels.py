@@ -129,6 +129,7 @@ def jobs(capability):
     for check in (False, True):
         for slots in (0, 1):
             constants = {**bins, "BLOCK": SELECT_BLOCK, "CHECK": check, "LIVE": slots}
+            constants |= {"G": 0 if check else 8, "S": 8}
             yield select_kernel, constants, {"num_warps": 8}
     lanes, warps = {"LANES": 32 * WARPS}, {"num_warps": WARPS}
     for gather in (0, 1):

@@ -124,7 +124,7 @@ def test_the_first_plan_splits_evenly_over_ranks(placement):
     """The first plan splits every column evenly over the ranks that hold it."""
     counts = torch.arange(1, placement.n_logical + 1, dtype=torch.float64)
     views = tables_of(placement)
-    experts, parts = views["rank_experts"], np.abs(views["rank_parts"])
+    experts, parts = (views[name] for name in ("rank_experts", "rank_parts"))
     loads = (np.where(experts >= 0, counts.numpy()[experts], 0.0) * parts).sum(2)
     problem = placement.problem(counts)
     even = problem.mask / problem.mask.sum(1, keepdim=True).clamp(min=1)

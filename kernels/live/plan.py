@@ -184,7 +184,6 @@ def _write_outcome(
     """Write what live slots hold, and the numbers of the plan.
 
     With RESIDENT the checksum is of all that they hold, since the next plans depend on it.
-    Returns how many experts are fetched.
     """
     piece = tl.arange(0, P)
     n_live = sizes.n_ranks * LIVE
@@ -201,7 +200,7 @@ def _write_outcome(
     tl.store(outcome.out + n_live, max_load.to(tl.int32, bitcast=True))
     tl.store(outcome.out + n_live + 1, bound.to(tl.int32, bitcast=True))
     tl.store(outcome.out + n_live + 2, gap.to(tl.int32, bitcast=True))
-    return tl.sum(is_fetched.to(tl.int32), 0)
+    tl.store(outcome.out + n_live + 3, tl.sum(is_fetched.to(tl.int32), 0))
 
 
 @triton.jit(noinline=True)
@@ -211,7 +210,7 @@ def _plan(
     EXPERTS: tl.constexpr, P: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
     PRICED: tl.constexpr, DOMAINS: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """Plan for a batch that needs it; returns the largest load and how many experts are fetched.
+    """Plan for a batch that needs it.
 
     Most batches don't need this. Since it is not inlined, it takes no registers from the solver.
     """
@@ -239,10 +238,7 @@ def _plan(
     bound = tl.maximum((bound << shift).to(tl.float32), mean)
     if not RESIDENT:
         _write_version(outcome, expert, tokens, tl.arange(0, P))
-    n_fetched = _write_outcome(
-        expert, tokens, max_load, bound, outcome, tables, sizes, P, LIVE, RESIDENT
-    )
-    return max_load, n_fetched
+    _write_outcome(expert, tokens, max_load, bound, outcome, tables, sizes, P, LIVE, RESIDENT)
 
 
 @triton.jit
@@ -271,13 +267,11 @@ def plan_live_slots(
 ):
     """Plan what this batch's live slots hold, if the plan of static copies is not good enough.
 
-    Writes the outcome, and what `select` needs of it to the scratch (equations 24 to 27). Returns
-    the largest load and how many experts are fetched.
+    Writes the outcome, and what `select` needs of it to the scratch (equations 24 to 27).
     """
     scratch = divide_live_scratch(scratch_ptr, sizes, LIVE)
-    n_fetched = sizes.n_ranks * 0
     if (max_load > rules.above * mean) & (invalid == 0):
-        max_load, n_fetched = _plan(
+        _plan(
             counts_ptr, cumulative_ptr, max_load, mean, scratch, outcome, tables, rules, sizes,
             G, SLICES, MOST, MORE, EXPERTS, P, LIVE, SHARED, PRICED, DOMAINS, RESIDENT,
         )  # fmt: skip
@@ -289,7 +283,6 @@ def plan_live_slots(
         _write_outcome(
             nothing, nothing * 0, max_load, mean, outcome, tables, sizes, P, LIVE, RESIDENT
         )
-    return max_load, n_fetched
 
 
 @triton.jit(
@@ -313,7 +306,7 @@ def plan_live_kernel(
     scratch_ptr,  # [live_scratch_words] int32
     version_ptr,  # [1] int32, written
     base_ptr,  # [1] int32
-    out_ptr,  # [G L + 3] int32, written
+    out_ptr,  # [G L + 4] int32, written
     above,  # float32
     aim,
     cost,

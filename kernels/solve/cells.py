@@ -382,7 +382,7 @@ def load_and_solve_by_cells(
     registers from that, and the kernel compiles sooner.
     """
     loaded = load_tables(tables, sizes, G, C, COPIES, MEMBERS)
-    expert, part, _ = load_rank_experts(tables, sizes, G, S)
+    expert, part = load_rank_experts(tables, sizes, G, S)
     copy_part = load_copy_parts(tables, sizes, G, S)
     counts = load_counts(counts_ptr, expert)
     first = sum_first_loads(counts, part, copy_part, complete, sizes.n_ranks, G, S)

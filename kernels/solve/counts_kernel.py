@@ -41,7 +41,6 @@ from lplb_triton.kernels.solve.group_tables import (
     prefetch_tables,
 )
 from lplb_triton.kernels.solve.levelling import COPIES_AT_ONCE, RANK_CELLS
-from lplb_triton.kernels.solve.metrics import add_metrics, find_load_at_home
 from lplb_triton.kernels.solve.pairs import load_pair_counts, load_pairs, solve_pairs
 from lplb_triton.kernels.solve.rows import ROW_WORDS
 
@@ -258,22 +257,15 @@ def _write_outcome(
     certified_ptr,
     solves_ptr,
     uncertified_ptr,
-    metrics_ptr,
     group,
     n_sums,
-    n_ranks,
     tolerance,
-    total,
-    before,  # float32, largest load with every token at its expert's home
     max_load,
     bound,
     steps,
     invalid,  # bool, whether counts are invalid
-    final_load,  # float32, largest load with live slots
-    n_fetched,  # experts fetched to these
 ):
     """Certify a group's plan, write its certificate and reports, and add to the counters."""
-    static_load = max_load
     max_load, lower_bound, gap, status = certify(max_load, bound, tolerance, invalid)
     n_group = tl.num_programs(0) - n_sums
     store_certificate(
@@ -281,10 +273,6 @@ def _write_outcome(
     )
     write_report(report_ptr, REPORT_INPUT, BAD_COUNTS, invalid)
     _count_solve(certified_ptr, solves_ptr, uncertified_ptr, status)
-    add_metrics(
-        metrics_ptr, n_ranks, total, before, final_load, static_load, lower_bound, gap, steps,
-        n_fetched,
-    )  # fmt: skip
 
 
 @triton.jit(
@@ -311,7 +299,6 @@ def solve_counts_kernel(
     certified_ptr,  # [1] int32 or int64, rises by one for each certified group
     solves_ptr,  # [1] int32 or int64, rises by one for each group
     uncertified_ptr,  # [1] int32 or int64, rises by one for each group whose gap is too wide
-    metrics_ptr,  # [N_METRICS] float64, rises by each group's numbers
     tolerance,  # float32, relative gap to reach
     max_iterations,  # most steps by potentials
     n_ranks,  # ranks of a group
@@ -439,7 +426,7 @@ def solve_counts_kernel(
             + SCRATCH_BY_ROW * R
         )
         scratch_ptr += group * (n_scratch + LANES)
-        expert, part, is_home = load_rank_experts(tables, sizes, G, S)
+        expert, part = load_rank_experts(tables, sizes, G, S)
         if PAIRS > 0:
             in_pairs = tl.load(tables.extents + IN_PAIRS)
             most_sweeps = tl.load(tables.extents + MOST_SWEEPS)
@@ -459,7 +446,6 @@ def solve_counts_kernel(
             PDL, CHANNELS, BLOCK, GATHER, ON_GPU, LANES,
         )  # fmt: skip
         counts = load_counts(counts_ptr, expert)
-        before = find_load_at_home(counts, is_home, G, S)
         # How many times the mean a bound may be, above which a better plan gains nothing.
         enough = tl.full((), NEVER_ENOUGH, tl.float32)
         if LIVE > 0 and not PRICED and not DOMAINS:
@@ -478,9 +464,8 @@ def solve_counts_kernel(
                 enough, tables, cumulative_ptr, scratch_ptr, n_scratch, sizes,
                 G, C, R, S, COPIES, MEMBERS, LANES,
             )  # fmt: skip
-        final_load, n_fetched = max_load, n_ranks * 0
         if LIVE > 0:
-            final_load, n_fetched = plan_live_slots(
+            plan_live_slots(
                 counts_ptr, cumulative_ptr, max_load, total / n_ranks, invalid, live_scratch_ptr,
                 LiveOutcome(live_out_ptr, live_versions_ptr, live_base),
                 LiveTables(
@@ -494,6 +479,5 @@ def solve_counts_kernel(
             )  # fmt: skip
         _write_outcome(
             stats_ptr, ints_ptr, report_ptr, certified_ptr, solves_ptr, uncertified_ptr,
-            metrics_ptr, group, n_sums, n_ranks, tolerance, total, before, max_load, bound, steps,
-            invalid, final_load, n_fetched,
+            group, n_sums, tolerance, max_load, bound, steps, invalid,
         )  # fmt: skip

@@ -172,8 +172,7 @@ def load_tables(
 def load_rank_experts(tables, sizes, G: tl.constexpr, S: tl.constexpr):
     """Load the experts of each rank's slots, -1 for none, and their parts of the even split.
 
-    Returns [G S] int32, float32 and whether that is the expert's home, the slots of a rank
-    side by side.
+    Returns [G S] int32 and float32, the slots of a rank side by side.
     """
     index = tl.arange(0, G * S)
     rank = index // S
@@ -181,8 +180,7 @@ def load_rank_experts(tables, sizes, G: tl.constexpr, S: tl.constexpr):
     entry = rank * sizes.n_slots + slot
     is_slot = (rank < sizes.n_ranks) & (slot < sizes.n_slots)
     expert = tl.load(tables.rank_experts + entry, mask=is_slot, other=-1)
-    part = tl.load(tables.rank_parts + entry, mask=is_slot, other=0.0)
-    return expert, tl.abs(part), part < 0.0
+    return expert, tl.load(tables.rank_parts + entry, mask=is_slot, other=0.0)
 
 
 @triton.jit

@@ -108,8 +108,6 @@ class Settings(NamedTuple):
     """for each group,"""
     uncertified: torch.Tensor
     """and for each group whose gap is too wide."""
-    metrics: torch.Tensor
-    """[N_METRICS] float64, sums over groups in the order of `lplb_triton._layout.Metric`."""
     tolerance: float
     max_iterations: int
 
@@ -117,7 +115,7 @@ class Settings(NamedTuple):
 # Positions of the arguments that change from batch to batch, among those of `solve_counts_call`:
 # the counters of the settings, and, counted from the end, opening and number of the channel.
 CERTIFIED_AT = 2 + FIRST_TABLES + len(SolveBuffers._fields) - 1
-SOLVES_AT, UNCERTIFIED_AT, METRICS_AT = CERTIFIED_AT + 1, CERTIFIED_AT + 2, CERTIFIED_AT + 3
+SOLVES_AT, UNCERTIFIED_AT = CERTIFIED_AT + 1, CERTIFIED_AT + 2
 OPENING_FROM_END, CHANNEL_FROM_END = 2, 1
 # The plan of live slots is the last argument before those of the exchange.
 N_EXCHANGE_ARGS = 13

@@ -38,18 +38,19 @@ class InteriorPointBackend(TritonBackend):
         self.check_values(idx)
         layer = self.layer
         exchange = None if layer.communicator is None else layer.communicator.exchange
-        counters = certified, layer.solves, layer.uncertified, layer.metrics
-        return self._balance(idx, counters, n_sms, layer.traffic, exchange)
+        counters = certified, layer.solves, layer.uncertified
+        return self._balance(idx, counters, n_sms, layer.traffic, layer.metrics, exchange)
 
     def _balance(
         self,
         idx: torch.Tensor,
-        counters: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        counters: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         n_sms: int,
         traffic: torch.Tensor,
+        metrics: torch.Tensor,
         exchange: Callable[..., None] | None,
     ) -> torch.Tensor:
-        """Do what `balance` says with other counters (certified, solves, uncertified, metrics)."""
+        """Do what `balance` says with other counters (certified, solves, uncertified) and sums."""
         layer, p = self.layer, self.layer.placement
         counts, running = self.count_by_program(idx, n_sms)
         total, gathered = counts, None
@@ -58,7 +59,9 @@ class InteriorPointBackend(TritonBackend):
             if layer.quotas == "global":
                 gathered = counts.new_empty(p.ep_size, p.n_logical)
             exchange(counts, layer.version, total, gathered)
-        cumulative = self.cumulative_shares(self._solve(total, *counters).shares)
+        solution = self._solve(total, *counters)
+        add_metrics(metrics, p, self.tables.views["home_rank"], total, solution)
+        cumulative = self.cumulative_shares(solution.shares)
         if gathered is not None:
             mine = torch.empty_like(cumulative)
             kernels.divide_quotas(cumulative, self.quotas_of(gathered, mine, traffic))
@@ -69,7 +72,7 @@ class InteriorPointBackend(TritonBackend):
         """See `Backend.solve`."""
         self.raise_on_report()
         layer = self.layer
-        return self._solve(counts, certified, layer.solves, layer.uncertified, layer.metrics)
+        return self._solve(counts, certified, layer.solves, layer.uncertified)
 
     def _solve(
         self,
@@ -77,7 +80,6 @@ class InteriorPointBackend(TritonBackend):
         certified: torch.Tensor,
         solves: torch.Tensor,
         uncertified: torch.Tensor,
-        metrics: torch.Tensor,
     ) -> Solution:
         """Solve and add to the counters, without a host sync."""
         layer = self.layer
@@ -85,7 +87,6 @@ class InteriorPointBackend(TritonBackend):
             counts, layer.placement, self.tables.views, layer.tolerance, layer.max_iterations
         )
         count_statuses(solution.status, certified, solves, uncertified)
-        add_metrics(metrics, layer.placement, self.tables.views["home_rank"], counts, solution)
         add_to_counter(self._invalid, solution.status == Status.INVALID)
         self._invalid_on_host.copy_(self._invalid, non_blocking=True)
         return solution
@@ -105,8 +106,8 @@ class InteriorPointBackend(TritonBackend):
             idx = self.warmup_ids(dtype)
             for certified in (counters[0], narrow):
                 self._balance(
-                    idx, (certified, counters[1], counters[2], metrics),
-                    self.layer.default_n_sms, traffic, exchange,
+                    idx, (certified, counters[1], counters[2]), self.layer.default_n_sms, traffic,
+                    metrics, exchange,
                 )  # fmt: skip
 
     def _exchange_alone(

@@ -83,7 +83,7 @@ class LevellingBackend(TritonBackend):
         elif layer.live is not None:
             channel = kernels.Channel(self._number_stream())
         scratch = self._find_scratch(n_sms)
-        settings = self.settings(certified, layer.solves, layer.uncertified, layer.metrics)
+        settings = self.settings(certified, layer.solves, layer.uncertified)
         out = torch.empty_like(idx)
         chunk = chunk_size(idx.numel(), n_sms)
         live_out = self._new_live_out()
@@ -109,7 +109,7 @@ class LevellingBackend(TritonBackend):
         p = self.layer.placement
         if not p.live_per_rank:
             return None
-        size = p.ep_size * p.live_per_rank + 3
+        size = p.ep_size * p.live_per_rank + 4
         return torch.empty(size, dtype=torch.int32, device=self.layer.device)
 
     def solve(self, counts: torch.Tensor, certified: torch.Tensor) -> Solution:
@@ -133,22 +133,17 @@ class LevellingBackend(TritonBackend):
             counts.contiguous(),
             *(torch.empty(s, dtype=d, device=self.layer.device) for s, d in shapes),
         )
-        layer = self.layer
-        settings = self.settings(certified, layer.solves, layer.uncertified, layer.metrics)
+        settings = self.settings(certified, self.layer.solves, self.layer.uncertified)
         kernels.solve_counts(None, buffers, self.solve_tables, settings, self.report)
         return buffers
 
     def settings(
-        self,
-        certified: torch.Tensor,
-        solves: torch.Tensor,
-        uncertified: torch.Tensor,
-        metrics: torch.Tensor,
+        self, certified: torch.Tensor, solves: torch.Tensor, uncertified: torch.Tensor
     ) -> kernels.Settings:
         """Return the solving kernel's counters and tolerances."""
         layer = self.layer
         return kernels.Settings(
-            certified, solves, uncertified, metrics, layer.tolerance, layer.max_iterations
+            certified, solves, uncertified, layer.tolerance, layer.max_iterations
         )
 
     def warmup_kernels(self, counters: torch.Tensor, narrow: torch.Tensor) -> None:
@@ -157,16 +152,16 @@ class LevellingBackend(TritonBackend):
         block, _ = self._current_block(n_sms)
         # The exchange of this endpoint is with no other rank.
         endpoint = None if self.peers is None else self.peers.endpoint.solo_endpoint()
-        traffic, metrics = (torch.zeros_like(x) for x in (self.layer.traffic, self.layer.metrics))
+        traffic, sums = (torch.zeros_like(x) for x in (self.layer.traffic, self.layer.metrics))
         versions = self.layer.live_versions
         spare = None if versions is None else torch.zeros_like(versions)
-        pipeline = self._create_scratch(block, n_sms, endpoint, traffic, spare).pipeline
+        pipeline = self._create_scratch(block, n_sms, endpoint, traffic, sums, spare).pipeline
         live_out = self._new_live_out()
         for dtype in (torch.int64, torch.int32):
             idx = self.warmup_ids(dtype)
             out, chunk = torch.empty_like(idx), chunk_size(2, n_sms)
             for certified in (counters[0], narrow):
-                settings = self.settings(certified, counters[1], counters[2], metrics)
+                settings = self.settings(certified, counters[1], counters[2])
                 for between in (None, lambda: None):
                     pipeline.run(idx, out, chunk, settings, between=between, live_out=live_out)
 
@@ -232,7 +227,8 @@ class LevellingBackend(TritonBackend):
             if kept is not None and kept.block is block:
                 return kept
         endpoint = None if self.peers is None else self.peers.endpoint
-        scratch = self._create_scratch(block, n_sms, endpoint, self.layer.traffic)
+        layer = self.layer
+        scratch = self._create_scratch(block, n_sms, endpoint, layer.traffic, layer.metrics)
         if stream is not None:
             self._scratches[stream, n_sms] = scratch
         return scratch
@@ -243,6 +239,7 @@ class LevellingBackend(TritonBackend):
         n_sms: int,
         endpoint: Endpoint | None,
         traffic: torch.Tensor,
+        sums: torch.Tensor,
         versions: torch.Tensor | None = None,
     ) -> _Scratch:
         """Make views of a block, and the pipeline on them; ``versions`` as in `make_live`."""
@@ -273,9 +270,13 @@ class LevellingBackend(TritonBackend):
                 buffers.counts,
                 gathered,
             )
+        metrics = kernels.BatchMetrics(
+            sums, buffers.counts if in_kernel is None else total, self.tables.views["home_experts"],
+            buffers.stats, buffers.ints, None if live is None else live.out,
+        )  # fmt: skip
         pipeline = kernels.Pipeline(
             running, self.report, buffers, self.solve_tables, self.select_tables, layer.rank,
-            in_kernel, quotas, live,
+            in_kernel, quotas, live, metrics,
         )  # fmt: skip
         return _Scratch(block, pipeline, buffers, exchange)
 

@@ -52,6 +52,8 @@ class TorchBackend(Backend):
             version = layer.version if layer.live_versions is None else layer.live_versions[:1]
             layer.communicator.exchange(counts, version, total, gathered)
         solution = self.solve(total, certified)
+        home_rank = self.tables.views["home_rank"]
+        add_metrics(layer.metrics, layer.placement, home_rank, total, solution)
         cumulative = self.cumulative_shares(solution.shares)
         views = self.tables.views
         start, slot = views["copy_start"], views["copy_slot"]
@@ -89,13 +91,15 @@ class TorchBackend(Backend):
         mean = max(float(counts.sum()), 1.0) / p.ep_size
         layer.metrics[Metric.AFTER] += (plan.max_load - float(solution.max_load)) / mean
         held = np.full_like(plan.experts, -1) if resident is None else resident
-        layer.metrics[Metric.FETCHED] += int(((plan.experts >= 0) & (plan.experts != held)).sum())
+        n_fetched = int(((plan.experts >= 0) & (plan.experts != held)).sum())
+        layer.metrics[Metric.FETCHED] += n_fetched
         checksum = 0
         if plan.pieces or layer.resident is not None:
             checksum = message_version(str((plan.pieces, plan.experts.tolist())).encode())
         layer.live_versions.copy_(layer.version + checksum)
         numbers = np.array([plan.max_load, plan.bound, plan.gap], dtype=np.float32)
-        words = np.append(plan.experts.astype(np.int32).reshape(-1), numbers.view(np.int32))
+        experts = plan.experts.astype(np.int32).reshape(-1)
+        words = np.concatenate([experts, numbers.view(np.int32), [np.int32(n_fetched)]])
         self.live_out = torch.from_numpy(words).to(layer.device)
         found = plan.copies.start, plan.copies.rank * p.slots_per_rank + plan.copies.place
         moved = [torch.from_numpy(a.astype(np.int32)) for a in (*found, plan.cumulative)]
@@ -111,8 +115,6 @@ class TorchBackend(Backend):
             layer.placement.problem(counts), layer.tolerance, layer.max_iterations, torch.float64
         )
         count_statuses(solution.status, certified, layer.solves, layer.uncertified)
-        home_rank = self.tables.views["home_rank"]
-        add_metrics(layer.metrics, layer.placement, home_rank, counts, solution)
         return solution
 
     def select(
