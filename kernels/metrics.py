@@ -59,7 +59,8 @@ def add_metrics(
         after = tl.load(live_out_ptr + n_live).to(tl.float32, bitcast=True)
         n_fetched = tl.load(live_out_ptr + n_live + 3)
     counted = (total > 0.0) & (status != INVALID)
-    scale = tl.where(counted, n_ranks / total, 0.0)
+    scale = n_ranks / tl.where(counted, total, 1.0)
+    before = tl.where(counted, before, 0.0)
     lane = tl.arange(0, LANES)
     # The first lane counts batches.
     value = tl.where(lane == BEFORE, before * scale, 1.0)
