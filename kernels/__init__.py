@@ -26,6 +26,7 @@ from lplb_triton.kernels.live.launch import (
     plan_live,
 )
 from lplb_triton.kernels.loads import MOST_EXPERTS, record_loads
+from lplb_triton.kernels.metrics import BatchMetrics
 from lplb_triton.kernels.pipeline import Pipeline
 from lplb_triton.kernels.quotas import Quotas, divide_quotas
 from lplb_triton.kernels.report import read_report
@@ -50,6 +51,7 @@ __all__ = [
     "MAX_RANKS",
     "MOST_EXPERTS",
     "STATUS_FIRST",
+    "BatchMetrics",
     "Channel",
     "Exchange",
     "Live",

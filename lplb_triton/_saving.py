@@ -20,7 +20,7 @@ __all__ = ["copy_balancer", "load_balancer", "saved_state"]
 B = TypeVar("B", bound="Balancer")
 
 # Tensors of a layer that copies and files keep.
-COUNTERS = ("certified", "solves", "uncertified", "traffic")
+COUNTERS = ("certified", "solves", "uncertified", "traffic", "metrics")
 
 
 @opaque

@@ -40,7 +40,7 @@ from lplb_triton.kernels.solve.expand_kernel import expand_kernel
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64", "uncertified_ptr": "*i64"}
 POINTERS |= {"addresses_ptr": "*i64", "traffic_ptr": "*i64", "edges_ptr": "*i64"}
-POINTERS |= {"pairs_ptr": "*i64", "report_ptr": "*i64"}
+POINTERS |= {"pairs_ptr": "*i64", "report_ptr": "*i64", "metrics_ptr": "*fp64"}
 POINTERS |= {"load_ptr": "*i64", "by_home_ptr": "*i64", "by_rank_ptr": "*i64"}
 POINTERS |= {"own_ptr": "*bf16", "arrived_ptr": "*bf16"}
 FLOATS = (
@@ -129,6 +129,7 @@ def jobs(capability):
     for check in (False, True):
         for slots in (0, 1):
             constants = {**bins, "BLOCK": SELECT_BLOCK, "CHECK": check, "LIVE": slots}
+            constants |= {"G": 0 if check else 8, "S": 8}
             yield select_kernel, constants, {"num_warps": 8}
     lanes, warps = {"LANES": 32 * WARPS}, {"num_warps": WARPS}
     for gather in (0, 1):

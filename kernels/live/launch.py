@@ -70,7 +70,8 @@ class Live(NamedTuple):
     base: torch.Tensor
     """[1] int32: checksum of the placement."""
     out: torch.Tensor
-    """[G L + 3] int32: experts of live slots, then load, bound and gap in bits of float32."""
+    """[G L + 4] int32: experts of live slots, then load, bound and gap in bits of float32, and
+    how many experts are fetched."""
     rules: LiveRules
     live_per_rank: int
 

@@ -35,7 +35,7 @@ class Backend(ABC):
     tables : DeviceTables
         The placement's index tables on the device.
     live_out : torch.Tensor or None
-        ``[ep_size * live_per_rank + 3]`` int32, the last plan of live slots; None before there is
+        ``[ep_size * live_per_rank + 4]`` int32, the last plan of live slots; None before there is
         one.
     """
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 import torch
 
-from lplb_triton._layout import CHANNELS
+from lplb_triton._layout import CHANNELS, N_METRICS
 from lplb_triton.placement import Placement
 from lplb_triton.solution import SolveError
 
@@ -31,6 +31,8 @@ class Layer:
 
     Attributes
     ----------
+    metrics : torch.Tensor
+        ``[N_METRICS]`` float64 on the device, sums over groups and batches; see `_layout.Metric`.
     version : torch.Tensor
         ``[1]`` int32 on the device, checksum of the placement; sent with the counts.
     live : LiveRules or None
@@ -60,6 +62,7 @@ class Layer:
     solves: torch.Tensor
     uncertified: torch.Tensor
     traffic: torch.Tensor
+    metrics: torch.Tensor
     version: torch.Tensor
     default_n_sms: int
     live: LiveRules | None = None
@@ -123,6 +126,7 @@ def create_layer(
         solves=zeros(1, torch.int64),
         uncertified=zeros(1, torch.int64),
         traffic=zeros(3, torch.int64),
+        metrics=zeros(N_METRICS, torch.float64),
         version=zeros(1, torch.int32),
         default_n_sms=_default_n_sms(device),
         live=live,
