@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lplb_triton.bench.tables import LABELS, require
+from lplb_triton.bench.tables import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -64,7 +64,7 @@ class Line:
 
 
 def draw_swatch(kind: str, shape: str) -> str:
-    """Draw the sign of a legend: ``line0`` .. ``line3``, ``box``, ``mark``, or a mark of a layer."""
+    """Draw the sign of a legend: ``line0`` to ``line3``, ``box``, ``mark``, or a layer's mark."""
     if shape.startswith("line"):
         body = _draw_path(kind, int(shape[4:]), "M1 6H27")
     elif shape == "box":
@@ -220,7 +220,7 @@ def draw_lines(
 
     def draw(width: int, name: str) -> str:
         frame = Frame(width, 250, low - pad, high + pad, x[0], x[-1])
-        body = frame.draw_y_axis(y_axis)
+        body, base = frame.draw_y_axis(y_axis), frame.height - frame.bottom
         if below is not None:
             bottom = frame.y(frame.low)
             edge = _join(frame, x, below).replace("M", "L", 1)
@@ -229,9 +229,7 @@ def draw_lines(
                 f'L{frame.x(x[-1]):.1f} {bottom:.1f}Z"/>'
             )
         for cut in cuts:
-            body.append(
-                f'<path class="cut" d="M{frame.x(cut):.1f} {frame.top}V{frame.height - frame.bottom}"/>'
-            )
+            body.append(f'<path class="cut" d="M{frame.x(cut):.1f} {frame.top}V{base}"/>')
         if level is not None:
             y = frame.y(level[0])
             body.append(f'<path class="level" d="M{frame.left} {y:.1f}H{width - frame.right}"/>')

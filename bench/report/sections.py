@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lplb_triton.bench.report import charts, words
-from lplb_triton.bench.report.svg import WIDE
+from lplb_triton.bench.report.svg import PANEL, WIDE
 from lplb_triton.bench.tables import LABELS
 from lplb_triton.bench.types import Floats
 
@@ -90,10 +90,13 @@ def average_layers(cell: Mapping[str, Any]) -> tuple[dict[str, Floats], Floats]:
     """Mean over the layers of each batch's imbalance, by way, and of the bound."""
     layers = cell["by_layer"]
     values = {
-        name: np.mean([layer["imbalance"][name] for layer in layers], axis=0, dtype=np.float64)
+        name: np.array([layer["imbalance"][name] for layer in layers], dtype=np.float64).mean(
+            axis=0
+        )
         for name in NAMES
     }
-    return values, np.mean([layer["bound"] for layer in layers], axis=0, dtype=np.float64)
+    bounds = np.array([layer["bound"] for layer in layers], dtype=np.float64)
+    return values, bounds.mean(axis=0)
 
 
 def show_time(cell: Mapping[str, Any], stretches: Sequence[Mapping[str, Any]]) -> str:
@@ -209,8 +212,8 @@ def show_ranks(found: Mapping[str, Any]) -> str:
     scale = charts.draw_scale("ranks-scale", MOST_RANK)
     return (
         "<p>A row is a rank, a column a batch. Orange ranks have more than the mean load, and the "
-        "strongest orange of a column sets its time; blue ranks have less and wait. A row that stays "
-        "orange has hot experts whose copies lie in the wrong places.</p>\n"
+        "strongest orange of a column sets its time; blue ranks have less and wait. A row that "
+        "stays orange has hot experts whose copies lie in the wrong places.</p>\n"
         f'<div class="pairs">{"".join(maps)}</div>\n<figure><figcaption>Load of a rank over the '
         f"mean load of its batch</figcaption>{scale}</figure>"
     )
@@ -275,32 +278,6 @@ def _show_changes(changes: Sequence[Mapping[str, Any]]) -> str:
 def show_batch_sizes(shown: Mapping[str, Any]) -> str:
     """Show from which batch size on it pays, and how the imbalance changes with the size."""
     saving = shown["saving"]
-    grid = [float(size) for size in saving["grid"]]
-    x = np.log2(grid).tolist()
-    sizes = [size for size in saving["sizes"] if size["net"][0] is not None]
-    parts = []
-    if sizes:
-        net = np.clip(100 * np.array([size["net"] for size in sizes], dtype=np.float64), -50, 100)
-        low, high = min(-5.0, 1.1 * float(net.min())), max(5.0, 1.1 * float(net.max()))
-        title = "Time that is saved over EPLB, after what balancing costs"
-        pays = [words.name_size(s) + ": " + str(s["pays_from"]["eplb"]) for s in sizes]
-        kinds = [f"size{at}" for at in range(4)]
-        names = [f"{s['name']} ({int(s['hidden'])} x {int(s['inner'])})" for s in sizes]
-        told = "Tokens of a rank from which on it pays: " + "; ".join(pays) + "."
-        parts.append(draw_figure(
-            "saving", title,
-            "Balancing pays where a line is above 0. <strong>Predicted</strong>, forward pass; "
-            "in training the backward pass adds twice the work, so that it pays earlier. Lines "
-            "are cut off below -50%.",
-            charts.draw_lines(
-                "saving-picture", title, told,
-                [charts.Line(kind, row.tolist()) for kind, row in zip(kinds, net, strict=False)],
-                x=x, x_ticks=[(v, f"{2 ** round(v):,}") for v in x if round(v) % 3 == 1],
-                x_axis="tokens of a rank in a batch", y_axis="time saved, % of EPLB's",
-                y_range=(low, high), level=(0.0, "pays above this line"),
-            ),
-            draw_legend([(kinds[at], f"line{at}", name) for at, name in enumerate(names)]),
-        ))  # fmt: skip
     rows = [
         [
             words.name_size(size),
@@ -308,12 +285,6 @@ def show_batch_sizes(shown: Mapping[str, Any]) -> str:
         ]
         for size in saving["sizes"]
     ]
-    parts.append(draw_table(["it pays from (tokens of a rank)", "over EPLB", "over none"], rows))
-    parts.append(
-        f'<p class="note">Times: {escape(str(saving["source"]))}; communication, routing and '
-        "attention are left out. For your own sizes and GPU: <code>lplb-bench advise --trace "
-        "FILE --hidden N --inner N --top-k N --tokens N</code>.</p>"
-    )
     larger = [
         [
             f"{int(row['batches'])}",
@@ -324,12 +295,47 @@ def show_batch_sizes(shown: Mapping[str, Any]) -> str:
         for row in shown["batch_sizes"]
     ]
     header = ["batches", "mean load", "no balancing", "EPLB", "linear program", "less than EPLB"]
-    parts.append(
-        "<h3>Larger batches</h3>\n<p>Successive batches added up stand for larger ones: how many, "
-        "the mean load of a rank (tokens times top-k), and the most loaded rank over that "
-        "mean.</p>\n" + draw_table(header, larger)
+    return "\n".join(
+        [
+            _draw_saving(saving),
+            draw_table(["it pays from (tokens of a rank)", "over EPLB", "over none"], rows),
+            f'<p class="note">Times: {escape(str(saving["source"]))}; communication, routing and '
+            "attention are left out. For your own sizes and GPU: <code>lplb-bench advise --trace "
+            "FILE --hidden N --inner N --top-k N --tokens N</code>.</p>",
+            "<h3>Larger batches</h3>",
+            "<p>Successive batches added up stand for larger ones: how many, the mean load of a "
+            "rank (tokens times top-k), and the most loaded rank over that mean.</p>",
+            draw_table(header, larger),
+        ]
     )
-    return "\n".join(parts)
+
+
+def _draw_saving(saving: Mapping[str, Any]) -> str:
+    """Draw what is saved over the sizes of batches, if any batch has tokens."""
+    sizes = [size for size in saving["sizes"] if size["net"][0] is not None]
+    if not sizes:
+        return ""
+    x = np.log2([float(size) for size in saving["grid"]]).tolist()
+    net = np.clip(100 * np.array([size["net"] for size in sizes], dtype=np.float64), -50, 100)
+    low, high = min(-5.0, 1.1 * float(net.min())), max(5.0, 1.1 * float(net.max()))
+    pays = [f"{words.name_size(s)}: {s['pays_from']['eplb'] or 'never'}" for s in sizes]
+    names = [f"{s['name']} ({int(s['hidden'])} x {int(s['inner'])})" for s in sizes]
+    title = "Time that is saved over EPLB, after what balancing costs"
+    lines = [charts.Line(f"size{at}", row.tolist()) for at, row in enumerate(net)]
+    return draw_figure(
+        "saving", title,
+        "Balancing pays where a line is above 0. <strong>Predicted</strong>, forward pass; in "
+        "training the backward pass adds twice the work, so that it pays earlier. Lines are cut "
+        "off below -50%. Sizes: width of the model x inner width of an expert.",
+        charts.draw_lines(
+            "saving-picture", title,
+            "Tokens of a rank from which on it pays: " + "; ".join(pays) + ".",
+            lines, x=x, x_ticks=[(v, f"{2 ** round(v):,}") for v in x if round(v) % 3 == 1],
+            x_axis="tokens of a rank in a batch", y_axis="time saved, % of EPLB's",
+            y_range=(low, high), level=(0.0, "pays above this line"),
+        ),
+        draw_legend([(line.kind, f"line{at}", names[at]) for at, line in enumerate(lines)]),
+    )  # fmt: skip
 
 
 def _format_from(tokens: Any, grid: Sequence[int]) -> str:
@@ -356,7 +362,7 @@ def show_experts(found: Mapping[str, Any]) -> str:
             (str(steps[0]), str(steps[-1])), 1, width, 260,
         )
         + "</div>"
-        for kind, width in (("wide", WIDE), ("narrow", charts.PANEL))
+        for kind, width in (("wide", WIDE), ("narrow", PANEL))
     ]  # fmt: skip
     return draw_figure(
         "experts-map", title,
@@ -375,8 +381,8 @@ def show_live(found: Mapping[str, Any]) -> str:
     return draw_figure(
         "live-slots", title,
         f"{words.count_slots(int(found['live']))} more on each rank, filled with an expert where a "
-        f"batch needs it: {words.name_cell(found)}. {100 * found['fetching']:.1f}% of the batches would "
-        f"fetch, those whose linear program leaves more than {found['above']:g} times the mean "
+        f"batch needs it: {words.name_cell(found)}. {100 * found['fetching']:.1f}% of the batches "
+        f"would fetch, those whose program leaves more than {found['above']:g} times the mean "
         f"load; {found['pieces']:.2f} experts per rank and batch. Mean {lp.mean():.3f} without and "
         f"{live.mean():.3f} with live slots, largest {lp.max():.3f} and {live.max():.3f}.",
         charts.draw_lines(

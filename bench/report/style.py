@@ -7,10 +7,12 @@ __all__ = ["STYLE"]
 STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --ink: #1d2126; --soft: #565e68;
   --grid: #e1e4e8; --axis: #7d858f; --card: #f3f5f7; --none: #878e98; --eplb: #c84f00;
-  --lp: #0067ab; --work: #ccd4dc; --tokens: #b5539a; --copies: #a88400; --limit: #cdd4db; --link: #005a96 }
+  --lp: #0067ab; --work: #ccd4dc; --tokens: #b5539a; --copies: #a88400; --limit: #cdd4db;
+  --link: #005a96 }
 @media (prefers-color-scheme: dark) { :root { --ground: #14171b; --ink: #e9ecef; --soft: #a9b1bb;
   --grid: #2d333a; --axis: #7b848e; --card: #1f242a; --none: #8f98a3; --eplb: #ff8f45;
-  --lp: #58b4f2; --work: #47505a; --tokens: #dd8fc6; --copies: #e0bf4a; --limit: #3b434c; --link: #7cc4f5 } }
+  --lp: #58b4f2; --work: #47505a; --tokens: #dd8fc6; --copies: #e0bf4a; --limit: #3b434c;
+  --link: #7cc4f5 } }
 * { box-sizing: border-box }
 body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; margin: 0;
   background: var(--ground); color: var(--ink); overflow-wrap: anywhere }
@@ -23,7 +25,8 @@ h3 { font-size: 1rem; margin: 0 0 .3rem }
 p, ul, ol { margin: .5rem 0 } ul, ol { padding-left: 1.3rem }
 .source, .note, figcaption { color: var(--soft); font-size: .9rem }
 .source { margin: 0 }
-.number { font-size: 3.2rem; line-height: 1.1; font-weight: 700; color: var(--lp); margin: .6rem 0 0 }
+.number { font-size: 3.2rem; line-height: 1.1; font-weight: 700; color: var(--lp);
+  margin: .6rem 0 0 }
 .answers { display: grid; gap: 12px; margin: 1.2rem 0 }
 .answers > div { background: var(--card); border-left: 4px solid var(--lp); padding: 12px 14px }
 figure { margin: 1.2rem 0 } figcaption { margin-bottom: .5rem }
@@ -50,7 +53,8 @@ svg image { image-rendering: pixelated }
   margin: .4rem 0 0; font-size: .85rem }
 .legend li { display: flex; align-items: center; gap: 6px }
 .swatch { width: 28px; height: 12px; flex: none }
-.narrow { display: none } .pairs figure { margin: 0 } .pairs { display: grid; grid-template-columns: 1fr 1fr; gap: 14px 24px }
+.narrow { display: none } .pairs figure { margin: 0 }
+.pairs { display: grid; grid-template-columns: 1fr 1fr; gap: 14px 24px }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums;
   margin: .6rem 0; overflow-wrap: normal }
