@@ -216,6 +216,30 @@ def test_gains_in_words(saved, said):
     assert words.compare_tokens(saved) == said
 
 
+def test_headline_without_copies(trace):
+    """Where there are no copies, the headline is the imbalance, and the page has no minus zero."""
+    (none,) = balance.run(trace, balance.Options((8,), (1,), ("none",)))
+    values = {name: float(none.imbalance(name).mean()) for name in ("none", "eplb", "integer")}
+    stated = {name: {"mean": v, "p95": v} for name, v in values.items()}
+    cell = {"slots": 0, "imbalance": stated, "by_layer": [{"bound": [1.0]}]}
+    headline, number, unit, text = words.say_headline(cell)
+    assert "nothing is balanced" in headline and number == f"{values['none']:.2f}"
+    assert "mean load" in unit and f"{values['eplb']:.2f}" in text
+
+
+def test_one_batch_is_a_level_line():
+    """A picture of a single batch has lines that can be seen."""
+    lines = [charts.Line("none", [1.5]), charts.Line("lp", [1.1])]
+    drawn = charts.draw_lines("a", "b", "c", lines, x=[0.0], x_axis="d", y_axis="e", below=[1.0])
+    assert drawn.count('class="line') == 4 and drawn.count("L670.0") >= 2
+
+
+def test_counts_of_things():
+    """One thing is in the singular, several in the plural."""
+    said = [words.count_things(1, "test batch"), words.count_things(1200, "test batch")]
+    assert said == ["1 test batch", "1,200 test batches"] and words.count_slots(2) == "2 slots"
+
+
 def test_advice_without_a_gain(trace, cells):
     """Where the linear program gains under 1%, the answer is that EPLB is enough."""
     figures = {"none": 1.5, "eplb": 1.004, "integer": 1.003}

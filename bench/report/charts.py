@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -211,6 +212,11 @@ def draw_lines(
     str
         The picture for a screen and the one for a phone.
     """
+    if len(x) == 1:
+        # A single value becomes a level line.
+        x = (x[0] - 0.5, x[0] + 0.5)
+        lines = [Line(line.kind, (line.values[0],) * 2) for line in lines]
+        below = None if below is None else (below[0],) * 2
     shown = [line.values for line in lines] + ([below] if below is not None else [])
     values = np.array(shown, dtype=np.float64)
     if not np.isfinite(values).all():
@@ -258,7 +264,7 @@ def draw_layers(
     values: Mapping[str, Sequence[float]],
     axis: str,
 ) -> str:
-    """Draw a row of marks for each layer.
+    """Draw a row of marks for each layer, on a logarithmic axis that starts at 1.
 
     Parameters
     ----------
@@ -276,24 +282,35 @@ def draw_layers(
     str
         The picture for a screen and the one for a phone.
     """
-    last = max(max(v) for v in values.values())
+    logs = {kind: np.log(np.maximum(v, 1.0)).tolist() for kind, v in values.items()}
+    last = max(max(max(v) for v in logs.values()), 0.05)
 
     def draw(width: int, name: str) -> str:
         row, height = 24, 24 * len(layers) + 48
-        frame = Frame(width, height, 0, 1, 1.0, max(last, 1.05), left=66, right=12, top=0)
-        body = []
-        ticks = choose_ticks(1.0, frame.last, width // 62)
-        for value in ticks:
+        frame = Frame(width, height, 0, 1, 0.0, last, left=66, right=12, top=0)
+        body, ticks = [], _choose_log_ticks(frame)
+        for value, _ in ticks:
             body.append(f'<path class="grid" d="M{frame.x(value):.1f} 2V{height - 40}"/>')
         for at, layer in enumerate(layers):
             y = row * at + 14
             body.append(draw_text(0, y + 4, f"layer {int(layer)}", "start"))
             body.append(f'<path class="grid" d="M{frame.left} {y}H{width - frame.right}"/>')
-            body += [_draw_mark(kind, frame.x(v[at]), y) for kind, v in values.items()]
-        body += frame.draw_x_axis(axis, [(v, format_tick(v)) for v in ticks])
+            body += [_draw_mark(kind, frame.x(v[at]), y) for kind, v in logs.items()]
+        body += frame.draw_x_axis(axis, ticks)
         return wrap_picture(name, title, description, width, height, body)
 
     return _draw_twice(name, draw)
+
+
+def _choose_log_ticks(frame: Frame) -> list[tuple[float, str]]:
+    """Choose round numbers from 1 on that are far enough from each other on a logarithmic axis."""
+    ticks: list[tuple[float, str]] = []
+    for scale in (1, 10, 100, 1000, 10000):
+        for value in (1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 5.0, 7.0):
+            at, text = math.log(value * scale), format_tick(value * scale)
+            if at <= frame.last and (not ticks or frame.x(at) >= frame.x(ticks[-1][0]) + 42):
+                ticks.append((at, text))
+    return ticks
 
 
 def _draw_mark(kind: str, x: float, y: float) -> str:

@@ -114,9 +114,9 @@ def _lay_out(report: Mapping[str, Any]) -> str:
 
 def _show_head(report: Mapping[str, Any], cell: Mapping[str, Any], source: str) -> str:
     """Lay out the headline, its picture and the three answers."""
-    found = words.find_headline(cell)
-    layers, batches = len(cell["by_layer"]), len(cell["by_layer"][0]["bound"])
-    number = f"{-100 * found.eplb:+.0f}%".replace("-", "\N{MINUS SIGN}")
+    headline, number, unit, text = words.say_headline(cell)
+    batches = words.count_things(len(cell["by_layer"][0]["bound"]), "test batch")
+    layers = words.count_things(len(cell["by_layer"]), "layer")
     answers = (
         ("What do I gain?", words.answer_gain(cell)),
         (
@@ -129,14 +129,9 @@ def _show_head(report: Mapping[str, Any], cell: Mapping[str, Any], source: str) 
     return (
         f'<header id="summary">\n<p class="source">Load balance of {source}: '
         f"{words.name_cell(cell)}</p>\n"
-        f"<h1>The slowest rank gets {words.compare_tokens(found.eplb)} with EPLB, and "
-        f"{words.compare_tokens(found.none, '')} with no balancing</h1>\n"
-        f'<p class="number">{number}</p>\n<p class="note">load of the slowest rank against EPLB, '
-        f"mean over {batches} test batches of {layers} layer{'' if layers == 1 else 's'}</p>\n"
-        f"<p>In the worst batches (95th percentile) it gets "
-        f"{words.compare_tokens(found.eplb_p95)} with EPLB and "
-        f"{words.compare_tokens(found.none_p95, '')} with no balancing. Whatever the split, these "
-        f"copies allow no more than {100 * found.most:.0f}% fewer than with EPLB.</p>\n"
+        f"<h1>{headline}</h1>\n"
+        f'<p class="number">{number}</p>\n<p class="note">{unit}, mean over {batches} of {layers}'
+        f"</p>\n<p>{text}</p>\n"
         f"{sections.show_waiting(cell)}\n"
         f'<div class="answers">{cards}</div>\n</header>'
     )
@@ -165,10 +160,13 @@ def _show_details(report: Mapping[str, Any]) -> str:
     header = ["combination", "certified", "largest gap", "steps: mean, max", "us per LP"]
     time_is = next(cell["lps"]["time_is"] for cell in report["cells"] if cell["applicable"])
     environment = {k: v for k, v in report["environment"].items() if v is not None}
+    facts = [
+        words.count_things(int(trace[f"{name}es" if name == "batch" else f"{name}s"]), name)
+        for name in ("expert", "layer", "batch", "source")
+    ]
     return (
-        f"<p>{int(trace['experts'])} experts, {int(trace['layers'])} layers, "
-        f"{int(trace['batches'])} batches from {int(trace['sources'])} source(s). Experts were "
-        "placed by the first batches of each stretch, and the following ones balanced.</p>\n"
+        f"<p>{facts[0]}, {facts[1]}, {facts[2]} from {facts[3]}. Experts were placed by the first "
+        "batches of each stretch, and the following ones balanced.</p>\n"
         + sections.draw_table(header, rows)
         + f'\n<p class="note">Time per LP: {escape(str(time_is))}. The whole comparison took '
         f"{report['seconds']:.1f} s.</p>\n"

@@ -180,7 +180,7 @@ def show_layers(cell: Mapping[str, Any]) -> str:
         charts.draw_layers(
             "layers-picture", title,
             f"No balancing, EPLB, linear program, and the least of any split. {told}.",
-            layers, values, LOAD_AXIS,
+            layers, values, "most loaded rank (mean = 1, log scale)",
         ),
         draw_legend([
             ("none", "ring", NAMES["none"]), ("eplb", "square", NAMES["eplb"]),
@@ -230,7 +230,9 @@ def show_remainder(report: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
         label = f"{other['placement']}, {words.count_slots(int(other['slots']))}"
         kinds = zip(("copies", "solver", "tokens"), parts, strict=True)
         bars.append(charts.Bar(label, list(kinds), f"{sum(parts):.1f}%"))
-        rows.append([escape(label), *(f"{v:.2f}%" for v in parts), f"{sum(parts):.2f}%"])
+        together = [*parts, sum(parts)]
+        # Rounding first keeps a tiny negative number from becoming -0.00.
+        rows.append([escape(label), *(f"{round(v, 2) + 0.0:.2f}%" for v in together)])
     told = "; ".join(f"{bar.name}: {bar.text}" for bar in bars)
     title = "What is left above the mean load"
     made_of = draw_figure(
@@ -316,7 +318,7 @@ def _draw_saving(saving: Mapping[str, Any]) -> str:
     if not sizes:
         return ""
     x = np.log2([float(size) for size in saving["grid"]]).tolist()
-    net = np.clip(100 * np.array([size["net"] for size in sizes], dtype=np.float64), -50, 100)
+    net = np.clip(100 * np.array([size["net"] for size in sizes], dtype=np.float64), -20, 100)
     low, high = min(-5.0, 1.1 * float(net.min())), max(5.0, 1.1 * float(net.max()))
     pays = [f"{words.name_size(s)}: {s['pays_from']['eplb'] or 'never'}" for s in sizes]
     names = [f"{s['name']} ({int(s['hidden'])} x {int(s['inner'])})" for s in sizes]
@@ -324,9 +326,10 @@ def _draw_saving(saving: Mapping[str, Any]) -> str:
     lines = [charts.Line(f"size{at}", row.tolist()) for at, row in enumerate(net)]
     return draw_figure(
         "saving", title,
-        "Balancing pays where a line is above 0. <strong>Predicted</strong>, forward pass; in "
-        "training the backward pass adds twice the work, so that it pays earlier. Lines are cut "
-        "off below -50%. Sizes: width of the model x inner width of an expert.",
+        "Balancing pays where a line is above 0. <strong>Predicted</strong> from the recorded "
+        "loads, as if batches of every size had them; forward pass (in training the backward pass adds "
+        "twice the work, so that it pays earlier). Lines are cut off below -20%. Sizes: width of "
+        "the model x inner width of an expert.",
         charts.draw_lines(
             "saving-picture", title,
             "Tokens of a rank from which on it pays: " + "; ".join(pays) + ".",

@@ -58,15 +58,16 @@ svg image { image-rendering: pixelated }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums;
   margin: .6rem 0; overflow-wrap: normal }
-th, td { padding: .25rem .6rem .25rem 0; text-align: right; vertical-align: bottom }
-th { color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--axis) }
+th, td { padding: .25rem .6rem .25rem 0; text-align: right; vertical-align: top }
+th { vertical-align: bottom; color: var(--soft); font-weight: 600;
+  border-bottom: 1px solid var(--axis) }
 th:first-child, td:first-child { text-align: left }
 nav ul { columns: 2; padding-left: 1.1rem } dt { font-weight: 600 } dd { margin: 0 0 .5rem 0 }
 code { font-size: .9em }
 @media (max-width: 719px) {
   .wide { display: none } .narrow { display: block } .pairs { grid-template-columns: 1fr }
   .number { font-size: 2.6rem } h1 { font-size: 1.3rem } nav ul { columns: 1 }
-  th, td { padding-right: .3rem } table { font-size: .7rem } }
+  th, td { padding-right: .25rem } table { font-size: .68rem } }
 @media (min-width: 1180px) {
   .page { max-width: 1022px; display: grid; grid-template-columns: 210px 740px; gap: 0 40px }
   header, main { grid-column: 2 }

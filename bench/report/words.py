@@ -17,8 +17,10 @@ __all__ = [
     "answer_gain",
     "compare_tokens",
     "count_slots",
+    "count_things",
     "find_headline",
     "name_cell",
+    "say_headline",
     "name_size",
     "sort_changes",
 ]
@@ -88,7 +90,37 @@ def name_cell(cell: Mapping[str, Any], short: bool = False) -> str:
 
 def count_slots(number: int) -> str:
     """Say how many slots."""
-    return f"{number} slot{'' if number == 1 else 's'}"
+    return count_things(number, "slot")
+
+
+def count_things(number: int, noun: str) -> str:
+    """Say how many there are of something."""
+    some = {"batch": "batches"}.get(noun.split()[-1], f"{noun.split()[-1]}s")
+    plural = " ".join([*noun.split()[:-1], some])
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def say_headline(cell: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Say the headline: in words, as a number, what the number is, and the text below it."""
+    found = find_headline(cell)
+    if not int(cell["slots"]):
+        mean = {name: float(cell["imbalance"][name]["mean"]) for name in ("integer", "eplb")}
+        return (
+            f"Without copies nothing is balanced: the slowest rank has {mean['integer']:.2f} times "
+            "the mean load",
+            f"{mean['integer']:.2f}",
+            "load of the slowest rank over the mean load",
+            f"EPLB's order of the experts, without copies too, has {mean['eplb']:.2f}.",
+        )
+    return (
+        f"The slowest rank gets {compare_tokens(found.eplb)} with EPLB, and "
+        f"{compare_tokens(found.none, '')} with no balancing",
+        f"{-100 * found.eplb:+.0f}%".replace("-", "\N{MINUS SIGN}"),
+        "load of the slowest rank against EPLB",
+        f"In the worst batches (95th percentile) it gets {compare_tokens(found.eplb_p95)} with "
+        f"EPLB and {compare_tokens(found.none_p95, '')} with no balancing. No split over these "
+        f"copies can do better than {compare_tokens(found.most)} with EPLB.",
+    )
 
 
 def answer_gain(cell: Mapping[str, Any]) -> str:
