@@ -2,8 +2,8 @@
 # # From a model to a report
 #
 # A walk from a model of transformers to a trace of its own expert loads, to a report of what
-# balancing would gain, and to advice. Nothing is downloaded, no GPU is needed, and it takes less
-# than a minute. Run it as a script, `python examples/walkthrough.py`, or as a page,
+# balancing would gain, and to advice. Nothing is downloaded, no GPU is needed, and it takes about
+# ten seconds. Run it as a script, `python examples/walkthrough.py`, or as a page,
 # `python examples/render.py examples/walkthrough.py walkthrough.html`.
 
 # %%
@@ -33,15 +33,14 @@ for layer in model.model.layers:
 # %% [markdown]
 # ## The trace
 #
-# `record` counts which experts the tokens of each forward pass go to. Every batch has a topic of
-# its own, 200 words of the vocabulary, so that loads change from batch to batch as those of text
-# do.
+# `record` counts which experts the tokens of each forward pass go to. Every batch has 2,048
+# tokens and a topic of its own, 200 words of the vocabulary, so that loads change from batch to
+# batch as those of text do.
 
 # %%
 with record(model, "trace.npz"), torch.no_grad():
-    for _ in range(48):
-        topic = torch.randint(2048, (200,))
-        model(topic[torch.randint(200, (16, 256))])
+    for _ in range(40):
+        model(torch.randint(2048, (200,))[torch.randint(200, (16, 128))])
 
 # %% [markdown]
 # ## The report

@@ -327,9 +327,9 @@ def _draw_saving(saving: Mapping[str, Any]) -> str:
     return draw_figure(
         "saving", title,
         "Balancing pays where a line is above 0. <strong>Predicted</strong> from the recorded "
-        "loads, as if batches of every size had them; forward pass (in training the backward pass adds "
-        "twice the work, so that it pays earlier). Lines are cut off below -20%. Sizes: width of "
-        "the model x inner width of an expert.",
+        "loads, as if batches of every size had them; forward pass (in training the backward pass "
+        "adds twice the work, so that it pays earlier). Lines are cut off below -20%. Sizes: width "
+        "of the model x inner width of an expert.",
         charts.draw_lines(
             "saving-picture", title,
             "Tokens of a rank from which on it pays: " + "; ".join(pays) + ".",
