@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from lplb_triton.bench import balance, report
 from lplb_triton.bench.advise.predict import GRID
 from lplb_triton.bench.live import find_gain
 from lplb_triton.bench.report import charts, svg, words
+from lplb_triton.bench.report.style import STYLE
 from lplb_triton.traces import trace as traces
 
 OPTIONS = balance.Options((8,), (1, 2), ("eplb",))
@@ -270,3 +272,31 @@ def test_an_empty_batch_is_balanced():
     trace = traces.Trace(counts, np.arange(len(counts)))
     found = find_gain(trace, balance.run(trace, balance.Options((8,), (1,), ("eplb",))))
     assert found["imbalance"]["lp"][-1] == found["imbalance"]["live"][-1] == 1.0
+
+
+def read_colors(text):
+    """Return the colours that a part of the style gives names to, as red, green and blue."""
+    found = re.findall(r"--(\w+): #(\w{6})", text)
+    return {name: [int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)] for name, code in found}
+
+
+def find_contrast(one, other):
+    """Compute the contrast of two colours as the web's accessibility guidelines define it."""
+    lights = []
+    for color in (one, other):
+        parts = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in color]
+        lights.append(0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2])
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
+
+
+def test_colors_stand_out_in_both_schemes():
+    """Letters have a contrast of at least 4.5 to what is behind them, lines and bars of 3."""
+    light, dark = STYLE.split("@media (prefers-color-scheme: dark)")
+    schemes = [read_colors(light), read_colors(dark.partition("} }")[0])]
+    assert schemes[0].keys() == schemes[1].keys() and len(schemes[0]) == 14
+    for colors in schemes:
+        for name in ("ink", "soft", "link", "lp"):
+            assert find_contrast(colors[name], colors["ground"]) >= 4.5, name
+        assert find_contrast(colors["ink"], colors["card"]) >= 4.5
+        for name in ("none", "eplb", "lp", "tokens", "copies", "axis"):
+            assert find_contrast(colors[name], colors["ground"]) >= 3, name

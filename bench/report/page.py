@@ -19,6 +19,7 @@ WORDS = {
     "rank": "A GPU of the expert-parallel group, which holds some of the experts of each layer.",
     "load": "Tokens that a rank computes in a layer, counted once for each of their experts.",
     "imbalance": "Load of the most loaded rank over the mean load of a batch. 1 is perfect.",
+    "slowest rank": "The most loaded one of a batch, for which all others wait.",
     "redundant slot": "Room on a rank for one more expert: a copy of one that lies elsewhere.",
     "EPLB": "A placement by past loads that copies hot experts; copies of an expert share evenly.",
     "linear program (LP)": "Decides for each batch, from its own loads, how many tokens each copy "
@@ -125,7 +126,7 @@ def _show_head(report: Mapping[str, Any], cell: Mapping[str, Any], source: str) 
         ),
         ("What should I change?", words.answer_changes(report, cell)),
     )
-    cards = "".join(f"<div><h3>{name}</h3>{text}</div>" for name, text in answers)
+    cards = "".join(f"<div><h2>{name}</h2>{text}</div>" for name, text in answers)
     return (
         f'<header id="summary">\n<p class="source">Load balance of {source}: '
         f"{words.name_cell(cell)}</p>\n"

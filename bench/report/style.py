@@ -29,6 +29,7 @@ p, ul, ol { margin: .5rem 0 } ul, ol { padding-left: 1.3rem }
   margin: .6rem 0 0 }
 .answers { display: grid; gap: 12px; margin: 1.2rem 0 }
 .answers > div { background: var(--card); border-left: 4px solid var(--lp); padding: 12px 14px }
+.answers h2 { border: 0; margin: 0; padding: 0; font-size: 1rem }
 figure { margin: 1.2rem 0 } figcaption { margin-bottom: .5rem }
 figcaption b { display: block; color: var(--ink); font-size: 1rem }
 svg { display: block; width: 100%; height: auto }
@@ -46,7 +47,7 @@ svg image { image-rendering: pixelated }
 .line.lp, .line.size2 { stroke: var(--lp) } .line.size3 { stroke: var(--tokens) }
 .ring { fill: var(--ground); stroke-width: 2 } .ring.none { stroke: var(--none) }
 .fill.none { fill: var(--none) } .fill.eplb { fill: var(--eplb) } .fill.lp { fill: var(--lp) }
-.fill.work { fill: var(--work) } .fill.limit { fill: var(--limit) }
+.fill.work { fill: var(--work); stroke: var(--axis) } .fill.limit { fill: var(--limit) }
 .fill.copies { fill: var(--copies) } .fill.solver { fill: var(--none) }
 .fill.tokens { fill: var(--tokens) }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; list-style: none; padding: 0;
