@@ -226,7 +226,7 @@ def _advise(change: Mapping[str, Any]) -> str:
     slots = int(change["slots"])
     return {
         "slots": f"One more slot per rank ({slots}), which takes the memory of one more expert",
-        "chain": "The placement <code>chain</code> with as many slots, which costs nothing",
+        "chain": "The placement <code>chain</code> with as many slots, which costs no more",
         "fresh": "Placing experts anew more often, at the very most",
     }[change["change"]]
 
