@@ -1,5 +1,6 @@
 # make run    balance the packaged trace (tables, picture, JSON and report in lplb-bench-results/)
 # make test   lint, type-check and test
+# make walkthrough    from a model of transformers to a report of its own trace, as a page
 # make test-integrations    train in transformers, Megatron-Core and torchtitan (half an hour)
 #     test-frameworks, test-megatron, test-torchtitan    its parts: packages of this environment,
 #                           Megatron-Core for Python 3.12, torchtitan in an environment of its own
@@ -43,11 +44,18 @@ define make_venv
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: run test test-integrations test-frameworks test-megatron test-torchtitan test-vllm \
+.PHONY: run test walkthrough test-integrations test-frameworks test-megatron test-torchtitan test-vllm \
   lint format clean
 
 run: $(VENV)/.installed-bench
 	$(BIN)/lplb-bench balance $(RUN_ARGS)
+
+WALK := lplb-bench-results/walkthrough
+
+walkthrough: $(VENV)/.installed-dev
+	mkdir -p $(WALK)
+	cd $(WALK) && $(abspath $(BIN))/python $(CURDIR)/examples/render.py \
+	  $(CURDIR)/examples/walkthrough.py walkthrough.html
 
 test: lint
 	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
