@@ -28,6 +28,16 @@ from lplb_triton.kernels.live.launch import (
 from lplb_triton.kernels.loads import MOST_EXPERTS, record_loads
 from lplb_triton.kernels.metrics import BatchMetrics
 from lplb_triton.kernels.pipeline import Pipeline
+from lplb_triton.kernels.pull.begin import begin_pull, copy_list_words
+from lplb_triton.kernels.pull.copy import UNIT_BYTES, CopyTable, copy_rows, make_copy_table
+from lplb_triton.kernels.pull.gradients import (
+    add_gradients,
+    begin_return,
+    exchange_returns,
+    list_words,
+    write_gradients,
+)
+from lplb_triton.kernels.pull.signals import Signals, meet
 from lplb_triton.kernels.quotas import Quotas, divide_quotas
 from lplb_triton.kernels.report import read_report
 from lplb_triton.kernels.rows import add_rows
@@ -52,7 +62,9 @@ __all__ = [
     "MOST_EXPERTS",
     "STATUS_FIRST",
     "BatchMetrics",
+    "UNIT_BYTES",
     "Channel",
+    "CopyTable",
     "Exchange",
     "Live",
     "LiveCopies",
@@ -62,14 +74,24 @@ __all__ = [
     "Quotas",
     "SelectTables",
     "Settings",
+    "Signals",
     "SolveBuffers",
     "SolveTables",
     "ExpandTables",
+    "add_gradients",
     "add_rows",
+    "begin_pull",
+    "begin_return",
     "channel_words",
+    "copy_list_words",
+    "copy_rows",
     "count_by_program",
     "divide_quotas",
+    "exchange_returns",
     "is_interpreted",
+    "list_words",
+    "make_copy_table",
+    "meet",
     "plan_live",
     "read_report",
     "record_loads",
@@ -83,4 +105,5 @@ __all__ = [
     "sum_by_program",
     "sum_gathered",
     "sum_over_ranks",
+    "write_gradients",
 ]

@@ -45,7 +45,7 @@ POISONED = tl.constexpr(2)
 
 
 @triton.jit
-def _read_clock(lane):
+def read_clock(lane):
     """Return the time in nanoseconds, the same in all threads: the latest that a lane reads."""
     clock = tl.inline_asm_elementwise(
         "mov.u64 $0, %globaltimer;", "=l,r", [lane], dtype=tl.int64, is_pure=False, pack=1
@@ -66,7 +66,7 @@ def _has_arrived(word, epoch):
 
 
 @triton.jit
-def _send_words(address, word, mask, ON_GPU: tl.constexpr):
+def send_words(address, word, mask, ON_GPU: tl.constexpr):
     """Store words at addresses (int64) in one piece each, for other GPUs to see."""
     if ON_GPU:
         tl.inline_asm_elementwise(
@@ -96,11 +96,11 @@ def _publish(
         base = tl.load(addresses_ptr + peer, mask=peer < n_ranks, other=0)
         row = (base + 8 * (first_word + rank * row_words).to(tl.int64))[:, None]
         to_all = tl.zeros((ROWS, 1), dtype=tl.int64)
-        _send_words(row + 8 * word[None, :], header[None, :] + to_all, there & (word >= 0), ON_GPU)
+        send_words(row + 8 * word[None, :], header[None, :] + to_all, there & (word >= 0), ON_GPU)
         for first in range(0, n, BLOCK):
             at = first + tl.arange(0, BLOCK)
             counts = tl.load(counts_ptr + at, mask=at < n, other=0, volatile=True)
-            _send_words(
+            send_words(
                 row + 8 * (HEADER + at[None, :]), _tag_words(counts[None, :], epoch) + to_all,
                 there & (at < n)[None, :], ON_GPU,
             )  # fmt: skip
@@ -124,7 +124,7 @@ def _await_rows(
     begun = tl.full((), 0, tl.int64)
     limit = timeout_ms.to(tl.int64)
     if ON_GPU:
-        begun = _read_clock(lane)
+        begun = read_clock(lane)
         limit = limit * 1000000
     waited = tl.full((), 0, tl.int64)
     missing = n_ranks * 0
@@ -156,7 +156,7 @@ def _await_rows(
                 waiting = (missing > 0) & (n_mismatched == 0) & (waited <= limit)
                 if waiting:
                     if ON_GPU:
-                        waited = _read_clock(lane) - begun
+                        waited = read_clock(lane) - begun
                     else:
                         waited += 1
             counts = words.to(tl.int32)

@@ -16,12 +16,14 @@ from lplb_triton.planner import Planner
 from lplb_triton.problem import Problem
 from lplb_triton.solution import Solution, SolveError, Status
 from lplb_triton.solver import solve
+from lplb_triton.training.live_slots import LiveSlots
 from lplb_triton.training.replicas import Replicas
 from lplb_triton.training.spread import spread
 from lplb_triton.training.spread_plan import SpreadPlan
 
 __all__ = [
     "Balancer",
+    "LiveSlots",
     "MovePlan",
     "Placement",
     "Planner",

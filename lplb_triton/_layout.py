@@ -173,3 +173,25 @@ STATUS_FIELDS = 3
 FAULT_ABSENT = 1
 FAULT_MISMATCH = 2
 FAULT_OVERLAP = 3
+
+# Moving the weights of live slots.
+
+# int64 words of a rank's own memory: the number of the optimizer step whose weights are current,
+# of this rank's pulls and returns of gradients so far, and whether a wait has failed.
+LIVE_STEP = 0
+LIVE_PULLS = 1
+LIVE_RETURNS = 2
+LIVE_GATE = 3
+LIVE_STATE_WORDS = 4
+# Words in memory that all ranks can write, in rows of MAX_RANKS, one word for each sender: the step
+# whose weights it has published, the step whose weights it no longer reads, the return whose
+# gradients it has written, and the return whose gradients it has added up. Then LIVE_PLANS rows of
+# plans.
+LIVE_PUBLISHED = 0
+LIVE_FINISHED = 1
+LIVE_GRADED = 2
+LIVE_TAKEN = 3
+LIVE_PLANNED = 4
+# Pulls of which a plan's checksum is kept.
+LIVE_PLANS = 8
+LIVE_SIGNAL_ROWS = LIVE_PLANNED + LIVE_PLANS

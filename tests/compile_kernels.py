@@ -29,6 +29,18 @@ from lplb_triton.kernels.exchange import EXCHANGE_BLOCK, choose_block, sum_over_
 from lplb_triton.kernels.exchange_rows import WARPS
 from lplb_triton.kernels.gathered import sum_gathered_kernel
 from lplb_triton.kernels.loads import LOAD_BLOCK, record_loads_kernel
+from lplb_triton.kernels.pull.begin import begin_pull_kernel
+from lplb_triton.kernels.pull.copy import COPY_BLOCK, COPY_WARPS, copy_rows_kernel
+from lplb_triton.kernels.pull.gradients import (
+    GRADIENT_BLOCK,
+    GRADIENT_WARPS,
+    add_gradients_kernel,
+    begin_return_kernel,
+    exchange_returns_kernel,
+    write_gradients_kernel,
+)
+from lplb_triton.kernels.pull.signals import WARPS as SIGNAL_WARPS
+from lplb_triton.kernels.pull.signals import meet_kernel
 from lplb_triton.kernels.quotas import divide_quotas_kernel
 from lplb_triton.kernels.rows import ROW_BLOCK, add_rows_kernel
 from lplb_triton.kernels.select import SELECT_BLOCK, select_kernel
@@ -42,7 +54,8 @@ POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64", "uncertified_ptr": "
 POINTERS |= {"addresses_ptr": "*i64", "traffic_ptr": "*i64", "edges_ptr": "*i64"}
 POINTERS |= {"pairs_ptr": "*i64", "report_ptr": "*i64", "metrics_ptr": "*fp64"}
 POINTERS |= {"load_ptr": "*i64", "by_home_ptr": "*i64", "by_rank_ptr": "*i64"}
-POINTERS |= {"own_ptr": "*bf16", "arrived_ptr": "*bf16"}
+POINTERS |= {"own_ptr": "*bf16", "arrived_ptr": "*bf16", "grads_ptr": "*bf16"}
+POINTERS |= {"state_ptr": "*i64", "table_ptr": "*i64", "returned_ptr": "*i64"}
 FLOATS = (
     "scratch_ptr",
     "weights_ptr",
@@ -86,7 +99,35 @@ def live(ranks, columns, slots, **more):
     return {**constants, "SHARED": 1, "PRICED": 0, "DOMAINS": 0, "RESIDENT": 0, **more}
 
 
+def pull_jobs():
+    """Yield the kernels that move live experts' weights and gradients."""
+    one, many = {"num_warps": SIGNAL_WARPS}, {"num_warps": GRADIENT_WARPS}
+    sent = {"SEND": 1, "WAIT": 1, "ON_GPU": 1}
+    yield meet_kernel, sent, one
+    for resident in (0, 1):
+        yield begin_pull_kernel, {"SLOTS": 2, "RESIDENT": resident, "COMPARE": 1, "ON_GPU": 1}, one
+    yield copy_rows_kernel, {"BLOCK": COPY_BLOCK}, {"num_warps": COPY_WARPS}
+    yield begin_return_kernel, {"SLOTS": 2, "ON_GPU": 1}, one
+    yield write_gradients_kernel, {"SLOTS": 2, "UNIT": 8, "BLOCK": GRADIENT_BLOCK}, many
+    yield exchange_returns_kernel, {"SLOTS": 2, "ENTRIES": 256, **sent}, one
+    sums = {"SLOTS": 2, "ENTRIES": 256, "UNIT": 8, "DOUBLE": 0, "BLOCK": GRADIENT_BLOCK}
+    yield add_gradients_kernel, sums, many
+
+
+def check_pull_words(name, ptx):
+    """Kernels that copy rows move 16 bytes at a time, and signals are released and acquired."""
+    wide = {"copy_rows": (12, 4), "write_gradients": (2, 2), "add_gradients": (4, 2)}
+    if name in wide:
+        loads = len(re.findall(r"ld\.global\S*\.v4", ptx))
+        stores = len(re.findall(r"st\.global\S*\.v4", ptx))
+        least_loads, least_stores = wide[name]
+        assert loads >= least_loads and stores >= least_stores, (name, loads, stores)
+    if name in ("meet", "begin_pull", "exchange_returns"):
+        assert "st.release.sys.global.b64" in ptx and "ld.acquire.sys.global.b64" in ptx
+
+
 def jobs(capability):
+    yield from pull_jobs()
     # And classes of pairs, 0 for a kernel without them.
     sizes = ((8, 32, 0), (8, 32, 2), (16, 32, 0), (32, 64, 0), (32, 64, 3))
     large = (64, 32, 0), (64, 128, 0), (64, 128, 4), (128, 128, 0)
@@ -179,6 +220,7 @@ def compile_job(capability, number):
         check_words(compiled.asm["ptx"], 8 * constants["BLOCK"], constants["LANES"])
     check_parameters(compiled, signature(kernel, constants).values())
     name = re.sub(r"^_|_kernel$", "", kernel.__name__)
+    check_pull_words(name, compiled.asm["ptx"])
     return f"{name} {constants} {options}: {cubin} bytes, {time.monotonic() - begun:.1f} s"
 
 

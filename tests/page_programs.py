@@ -19,7 +19,7 @@ from lplb_triton.traces.record import Recorder
 from lplb_triton.traces.trace import load as load_trace
 
 # These pages are run by two processes over gloo. A stand-in for a module stays in its process.
-GROUP_PAGES = ("docs/serving.md", "docs/sync.md", "docs/training.md")
+GROUP_PAGES = ("docs/live-weights.md", "docs/serving.md", "docs/sync.md", "docs/training.md")
 
 
 def stand_in(name, **content):
@@ -258,6 +258,47 @@ def fetched_experts(names):
     assert len(fetched) and torch.equal(fetched, expert_of_slot[names["target"]])
 
 
+def layer_with_live_slots(names):
+    rank, group = dist.get_rank(), names["ep_group"]
+    placement = Placement.from_history(torch.ones(8), 2, redundant_per_rank=0, keep_home=True)
+    balancer = Balancer(placement.with_live_slots(1), group=group)
+    generator = torch.Generator().manual_seed(0)
+    w_in, w_out = (torch.randn(8, 3, 3, generator=generator) for _ in range(2))
+    hidden = torch.randn(2, 40, 3, generator=generator)
+    # Nearly all tokens of both ranks choose experts of rank 0.
+    ids = torch.randint(5, (2, 40, 1), generator=generator)
+    names.update(whole=(w_in, w_out, hidden, ids))
+    w_in, w_out = (torch.nn.Parameter(w[4 * rank : 4 * rank + 4].clone()) for w in (w_in, w_out))
+
+    def dispatch(hidden, physical_ids):
+        parts = [torch.empty(2, 40, n) for n in (3, 1)]
+        for part, mine in zip(parts, (hidden, physical_ids.float()), strict=True):
+            dist.all_gather(list(part), mine, group=group)
+        x, slot = parts[0].flatten(0, 1), parts[1].flatten().long()
+        here = slot // 5 == rank
+        return x[here], slot[here] % 5
+
+    names.update(
+        torch=torch, balancer=balancer, w_in=w_in, w_out=w_out, hidden=hidden[rank],
+        logical_ids=ids[rank], dispatch=dispatch, combine=lambda y: y.square(),
+        optimizer=torch.optim.SGD([w_in, w_out], lr=0.1),
+    )  # fmt: skip
+
+
+def trained_live_slots(names):
+    w_in, w_out, hidden, ids = names["whole"]
+    assert (names["balancer"].live.experts >= 0).any()
+    first, second = (w.clone().requires_grad_() for w in (w_in, w_out))
+    chosen = ids.flatten()
+    middle = torch.relu(hidden.flatten(0, 1)[:, None] @ first[chosen])
+    (middle @ second[chosen]).square().sum().backward()
+    mine = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    torch.testing.assert_close(names["w_in"].grad, first.grad[mine], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(names["w_out"].grad, second.grad[mine], rtol=1e-4, atol=1e-4)
+    names["slots"].close()
+    names["balancer"].close()
+
+
 def vllm(names):
     stand_in("vllm.distributed.eplb.policy", EPLB_POLICIES={"default": None})
 
@@ -289,6 +330,7 @@ def solved(names):
 
 BEFORE = {
     ("docs/placement.md", "Loads"): traced,
+    ("docs/live-weights.md", "A script"): layer_with_live_slots,
     ("docs/placement.md", "Experts at home"): loaded,
     ("docs/placement.md", "Moves"): placed,
     ("docs/serving.md", "vLLM"): vllm,
@@ -305,6 +347,7 @@ BEFORE = {
 }
 AFTER = {
     ("README.md", "lplb_triton"): balanced_a_batch,
+    ("docs/live-weights.md", "A script"): trained_live_slots,
     ("docs/live.md", "A script"): fetched_experts,
     ("docs/live.md", "The weights"): fetched_experts,
     ("docs/placement.md", "Files"): read_back,

@@ -25,6 +25,7 @@ from lplb_triton import sync, topologies
 from lplb_triton.bench import cli, plots
 from lplb_triton.traces import record, trace
 from lplb_triton.traces.record import Recorder
+from lplb_triton.training import live_layer
 
 # As when a script is run.
 sys.path.append(str(ROOT / "examples"))
@@ -336,6 +337,7 @@ def documented(heading, name):
     """What a name of docs/api.md under a heading is."""
     handle = typing.get_type_hints(lplb_triton.Replicas.sync_weights)["return"]
     others = lplb_triton, sync, sync.Communicator, topologies, record, trace, handle
+    others += live_layer.LiveLayer, live_layer.LivePull
     for holder in (getattr(lplb_triton, heading.strip("`"), None), *others):
         found = holder
         for part in name.split("."):

@@ -359,7 +359,7 @@ def test_the_rule(ranks, domain, told, reached, kind, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     monkeypatch.setattr(_connect, "_reaches_all", lambda *_: reached)
     monkeypatch.setattr(_connect, "all_gather_objects", lambda *given: [given[3]] * ranks)
-    assert _connect._choose(Group(), torch.device("cuda", 0), domain, told, 1.0) == kind
+    assert _connect.choose_sync(Group(), torch.device("cuda", 0), domain, told, 1.0) == kind
 
 
 @pytest.mark.parametrize(

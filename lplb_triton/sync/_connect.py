@@ -19,7 +19,7 @@ from lplb_triton.sync._memory import allocate
 from lplb_triton.sync._peer import Endpoint, PeerCommunicator
 from lplb_triton.sync._rendezvous import all_gather_objects, barrier, count_ranks_per_node
 
-__all__ = ["KINDS", "acquire", "connect", "deep_ep_domain", "release"]
+__all__ = ["KINDS", "acquire", "choose_sync", "connect", "deep_ep_domain", "release"]
 
 KINDS = ("auto", "distributed", "symmetric", "nvshmem", "hierarchical")
 DEFAULT_CAPACITY = 1024
@@ -107,7 +107,7 @@ def connect(
         return DistributedCommunicator(group, on, timeout, domain)
     with torch.cuda.device(on):
         domain = domain_size or count_ranks_per_node(group, bound)
-        chosen = _choose(group, on, domain, domain_size, bound) if sync == "auto" else sync
+        chosen = choose_sync(group, on, domain, domain_size, bound) if sync == "auto" else sync
         if chosen == "distributed":
             return DistributedCommunicator(group, on, timeout, domain)
         if chosen == "hierarchical":
@@ -169,7 +169,7 @@ def split_group(
     return made[0], made[1]
 
 
-def _choose(
+def choose_sync(
     group: dist.ProcessGroup, device: torch.device, domain: int, given: int | None, timeout: float
 ) -> str:
     """Apply the rule of ``sync="auto"``; all ranks reach the same result.

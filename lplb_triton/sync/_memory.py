@@ -25,9 +25,18 @@ class SharedMemory(NamedTuple):
 
 
 def allocate(
-    provider: str, words: int, group: dist.ProcessGroup, device: torch.device, timeout: float
+    provider: str,
+    words: int,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    timeout: float,
+    purpose: str | None = None,
+    instead: str = "sync='distributed'",
 ) -> SharedMemory:
     """Allocate ``words`` int64 on every rank, at first zero; collective.
+
+    ``purpose`` says in messages what the memory is for, by default a communicator, and ``instead``
+    what needs none.
 
     Raises ``RuntimeError`` on every rank if it failed on any, and `SyncError` if one doesn't come
     within ``timeout`` seconds.
@@ -35,6 +44,7 @@ def allocate(
     make = {"symmetric": _allocate_symmetric, "nvshmem": _allocate_nvshmem}[provider]
     problem: str | None = None
     memory: SharedMemory | None = None
+    purpose = purpose or f"sync={provider!r}"
     # The libraries wait for every rank without a bound, so all ranks must first have arrived here
     # and have loaded the library.
     try:
@@ -42,7 +52,7 @@ def allocate(
     except Exception as error:
         problem = _describe_error(error)
     _raise_for_first_problem(
-        all_gather_objects(group, f"loading sync={provider!r}", timeout, problem), provider
+        all_gather_objects(group, f"loading {purpose}", timeout, problem), purpose, instead
     )
     with torch.cuda.device(device):
         try:
@@ -52,8 +62,8 @@ def allocate(
         except Exception as error:
             problem = _describe_error(error)
     # Every rank's buffer is zero before any rank writes to it.
-    problems = all_gather_objects(group, f"sharing memory for sync={provider!r}", timeout, problem)
-    _raise_for_first_problem(problems, provider)
+    problems = all_gather_objects(group, f"sharing memory for {purpose}", timeout, problem)
+    _raise_for_first_problem(problems, purpose, instead)
     return cast(SharedMemory, memory)
 
 
@@ -62,13 +72,13 @@ def _describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _raise_for_first_problem(problems: list[str | None], provider: str) -> None:
+def _raise_for_first_problem(problems: list[str | None], purpose: str, instead: str) -> None:
     """Raise the same error on every rank, for the first rank that had a problem."""
     for rank, text in enumerate(problems):
         if text is not None:
             raise RuntimeError(
-                f"memory for sync={provider!r} could not be shared by all ranks; rank {rank}: "
-                f"{text}. sync='distributed' needs none"
+                f"memory for {purpose} could not be shared by all ranks; rank {rank}: {text}. "
+                f"{instead} needs none"
             )
 
 

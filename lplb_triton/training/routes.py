@@ -16,6 +16,7 @@ __all__ = [
     "Ints",
     "Routes",
     "Traffic",
+    "add_way_back",
     "assign_positions",
     "plan_layer_traffic",
     "plan_redundant_traffic",
@@ -128,10 +129,10 @@ def plan_traffic(
     weight_routes = plan_routes(
         position, n_own, slots, placement.slots_per_rank, placement.ep_size, rank, device
     )
-    return _add_way_back(weight_routes, device)
+    return add_way_back(weight_routes, device)
 
 
-def _add_way_back(weight_routes: Routes, device: torch.device) -> Traffic:
+def add_way_back(weight_routes: Routes, device: torch.device) -> Traffic:
     """Plan how gradients return, and how they are added up."""
     back = weight_routes.reverse()
     summed = sorted({*back.local_to.host, *back.into.host})
@@ -170,7 +171,7 @@ def plan_redundant_traffic(
     routes = plan_routes(
         experts, n_own, target, max(n_redundant, 1), placement.ep_size, rank, device
     )
-    return _add_way_back(routes, device)
+    return add_way_back(routes, device)
 
 
 def plan_layer_traffic(

@@ -1,0 +1,253 @@
+"""One rank's side of pulls and returns of gradients in memory that all ranks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lplb_triton._layout import (
+    FAULT_MISMATCH,
+    LIVE_FINISHED,
+    LIVE_GRADED,
+    LIVE_PUBLISHED,
+    LIVE_RETURNS,
+    LIVE_SIGNAL_ROWS,
+    LIVE_STATE_WORDS,
+    LIVE_STEP,
+    LIVE_TAKEN,
+    MAX_RANKS,
+    STATUS_CHANNEL,
+    STATUS_EPOCH,
+    STATUS_FAULT,
+    STATUS_FIELDS,
+    STATUS_FIRST,
+)
+from lplb_triton.sync import SyncError
+from lplb_triton.training.live_rows import LiveRows
+
+__all__ = ["LivePeer", "LiveTables", "fault_error"]
+
+# What a late rank did not do, by the kind of signal that did not come.
+_AWAITED = {
+    LIVE_PUBLISHED: "publish the weights of step {}",
+    LIVE_FINISHED: "end step {} of its pulls",
+    LIVE_GRADED: "return the gradients of its live slots, return {},",
+    LIVE_TAKEN: "add up the gradients returned two calls before return {}",
+}
+
+
+class LiveTables:
+    """What kernels need to know of a layer: homes of its experts, and where its weights are.
+
+    Parameters
+    ----------
+    rows : LiveRows
+        Sizes of the rows of each tensor.
+    homes : torch.Tensor
+        ``[n_logical, 2]`` int32 on the device, rank and static slot of each expert's original.
+    addresses : sequence of sequence of int
+        By tensor, the address of its first row on every rank.
+    number : int
+        Of the layer, the same on every rank.
+    """
+
+    def __init__(
+        self, rows: LiveRows, homes: torch.Tensor, addresses: Sequence[Sequence[int]], number: int
+    ) -> None:
+        from lplb_triton import kernels
+
+        self.rows, self.homes, self.number = rows, homes, number
+        self.copies = kernels.make_copy_table(rows.units, rows.offsets, addresses, homes.device)
+
+
+class LivePeer:
+    """Signals of this rank, and the launches; nothing here waits on the host.
+
+    Parameters
+    ----------
+    addresses : sequence of int
+        Of every rank's signals, `LivePeer.words` int64 each, at first zero.
+    returned : sequence of int
+        Of every rank's memory for gradients, two halves of ``LiveRows.gradient_units``.
+    rank : int
+        This rank's number.
+    device : torch.device
+        Of all tensors.
+    slots : int
+        Live slots of each rank.
+    timeout : float
+        Bound on each wait, in seconds.
+    n_sms : int
+        Programs that copy or add.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[int],
+        returned: Sequence[int],
+        rank: int,
+        device: torch.device,
+        slots: int,
+        timeout: float,
+        n_sms: int,
+    ) -> None:
+        from lplb_triton import kernels
+
+        self._kernels = kernels
+        self.rank, self.device, self.slots, self.n_sms = rank, device, slots, n_sms
+        n_ranks = len(addresses)
+        status = torch.zeros(
+            kernels.status_words(n_ranks),
+            dtype=torch.int64,
+            device="cpu",
+            pin_memory=device.type == "cuda",
+        )
+        # Kernels write to this host memory, so the host reads it without a wait for the device.
+        self.status = status.numpy()
+        self._signals = kernels.Signals(
+            torch.tensor(addresses, dtype=torch.int64, device=device),
+            torch.zeros(LIVE_STATE_WORDS, dtype=torch.int64, device=device),
+            status,
+            rank,
+            max(1, round(timeout * 1000)),
+        )
+        self._returned = torch.tensor(returned, dtype=torch.int64, device=device)
+        words = kernels.copy_list_words(slots)
+        self._copies = torch.zeros(words, dtype=torch.int32, device=device)
+        words = kernels.list_words(n_ranks, slots)
+        self._lists = torch.zeros(words, dtype=torch.int32, device=device)
+
+    @staticmethod
+    def words() -> int:
+        """Return the number of 64-bit words of a rank's signals."""
+        return LIVE_SIGNAL_ROWS * MAX_RANKS
+
+    def failed(self) -> bool:
+        """Whether a kernel has reported a fault."""
+        return bool(self.status[STATUS_FAULT])
+
+    def pull(
+        self,
+        tables: LiveTables,
+        plan: torch.Tensor,
+        live: torch.Tensor,
+        *,
+        held: torch.Tensor | None = None,
+        compare: bool = True,
+    ) -> None:
+        """Copy what ``plan`` names to the slots ``live`` on the current stream.
+
+        Parameters
+        ----------
+        tables : LiveTables
+            Of the layer.
+        plan : torch.Tensor
+            ``[n_ranks, slots]`` int32.
+        live : torch.Tensor
+            ``[LiveRows.words]`` int32, of all tensors' slots.
+        held : torch.Tensor or None
+            ``[slots]`` int32, what the slots hold; is updated.
+        compare : bool
+            Whether to compare plans with other ranks, which all must do in the same calls.
+        """
+        k = self._kernels
+        args = (self._signals, plan, tables.homes, self._copies, held, tables.number)
+        k.begin_pull(*args, compare=compare)
+        k.copy_rows(self._copies, tables.copies, live, self.n_sms)
+
+    def begin_return(
+        self, tables: LiveTables, plan: torch.Tensor, grads: Sequence[torch.Tensor]
+    ) -> None:
+        """Write gradients of this rank's live slots, ``[slots, ...]`` each, for others to read."""
+        self._kernels.begin_return(self._signals, plan)
+        rows = tables.rows
+        for number, grad in zip(rows.trained, grads, strict=True):
+            self._kernels.write_gradients(
+                grad, self._signals, plan, self._returned, *rows.gradient_place(number),
+                4 * self.n_sms,
+            )  # fmt: skip
+
+    def exchange(
+        self, tables: LiveTables, plan: torch.Tensor, *, send: bool = True, wait: bool = True
+    ) -> None:
+        """Say that these gradients are written, and wait for those that this rank adds up."""
+        self._kernels.exchange_returns(
+            self._signals, plan, tables.homes, self._lists, send=send, wait=wait
+        )
+
+    def end_return(self, tables: LiveTables, own: Sequence[torch.Tensor]) -> None:
+        """Add the gradients to ``own``, ``[static_per_rank, ...]`` each, and say so."""
+        rows = tables.rows
+        for number, grad in zip(rows.trained, own, strict=True):
+            self._kernels.add_gradients(
+                grad, self._lists, self._signals, self._returned, self.slots,
+                *rows.gradient_place(number), self.n_sms,
+            )  # fmt: skip
+        self._kernels.meet(self._signals, LIVE_TAKEN, LIVE_RETURNS)
+
+    def enter_update(self, *, send: bool = True, wait: bool = True) -> None:
+        """Say that this rank's pulls of this step are over, and wait until every rank's are."""
+        self._kernels.meet(self._signals, LIVE_FINISHED, LIVE_STEP, more=1, send=send, wait=wait)
+
+    def exit_update(self) -> None:
+        """Begin the next step, and publish its weights."""
+        self._kernels.meet(self._signals, LIVE_PUBLISHED, LIVE_STEP, advance=1)
+
+    def warm(self, rows: LiveRows) -> None:
+        """Compile and load all kernels, by one round of this rank alone.
+
+        A kernel that is loaded while another waits for a rank may have to wait for that one's end.
+        """
+        on, n_ranks = self.device, self._signals.addresses.numel()
+        small = rows.shrink()
+        # All ranks' signals are this memory, and all that is waited for has come.
+        signals = torch.full((self.words(),), 1 << 40, dtype=torch.int64, device=on)
+        half = torch.zeros(max(4, 8 * small.gradient_units), dtype=torch.int32, device=on)
+        solo = LivePeer(
+            [signals.data_ptr()] * n_ranks, [half.data_ptr()] * n_ranks, self.rank, on,
+            self.slots, 1.0, self.n_sms,
+        )  # fmt: skip
+        live = torch.zeros(small.words, dtype=torch.int32, device=on)
+        sources = torch.zeros_like(live)
+        homes = torch.full((1, 2), self.rank, dtype=torch.int32, device=on)
+        homes[:, 1] = 0
+        addresses = [[sources.data_ptr() + 16 * offset] * n_ranks for offset in small.offsets]
+        tables = LiveTables(small, homes, addresses, 0)
+        plan = torch.full((n_ranks, self.slots), -1, dtype=torch.int32, device=on)
+        plan[self.rank] = 0
+        for held in (None, torch.full((self.slots,), -1, dtype=torch.int32, device=on)):
+            for compare in (True, False):
+                solo.pull(tables, plan, live, held=held, compare=compare)
+        grads = [small.view(live, number).contiguous() for number in small.trained]
+        solo.begin_return(tables, plan, grads)
+        solo.exchange(tables, plan)
+        solo.end_return(tables, [grad[:1] for grad in grads])
+        solo.enter_update()
+        solo.exit_update()
+        if on.type == "cuda":
+            torch.cuda.synchronize(on)
+
+
+def fault_error(peer: LivePeer, name: str, timeout: float) -> SyncError:
+    """Return the error for the fault that a kernel has reported.
+
+    ``name`` is that of the object, for messages; ``timeout`` is in seconds.
+    """
+    if peer.device.type == "cuda":
+        # The details are complete only after this wait, which is bounded, as every wait is.
+        torch.cuda.synchronize(peer.device)
+    status = peer.status
+    number, row = int(status[STATUS_EPOCH]), int(status[STATUS_CHANNEL])
+    by_rank = status[STATUS_FIRST:].reshape(STATUS_FIELDS, -1)
+    blamed = tuple(int(rank) for rank in by_rank[0].nonzero()[0])
+    where = f"{name} failed on rank {peer.rank}: ranks {list(blamed)}"
+    if int(status[STATUS_FAULT]) == FAULT_MISMATCH:
+        return SyncError(
+            f"{where} made pull {number} by another plan or for another layer: all ranks pull the "
+            "same layers in the same order, by the plan of the same batch",
+            blamed,
+            number,
+        )
+    what = _AWAITED[row].format(number)
+    return SyncError(f"{where} did not {what} within {timeout:g} s", blamed, number)
