@@ -1,5 +1,6 @@
 # make run    balance the packaged trace (tables, picture, JSON and report in lplb-bench-results/)
 # make test   lint, type-check and test
+# make walkthrough    from a model of transformers to a report of its own trace, as a page
 # make test-integrations    train in transformers, Megatron-Core and torchtitan (half an hour)
 #     test-frameworks, test-megatron, test-torchtitan    its parts: packages of this environment,
 #                           Megatron-Core for Python 3.12, torchtitan in an environment of its own
@@ -13,6 +14,7 @@
 #   CONSTRAINTS=              install without pinned versions (as on a machine with a GPU)
 #   RUN_ARGS="--ep 8,16"      for lplb-bench balance
 #   PYTEST_ARGS="-k solve"    for pytest
+#   TEST_JOBS=4               processes that test side by side, 0 for none but the first
 #   MEGATRON_PYTHON=python3.12, MEGATRON_VENV=/path/to/venv    for test-megatron
 #   TORCHTITAN_PYTHON=python3.12    for test-torchtitan, which needs 3.11 or newer
 #   TORCHTITAN_VENV=/path/to/venv   its environment
@@ -25,6 +27,8 @@ VENV_ARGS ?=
 PIP_ARGS ?=
 RUN_ARGS ?= --ep 32 --placement eplb --slots 1,2
 PYTEST_ARGS ?=
+# Tests on a GPU would disturb each other.
+TEST_JOBS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 # Which torch fits a GPU depends on its driver, so versions are pinned only where there is none.
 CONSTRAINTS ?= $(if $(shell nvidia-smi -L 2>/dev/null),,-c constraints-ci.txt)
 
@@ -40,14 +44,21 @@ define make_venv
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: run test test-integrations test-frameworks test-megatron test-torchtitan test-vllm \
+.PHONY: run test walkthrough test-integrations test-frameworks test-megatron test-torchtitan test-vllm \
   lint format clean
 
 run: $(VENV)/.installed-bench
 	$(BIN)/lplb-bench balance $(RUN_ARGS)
 
+WALK := lplb-bench-results/walkthrough
+
+walkthrough: $(VENV)/.installed-dev
+	mkdir -p $(WALK)
+	cd $(WALK) && $(abspath $(BIN))/python $(CURDIR)/examples/render.py \
+	  $(CURDIR)/examples/walkthrough.py walkthrough.html
+
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 test-integrations: test-frameworks test-megatron test-torchtitan
 

@@ -19,10 +19,12 @@ from lplb_triton.bench import tables
 from lplb_triton.bench.commands import (
     advise,
     balance,
+    completion,
     ep,
     frameworks,
     live,
     pipeline,
+    place,
     placement,
     record,
     report,
@@ -34,7 +36,7 @@ from lplb_triton.bench.commands import (
 )
 from lplb_triton.bench.measure.timer import WrongAnswerError
 from lplb_triton.bench.options import UsageError
-from lplb_triton.bench.output import CLOSED, FAILED, INTERRUPTED, OK, USAGE, Output, say
+from lplb_triton.bench.output import CLOSED, FAILED, INTERRUPTED, OK, USAGE, Output, say, silence
 from lplb_triton.testing.verify import NoOptimumError
 
 __all__ = ["CLOSED", "FAILED", "INTERRUPTED", "OK", "USAGE", "main"]
@@ -75,10 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None, out: Output) -> int:
     """Run a command, and turn what may go wrong into a line and an exit code."""
-    args = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace, Output], int] = args.run
     try:
-        with one_thread():
+        args = _parser().parse_args(argv)
+        command: Callable[[argparse.Namespace, Output], int] = args.run
+        if args.quiet and getattr(args, "progress", None):
+            raise UsageError("argument --progress: not with --quiet")
+        with one_thread(), silence(args.quiet):
             return command(args, out)
     except (UsageError, tables.MissingExtraError) as error:
         say(f"error: {error}")
@@ -111,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lplb_triton {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     timed = (solve, pipeline, simulate, simulate_live, ep, frameworks)
-    for module in (balance, report, verify, *timed, placement, live, workloads, record, advise):
+    rest = (place, placement, live, workloads, record, advise)
+    for module in (balance, report, verify, *timed, *rest):
         module.add(commands)
+    completion.add(commands, parser)
     return parser

@@ -48,6 +48,7 @@ __all__ = [
     "seconds",
     "seed",
     "shapes",
+    "slots",
     "solver_options",
     "tolerance",
     "trace_options",
@@ -115,6 +116,10 @@ def add_command(
         epilog="examples:\n" + examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    sub.add_argument(
+        "--quiet", "-q", action="store_true",
+        help="show no progress: results, warnings and errors only",
+    )  # fmt: skip
     sub.set_defaults(run=run)
     return sub
 
@@ -291,6 +296,11 @@ def count(text: str, most: int = MOST, least: int = 1) -> int:
             f"expected one number, an integer from {least} to {most}, got {text!r}"
         )
     return value
+
+
+def slots(text: str) -> int:
+    """Read a number of slots, which may be none."""
+    return count(text, least=0)
 
 
 def seed(text: str) -> int:

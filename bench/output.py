@@ -7,7 +7,8 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -29,9 +30,12 @@ __all__ = [
     "Stream",
     "check_files",
     "finish",
+    "is_silent",
     "json_text",
     "make_folder",
     "say",
+    "silence",
+    "tell",
     "write",
 ]
 
@@ -136,6 +140,31 @@ class Output:
             return CLOSED
         say(f"error: cannot write to stdout: {error.strerror}")
         return USAGE
+
+
+_silent = False
+
+
+@contextmanager
+def silence(silent: bool) -> Iterator[None]:
+    """Leave out, while the body runs, what `tell` writes and what shows progress."""
+    global _silent
+    before, _silent = _silent, silent
+    try:
+        yield
+    finally:
+        _silent = before
+
+
+def is_silent() -> bool:
+    """Whether progress is left out."""
+    return _silent
+
+
+def tell(text: str) -> None:
+    """Write a line about progress to standard error, unless that is silenced."""
+    if not _silent:
+        say(text)
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lplb_triton.bench.tables import LABELS, require
+from lplb_triton.bench.tables import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,13 +16,19 @@ if TYPE_CHECKING:
 
     from lplb_triton.bench.balance import Cell
 
-__all__ = ["COLORS", "balance_png", "placement_png"]
+__all__ = ["LINES", "balance_png", "placement_png"]
 
-COLORS = {"none": "#b8b8b8", "reordered": "#d9a441", "even": "#3b7dbd", "lp": "#c8374a"}
+# What is drawn, with its colour, width and dashes: equal lines stay visible on top of each other,
+# and are told apart without colours.
+LINES: dict[str, tuple[str, str, float, str]] = {
+    "none": ("no balancing", "#878e98", 3.2, "-"),
+    "eplb": ("EPLB", "#c84f00", 2.2, "--"),
+    "integer": ("LP, tokens", "#0067ab", 1.5, "-"),
+}
 
 
 def balance_png(cells: Sequence[Cell], *, title: str) -> bytes:
-    """Draw each combination: rank loads of one bad batch, and imbalance over the test batches.
+    """Draw each combination: sorted rank loads of a typical batch, and imbalance over the batches.
 
     Parameters
     ----------
@@ -116,27 +122,31 @@ def _name(cell: Cell) -> str:
 
 
 def _draw_loads(ax: Axes, cell: Cell) -> None:
-    example = cell.worst()
-    ranks = np.arange(cell.ep)
+    """Draw the ranks of the typical batch, the most loaded first."""
+    example = cell.typical()
     mean = max(float(example.loads["none"].mean()), 1e-12)
-    for at, variant in enumerate(("none", "even", "lp")):
-        ax.bar(
-            ranks + 0.28 * (at - 1),
-            example.loads[variant] / mean,
-            width=0.28,
-            color=COLORS[variant],
-            label=LABELS[variant],
-        )
+    ranks = np.arange(1, cell.ep + 1)
+    for name, (label, color, width, style) in LINES.items():
+        loads = np.sort(example.loads[name])[::-1] / mean
+        ax.plot(ranks, loads, color=color, linewidth=width, linestyle=style, marker="o",
+                markersize=width + 1, label=f"{label}: {loads[0]:.2f}")  # fmt: skip
     ax.axhline(1.0, color="black", linewidth=0.8)
-    ax.set_xlabel("rank")
-    ax.set_ylabel("load / mean load")
-    _add_title_and_legend(ax, f"{_name(cell)}: layer {example.layer}, batch {example.batch}")
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("ranks, the most loaded first (each line in its own order)")
+    ax.set_ylabel("load of a rank / mean load")
+    title = f"One batch (layer {example.layer}, batch {example.batch}): all wait for the first rank"
+    _add_title_and_legend(ax, title)
 
 
 def _draw_batches(ax: Axes, cell: Cell) -> None:
-    for variant, color in COLORS.items():
-        values = cell.imbalance(variant).mean(0)
-        ax.plot(values, color=color, linewidth=1.6, label=f"{LABELS[variant]} {values.mean():.3f}")
+    """Draw the most loaded rank over the test batches, and what no split can get below."""
+    for name, (label, color, width, style) in LINES.items():
+        values = cell.imbalance(name).mean(0)
+        text = f"{label}: {values.mean():.3f}"
+        ax.plot(values, color=color, linewidth=width, linestyle=style, label=text)
+    bound = cell.bound().mean(0)
+    text = f"out of reach: {bound.mean():.3f}"
+    ax.fill_between(np.arange(len(bound)), bound, color="#cdd4db", linewidth=0, label=text)
     seen = recordings = 0
     first = cell.results[0].layer
     for result in cell.results:
@@ -145,12 +155,9 @@ def _draw_batches(ax: Axes, cell: Cell) -> None:
                 ax.axvline(seen - 0.5, color="black", linestyle=":", linewidth=0.8)
             recordings += 1
             seen += result.stretch.stop - result.stretch.split
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:.3g}")
-    ax.yaxis.set_minor_formatter("{x:.3g}")
-    ax.tick_params(axis="y", which="both", labelsize=8)
+    ax.set_ylim(bottom=0.8)
     ax.set_xlabel("test batch (dotted: another recording)" if recordings > 1 else "test batch")
-    ax.set_ylabel("max / mean rank load")
+    ax.set_ylabel("load of the most loaded rank / mean load")
     _add_title_and_legend(ax, f"{_name(cell)}: mean over layers")
 
 
@@ -161,7 +168,7 @@ def _add_title_and_legend(ax: Axes, title: str) -> None:
         fontsize=8,
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0),
-        ncols=len(COLORS),
+        ncols=len(LINES) + 1,
         frameon=False,
         columnspacing=1.2,
         handlelength=1.2,

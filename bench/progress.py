@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import IO, cast
 
 from lplb_triton.bench import tables
-from lplb_triton.bench.output import Stream, say
+from lplb_triton.bench.output import Stream, is_silent, tell
 
 __all__ = ["progress"]
 
@@ -26,7 +26,8 @@ def progress(
     parts
         Name of each part, and its number of steps.
     show
-        Whether to; by default only where standard error is a terminal.
+        Whether to; by default only where standard error is a terminal. Where
+        `lplb_triton.bench.output.silence` holds nothing is shown.
 
     Yields
     ------
@@ -34,7 +35,7 @@ def progress(
         To call after every step, part by part.
     """
     stream = Stream("stderr")
-    if not show and (show is not None or not stream.isatty()):
+    if is_silent() or (not show and (show is not None or not stream.isatty())):
         yield lambda: None
     elif stream.isatty():
         with _show_bar(parts, stream) as advance:
@@ -59,10 +60,10 @@ def _report_by_lines(parts: Sequence[tuple[str, int]]) -> Callable[[], None]:
         nonlocal done
         done += 1
         if done < len(names) and names[done] != names[done - 1]:
-            say(f"{time.monotonic() - begun:.0f} s, {names[done]}")
+            tell(f"{time.monotonic() - begun:.0f} s, {names[done]}")
 
     if names:
-        say(f"0 s, {names[0]}")
+        tell(f"0 s, {names[0]}")
     return advance
 
 

@@ -26,6 +26,7 @@ from lplb_triton.kernels.live.launch import (
     plan_live,
 )
 from lplb_triton.kernels.loads import MOST_EXPERTS, record_loads
+from lplb_triton.kernels.metrics import BatchMetrics
 from lplb_triton.kernels.pipeline import Pipeline
 from lplb_triton.kernels.pull.begin import begin_pull, copy_list_words
 from lplb_triton.kernels.pull.copy import UNIT_BYTES, CopyTable, copy_rows, make_copy_table
@@ -60,6 +61,7 @@ __all__ = [
     "MAX_RANKS",
     "MOST_EXPERTS",
     "STATUS_FIRST",
+    "BatchMetrics",
     "UNIT_BYTES",
     "Channel",
     "CopyTable",

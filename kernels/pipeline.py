@@ -25,6 +25,7 @@ from lplb_triton.kernels.launch import (
     use_device,
 )
 from lplb_triton.kernels.live.launch import Live
+from lplb_triton.kernels.metrics import BatchMetrics
 from lplb_triton.kernels.quotas import Quotas, divide_call
 from lplb_triton.kernels.select import (
     SELECT_CHUNK_AT,
@@ -68,6 +69,8 @@ class Pipeline:
         Of all ranks, for shares that are divided by the counts that are gathered.
     live : Live or None
         For a placement with live slots; ``out`` of it is replaced in each run.
+    metrics : BatchMetrics or None
+        Sums that each run adds to; ``live_out`` of it is replaced likewise.
     """
 
     def __init__(
@@ -81,7 +84,9 @@ class Pipeline:
         exchange: Exchange | None = None,
         quotas: Quotas | None = None,
         live: Live | None = None,
+        metrics: BatchMetrics | None = None,
     ) -> None:
+        self._metrics = metrics
         self._running, self._report, self._buffers = running, report, buffers
         self._solve_tables, self._select_tables, self._rank = solve_tables, select_tables, rank
         self._exchange, self._quotas, self._live = exchange, quotas, live
@@ -110,6 +115,8 @@ class Pipeline:
         """
         if live_out is not None and self._live is not None:
             self._live = self._live._replace(out=live_out)
+            if self._metrics is not None:
+                self._metrics = self._metrics._replace(live_out=live_out)
         n_first = 1 if between is None else 2
         key = idx.dtype, settings.certified.dtype, *settings[3:], n_first
         prepared = self._prepared.get(key)
@@ -137,6 +144,7 @@ class Pipeline:
         solve.args[solve.n_args - CHANNEL_FROM_END] = channel.number
         if live_out is not None:
             solve.args[solve.n_args - LIVE_OUT_FROM_END] = live_out.data_ptr()
+            select.args[select.n_args - 1] = live_out.data_ptr()
         select.args[SELECT_IDX_AT], select.args[SELECT_OUT_AT] = ids, out.data_ptr()
         select.args[SELECT_N_IDS_AT], select.args[SELECT_CHUNK_AT] = n_ids, chunk
         stream, profiled = self._current_stream(self._device), is_profiled()
@@ -177,7 +185,7 @@ class Pipeline:
             cumulative = self._quotas.mine
         select = select_call(
             idx, out, running, cumulative, self._select_tables, self._report, chunk, self._rank,
-            live=None if self._live is None else self._live.copies,
+            live=None if self._live is None else self._live.copies, metrics=self._metrics,
         )  # fmt: skip
         calls.append((select, self._quotas is None))
         return calls

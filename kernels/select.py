@@ -15,6 +15,7 @@ import triton.language as tl
 from lplb_triton.kernels.count import pad_experts
 from lplb_triton.kernels.launch import KernelCall, launch_call, supports_pdl
 from lplb_triton.kernels.live.launch import LiveCopies
+from lplb_triton.kernels.metrics import BatchMetrics, add_metrics, no_metrics_args
 from lplb_triton.kernels.pdl import await_previous
 from lplb_triton.kernels.report import BAD_CUMULATIVE, BAD_RUNNING, REPORT_INPUT, write_report
 from lplb_triton.kernels.rounding import SHARE_BITS, SHARE_MASK, compute_rounding_offset
@@ -105,7 +106,9 @@ def _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count,
 
 
 @triton.jit(
-    do_not_specialize=["n_ids", "chunk", "n_logical", "n_rows", "rank", "n_static"],
+    do_not_specialize=[
+        "n_ids", "chunk", "n_logical", "n_rows", "rank", "n_static", "n_ranks", "n_slots", "n_live",
+    ],
     do_not_specialize_on_alignment=[
         "idx_ptr",
         "out_ptr",
@@ -113,7 +116,7 @@ def _check_inputs(report_ptr, cumulative_ptr, known, low, high, position, count,
         "cumulative_ptr",
         "report_ptr",
     ],
-)
+)  # fmt: skip
 def select_kernel(
     idx_ptr,  # [n_ids] int32 or int64: logical ids, -1 for none
     out_ptr,  # [n_ids], the same dtype: gets physical ids, -1 for none
@@ -134,14 +137,36 @@ def select_kernel(
     live_last_ptr,  # [n_logical] int32
     live_slot_ptr,  # int32: physical ids of the copies from number n_static on
     n_static,  # static copies
+    # What metrics are made of, see `add_metrics`; read only with G > 0.
+    metrics_ptr,  # [N_METRICS] float64
+    counts_ptr,  # [n_logical] int32
+    home_experts_ptr,  # [n_group, n_ranks, n_slots] int32
+    stats_ptr,  # [3, n_group] float32
+    ints_ptr,  # [2, n_group] int32
+    n_ranks,
+    n_slots,
+    n_live,
+    live_out_ptr,  # [n_live + 4] int32
     BINS: tl.constexpr,  # n_logical or more, a power of two
     BLOCK: tl.constexpr,  # ids that are handled at a time
     PDL: tl.constexpr,  # whether this may start before the kernel ahead of it has ended
     CHECK: tl.constexpr,  # whether to check that `running` and `cumulative` fit the ids
     LIVE: tl.constexpr,  # whether there are live slots
+    G: tl.constexpr,  # ranks of a group, padded; 0 if there are no metrics
+    S: tl.constexpr,  # slots of a rank, padded
 ):
-    """Write physical ids for one chunk of logical ids (equations 12 to 14). Grid (n_rows,)."""
+    """Write physical ids for one chunk of logical ids (equations 12 to 14).
+
+    Grid (n_rows,); with metrics one more program for each group, which keeps nobody waiting.
+    """
     program = tl.program_id(0).to(tl.int64)
+    if G > 0:
+        if program >= n_rows:
+            add_metrics(
+                metrics_ptr, counts_ptr, home_experts_ptr, stats_ptr, ints_ptr, live_out_ptr,
+                program - n_rows, tl.num_programs(0) - n_rows, n_ranks, n_slots, n_live, PDL, G, S,
+            )  # fmt: skip
+            return
     begin = program * chunk
     end = tl.minimum(begin + chunk, n_ids)
     expert = tl.arange(0, BINS)
@@ -207,7 +232,8 @@ class SelectTables(NamedTuple):
     """[1] halvings that the largest number of copies takes."""
 
 
-# Positions of the arguments that change from batch to batch, among those of `select_call`.
+# Positions of the arguments that change from batch to batch, among those of `select_call`; the plan
+# of live slots is the last one.
 SELECT_IDX_AT, SELECT_OUT_AT = 0, 1
 SELECT_N_IDS_AT = 5 + len(SelectTables._fields)
 SELECT_CHUNK_AT = SELECT_N_IDS_AT + 1
@@ -224,20 +250,26 @@ def select_call(
     rank: int,
     check: bool = False,
     live: LiveCopies | None = None,
+    metrics: BatchMetrics | None = None,
 ) -> KernelCall:
     """Prepare `select`; ``check`` is whether to check ``running`` and ``cumulative``.
 
     ``live`` are the copies of this batch, if there are live slots.
     """
+    n_group = 0 if metrics is None else len(metrics.home_experts)
     n_rows, n_logical = running.shape
     args = (
         idx, out, running, cumulative, *tables, report,
         idx.numel(), chunk, n_logical, n_rows, rank,
         *(live[:4] if live else [report] * 4), tables.copy_slot.numel(),
+        *(metrics.args() if metrics else no_metrics_args(report)),
     )  # fmt: skip
     pdl = supports_pdl(idx.device)
-    constants = (pad_experts(n_logical), SELECT_BLOCK, pdl, check, live is not None)
-    return KernelCall(select_kernel, n_rows, args, constants, {"num_warps": 8})
+    constants = (
+        pad_experts(n_logical), SELECT_BLOCK, pdl, check, live is not None,
+        *(metrics.constants() if metrics else (0, 1)),
+    )  # fmt: skip
+    return KernelCall(select_kernel, n_rows + n_group, args, constants, {"num_warps": 8})
 
 
 def select(

@@ -8,7 +8,7 @@ from lplb_triton._backends.workspace import workspace_bytes
 from lplb_triton._version import __version__
 from lplb_triton.balancer import Balancer
 from lplb_triton.eplb import rebalance_experts
-from lplb_triton.placement import Placement
+from lplb_triton.placement import Placement, load_placements, save_placements
 from lplb_triton.placement.chaining import chain
 from lplb_triton.placement.moves import MovePlan, plan_moves
 from lplb_triton.placement.placing import place
@@ -35,9 +35,11 @@ __all__ = [
     "Status",
     "__version__",
     "chain",
+    "load_placements",
     "place",
     "plan_moves",
     "rebalance_experts",
+    "save_placements",
     "solve",
     "spread",
     "workspace_bytes",

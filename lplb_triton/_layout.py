@@ -49,6 +49,28 @@ class Extent(enum.IntEnum):
 N_EXTENTS = len(Extent)
 
 
+class Metric(enum.IntEnum):
+    """Sums over batches, for each of which a group counts; loads are over the mean load."""
+
+    BATCHES = 0
+    BEFORE = 1
+    """Largest load with every token at its expert's home."""
+    AFTER = 2
+    """Largest load of the plan."""
+    STATIC = 3
+    """Largest load of the plan of static copies, which is the plan without live slots."""
+    BOUND = 4
+    """Load that no plan of static copies can beat."""
+    GAP = 5
+    STEPS = 6
+    """Steps by potentials, or interior-point iterations."""
+    FETCHED = 7
+    """Experts fetched to live slots."""
+
+
+N_METRICS = len(Metric)
+
+
 class CellField(enum.IntEnum):
     """Rows of the table ``cells``, which has a column for each cell of a group."""
 

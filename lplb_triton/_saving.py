@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from lplb_triton._backends.layer import create_layer
+from lplb_triton._backends.recorder import LoadRecorder
 from lplb_triton._checks import resolve_device
 from lplb_triton._torch_op import opaque, outside_modes
 from lplb_triton.solver import resolve_backend
@@ -19,7 +20,7 @@ __all__ = ["copy_balancer", "load_balancer", "saved_state"]
 B = TypeVar("B", bound="Balancer")
 
 # Tensors of a layer that copies and files keep.
-COUNTERS = ("certified", "solves", "uncertified", "traffic")
+COUNTERS = ("certified", "solves", "uncertified", "traffic", "metrics")
 
 
 @opaque
@@ -48,9 +49,18 @@ def saved_state(balancer: Balancer) -> dict[str, Any]:
         },
         "sync": member.sync if isinstance(member.sync, str) else "auto",
         "counters": {name: getattr(layer, name).cpu() for name in COUNTERS},
+        "recorder": _saved_recorder(layer.recorder),
         "device": layer.device.type,
         "ranks": member.ranks,
     }
+
+
+def _saved_recorder(recorder: LoadRecorder | None) -> dict[str, Any] | None:
+    """Return what a file keeps of recorded loads."""
+    if recorder is None:
+        return None
+    loads = recorder.read().cpu()
+    return {"recording": recorder.recording, "decay": recorder.decay, "loads": loads}
 
 
 def load_balancer(kind: type[B], state: dict[str, Any]) -> B:
@@ -81,6 +91,11 @@ def _restore(kind: type[B], state: dict[str, Any], device: torch.device) -> B:
     balancer._set_up(layer, given_backend, own_rank, state["sync"], settings["_timeout"])
     for name, values in state["counters"].items():
         getattr(layer, name).copy_(values)
+    recorded = state.get("recorder")
+    if recorded is not None:
+        layer.recorder = LoadRecorder(layer.placement.n_logical, device)
+        layer.recorder.recording, layer.recorder.decay = recorded["recording"], recorded["decay"]
+        layer.recorder.write(recorded["loads"])
     ranks = balancer._membership.saved_ranks = state["ranks"]
     if ranks is not None:
         layer.blocked = (

@@ -22,11 +22,13 @@ from lplb_triton._checks import (
     check_tolerance,
     resolve_device,
 )
+from lplb_triton._load_history import LoadHistory
 from lplb_triton._membership import Membership, wait_for_device, warn_if_no_group
 from lplb_triton._steps import BatchSteps
 from lplb_triton._torch_op import is_plain, opaque, register
 from lplb_triton._updates import update_placements
 from lplb_triton.live import LivePlan, LiveRules, make_rules, read_plan
+from lplb_triton.metrics import Metrics, MetricsReader
 from lplb_triton.placement import Placement
 from lplb_triton.placement.moves import require_placement
 from lplb_triton.solver import (
@@ -43,7 +45,7 @@ QUOTAS = ("local", "global", "replicated")
 SOLVERS = ("levelling", "interior_point")
 
 
-class Balancer(BatchSteps):
+class Balancer(LoadHistory, BatchSteps):
     """Rewrites logical into physical expert ids so that the ranks of a group finish together.
 
     One balancer serves one MoE layer on one rank. Make it with the layer's `Placement`, call
@@ -230,6 +232,7 @@ class Balancer(BatchSteps):
     ) -> None:
         """Make what belongs to this balancer alone; ``given_backend`` is the caller's argument."""
         self._layer, self._given_backend = layer, given_backend
+        self._metrics: MetricsReader | None = None
         self._backend = create_backend(layer)
         self._tables = self._backend.tables
         self._handle = register(self._backend)
@@ -360,6 +363,24 @@ class Balancer(BatchSteps):
         if out is None:
             raise RuntimeError("no batch has been planned yet: call run first")
         return read_plan(out, p.ep_size, p.live_per_rank)
+
+    @opaque
+    def metrics(self, *, wait: bool = True) -> Metrics | None:
+        """Return how well the batches since the last reading were balanced.
+
+        `run` adds to sums on the device in its last launch, in graph replays too.
+
+        Parameters
+        ----------
+        wait : bool
+            Whether to wait for the device. If not, a copy is started, and the result is what the
+            copy of an earlier call says: None as long as none has ended.
+        """
+        if self._metrics is None:
+            layer = self._layer
+            sources = layer.metrics, layer.certified, layer.solves, layer.traffic
+            self._metrics = MetricsReader(sources)
+        return self._metrics.read() if wait else self._metrics.poll()
 
     def run(
         self,

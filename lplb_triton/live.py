@@ -93,7 +93,7 @@ def make_rules(
 
 
 def read_plan(out: torch.Tensor, ep_size: int, live_per_rank: int) -> LivePlan:
-    """Make the plan of what a back end has written, ``[ep_size * live_per_rank + 3]`` int32."""
+    """Make the plan of what a back end has written, ``[ep_size * live_per_rank + 4]`` int32."""
     n_live = ep_size * live_per_rank
-    numbers = out[n_live:].view(torch.float32)
+    numbers = out[n_live : n_live + 3].view(torch.float32)
     return LivePlan(out[:n_live].view(ep_size, live_per_rank), *numbers.unbind())

@@ -52,7 +52,7 @@ from lplb_triton.kernels.solve.expand_kernel import expand_kernel
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64", "uncertified_ptr": "*i64"}
 POINTERS |= {"addresses_ptr": "*i64", "traffic_ptr": "*i64", "edges_ptr": "*i64"}
-POINTERS |= {"pairs_ptr": "*i64", "report_ptr": "*i64"}
+POINTERS |= {"pairs_ptr": "*i64", "report_ptr": "*i64", "metrics_ptr": "*fp64"}
 POINTERS |= {"load_ptr": "*i64", "by_home_ptr": "*i64", "by_rank_ptr": "*i64"}
 POINTERS |= {"own_ptr": "*bf16", "arrived_ptr": "*bf16", "grads_ptr": "*bf16"}
 POINTERS |= {"state_ptr": "*i64", "table_ptr": "*i64", "returned_ptr": "*i64"}
@@ -136,7 +136,7 @@ def jobs(capability):
             options = solve_launch.make_options(solve_launch.choose_dense_warps(ranks, columns))
             tile = {"G": ranks, "C": columns, "HAS_START": ranks == 8}
             yield solve_dense_kernel, tile, options
-        options = solve_launch.make_options(solve_launch.choose_counts_warps(ranks, columns))
+        options = solve_launch.make_options(solve_launch.choose_counts_warps(ranks, 2 * columns))
         constants = {"G": ranks, "C": columns, "R": columns, "S": 8, "COPIES": 64, "MEMBERS": 4}
         constants |= {
             "ROWS": SUM_ROWS,
@@ -170,6 +170,7 @@ def jobs(capability):
     for check in (False, True):
         for slots in (0, 1):
             constants = {**bins, "BLOCK": SELECT_BLOCK, "CHECK": check, "LIVE": slots}
+            constants |= {"G": 0 if check else 8, "S": 8}
             yield select_kernel, constants, {"num_warps": 8}
     lanes, warps = {"LANES": 32 * WARPS}, {"num_warps": WARPS}
     for gather in (0, 1):

@@ -85,6 +85,22 @@ def script_with_routers(names):
     names["routers"] = [Router(), Router()]
 
 
+def traced(names):
+    torch.manual_seed(0)
+    with Recorder("trace.npz", 256, 2) as recorder:
+        for _ in range(4):
+            for layer in range(2):
+                recorder.add(layer, torch.randint(256, (64, 8)))
+            recorder.step()
+    names["balancer"] = Balancer(chain(torch.rand(256), 32, redundant_per_rank=2))
+    names["batches"] = torch.randint(256, (3, 64, 8)).to(names["balancer"].device)
+
+
+def read_back(names):
+    assert names["same"] == names["placement"] == names["layers"][1]
+    assert names["second"] == names["new"] == names["layers"][2]
+
+
 def loaded(names):
     names["history"] = torch.randint(100, (8, 256)).float()
 
@@ -313,6 +329,7 @@ def solved(names):
 
 
 BEFORE = {
+    ("docs/placement.md", "Loads"): traced,
     ("docs/live-weights.md", "A script"): layer_with_live_slots,
     ("docs/placement.md", "Experts at home"): loaded,
     ("docs/placement.md", "Moves"): placed,
@@ -333,6 +350,7 @@ AFTER = {
     ("docs/live-weights.md", "A script"): trained_live_slots,
     ("docs/live.md", "A script"): fetched_experts,
     ("docs/live.md", "The weights"): fetched_experts,
+    ("docs/placement.md", "Files"): read_back,
     ("docs/placement.md", "Experts at home"): placed_at_home,
     ("docs/placement.md", "Moves"): moved,
     ("docs/quickstart.md", "A first script"): improved_a_batch,

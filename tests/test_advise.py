@@ -230,9 +230,9 @@ SIZES = ["--hidden", "64", "--inner", "32"]
     ("name", "options", "message"),
     [
         ("t.npz", [], "argument --trace: t.npz doesn't say all sizes of its layers; give --hidden, "
-         "--inner, --top-k, or --model"),
+         "--inner, --top-k, or --model or --hf-config"),
         ("t.npz", ["--top-k", "2"], "give --hidden, --inner, or --model"),
-        ("k.npz", ["--hidden", "64"], "give --inner, or --model"),
+        ("k.npz", ["--hidden", "64"], "give --inner, or --model or --hf-config"),
         ("t.npz", ["--model", "deepseek-v3"], "argument --model: deepseek-v3 has experts 256, the "
          "trace t.npz 32; give --experts 32 to take the rest"),
         ("k.npz", ["--model", "deepseek-v3"], "argument --model: deepseek-v3 has top_k 8, the "
@@ -306,6 +306,7 @@ def test_command_check(monkeypatch, capsys):
     monkeypatch.setattr(machine, "environment", lambda device: found)
     monkeypatch.setattr(machine, "pairs", lambda: 4)
     monkeypatch.setattr(advise, "MODELS", {"small": SMALL})
+    monkeypatch.setattr(command, "CHECK_MODELS", ("small",))
     monkeypatch.setattr(gpu_times, "CALIBRATION_ROWS", (16, 64))
     monkeypatch.setattr(command, "CHECK_TOKENS", (16, 32))
     assert cli.main(["advise", "--check", "--json", "-"]) == cli.FAILED

@@ -85,7 +85,7 @@ def test_report(trace_path, tmp_path, capsys):
         assert image.format == "PNG"
         assert min(image.size) > 400
         colors = {pixel for _, pixel in image.convert("RGB").getcolors(maxcolors=1 << 20)}
-    assert {(0x3B, 0x7D, 0xBD), (0xC8, 0x37, 0x4A), (0xB8, 0xB8, 0xB8)} <= colors
+    assert {(0x00, 0x67, 0xAB), (0xC8, 0x4F, 0x00), (0x87, 0x8E, 0x98)} <= colors
 
     report = json.loads((out / "balance.json").read_text())
     assert report["options"]["ep"] == [8]

@@ -79,6 +79,21 @@ def split(name):
     return split_tokens(Placement.from_phy2log(IDS, 2), counts, name, 1e-3)
 
 
+def figures(compare, name):
+    """Figures of what a report compares beside the combinations."""
+    trace, options = make_trace(), balance.Options((8,), (1,))
+    rows = compare(trace, balance.run(trace, options)[0], options)
+    return [torch.tensor(row[name], dtype=torch.float64, device="cpu") for row in rows]
+
+
+def saving():
+    """Times that a report predicts."""
+    trace = make_trace()
+    found = report.predict_saving(trace, balance.run(trace, balance.Options((8,), (1,)))[0], 1e-3)
+    nets = [size["net"] for size in found["sizes"]]
+    return [torch.tensor(nets, dtype=torch.float64, device="cpu")]
+
+
 CALLS = {
     "make_placement": in_order,
     "balance.run": balanced,
@@ -89,6 +104,9 @@ CALLS = {
     "split by the LP": lambda: split("lplb"),
     "split evenly": lambda: split("even"),
     "cases": cases,
+    "changes": lambda: figures(balance.find_changes, "imbalance"),
+    "batch sizes": lambda: figures(balance.compare_batch_sizes, "integer"),
+    "saving": saving,
     "heat": lambda: [torch.tensor(report.heat(make_trace(), 0)["tokens"], device="cpu")],
     "draw_experts": lambda: draw_experts(8, 4, 2, "cpu"),
     "adversary": lambda: workloads.adversary(

@@ -28,19 +28,21 @@ BASE = {
     "simulate": "simulate --ep 8 --slots 1 --rows 64 --hidden 8 --inner 8",
     "simulate-live": "simulate-live --pull-rate 300 --model gpt-oss-120b --ep 8 --tokens 64",
     "ep": "ep --device cpu --sections time,pipeline",
+    "place": "place t.npz --ep 4 --slots 1 --device cpu --method home-place --trials 1 -o p.json",
     "placement": "placement --synthetic 8 --seeds 0 --ep 4 --slots 1 --device cpu --trials 1",
     "live": "live --trace t.npz --workload uniform --experts 32 --batches 1 --ep 4 --base home",
     "workloads": "workloads --workload uniform --placement place --ep 4 --slots 1 --experts 32 "
     "--batches 1",
     "frameworks": "frameworks --framework megatron --device cpu",
     "record": "record t.npz",
+    "completion": "completion bash",
     "advise": "advise --gemm table --ep 8 --experts 32 --slots 1",
 }
 # What no option takes: neither a number in any range, nor a name, nor a file or its folder.
 NEVER = ("", "x,", "no/such/../\x7f", "nan", "inf", "1e400", "9" * 5000)
 NUMBERS = (*NEVER, "-1", "x", "1,,2", "0x10")
 PATHS = ("", ".", "t.npz/x", "/proc/no/such", "a" * 5000)
-FILES = ("--json", "--markdown", "--png", "--merge")
+FILES = ("--json", "--markdown", "--png", "--merge", "--output")
 
 
 def subcommands():
@@ -57,7 +59,7 @@ def valued(kind):
             if not action.option_strings or action.nargs == 0:
                 continue
             option = action.option_strings[0]
-            path = option in (*FILES, "--out", "--trace", "--published")
+            path = option in (*FILES, "--out", "--trace", "--published", "--hf-config")
             if path == (kind == "paths"):
                 found.append(pytest.param(name, option, id=f"{name}{option}"))
     return found
@@ -213,6 +215,8 @@ def test_defaults_are_the_same_everywhere():
     shown = {name: set() for name in expected}
     for sub in subcommands().values():
         for action in sub._actions:
+            if action.required:
+                continue
             for option in set(action.option_strings) & set(expected):
                 help_text = action.help % {"default": action.default}
                 shown[option].add(help_text.split("(default ")[1].split(")")[0].split(", or")[0])

@@ -28,6 +28,8 @@ def check_ranks(rank, group):
     ranks = group.size()
     # Every rank comes with another placement; rank 0's must win, also for updates.
     balancer = Balancer(_placement(rank, ranks), group=group, device="cpu")
+    balancer.record_loads()
+    seen = torch.zeros(32, dtype=torch.float64)
     for version in (0, 50):
         if version:
             balancer.update_placement(_placement(version + rank, ranks))
@@ -41,6 +43,8 @@ def check_ranks(rank, group):
             dist.all_reduce(loads)
             everything = torch.cat([_ids(r, batch).reshape(-1) for r in range(ranks)])
             counts = torch.bincount(everything[everything >= 0], minlength=32)
+            seen += counts
+            assert torch.equal(balancer.load_history(), seen)
             single = Balancer(placement, device="cpu", rank=0)
             cumulative = single.cumulative_shares(single.solve(counts.int()).shares)
             expected = torch.zeros_like(loads)

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -161,7 +162,12 @@ def check_command(name, *args):
             check_script(parsed.training_script, *parsed.training_script_args)
     else:
         # What stands ahead of it is another program's, such as compute-sanitizer.
-        check_script(*((name, *args)[(name, *args).index("python") + 1 :]))
+        words = (name, *args)[(name, *args).index("python") + 1 :]
+        if words[0] == "-m":
+            assert words[1] in ("lplb_triton", "lplb_triton.bench")
+            parse(words[2:] or ["--help"])
+        else:
+            check_script(*words)
 
 
 def parse(args):
@@ -197,6 +203,8 @@ def test_shell_blocks_run(page, tmp_path, monkeypatch):
     # Drawing takes most of the time, and has tests of its own.
     monkeypatch.setattr(plots, "balance_png", lambda cells, title: b"")
     record_ranks(1, 256)
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 256}
+    Path("config.json").write_text(json.dumps({**sizes, "num_experts_per_tok": 8}))
     for block in pages.in_language(page, "bash"):
         for name, *args in pages.commands(block.text, tmp_path):
             check_command(name, *args)

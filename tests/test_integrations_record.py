@@ -76,6 +76,7 @@ def test_forward_passes_are_batches(tmp_path, kind):
     assert (trace.counts.sum(-1) == 2 * 16 * TOP_K).all()
     assert trace.counts[:, -1, 0].tolist() == [row.tolist() for row in seen]
     assert trace.meta["top_k"] == TOP_K and trace.meta["run"] == 7
+    assert (trace.meta["hidden"], trace.meta["inner"]) == (32, 16)
     assert trace.meta["layer_names"] == list(recorder.layers) and len(recorder.layers) == LAYERS
 
 

@@ -51,7 +51,7 @@ CASES = [
     (Placement.from_history, HISTORY, {"num_groups": 0}, "num_groups"),
     (Placement.from_history, HISTORY, {"num_groups": 3, "num_nodes": 3}, "num_nodes"),
     (Placement.from_history, HISTORY, {"num_nodes": 1.5}, "num_nodes"),
-    (Placement.from_history, HISTORY, {"load": torch.ones(2, 12)}, "load"),
+    (Placement.from_history, HISTORY, {"load": torch.ones(2, 2, 12)}, "load"),
     (Placement.from_history, HISTORY, {"load": torch.ones(0)}, "load"),
     (Placement.from_history, HISTORY, {"load": torch.full((12,), NAN)}, "load"),
     (Placement.from_history, HISTORY, {"load": -torch.ones(12)}, "load"),

@@ -1,65 +1,24 @@
 """The HTML report: what is on the page, that it needs no network, and the command."""
 
-import base64
-import io
+import itertools
 import json
-import os
-import shutil
-import subprocess
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import torch
+from helpers.browser import CHROMIUM, measure_page
+from helpers.html_pages import Page
 from helpers.traces import make_trace
-from PIL import Image
 
-from lplb_triton.bench import balance, charts, cli, report
-from lplb_triton.bench.live import find_gain
+from lplb_triton.bench import cli, report
 from lplb_triton.traces import trace as traces
 
-VOID = {"meta", "img"}
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-
-
-class Page(HTMLParser):
-    """Ids, tags by id, and whatever could load something."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.ids, self.tags, self.links, self.text = [], {}, [], [], ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.tags.append((tag, attrs))
-        self.links += [v for k, v in attrs.items() if k in ("src", "href", "data", "srcset")]
-        if "id" in attrs:
-            assert attrs["id"] not in self.ids
-            self.ids[attrs["id"]] = []
-        if tag not in VOID:
-            self.open.append((tag, attrs.get("id")))
-        for _, name in self.open:
-            if name:
-                self.ids[name].append((tag, attrs))
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()[0] == tag
-
-    def handle_data(self, data):
-        self.text += data
+SECTIONS = ["time", "by-layer", "ranks", "left", "batch-size", "experts", "live", "combinations",
+            "details", "words"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
+    """Folder of a report on a trace whose name has to be escaped."""
     folder = tmp_path_factory.mktemp("report")
     traces.save(folder / "a&b.npz", make_trace())
     common = ["--device", "cpu", "--ep", "8", "--placement", "eplb,none,cube", "--slots", "1,2"]
@@ -67,132 +26,150 @@ def result(tmp_path_factory):
     return folder / "o"
 
 
-def count(page, name, tag, kind=None):
-    return sum(t == tag and kind in (None, a.get("class")) for t, a in page.ids[name])
+@pytest.fixture(scope="module")
+def text(result):
+    """The page."""
+    return (result / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_page(result):
-    """The page has a section for every cell, with a mark for each rank and each flow."""
-    text = (result / "report.html").read_text(encoding="utf-8")
-    page, figures = Page(text), json.loads((result / "balance.json").read_text())
-    assert {"summary", "heat", "timing"} <= set(page.ids)
-    cells = [cell for cell in figures["cells"] if cell["applicable"]]
-    assert len(cells) == 4 and f"cell{len(cells)}" not in page.ids
-    for number, cell in enumerate(cells):
-        name = f"cell{number}"
-        assert count(page, f"{name}-imbalance", "polyline") == 5
-        assert count(page, f"{name}-loads", "rect") == 8 * 3 + 3
-        assert count(page, f"{name}-placement", "circle", "rank") == 8
-        flows = cell["example"]["flows"]
-        assert count(page, f"{name}-placement", "path", "flow") == len(flows) == 8 * cell["slots"]
-        assert (f"{name}-solver" in page.ids) == (cell["slots"] > 0)
-        assert all(f["from"] != f["to"] for f in flows if cell["placement"] == "cube")
-    assert "n/a: cube needs a positive multiple" in page.text and "a&b.npz" in page.text
-    assert "not the GPU kernel's time" in page.text
+@pytest.fixture(scope="module")
+def figures(result):
+    """The figures that the page shows."""
+    return json.loads((result / "balance.json").read_text())
 
 
-def test_the_page_says_what_live_slots_would_add(result):
+def shown_cell(figures):
+    """Return the combination that the page is about."""
+    return figures["cells"][figures["shown"]["cell"]]
+
+
+def test_the_headline_says_what_is_gained(text, figures):
+    """The first heading and the number beside it are those of the figures."""
+    page, cell = Page(text), shown_cell(figures)
+    mean = {k: cell["imbalance"][k]["mean"] for k in ("none", "eplb", "integer")}
+    p95 = {k: cell["imbalance"][k]["p95"] for k in ("none", "eplb", "integer")}
+    over = {k: f"{100 * (1 - mean['integer'] / mean[k]):.0f}%" for k in ("none", "eplb")}
+    head = page.texts["summary"]
+    assert f"The slowest rank gets {over['eplb']} fewer tokens than with EPLB" in head
+    assert f"{over['none']} fewer than with no balancing" in head
+    assert f"\N{MINUS SIGN}{over['eplb']}" in head
+    assert f"{100 * (1 - p95['integer'] / p95['eplb']):.0f}% fewer tokens than with EPLB" in head
+    bound = np.mean([layer["bound"] for layer in cell["by_layer"]])
+    assert f"can do better than {100 * (1 - bound / mean['eplb']):.0f}% fewer tokens than" in head
+    assert text.index("<h1>") < text.index("<figure") < text.index("What do I gain?")
+
+
+def test_the_three_answers(text, figures):
+    """The head of the page answers what is gained, from which batch size, and what to change."""
+    head, shown = Page(text).texts["summary"], figures["shown"]
+    mean = shown_cell(figures)["imbalance"]["integer"]["mean"]
+    assert f"has {mean:.2f} times the mean load" in head
+    for size in shown["saving"]["sizes"]:
+        start = size["pays_from"]["eplb"]
+        wanted = "does not pay up to 131,072" if start is None else f"pays from {start:,} on"
+        assert wanted in head and size["name"] in head
+    now = shown["changes"][0]["imbalance"]
+    for change in shown["changes"][1:]:
+        told = f"{change['imbalance']:.3f} instead of {now:.3f}"
+        assert (told in head) == (change["imbalance"] < 0.99 * now)
+
+
+def test_the_sections(text, figures):
+    """Contents list every section, and pictures have a mark for everything that they show."""
+    page, cell = Page(text), shown_cell(figures)
+    assert [link[1:] for link in page.links if link.startswith("#")][-len(SECTIONS) :] == SECTIONS
+    assert set(SECTIONS) <= set(page.ids)
+    assert page.count("waiting", "rect", "work") == 2 * 4 + 1
+    assert page.count("over-time", "path", "line") == 2 * 3 + 3
+    assert page.count("over-time", "path", "limit") == 2
+    assert page.count("one-batch", "path", "line") == 2 * 3 + 3
+    layers = len(cell["by_layer"])
+    assert page.count("layers", "circle", "none") == 2 * layers + 1
+    assert page.count("layers", "path", "mark") == 2 * layers + 1
+    assert page.count("ranks", "image") == 2 * layers
+    assert page.count("changes", "rect", "lp") == 2 * len(figures["shown"]["changes"])
+    assert page.count("saving", "path", "line") == 3 * len(figures["shown"]["saving"]["sizes"])
+    assert "n/a: cube needs a positive multiple" in page.texts["combinations"]
+    assert "a&b.npz" in page.text and "not the GPU kernel's time" in page.texts["details"]
+
+
+def test_every_picture_has_a_text_and_units(text):
+    """Pictures have a title and a description, figures a caption, and axes their units."""
+    page = Page(text)
+    pictures = [attrs for tag, attrs in page.tags if tag == "svg" and attrs.get("role") == "img"]
+    assert len(pictures) > 20
+    for attrs in pictures:
+        title, description = attrs["aria-labelledby"].split()
+        assert page.texts[title] and len(page.texts[description]) > 20
+    others = [a for t, a in page.tags if t == "svg" and "role" not in a]
+    assert all(attrs["aria-hidden"] == "true" for attrs in others)
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("figure") == tags.count("figcaption") >= 10
+    for name, axes in {
+        "waiting": ("most loaded rank (mean load = 1)",),
+        "over-time": ("test batch", "most loaded rank (mean load = 1)"),
+        "one-batch": ("ranks, the most loaded first", "load of a rank (mean load = 1)"),
+        "layers": ("most loaded rank (mean = 1, log scale)", "layer 0"),
+        "ranks": ("test batch", "rank"),
+        "remainder": ("above the mean load, %",),
+        "changes": ("above the mean load, %",),
+        "saving": ("tokens of a rank in a batch", "time saved, % of EPLB's"),
+        "experts-map": ("step of the trace", "place of the expert"),
+        "live-slots": ("test batch", "most loaded rank (mean load = 1)"),
+    }.items():
+        assert all(axis in page.texts[name] for axis in axes), name
+
+
+def test_lines_on_top_of_each_other_stay_visible(text):
+    """Of the lines of a picture each is narrower than those that are drawn before it."""
+    page = Page(text)
+    for name in ("over-time-picture-t", "one-batch-picture-t", "saving-picture-t"):
+        assert name in page.ids
+    for name in ("over-time", "one-batch", "saving", "live-slots"):
+        lines = [a for t, a in page.ids[name] if t == "path" and "line" in a["class"].split()]
+        half = len(lines) // 3
+        widths = [float(attrs["stroke-width"]) for attrs in lines[:half]]
+        assert len(widths) >= 2 and widths == sorted(set(widths), reverse=True)
+
+
+def test_the_page_says_what_live_slots_would_add(text, figures):
     """A section has both imbalances of each batch, and how many batches would fetch."""
-    figures = json.loads((result / "balance.json").read_text())
-    found = figures["live"]
-    assert (found["ep"], found["placement"], found["slots"]) == (8, "eplb", 1)
+    found, cell = figures["live"], shown_cell(figures)
+    assert all(found[name] == cell[name] for name in ("ep", "placement", "slots"))
     lp, live = (np.array(found["imbalance"][name]) for name in ("lp", "live"))
     assert len(lp) == len(live) == 6 and (live <= lp).all()
     # Live slots are filled where the LP leaves more, and nowhere else. Whole tokens add a little.
     assert (live[lp <= 1.01] == lp[lp <= 1.01]).all() and (live < lp).mean() == found["fetching"]
-    cell = figures["cells"][0]
     (layer,) = (row for row in cell["by_layer"] if row["layer"] == found["layer"])
     assert lp == pytest.approx(np.array(layer["imbalance"]["lp"]), abs=0.05)
-    page = Page((result / "report.html").read_text(encoding="utf-8"))
-    assert count(page, "live", "polyline") == 2
+    page = Page(text)
+    assert page.count("live", "path", "line") == 2 * 2 + 2
     assert f"{100 * found['fetching']:.1f}% of the batches would fetch" in page.text
     # Figures of a version without live slots have no such section.
     for older in ({k: v for k, v in figures.items() if k != "live"}, {**figures, "live": None}):
         assert "live" not in Page(report.html(older)).ids
 
 
-def test_topologies_of_several_groups_have_no_live_slots():
-    """Where every placement has several groups of ranks, nothing is said of live slots."""
-    trace = make_trace(sources=1)
-    cells = balance.run(trace, balance.Options((16,), (2,), ("ring:8",)))
-    assert cells[0].reason is None and find_gain(trace, cells) is None
-
-
-def test_an_empty_batch_is_balanced():
-    """A batch without tokens needs no live slots and has imbalance 1."""
-    counts = make_trace(layers=1).counts.copy()
-    counts[-1] = 0
-    trace = traces.Trace(counts, np.arange(len(counts)))
-    found = find_gain(trace, balance.run(trace, balance.Options((8,), (1,), ("eplb",))))
-    assert found["imbalance"]["lp"][-1] == found["imbalance"]["live"][-1] == 1.0
-
-
-def test_it_needs_no_network(result):
-    """The page has no scripts or links, and its one image is embedded."""
-    page = Page((result / "report.html").read_text(encoding="utf-8"))
-    tags = {tag for tag, _ in page.tags}
-    assert not tags & {"script", "link", "iframe", "object"}
-    assert len(page.links) == 1 and page.links[0].startswith("data:image/png;base64,")
-    image = Image.open(io.BytesIO(base64.b64decode(page.links[0].split(",")[1])))
-    assert image.size == (12, 32)
+def test_it_needs_no_network(text):
+    """The page has no scripts, its links stay on it, and its images are embedded."""
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "img"}
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
+    assert "url(" not in text and "@import" not in text and "http" not in text
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_in_chromium(result, tmp_path):
-    """Chromium shows the page's elements unchanged, and its picture is not blank."""
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,3000"]
-    address = (result / "report.html").as_uri()
-    run = {"capture_output": True, "check": True, "timeout": 120, "env": dict(os.environ, LANG="C")}
-    dom = subprocess.run([CHROMIUM, *options, "--dump-dom", address], **run).stdout.decode()
-    # The browser's tree, not the file: nothing was dropped or moved by its parser.
-    source, shown = (Page(text) for text in ((result / "report.html").read_text("utf-8"), dom))
-    assert set(shown.ids) == set(source.ids)
-    for name in source.ids:
-        tags = [[tag for tag, _ in page.ids[name]] for page in (source, shown)]
-        assert tags[0] == [tag for tag in tags[1] if tag != "tbody" or "tbody" in tags[0]]
-    picture = tmp_path / "report.png"
-    subprocess.run([CHROMIUM, *options, f"--screenshot={picture}", address], **run)
-    with Image.open(picture) as image:
-        assert image.size == (1200, 3000)
-        colors = image.convert("RGB").getcolors(1 << 24)
-    # Text, lines and bars: more than a few colors, and most of the page is not one of them.
-    assert len(colors) > 100 and max(n for n, _ in colors) < 0.95 * 1200 * 3000
-
-
-def test_the_heat_map_shows_the_hot_expert():
-    """The heat map is hot where an expert's load is far above the mean."""
-    counts = np.full((6, 1, 1, 4), 10)
-    counts[3:, 0, 0, 2] = 100
-    found = report.heat(traces.Trace(counts, np.arange(6)), 0)
-    assert found["steps"] == list(range(6)) and found["tokens"][4] == [10, 10, 100, 10]
-    shown = report._heat({"heat": found})
-    image = Image.open(io.BytesIO(base64.b64decode(shown.split("base64,")[1].split('"')[0])))
-    assert image.getpixel((0, 2)) == charts.MEAN and image.getpixel((5, 2))[0] > 150
-    assert image.getpixel((5, 2))[2] < 100 < image.getpixel((5, 0))[2]
-
-
-def test_flows_are_the_tokens_of_the_plan():
-    """Loads in place change into those of the plan if the flows' tokens are moved."""
-    trace = make_trace()
-    options = balance.Options((8,), (1,), ("ring:8",))
-    (cell,) = balance.run(trace, options)
-    example = cell.worst()
-    flows = report.flows(trace, options, cell)
-    assert len(flows) == 8 and {f["to"] for f in flows} == set(range(8))
-    loads = example.loads["none"] * 0
-    part = cell.results[0].stretch
-    totals = trace.totals()[:, example.layer]
-    in_place = balance.make_placement(
-        "ring:8", torch.from_numpy(totals[: part.split].sum(0)).double(), 8, 1
-    )
-    for slot, expert in enumerate(in_place.phy2log.tolist()):
-        if slot % 5 < 4:
-            loads[slot // 5] += totals[example.batch, expert]
-    for flow in flows:
-        loads[flow["from"]] -= flow["tokens"]
-        loads[flow["to"]] += flow["tokens"]
-    assert np.abs(loads - example.loads["lp"]).max() <= 2
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_chromium(text, tmp_path, scheme):
+    """In three widths nothing is cut off, overlaps or scrolls sideways, in light and dark."""
+    shown = measure_page(text, (360, 800, 1400), scheme, tmp_path)
+    assert [page["width"] for page in shown] == [360, 800, 1400]
+    grounds = {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}
+    for page in shown:
+        assert page["found"] == [] and page["ground"] == grounds[scheme]
+        # Of the two sizes of a picture one is shown.
+        assert page["pictures"] == shown[0]["pictures"] > 12
 
 
 def test_from_json(result, tmp_path, capsys):
@@ -203,6 +180,7 @@ def test_from_json(result, tmp_path, capsys):
     for content, match in (
         ('{"command": "verify"}', "lplb-bench balance wrote"),
         ('{"command": "balance", "cells": []}', "run it again"),
+        ('{"command": "balance", "cells": [{"applicable": true}]}', "run it again"),
         ('{"command": "balance"}', "cells"),
         ("{", "FILE"),
     ):
@@ -213,16 +191,17 @@ def test_from_json(result, tmp_path, capsys):
 
 
 def paths_of(value, path=()):
-    """Every place in nested dicts and lists; of a list the first two."""
+    """Every place in nested dicts and lists; of a list the first."""
     yield path
     items = value.items() if isinstance(value, dict) else ()
     if isinstance(value, list):
-        items = enumerate(value[:2])
+        items = enumerate(value[:1])
     for key, inner in items:
         yield from paths_of(inner, (*path, key))
 
 
 def changed(value, path, new):
+    """Copy nested dicts and lists with another value in one place."""
     if not path:
         return new
     copy = dict(value) if isinstance(value, dict) else list(value)
@@ -230,20 +209,28 @@ def changed(value, path, new):
     return copy
 
 
-@pytest.mark.parametrize("new", [None, "<b>", -1, 1e300, [], {}, [[1]], [{"a": 1}], True])
-def test_a_changed_report_is_a_page_or_an_error(result, new):
+def test_a_changed_report_is_a_page_or_an_error(figures):
     """A report with any one value changed gives a page or a named error."""
-    figures = json.loads((result / "balance.json").read_text())
-    figures["cells"] = figures["cells"][:1]
-    refused = 0
+    figures = dict(figures, cells=[shown_cell(figures)], shown=dict(figures["shown"], cell=0))
+    figures["shown"]["ranks"] = dict(figures["shown"]["ranks"])
+    figures["shown"]["ranks"]["layers"] = figures["shown"]["ranks"]["layers"][:1]
+    report.html(figures)
+    values = itertools.cycle([None, "<i>", -1, 1e300, [], {}, [[1]], [{"a": 1}], True])
+    refused = pages = 0
     for path in paths_of(figures):
-        if path and path[0] != "command":
+        if not path or path[0] in ("command", "environment", "options"):
+            continue
+        for new in itertools.islice(values, 4):
             try:
-                assert report.html(changed(figures, path, new)).startswith("<!DOCTYPE html>")
+                page = report.html(changed(figures, path, new))
             except ValueError as error:
                 assert "report" in str(error)
                 refused += 1
-    assert refused > 20
+                continue
+            assert page.startswith("<!DOCTYPE html>") and "<i>" not in page
+            assert "NaN" not in page and "nan " not in page
+            pages += 1
+    assert refused > 100 and pages > 50
 
 
 def test_deeply_nested_json_is_refused(tmp_path, capsys):

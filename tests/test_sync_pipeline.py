@@ -32,14 +32,18 @@ from lplb_triton.sync import SyncError
     ],
 )
 def test_the_pipeline_exchanges_counts(make, quotas):
-    """Every rank's ids are those of the summed counts, and it sends just its own counts."""
+    """Every rank's ids and recorded loads are of the summed counts; it sends just its own."""
     team = Team(make(), quotas)
     n_ranks = team.placement.ep_size
     epochs = 3 if quotas == "local" and n_ranks < 4 else 2
+    recorded = torch.zeros(team.placement.n_logical, dtype=torch.float64)
+    for balancer in team.balancers:
+        balancer.record_loads()
     for epoch in range(1, epochs + 1):
         dtype = torch.int32 if epoch == 2 else torch.int64
         batches = ids_for(team, 20, seed=epoch, dtype=dtype)
         counts, expected = team.counts(batches), team.expected(batches)
+        recorded += counts.sum(0)
         # On a CPU one rank runs after the other: those to come are there already.
         for rank in range(n_ranks):
             team.ranks.publish(rank, counts[rank], epoch)
@@ -55,6 +59,7 @@ def test_the_pipeline_exchanges_counts(make, quotas):
             balancer.check()
             solved = epoch * team.placement.n_group
             assert int(balancer.solves) == int(balancer.certified) == solved
+            assert torch.equal(balancer.load_history().cpu(), recorded)
     if quotas == "global":
         kept, _, everything = (sum(int(b.traffic[i]) for b in team.balancers) for i in range(3))
         assert 0 < kept < everything

@@ -9,6 +9,7 @@ from __future__ import annotations
 from lplb_triton.bench.advise.check import compare_times
 from lplb_triton.bench.advise.gemm import GemmModel, Point, fit
 from lplb_triton.bench.advise.gpu_times import measure
+from lplb_triton.bench.advise.hf_config import ConfigSizes, read_config
 from lplb_triton.bench.advise.live import (
     GIGABYTES_PER_SECOND,
     advise_live,
@@ -16,19 +17,20 @@ from lplb_triton.bench.advise.live import (
     suggest_live_above,
     suggest_live_cost,
 )
-from lplb_triton.bench.advise.models import LAYERS, MODELS, UNCHECKED, Model
+from lplb_triton.bench.advise.models import MODELS, PUBLISHED, Model, Published
 from lplb_triton.bench.advise.overhead import predict_overhead_us
 from lplb_triton.bench.advise.predict import advise, select_slots
 from lplb_triton.bench.advise.table import packaged
 
 __all__ = [
     "GIGABYTES_PER_SECOND",
-    "LAYERS",
     "MODELS",
-    "UNCHECKED",
+    "PUBLISHED",
+    "ConfigSizes",
     "GemmModel",
     "Model",
     "Point",
+    "Published",
     "advise",
     "advise_live",
     "compare_times",
@@ -37,6 +39,7 @@ __all__ = [
     "measure",
     "predict_overhead_us",
     "packaged",
+    "read_config",
     "select_slots",
     "suggest_live_above",
     "suggest_live_cost",

@@ -227,6 +227,7 @@ def advise_live(
     placement: tuple[str, int],
     live: int,
     *,
+    layers: int = 1,
     training: bool = False,
     keep: bool = False,
     gigabytes_per_second: float = GIGABYTES_PER_SECOND,
@@ -242,6 +243,8 @@ def advise_live(
         Method and redundant slots of the static placement, on which the live slots come on top.
     live
         Live slots of a rank.
+    layers
+        MoE layers, for ``bytes``.
     training, keep
         Count the backward pass; keep weights for it, or pull them again.
     gigabytes_per_second, teraflops
@@ -313,7 +316,7 @@ def advise_live(
         "cost": cost,
         **predict(tokens),
         "break_even": break_even,
-        "bytes": count_live_bytes(model, live, training=training),
+        "bytes": count_live_bytes(model, live, layers=layers, training=training),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["BYTES", "LAYERS", "MATRICES", "MODELS", "UNCHECKED", "Model"]
+__all__ = ["BYTES", "MATRICES", "MODELS", "PUBLISHED", "Model", "Published"]
 
 # Bytes of a weight, and of an expert's three matrices: 6 * hidden * inner.
 BYTES, MATRICES = 2, 3
@@ -19,14 +19,30 @@ class Model(NamedTuple):
     top_k: int
 
 
-# As in the models' published configurations (config.json of each).
-MODELS = {
-    "deepseek-v3": Model(7168, 2048, 256, 8),
-    "qwen3-235b-a22b": Model(4096, 1536, 128, 8),
-    "mixtral-8x7b": Model(4096, 14336, 8, 2),
-    "gpt-oss-120b": Model(2880, 2880, 128, 4),
+class Published(NamedTuple):
+    """A published model."""
+
+    sizes: Model
+    layers: int
+    """Layers that have routed experts, without those that predict further tokens."""
+    repository: str
+    """Where its ``config.json`` is, on huggingface.co."""
+
+
+PUBLISHED = {
+    "deepseek-v3": Published(Model(7168, 2048, 256, 8), 58, "deepseek-ai/DeepSeek-V3"),
+    "kimi-k2": Published(Model(7168, 2048, 384, 8), 60, "moonshotai/Kimi-K2-Instruct"),
+    "glm-4.5": Published(Model(5120, 1536, 160, 8), 89, "zai-org/GLM-4.5"),
+    "minimax-m2": Published(Model(3072, 1536, 256, 8), 62, "MiniMaxAI/MiniMax-M2"),
+    "qwen3-235b-a22b": Published(Model(4096, 1536, 128, 8), 94, "Qwen/Qwen3-235B-A22B"),
+    "qwen3-next-80b-a3b": Published(
+        Model(2048, 512, 512, 10), 48, "Qwen/Qwen3-Next-80B-A3B-Instruct"
+    ),
+    "gpt-oss-120b": Published(Model(2880, 2880, 128, 4), 36, "openai/gpt-oss-120b"),
+    "llama-4-maverick": Published(
+        Model(5120, 8192, 128, 1), 24, "meta-llama/Llama-4-Maverick-17B-128E-Instruct"
+    ),
+    "mixtral-8x7b": Published(Model(4096, 14336, 8, 2), 32, "mistralai/Mixtral-8x7B-v0.1"),
+    "olmoe-1b-7b": Published(Model(2048, 1024, 64, 8), 16, "allenai/OLMoE-1B-7B-0924"),
 }
-# Those whose predictions aren't held against measured times.
-UNCHECKED = ("gpt-oss-120b",)
-# MoE layers, from the same configurations; the first three of DeepSeek-V3's 61 layers are dense.
-LAYERS = {"deepseek-v3": 58, "qwen3-235b-a22b": 94, "mixtral-8x7b": 32, "gpt-oss-120b": 36}
+MODELS = {name: published.sizes for name, published in PUBLISHED.items()}

@@ -15,6 +15,11 @@ compared by their imbalance, the largest rank load over the mean rank load of a 
 
 from __future__ import annotations
 
+from lplb_triton.bench.balance.changes import (
+    choose_shown,
+    compare_batch_sizes,
+    find_changes,
+)
 from lplb_triton.bench.balance.history import Stretch, find_stretches
 from lplb_triton.bench.balance.placements import BY_HISTORY, make_placement
 from lplb_triton.bench.balance.replay import Options, combinations, run
@@ -30,6 +35,9 @@ __all__ = [
     "Options",
     "Stretch",
     "check_tokens",
+    "choose_shown",
+    "compare_batch_sizes",
+    "find_changes",
     "combinations",
     "merge_sources",
     "imbalance",

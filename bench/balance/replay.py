@@ -164,6 +164,9 @@ def _replay_layer(
         "reordered": make_placement("eplb", history, ep, 0).even_loads(totals).numpy(),
         "even": placement.even_loads(totals).numpy(),
     }
+    loads["eplb"] = loads["even"]
+    if name != "eplb":
+        loads["eplb"] = make_placement("eplb", history, ep, slots).even_loads(totals).numpy()
     if placement.n_copies == placement.n_logical:
         # Every expert has one copy, so that the LP has nothing to decide.
         loads["lp"] = loads["integer"] = loads["even"]

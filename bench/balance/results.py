@@ -29,7 +29,8 @@ class LayerResult:
     placement
         Made from the history of the stretch.
     loads
-        By variant, float64 [test batches, ep_size], tokens on each rank.
+        By variant, and ``"eplb"`` for EPLB with as many slots whose copies share evenly, float64
+        [test batches, ep_size], tokens on each rank.
     bound
         float64 [test batches], load of the most loaded rank that no split over these copies can
         beat.
@@ -85,7 +86,7 @@ class Cell:
         Parameters
         ----------
         variant
-            One of `VARIANTS`.
+            One of `VARIANTS`, or ``"eplb"``.
 
         Returns
         -------
@@ -129,11 +130,21 @@ class Cell:
 
     def worst(self) -> Example:
         """Return the test batch that an even split leaves the most imbalanced."""
-        layer, at = np.unravel_index(int(self.imbalance("even").argmax()), self._shape())
-        layers = list(dict.fromkeys(result.layer for result in self.results))
-        offset = int(at)
+        values = self.imbalance("even")
+        return self._example(int(values.argmax()), values.shape[1])
+
+    def typical(self) -> Example:
+        """Return the test batch whose gain of the LP over EPLB is the median of all."""
+        gain = self.imbalance("eplb") - self.imbalance("integer")
+        order = gain.flatten().argsort(kind="stable")
+        return self._example(int(order[len(order) // 2]), gain.shape[1])
+
+    def _example(self, at: int, batches: int) -> Example:
+        """Return the rank loads of one place of `imbalance`, flattened."""
+        number, offset = divmod(at, batches)
+        layer = list(dict.fromkeys(result.layer for result in self.results))[number]
         for result in self.results:
-            if result.layer != layers[int(layer)]:
+            if result.layer != layer:
                 continue
             size = result.stretch.stop - result.stretch.split
             if offset < size:
@@ -141,9 +152,6 @@ class Cell:
                 return Example(result.layer, result.stretch.split + offset, loads)
             offset -= size
         raise RuntimeError("results do not hold the batches they were indexed by")
-
-    def _shape(self) -> tuple[int, ...]:
-        return self.imbalance("even").shape
 
 
 def imbalance(loads: npt.NDArray[np.floating] | npt.NDArray[np.integer]) -> Floats:

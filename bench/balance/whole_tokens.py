@@ -99,9 +99,12 @@ def compute_token_loads(
         len(counts), placement.n_group, placement.group_size, placement.max_columns
     )
     loads = torch.zeros(len(counts), placement.ep_size, dtype=torch.int64, device="cpu")
+    offsets = [
+        reference.compute_rounding_offsets(source, counts.shape[2])
+        for source in range(counts.shape[1])
+    ]
     for batch, by_source in enumerate(counts):
         cumulative = reference.cumulative_shares(shares[batch], cell, index, multiplicity, start)
-        for source, tokens in enumerate(by_source):
-            quotas = reference.copy_quotas(tokens, cumulative, start, source)
-            loads[batch].index_add_(0, rank, quotas)
+        quotas = reference.split_counts(by_source, cumulative, start, torch.stack(offsets))
+        loads[batch].index_add_(0, rank, quotas.sum(0))
     return loads

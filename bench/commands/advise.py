@@ -25,6 +25,8 @@ __all__ = ["add", "run", "sizes"]
 CHECK_TOKENS, CHECK_ERROR = (256, 1024, 4096, 8192), 0.15
 # Ranks of --check: the smallest of its models has eight experts.
 CHECK_EP = 8
+# Models that predictions are checked for.
+CHECK_MODELS = ("deepseek-v3", "qwen3-235b-a22b", "mixtral-8x7b")
 DEFAULT_MODEL = "deepseek-v3"
 TOKENS = 4096
 FIELDS = ("hidden", "inner", "experts", "top_k")
@@ -35,6 +37,8 @@ class Sizes(NamedTuple):
 
     model: advise.Model
     source: dict[str, str]
+    layers: int | None = None
+    """Layers with experts, where the model is known."""
 
 
 def add(commands: Any) -> None:
@@ -51,11 +55,13 @@ def add(commands: Any) -> None:
             "rank on it pays. Times of a rank's products are measured on this machine's GPU, or\n"
             "come from a packaged table of one H100. Communication is left out.\n"
             "With --trace the number of experts, and top_k where the trace's meta has it, are the\n"
-            "trace's; the other sizes come from --model, or from --hidden, --inner and --top-k."
+            "trace's; the other sizes come from --model, --hf-config, or --hidden, --inner and\n"
+            "--top-k."
         ),
         examples=(
             "  lplb-bench advise --model deepseek-v3 --ep 32 --tokens 4096\n"
             "  lplb-bench advise --model qwen3-235b-a22b --ep 16 --tokens 2048\n"
+            "  lplb-bench advise --hf-config path/to/config.json --ep 8 --tokens 8192\n"
             "  lplb-bench advise --trace trace.npz --hidden 4096 --inner 1536 --top-k 8 --ep 16\n"
             "  lplb-bench advise --check       on a GPU: hold predictions against measured times"
         ),
@@ -74,10 +80,16 @@ def add(commands: Any) -> None:
 
 def _add_sizes(sub: argparse.ArgumentParser) -> None:
     """Add the sizes of a layer."""
-    sub.add_argument(
+    source = sub.add_mutually_exclusive_group()
+    source.add_argument(
         "--model", choices=tuple(advise.MODELS),
         help=f"sizes of a published model (default {DEFAULT_MODEL}, without --trace); the "
         "following replace some",
+    )  # fmt: skip
+    source.add_argument(
+        "--hf-config", type=Path, metavar="PATH",
+        help="sizes from the config.json of a Hugging Face model with experts, or from the folder "
+        "that holds it",
     )  # fmt: skip
     for name, most, text in (
         ("hidden", options.MOST_WIDTH, "width of the model"),
@@ -130,8 +142,17 @@ def run(args: argparse.Namespace, out: Output) -> int:
     tables.require("rich")
     if args.check:
         fixed = (
-            *("model", *FIELDS, "trace", "tokens", "slots", "training", "history", "gemm"),
-            *("live", "pull_rate"),
+            "model",
+            "hf_config",
+            *FIELDS,
+            "trace",
+            "tokens",
+            "slots",
+            "training",
+            "history",
+            "gemm",
+            "live",
+            "pull_rate",
         )
         options.refuse(args, fixed, "--check has models, loads and batch sizes of its own")
         return _check(args, out)
@@ -150,12 +171,13 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
         },
     )  # fmt: skip
     output.check_files(
-        [("--json", args.json), ("--markdown", args.markdown)], [("--trace", args.trace)]
+        [("--json", args.json), ("--markdown", args.markdown)],
+        [("--trace", args.trace), ("--hf-config", args.hf_config)],
     )
     trace, loads = None, "synthetic loads, lognormal(0, 1), jitter 0.3 (an assumption)"
     if args.trace is not None:
         trace, loads = options.load_trace(args.trace)
-    model, source = sizes(args, trace, loads)
+    model, source, layers = sizes(args, trace, loads)
     ep = args.ep or min(options.EP[0], model.experts)
     options.check_divides((ep,), model.experts)
     begin = time.perf_counter()
@@ -171,11 +193,12 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    live = _predict_live(args, model, gemm, cases, ep, advice["best"])
+    live = _predict_live(args, model, layers or 1, gemm, cases, ep, advice["best"])
     report = {
         "command": "advise",
         "options": {
             "model": model._asdict(),
+            "layers": layers,
             "sizes_from": source,
             "loads": loads,
             "ep": ep,
@@ -200,6 +223,7 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
 def _predict_live(
     args: argparse.Namespace,
     model: advise.Model,
+    layers: int,
     gemm: advise.GemmModel,
     cases: tuple[placement.Case, ...],
     ep: int,
@@ -209,7 +233,7 @@ def _predict_live(
     return [
         advise.advise_live(
             model, gemm, cases, ep, args.tokens, (best["placement"], best["slots"]), live,
-            training=args.training, gigabytes_per_second=args.pull_rate,
+            layers=layers, training=args.training, gigabytes_per_second=args.pull_rate,
         )
         for live in args.live
     ]  # fmt: skip
@@ -233,7 +257,7 @@ def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Si
     Parameters
     ----------
     args
-        With ``model`` and `FIELDS`, None where not given.
+        With ``model``, ``hf_config`` and `FIELDS`, None where not given.
     trace
         The loads, if they are recorded.
     name
@@ -248,12 +272,7 @@ def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Si
     UsageError
         If sizes contradict each other, or with a trace some are unknown.
     """
-    model = args.model or (DEFAULT_MODEL if trace is None else None)
-    known: dict[str, int] = {}
-    source: dict[str, str] = {}
-    if model is not None:
-        known.update(advise.MODELS[model]._asdict())
-        source.update(dict.fromkeys(FIELDS, model))
+    model, option, known, source, layers = _start_sizes(args, trace is None)
     options_given = {k: getattr(args, k) for k in FIELDS if getattr(args, k) is not None}
     for field, value in ({} if trace is None else _read_sizes(trace)).items():
         label = field.replace("_", "-")
@@ -261,7 +280,7 @@ def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Si
             raise UsageError(f"argument --{label}: the trace {name} has {field} {value}")
         if field not in options_given and known.get(field, value) != value:
             raise UsageError(
-                f"argument --model: {model} has {field} {known[field]}, the trace {name} {value}; "
+                f"argument {option}: {model} has {field} {known[field]}, the trace {name} {value}; "
                 f"give --{label} {value} to take the rest of the model's sizes all the same"
             )
         known[field], source[field] = value, name
@@ -272,14 +291,34 @@ def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Si
         wanted = ", ".join("--" + field.replace("_", "-") for field in missing)
         raise UsageError(
             f"argument --trace: {name} doesn't say all sizes of its layers; give {wanted}, or "
-            "--model"
+            "--model or --hf-config"
         )
     found = advise.Model(**known)
     if found.top_k > found.experts:
         raise UsageError(
             f"argument --top-k: a token can't have {found.top_k} of {found.experts} experts"
         )
-    return Sizes(found, {field: source[field] for field in FIELDS})
+    return Sizes(found, {field: source[field] for field in FIELDS}, layers)
+
+
+def _start_sizes(
+    args: argparse.Namespace, use_default: bool
+) -> tuple[str, str, dict[str, int], dict[str, str], int | None]:
+    """Return a model's name, its option, its sizes, their sources and its layers with experts."""
+    if args.hf_config is not None:
+        try:
+            found = advise.read_config(args.hf_config)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"argument --hf-config: {error}") from error
+        file = args.hf_config.name.encode(errors="replace").decode()
+        source = {field: f"{file}: {name}" for field, name in found.names.items()}
+        return file, "--hf-config", found.sizes._asdict(), source, found.layers
+    name = args.model or (DEFAULT_MODEL if use_default else None)
+    if name is None:
+        return "", "--model", {}, {}, None
+    published = advise.PUBLISHED[name]
+    sources = dict.fromkeys(FIELDS, name)
+    return name, "--model", published.sizes._asdict(), sources, published.layers
 
 
 def _read_sizes(trace: traces.Trace) -> dict[str, int]:
@@ -310,14 +349,14 @@ def _check(args: argparse.Namespace, out: Output) -> int:
     device, timer = gpu.start(args)
     name = torch.cuda.get_device_name()
     ep = args.ep or CHECK_EP
-    checked = {k: model for k, model in advise.MODELS.items() if k not in advise.UNCHECKED}
-    for model in checked.values():
+    models = {name: advise.MODELS[name] for name in CHECK_MODELS}
+    for model in models.values():
         options.check_divides((ep,), model.experts)
     begin = time.perf_counter()
     rows, fits = [], {}
-    names = [(key, len(CHECK_TOKENS)) for key in checked]
+    names = [(key, len(CHECK_TOKENS)) for key in models]
     with progress(names, args.progress) as advance:
-        for key, model in checked.items():
+        for key, model in models.items():
             (case,) = placement.synthetic_cases(model.experts, (0,))
             widest = model.experts // ep + 1
             weights = draw_experts(model.hidden, model.inner, widest, device)

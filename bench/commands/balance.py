@@ -93,17 +93,17 @@ def run(args: argparse.Namespace, out: Output, option: str = "--trace") -> int:
     cells = _balance_trace(args, trace, chosen, layers)
     seconds = time.perf_counter() - begin
     time_label = _time_label(backend, device)
+    shown = balance.choose_shown(cells)
     report = {
         "command": "balance",
         "options": _options_report(chosen, source, layers),
         "trace": _trace_report(trace, parts),
         "environment": environment(device),
         "seconds": seconds,
-        "cells": [_cell_report(trace, chosen, cell, time_label) for cell in cells],
-        "heat": reports.heat(
-            trace, next(cell for cell in cells if cell.reason is None).worst().layer
-        ),
-        "live": live.find_gain(trace, cells),
+        "cells": [_cell_report(cell, time_label) for cell in cells],
+        "shown": reports.describe_shown(trace, cells, shown, chosen),
+        "heat": reports.heat(trace, cells[shown].worst().layer),
+        "live": live.find_gain(trace, (cells[shown], *cells)),
     }
     tested = sum(part.stop - part.split for part in parts)
     title = f"{source}: {trace.experts} experts, {len(layers)} layers, {tested} test batches"
@@ -232,15 +232,13 @@ def _trace_report(trace: traces.Trace, parts: tuple[balance.Stretch, ...]) -> di
     }
 
 
-def _cell_report(
-    trace: traces.Trace, chosen: balance.Options, cell: balance.Cell, time_label: str
-) -> dict[str, Any]:
+def _cell_report(cell: balance.Cell, time_label: str) -> dict[str, Any]:
     head = {"ep": cell.ep, "slots": cell.slots, "placement": cell.placement}
     if cell.reason is not None:
         return {**head, "applicable": False, "reason": cell.reason}
-    values = {variant: cell.imbalance(variant) for variant in balance.VARIANTS}
+    values = {variant: cell.imbalance(variant) for variant in (*balance.VARIANTS, "eplb")}
     status, iterations, gap = cell.status(), cell.iterations(), cell.gap()
-    example = cell.worst()
+    example = cell.typical()
     return {
         **head,
         "applicable": True,
@@ -274,7 +272,6 @@ def _cell_report(
             "layer": example.layer,
             "batch": example.batch,
             "loads": {name: _rounded(loads) for name, loads in example.loads.items()},
-            "flows": reports.flows(trace, chosen, cell),
         },
     }
 

@@ -17,7 +17,7 @@ from lplb_triton.bench.ep.sections import SECTIONS
 from lplb_triton.bench.ep.sizes import KINDS, N_COUNTS, SIZES
 from lplb_triton.bench.machine import communication, environment
 from lplb_triton.bench.options import UsageError
-from lplb_triton.bench.output import FAILED, OK, Output, say
+from lplb_triton.bench.output import FAILED, OK, Output, tell
 
 __all__ = ["add", "run"]
 
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     sections: dict[str, Any] = report["sections"]
 
     def after(name: str, figures: dict[str, Any]) -> None:
-        say(f"{name}: {describe_outcome(figures)}")
+        tell(f"{name}: {describe_outcome(figures)}")
         sections[name] = figures
         report["seconds"] = time.perf_counter() - begin
         # Written after every section, so that an interrupted run keeps the figures so far.

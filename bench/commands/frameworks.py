@@ -19,7 +19,7 @@ from lplb_triton.bench.frameworks.ranks import Ranks, join_ranks, read_ranks
 from lplb_triton.bench.frameworks.sizes import FRAMEWORKS, ROUTINGS, SIZES, Sizes
 from lplb_triton.bench.machine import communication, environment, find_version
 from lplb_triton.bench.options import UsageError
-from lplb_triton.bench.output import FAILED, OK, Output, say
+from lplb_triton.bench.output import FAILED, OK, Output, tell
 from lplb_triton.bench.tables.frameworks import COLUMNS
 from lplb_triton.bench.types import Row
 
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             report["seconds"] = time.perf_counter() - begin
             if not writes:
                 return
-            say(f"{routing}: done, {report['seconds']:.0f} s since the start")
+            tell(f"{routing}: done, {report['seconds']:.0f} s since the start")
             # Written after each routing, so that an interrupted run keeps the figures so far.
             if args.json not in (None, "-"):
                 output.Files().add("figures", args.json, output.json_text(report))

@@ -30,10 +30,10 @@ def add(commands: Any) -> None:
         parents=(options.solver_options(), options.progress_option()),
         help="one HTML page from a trace or from what balance wrote",
         description=(
-            "Write report.html, one page that needs no network: imbalance over time, rank loads,\n"
-            "experts over time, copies, solver and timing. From the JSON of balance at once, into\n"
-            "its folder or --out; a trace is balanced first, as by lplb-bench balance with the\n"
-            "same options."
+            "Write report.html, one page that needs no network: what balancing gains, from which\n"
+            "batch size on, and what to change; rank loads over time and by layer, and where the\n"
+            "rest comes from. From the JSON of balance at once, into its folder or --out; a trace\n"
+            "is balanced first, as by lplb-bench balance with the same options."
         ),
         examples=(
             "  lplb-bench report lplb-bench-results/balance.json\n"

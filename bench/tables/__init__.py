@@ -14,7 +14,11 @@ from lplb_triton.bench.tables.grid import (
 )
 from lplb_triton.bench.tables.live import make_live_grids
 from lplb_triton.bench.tables.pipeline import make_pipeline_grids
-from lplb_triton.bench.tables.placement import make_placement_grids, make_workloads_grids
+from lplb_triton.bench.tables.placement import (
+    make_place_grid,
+    make_placement_grids,
+    make_workloads_grids,
+)
 from lplb_triton.bench.tables.simulate import make_simulate_grids
 from lplb_triton.bench.tables.simulate_live import make_simulate_live_grids
 from lplb_triton.bench.tables.solve import make_solve_grids
@@ -32,6 +36,7 @@ __all__ = [
     "make_live_grids",
     "markdown",
     "make_pipeline_grids",
+    "make_place_grid",
     "make_placement_grids",
     "require",
     "show_balance",

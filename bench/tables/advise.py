@@ -26,8 +26,6 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
     list of Grid
     """
     o, gemm = report["options"], report["gemm"]
-    model = o["model"]
-    said = ", ".join(f"{name} from {source}" for name, source in o["sizes_from"].items())
     rows, costs = [], []
     for row in report["rows"]:
         head = (row["placement"], str(row["slots"]))
@@ -56,8 +54,7 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
             ("placement", "slots", "in order", "even", "LP", "saving", "net"),
             rows,
             (
-                f"Hidden {model['hidden']}, inner {model['inner']}, {model['experts']} experts, "
-                f"top-{model['top_k']} ({said}), {o['tokens']} tokens per rank, {per}; loads: "
+                f"{_describe_layer(o)}, {o['tokens']} tokens per rank, {per}; loads: "
                 f"{o['loads']}. even: EPLB with as many slots, split evenly. saving: of the LP "
                 "over that, mean and range (10th to 90th percentile of the batches, widened by "
                 "the fit's worst error).",
@@ -120,9 +117,20 @@ def _make_live_grid(report: dict[str, Any]) -> Grid:
             "live includes it, as if nothing overlapped. break-even: tokens per rank from which on "
             "live slots save time on such loads. live_above, live_cost: suggested for Balancer; "
             "none: no fetch can pay in so small a batch. live MiB: live slots of a rank, once for "
-            "all layers, in training with gradients on their way; static MiB: as many static "
-            "slots in one layer.",
+            "all layers, in training with gradients on their way; static MiB: as many "
+            f"static slots, in {'one layer' if o['layers'] is None else 'all layers'}.",
         ),
+    )
+
+
+def _describe_layer(options: dict[str, Any]) -> str:
+    """Say the sizes of a layer, where each comes from, and how many such layers there are."""
+    model, layers = options["model"], options["layers"]
+    said = ", ".join(f"{name} from {source}" for name, source in options["sizes_from"].items())
+    some = "" if layers is None else f", one of {layers} such layers"
+    return (
+        f"Hidden {model['hidden']}, inner {model['inner']}, {model['experts']} experts, "
+        f"top-{model['top_k']} ({said}){some}"
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = [
+    "make_place_grid",
     "make_placement_grids",
     "make_workloads_grids",
 ]
@@ -38,6 +39,38 @@ def make_placement_grids(report: dict[str, Any]) -> list[Grid]:
     if report["published"] is not None:
         grids.append(_make_published_grid(report["published"]))
     return grids
+
+
+def make_place_grid(report: dict[str, Any]) -> Grid:
+    """Lay out the report of ``lplb-bench place``."""
+    rows, methods = report["rows"], list(report["rows"][0]["methods"])
+    columns = [(method, kind) for method in methods for kind in ("even", "lp", "integer")]
+    values = [
+        [row["in_order"], *(row["methods"][method][kind] for method, kind in columns)]
+        for row in rows
+    ]
+    lines = [
+        (str(row["layer"]), *(f"{value:.3f}" for value in found))
+        for row, found in zip(rows, values, strict=True)
+    ]
+    if len(rows) > 1:
+        lines.append(("all", *(f"{value:.3f}" for value in np.mean(values, axis=0))))
+    names = {"even": "even", "lp": "LP", "integer": "tokens"}
+    header = [f"{'EPLB' if m == 'eplb' else m} {names[kind]}" for m, kind in columns]
+    batches = report["batches"]
+    written = "all of these batches" if report["all_batches"] else "the first ones"
+    return Grid(
+        f"Imbalance on {report['ep']} ranks, {report['slots']} redundant slots on each, "
+        f"{report['source']}",
+        ("layer", "in order", *header),
+        lines,
+        (
+            f"Largest over mean rank load, mean over {batches['test']} batches that follow the "
+            f"{batches['history']} which experts were placed by. in order: experts by id, without "
+            "copies; even: split evenly; LP: the fractional optimum, certified to 1e-3; tokens: in "
+            f"whole tokens. The placements in the file are made from {written}.",
+        ),
+    )
 
 
 def _format_percent(value: float) -> str:

@@ -109,7 +109,7 @@ class LiveOutcome(NamedTuple):
     """Where a plan writes what others read."""
 
     out: Any
-    """[G L + 3] int32: experts of live slots, -1 for none, then the largest load, a lower bound
+    """[G L + 4] int32: experts of live slots, -1 for none, then the largest load, a lower bound
     and the gap, bits of float32."""
     version: Any
     """[1] int32, checksum of the placement and of this plan."""

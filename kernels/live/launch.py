@@ -70,7 +70,8 @@ class Live(NamedTuple):
     base: torch.Tensor
     """[1] int32: checksum of the placement."""
     out: torch.Tensor
-    """[G L + 3] int32: experts of live slots, then load, bound and gap in bits of float32."""
+    """[G L + 4] int32: experts of live slots, then load, bound and gap in bits of float32, and
+    how many experts are fetched."""
     rules: LiveRules
     live_per_rank: int
 
@@ -133,7 +134,8 @@ def plan_live_call(
     rules = above, aim, cost, fanout, domain
     args = (counts, cumulative, max_load, *pointers, out, *rules, n_ranks, n_slots, n_logical)
     constants = (ranks, max(16, triton.next_power_of_2(n_logical)), *live.constants())
-    options = {"num_warps": 4 if ranks <= 64 else 8}
+    # All warps search for the same pieces, so more of them would share its instructions' time.
+    options = {"num_warps": 4}
     return KernelCall(plan_live_kernel, 1, args, constants, options)
 
 

@@ -187,8 +187,10 @@ def _write_outcome(
     """
     piece = tl.arange(0, P)
     n_live = sizes.n_ranks * LIVE
+    is_fetched = expert >= 0
     if RESIDENT:
         there = tl.load(tables.resident + piece, mask=piece < n_live, other=-1)
+        is_fetched &= expert != there
         expert = tl.where(expert >= 0, expert, there)
         tl.store(tables.resident + piece, expert, mask=piece < n_live)
         _write_version(outcome, expert, tokens, piece)
@@ -198,6 +200,7 @@ def _write_outcome(
     tl.store(outcome.out + n_live, max_load.to(tl.int32, bitcast=True))
     tl.store(outcome.out + n_live + 1, bound.to(tl.int32, bitcast=True))
     tl.store(outcome.out + n_live + 2, gap.to(tl.int32, bitcast=True))
+    tl.store(outcome.out + n_live + 3, tl.sum(is_fetched.to(tl.int32), 0))
 
 
 @triton.jit(noinline=True)
@@ -303,7 +306,7 @@ def plan_live_kernel(
     scratch_ptr,  # [live_scratch_words] int32
     version_ptr,  # [1] int32, written
     base_ptr,  # [1] int32
-    out_ptr,  # [G L + 3] int32, written
+    out_ptr,  # [G L + 4] int32, written
     above,  # float32
     aim,
     cost,

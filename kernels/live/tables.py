@@ -4,16 +4,21 @@ Copies of an expert with pieces are listed anew, one after the other, behind the
 all experts. Equation numbers refer to docs/method.md.
 """
 
+# A variable of type tuple[()] is extended in loops, which mypy takes for a change of type.
+# mypy: disable-error-code=assignment
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from lplb_triton.kernels.rounding import SHARE_BITS, compute_rounding_offset
-from lplb_triton.kernels.solve.tiles import SHARE_ONE, add2
+from lplb_triton.kernels.solve.tiles import SHARE_ONE
 
 # Static copies of an expert that are handled at once.
 COPIES_AT_ONCE = tl.constexpr(4)
+# Pieces that all pieces are compared with at once.
+PIECES_AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
@@ -41,63 +46,58 @@ def _make_share(running, expert, total):
     """Make the cumulative share that equation 15 turns into ``running`` tokens (equation 27)."""
     offset = compute_rounding_offset(0, expert.to(tl.int64))
     size = tl.maximum(total, 1)
-    share = ((running << SHARE_BITS) - offset + size - 1) // size
+    wanted = (running << SHARE_BITS) - offset
+    # A quotient in float64 takes less time than one of integers. It is off by far less than a half,
+    # so the one wanted, rounded up, is the nearest whole number or the next.
+    share = (wanted.to(tl.float64) / size.to(tl.float64) + 0.5).to(tl.int64)
+    share += (share * size < wanted).to(tl.int64)
     share = tl.where(running == total, SHARE_ONE, share)
     return tl.where(running == 0, 0, share).to(tl.int32)
 
 
 @triton.jit
-def _load_piece_experts(pieces_ptr, piece, n_live, n_steps, tables):
-    """Load the static slot of pieces of the first ``n_steps`` steps, and its expert; or -1."""
-    step = tl.load(pieces_ptr + 2 * n_live + piece, mask=piece < n_live, other=0)
-    is_kept = (step > 0) & (step <= n_steps)
-    at = tl.load(pieces_ptr + piece, mask=is_kept, other=0) - 1
-    return at, tl.load(tables.slot_experts + at, mask=at >= 0, other=-1)
+def _load_pieces(pieces_ptr, piece, n_live, n_steps, tables):
+    """Load the static slot of pieces of the first ``n_steps`` steps, its expert, and units.
 
-
-@triton.jit
-def _compare_block(expert, piece, other_expert, other, units):
-    """Count pieces of the same expert and sum their units: of those ahead, and of all of them.
-
-    ``other_expert``, ``other`` and ``units`` are of the pieces that the first ones are compared
-    with.
+    The expert is -1 where there is no piece.
     """
-    same = (other_expert[:, None] == expert[None, :]) & (expert >= 0)[None, :]
-    ahead = same & (other[:, None] < piece[None, :])
-    n_ahead, n_every = tl.reduce((ahead.to(tl.int32), same.to(tl.int32)), 0, add2)
-    units = units[:, None]
-    ahead_units, every_units = tl.reduce(
-        (tl.where(ahead, units, 0), tl.where(same, units, 0)), 0, add2
-    )
-    return n_ahead, n_every, ahead_units, every_units
+    there = piece < n_live
+    step = tl.load(pieces_ptr + 2 * n_live + piece, mask=there, other=0)
+    at = tl.load(pieces_ptr + piece, mask=there, other=0) - 1
+    units = tl.load(pieces_ptr + n_live + piece, mask=there, other=0)
+    # Slots of steps that are not kept may hold anything.
+    is_kept = (step > 0) & (step <= n_steps)
+    at = tl.where(is_kept, at, -1)
+    expert = tl.load(tables.slot_experts + at, mask=is_kept, other=-1)
+    return at, expert, tl.where(is_kept, units, 0)
 
 
 @triton.jit
-def _compare_pieces(pieces_ptr, expert, units, piece, n_live, P: tl.constexpr):
+def _compare_pieces(pieces_ptr, expert, units, piece, n_live):
     """Count pieces of the same expert and sum their units: those of lower slots, and all.
 
-    Experts may take the place of static slots at ``pieces_ptr``.
+    Experts and units take the place of static slots and units at ``pieces_ptr``.
     """
-    if P <= 64:
-        n_ahead, n_every, ahead, every = _compare_block(expert, piece, expert, piece, units)
-    else:
-        # A tile of this size stays in registers.
-        OTHERS: tl.constexpr = 4096 // P
-        n_ahead, n_every = tl.zeros((P,), tl.int32), tl.zeros((P,), tl.int32)
-        ahead, every = tl.zeros((P,), tl.int32), tl.zeros((P,), tl.int32)
-        # Several threads may hold the same piece, and all of them have read its slot by then.
-        tl.debug_barrier()
-        tl.store(pieces_ptr + piece, expert, mask=piece < n_live)
-        tl.debug_barrier()
-        for block in range(0, n_live, OTHERS):
-            other = block + tl.arange(0, OTHERS)
-            other_expert = tl.load(pieces_ptr + other, mask=other < n_live, other=-1)
-            other_units = tl.load(pieces_ptr + n_live + other, mask=other_expert >= 0, other=0)
-            found = _compare_block(expert, piece, other_expert, other, other_units)
-            n_ahead += found[0]
-            n_every += found[1]
-            ahead += found[2]
-            every += found[3]
+    # Several threads may hold the same piece, and all of them have read its slot by then.
+    tl.debug_barrier()
+    tl.store(pieces_ptr + piece, expert, mask=piece < n_live)
+    tl.store(pieces_ptr + n_live + piece, units, mask=piece < n_live)
+    tl.debug_barrier()
+    n_ahead, n_every, ahead, every = piece * 0, piece * 0, piece * 0, piece * 0
+    for block in range(0, n_live, PIECES_AT_ONCE):
+        # Loads of a block are under way at the same time.
+        experts, sizes = (), ()
+        for i in tl.static_range(PIECES_AT_ONCE):
+            other = block + i
+            experts += (tl.load(pieces_ptr + other, mask=other < n_live, other=-1),)
+            sizes += (tl.load(pieces_ptr + n_live + other, mask=other < n_live, other=0),)
+        for i in tl.static_range(PIECES_AT_ONCE):
+            same = (expert == experts[i]) & (expert >= 0)
+            is_ahead = same & (piece > block + i)
+            n_every += same.to(tl.int32)
+            n_ahead += is_ahead.to(tl.int32)
+            every += tl.where(same, sizes[i], 0)
+            ahead += tl.where(is_ahead, sizes[i], 0)
     return n_ahead, n_every, ahead, every
 
 
@@ -177,13 +177,15 @@ def write_copies(
     n_copies = sizes.n_ranks * sizes.n_slots
     n_live = sizes.n_ranks * LIVE
     piece = tl.arange(0, P)
-    at, expert = _load_piece_experts(pieces_ptr, piece, n_live, n_steps, tables)
+    at, expert, units = _load_pieces(pieces_ptr, piece, n_live, n_steps, tables)
     is_piece = expert >= 0
-    units = tl.load(pieces_ptr + n_live + piece, mask=is_piece, other=0)
-    start = tl.load(tables.copy_start + expert, mask=is_piece, other=0)
-    n_static = tl.load(tables.copy_start + expert + 1, mask=is_piece, other=0) - start
+    # Where all experts have one static copy, these are in the order of experts.
+    start, n_static = expert, is_piece.to(tl.int32)
+    if SHARED:
+        start = tl.load(tables.copy_start + expert, mask=is_piece, other=0)
+        n_static = tl.load(tables.copy_start + expert + 1, mask=is_piece, other=0) - start
     total = load_total(counts_ptr, expert, is_piece)
-    n_ahead, n_every, ahead, every = _compare_pieces(pieces_ptr, expert, units, piece, n_live, P)
+    n_ahead, n_every, ahead, every = _compare_pieces(pieces_ptr, expert, units, piece, n_live)
     tokens = units << shift
     ahead, every = ahead.to(tl.int64) << shift, every.to(tl.int64) << shift
     # The first piece of an expert lists all of its copies.

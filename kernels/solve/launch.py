@@ -136,10 +136,15 @@ def choose_dense_warps(ranks: int, columns: int) -> int:
     return 8 if ranks == 64 and columns <= 64 else 16
 
 
-def choose_counts_warps(ranks: int, rows: int) -> int:
-    """Return the warps of `solve_counts`: the quickest on an H200, more for large tiles of rows."""
+def choose_counts_warps(ranks: int, n_shared: int) -> int:
+    """Return the warps of `solve_counts`: the quickest on an H200, more for large tiles of rows.
+
+    Without shared copies there is nothing to solve, and all warps find the same live slots.
+    """
+    if n_shared == 0 and ranks <= 256:
+        return 4
     warps = 4 if ranks <= 64 else 8 if ranks <= 256 else 16
-    return min(16, max(warps, rows // 64))
+    return min(16, max(warps, pad_rows(n_shared) // 64))
 
 
 def make_options(warps: int) -> dict[str, Any]:
@@ -169,7 +174,7 @@ def solve_scratch(tables: SolveTables) -> int:
     n_ranks, n_shared = tables.rank_experts.shape[1], tables.shared_copies.shape[1]
     n_columns = tables.first_members.shape[2]
     rows = pad_rows(n_shared)
-    threads = 32 * choose_counts_warps(pad_tile(n_ranks, n_columns)[0], rows)
+    threads = 32 * choose_counts_warps(pad_tile(n_ranks, n_columns)[0], n_shared)
     return (
         _layout.SCRATCH_BY_RANK * n_ranks
         + _layout.SCRATCH_BY_COLUMN * n_columns
@@ -245,7 +250,7 @@ def solve_counts_call(
         *(exchange.args(channel) if exchange else (*[buffers.counts] * 7, 0, 0, 0, 0, 0, 0)),
     )  # fmt: skip
     rows = pad_rows(n_shared)
-    warps = choose_counts_warps(ranks, rows)
+    warps = choose_counts_warps(ranks, n_shared)
     constants = (
         ranks, columns, rows, max(2, slots), max(32, copies), n_members,
         SUM_ROWS, SUM_EXPERTS, tables.pairs.shape[1], 32 * warps,

@@ -85,9 +85,10 @@ def _make_extents(
 
 
 def make_copy_arrays(placement: Placement) -> dict[str, NDArray[Any]]:
-    """Make what the torch twin reads of a placement: where copies are, and their cells."""
+    """Make what the torch twin reads of a placement: where copies are, their cells, and homes."""
     s = placement.structure
     return {
+        "home_rank": placement.log2phy[:, 0].numpy() // np.int32(placement.slots_per_rank),
         "copy_start": s.copy_start,
         "copy_slot": s.copy_slot,
         "copy_cell": s.copy_cell,

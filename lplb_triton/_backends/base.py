@@ -35,7 +35,7 @@ class Backend(ABC):
     tables : DeviceTables
         The placement's index tables on the device.
     live_out : torch.Tensor or None
-        ``[ep_size * live_per_rank + 3]`` int32, the last plan of live slots; None before there is
+        ``[ep_size * live_per_rank + 4]`` int32, the last plan of live slots; None before there is
         one.
     """
 
@@ -72,6 +72,11 @@ class Backend(ABC):
             )
         certified = layer.certified if certified is None else certified
         return self.balance(idx.contiguous(), certified, n_sms)
+
+    def record(self, counts: torch.Tensor) -> None:
+        """Add a batch's counts, summed over the ranks, to the recorded loads, if that is on."""
+        if self.layer.recorder is not None:
+            self.layer.recorder.add(counts)
 
     def check_values(self, idx: torch.Tensor) -> None:
         """Raise for ids out of range, unless the kernels report them."""

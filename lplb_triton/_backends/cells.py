@@ -167,11 +167,11 @@ def make_cell_ends(placement: Placement, number: NDArray[np.int32]) -> NDArray[n
 
 
 def make_slot_tables(placement: Placement, number: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
-    """Make the tables by slot: expert, the parts that two even splits leave there, and cell.
+    """Make the tables by slot: expert, the parts that two even splits leave there, cell and home.
 
     An expert is in one slot of a rank only. ``rank_parts`` are of the split that is even over
     ranks, ``copy_parts`` of the one that is even over copies. ``number`` is ``cell_number`` of
-    `make_cell_tables`.
+    `make_cell_tables`. ``home_experts`` are the experts that are at home in a slot, -1 elsewhere.
     """
     s = placement.structure
     once = s.copy_index == 0
@@ -185,6 +185,10 @@ def make_slot_tables(placement: Placement, number: NDArray[np.int32]) -> dict[st
     parts = np.zeros((2, placement.n_copies), dtype=np.float32)
     cells = np.full(placement.n_copies, -1, dtype=np.int32)
     experts[slot] = expert
+    home = placement.log2phy[:, 0].numpy() // placement.slots_per_rank
+    is_home = home[expert] == s.copy_slot[once] // placement.slots_per_rank
+    at_home = np.full(placement.n_copies, -1, dtype=np.int32)
+    at_home[slot[is_home]] = expert[is_home]
     parts[0, slot] = 1.0 / np.bincount(expert)[expert]
     parts[1, slot] = s.copy_multiplicity[once] / n_copies[expert]
     at = s.copy_cell[once]
@@ -192,6 +196,7 @@ def make_slot_tables(placement: Placement, number: NDArray[np.int32]) -> dict[st
     shape = placement.n_group, placement.group_size, placement.static_per_rank
     return {
         "rank_experts": experts.reshape(shape),
+        "home_experts": at_home.reshape(shape),
         "rank_parts": parts[0].reshape(shape),
         "copy_parts": parts[1].reshape(shape),
         "slot_cells": cells.reshape(shape),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from lplb_triton import kernels
-from lplb_triton._backends.counters import add_to_counter, count_statuses
+from lplb_triton._backends.counters import add_metrics, add_to_counter, count_statuses
 from lplb_triton._backends.layer import Layer
 from lplb_triton._backends.triton import TritonBackend
 from lplb_triton.placement import Placement
@@ -39,7 +39,9 @@ class InteriorPointBackend(TritonBackend):
         layer = self.layer
         exchange = None if layer.communicator is None else layer.communicator.exchange
         counters = certified, layer.solves, layer.uncertified
-        return self._balance(idx, counters, n_sms, layer.traffic, exchange)
+        out, total = self._balance(idx, counters, n_sms, layer.traffic, layer.metrics, exchange)
+        self.record(total)
+        return out
 
     def _balance(
         self,
@@ -47,9 +49,13 @@ class InteriorPointBackend(TritonBackend):
         counters: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         n_sms: int,
         traffic: torch.Tensor,
+        metrics: torch.Tensor,
         exchange: Callable[..., None] | None,
-    ) -> torch.Tensor:
-        """Do what `balance` says with other counters (certified, solves, uncertified)."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do what `balance` says with other counters (certified, solves, uncertified) and sums.
+
+        Returns physical ids, and the counts of all ranks.
+        """
         layer, p = self.layer, self.layer.placement
         counts, running = self.count_by_program(idx, n_sms)
         total, gathered = counts, None
@@ -58,17 +64,20 @@ class InteriorPointBackend(TritonBackend):
             if layer.quotas == "global":
                 gathered = counts.new_empty(p.ep_size, p.n_logical)
             exchange(counts, layer.version, total, gathered)
-        cumulative = self.cumulative_shares(self._solve(total, *counters).shares)
+        solution = self._solve(total, *counters)
+        add_metrics(metrics, p, self.tables.views["home_rank"], total, solution)
+        cumulative = self.cumulative_shares(solution.shares)
         if gathered is not None:
             mine = torch.empty_like(cumulative)
             kernels.divide_quotas(cumulative, self.quotas_of(gathered, mine, traffic))
             cumulative = mine
-        return self.select_by_program(idx, cumulative, running)
+        return self.select_by_program(idx, cumulative, running), total
 
     def solve(self, counts: torch.Tensor, certified: torch.Tensor) -> Solution:
         """See `Backend.solve`."""
         self.raise_on_report()
-        return self._solve(counts, certified, self.layer.solves, self.layer.uncertified)
+        layer = self.layer
+        return self._solve(counts, certified, layer.solves, layer.uncertified)
 
     def _solve(
         self,
@@ -96,14 +105,14 @@ class InteriorPointBackend(TritonBackend):
 
     def warmup_kernels(self, counters: torch.Tensor, narrow: torch.Tensor) -> None:
         """See `TritonBackend.warmup_kernels`."""
-        traffic = torch.zeros_like(self.layer.traffic)
+        traffic, metrics = (torch.zeros_like(x) for x in (self.layer.traffic, self.layer.metrics))
         exchange = None if self.layer.communicator is None else self._exchange_alone
         for dtype in (torch.int64, torch.int32):
             idx = self.warmup_ids(dtype)
             for certified in (counters[0], narrow):
                 self._balance(
                     idx, (certified, counters[1], counters[2]), self.layer.default_n_sms, traffic,
-                    exchange,
+                    metrics, exchange,
                 )  # fmt: skip
 
     def _exchange_alone(

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 import torch
 
-from lplb_triton._layout import CHANNELS
+from lplb_triton._layout import CHANNELS, N_METRICS
 from lplb_triton.placement import Placement
 from lplb_triton.solution import SolveError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+    from lplb_triton._backends.recorder import LoadRecorder
     from lplb_triton.live import LiveRules
     from lplb_triton.sync import Communicator
 
@@ -30,6 +31,8 @@ class Layer:
 
     Attributes
     ----------
+    metrics : torch.Tensor
+        ``[N_METRICS]`` float64 on the device, sums over groups and batches; see `_layout.Metric`.
     version : torch.Tensor
         ``[1]`` int32 on the device, checksum of the placement; sent with the counts.
     live : LiveRules or None
@@ -39,6 +42,8 @@ class Layer:
         last plan, by channel of the exchange; sent with the counts.
     resident : torch.Tensor or None
         ``[ep_size, live_per_rank]`` int32 on the device: what live slots hold, if they keep it.
+    recorder : LoadRecorder or None
+        Adds up the loads of batches; None if that was never asked for.
     blocked : str or None
         Why the layer can't be used; None if it can.
     checked : tuple of int
@@ -57,6 +62,7 @@ class Layer:
     solves: torch.Tensor
     uncertified: torch.Tensor
     traffic: torch.Tensor
+    metrics: torch.Tensor
     version: torch.Tensor
     default_n_sms: int
     live: LiveRules | None = None
@@ -64,6 +70,7 @@ class Layer:
     resident: torch.Tensor | None = None
     group: dist.ProcessGroup | None = None
     communicator: Communicator | None = None
+    recorder: LoadRecorder | None = None
     blocked: str | None = None
     checked: tuple[int, int] = (0, 0)
 
@@ -119,6 +126,7 @@ def create_layer(
         solves=zeros(1, torch.int64),
         uncertified=zeros(1, torch.int64),
         traffic=zeros(3, torch.int64),
+        metrics=zeros(N_METRICS, torch.float64),
         version=zeros(1, torch.int32),
         default_n_sms=_default_n_sms(device),
         live=live,

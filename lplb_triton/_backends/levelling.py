@@ -40,6 +40,8 @@ class _Scratch(NamedTuple):
     buffers: kernels.SolveBuffers
     exchange: Callable[[], None] | None
     """Sums counts over the ranks between two launches; None if a kernel does, or nothing does."""
+    counts: torch.Tensor
+    """``[n_logical]`` int32, of all ranks once a batch has been solved."""
 
 
 class LevellingBackend(TritonBackend):
@@ -89,6 +91,7 @@ class LevellingBackend(TritonBackend):
         live_out = self._new_live_out()
         scratch.pipeline.run(idx, out, chunk, settings, channel, scratch.exchange, live_out)
         self.live_out = live_out
+        self.record(scratch.counts)
         return out
 
     def _number_stream(self) -> int:
@@ -109,7 +112,7 @@ class LevellingBackend(TritonBackend):
         p = self.layer.placement
         if not p.live_per_rank:
             return None
-        size = p.ep_size * p.live_per_rank + 3
+        size = p.ep_size * p.live_per_rank + 4
         return torch.empty(size, dtype=torch.int32, device=self.layer.device)
 
     def solve(self, counts: torch.Tensor, certified: torch.Tensor) -> Solution:
@@ -152,10 +155,10 @@ class LevellingBackend(TritonBackend):
         block, _ = self._current_block(n_sms)
         # The exchange of this endpoint is with no other rank.
         endpoint = None if self.peers is None else self.peers.endpoint.solo_endpoint()
-        traffic = torch.zeros_like(self.layer.traffic)
+        traffic, sums = (torch.zeros_like(x) for x in (self.layer.traffic, self.layer.metrics))
         versions = self.layer.live_versions
         spare = None if versions is None else torch.zeros_like(versions)
-        pipeline = self._create_scratch(block, n_sms, endpoint, traffic, spare).pipeline
+        pipeline = self._create_scratch(block, n_sms, endpoint, traffic, sums, spare).pipeline
         live_out = self._new_live_out()
         for dtype in (torch.int64, torch.int32):
             idx = self.warmup_ids(dtype)
@@ -227,7 +230,8 @@ class LevellingBackend(TritonBackend):
             if kept is not None and kept.block is block:
                 return kept
         endpoint = None if self.peers is None else self.peers.endpoint
-        scratch = self._create_scratch(block, n_sms, endpoint, self.layer.traffic)
+        layer = self.layer
+        scratch = self._create_scratch(block, n_sms, endpoint, layer.traffic, layer.metrics)
         if stream is not None:
             self._scratches[stream, n_sms] = scratch
         return scratch
@@ -238,6 +242,7 @@ class LevellingBackend(TritonBackend):
         n_sms: int,
         endpoint: Endpoint | None,
         traffic: torch.Tensor,
+        sums: torch.Tensor,
         versions: torch.Tensor | None = None,
     ) -> _Scratch:
         """Make views of a block, and the pipeline on them; ``versions`` as in `make_live`."""
@@ -268,11 +273,16 @@ class LevellingBackend(TritonBackend):
                 buffers.counts,
                 gathered,
             )
+        metrics = kernels.BatchMetrics(
+            sums, buffers.counts if in_kernel is None else total, self.tables.views["home_experts"],
+            buffers.stats, buffers.ints, None if live is None else live.out,
+        )  # fmt: skip
         pipeline = kernels.Pipeline(
             running, self.report, buffers, self.solve_tables, self.select_tables, layer.rank,
-            in_kernel, quotas, live,
+            in_kernel, quotas, live, metrics,
         )  # fmt: skip
-        return _Scratch(block, pipeline, buffers, exchange)
+        counts = buffers.counts if endpoint is None else total
+        return _Scratch(block, pipeline, buffers, exchange, counts)
 
     def make_live(
         self, scratch: torch.Tensor | None = None, versions: torch.Tensor | None = None

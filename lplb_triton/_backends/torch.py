@@ -7,9 +7,10 @@ import torch
 
 from lplb_triton import reference
 from lplb_triton._backends.base import Backend, chunk_size
-from lplb_triton._backends.counters import count_statuses
+from lplb_triton._backends.counters import add_metrics, count_statuses
 from lplb_triton._backends.layer import Layer
 from lplb_triton._backends.tables import DeviceTables
+from lplb_triton._layout import Metric
 from lplb_triton.reference import levelling
 from lplb_triton.reference.live import LiveCase, list_copies, plan_live
 from lplb_triton.solution import Solution
@@ -51,6 +52,9 @@ class TorchBackend(Backend):
             version = layer.version if layer.live_versions is None else layer.live_versions[:1]
             layer.communicator.exchange(counts, version, total, gathered)
         solution = self.solve(total, certified)
+        self.record(total)
+        home_rank = self.tables.views["home_rank"]
+        add_metrics(layer.metrics, layer.placement, home_rank, total, solution)
         cumulative = self.cumulative_shares(solution.shares)
         views = self.tables.views
         start, slot = views["copy_start"], views["copy_slot"]
@@ -74,7 +78,7 @@ class TorchBackend(Backend):
             raise RuntimeError("the placement has no live slots")
         copies = list_copies(p)
         case = LiveCase(p.ep_size, p.live_per_rank, *layer.live[:4])
-        resident = None if layer.resident is None else layer.resident.cpu().numpy()
+        resident = None if layer.resident is None else layer.resident.cpu().numpy().copy()
         plan = plan_live(
             case,
             counts.cpu().numpy().astype(np.int64),
@@ -85,12 +89,18 @@ class TorchBackend(Backend):
         )
         if layer.resident is not None:
             layer.resident.copy_(torch.from_numpy(plan.experts))
+        mean = max(float(counts.sum()), 1.0) / p.ep_size
+        layer.metrics[Metric.AFTER] += (plan.max_load - float(solution.max_load)) / mean
+        held = np.full_like(plan.experts, -1) if resident is None else resident
+        n_fetched = int(((plan.experts >= 0) & (plan.experts != held)).sum())
+        layer.metrics[Metric.FETCHED] += n_fetched
         checksum = 0
         if plan.pieces or layer.resident is not None:
             checksum = message_version(str((plan.pieces, plan.experts.tolist())).encode())
         layer.live_versions.copy_(layer.version + checksum)
         numbers = np.array([plan.max_load, plan.bound, plan.gap], dtype=np.float32)
-        words = np.append(plan.experts.astype(np.int32).reshape(-1), numbers.view(np.int32))
+        experts = plan.experts.astype(np.int32).reshape(-1)
+        words = np.concatenate([experts, numbers.view(np.int32), [np.int32(n_fetched)]])
         self.live_out = torch.from_numpy(words).to(layer.device)
         found = plan.copies.start, plan.copies.rank * p.slots_per_rank + plan.copies.place
         moved = [torch.from_numpy(a.astype(np.int32)) for a in (*found, plan.cumulative)]

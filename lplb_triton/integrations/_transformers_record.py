@@ -24,6 +24,11 @@ _TOP_K_NAMES = (
     "top_k_experts",
     "num_experts_per_token",
 )
+# Names of the width of the model and of the inner width of an expert in experts modules.
+_WIDTH_NAMES = {
+    "hidden": ("hidden_dim", "hidden_size"),
+    "inner": ("intermediate_dim", "intermediate_size"),
+}
 
 
 def record(
@@ -57,8 +62,9 @@ def record(
     every, max_batches, flush_every, rank, world_size
         As for `lplb_triton.traces.record.Recorder`.
     meta
-        Stored with the trace beside ``model``, ``layer_names`` and, where the model's
-        configuration says it, ``top_k``; these come first, and ``meta`` replaces them.
+        Stored with the trace beside ``model``, ``layer_names`` and, where the model says them,
+        ``top_k``, ``hidden`` (width of the model) and ``inner`` (inner width of an expert); these
+        come first, and ``meta`` replaces them.
 
     Returns
     -------
@@ -91,7 +97,9 @@ def record(
     n_experts = _count_experts(experts)
     part, parts = _find_part(model)
     found: dict[str, Any] = {"model": type(model).__name__, "layer_names": list(experts)}
-    top_k = _read_top_k(next(iter(experts.values())))
+    first = next(iter(experts.values()))
+    found.update(_read_widths(first))
+    top_k = _read_top_k(first)
     if top_k is not None:
         found["top_k"] = top_k
     recorder = Recorder(
@@ -326,3 +334,15 @@ def _read_top_k(module: nn.Module) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def _read_widths(module: nn.Module) -> dict[str, int]:
+    """Return the widths that an experts module says, in the words of a trace."""
+    found = {}
+    for width, names in _WIDTH_NAMES.items():
+        for name in names:
+            value = getattr(module, name, None)
+            if isinstance(value, int) and value > 0:
+                found[width] = value
+                break
+    return found

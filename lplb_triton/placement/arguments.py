@@ -15,6 +15,7 @@ from lplb_triton._checks import (
 )
 
 __all__ = [
+    "average_batches",
     "check_batch",
     "check_live_slots",
     "count_copies",
@@ -52,6 +53,23 @@ def to_loads(name: str, value: object) -> torch.Tensor:
         raise TypeError(
             f"{name} must be a torch.Tensor or array of numbers, got {type(value).__name__}"
         ) from None
+
+
+def average_batches(name: str, load: object) -> torch.Tensor:
+    """Return loads ``[n_logical]``: as they are, or the mean over batches ``[batches, n_logical]``.
+
+    Each batch counts equally, whatever its total; batches without load are left out.
+    """
+    load = to_loads(name, load)
+    if load.ndim != 2 or load.numel() == 0:
+        return load
+    check_load_dtype(name, load)
+    check_load_values(name, load)
+    # The largest load is divided out first, so that sums stay finite.
+    largest = load.double().amax(1, keepdim=True)
+    parts = load.double() / torch.where(largest > 0, largest, 1.0)
+    parts = parts[largest[:, 0] > 0]
+    return (parts / parts.sum(1, keepdim=True)).sum(0) / max(len(parts), 1)
 
 
 def check_batch(counts: object, n_logical: int) -> torch.Tensor:

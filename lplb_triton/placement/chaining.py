@@ -31,6 +31,7 @@ from lplb_triton._checks import (
     would_do,
 )
 from lplb_triton.placement import Placement
+from lplb_triton.placement.arguments import average_batches
 from lplb_triton.placement.home import choose_home_slots
 from lplb_triton.placement.moves import number_domains
 
@@ -59,7 +60,8 @@ def chain(
     ----------
     load : torch.Tensor
         ``[n_logical]``, mean load of each logical expert, finite and non-negative, any real dtype,
-        any device.
+        any device; or ``[batches, n_logical]``, of which each batch counts equally, whatever its
+        total.
     ep_size : int
         Number of ranks; divides ``n_logical``.
     redundant_per_rank : int
@@ -88,7 +90,8 @@ def chain(
     >>> chain(torch.tensor([8.0, 1.0, 1.0, 2.0]), 2)
     Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
     """
-    weight = scale_rows(check_load("load", load, (1,)))[0]
+    checked = torch.from_numpy(check_load("load", load, (1, 2)))
+    weight = scale_rows(average_batches("load", checked).numpy().reshape(1, -1))[0]
     n_logical = len(weight)
     ranks = check_ranks(ep_size, ranks_per_domain, n_logical)
     spare = check_integer("redundant_per_rank", redundant_per_rank, 0)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lplb_triton import topologies
 from lplb_triton._checks import check_flag, check_integer, nearest_divisors, would_do
 from lplb_triton.placement.arguments import (
+    average_batches,
     check_batch,
     check_live_slots,
     count_copies,
@@ -23,6 +24,7 @@ from lplb_triton.placement.constructors import (
     replicate_at_home,
     replicate_by_history,
 )
+from lplb_triton.placement.files import PlacementFile
 from lplb_triton.placement.programs import ProgramBuilder
 from lplb_triton.placement.structure import Structure, build_structure
 from lplb_triton.problem import Problem
@@ -31,7 +33,7 @@ from lplb_triton.solution import Solution
 __all__ = ["Placement"]
 
 
-class Placement:
+class Placement(PlacementFile):
     """Which logical expert each physical slot holds, and what follows from it.
 
     Immutable and on the CPU; every tensor it returns is a fresh copy. Two placements are equal
@@ -285,7 +287,8 @@ class Placement:
         Parameters
         ----------
         load : torch.Tensor or array
-            ``[n_logical]``, load of each logical expert, finite and non-negative.
+            ``[n_logical]``, load of each logical expert, finite and non-negative; or
+            ``[batches, n_logical]``, of which each batch counts equally, whatever its total.
         ep_size : int
             Number of ranks; divides ``n_logical``.
         redundant_per_rank : int
@@ -310,6 +313,7 @@ class Placement:
         TypeError, ValueError
             Naming the argument.
         """
+        load = average_batches("load", load)
         if check_flag("keep_home", keep_home):
             at_home = replicate_at_home(load, ep_size, redundant_per_rank, num_groups, num_nodes)
             return cls(at_home, ep_size, n_logical=len(load))

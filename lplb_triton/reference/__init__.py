@@ -35,6 +35,7 @@ from lplb_triton.reference.tokens import (
     copy_quotas,
     count_experts,
     cumulative_shares,
+    split_counts,
 )
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "choose_aimed_gap",
     "compute_rounding_offsets",
     "copy_quotas",
+    "split_counts",
     "count_experts",
     "cumulative_shares",
     "divide_quotas",

@@ -15,6 +15,7 @@ __all__ = [
     "check_cumulative",
     "compute_rounding_offsets",
     "copy_quotas",
+    "split_counts",
     "count_experts",
     "cumulative_shares",
     "repeat_by_copy",
@@ -95,8 +96,8 @@ def sum_by_expert(values: torch.Tensor, copy_start: torch.Tensor) -> torch.Tenso
 
 
 def repeat_by_copy(values: torch.Tensor, copy_start: torch.Tensor, n_copies: int) -> torch.Tensor:
-    """Repeat each expert's value for its copies, ``[n_copies]``."""
-    return values.repeat_interleave(copy_start.diff().long(), output_size=n_copies)
+    """Repeat each expert's value for its copies, ``[..., n_logical]`` to ``[..., n_copies]``."""
+    return values.repeat_interleave(copy_start.diff().long(), dim=-1, output_size=n_copies)
 
 
 def compute_rounding_offsets(rank: int, n_logical: int) -> torch.Tensor:
@@ -139,13 +140,38 @@ def copy_quotas(
     torch.Tensor
         ``[n_physical]`` int64, by copy (expert-major); each expert's quotas sum to its count.
     """
+    offsets = compute_rounding_offsets(rank, counts.numel()).to(counts.device)
+    return split_counts(counts, cumulative, copy_start, offsets)
+
+
+def split_counts(
+    counts: torch.Tensor,
+    cumulative: torch.Tensor,
+    copy_start: torch.Tensor,
+    offsets: torch.Tensor,
+) -> torch.Tensor:
+    """Compute the tokens that each copy gets from many ranks at once (equation 12).
+
+    Parameters
+    ----------
+    counts : torch.Tensor
+        ``[..., n_logical]`` int, tokens of each rank per expert.
+    cumulative, copy_start : torch.Tensor
+        As for `copy_quotas`.
+    offsets : torch.Tensor
+        ``[..., n_logical]`` int64, see `compute_rounding_offsets`.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[..., n_physical]`` int64, as `copy_quotas` has them for each rank.
+    """
     n_copies = cumulative.numel()
     per_copy = repeat_by_copy(counts.long(), copy_start, n_copies)
-    theta = compute_rounding_offsets(rank, counts.numel()).to(counts.device)
-    theta = repeat_by_copy(theta, copy_start, n_copies)
+    theta = repeat_by_copy(offsets, copy_start, n_copies)
     ends = (per_copy * cumulative.long() + theta) >> SHARE_BITS
-    starts = ends.roll(1)
-    starts[copy_start[:-1].long()] = 0
+    starts = ends.roll(1, -1)
+    starts[..., copy_start[:-1].long()] = 0
     return ends - starts
 
 

@@ -19,7 +19,6 @@ array's ``dtype.str``, its shape as Python prints it and its little-endian bytes
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import zipfile
 from pathlib import Path
@@ -27,6 +26,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from lplb_triton._files import parse_json, replace_file, temporary_path
 
 __all__ = [
     "FORMAT_VERSION",
@@ -44,21 +45,13 @@ FORMAT_VERSION = 2
 
 def write_npz(target: Path, members: dict[str, npt.NDArray[Any]]) -> None:
     """Write an archive to a file beside the target, which it then replaces in a single step."""
-    temporary = _temporary_path(target)
-    try:
-        with open(temporary, "wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                for name, array in members.items():
-                    entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-                    entry.compress_type = zipfile.ZIP_BZIP2
-                    entry.external_attr = 0o644 << 16
-                    with archive.open(entry, "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replace_file(target) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in members.items():
+            entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_BZIP2
+            entry.external_attr = 0o644 << 16
+            with archive.open(entry, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -80,7 +73,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"path: no such folder: {str(target.parent)!r}")
     if os.path.isdir(target):
         raise IsADirectoryError(f"path is a folder: {str(target)!r}")
-    temporary = _temporary_path(target)
+    temporary = temporary_path(target)
     try:
         with open(temporary, "wb"):
             pass
@@ -88,11 +81,6 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         text = f"path: can't write {target.name!r} in {str(target.parent)!r}: {error.strerror}"
         raise type(error)(text) from error
     temporary.unlink()
-
-
-def _temporary_path(target: Path) -> Path:
-    # The file lies in the same folder, so that os.replace stays within one file system.
-    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
 def read_npz(path: Path) -> dict[str, Any]:
@@ -160,35 +148,6 @@ def read_json(path: Path) -> dict[str, Any]:
         if key in parsed:
             parsed[key] = _array_from_json(parsed[key], key, path)
     return parsed
-
-
-def parse_json(text: str | bytes, name: str) -> Any:
-    """Parse JSON.
-
-    Parameters
-    ----------
-    text
-        What to parse; bytes are UTF-8.
-    name
-        What it is, for messages.
-
-    Returns
-    -------
-    object
-        What it says.
-
-    Raises
-    ------
-    ValueError
-        If it is no JSON, or is nested too deeply.
-    """
-    try:
-        return json.loads(text if isinstance(text, str) else text.decode())
-    except RecursionError:
-        # The parser's own stack; a trace or a report has a few levels.
-        raise ValueError(f"{name}: JSON is nested too deeply to be read") from None
-    except ValueError as error:
-        raise ValueError(f"{name}: not valid JSON: {error}") from error
 
 
 def _array_from_json(value: object, key: str, path: Path) -> npt.NDArray[Any]:

@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from lplb_triton._checks import check_integer
 from lplb_triton.traces.checks import (
     AXES,
     MOST_TOKENS,
@@ -127,6 +129,37 @@ class Trace:
         """
         totals: npt.NDArray[np.int64] = self.counts.sum(axis=2, dtype=np.int64)
         return totals
+
+    def loads(self, layer: int | None = None) -> torch.Tensor:
+        """Return the loads of one layer, as every way of placing experts takes them.
+
+        ``place(trace.loads(3), 32)``, ``chain(trace.loads(3), 32)`` and
+        ``Placement.from_history(trace.loads(3), 32)`` place by all batches, and slices of it, such
+        as ``trace.loads(3)[-100:]``, by some.
+
+        Parameters
+        ----------
+        layer
+            Index of the layer; it may be left out if the trace has one.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[batches, experts]`` float64 on the CPU, tokens over all sources.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``layer`` is no integer, is not in the trace, or is missing where there are several.
+        """
+        if layer is None:
+            if self.layers > 1:
+                raise ValueError(f"layer must be given for a trace of {self.layers} layers")
+            layer = 0
+        layer = check_integer("layer", layer, 0)
+        if layer >= self.layers:
+            raise ValueError(f"layer must be in [0, {self.layers}), got {layer}")
+        return torch.from_numpy(self.counts[:, layer].sum(axis=1, dtype=np.float64))
 
 
 def save(path: str | os.PathLike[str], trace: Trace) -> None:

@@ -142,7 +142,7 @@ def _plan_by_kernel(placement, rules, counts, cumulative, max_load, resident):
     copies, found = _read_copies(placement, live, shares.cpu().numpy().astype(np.int64))
     after = None if resident is None else live.resident.cpu()
     shift = choose_unit_shift(max_load, placement.static_per_rank, placement.ep_size)
-    return Plan(live.out.cpu(), copies, found, shift), after
+    return Plan(live.out[:-1].cpu(), copies, found, shift), after
 
 
 def _read_copies(placement, live, shares):

@@ -1,0 +1,178 @@
+"""``lplb-bench place``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lplb_triton import Placement
+from lplb_triton.bench import options, output, placement, tables
+from lplb_triton.bench.balance import Stretch, find_stretches
+from lplb_triton.bench.machine import environment
+from lplb_triton.bench.options import UsageError
+from lplb_triton.bench.output import OK, Output
+from lplb_triton.bench.progress import progress
+from lplb_triton.placement.files import lay_out_placements
+from lplb_triton.traces.trace import Trace
+
+__all__ = ["add", "run"]
+
+BASE = "eplb"
+
+
+class _Loads(NamedTuple):
+    """The batches of one layer that follow one another without a gap."""
+
+    layer: int
+    history: torch.Tensor
+    """``[batches, experts]`` that the placement is made from."""
+    test: torch.Tensor
+    """``[batches, sources, experts]`` that it is judged by."""
+
+
+def add(commands: Any) -> None:
+    """Add the parser."""
+    sub = options.add_command(
+        commands,
+        "place",
+        run,
+        parents=(options.output_files(), options.progress_option()),
+        help="make placements from a trace, and save them in a file",
+        description=(
+            "Place the experts of every layer by the first batches of a trace, judge the\n"
+            "placements by the batches that follow, beside EPLB's with as many slots, and write\n"
+            "them to a file for lplb_triton.Placement.load or lplb_triton.load_placements. Of a\n"
+            "trace with a gap in its steps the last part is used."
+        ),
+        examples=(
+            "  lplb-bench place trace.npz --ep 32 --slots 2 -o placement.json\n"
+            "  lplb-bench place trace.npz --ep 32 --slots 2 --method home-chain -o placement.json\n"
+            "  lplb-bench place trace.npz --ep 16 --slots 1 --layers 0,4-7 --all-batches -o p.json"
+        ),
+    )
+    sub.add_argument("trace", type=Path, metavar="TRACE", help=".npz or .json")
+    sub.add_argument(
+        "--output", "-o", type=Path, required=True, metavar="PATH", help="file to write"
+    )
+    sub.add_argument(
+        "--ep", type=options.count, required=True, metavar="N", help="expert-parallel ranks"
+    )
+    sub.add_argument(
+        "--slots", type=options.slots, required=True, metavar="N", help="redundant slots per rank"
+    )
+    sub.add_argument(
+        "--method", choices=placement.METHODS, default="chain",
+        help="how to place: EPLB, lplb_triton.chain or lplb_triton.place; home, home-chain and "
+        "home-place leave experts at home and choose copies only (default %(default)s)",
+    )  # fmt: skip
+    options.trace_options(sub)
+    sub.add_argument(
+        "--all-batches", action="store_true",
+        help="write placements made from all batches of that part; the figures remain those of "
+        "placements made from the first ones",
+    )  # fmt: skip
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    sub.add_argument(
+        "--trials", type=options.count, metavar="N",
+        help="effort of place and home-place (default: its own, 2000 on a CPU)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Place, judge and save."""
+    tables.require("rich")
+    if not args.method.endswith("place"):
+        options.refuse(args, ("trials",), "only for the methods place and home-place")
+    options.fill(args, {"history": options.HISTORY})
+    if str(args.output) == "-":
+        raise UsageError("argument --output: give a path, not -")
+    files = ("--json", args.json), ("--markdown", args.markdown), ("--output", args.output)
+    output.check_files(files, [("TRACE", args.trace)])
+    device = torch.device(options.choose_device(args.device, None)[0])
+    trace, source = options.load_trace(args.trace, "TRACE")
+    reason = placement.explain_impossible(trace.experts, args.ep, args.slots)
+    if reason is not None:
+        raise UsageError(f"arguments --ep, --slots: {reason}")
+    stretch, layers = _cut_trace(args, trace)
+    begin = time.perf_counter()
+    made: dict[int, Placement] = {}
+    rows = []
+    with progress([(f"layer {loads.layer}", 1) for loads in layers], args.progress) as advance:
+        for loads in layers:
+            made[loads.layer], row = _place_layer(args, loads, device)
+            rows.append(row)
+            advance()
+    first = int(trace.steps[stretch.start])
+    last = int(trace.steps[(stretch.stop if args.all_batches else stretch.split) - 1])
+    report = {
+        "command": "place",
+        "source": source,
+        "method": args.method,
+        "ep": args.ep,
+        "slots": args.slots,
+        "trials": args.trials,
+        "all_batches": args.all_batches,
+        "placed_by_steps": [first, last],
+        "batches": {"history": stretch.split - stretch.start, "test": stretch.stop - stretch.split},
+        "environment": environment(device.type),
+        "seconds": time.perf_counter() - begin,
+        "rows": rows,
+    }
+    note = (
+        f"{args.method} by steps {first} to {last} of {source}: {args.ep} ranks, {args.slots} "
+        "redundant slots on each"
+    )
+    written = output.Files()
+    written.add("placements", args.output, lay_out_placements(made, note=note))
+    output.finish(args, out, report, [tables.make_place_grid(report)])
+    written.close(out.console(args.json, args.markdown))
+    return OK
+
+
+def _cut_trace(args: argparse.Namespace, trace: Trace) -> tuple[Stretch, list[_Loads]]:
+    """Cut the layers' batches since the last gap into history and test."""
+    layers = range(trace.layers) if args.layers is None else sorted(args.layers)
+    if max(layers) >= trace.layers:
+        raise UsageError(
+            f"argument --layers: the trace has layers 0 to {trace.layers - 1}, got {max(layers)}"
+        )
+    try:
+        stretch = find_stretches(trace.steps, args.history)[-1]
+    except ValueError as error:
+        raise UsageError(f"argument --history: {error}") from error
+    found = []
+    for layer in layers:
+        test = torch.from_numpy(trace.counts[stretch.split : stretch.stop, layer]).long()
+        if not bool(test.any()):
+            raise UsageError(f"argument --history: no test batch of layer {layer} has tokens")
+        found.append(_Loads(layer, trace.loads(layer)[stretch.start : stretch.split], test))
+    return stretch, found
+
+
+def _place_layer(
+    args: argparse.Namespace, loads: _Loads, device: torch.device
+) -> tuple[Placement, dict[str, Any]]:
+    """Return the placement to write, and the figures of its method and of EPLB's."""
+    figures: dict[str, dict[str, float]] = {}
+    chosen = None
+    for method in dict.fromkeys((BASE, args.method)):
+        trials = args.trials if method.endswith("place") else None
+        chosen = placement.make_by_history(
+            method, loads.history, args.ep, args.slots, device, trials
+        )
+        excess = placement.judge(chosen, loads.test, device)
+        figures[method] = {name: 1 + value for name, value in excess.items()}
+    if chosen is None or args.all_batches:
+        everything = torch.cat([loads.history, loads.test.sum(1).double()])
+        chosen = placement.make_by_history(
+            args.method, everything, args.ep, args.slots, device, args.trials
+        )
+    counts = loads.test.sum(1)
+    in_order = Placement.from_phy2log(torch.arange(counts.shape[1]), args.ep).even_loads(counts)
+    some = counts.sum(1) > 0
+    ratio = in_order[some].amax(1) / in_order[some].mean(1)
+    return chosen, {"layer": loads.layer, "in_order": float(ratio.mean()), "methods": figures}

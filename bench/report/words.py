@@ -1,0 +1,243 @@
+"""What a report says in words: its headline, and the three answers under it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "METHODS",
+    "Headline",
+    "answer_batch_size",
+    "answer_changes",
+    "answer_gain",
+    "compare_tokens",
+    "count_slots",
+    "count_things",
+    "find_headline",
+    "name_cell",
+    "say_headline",
+    "name_size",
+    "sort_changes",
+]
+
+METHODS = {
+    "eplb": "EPLB's placement",
+    "chain": "the placement <code>chain</code>",
+    "place": "the placement <code>place</code>",
+    "none": "experts in order",
+}
+# A change is worth naming from this part on.
+WORTH = 0.01
+
+
+@dataclass(frozen=True)
+class Headline:
+    """Parts of the slowest rank's tokens that are saved: over EPLB and over no balancing.
+
+    Attributes
+    ----------
+    eplb, none
+        In the mean.
+    eplb_p95, none_p95
+        Of the 95th percentiles.
+    most
+        Over EPLB, of the least that any split over the same copies can reach.
+    """
+
+    eplb: float
+    none: float
+    eplb_p95: float
+    none_p95: float
+    most: float
+
+
+def find_headline(cell: Mapping[str, Any]) -> Headline:
+    """Compute the figures of the headline of one combination."""
+    found = cell["imbalance"]
+    mean = {name: found[name]["mean"] for name in ("none", "eplb", "integer")}
+    p95 = {name: found[name]["p95"] for name in ("none", "eplb", "integer")}
+    bound = float(np.mean([layer["bound"] for layer in cell["by_layer"]]))
+    return Headline(
+        eplb=1 - mean["integer"] / mean["eplb"],
+        none=1 - mean["integer"] / mean["none"],
+        eplb_p95=1 - p95["integer"] / p95["eplb"],
+        none_p95=1 - p95["integer"] / p95["none"],
+        most=1 - bound / mean["eplb"],
+    )
+
+
+def compare_tokens(saved: float, noun: str = " tokens") -> str:
+    """Say how many tokens a part is, up to the word that it is compared with."""
+    if abs(saved) < 0.005:
+        return f"about as many{noun} as"
+    return f"{abs(100 * saved):.0f}% {'fewer' if saved > 0 else 'more'}{noun} than"
+
+
+def name_cell(cell: Mapping[str, Any], short: bool = False) -> str:
+    """Name a combination, as escaped text."""
+    method = escape(str(cell["placement"]))
+    slots = count_slots(int(cell["slots"]))
+    if short:
+        return f"EP {int(cell['ep'])}, {method}, {slots}"
+    copies = f"{slots.replace(' ', ' redundant ')} per rank" if int(cell["slots"]) else "no copies"
+    return f"{int(cell['ep'])} ranks, {method}, {copies}"
+
+
+def count_slots(number: int) -> str:
+    """Say how many slots."""
+    return count_things(number, "slot")
+
+
+def count_things(number: int, noun: str) -> str:
+    """Say how many there are of something."""
+    some = {"batch": "batches"}.get(noun.split()[-1], f"{noun.split()[-1]}s")
+    plural = " ".join([*noun.split()[:-1], some])
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def say_headline(cell: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Say the headline: in words, as a number, what the number is, and the text below it."""
+    found = find_headline(cell)
+    if not int(cell["slots"]):
+        mean = {name: float(cell["imbalance"][name]["mean"]) for name in ("integer", "eplb")}
+        return (
+            f"Without copies nothing is balanced: the slowest rank has {mean['integer']:.2f} times "
+            "the mean load",
+            f"{mean['integer']:.2f}",
+            "load of the slowest rank over the mean load",
+            f"EPLB's order of the experts, without copies too, has {mean['eplb']:.2f}.",
+        )
+    return (
+        f"The slowest rank gets {compare_tokens(found.eplb)} with EPLB, and "
+        f"{compare_tokens(found.none, '')} with no balancing",
+        f"{-100 * found.eplb:+.0f}%".replace("-", "\N{MINUS SIGN}"),
+        "load of the slowest rank against EPLB",
+        f"In the worst batches (95th percentile) it gets {compare_tokens(found.eplb_p95)} with "
+        f"EPLB and {compare_tokens(found.none_p95, '')} with no balancing. No split over these "
+        f"copies can do better than {compare_tokens(found.most)} with EPLB.",
+    )
+
+
+def answer_gain(cell: Mapping[str, Any]) -> str:
+    """Answer what balancing gains."""
+    mean = {k: float(cell["imbalance"][k]["mean"]) for k in ("none", "eplb", "integer")}
+    wait = {name: 100 * (1 - 1 / value) for name, value in mean.items()}
+    return (
+        f"<p>The most loaded rank has {mean['integer']:.2f} times the mean load. With EPLB, whose "
+        f"copies share evenly, it has {mean['eplb']:.2f} times, with no balancing "
+        f"{mean['none']:.2f} times.</p><p>All other ranks wait for it: a rank waits "
+        f"{wait['integer']:.0f}% of the time of the experts' products, instead of "
+        f"{wait['eplb']:.0f}% with EPLB and {wait['none']:.0f}% with no balancing.</p>"
+    )
+
+
+def name_size(size: Mapping[str, Any]) -> str:
+    """Name the sizes of a layer, as escaped text."""
+    name = str(size["name"])
+    if name == "this model":
+        return "this model's experts"
+    return f"experts as large as those of {escape(name)}"
+
+
+def answer_batch_size(saving: Mapping[str, Any], sizes: Sequence[Mapping[str, Any]]) -> str:
+    """Answer from which batch size on balancing pays, and what larger batches change."""
+    last = int(saving["grid"][-1])
+    lines = []
+    for size in saving["sizes"]:
+        found = {k: size["pays_from"][k] for k in ("eplb", "none")}
+        eplb = _say_from(found["eplb"], last)
+        lines.append(f"<li>{name_size(size)}: {eplb}</li>")
+    text = (
+        "<p>Against EPLB, predicted for a forward pass on H100s, in tokens of one rank:</p>"
+        f"<ul>{''.join(lines)}</ul>"
+    )
+    if saving["tokens"] is not None:
+        text += _say_recorded(float(saving["tokens"]), saving["sizes"])
+    first, largest = sizes[0], sizes[-1]
+    if len(sizes) > 1:
+        text += (
+            f"<p>In batches {int(largest['batches'])} times as large the most loaded rank has "
+            f"{largest['integer']:.2f} times the mean load instead of {first['integer']:.2f} "
+            f"(EPLB: {largest['eplb']:.2f} instead of {first['eplb']:.2f}).</p>"
+        )
+    return text
+
+
+def _say_from(tokens: Any, last: int) -> str:
+    if tokens is None:
+        return f"it does not pay up to {last:,}"
+    return f"pays from <b>{int(tokens):,}</b> on"
+
+
+def _say_recorded(tokens: float, sizes: Sequence[Mapping[str, Any]]) -> str:
+    """Say for how many of the sizes a recorded batch is large enough."""
+    starts = [size["pays_from"]["eplb"] for size in sizes]
+    enough = sum(start is not None and start <= tokens for start in starts)
+    verdict = {0: "too few for any of these", len(sizes): "enough for all of these"}
+    which = verdict.get(enough, f"enough for {enough} of these {len(sizes)}")
+    return f"<p>A recorded batch has {tokens:,.0f} tokens of each rank: {which}.</p>"
+
+
+def sort_changes(changes: Sequence[Mapping[str, Any]]) -> list[tuple[float, Mapping[str, Any]]]:
+    """Return the changes with the part of the slowest rank's tokens that each saves, best first."""
+    now = changes[0]["imbalance"]
+    rated = [(1 - change["imbalance"] / now, change) for change in changes[1:]]
+    return sorted(rated, key=lambda pair: -pair[0])
+
+
+def answer_changes(report: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
+    """Answer what to change: what to use, and what would gain more, the best first."""
+    method = str(cell["placement"])
+    slots = int(cell["slots"])
+    steps = []
+    if not slots:
+        steps.append("Compare placements with redundant slots, such as <code>--slots 1,2</code>.")
+    elif find_headline(cell).eplb < WORTH:
+        steps.append(
+            "Splitting by the linear program gains less than 1% here: EPLB alone is enough."
+        )
+    else:
+        named = METHODS.get(method, f"the topology <code>{escape(method)}</code>")
+        steps.append(
+            f"Use {named} with {count_slots(slots)} per rank for copies, and let "
+            "<code>Balancer.run</code> split each batch."
+        )
+    now = report["shown"]["changes"][0]["imbalance"]
+    for saved, change in sort_changes(report["shown"]["changes"]):
+        if saved >= WORTH:
+            steps.append(
+                f"{_advise(change)}: {change['imbalance']:.3f} instead of {now:.3f} times the mean "
+                f"load, {100 * saved:.1f}% less."
+            )
+    steps += _advise_live(report.get("live"))
+    if len(steps) < 2:
+        steps.append(
+            "Another placement, one more slot per rank or newer loads would each gain less than 1%."
+        )
+    return "<ol>" + "".join(f"<li>{step}</li>" for step in steps) + "</ol>"
+
+
+def _advise(change: Mapping[str, Any]) -> str:
+    slots = int(change["slots"])
+    return {
+        "slots": f"One more slot per rank ({slots}), which takes the memory of one more expert",
+        "chain": "The placement <code>chain</code> with as many slots, which costs no more",
+        "fresh": "Placing experts anew more often, at the very most",
+    }[change["change"]]
+
+
+def _advise_live(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    lp, live = (float(np.mean(found["imbalance"][name])) for name in ("lp", "live"))
+    if 1 - live / lp < WORTH:
+        return []
+    return [
+        f'<a href="#live">Live slots</a>, {int(found["live"])} on each rank: {live:.3f} instead of '
+        f"{lp:.3f} in layer {int(found['layer'])}, {100 * (1 - live / lp):.1f}% less."
+    ]
