@@ -21,7 +21,15 @@ from lplb_triton.training.live_layer import LivePull
 from lplb_triton.training.slot_memory import extend_memory
 from lplb_triton.training.spread import attach, stack_slots
 
-__all__ = ["Form", "find_cost", "make_forms"]
+__all__ = ["Form", "can_fill", "find_cost", "make_forms"]
+
+# Makes the plan of a batch, whose redundant slots are the static and the live ones.
+FILL: Any = getattr(SpreadPlan, "fill", None)
+
+
+def can_fill() -> bool:
+    """Whether `lplb_triton.spread` can fill live slots."""
+    return FILL is not None
 
 
 class Form:
@@ -185,7 +193,8 @@ class _BySpread(_Balanced):
     def _find_plan(self) -> SpreadPlan:
         if not self.placement.live_per_rank:
             return self.plan
-        return self.plan.fill(self.balancer.live)
+        filled: SpreadPlan = FILL(self.plan, self.balancer.live)
+        return filled
 
     def finish(self) -> Sequence[Weights]:
         """Send the rows of redundant slots, behind the parameters' own memory."""
