@@ -8,6 +8,7 @@ to overlap, so what is predicted for live slots is an upper bound.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -264,49 +265,16 @@ def advise_live(
     cost = suggest_live_cost(
         gigabytes_per_second=gigabytes_per_second, teraflops=teraflops, training=training, keep=keep
     )
-    statics = [_solve_case(case, ep, placement) for case in cases]
-    work = TRAINING if training else 1
     piece_us = MATRICES * BYTES * model.hidden * model.inner / gigabytes_per_second / 1e3
-    piece_us *= count_transfers(training, keep)
-
-    def predict(size: int) -> dict[str, Any]:
-        above = suggest_live_above(cost, size, model.top_k)
-        case = LiveCase(ep, live, MOST_ABOVE if above is None else above, cost)
-        found = [
-            plan_live_batch(case, scaled, batch)
-            for scaled in (scale_batches(one, size * model.top_k * ep) for one in statics)
-            for batch in range(len(scaled.counts))
-        ]
-        slowest: dict[str, Floats] = {
-            name: work
-            * gemm(
-                model.hidden,
-                model.inner,
-                np.stack([getattr(one, name) for one in found]).astype(np.float64),
-            ).max(1)
-            for name in ("static", "live")
-        }
-        fetched = np.array([one.pieces > 0 for one in found])
-        # Batches that fetch nothing have no live rows, and aren't slower for their empty slots.
-        slowest["live"] = np.where(fetched, slowest["live"], slowest["static"])
-        ports = np.array([one.ports for one in found], dtype=np.float64)
-        fetch_us = piece_us * ports.max(1)
-        layer = {"static": slowest["static"], "live": slowest["live"] + fetch_us}
-        return {
-            "above": above,
-            "pieces": float(np.mean([one.pieces for one in found])),
-            "fetching": float(fetched.mean()),
-            "sent": float(ports[:, 0].mean()),
-            "received": float(ports[:, 1].mean()),
-            "fetch_us": float(fetch_us.mean()),
-            "layer_us": {name: float(times.mean()) for name, times in layer.items()},
-            "saving_us": float((layer["static"] - layer["live"]).mean()),
-        }
-
-    curve = [predict(size)["saving_us"] for size in LIVE_GRID]
+    layer = _LiveLayer(
+        model, gemm, ep, live, cost,
+        work=TRAINING if training else 1,
+        piece_us=piece_us * count_transfers(training, keep),
+        statics=[_solve_case(case, ep, placement) for case in cases],
+    )  # fmt: skip
     break_even = None
-    for size, saving in zip(reversed(LIVE_GRID), reversed(curve), strict=True):
-        if saving <= 0:
+    for size in reversed(LIVE_GRID):
+        if layer.predict(size)["saving_us"] <= 0:
             break
         break_even = size
     return {
@@ -314,10 +282,70 @@ def advise_live(
         "placement": placement[0],
         "slots": placement[1],
         "cost": cost,
-        **predict(tokens),
+        **layer.predict(tokens),
         "break_even": break_even,
         "bytes": count_live_bytes(model, live, layers=layers, training=training),
     }
+
+
+@dataclass(frozen=True)
+class _LiveLayer:
+    """A layer on its ranks, with the LP's plans of some batches.
+
+    Attributes
+    ----------
+    model, gemm, ep, live, cost
+        As of `advise_live`.
+    work
+        Products of a batch, in forward passes.
+    piece_us
+        Time of an expert at a port, in all passes.
+    statics
+        Plans on the static copies, by case.
+    """
+
+    model: Model
+    gemm: GemmModel
+    ep: int
+    live: int
+    cost: int
+    work: int
+    piece_us: float
+    statics: Sequence[StaticPlan]
+
+    def predict(self, tokens: int) -> dict[str, Any]:
+        """Predict for so many tokens per rank, means over the batches."""
+        above = suggest_live_above(self.cost, tokens, self.model.top_k)
+        case = LiveCase(self.ep, self.live, MOST_ABOVE if above is None else above, self.cost)
+        rows = tokens * self.model.top_k * self.ep
+        found = [
+            plan_live_batch(case, scaled, batch)
+            for scaled in (scale_batches(one, rows) for one in self.statics)
+            for batch in range(len(scaled.counts))
+        ]
+        static = self._find_slowest([one.static for one in found])
+        fetched = np.array([one.pieces > 0 for one in found])
+        # Batches that fetch nothing have no live rows, and aren't slower for their empty slots.
+        products = np.where(fetched, self._find_slowest([one.live for one in found]), static)
+        ports = np.array([one.ports for one in found], dtype=np.float64)
+        fetch_us = self.piece_us * ports.max(1)
+        with_live = products + fetch_us
+        return {
+            "above": above,
+            "pieces": float(np.mean([one.pieces for one in found])),
+            "fetching": float(fetched.mean()),
+            "sent": float(ports[:, 0].mean()),
+            "received": float(ports[:, 1].mean()),
+            "fetch_us": float(fetch_us.mean()),
+            "layer_us": {"static": float(static.mean()), "live": float(with_live.mean())},
+            "saving_us": float((static - with_live).mean()),
+        }
+
+    def _find_slowest(self, rows: Sequence[Ints]) -> Floats:
+        """Predict the products of each batch's slowest rank, ``[batches]``."""
+        stacked = np.stack(rows).astype(np.float64)
+        slowest: Floats = self.gemm(self.model.hidden, self.model.inner, stacked).max(1)
+        return self.work * slowest
 
 
 def _solve_case(case: Case, ep: int, placement: tuple[str, int]) -> StaticPlan:

@@ -27,76 +27,75 @@ def make_layer_grids(rows: dict[str, Any], options: dict[str, Any]) -> list[Grid
     -------
     list of Grid
     """
-    times: list[tuple[str, ...]] = []
-    errors: list[tuple[str, ...]] = []
     (found,) = (row["routings"] for row in rows.values())
+    return [_make_times_grid(found), _make_errors_grid(found)]
+
+
+def _make_times_grid(found: dict[str, Any]) -> Grid:
+    """Lay out the times of the forms by routing."""
+    times = [
+        _make_times_line(routing, name, form)
+        for routing, row in found.items()
+        for name, form in row["forms"].items()
+        if "us" in form
+    ]
+    first = next(iter(found.values()))
+    s = first["sizes"]
+    return Grid(
+        "One MoE layer, forward and backward, microseconds",
+        (
+            *("routing", "form", "imbalance", "median", "p99", *_PARTS),
+            *("over even", "over lplb", "pieces", "GB/s"),
+        ),
+        times,
+        (
+            f"{s['experts']} experts, top-{s['top_k']}, {s['tokens']} tokens per rank, hidden "
+            f"{s['hidden']}, inner {s['inner']}, {first['dtype']}, {s['redundant']} static "
+            f"redundant slots per rank, {s['live']} live ones, live_above {s['above']}, "
+            f"live_cost {s['cost']}; {s['rounds']} runs of each form, in turns, slowest rank. "
+            f"changing: {s['hot']} experts of one rank that {s['share']:.0%} of the tokens "
+            "choose each, others in every batch. steady: loads near those that copies were "
+            "placed by. ids: physical ids alone, which forward includes. over: median of the "
+            "quotients, run by run. pieces: live slots that a batch fills. GB/s: weights at the "
+            "busiest port over the time of a fetch alone. "
+            "lplb, live: static copies are filled once per step, which isn't timed; with "
+            "spread they are sent in each pass.",
+        ),
+    )
+
+
+def _make_times_line(routing: str, name: str, form: dict[str, Any]) -> tuple[str, ...]:
+    """Lay out the times of one form."""
+    imbalance = form["imbalance"]
+    # A form that others are compared with may be wrong, and then has no times.
+    over = [form.get(f"over_{other}", {}).get("median") for other in ("even", "lplb")]
+    rate = (form.get("fetch_gb_s") or {}).get("median")
+    return (
+        *(routing, name, f"{sum(imbalance) / len(imbalance):.3f}"),
+        *(format_us(form["us"][k]) for k in ("median", "p99")),
+        *(format_us(form[f"{k}_us"]["median"]) for k in _PARTS),
+        *(format_or_na(value, ".3f") for value in over),
+        *(format_or_na(form.get("pieces"), ".1f"), format_or_na(rate, ".1f")),
+    )
+
+
+def _make_errors_grid(found: dict[str, Any]) -> Grid:
+    """Lay out how far outputs and gradients are from those of none."""
+    errors: list[tuple[str, ...]] = []
     for routing, row in found.items():
         for name, form in row["forms"].items():
-            imbalance = form["imbalance"]
-            mean = f"{sum(imbalance) / len(imbalance):.3f}"
-            if "us" in form:
-                # A form that others are compared with may be wrong, and then has no times.
-                over = [
-                    format_or_na(form.get(f"over_{other}", {}).get("median"), ".3f")
-                    for other in ("even", "lplb")
-                ]
-                rate = (form.get("fetch_gb_s") or {}).get("median")
-                pieces = form.get("pieces")
-                times.append(
-                    (
-                        *(routing, name, mean),
-                        *(format_us(form["us"][k]) for k in ("median", "p99")),
-                        *(format_us(form[f"{k}_us"]["median"]) for k in _PARTS),
-                        *over,
-                        *(format_or_na(pieces, ".1f"), format_or_na(rate, ".1f")),
-                    )
-                )
             if "errors" in form:
                 cells = (f"{error:.1e}" for error in form["errors"].values())
                 errors.append((routing, name, *cells, "right" if "us" in form else "WRONG"))
         noise = (f"{error:.1e}" for error in row["reversed_errors"].values())
         errors.append((routing, "reversed", *noise, ""))
-    first = next(iter(found.values()))
-    s = first["sizes"]
-    return [
-        Grid(
-            "One MoE layer, forward and backward, microseconds",
-            (
-                *(
-                    "routing",
-                    "form",
-                    "imbalance",
-                    "median",
-                    "p99",
-                    *_PARTS,
-                    "over even",
-                    "over lplb",
-                ),
-                *("pieces", "GB/s"),
-            ),
-            times,
-            (
-                f"{s['experts']} experts, top-{s['top_k']}, {s['tokens']} tokens per rank, hidden "
-                f"{s['hidden']}, inner {s['inner']}, {first['dtype']}, {s['redundant']} static "
-                f"redundant slots per rank, {s['live']} live ones, live_above {s['above']}, "
-                f"live_cost {s['cost']}; {s['rounds']} runs of each form, in turns, slowest rank. "
-                f"changing: {s['hot']} experts of one rank that {s['share']:.0%} of the tokens "
-                "choose each, others in every batch. steady: loads near those that copies were "
-                "placed by. ids: physical ids alone, which forward includes. over: median of the "
-                "quotients, run by run. pieces: live slots that a "
-                "batch fills. GB/s: weights at the busiest port over the time of a fetch alone. "
-                "lplb, live: static copies are filled once per step, which isn't timed; with "
-                "spread they are sent in each pass.",
-            ),
+    return Grid(
+        "Outputs and gradients against those of none",
+        ("routing", "form", "output", "loss", "x", "gates", "w_in", "w_out", "verdict"),
+        errors,
+        (
+            "Largest relative difference, by norm, over the ranks and batches; of weights, "
+            "over the experts too. reversed: none with the rows of each slot in the opposite "
+            "order, which shows what rounding alone changes. A form that is wrong isn't timed.",
         ),
-        Grid(
-            "Outputs and gradients against those of none",
-            ("routing", "form", "output", "loss", "x", "gates", "w_in", "w_out", "verdict"),
-            errors,
-            (
-                "Largest relative difference, by norm, over the ranks and batches; of weights, "
-                "over the experts too. reversed: none with the rows of each slot in the opposite "
-                "order, which shows what rounding alone changes. A form that is wrong isn't timed.",
-            ),
-        ),
-    ]
+    )
