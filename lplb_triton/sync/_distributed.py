@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import time
-from typing import Any
-
 import torch
 import torch.distributed as dist
 
@@ -16,13 +12,11 @@ from lplb_triton._layout import (
 )
 from lplb_triton.sync._base import Communicator, SyncError, group_timeout
 from lplb_triton.sync._faults import fault_error, mismatch_error
-from lplb_triton.sync._rendezvous import group_store
+from lplb_triton.sync._gather import gather_rows
 
 # Words of a message before the counts: epoch (unused, since the library keeps the order), version,
 # number of counts, unused.
 HEADER = GATHERED_HEADER_WORDS
-# Seconds that ranks wait for one another's reports after a failure on the host.
-GRACE = 2.0
 
 
 class DistributedCommunicator(Communicator):
@@ -99,44 +93,14 @@ class DistributedCommunicator(Communicator):
 
     def _gather_on_host(self, rows: torch.Tensor, message: torch.Tensor) -> None:
         """Gather within the time-out; if that fails, raise naming the ranks that are missing."""
-        begun = time.monotonic()
         try:
-            work = dist.all_gather(list(rows.unbind(0)), message, group=self.group, async_op=True)
-            if work is not None:
-                work.wait(datetime.timedelta(seconds=self.timeout))
-        except Exception as error:
-            left = self.timeout - (time.monotonic() - begun)
-            absent = self._find_ranks_without_report(max(0.0, left) + GRACE)
-            names = f"ranks {list(absent)}" if absent else "a rank that could not be found"
-            self._error = SyncError(
-                f"epoch {self._calls} of {self!r} failed on rank {self.rank}: {names} did not "
-                f"come within {self.timeout:g} s, or died ({error})",
-                absent,
-                self._calls,
-            )
-            raise self._error from error
-
-    def _find_ranks_without_report(self, patience: float) -> tuple[int, ...]:
-        """Return the ranks that don't report this failure within ``patience`` seconds."""
-        try:
-            store: Any = group_store(self.group)
-            key = f"lplb_triton/failed/{self._calls}/"
-            store.set(f"{key}{self.rank}", b"1")
-            absent = set(range(self.n_ranks))
-            begun = quiet_since = time.monotonic()
-            while absent and time.monotonic() - begun < patience:
-                reported = {r for r in absent if store.check([f"{key}{r}"])}
-                if reported:
-                    absent -= reported
-                    quiet_since = time.monotonic()
-                # All ranks but one have reported, so the remaining one is the absent rank.
-                if len(absent) <= 1 and time.monotonic() - quiet_since > GRACE / 2:
-                    break
-                time.sleep(0.02)
-        except Exception:
-            # The store ended with the rank that serves it, so no report can be read.
-            return ()
-        return tuple(sorted(absent))
+            gather_rows(
+                rows, message, self.group, timeout=self.timeout, call=repr(self),
+                epoch=self._calls, key="failed",
+            )  # fmt: skip
+        except SyncError as error:
+            self._error = error
+            raise
 
     def _raise_on_failure(self) -> None:
         """Raise the error of the first call that failed, if the host can see one already."""

@@ -153,19 +153,30 @@ def add_way_back(weight_routes: Routes, device: torch.device) -> Traffic:
 
 
 def plan_redundant_traffic(
-    placement: Placement, rank: int, device: torch.device, *, idle: bool = False
+    placement: Placement,
+    rank: int,
+    device: torch.device,
+    *,
+    idle: bool = False,
+    live: Ints | None = None,
 ) -> Traffic:
     """Plan what ``rank`` sends between its experts and redundant slots, where experts stay at home.
 
     With ``idle`` it sends nothing, and redundant slots stay empty.
+    ``live`` ``[ep_size, live_per_rank]`` are the experts of live slots, -1 for none; all of them
+    are empty without it. Live slots are redundant slots like others, the last ones of a rank.
     Sources are rows of the ranks' own experts, targets are rows of their redundant slots, both in
     order.
     """
     n_own = placement.n_logical // placement.ep_size
     n_redundant = placement.slots_per_rank - n_own
     slots = placement.phy2log.numpy().astype(np.int64)
-    experts = slots.reshape(placement.ep_size, -1)[:, n_own:].reshape(-1)
-    target = np.arange(len(experts))
+    by_rank = slots.reshape(placement.ep_size, -1)[:, n_own:].copy()
+    if live is not None:
+        by_rank[:, placement.static_per_rank - n_own :] = live
+    experts = by_rank.reshape(-1)
+    target = np.flatnonzero(experts >= 0)
+    experts = experts[target]
     if idle:
         experts, target = experts[:0], target[:0]
     routes = plan_routes(

@@ -147,7 +147,17 @@ def stack_slots(
     reuse_gradients : bool
         Whether the backward pass may add to the memory of the gradients that it is given. That is
         right where slots are used by one operation, which makes a fresh gradient for them.
+
+    Raises
+    ------
+    ValueError
+        If there are buffers and the plan's placement has live slots.
     """
+    if buffers is not None and plan.placement.live_per_rank:
+        raise ValueError(
+            "buffers must be None for a plan with live slots: these hold other experts in each "
+            "batch, and a graph of an earlier batch would read them from the same memory"
+        )
     plan.agree_on_training(originals)
     given = [None] * len(originals) if buffers is None else list(buffers)
     slots: tuple[torch.Tensor, ...] = _Stack.apply(plan, given, reuse_gradients, *originals)  # type: ignore[no-untyped-call]

@@ -7,10 +7,12 @@ import weakref
 from collections.abc import Sequence
 from typing import NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from lplb_triton._checks import resolve_device
+from lplb_triton._checks import check_timeout, resolve_device
+from lplb_triton.live import LivePlan
 from lplb_triton.placement import Placement
 from lplb_triton.training.checks import (
     Spec,
@@ -23,11 +25,21 @@ from lplb_triton.training.checks import (
     is_trained,
     is_usable,
 )
-from lplb_triton.training.routes import plan_redundant_traffic
-from lplb_triton.training.rows import Index, Rows, ordinary_tensors, parts_of, row_shape
+from lplb_triton.training.live_experts import read_experts
+from lplb_triton.training.routes import Ints, plan_redundant_traffic
+from lplb_triton.training.rows import (
+    Index,
+    Rows,
+    ordinary_tensors,
+    parts_of,
+    row_shape,
+)
 from lplb_triton.training.transfer import start_copies, start_sums
 
-__all__ = ["SpreadPlan", "find_plan"]
+__all__ = ["FILL_TIMEOUT", "SpreadPlan", "find_plan"]
+
+# Seconds that ranks on CPUs wait for one another when they compare what live slots hold.
+FILL_TIMEOUT = 30.0
 
 _Fact = tuple[bool, tuple[int, ...], str]
 
@@ -45,11 +57,15 @@ class SpreadPlan:
     ----------
     placement : Placement
         One that keeps experts at home: made with ``keep_home=True``. The same on all ranks;
-        `Balancer.placement` is.
+        `Balancer.placement` is. With live slots, this is the plan of a batch in which all of them
+        are empty, and `fill` makes those of other batches.
     group : torch.distributed.ProcessGroup or None
         The EP group, NCCL for tensors on a GPU, gloo on a CPU; None if ``ep_size`` is 1.
     device : torch.device, str or None
         Device of the originals; by default the current GPU, or the CPU if there is none.
+    timeout : float
+        Seconds that ranks on CPUs wait for one another in `fill`. On GPUs the time-out of the
+        process group bounds the wait.
 
     Attributes
     ----------
@@ -61,6 +77,7 @@ class SpreadPlan:
         Experts of each rank: rank r has the originals of ``r * n_local`` and following.
     n_redundant : int
         Redundant slots of each rank; slots ``n_local`` to ``slots_per_rank - 1`` are redundant.
+        Live slots are among them, the last ones. Where they are empty, their weights are zeros.
 
     Raises
     ------
@@ -74,13 +91,15 @@ class SpreadPlan:
         *,
         group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
+        timeout: float = FILL_TIMEOUT,
     ) -> None:
         def check() -> Spec:
             check_group("group", group)
-            check_placement(placement, group)
+            check_placement(placement, group, may_have_live=True)
             check_at_home(placement)
             self.device = resolve_device(device)
             check_backend(group, self.device)
+            self._timeout = check_timeout(timeout)
             return {"placement": describe_placement(placement)}
 
         check_on_all_ranks({"group": group} if is_usable(group) else {}, check)
@@ -101,12 +120,69 @@ class SpreadPlan:
         """
         check_at_home(placement)
         made = object.__new__(cls)
-        made.device = device
+        made.device, made._timeout = device, FILL_TIMEOUT
         made._set_up(placement, group, idle)
         return made
 
+    def fill(self, experts: LivePlan | torch.Tensor) -> SpreadPlan:
+        """Return the plan of a batch, in which live slots hold these experts.
+
+        It is collective over the group. The ranks compare a checksum of the experts, so call it
+        before the tokens of the batch are sent. It reads the experts on the host, which waits for
+        the device. `spread` and the backward pass through its slots take the result as any plan.
+
+        Parameters
+        ----------
+        experts : LivePlan or torch.Tensor
+            `Balancer.live` after the batch's `Balancer.run`, or its ``experts``:
+            ``[ep_size, live_per_rank]`` int32 or int64, the logical expert of each live slot, -1
+            for none; the same on all ranks.
+
+        Returns
+        -------
+        SpreadPlan
+            This plan itself if no live slot is filled. Otherwise one that is retired with this
+            plan and agrees with it on the placement, the group and `n_redundant`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the placement has no live slots, or ``experts`` doesn't fit it.
+        RuntimeError
+            If the plan is idle, was retired, or is that of a batch already.
+        SyncError
+            On every rank, if the experts differ between ranks or a rank's don't fit. If a rank
+            dies or doesn't come within the time-out, it is named where it can be found.
+        """
+        if not self.placement.live_per_rank:
+            raise ValueError(
+                f"the plan's placement must have live slots (with_live_slots), got {self.placement}"
+            )
+        if self._parent is not None:
+            raise RuntimeError("this plan is that of a batch: call fill of the plan it was made by")
+        if self.idle:
+            raise RuntimeError("an idle plan sends nothing, so its live slots can't be filled")
+        self.require_current()
+        self._fills += 1
+        with ordinary_tensors():
+            found = read_experts(
+                experts, self.placement, self.group, self.device, self._timeout, self._fills
+            )
+        if not (found >= 0).any():
+            return self
+        made = object.__new__(SpreadPlan)
+        made.device, made._timeout = self.device, self._timeout
+        made._set_up(self.placement, self.group, parent=self, live=found)
+        return made
+
     def _set_up(
-        self, placement: Placement, group: dist.ProcessGroup | None, idle: bool = False
+        self,
+        placement: Placement,
+        group: dist.ProcessGroup | None,
+        idle: bool = False,
+        *,
+        parent: SpreadPlan | None = None,
+        live: Ints | None = None,
     ) -> None:
         """Make what this rank sends, and register the plan for the operators."""
         self.placement, self.group, self.idle = placement, group, idle
@@ -114,12 +190,24 @@ class SpreadPlan:
         self.n_local = placement.n_logical // placement.ep_size
         self.n_redundant = placement.slots_per_rank - self.n_local
         with ordinary_tensors():
-            self.traffic = plan_redundant_traffic(placement, self.rank, self.device, idle=idle)
+            self.traffic = plan_redundant_traffic(
+                placement, self.rank, self.device, idle=idle, live=live
+            )
+        n_live = placement.live_per_rank
+        if live is None:
+            live = np.full((placement.ep_size, n_live), -1)
+        first = self.n_redundant - n_live
+        # Redundant rows without weights: they are zeroed, for products that pass over all slots.
+        self._empty_rows = [first + i for i in np.flatnonzero(live[self.rank] < 0).tolist()]
+        self._parent, self._fills = parent, 0
         # Parts of an original by expert that the operators take: those with copies, and one more,
         # so that autograd brings a rank without any to the exchange of gradients.
         self.given = sorted({0, *self.copied.host})
         self._current = True
-        self._trained: dict[tuple[_Fact, ...], tuple[bool, ...]] = {}
+        # Plans of batches share what the ranks have agreed on, so that no batch has to ask again.
+        self._trained: dict[tuple[_Fact, ...], tuple[bool, ...]] = (
+            {} if parent is None else parent._trained
+        )
         self.handle = next(_handles)
         _plans[self.handle] = self
 
@@ -127,6 +215,11 @@ class SpreadPlan:
     def copied(self) -> Index:
         """Rows of this rank's experts that have copies."""
         return self.traffic.summed
+
+    @property
+    def is_of_batch(self) -> bool:
+        """Whether `fill` made this plan, so that its live slots hold the experts of a batch."""
+        return self._parent is not None
 
     def __repr__(self) -> str:
         """Write the placement and the rank in one line."""
@@ -153,7 +246,9 @@ class SpreadPlan:
         self._current = False
 
     def require_current(self) -> None:
-        """Raise a RuntimeError if the plan was retired."""
+        """Raise a RuntimeError if the plan, or the one that it was made by, was retired."""
+        if self._parent is not None:
+            self._parent.require_current()
         if not self._current:
             raise RuntimeError(
                 "the placement changed between a forward pass and its backward pass (or what it "
@@ -211,6 +306,9 @@ class SpreadPlan:
         if self.idle:
             for slots in into:
                 slots.zero_()
+        for row in self._empty_rows:
+            for slots in into:
+                slots[row].zero_()
         pairs = list(zip(into, originals, strict=True))
         start_copies(pairs, self.traffic.weight_routes, self.group)()
         return list(into)
