@@ -24,7 +24,7 @@ from lplb_triton.bench.ep.weights import FORMS
 from lplb_triton.bench.measure.timer import WrongAnswerError
 
 CPU = SIZES["cpu"]
-LIVE_FORMS = {"live, messages"}
+LIVE_FORMS = {"live, messages", "live, spread", "lplb, spread"}
 
 
 @pytest.fixture

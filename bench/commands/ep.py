@@ -11,7 +11,6 @@ import torch
 
 from lplb_triton.bench import options, output, tables
 from lplb_triton.bench.commands.gpu import check_gpu
-from lplb_triton.bench.ep.layer.forms import can_fill
 from lplb_triton.bench.ep.layer.sizes import TRANSPORTS, LayerSizes, check_layer, read_fields
 from lplb_triton.bench.ep.schedule import describe_outcome, run_sections
 from lplb_triton.bench.ep.sections import SECTIONS
@@ -127,8 +126,6 @@ def _choose_layer(args: argparse.Namespace, ranks: int) -> LayerSizes:
             raise UsageError(f"argument --layer: {error}") from error
         if args.device == "cpu" and "symmetric" in layer.transports:
             raise UsageError("argument --live-transport: symmetric needs GPUs")
-        if "spread" in layer.transports and not can_fill():
-            raise UsageError("argument --live-transport: spread can't fill live slots yet")
     return layer
 
 

@@ -21,15 +21,7 @@ from lplb_triton.training.live_layer import LivePull
 from lplb_triton.training.slot_memory import extend_memory
 from lplb_triton.training.spread import attach, stack_slots
 
-__all__ = ["Form", "can_fill", "find_cost", "make_forms"]
-
-# Makes the plan of a batch, whose redundant slots are the static and the live ones.
-FILL: Any = getattr(SpreadPlan, "fill", None)
-
-
-def can_fill() -> bool:
-    """Whether `lplb_triton.spread` can fill live slots."""
-    return FILL is not None
+__all__ = ["Form", "find_cost", "make_forms"]
 
 
 class Form:
@@ -181,10 +173,13 @@ class _BySpread(_Balanced):
 
     def _make_params(self, originals: Sequence[torch.Tensor]) -> list[torch.nn.Parameter]:
         params = [torch.nn.Parameter(one.clone()) for one in originals]
-        extra = self.placement.slots_per_rank - self.n_local
-        self._buffers = [extend_memory(param, extra) for param in params]
         self._slots: tuple[torch.Tensor, ...] = ()
-        if self.placement.live_per_rank:
+        # Live slots can't lie behind the parameters' own memory, so all slots are copied anew.
+        self._buffers: list[torch.Tensor] | None = None
+        if not self.placement.live_per_rank:
+            extra = self.placement.slots_per_rank - self.n_local
+            self._buffers = [extend_memory(param, extra) for param in params]
+        else:
             self.plan = SpreadPlan(
                 self.placement, group=self.worker.group, device=self.worker.device
             )
@@ -193,11 +188,10 @@ class _BySpread(_Balanced):
     def _find_plan(self) -> SpreadPlan:
         if not self.placement.live_per_rank:
             return self.plan
-        filled: SpreadPlan = FILL(self.plan, self.balancer.live)
-        return filled
+        return self.plan.fill(self.balancer.live)
 
     def finish(self) -> Sequence[Weights]:
-        """Send the rows of redundant slots, behind the parameters' own memory."""
+        """Send the rows of redundant slots."""
         w_in, w_out = self._slots = stack_slots(
             self._find_plan(), self.params, buffers=self._buffers, reuse_gradients=True
         )

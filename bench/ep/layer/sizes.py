@@ -66,7 +66,7 @@ class LayerSizes:
     rounds: int = 100
     above: float = 1.02
     cost: int | None = None
-    transports: tuple[str, ...] = ("symmetric",)
+    transports: tuple[str, ...] = ("symmetric", "spread")
     n_sms: int = 16
     backward: str = "pull"
 
@@ -75,7 +75,7 @@ LAYER_SIZES = {
     "cuda": LayerSizes(),
     "cpu": LayerSizes(
         tokens=64, hidden=16, inner=16, experts=32, top_k=4, hot=2, share=0.8, batches=2, rounds=2,
-        cost=0, transports=("messages",),
+        cost=0, transports=("messages", "spread"),
     ),
 }  # fmt: skip
 
