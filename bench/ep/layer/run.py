@@ -223,7 +223,8 @@ def _time_forms(
     layer = Layer(worker.group)
     names = list(forms)
     times: dict[str, list[list[float]]] = {name: [] for name in names}
-    for number in range(sizes.rounds + WARM_UP):
+    warm_up = WARM_UP if worker.on_gpu else 1
+    for number in range(sizes.rounds + warm_up):
         # Each form comes first equally often.
         first = number % len(names)
         for name in names[first:] + names[:first]:
@@ -231,7 +232,7 @@ def _time_forms(
             batch = batches[number % len(batches)]
             _forget(form, batch)
             took = _time_passes(worker, layer, form, batch)
-            if number >= WARM_UP:
+            if number >= warm_up:
                 times[name].append(took)
     slowest = {name: worker.slowest([sum(one) for one in found]) for name, found in times.items()}
     for name, found in slowest.items():
@@ -285,10 +286,10 @@ def _time_fetches(
 ) -> None:
     """Time the ids alone, and the weights alone of forms with live slots, nothing beside them."""
     # Several fetches follow one another, so that a launch on the host costs nothing.
-    repeats = REPEATS if worker.on_gpu else 1
+    repeats, warm_up = (REPEATS, WARM_UP) if worker.on_gpu else (1, 1)
     for name, (form, batches) in forms.items():
         times, rates, pieces, chosen = [], [], [], []
-        for number in range(WARM_UP + max(len(batches), worker.job.sizes.layer.rounds // 4)):
+        for number in range(warm_up + max(len(batches), worker.job.sizes.layer.rounds // 4)):
             ids = batches[number % len(batches)].ids
             chosen += _time_on_device(worker, partial(form.choose_slots, ids))
             if not form.placement.live_per_rank:
@@ -297,11 +298,11 @@ def _time_fetches(
             busiest = form.count_port_rows()
             with torch.no_grad():
                 took = worker.slowest(_time_on_device(worker, partial(_fetch, form, repeats)))[0]
-            if number >= WARM_UP:
+            if number >= warm_up:
                 times.append(took / repeats)
                 pieces.append(form.count_pieces())
                 rates += [repeats * busiest * expert_bytes / took / 1e3] if busiest else []
-        rows[name]["ids_us"] = compute_statistics(worker.slowest(chosen[WARM_UP:]))
+        rows[name]["ids_us"] = compute_statistics(worker.slowest(chosen[warm_up:]))
         if not times:
             continue
         rows[name]["bytes"] = form.count_bytes()
