@@ -170,6 +170,22 @@ def test_gradients_are_added_in_order(dtype):
     assert not any(peer.failed() for peer in ranks.peers)
 
 
+def test_a_fast_rank_overwrites_nothing():
+    """A rank may write the next return's gradients before its last ones are added up."""
+    ranks = Pullers(2, 2, 1, [FLOAT])
+    plan, (home, fast) = ranks.plan([[-1], [2]]), ranks.peers
+    for value in (1.0, 2.0):
+        fast.begin_return(ranks.tables, plan, [torch.full((1, 3), value, device=DEVICE)])
+        fast.exchange(ranks.tables, plan, wait=False)
+    for value in (1.0, 2.0):
+        own = [torch.zeros(2, 3, device=DEVICE)]
+        home.begin_return(ranks.tables, plan, [torch.zeros(1, 3, device=DEVICE)])
+        home.exchange(ranks.tables, plan)
+        home.end_return(ranks.tables, own)
+        assert own[0].tolist() == [[0.0] * 3, [value] * 3]
+    assert not home.failed() and not fast.failed()
+
+
 def test_gradients_wait_for_their_memory():
     """A rank that hasn't added up is named by the one that would overwrite its gradients."""
     ranks = Pullers(2, 2, 1, [FLOAT])
