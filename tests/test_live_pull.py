@@ -69,9 +69,10 @@ def test_a_late_rank_is_named_and_only_its_readers_fail():
     assert "ranks [1] did not publish the weights of step 1 within 0.05 s" in str(error)
     # From now on this rank neither pulls nor tells anybody to go on.
     ranks.peers[1].exit_update()
-    ranks.peers[0].pull(ranks.tables, ranks.plan([[2], [-1], [-1]]), ranks.live[0])
+    sent = ranks.signals.clone()
+    ranks.peers[0].pull(ranks.tables, ranks.plan(plan), ranks.live[0])
     ranks.peers[0].exit_update()
-    assert not ranks.live[0].any()
+    assert not ranks.live[0].any() and torch.equal(ranks.signals, sent)
     ranks.peers[2].exit_update()
     ranks.peers[2].pull(ranks.tables, ranks.plan(plan), ranks.live[2])
     assert fault_error(ranks.peers[2], "LiveSlots(1)", 0.05).ranks == (0,)
