@@ -69,9 +69,10 @@ def test_a_late_rank_is_named_and_only_its_readers_fail():
     assert "ranks [1] did not publish the weights of step 1 within 0.05 s" in str(error)
     # From now on this rank neither pulls nor tells anybody to go on.
     ranks.peers[1].exit_update()
-    ranks.peers[0].pull(ranks.tables, ranks.plan([[2], [-1], [-1]]), ranks.live[0])
+    sent = ranks.signals.clone()
+    ranks.peers[0].pull(ranks.tables, ranks.plan(plan), ranks.live[0])
     ranks.peers[0].exit_update()
-    assert not ranks.live[0].any()
+    assert not ranks.live[0].any() and torch.equal(ranks.signals, sent)
     ranks.peers[2].exit_update()
     ranks.peers[2].pull(ranks.tables, ranks.plan(plan), ranks.live[2])
     assert fault_error(ranks.peers[2], "LiveSlots(1)", 0.05).ranks == (0,)
@@ -168,6 +169,22 @@ def test_gradients_are_added_in_order(dtype):
         inexact = DEVICE.type == "cpu" and dtype == torch.bfloat16
         torch.testing.assert_close(own, wanted, rtol=2**-7 * inexact, atol=0)
     assert not any(peer.failed() for peer in ranks.peers)
+
+
+def test_a_fast_rank_overwrites_nothing():
+    """A rank may write the next return's gradients before its last ones are added up."""
+    ranks = Pullers(2, 2, 1, [FLOAT])
+    plan, (home, fast) = ranks.plan([[-1], [2]]), ranks.peers
+    for value in (1.0, 2.0):
+        fast.begin_return(ranks.tables, plan, [torch.full((1, 3), value, device=DEVICE)])
+        fast.exchange(ranks.tables, plan, wait=False)
+    for value in (1.0, 2.0):
+        own = [torch.zeros(2, 3, device=DEVICE)]
+        home.begin_return(ranks.tables, plan, [torch.zeros(1, 3, device=DEVICE)])
+        home.exchange(ranks.tables, plan)
+        home.end_return(ranks.tables, own)
+        assert own[0].tolist() == [[0.0] * 3, [value] * 3]
+    assert not home.failed() and not fast.failed()
 
 
 def test_gradients_wait_for_their_memory():

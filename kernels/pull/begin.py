@@ -14,6 +14,7 @@ import triton.language as tl
 from lplb_triton import _layout
 from lplb_triton.kernels.launch import KernelCall, launch_call
 from lplb_triton.kernels.pull.signals import (
+    GATE,
     LANES,
     WARPS,
     Signals,
@@ -60,11 +61,13 @@ def compare_plans(
     tl.store(state_ptr + PULLS, number)
     word = (number << 32) | sum_plan(plan_ptr, n, layer, LANES)
     row = PLANNED + (number % PLANS).to(tl.int32)
-    send_signal(addresses_ptr, row, rank, n_ranks, word, ON_GPU)
+    is_open = tl.load(state_ptr + GATE, volatile=True) == 0
+    if is_open:
+        send_signal(addresses_ptr, row, rank, n_ranks, word, ON_GPU)
     lane = tl.arange(0, LANES)
     order_all(lane, ON_GPU)
     tl.debug_barrier()
-    there = lane < n_ranks
+    there = (lane < n_ranks) & is_open
     theirs = acquire_words(signal_addresses(addresses_ptr, row, rank), there, ON_GPU)
     other = (there & ((theirs >> 32) == number) & (theirs != word)).to(tl.int32)
     if tl.sum(other, 0) > 0:
