@@ -16,8 +16,9 @@ On a CPU, N gloo processes::
 none  experts in order, no replicas
 eplb  a placement with replicas by load history, tokens spread evenly over the copies
 lplb  the same placement, tokens spread by the linear program of each batch
+live  experts at home and as many replicas, and a live slot on each rank for what the batch needs
 
-All three compute the same function. The loss curves agree up to the order of sums; how far apart
+All of them compute the same function. The loss curves agree up to the order of sums; how far apart
 that alone drives two runs is shown by ``--reverse-sums``. The text, the tokeniser and the dense
 part of the model are those of `train_moe.py`; the layer itself is in `moe/parallel.py`.
 

@@ -103,6 +103,17 @@ def check_imbalances(result):
     assert sum(after for _, after in later) < sum(before for before, _ in later)
 
 
+@integrations
+def test_live_slots_train_as_plain_expert_parallelism_does(tmp_path):
+    """With a live slot on each rank, losses, weights and their layout are plain EP's."""
+    runs = list_runs({"model": "qwen3_moe", "steps": 6, "rebalance": 2})
+    runs["live"] = {**runs.pop("lplb"), "live": 1}
+    results = run_training(tmp_path, EP2, runs)
+    check_equal(results["plain"], results["live"], results["rounded"])
+    check_imbalances(results["live"])
+    assert not any(results["live"]["extended"].values())
+
+
 @pytest.mark.slow
 def test_training_is_that_of_plain_expert_parallelism(tmp_path):
     """Losses, weights and their layout are plain EP's, and no home weight is copied."""
@@ -194,6 +205,8 @@ def test_names_and_slots_are_checked():
         lplb.register(3)
     with pytest.raises(ValueError, match="redundant must be at least 1, got 0"):
         lplb.register("other", redundant=0)
+    with pytest.raises(ValueError, match="live must be at most 2, got 3"):
+        lplb.register("other", live=3)
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         lplb.Rebalance(every=0)
 

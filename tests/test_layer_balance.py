@@ -131,6 +131,47 @@ def test_experts_are_shared_evenly(tmp_path):
     run_ranks(check_size, 2, tmp_path)
 
 
+def check_live(rank, group):
+    """Train with and without a live slot, by ids that the placement doesn't foresee."""
+    layer = LayerBalance(8, group=group, device=CPU, redundant=0, live=1)
+    generator = torch.Generator().manual_seed(3)
+    everything = torch.randn(8, 3, generator=generator, dtype=torch.float64)
+    w = everything[4 * rank : 4 * rank + 4].clone().requires_grad_()
+    filled, expected = 0, torch.zeros(8, dtype=torch.float64)
+    for seed in range(3):
+        ids = draw_ids(rank, seed) if seed != 1 else torch.arange(8).repeat(8).view(-1, 2)
+
+        def region(w, ids=ids):
+            slots = layer.route(ids)
+            (weights,) = spread(layer.batch_plan, w)
+            # What all ranks send to this rank's slots, as its experts would get it.
+            counts = torch.bincount(slots[slots >= 0].long(), minlength=layer.placement.n_physical)
+            dist.all_reduce(counts, group=group)
+            own = counts.view(2, -1)[rank].double()
+            return attach((own[:, None] * weights).sum(), [weights], layer.batch_plan)
+
+        checkpoint(region, w, use_reentrant=False).backward()
+        plan = layer.batch_plan
+        assert plan.is_of_batch == bool((layer.balancer.live.experts >= 0).any())
+        filled += plan.is_of_batch
+        chosen = [draw_ids(r, seed) if seed != 1 else ids for r in range(2)]
+        expected += torch.bincount(torch.cat([c[c >= 0] for c in chosen]), minlength=8)
+    assert 0 < filled < 3
+    mine = expected[4 * rank : 4 * rank + 4, None].expand(4, 3)
+    torch.testing.assert_close(w.grad, mine, rtol=1e-12, atol=0)
+    layer.rebalance(torch.ones(8))
+    assert layer.idle and layer.batch_plan is layer.plan
+    even = torch.arange(8).view(-1, 2)
+    assert torch.equal(layer.placement.phy2log[layer.route(even).long()].long(), even)
+
+
+def test_live_slots_of_a_layer(tmp_path):
+    """A live slot changes neither gradients nor, where the layer is idle, where tokens go."""
+    with pytest.raises(ValueError, match="^live must be at most 2, got 3"):
+        LayerBalance(8, group=None, device=CPU, live=3)
+    run_ranks(check_live, 2, tmp_path)
+
+
 def check_idle(rank, group):
     """Rebalance by loads that are even enough, and then by uneven ones."""
     layer = LayerBalance(8, group=group, device=CPU, redundant=1, balance_above=1.05)

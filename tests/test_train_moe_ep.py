@@ -58,17 +58,18 @@ def close(run, other, steps=slice(None)):
 
 def check_runs(settings, group, folder):
     """Fifty steps of each balance, in float64, with placements that change: the same losses."""
-    settings = replace(settings, steps=50, layers=1, microbatches=1, balance="none,eplb,lplb")
+    settings = replace(settings, steps=50, layers=1, microbatches=1, balance="none,eplb,lplb,live")
     lines = []
-    none, eplb, lplb = script.train(settings, torch.device("cpu"), group, lines.append)
+    none, eplb, lplb, live = script.train(settings, torch.device("cpu"), group, lines.append)
     assert len(none.losses) == 50 and sum(none.losses[-5:]) < sum(none.losses[:5]) - 0.5
-    for run in (eplb, lplb):
+    for run in (eplb, lplb, live):
         close(run, none)
         assert run.expert_state == none.expert_state
     assert none.expert_state["0.w_in.exp_avg"] == [2, 16, 16]
     assert none.imbalance == none.unbalanced and lplb.certified == 1.0
     late = slice(10, None)
     assert sum(none.imbalance[late]) > sum(eplb.imbalance[late]) > sum(lplb.imbalance[late])
+    assert sum(live.imbalance[late]) < sum(lplb.imbalance[late])
     assert len(lplb.moe_ms) == len(lplb.step_ms) == 50
     assert all(0 < layer < step for layer, step in zip(lplb.moe_ms, lplb.step_ms, strict=True))
     assert (dist.get_rank() == 0) == any("tokens/s" in line for line in lines)

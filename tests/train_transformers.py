@@ -75,6 +75,7 @@ def make_tokens(rank, step):
 
 def load_model(folder, spec, run):
     """Load the model in its layout, with one rounding error in each weight if the run wants it."""
+    lplb.register(live=run.get("live", 0))
     model = AutoModelForCausalLM.from_pretrained(
         folder / run.get("load", run["model"]),
         dtype=getattr(torch, run.get("dtype", "float32")),

@@ -5,7 +5,8 @@ through them:
 
 1. `ParallelMoE.physical`   maps logical to physical expert ids; balancing changes this step only
 2. ``dispatch``             sends every token to the ranks of its physical experts (all-to-all)
-3. expert products          use the slot weights that `lplb_triton.Replicas` keeps in sync
+3. expert products          use the slot weights that `lplb_triton.Replicas` keeps in sync, or with
+                            live slots those that `lplb_triton.spread` sends in each batch
 4. ``combine``              sends the outputs back, weighted and added up
 
 Two transports in `moe.transports` have these functions (``dispatch``, ``combine``, ``close``):
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 
 from lplb_triton import Balancer, Placement, Replicas
 from moe.experts import count_assignments, expert_outputs, find_grouped_mm
+from moe.live_weights import LiveWeights, place_at_home
 from moe.model import MoE
 from moe.settings import Config
 from moe.transports import AllToAll, DeepEP
 
-BALANCES = ("none", "eplb", "lplb")
+BALANCES = ("none", "eplb", "lplb", "live")
 
 
 def even_placement(experts: int, ranks: int, redundant: int) -> Placement:
@@ -36,6 +38,13 @@ def even_placement(experts: int, ranks: int, redundant: int) -> Placement:
     if redundant == 0:
         return Placement(torch.arange(experts), ranks)
     return Placement.from_history(torch.ones(experts), ranks, redundant_per_rank=redundant)
+
+
+def place_experts(balance: str, load: Tensor, ranks: int, redundant: int) -> Placement:
+    """Place the experts of a run with copies by their loads ``[experts]``."""
+    if balance == "live":
+        return place_at_home(load, ranks, redundant)
+    return Placement.from_history(load, ranks, redundant_per_rank=redundant)
 
 
 class ParallelMoE(MoE):
@@ -49,7 +58,8 @@ class ParallelMoE(MoE):
         Number of the layer; with the seed it determines the experts' weights, whatever the
         number of ranks.
     balance
-        ``none``, ``eplb`` (tokens of an expert spread evenly over its copies) or ``lplb``.
+        ``none``, ``eplb`` (tokens of an expert spread evenly over its copies), ``lplb``, or
+        ``live`` (lplb, with experts at home and live slots).
     placement
         Slots of the experts; the same on all ranks.
     group, device, dtype
@@ -96,14 +106,17 @@ class ParallelMoE(MoE):
                 self.w_in[row].normal_(std=hidden**-0.5, generator=generator)
                 scale = (2 * config.layers * inner) ** -0.5
                 self.w_out[row].normal_(std=scale, generator=generator)
-        self.replicas = Replicas(
-            placement, {"w_in": self.w_in, "w_out": self.w_out}, group=group, dtype=dtype
-        )
+        params = {"w_in": self.w_in, "w_out": self.w_out}
+        self.live = balance == "live"
+        if self.live:
+            self.replicas = LiveWeights(placement, params, group=group, device=device, dtype=dtype)
+        else:
+            self.replicas = Replicas(placement, params, group=group, dtype=dtype)
         self.balancer = None
         if balance != "none":
             self.balancer = Balancer(placement, group=group, device=device)
             self.balancer.warmup()
-        self.lplb = balance == "lplb"
+        self.lplb = balance in ("lplb", "live")
         self._set_even_shares()
         self.served: list[Tensor] = []
         # Called with the logical ids of every batch, if they are recorded.
@@ -166,9 +179,16 @@ class ParallelMoE(MoE):
         counts = count_assignments(ids, 1, self.config.experts)
         # Rows travel in the dtype of the products.
         low = x.to(self.dtype)
-        rows, ends, route = self.transport.dispatch(low, self.physical(ids), weights)
-        slot_weights = self.replicas.weights
+        slot_ids = self.physical(ids)
+        if self.live:
+            # Ranks compare what live slots hold before they send tokens there.
+            plan, slot_weights = self.replicas.send(self.balancer.live)
+        else:
+            slot_weights = self.replicas.weights
+        rows, ends, route = self.transport.dispatch(low, slot_ids, weights)
         y = expert_outputs(rows, slot_weights["w_in"], slot_weights["w_out"], ends, self.grouped)
+        if self.live:
+            y = self.replicas.join(y, plan, slot_weights)
         y = self.transport.combine(y, route)
         self.served.append(ends[-1])
         if self.timer is not None:

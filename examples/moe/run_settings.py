@@ -103,13 +103,13 @@ class Settings:
 
 
 HELP = {name: text for name, text in MODEL_HELP.items() if name != "sources"} | {
-    "balance": "none, eplb or lplb, or several of them separated by commas",
+    "balance": "none, eplb, lplb or live, or several of them separated by commas",
     "stop_at": "leave off after this step, to be resumed; 0: go on to the last",
     "processes": "start so many gloo processes here; 0: this process is one rank (torchrun)",
     "tokens": "tokens of each rank in each microbatch",
     "microbatches": "microbatches whose gradients are added up in each step",
     "streams": "streams of text in all, which fixes the batches for any number of ranks; 0: ranks",
-    "redundant": "redundant slots of each rank, for eplb and lplb",
+    "redundant": "redundant slots of each rank, for eplb, lplb and live (besides its live slot)",
     "replace_every": "steps between new placements",
     "router_bias": "constant preference of the router for experts with low numbers",
     "even_routing": "ignore the router: every expert gets the same number of tokens",

@@ -23,7 +23,7 @@ from lplb_triton import Placement
 from lplb_triton.traces.record import Recorder
 from moe.experts import wide
 from moe.model import MoELanguageModel, compute_learning_rate, make_optimizer
-from moe.parallel import ParallelMoE, even_placement
+from moe.parallel import ParallelMoE, even_placement, place_experts
 from moe.run_settings import DTYPES, Settings
 from moe.timer import Timer
 from moe.transports import AllToAll, DeepEP
@@ -83,6 +83,10 @@ class Trainer:
         self.dtype = DTYPES[name]
         redundant = 0 if balance == "none" else settings.redundant
         placement = even_placement(self.config.experts, self.ranks, redundant)
+        if balance == "live":
+            placement = place_experts(
+                balance, torch.ones(self.config.experts), self.ranks, redundant
+            )
         self.transport = self._make_transport(placement)
 
         def make_experts(layer: int) -> nn.Module:
@@ -260,9 +264,7 @@ class Trainer:
     def _replace_experts(self) -> None:
         """Place the experts of every layer anew, by the loads since the last placement."""
         for layer, load in zip(self.layers, self.load.cpu(), strict=True):
-            placement = Placement.from_history(
-                load, self.ranks, redundant_per_rank=self.settings.redundant
-            )
+            placement = place_experts(self.run.balance, load, self.ranks, self.settings.redundant)
             layer.move(placement, self.optimizers["experts"])
         self.load.zero_()
 
@@ -365,7 +367,8 @@ class Trainer:
                         where = self.device if value.ndim or self.timer.cuda else "cpu"
                         optimizer.state[param][key] = value.to(where, copy=True)
         self.load = rest["load"].to(self.device)
-        if self.run.balance == "none":
+        # With live slots, experts are at home whatever the checkpoint says.
+        if self.run.balance in ("none", "live"):
             return
         for layer, phy2log in zip(self.layers, rest["phy2log"], strict=True):
             # A placement for other ranks or slots can't be used; the next one is made soon.

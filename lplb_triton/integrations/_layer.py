@@ -13,6 +13,7 @@ from lplb_triton._torch_op import outside_modes
 from lplb_triton._updates import update_placements
 from lplb_triton.balancer import Balancer
 from lplb_triton.placement import Placement
+from lplb_triton.placement.arguments import check_live_slots
 from lplb_triton.placement.chaining import chain
 from lplb_triton.training.spread_plan import SpreadPlan
 
@@ -56,6 +57,9 @@ class LayerBalance:
         Where `rebalance` finds the layer's imbalance without replicas at or below this, the layer
         is idle until the next call: tokens go to the experts at home, and nothing is solved or
         sent, since that would cost more time than it saves.
+    live : int
+        Live slots per rank, 0 to 2: they hold what a batch needs beyond its redundant slots. The
+        layer's weights are those of `batch_plan` then, which `route` makes anew.
 
     Attributes
     ----------
@@ -63,6 +67,8 @@ class LayerBalance:
         Rewrites ids.
     plan : SpreadPlan
         Of the present placement.
+    batch_plan : SpreadPlan
+        Of the latest batch: what `spread` takes after `route`. Without live slots it is ``plan``.
     load : torch.Tensor
         ``[n_logical]`` int64 on the device: this rank's choices by expert since the last
         `rebalance`.
@@ -80,9 +86,11 @@ class LayerBalance:
         redundant: int = 1,
         load: torch.Tensor | None = None,
         balance_above: float = BALANCE_ABOVE,
+        live: int = 0,
     ) -> None:
         self.group, self.device, self.n_logical = group, device, n_logical
         self.redundant = check_integer("redundant", redundant, 0)
+        self.live = check_live_slots(live, 1, "live")
         self.balance_above = check_number("balance_above", balance_above)
         self.ep_size = 1 if group is None else group.size()
         if n_logical % self.ep_size:
@@ -97,6 +105,7 @@ class LayerBalance:
                 self.place(first), group=group, rank=0 if group is None else None, device=device
             )
             self.plan = SpreadPlan(self.balancer.placement, group=group, device=device)
+            self.batch_plan = self.plan
             self._make_counters()
 
     @property
@@ -106,7 +115,8 @@ class LayerBalance:
 
     def place(self, load: torch.Tensor) -> Placement:
         """Make a placement for loads ``[n_logical]``; not collective."""
-        return chain(load, self.ep_size, redundant_per_rank=self.redundant, keep_home=True)
+        placement = chain(load, self.ep_size, redundant_per_rank=self.redundant, keep_home=True)
+        return placement.with_live_slots(self.live)
 
     def _make_counters(self) -> None:
         """Start counting; the loads by rank have a row more, since the next batch's is cleared."""
@@ -136,6 +146,8 @@ class LayerBalance:
         ------
         RuntimeError
             If a region is recomputed whose forward pass ran with another placement.
+        SyncError
+            If the ranks' plans of live slots differ, or a rank doesn't come.
         """
         recomputed = torch._C._current_graph_task_id() != -1
         if recomputed and not self.has_batches:
@@ -144,6 +156,9 @@ class LayerBalance:
                 "recomputes: rebalance between optimizer steps, when no graph is alive"
             )
         slots = self._keep_home(ids) if self.idle else self.balancer.run(ids.contiguous())
+        if self.live and not self.idle:
+            with outside_modes():
+                self.batch_plan = self.plan.fill(self.balancer.live)
         if not recomputed:
             with outside_modes(), torch.no_grad():
                 self._count(ids.detach(), slots.detach())
@@ -157,7 +172,7 @@ class LayerBalance:
     def _keep_home(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the ids of the slots at home."""
         n_local = self.n_logical // self.ep_size
-        home = ids + ids.div(n_local, rounding_mode="floor") * self.redundant
+        home = ids + ids.div(n_local, rounding_mode="floor") * (self.redundant + self.live)
         return torch.where(ids < 0, ids, home)
 
     def _count(self, ids: torch.Tensor, slots: torch.Tensor) -> None:
@@ -218,6 +233,7 @@ class LayerBalance:
         self.plan.retire()
         idle = imbalance <= self.balance_above
         self.plan = SpreadPlan.of_agreed(placement, self.group, self.device, idle=idle)
+        self.batch_plan = self.plan
         self.load.zero_()
         self._first_batch = self._batches
 

@@ -33,6 +33,8 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
         Redundant slots per rank.
     balance_above : float
         As for `LayerBalance`.
+    live : int
+        Live slots per rank.
 
     Attributes
     ----------
@@ -50,19 +52,20 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
         *,
         redundant: int,
         balance_above: float = BALANCE_ABOVE,
+        live: int = 0,
     ) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self._experts, self._redundant = experts, redundant
-        self._balance_above = balance_above
+        self._balance_above, self._live = balance_above, live
         self._n_local = int(experts.num_experts)
         self._run_experts = experts.forward
         self._all_reduce = AllReduceEP(experts, ep_mesh, tp_mesh) if self.shares_batch else None
-        self._memory = ExpertMemory(experts, self._n_local, redundant)
+        self._memory = ExpertMemory(experts, self._n_local, redundant, lends_memory=not live)
         self._first_load: torch.Tensor | None = None
         self.balance: LayerBalance | None = None
         self.n_experts = self._n_local * ep_mesh.size()
         # The all-to-all numbers its receivers' experts by this count.
-        self.num_local_experts = self._n_local + redundant
+        self.num_local_experts = self._n_local + redundant + live
         setattr(experts, ATTRIBUTE, self)
 
     def __call__(
@@ -75,7 +78,7 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
         originals = self._memory.take_originals()
         balance = self._get_balance(hidden_states.device)
         slot_ids = self._route(balance, top_k_index)
-        plan = balance.plan
+        plan = balance.batch_plan
         slots = self._memory.make_slots(plan, originals)
 
         def run_experts(*args: torch.Tensor) -> Any:
@@ -107,6 +110,7 @@ class BalancedEP(AllToAllEP):  # type: ignore[misc]
             device=device,
             redundant=self._redundant,
             balance_above=self._balance_above,
+            live=self._live,
             load=self._first_load,
         )
 

@@ -31,16 +31,22 @@ class ExpertMemory:
         Experts of this rank.
     n_redundant : int
         Redundant slots of this rank.
+    lends_memory : bool
+        Whether parameters' memory is extended. Live slots hold other experts in each batch, whose
+        weights a graph of an earlier batch has to keep, so they can't have one memory.
     """
 
-    def __init__(self, experts: Any, n_local: int, n_redundant: int) -> None:
+    def __init__(
+        self, experts: Any, n_local: int, n_redundant: int, *, lends_memory: bool = True
+    ) -> None:
         self._experts, self._n_local, self._n_redundant = experts, n_local, n_redundant
         self._buffers: dict[str, torch.Tensor] = {}
         # Buffers that hold the present weights, from the hook to the experts' own forward.
         self._ready: dict[str, torch.Tensor] = {}
         # Memory can be replaced only where the DTensors themselves are at hand. Within the
         # experts' forward there are only their local tensors.
-        experts.register_forward_pre_hook(self._extend_parameters)
+        if lends_memory:
+            experts.register_forward_pre_hook(self._extend_parameters)
 
     def _extend_parameters(self, module: torch.nn.Module, args: object) -> None:
         """Extend the memory of parameters that were not extended yet, or were moved since."""

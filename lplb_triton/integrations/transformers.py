@@ -24,6 +24,7 @@ from lplb_triton.integrations import layers as balanced_layers
 from lplb_triton.integrations._layer import BALANCE_ABOVE
 from lplb_triton.integrations._transformers_record import ModelRecorder, record
 from lplb_triton.integrations.layers import Imbalance
+from lplb_triton.placement.arguments import check_live_slots
 
 try:
     from transformers import TrainerCallback
@@ -48,7 +49,11 @@ __all__ = [
 
 
 def register(
-    name: str = "lplb", *, redundant: int = 1, balance_above: float = BALANCE_ABOVE
+    name: str = "lplb",
+    *,
+    redundant: int = 1,
+    balance_above: float = BALANCE_ABOVE,
+    live: int = 0,
 ) -> None:
     """Register an expert-parallel implementation of transformers with replicas.
 
@@ -64,18 +69,23 @@ def register(
     balance_above : float
         A layer whose imbalance without replicas is at or below this when it is rebalanced routes
         every token home until the next time, and sends no weights.
+    live : int
+        Live slots per rank, 0 to 2, which hold the experts that a batch needs beyond the redundant
+        slots. Weights of all slots are put together in each forward pass then, also where the
+        parameters' memory would be extended without live slots.
 
     Raises
     ------
     TypeError, ValueError
-        If ``name`` isn't a string, ``redundant`` isn't an integer of at least 1, or
-        ``balance_above`` isn't a number of at least 0.
+        If ``name`` isn't a string, ``redundant`` isn't an integer of at least 1,
+        ``balance_above`` isn't a number of at least 0, or ``live`` isn't 0, 1 or 2.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {type(name).__name__}")
     slots = check_integer("redundant", redundant, 1)
     above = check_number("balance_above", balance_above)
-    made = functools.partial(BalancedEP, redundant=slots, balance_above=above)
+    n_live = check_live_slots(live, 1, "live")
+    made = functools.partial(BalancedEP, redundant=slots, balance_above=above, live=n_live)
     EPImplementationInterface.register(name, made)
 
 

@@ -105,13 +105,13 @@ def count_copies(phy2log: NDArray[np.int64], n_logical: int | None) -> NDArray[n
     return counts
 
 
-def check_live_slots(live_per_rank: int, n_group: int) -> int:
-    """Check the number of live slots of a rank, and that one group holds them."""
-    live_per_rank = check_integer("live_per_rank", live_per_rank, 0)
+def check_live_slots(live_per_rank: int, n_group: int, name: str = "live_per_rank") -> int:
+    """Check the number ``name`` of live slots of a rank, and that one group holds them."""
+    live_per_rank = check_integer(name, live_per_rank, 0)
     if live_per_rank > MOST_LIVE:
-        raise ValueError(f"live_per_rank must be at most {MOST_LIVE}, got {live_per_rank}")
+        raise ValueError(f"{name} must be at most {MOST_LIVE}, got {live_per_rank}")
     if live_per_rank and n_group > 1:
-        raise ValueError(f"live_per_rank needs a placement of one group, got {n_group} groups")
+        raise ValueError(f"{name} needs a placement of one group, got {n_group} groups")
     return live_per_rank
 
 
