@@ -31,7 +31,6 @@ from lplb_triton.kernels.pipeline import Pipeline
 from lplb_triton.kernels.pull.copy import UNIT_BYTES, CopyTable, make_copy_table, pull_rows
 from lplb_triton.kernels.pull.gradients import (
     add_gradients,
-    begin_return,
     exchange_returns,
     list_words,
     write_gradients,
@@ -79,7 +78,6 @@ __all__ = [
     "ExpandTables",
     "add_gradients",
     "add_rows",
-    "begin_return",
     "channel_words",
     "count_by_program",
     "divide_quotas",

@@ -31,10 +31,10 @@ from lplb_triton.kernels.gathered import sum_gathered_kernel
 from lplb_triton.kernels.loads import LOAD_BLOCK, record_loads_kernel
 from lplb_triton.kernels.pull.copy import COPY_BLOCK, COPY_RUNS, COPY_WARPS, pull_kernel
 from lplb_triton.kernels.pull.gradients import (
-    GRADIENT_BLOCK,
+    ADD_BYTES,
     GRADIENT_WARPS,
+    WRITE_BYTES,
     add_gradients_kernel,
-    begin_return_kernel,
     exchange_returns_kernel,
     write_gradients_kernel,
 )
@@ -107,16 +107,16 @@ def pull_jobs():
         constants = {"SLOTS": 2, "RESIDENT": resident, "COMPARE": 1, "COPY": copy}
         constants |= {"RUNS": COPY_RUNS, "BLOCK": COPY_BLOCK, "ON_GPU": 1}
         yield pull_kernel, constants, {"num_warps": COPY_WARPS} if copy else one
-    yield begin_return_kernel, {"SLOTS": 2, "ON_GPU": 1}, one
-    yield write_gradients_kernel, {"SLOTS": 2, "UNIT": 8, "BLOCK": GRADIENT_BLOCK}, many
+    constants = {"SLOTS": 2, "UNIT": 8, "BLOCK": WRITE_BYTES // 2, "ON_GPU": 1}
+    yield write_gradients_kernel, constants, many
     yield exchange_returns_kernel, {"SLOTS": 2, "ENTRIES": 256, **sent}, one
-    sums = {"SLOTS": 2, "ENTRIES": 256, "UNIT": 8, "DOUBLE": 0, "BLOCK": GRADIENT_BLOCK}
-    yield add_gradients_kernel, sums, many
+    sums = {"SLOTS": 2, "ENTRIES": 256, "UNIT": 8, "DOUBLE": 0, "BLOCK": ADD_BYTES // 2}
+    yield add_gradients_kernel, {**sums, "LAST": 1, "ON_GPU": 1}, many
 
 
 def check_pull_words(name, ptx, copies=1):
     """Kernels that copy rows move 16 bytes at a time, and signals are released and acquired."""
-    wide = {"write_gradients": (2, 2), "add_gradients": (4, 2)}
+    wide = {"write_gradients": (12, 4), "add_gradients": (14, 2)}
     wide["pull"] = (12 * copies, 4 * copies)
     if name in wide:
         loads = len(re.findall(r"ld\.global\S*\.v4", ptx))

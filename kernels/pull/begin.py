@@ -62,7 +62,9 @@ def compare_plans(
 
 
 @triton.jit
-def find_row(plan_ptr, homes_ptr, held_ptr, rank, slot, SLOTS: tl.constexpr, RESIDENT: tl.constexpr):
+def find_row(
+    plan_ptr, homes_ptr, held_ptr, rank, slot, SLOTS: tl.constexpr, RESIDENT: tl.constexpr
+):
     """Return whether a slot's expert is to be read, and where: rank, -1 for none, and row.
 
     With RESIDENT what the slot holds already, as ``held_ptr`` says, isn't read again.

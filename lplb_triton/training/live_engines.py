@@ -46,7 +46,9 @@ class PlanReader:
     def __init__(self, device: torch.device, slots: int) -> None:
         on_gpu = device.type == "cuda"
         self._experts = torch.empty(slots, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
-        self._event = torch.cuda.Event() if on_gpu else None
+        self._event: torch.cuda.Event | None = None
+        if on_gpu:
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def start(self, experts: torch.Tensor) -> None:
         """Start to read ``[slots]`` int32 on the current stream."""

@@ -11,7 +11,6 @@ from lplb_triton._layout import (
     LIVE_FINISHED,
     LIVE_GRADED,
     LIVE_PUBLISHED,
-    LIVE_RETURNS,
     LIVE_SIGNAL_ROWS,
     LIVE_STATE_WORDS,
     LIVE_STEP,
@@ -203,7 +202,6 @@ class LivePeer:
         self, tables: LiveTables, plan: torch.Tensor, grads: Sequence[torch.Tensor]
     ) -> None:
         """Write gradients of this rank's live slots, ``[slots, ...]`` each, for others to read."""
-        self._kernels.begin_return(self._signals, plan)
         rows = tables.rows
         for number, grad in zip(rows.trained, grads, strict=True):
             self._kernels.write_gradients(
@@ -226,8 +224,8 @@ class LivePeer:
             self._kernels.add_gradients(
                 grad, self._lists, self._signals, self._returned, self.slots,
                 *rows.gradient_place(number), ADDERS * self._adders,
+                last=number == rows.trained[-1],
             )  # fmt: skip
-        self._kernels.meet(self._signals, LIVE_TAKEN, LIVE_RETURNS)
 
     def enter_update(self, *, send: bool = True, wait: bool = True) -> None:
         """Say that this rank's pulls of this step are over, and wait until every rank's are."""
@@ -249,7 +247,7 @@ class LivePeer:
         half = torch.zeros(max(4, 8 * small.gradient_units), dtype=torch.int32, device=on)
         solo = LivePeer(
             [signals.data_ptr()] * n_ranks, [half.data_ptr()] * n_ranks, self.rank, on,
-            self.slots, 1.0, self.n_sms,
+            self.slots, 1.0, min(1, self.n_sms),
         )  # fmt: skip
         live = torch.zeros(small.words, dtype=torch.int32, device=on)
         sources = torch.zeros_like(live)
