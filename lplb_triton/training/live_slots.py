@@ -52,7 +52,8 @@ class LiveSlots:
         Device of the weights; by default the current GPU, or the CPU if there is none.
     transport : {"auto", "messages", "symmetric"}
         ``"symmetric"``: kernels read other ranks' memory (torch's symmetric memory, NVLink), by
-        the plan on the device; nothing waits on the host, and CUDA graphs can capture it.
+        the plan on the device; nothing waits on the host, and CUDA graphs can capture it, but
+        see ``n_sms``.
         ``"messages"``: torch.distributed sends the rows, after the host has read the plan.
         ``"auto"``: symmetric for a group of several ranks with GPUs that reach one another, as
         ``sync="auto"`` of `lplb_triton.sync.connect` finds out, else messages.
