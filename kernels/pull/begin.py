@@ -76,3 +76,22 @@ def find_row(
     home = tl.load(homes_ptr + 2 * expert, mask=wanted, other=-1)
     row = tl.load(homes_ptr + 2 * expert + 1, mask=wanted, other=0)
     return wanted, home, row
+
+
+@triton.jit
+def find_rows(plan_ptr, homes_ptr, held_ptr, rank, SLOTS: tl.constexpr, RESIDENT: tl.constexpr):
+    """Return what this rank reads for its one or two slots.
+
+    These are the number of copies, the slot of the first copy, and of slot 0 and of slot 1 the rank
+    and row of `find_row`. With one slot the last two are those of slot 0.
+    """
+    wanted, home, row = find_row(plan_ptr, homes_ptr, held_ptr, rank, 0, SLOTS, RESIDENT)
+    count = wanted.to(tl.int32)
+    first = 1 - count
+    second_home, second_row = home, row
+    if SLOTS > 1:
+        more, second_home, second_row = find_row(
+            plan_ptr, homes_ptr, held_ptr, rank, 1, SLOTS, RESIDENT
+        )
+        count += more.to(tl.int32)
+    return count, first, home, row, second_home, second_row

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from lplb_triton import _layout
 from lplb_triton.kernels.launch import KernelCall, launch_call
-from lplb_triton.kernels.pull.begin import compare_plans, find_row
+from lplb_triton.kernels.pull.begin import compare_plans, find_rows
 from lplb_triton.kernels.pull.signals import LANES, WARPS, Signals, await_or_report, on_gpu
 
 STEP = tl.constexpr(_layout.LIVE_STEP)
@@ -161,15 +161,9 @@ def pull_kernel(
             program -= 1
             programs -= 1
     if program >= 0:
-        wanted, home, row = find_row(plan_ptr, homes_ptr, held_ptr, rank, 0, SLOTS, RESIDENT)
-        count = wanted.to(tl.int32)
-        first = 1 - count
-        second_home, second_row = home, row
-        if SLOTS > 1:
-            more, second_home, second_row = find_row(
-                plan_ptr, homes_ptr, held_ptr, rank, 1, SLOTS, RESIDENT
-            )
-            count += more.to(tl.int32)
+        count, first, home, row, second_home, second_row = find_rows(
+            plan_ptr, homes_ptr, held_ptr, rank, SLOTS, RESIDENT
+        )
         if count > 0:
             lane = tl.arange(0, LANES)
             needed = (lane == home) | (lane == second_home)
