@@ -28,11 +28,9 @@ from lplb_triton.kernels.live.launch import (
 from lplb_triton.kernels.loads import MOST_EXPERTS, record_loads
 from lplb_triton.kernels.metrics import BatchMetrics
 from lplb_triton.kernels.pipeline import Pipeline
-from lplb_triton.kernels.pull.begin import begin_pull, copy_list_words
-from lplb_triton.kernels.pull.copy import UNIT_BYTES, CopyTable, copy_rows, make_copy_table
+from lplb_triton.kernels.pull.copy import UNIT_BYTES, CopyTable, make_copy_table, pull_rows
 from lplb_triton.kernels.pull.gradients import (
     add_gradients,
-    begin_return,
     exchange_returns,
     list_words,
     write_gradients,
@@ -80,11 +78,7 @@ __all__ = [
     "ExpandTables",
     "add_gradients",
     "add_rows",
-    "begin_pull",
-    "begin_return",
     "channel_words",
-    "copy_list_words",
-    "copy_rows",
     "count_by_program",
     "divide_quotas",
     "exchange_returns",
@@ -93,6 +87,7 @@ __all__ = [
     "make_copy_table",
     "meet",
     "plan_live",
+    "pull_rows",
     "read_report",
     "record_loads",
     "select",

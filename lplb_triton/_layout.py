@@ -177,12 +177,14 @@ FAULT_OVERLAP = 3
 # Moving the weights of live slots.
 
 # int64 words of a rank's own memory: the number of the optimizer step whose weights are current,
-# of this rank's pulls and returns of gradients so far, and whether a wait has failed.
+# of this rank's pulls and returns of gradients so far, whether a wait has failed, and how many
+# programs of a pull have ended, where that matters.
 LIVE_STEP = 0
 LIVE_PULLS = 1
 LIVE_RETURNS = 2
 LIVE_GATE = 3
-LIVE_STATE_WORDS = 4
+LIVE_ENDED = 4
+LIVE_STATE_WORDS = 5
 # Words in memory that all ranks can write, in rows of MAX_RANKS, one word for each sender: the step
 # whose weights it has published, the step whose weights it no longer reads, the return whose
 # gradients it has written, and the return whose gradients it has added up. Then LIVE_PLANS rows of

@@ -29,13 +29,12 @@ from lplb_triton.kernels.exchange import EXCHANGE_BLOCK, choose_block, sum_over_
 from lplb_triton.kernels.exchange_rows import WARPS
 from lplb_triton.kernels.gathered import sum_gathered_kernel
 from lplb_triton.kernels.loads import LOAD_BLOCK, record_loads_kernel
-from lplb_triton.kernels.pull.begin import begin_pull_kernel
-from lplb_triton.kernels.pull.copy import COPY_BLOCK, COPY_WARPS, copy_rows_kernel
+from lplb_triton.kernels.pull.copy import COPY_BLOCK, COPY_RUNS, COPY_WARPS, pull_kernel
 from lplb_triton.kernels.pull.gradients import (
-    GRADIENT_BLOCK,
+    ADD_BYTES,
     GRADIENT_WARPS,
+    WRITE_BYTES,
     add_gradients_kernel,
-    begin_return_kernel,
     exchange_returns_kernel,
     write_gradients_kernel,
 )
@@ -104,25 +103,27 @@ def pull_jobs():
     one, many = {"num_warps": SIGNAL_WARPS}, {"num_warps": GRADIENT_WARPS}
     sent = {"SEND": 1, "WAIT": 1, "ON_GPU": 1}
     yield meet_kernel, sent, one
-    for resident in (0, 1):
-        yield begin_pull_kernel, {"SLOTS": 2, "RESIDENT": resident, "COMPARE": 1, "ON_GPU": 1}, one
-    yield copy_rows_kernel, {"BLOCK": COPY_BLOCK}, {"num_warps": COPY_WARPS}
-    yield begin_return_kernel, {"SLOTS": 2, "ON_GPU": 1}, one
-    yield write_gradients_kernel, {"SLOTS": 2, "UNIT": 8, "BLOCK": GRADIENT_BLOCK}, many
+    for copy, resident in ((1, 0), (1, 1), (0, 1)):
+        constants = {"SLOTS": 2, "RESIDENT": resident, "COMPARE": 1, "COPY": copy}
+        constants |= {"RUNS": COPY_RUNS, "BLOCK": COPY_BLOCK, "ON_GPU": 1}
+        yield pull_kernel, constants, {"num_warps": COPY_WARPS} if copy else one
+    constants = {"SLOTS": 2, "UNIT": 8, "BLOCK": WRITE_BYTES // 2, "ON_GPU": 1}
+    yield write_gradients_kernel, constants, many
     yield exchange_returns_kernel, {"SLOTS": 2, "ENTRIES": 256, **sent}, one
-    sums = {"SLOTS": 2, "ENTRIES": 256, "UNIT": 8, "DOUBLE": 0, "BLOCK": GRADIENT_BLOCK}
-    yield add_gradients_kernel, sums, many
+    sums = {"SLOTS": 2, "ENTRIES": 256, "UNIT": 8, "DOUBLE": 0, "BLOCK": ADD_BYTES // 2}
+    yield add_gradients_kernel, {**sums, "LAST": 1, "ON_GPU": 1}, many
 
 
-def check_pull_words(name, ptx):
+def check_pull_words(name, ptx, copies=1):
     """Kernels that copy rows move 16 bytes at a time, and signals are released and acquired."""
-    wide = {"copy_rows": (12, 4), "write_gradients": (2, 2), "add_gradients": (4, 2)}
+    wide = {"write_gradients": (12, 4), "add_gradients": (14, 2)}
+    wide["pull"] = (12 * copies, 4 * copies)
     if name in wide:
         loads = len(re.findall(r"ld\.global\S*\.v4", ptx))
         stores = len(re.findall(r"st\.global\S*\.v4", ptx))
         least_loads, least_stores = wide[name]
         assert loads >= least_loads and stores >= least_stores, (name, loads, stores)
-    if name in ("meet", "begin_pull", "exchange_returns"):
+    if name in ("meet", "pull", "exchange_returns"):
         assert "st.release.sys.global.b64" in ptx and "ld.acquire.sys.global.b64" in ptx
 
 
@@ -220,13 +221,13 @@ def compile_job(capability, number):
         check_words(compiled.asm["ptx"], 8 * constants["BLOCK"], constants["LANES"])
     check_parameters(compiled, signature(kernel, constants).values())
     name = re.sub(r"^_|_kernel$", "", kernel.__name__)
-    check_pull_words(name, compiled.asm["ptx"])
+    check_pull_words(name, compiled.asm["ptx"], constants.get("COPY", 1))
     return f"{name} {constants} {options}: {cubin} bytes, {time.monotonic() - begun:.1f} s"
 
 
 def choose_jobs(capability, sizes):
     """Choose the numbers of all jobs, or of one for each kernel and kind of constants."""
-    features = ("PAIRS", "CHANNELS", "GATHER", "CHECK", "LIVE", "IN_PLACE")
+    features = ("PAIRS", "CHANNELS", "GATHER", "CHECK", "LIVE", "IN_PLACE", "COPY")
     chosen = {}
     for number, (kernel, constants, _) in enumerate(jobs(capability)):
         kind = kernel.__name__, *(bool(constants.get(feature)) for feature in features)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from helpers.live_peers import DEVICE, Pullers
 
+from lplb_triton.kernels.pull import copy
+from lplb_triton.training.live_engines import require_no_capture
 from lplb_triton.training.live_peer import fault_error
 from lplb_triton.training.live_rows import LiveRows, RowKind
 
@@ -12,6 +14,7 @@ FLOAT = ((3,), torch.float32, True)
 # More than a chunk.
 LARGE = ((9000,), torch.float32, True)
 KINDS = [((40, 8), torch.bfloat16, True), FLOAT, BYTES, LARGE]
+SMALL = [((5, 7), torch.float8_e4m3fn, False), ((1,), torch.float32, False)]
 PLAN = [[4, -1], [-1, 4], [0, 9]]
 
 
@@ -29,12 +32,13 @@ def check_slots(ranks, plan, rank):
 
 
 @pytest.mark.parametrize(
-    ("slots", "kinds"),
-    [(2, KINDS), (1, [((5, 7), torch.float8_e4m3fn, False), ((1,), torch.float32, False)])],
+    ("slots", "kinds", "n_sms", "runs"),
+    [(2, KINDS, 3, 0), (2, KINDS, 2, 1), (2, KINDS, 0, 0), (1, SMALL, 3, 0), (1, SMALL, 0, 0)],
 )
-def test_slots_hold_the_rows_of_their_experts(slots, kinds):
-    """All tensors of filled slots are copied from the homes, whatever their dtypes and sizes."""
-    ranks = Pullers(3, 4, slots, kinds)
+def test_slots_hold_the_rows_of_their_experts(slots, kinds, n_sms, runs, monkeypatch):
+    """All tensors of filled slots are copied from the homes, by programs or by the host."""
+    monkeypatch.setattr(copy, "COPY_RUNS", runs)
+    ranks = Pullers(3, 4, slots, kinds, n_sms=n_sms)
     ranks.fill()
     plan = [row[2 - slots :] for row in PLAN]
     ranks.pull(ranks.plan(plan))
@@ -117,9 +121,32 @@ def test_a_plan_that_comes_again_is_not_compared():
     assert not any(peer.failed() for peer in ranks.peers)
 
 
-def test_resident_slots_are_read_when_they_change():
+def test_the_host_does_not_read_a_plan_twice():
+    """With copy engines a pull returns this rank's experts, and the next one takes them."""
+    ranks = Pullers(2, 2, 2, [FLOAT], n_sms=0)
+    ranks.fill()
+    plan = ranks.plan([[1, -1], [-1, 2]])
+    assert ranks.peers[0].pull(ranks.tables, plan, ranks.live[0]) == (1, -1)
+    ranks.live.zero_()
+    options = {"compare": False, "experts": (1, -1)}
+    # What the host copies isn't looked for in the plan.
+    ranks.peers[0].pull(ranks.tables, torch.full_like(plan, -1), ranks.live[0], **options)
+    check_slots(ranks, [[1, -1]], 0)
+
+
+def test_copy_engines_refuse_a_capture(monkeypatch):
+    """A CUDA graph can't capture what the host reads, and the message says what can be."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    require_no_capture()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="make it with a number of multiprocessors"):
+        require_no_capture()
+
+
+@pytest.mark.parametrize("n_sms", [3, 0])
+def test_resident_slots_are_read_when_they_change(n_sms):
     """With ``held``, only slots whose expert changes are copied."""
-    ranks = Pullers(2, 2, 2, [FLOAT])
+    ranks = Pullers(2, 2, 2, [FLOAT], n_sms=n_sms)
     ranks.fill()
     held = torch.full((2,), -1, dtype=torch.int32, device=DEVICE)
     options = {"held": held, "compare": False}
@@ -131,6 +158,11 @@ def test_resident_slots_are_read_when_they_change():
     ranks.peers[0].pull(ranks.tables, ranks.plan([[1, 1], [-1, -1]]), ranks.live[0], **options)
     assert same_bytes(ranks.slots_of(0, 0)[0], before)
     assert same_bytes(ranks.slots_of(0, 0)[1], ranks.source(0, 1)[0])
+    # An empty slot keeps what it holds.
+    for plan in ([[-1, 1], [-1, -1]], [[1, 1], [-1, -1]]):
+        ranks.peers[0].pull(ranks.tables, ranks.plan(plan), ranks.live[0], **options)
+    assert held.tolist() == [1, 1]
+    assert same_bytes(ranks.slots_of(0, 0)[0], before)
 
 
 def expected_sums(ranks, plan, live, own):
@@ -153,7 +185,8 @@ def expected_sums(ranks, plan, live, own):
 def test_gradients_are_added_in_order(dtype):
     """Homes add live slots' gradients in the order of slots, return after return."""
     # The second tensor's rows aren't multiples of 16 bytes, and the first is longer than a block.
-    ranks = Pullers(3, 4, 2, [((9000,), dtype, True), BYTES, ((5, 3), dtype, True)])
+    kinds = [((9000,), dtype, True), BYTES, ((5, 3), dtype, True)]
+    ranks = Pullers(3, 4, 2, kinds, n_sms=1)
     generator = torch.Generator().manual_seed(0)
 
     def draw(n):
@@ -193,6 +226,7 @@ def test_gradients_wait_for_their_memory():
     plan, grads = ranks.plan([[1], [-1]]), [torch.ones(1, 3, device=DEVICE)]
     for _ in range(2):
         ranks.peers[0].begin_return(ranks.tables, plan, grads)
+        ranks.peers[0].exchange(ranks.tables, plan, wait=False)
         assert not ranks.peers[0].failed()
     ranks.peers[0].begin_return(ranks.tables, plan, grads)
     error = fault_error(ranks.peers[0], "LiveSlots(1)", 0.05)

@@ -42,7 +42,7 @@ def sleep(rng, most=150_000):
         torch.cuda._sleep(rng.randrange(most))
 
 
-def check_bytes(rank, group):
+def check_bytes(rank, group, n_sms=24):
     """Rows of any dtype and size arrive whole, staged ones and those in place."""
     generator = torch.Generator().manual_seed(rank)
     staged = [
@@ -53,7 +53,8 @@ def check_bytes(rank, group):
             ((128, 129), torch.float8_e4m3fn),
         )
     ]
-    slots, layer, sources = make_slots(group, 2, *staged, ((LOCAL, 640), torch.float32))
+    given = *staged, ((LOCAL, 640), torch.float32)
+    slots, layer, sources = make_slots(group, 2, *given, n_sms=n_sms)
     with slots.update():
         sources[3].copy_(torch.randn(LOCAL, 640, generator=generator))
     whole = []
@@ -69,6 +70,24 @@ def check_bytes(rank, group):
                 if expert >= 0:
                     got = live[slot].contiguous().view(torch.uint8).reshape(-1)
                     assert torch.equal(got, rows[expert])
+    slots.check()
+    slots.close()
+
+
+def check_copy_engines(rank, group):
+    """Copy engines bring the same bytes, again for a backward pass, and refuse a capture."""
+    check_bytes(rank, group, 0)
+    weight = torch.nn.Parameter(torch.full((LOCAL, 64), float(rank), device="cuda"))
+    slots, layer, _ = make_slots(group, 1, weight, n_sms=0)
+    plan = torch.tensor([[LOCAL], [0]], dtype=torch.int32, device="cuda")
+    pulls = [layer.pull(one) for one in (plan, torch.full_like(plan, -1))]
+    ((_, live),) = pulls[0].wait()
+    live.detach().zero_()
+    pulls[0].attach(live.sum()).backward()
+    assert (live == 1 - rank).all() and (weight.grad[0] == 1).all()
+    with pytest.raises(RuntimeError, match="no CUDA graph can capture"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            layer.pull(plan)
     slots.check()
     slots.close()
 
@@ -201,7 +220,8 @@ def check_failures(rank, group):
 def check_on_gpus(rank, _):
     torch.cuda.set_device(rank)
     group = dist.new_group(backend="nccl")
-    for check in (check_bytes, check_gradients, check_graph, check_torn, check_failures):
+    checks = check_bytes, check_copy_engines
+    for check in (*checks, check_gradients, check_graph, check_torn, check_failures):
         try:
             check(rank, group)
         except BaseException as error:

@@ -203,6 +203,7 @@ def test_one_rank_alone():
         ({"live_per_rank": 1, "transport": "symmetric"}, "needs a group and GPUs"),
         ({"live_per_rank": 1, "backward": "none"}, "backward must be"),
         ({"live_per_rank": 1, "n_sms": 2000}, "n_sms must be at most 1024"),
+        ({"live_per_rank": 1, "n_sms": -1}, "n_sms must be"),
         ({"live_per_rank": 1, "timeout": -1.0}, "timeout must be"),
     ],
 )

@@ -98,15 +98,17 @@ def await_signals(addresses_ptr, row, rank, needed, least, timeout_ms, ON_GPU: t
     """
     lane = tl.arange(0, LANES)
     address = signal_addresses(addresses_ptr, row, rank)
+    late = (needed & (acquire_words(address, needed, ON_GPU) < least)).to(tl.int32)
+    # The loop ends by sums that all threads share, so that all threads leave together.
+    waiting = tl.sum(late, 0) > 0
     begun = tl.full((), 0, tl.int64)
     limit = timeout_ms.to(tl.int64)
     if ON_GPU:
-        begun = read_clock(lane)
         limit = limit * 1000000
+        # Most often all have come, and nobody looks at the clock.
+        if waiting:
+            begun = read_clock(lane)
     waited = tl.full((), 0, tl.int64)
-    late = needed.to(tl.int32)
-    # The loop ends by sums that all threads share, so that all threads leave together.
-    waiting = tl.sum(late, 0) > 0
     while waiting:
         word = acquire_words(address, needed, ON_GPU)
         late = (needed & (word < least)).to(tl.int32)
@@ -142,13 +144,15 @@ def await_or_report(
     Nothing is waited for once the gate is closed.
     """
     gate = tl.load(state_ptr + GATE, volatile=True)
-    late = await_signals(addresses_ptr, row, rank, needed & (gate == 0), least, timeout_ms, ON_GPU)
+    # Another program may close it meanwhile; by a sum all threads agree on what they have read.
+    is_open = tl.sum((tl.zeros((LANES,), dtype=tl.int64) + gate).to(tl.int32), 0) == 0
+    late = await_signals(addresses_ptr, row, rank, needed & is_open, least, timeout_ms, ON_GPU)
     n_late = tl.sum(late, 0)
     if n_late > 0:
         fault = tl.full((), FAULT_ABSENT, tl.int32)
         least_of_all = tl.zeros((LANES,), dtype=tl.int64) + least
         report_fault(state_ptr, status_ptr, fault, n_ranks, number, row, late, least_of_all)
-    return (n_late == 0) & (gate == 0)
+    return (n_late == 0) & is_open
 
 
 @triton.jit(

@@ -22,6 +22,8 @@ class SharedMemory(NamedTuple):
     addresses: list[int]
     free: Callable[[], None]
     """Frees the buffer; collective."""
+    peers: tuple[torch.Tensor, ...] = ()
+    """All ranks' buffers as tensors of this GPU, from torch's symmetric memory only."""
 
 
 def allocate(
@@ -111,8 +113,11 @@ def _allocate_symmetric(
     ]
     # If tensors share an allocation, the handle's addresses are those of its beginning.
     offset = buffer.data_ptr() - addresses[rank]
+    peers = tuple(
+        handle.get_buffer(peer, (words,), torch.int64, offset // 8) for peer in range(group.size())
+    )
     held: list[Any] = [buffer, handle]
-    return SharedMemory("symmetric", buffer, [at + offset for at in addresses], held.clear)
+    return SharedMemory("symmetric", buffer, [at + offset for at in addresses], held.clear, peers)
 
 
 def _allocate_nvshmem(

@@ -136,6 +136,8 @@ class LiveFetch:
         self.layer, self.plan, self.memory, self.step = layer, plan, memory, step
         self.slots = layer.slots
         self.traffic: Traffic | None = None
+        # This rank's part of the plan, where the host reads it.
+        self.experts: tuple[int, ...] | None = None
 
     def list_weights(self) -> tuple[torch.Tensor, ...]:
         """Return new tensors over the weights: all static slots, then all live slots."""

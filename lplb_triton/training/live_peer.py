@@ -11,7 +11,6 @@ from lplb_triton._layout import (
     LIVE_FINISHED,
     LIVE_GRADED,
     LIVE_PUBLISHED,
-    LIVE_RETURNS,
     LIVE_SIGNAL_ROWS,
     LIVE_STATE_WORDS,
     LIVE_STEP,
@@ -24,9 +23,17 @@ from lplb_triton._layout import (
     STATUS_FIRST,
 )
 from lplb_triton.sync import SyncError
+from lplb_triton.training.live_engines import HostTables, PlanReader, copy_live_rows
 from lplb_triton.training.live_rows import LiveRows
 
-__all__ = ["LivePeer", "LiveTables", "fault_error"]
+__all__ = ["DEFAULT_SMS", "LivePeer", "LiveTables", "fault_error"]
+
+# Programs that copy by default: more are no faster over NVLink.
+DEFAULT_SMS = 24
+# Gradients return when no products run beside, so more programs write and add them: so many times
+# those that copy.
+WRITERS = 4
+ADDERS = 2
 
 # What a late rank did not do, by the kind of signal that did not come.
 _AWAITED = {
@@ -50,15 +57,25 @@ class LiveTables:
         By tensor, the address of its first row on every rank.
     number : int
         Of the layer, the same on every rank.
+    sources : sequence of sequence of torch.Tensor or None
+        The same places as int32 memory, for copies that the host starts.
     """
 
     def __init__(
-        self, rows: LiveRows, homes: torch.Tensor, addresses: Sequence[Sequence[int]], number: int
+        self,
+        rows: LiveRows,
+        homes: torch.Tensor,
+        addresses: Sequence[Sequence[int]],
+        number: int,
+        sources: Sequence[Sequence[torch.Tensor]] | None = None,
     ) -> None:
         from lplb_triton import kernels
 
         self.rows, self.homes, self.number = rows, homes, number
         self.copies = kernels.make_copy_table(rows.units, rows.offsets, addresses, homes.device)
+        self.on_host: HostTables | None = None
+        if sources is not None:
+            self.on_host = HostTables(homes.tolist(), sources, rows.slots)
 
 
 class LivePeer:
@@ -79,7 +96,7 @@ class LivePeer:
     timeout : float
         Bound on each wait, in seconds.
     n_sms : int
-        Programs that copy or add.
+        Programs that copy; 0 for copy engines.
     """
 
     def __init__(
@@ -113,10 +130,14 @@ class LivePeer:
             max(1, round(timeout * 1000)),
         )
         self._returned = torch.tensor(returned, dtype=torch.int64, device=device)
-        words = kernels.copy_list_words(slots)
-        self._copies = torch.zeros(words, dtype=torch.int32, device=device)
+        self._reader = PlanReader(device, slots)
         words = kernels.list_words(n_ranks, slots)
         self._lists = torch.zeros(words, dtype=torch.int32, device=device)
+
+    @property
+    def _adders(self) -> int:
+        """Programs from which those that write and add gradients are counted."""
+        return self.n_sms or DEFAULT_SMS
 
     @staticmethod
     def words() -> int:
@@ -135,8 +156,11 @@ class LivePeer:
         *,
         held: torch.Tensor | None = None,
         compare: bool = True,
-    ) -> None:
+        experts: tuple[int, ...] | None = None,
+    ) -> tuple[int, ...] | None:
         """Copy what ``plan`` names to the slots ``live`` on the current stream.
+
+        With ``n_sms`` of 0 the host waits for the plan, unless it is given this rank's ``experts``.
 
         Parameters
         ----------
@@ -150,22 +174,39 @@ class LivePeer:
             ``[slots]`` int32, what the slots hold; is updated.
         compare : bool
             Whether to compare plans with other ranks, which all must do in the same calls.
+        experts : tuple of int or None
+            What an earlier call for the same plan has returned.
+
+        Returns
+        -------
+        tuple of int or None
+            With ``n_sms`` of 0, this rank's part of the plan.
         """
-        k = self._kernels
-        args = (self._signals, plan, tables.homes, self._copies, held, tables.number)
-        k.begin_pull(*args, compare=compare)
-        k.copy_rows(self._copies, tables.copies, live, self.n_sms)
+        read = self.n_sms == 0 and experts is None
+        if read:
+            # Ahead of the kernel, so that the host doesn't wait for other ranks.
+            self._reader.start(plan[self.rank])
+        self._kernels.pull_rows(
+            self._signals, plan, tables.homes, held, tables.number, tables.copies, live, self.n_sms,
+            compare=compare,
+        )  # fmt: skip
+        if self.n_sms:
+            return None
+        if read:
+            experts = self._reader.finish()
+        assert experts is not None and tables.on_host is not None
+        copy_live_rows(tables.rows, tables.on_host, experts, live, resident=held is not None)
+        return experts
 
     def begin_return(
         self, tables: LiveTables, plan: torch.Tensor, grads: Sequence[torch.Tensor]
     ) -> None:
         """Write gradients of this rank's live slots, ``[slots, ...]`` each, for others to read."""
-        self._kernels.begin_return(self._signals, plan)
         rows = tables.rows
         for number, grad in zip(rows.trained, grads, strict=True):
             self._kernels.write_gradients(
                 grad, self._signals, plan, self._returned, *rows.gradient_place(number),
-                4 * self.n_sms,
+                WRITERS * self._adders,
             )  # fmt: skip
 
     def exchange(
@@ -182,9 +223,9 @@ class LivePeer:
         for number, grad in zip(rows.trained, own, strict=True):
             self._kernels.add_gradients(
                 grad, self._lists, self._signals, self._returned, self.slots,
-                *rows.gradient_place(number), self.n_sms,
+                *rows.gradient_place(number), ADDERS * self._adders,
+                last=number == rows.trained[-1],
             )  # fmt: skip
-        self._kernels.meet(self._signals, LIVE_TAKEN, LIVE_RETURNS)
 
     def enter_update(self, *, send: bool = True, wait: bool = True) -> None:
         """Say that this rank's pulls of this step are over, and wait until every rank's are."""
@@ -206,14 +247,15 @@ class LivePeer:
         half = torch.zeros(max(4, 8 * small.gradient_units), dtype=torch.int32, device=on)
         solo = LivePeer(
             [signals.data_ptr()] * n_ranks, [half.data_ptr()] * n_ranks, self.rank, on,
-            self.slots, 1.0, self.n_sms,
+            self.slots, 1.0, min(1, self.n_sms),
         )  # fmt: skip
         live = torch.zeros(small.words, dtype=torch.int32, device=on)
         sources = torch.zeros_like(live)
         homes = torch.full((1, 2), self.rank, dtype=torch.int32, device=on)
         homes[:, 1] = 0
         addresses = [[sources.data_ptr() + 16 * offset] * n_ranks for offset in small.offsets]
-        tables = LiveTables(small, homes, addresses, 0)
+        places = [[sources[4 * offset :]] * n_ranks for offset in small.offsets]
+        tables = LiveTables(small, homes, addresses, 0, places)
         plan = torch.full((n_ranks, self.slots), -1, dtype=torch.int32, device=on)
         plan[self.rank] = 0
         for held in (None, torch.full((self.slots,), -1, dtype=torch.int32, device=on)):

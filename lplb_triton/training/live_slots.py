@@ -52,12 +52,15 @@ class LiveSlots:
         Device of the weights; by default the current GPU, or the CPU if there is none.
     transport : {"auto", "messages", "symmetric"}
         ``"symmetric"``: kernels read other ranks' memory (torch's symmetric memory, NVLink), by
-        the plan on the device; nothing waits on the host, and CUDA graphs can capture it.
+        the plan on the device; nothing waits on the host, and CUDA graphs can capture it, but
+        see ``n_sms``.
         ``"messages"``: torch.distributed sends the rows, after the host has read the plan.
         ``"auto"``: symmetric for a group of several ranks with GPUs that reach one another, as
         ``sync="auto"`` of `lplb_triton.sync.connect` finds out, else messages.
     n_sms : int
-        Programs that copy weights and add gradients up, about as many multiprocessors.
+        Programs that copy weights with ``"symmetric"``, about as many multiprocessors. 0: copy
+        engines do it instead, which slow products beside them less; the host waits for each
+        batch's plan, so CUDA graphs can't capture pulls.
     backward : {"pull", "keep"}
         Whether the backward pass fetches weights again, or each call keeps memory of its own.
     reuse_gradients : bool
@@ -106,7 +109,7 @@ class LiveSlots:
         group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
         transport: str = "auto",
-        n_sms: int = 16,
+        n_sms: int = 24,
         backward: str = "pull",
         reuse_gradients: bool = False,
         resident: bool = False,
@@ -119,7 +122,7 @@ class LiveSlots:
             self.device = resolve_device(device)
             check_choice("transport", transport, TRANSPORTS)
             check_choice("backward", backward, BACKWARDS)
-            self.n_sms = check_integer("n_sms", n_sms)
+            self.n_sms = check_integer("n_sms", n_sms, 0)
             if self.n_sms > MOST_SMS:
                 raise ValueError(f"n_sms must be at most {MOST_SMS}, got {n_sms}")
             self.reuse_gradients = check_flag("reuse_gradients", reuse_gradients)

@@ -12,6 +12,7 @@ from lplb_triton._layout import MAX_RANKS
 from lplb_triton.sync import SyncError
 from lplb_triton.sync._memory import SharedMemory, allocate
 from lplb_triton.sync._rendezvous import all_gather_objects, barrier
+from lplb_triton.training.live_engines import require_no_capture
 from lplb_triton.training.live_peer import LivePeer, LiveTables, fault_error
 from lplb_triton.training.live_rows import LiveRows
 from lplb_triton.training.live_transport import Transport
@@ -92,7 +93,8 @@ class SymmetricTransport(Transport):
             offsets[number] = total
             total += rows.units[number] * n_home
         memory = self.allocate(16 * total, "staged") if staged else None
-        addresses = []
+        # By tensor, on every rank: the memory, and the byte of it where the rows begin.
+        found: list[list[tuple[SharedMemory, int]]] = []
         self._staged[layer.number] = []
         for number in range(len(places)):
             if number in offsets:
@@ -100,23 +102,35 @@ class SymmetricTransport(Transport):
                 words = memory.buffer.view(torch.int32)
                 view = rows.view_rows(words, number, n_home, offsets[number])
                 self._staged[layer.number].append((number, view))
-                addresses.append([at + 16 * offsets[number] for at in memory.addresses])
+                found.append([(memory, 16 * offsets[number])] * len(everyone))
             else:
                 _require_units(number, rows)
-                addresses.append(
-                    [
-                        self._memories[place[0]].addresses[rank] + place[1]
-                        for rank, theirs in enumerate(everyone)
-                        if (place := theirs[number]) is not None
-                    ]
-                )
-        self._tables[layer.number] = LiveTables(
-            rows, layer.homes_on_device, addresses, layer.number
-        )
+                places_there = [theirs[number] for theirs in everyone]
+                found.append([(self._memories[at[0]], at[1]) for at in places_there if at])
+        self._tables[layer.number] = self._make_tables(layer, found)
         self._stage(layer, everything=True)
         torch.cuda.synchronize(self._device)
         # From here on every rank may read.
         barrier(self._group, purpose, self._timeout)
+
+    def _make_tables(
+        self, layer: LiveLayer, found: Sequence[Sequence[tuple[SharedMemory, int]]]
+    ) -> LiveTables:
+        """Make the tables of a layer, whose rows are where ``found`` says, by tensor and rank."""
+        addresses, sources = [], []
+        for by_rank in found:
+            places = list(enumerate(by_rank))
+            addresses.append([memory.addresses[rank] + begin for rank, (memory, begin) in places])
+            if self._n_sms == 0:
+                sources.append(
+                    [
+                        memory.peers[rank].view(torch.int32)[begin // 4 :]
+                        for rank, (memory, begin) in places
+                    ]
+                )
+        return LiveTables(
+            layer.rows, layer.homes_on_device, addresses, layer.number, sources or None
+        )
 
     def _make_peer(self, rows: LiveRows) -> None:
         """Allocate signals and the memory for gradients, and load the kernels; collective."""
@@ -146,6 +160,7 @@ class SymmetricTransport(Transport):
 
     def start(self, fetch: LiveFetch) -> None:
         """See `Transport.start`."""
+        self._require_startable()
         # Products that read what the slots held before have been launched by now.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -154,7 +169,15 @@ class SymmetricTransport(Transport):
     def _pull(self, fetch: LiveFetch, *, compare: bool) -> None:
         """Launch the copies of a pull on the current stream."""
         tables = self._tables[fetch.layer.number]
-        self.peer.pull(tables, fetch.plan, fetch.memory, held=fetch.layer.held, compare=compare)
+        fetch.experts = self.peer.pull(
+            tables, fetch.plan, fetch.memory, held=fetch.layer.held, compare=compare,
+            experts=fetch.experts,
+        )  # fmt: skip
+
+    def _require_startable(self) -> None:
+        """Raise a RuntimeError if the host must read a plan within a capture."""
+        if self._n_sms == 0:
+            require_no_capture()
 
     def finish(self, fetch: LiveFetch) -> None:
         """See `Transport.finish`."""
@@ -162,6 +185,7 @@ class SymmetricTransport(Transport):
 
     def refill(self, fetch: LiveFetch) -> None:
         """See `Transport.refill`."""
+        self._require_startable()
         self._pull(fetch, compare=False)
 
     def return_gradients(
@@ -184,6 +208,9 @@ class SymmetricTransport(Transport):
             self._stage(layer)
             if layer.held is not None:
                 layer.held.fill_(-1)
+                on_host = self._tables[layer.number].on_host
+                if on_host is not None:
+                    on_host.forget()
         if self._peer is not None:
             self._peer.exit_update()
 
@@ -212,6 +239,7 @@ class SymmetricTransport(Transport):
                 memory.free()
                 del _held[id(memory)]
         self._memories.clear()
+        self._tables.clear()
 
 
 def _require_units(number: int, rows: LiveRows) -> None:

@@ -28,7 +28,7 @@ class Pullers:
         self.sources = [torch.zeros(n_ranks, n, dtype=torch.int32, device=DEVICE) for n in per_rank]
         self.live = torch.zeros(n_ranks, self.rows.words, dtype=torch.int32, device=DEVICE)
         addresses = [[one.data_ptr() for one in source] for source in self.sources]
-        self.tables = LiveTables(self.rows, self.homes, addresses, 3)
+        self.tables = LiveTables(self.rows, self.homes, addresses, 3, self.sources)
         at = [row.data_ptr() for row in self.signals]
         back = [row.data_ptr() for row in self.returned]
         self.peers = [
