@@ -418,7 +418,6 @@ def placement_of(name, rng):
 def test_kernel_and_twin_find_the_same(monkeypatch, name, tolerance):
     """The kernel and its twin make equally many steps and find the same load and bound."""
     rng = np.random.default_rng(0)
-    torch.manual_seed(0)
     placement = placement_of(name, rng)
     copies = np.bincount(placement.phy2log.flatten(), minlength=placement.n_logical)
     drawn = rng.lognormal(0, np.where(copies > 1, 1.0, 0.5), (30, len(copies)))

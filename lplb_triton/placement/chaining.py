@@ -90,8 +90,11 @@ def chain(
     >>> chain(torch.tensor([8.0, 1.0, 1.0, 2.0]), 2)
     Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
     """
-    checked = torch.from_numpy(check_load("load", load, (1, 2)))
-    weight = scale_rows(average_batches("load", checked).numpy().reshape(1, -1))[0]
+    batches = check_load("load", load, (1, 2))
+    # The loads of one batch stay as they are: an average would round them.
+    if len(batches) > 1:
+        batches = average_batches("load", torch.from_numpy(batches)).numpy().reshape(1, -1)
+    weight = scale_rows(batches)[0]
     n_logical = len(weight)
     ranks = check_ranks(ep_size, ranks_per_domain, n_logical)
     spare = check_integer("redundant_per_rank", redundant_per_rank, 0)
