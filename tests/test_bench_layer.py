@@ -18,6 +18,7 @@ from lplb_triton.bench.ep.layer.routing import (
     draw_even_batch,
     draw_popularity,
     find_hot_experts,
+    level_ranks,
 )
 from lplb_triton.bench.ep.sizes import SIZES, Job
 from lplb_triton.bench.ep.worker import Worker
@@ -69,6 +70,16 @@ def test_steady_routing_is_levelled_by_static_copies():
     assert torch.bincount(even.ids.flatten()).tolist() == [16] * 256
 
 
+def test_experts_are_renumbered_for_even_ranks():
+    """Ranks get as many experts and nearly equal loads, and every number is given once."""
+    counts = draw("changing")[1][0][0].ids.flatten().bincount(minlength=256)
+    number = level_ranks(counts, 2)
+    assert number.sort().values.tolist() == list(range(256))
+    loads = torch.zeros(256).scatter_(0, number, counts.float()).view(2, 128).sum(1)
+    assert loads.max() <= 1.01 * loads.mean()
+    assert counts.view(2, 128).sum(1).max() >= 1.2 * loads.mean()
+
+
 class Broken(Form):
     """A form whose weights are slightly wrong."""
 
@@ -105,7 +116,7 @@ def test_a_wrong_form_is_not_timed(worker, monkeypatch):
         assert max(figures["reversed_errors"].values()) <= run.TOLERANCE[torch.float32]
     options = {"device": "cpu", "replays": 1}
     times, errors = make_layer_grids({"layer": row}, options)
-    assert [line[1] for line in times.rows[:2]] == ["none", "even"]
+    assert [line[1] for line in times.rows[:3]] == ["none", "even ranks", "even"]
     assert [line[-1] for line in errors.rows[:3]] == ["right", "WRONG", ""]
 
 

@@ -45,7 +45,7 @@ def _make_times_grid(found: dict[str, Any]) -> Grid:
         "One MoE layer, forward and backward, microseconds",
         (
             *("routing", "form", "imbalance", "median", "p99", *_PARTS),
-            *("over even", "over lplb", "pieces", "GB/s"),
+            *("over even", "over even ranks", "over lplb", "pieces", "GB/s"),
         ),
         times,
         (
@@ -55,7 +55,9 @@ def _make_times_grid(found: dict[str, Any]) -> Grid:
             f"live_cost {s['cost']}; {s['rounds']} runs of each form, in turns, slowest rank. "
             f"changing: {s['hot']} experts of one rank that {s['share']:.0%} of the tokens "
             "choose each, others in every batch. steady: loads near those that copies were "
-            "placed by. ids: physical ids alone, which forward includes. over: median of the "
+            "placed by. even ranks: none with the experts of each batch renumbered such that "
+            "ranks are even. even: as many tokens for every expert. "
+            "ids: physical ids alone, which forward includes. over: median of the "
             "quotients, run by run. pieces: live slots that a batch fills. GB/s: weights at the "
             "busiest port over the time of a fetch alone. "
             "lplb, live: static copies are filled once per step, which isn't timed; with "
@@ -68,7 +70,7 @@ def _make_times_line(routing: str, name: str, form: dict[str, Any]) -> tuple[str
     """Lay out the times of one form."""
     imbalance = form["imbalance"]
     # A form that others are compared with may be wrong, and then has no times.
-    over = [form.get(f"over_{other}", {}).get("median") for other in ("even", "lplb")]
+    over = [form.get(f"over_{other}", {}).get("median") for other in ("even", "even ranks", "lplb")]
     rate = (form.get("fetch_gb_s") or {}).get("median")
     return (
         *(routing, name, f"{sum(imbalance) / len(imbalance):.3f}"),

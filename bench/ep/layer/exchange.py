@@ -97,7 +97,12 @@ class Layer:
         self.group, self.reverse = group, reverse
 
     def dispatch(
-        self, x: torch.Tensor, slots: torch.Tensor, per_rank: int, static: int
+        self,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        per_rank: int,
+        static: int,
+        beside: Callable[[], None],
     ) -> tuple[list[torch.Tensor], _Route]:
         """Send every token to its slots.
 
@@ -111,6 +116,8 @@ class Layer:
             Slots of a rank.
         static
             Slots of a rank whose rows are the first part.
+        beside
+            Is called once the rows are on their way.
 
         Returns
         -------
@@ -133,6 +140,7 @@ class Layer:
         out, into, first_rows = by_rank.tolist()
         rows = self._experts.Dispatch.apply(x, order, inverse, slots.shape[1])
         rows = self._transports.Exchange.apply(rows, out, into, self.group)
+        beside()
         slot = torch.arange(per_rank, device=x.device).repeat(ranks)
         slot = slot.repeat_interleave(received.flatten(), output_size=sum(into))
         by_slot = slot.argsort(stable=True)

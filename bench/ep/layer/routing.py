@@ -9,7 +9,14 @@ import torch
 from lplb_triton import Placement
 from lplb_triton.bench.ep.layer.sizes import LayerSizes
 
-__all__ = ["Batch", "draw_batches", "draw_even_batch", "draw_popularity", "find_hot_experts"]
+__all__ = [
+    "Batch",
+    "draw_batches",
+    "draw_even_batch",
+    "draw_popularity",
+    "find_hot_experts",
+    "level_ranks",
+]
 
 # Standard deviations of the logarithm of the experts' popularity: of the history, and of a batch
 # around it.
@@ -124,6 +131,33 @@ def draw_even_batch(
     choices = torch.arange(sizes.tokens * sizes.top_k, device=device)
     ids = (choices % sizes.experts).view(sizes.tokens, sizes.top_k)
     return _make_batch(ids, sizes, generator, dtype, device)
+
+
+def level_ranks(counts: torch.Tensor, ranks: int) -> torch.Tensor:
+    """Renumber experts such that ranks are as even as whole experts allow.
+
+    Parameters
+    ----------
+    counts
+        ``[experts]``, the tokens of a batch over all ranks.
+    ranks
+        Of the group; each gets as many experts, in order of their new numbers.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[experts]`` int64 on the CPU, the new number of each expert.
+    """
+    per_rank = len(counts) // ranks
+    loads, held = [0.0] * ranks, [0] * ranks
+    number = torch.empty(len(counts), dtype=torch.int64, device="cpu")
+    # The largest first, each to the least loaded rank that has room.
+    for expert in counts.argsort(descending=True, stable=True).tolist():
+        rank = min((r for r in range(ranks) if held[r] < per_rank), key=lambda r: loads[r])
+        number[expert] = rank * per_rank + held[rank]
+        loads[rank] += float(counts[expert])
+        held[rank] += 1
+    return number
 
 
 def _draw_gumbel(

@@ -19,15 +19,17 @@ from lplb_triton.bench.ep.layer.routing import (
     draw_batches,
     draw_even_batch,
     draw_popularity,
+    level_ranks,
 )
 from lplb_triton.bench.ep.layer.sizes import ROUTINGS, LayerSizes
 from lplb_triton.bench.ep.worker import Worker
 from lplb_triton.bench.measure.timer import WrongAnswerError, compute_statistics, make_event
 from lplb_triton.bench.types import Row
 
-__all__ = ["EVEN", "measure_layer", "run_layer"]
+__all__ = ["EVEN", "LEVEL", "measure_layer", "run_layer"]
 
 EVEN = "even"
+LEVEL = "even ranks"
 # Relative difference from ``none``, by norm, that rounding may explain: of sums in another order,
 # and of gradients that are rounded once more per copy.
 TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-4, torch.float64: 1e-10}
@@ -75,7 +77,9 @@ def _measure_routing(worker: Worker, routing: str) -> Row:
         name: (form, batches) for name, form in forms.items() if name not in wrong
     }
     none = forms["none"]
-    right[EVEN] = (none, [even] * sizes.batches)
+    level = [_level_batch(worker, batch, sizes.experts) for batch in batches]
+    right[LEVEL], right[EVEN] = (none, level), (none, [even] * sizes.batches)
+    row["forms"][LEVEL] = {"imbalance": [_find_imbalance(worker, none, one) for one in level]}
     row["forms"][EVEN] = {"imbalance": [_find_imbalance(worker, none, even)]}
     _time_forms(worker, sizes, right, row["forms"])
     _time_fetches(worker, right, row["forms"], expert_bytes)
@@ -83,6 +87,14 @@ def _measure_routing(worker: Worker, routing: str) -> Row:
     for form in forms.values():
         form.close()
     return row
+
+
+def _level_batch(worker: Worker, batch: Batch, experts: int) -> Batch:
+    """Return the batch with its experts renumbered such that ranks are even."""
+    counts = torch.bincount(batch.ids.flatten(), minlength=experts)
+    dist.all_reduce(counts)
+    number = level_ranks(counts.cpu(), worker.ranks)
+    return batch._replace(ids=number.to(worker.device)[batch.ids])
 
 
 def _draw_weights(worker: Worker, sizes: LayerSizes, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -114,9 +126,9 @@ def run_layer(layer: Layer, form: Form, batch: Batch) -> torch.Tensor:
         ``[tokens, hidden]``.
     """
     slots = form.choose_slots(batch.ids)
-    form.start()
     per_rank = form.placement.slots_per_rank
-    parts, route = layer.dispatch(batch.x, slots, per_rank, form.static)
+    # The host is ahead of the device once tokens are on their way, so a pull costs it nothing then.
+    parts, route = layer.dispatch(batch.x, slots, per_rank, form.static, form.start)
     outputs = layer.compute(parts, form.finish(), route)
     return layer.combine(outputs, batch.gates, route, form.attach)
 
@@ -239,7 +251,7 @@ def _time_forms(
         for part, values in zip(PARTS, zip(*times[name], strict=True), strict=True):
             rows[name][f"{part}_us"] = compute_statistics(worker.slowest(list(values)))
         rows[name]["us"] = compute_statistics(found)
-        for other in (EVEN, "lplb"):
+        for other in (EVEN, LEVEL, "lplb"):
             if other in slowest:
                 pairs = zip(found, slowest[other], strict=True)
                 rows[name][f"over_{other}"] = compute_statistics([a / b for a, b in pairs])

@@ -67,7 +67,7 @@ class LayerSizes:
     above: float = 1.02
     cost: int | None = None
     transports: tuple[str, ...] = ("symmetric", "spread")
-    n_sms: int = 16
+    n_sms: int = 24
     backward: str = "pull"
 
 
