@@ -76,7 +76,7 @@ def test_experts_are_renumbered_for_even_ranks():
     number = level_ranks(counts, 2)
     assert number.sort().values.tolist() == list(range(256))
     loads = torch.zeros(256).scatter_(0, number, counts.float()).view(2, 128).sum(1)
-    assert loads.max() <= 1.01 * loads.mean()
+    assert loads.max() <= 1.03 * loads.mean()
     assert counts.view(2, 128).sum(1).max() >= 1.2 * loads.mean()
 
 
