@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import time
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,13 +15,11 @@ from lplb_triton._layout import (
 )
 from lplb_triton.sync._base import Communicator, SyncError, group_timeout
 from lplb_triton.sync._faults import fault_error, mismatch_error
-from lplb_triton.sync._rendezvous import group_store
+from lplb_triton.sync._reports import GRACE, find_ranks_without_report
 
 # Words of a message before the counts: epoch (unused, since the library keeps the order), version,
 # number of counts, unused.
 HEADER = GATHERED_HEADER_WORDS
-# Seconds that ranks wait for one another's reports after a failure on the host.
-GRACE = 2.0
 
 
 class DistributedCommunicator(Communicator):
@@ -45,6 +42,8 @@ class DistributedCommunicator(Communicator):
         super().__init__(group, device, bound, ranks_per_node)
         self.kind = f"torch.distributed({backend})"
         self._flat = backend == "nccl"
+        self.whole_group = group
+        """Ranks that report a failed call: the EP group, of which ``group`` may be a part."""
         self._calls = 0
         self._headers: dict[int, torch.Tensor] = {}
         self._error: SyncError | None = None
@@ -86,8 +85,10 @@ class DistributedCommunicator(Communicator):
         self._gather_on_host(rows, message)
         wrong = (rows[:, 1:3] != message[1:3]).any(1)
         if wrong.any():
-            blamed = tuple(torch.nonzero(wrong).flatten().tolist())
-            theirs = {r: tuple(rows[r, 1:3].tolist()) for r in blamed}
+            theirs = {
+                self.members[r]: tuple(rows[r, 1:3].tolist())
+                for r in torch.nonzero(wrong).flatten().tolist()
+            }
             self._error = mismatch_error(self, self._calls, theirs, (int(version), n))
             raise self._error
         everyone = rows[:, HEADER:].long()
@@ -106,37 +107,30 @@ class DistributedCommunicator(Communicator):
                 work.wait(datetime.timedelta(seconds=self.timeout))
         except Exception as error:
             left = self.timeout - (time.monotonic() - begun)
-            absent = self._find_ranks_without_report(max(0.0, left) + GRACE)
-            names = f"ranks {list(absent)}" if absent else "a rank that could not be found"
+            patience = max(0.0, left) + GRACE
+            absent = find_ranks_without_report(self.whole_group, self._calls, patience)
+            if absent:
+                names = f"ranks {list(absent)}"
+            else:
+                absent, names = self._guess_absent(absent is None)
             self._error = SyncError(
-                f"epoch {self._calls} of {self!r} failed on rank {self.rank}: {names} did not "
-                f"come within {self.timeout:g} s, or died ({error})",
+                f"epoch {self._calls} of {self!r} failed on rank {self.members[self.rank]}: "
+                f"{names} did not come within {self.timeout:g} s, or died ({error})",
                 absent,
                 self._calls,
             )
             raise self._error from error
 
-    def _find_ranks_without_report(self, patience: float) -> tuple[int, ...]:
-        """Return the ranks that don't report this failure within ``patience`` seconds."""
-        try:
-            store: Any = group_store(self.group)
-            key = f"lplb_triton/failed/{self._calls}/"
-            store.set(f"{key}{self.rank}", b"1")
-            absent = set(range(self.n_ranks))
-            begun = quiet_since = time.monotonic()
-            while absent and time.monotonic() - begun < patience:
-                reported = {r for r in absent if store.check([f"{key}{r}"])}
-                if reported:
-                    absent -= reported
-                    quiet_since = time.monotonic()
-                # All ranks but one have reported, so the remaining one is the absent rank.
-                if len(absent) <= 1 and time.monotonic() - quiet_since > GRACE / 2:
-                    break
-                time.sleep(0.02)
-        except Exception:
-            # The store ended with the rank that serves it, so no report can be read.
-            return ()
-        return tuple(sorted(absent))
+    def _guess_absent(self, cut_off: bool) -> tuple[tuple[int, ...], str]:
+        """Return the ranks that are surely absent, and a description, where no report names them.
+
+        ``cut_off`` says that the store of the process group couldn't be reached.
+        """
+        others = tuple(r for i, r in enumerate(self.members) if i != self.rank)
+        reason = ", and the store of the process group can't be reached," if cut_off else ""
+        if cut_off and len(others) == 1:
+            return others, f"rank {others[0]}{reason}"
+        return (), f"one of ranks {list(others)}{reason}"
 
     def _raise_on_failure(self) -> None:
         """Raise the error of the first call that failed, if the host can see one already."""
