@@ -15,7 +15,7 @@ from lplb_triton._layout import (
 )
 from lplb_triton.sync._base import Communicator, SyncError, group_timeout
 from lplb_triton.sync._faults import fault_error, mismatch_error
-from lplb_triton.sync._reports import GRACE, find_ranks_without_report
+from lplb_triton.sync._reports import GRACE, find_ranks_without_answer, find_ranks_without_report
 
 # Words of a message before the counts: epoch (unused, since the library keeps the order), version,
 # number of counts, unused.
@@ -106,13 +106,7 @@ class DistributedCommunicator(Communicator):
             if work is not None:
                 work.wait(datetime.timedelta(seconds=self.timeout))
         except Exception as error:
-            left = self.timeout - (time.monotonic() - begun)
-            patience = max(0.0, left) + GRACE
-            absent = find_ranks_without_report(self.whole_group, self._calls, patience)
-            if absent:
-                names = f"ranks {list(absent)}"
-            else:
-                absent, names = self._guess_absent(absent is None)
+            absent, names = self._find_absent(begun)
             self._error = SyncError(
                 f"epoch {self._calls} of {self!r} failed on rank {self.members[self.rank]}: "
                 f"{names} did not come within {self.timeout:g} s, or died ({error})",
@@ -121,16 +115,24 @@ class DistributedCommunicator(Communicator):
             )
             raise self._error from error
 
-    def _guess_absent(self, cut_off: bool) -> tuple[tuple[int, ...], str]:
-        """Return the ranks that are surely absent, and a description, where no report names them.
-
-        ``cut_off`` says that the store of the process group couldn't be reached.
-        """
+    def _find_absent(self, begun: float) -> tuple[tuple[int, ...], str]:
+        """Return the ranks that are surely absent from a failed call, and a description."""
+        deadline = begun + self.timeout + GRACE
+        patience = max(GRACE, deadline - time.monotonic())
+        reported = find_ranks_without_report(self.whole_group, self._calls, patience)
         others = tuple(r for i, r in enumerate(self.members) if i != self.rank)
-        reason = ", and the store of the process group can't be reached," if cut_off else ""
-        if cut_off and len(others) == 1:
-            return others, f"rank {others[0]}{reason}"
-        return (), f"one of ranks {list(others)}{reason}"
+        if reported is not None:
+            return (
+                reported,
+                f"ranks {list(reported)}" if reported else f"one of ranks {list(others)}",
+            )
+        absent: tuple[int, ...] = others if len(others) == 1 else ()
+        if self.whole_group is not self.group:
+            # Every rank gives up the store at most GRACE after the deadline, and then answers.
+            seconds = max(GRACE, deadline + 2 * GRACE - time.monotonic())
+            absent = find_ranks_without_answer(self.whole_group, seconds) or absent
+        unsure = f"ranks {list(absent)}" if absent else f"one of ranks {list(others)}"
+        return absent, f"the store of the process group can't be reached from here; {unsure}"
 
     def _raise_on_failure(self) -> None:
         """Raise the error of the first call that failed, if the host can see one already."""

@@ -62,9 +62,10 @@ def split_group(
     return made[0], made[1]
 
 
-def _group_names() -> dict[Any, str]:
+def _group_names() -> dict[object, str]:
     """Return torch's table of the names of this process's groups."""
-    names: dict[Any, str] = dist.distributed_c10d._world.pg_names
+    world: Any = dist.distributed_c10d._world
+    names: dict[object, str] = world.pg_names
     return names
 
 

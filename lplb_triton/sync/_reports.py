@@ -7,17 +7,28 @@ connection, which takes many minutes.
 
 from __future__ import annotations
 
+import datetime
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
-__all__ = ["GRACE", "find_ranks_without_report", "group_store", "run_within"]
+__all__ = [
+    "GRACE",
+    "find_ranks_without_answer",
+    "find_ranks_without_report",
+    "group_store",
+    "run_within",
+]
 
 # Seconds that ranks wait for one another's reports after a failure, beyond the time-out.
 GRACE = 2.0
+
+# Tag of the messages of `find_ranks_without_answer`, by which no other receives them.
+ANSWER_TAG = 0x6C706C62
 
 Result = TypeVar("Result")
 
@@ -100,3 +111,49 @@ def _wait_for_reports(
             break
         time.sleep(0.02)
     return tuple(sorted(absent))
+
+
+def find_ranks_without_answer(group: dist.ProcessGroup, seconds: float) -> tuple[int, ...]:
+    """Send each rank a word, and return the ranks from which none comes; for gloo.
+
+    Ranks do this where the store can't be reached after a failed call. They must not have failed
+    over ``group`` itself, since gloo closes all connections of a group after a time-out, as here
+    too if a rank is absent.
+
+    Parameters
+    ----------
+    group : torch.distributed.ProcessGroup
+        Ranks to ask.
+    seconds : float
+        Bound on the wait for all of them.
+    """
+    deadline = time.monotonic() + seconds
+    rank, size = dist.get_rank(group), group.size()
+    word = torch.ones(1, dtype=torch.int32, device="cpu")
+    words = torch.zeros(size, 1, dtype=torch.int32, device="cpu")
+    words[rank] = 1
+    incoming, outgoing = {}, {}
+    for other in range(size):
+        if other != rank:
+            try:
+                incoming[other] = group.recv([words[other]], other, ANSWER_TAG)
+                outgoing[other] = group.send([word], other, ANSWER_TAG)
+            except RuntimeError:
+                # This connection has ended, so the word stays 0.
+                continue
+    _wait_for_all(list(incoming.values()), deadline)
+    absent = tuple(torch.nonzero(words[:, 0] == 0).flatten().tolist())
+    # Those that have answered still wait for this rank's word.
+    _wait_for_all([work for r, work in outgoing.items() if r not in absent], deadline)
+    return absent
+
+
+def _wait_for_all(works: list[Any], deadline: float) -> None:
+    """Wait until every message has come or failed, at most until ``deadline``."""
+    for work in works:
+        left = max(0.001, deadline - time.monotonic())
+        try:
+            work.wait(datetime.timedelta(seconds=left))
+        except RuntimeError:
+            # After a time-out the others fail at once; what has come before is there.
+            continue

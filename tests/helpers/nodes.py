@@ -19,7 +19,7 @@ CLONE_NEWUTS, CLONE_NEWNET = 0x04000000, 0x40000000
 RATE = "50mbit"
 
 
-class CannotMake(Exception):
+class NetworkError(Exception):
     """This machine makes no network namespaces, or no interfaces for them."""
 
 
@@ -28,10 +28,10 @@ class Network:
 
     def __init__(self, n_nodes):
         if not sys.platform.startswith("linux") or os.geteuid():
-            raise CannotMake("network namespaces need Linux and its root user")
+            raise NetworkError("network namespaces need Linux and its root user")
         missing = [name for name in ("unshare", "nsenter", "ip", "tc") if not shutil.which(name)]
         if missing:
-            raise CannotMake(f"no program {missing}")
+            raise NetworkError(f"no program {missing}")
         self._holders = []
         self.nodes, self.limits = [], set()
         try:
@@ -54,12 +54,12 @@ class Network:
         deadline = time.monotonic() + 10
         while True:
             if holder.poll() is not None:
-                raise CannotMake(holder.stderr.read().decode().strip())
+                raise NetworkError(holder.stderr.read().decode().strip())
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/{holder.pid}/ns/net") != own:
                     return holder.pid
             if time.monotonic() > deadline:
-                raise CannotMake("unshare made no namespace in 10 s")
+                raise NetworkError("unshare made no namespace in 10 s")
             time.sleep(0.01)
 
     def _set(self, pid, *commands):
@@ -70,7 +70,7 @@ class Network:
                 capture_output=True, text=True, timeout=20,
             )  # fmt: skip
             if done.returncode:
-                raise CannotMake(f"{command}: {done.stderr.strip()}")
+                raise NetworkError(f"{command}: {done.stderr.strip()}")
 
     def _add_node(self, node):
         pid = self._make_namespace()
@@ -97,7 +97,7 @@ class Network:
             f"tbf rate {RATE} burst 8kb latency 400ms",
             None,
         ):
-            with contextlib.suppress(CannotMake):
+            with contextlib.suppress(NetworkError):
                 if limit:
                     self._set(pid, f"tc qdisc add dev {interface} root {limit}")
                 self.limits.add(limit)
