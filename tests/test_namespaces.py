@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.batches import EXPERTS, count, ids_of, placement_of
-from helpers.nodes import NetworkError, Network, Ranks
+from helpers.nodes import Network, NetworkError, Ranks
 
 from lplb_triton import Balancer, sync
 from lplb_triton.sync._reports import GRACE

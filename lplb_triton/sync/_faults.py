@@ -30,9 +30,9 @@ def mismatch_error(
     if mine is not None:
         here = f"; here it was version {mine[0] & 0xFFFFFFFF:08x} and {mine[1]} counts"
     return SyncError(
-        f"epoch {epoch} of {sync!r} failed on rank {sync.members[sync.rank]}: {calls}{here} (a "
-        "version is of the placement and, with live slots, of their rules and the plan of the batch "
-        "before)",
+        f"epoch {epoch} of {sync!r} failed on rank {sync.members[sync.rank]}: {calls}{here} "
+        "(a version is of the placement and, with live slots, of their rules and the plan of the "
+        "batch before)",
         tuple(theirs),
         epoch,
     )
