@@ -126,6 +126,21 @@ def check_confusion(group, rank, ranks):
         Balancer(placement_of(ranks), group=group, device="cpu")
 
 
+def check_confusion_in_a_domain(group, rank):
+    """A rank of the second domain comes with another call; every rank's call ends with a name."""
+    version = torch.tensor([rank == 3], dtype=torch.int32)
+    with sync.connect(
+        group, "hierarchical", device="cpu", timeout=0.5, domain_size=2
+    ) as communicator:
+        counts = torch.ones(4, dtype=torch.int32)
+        begun = time.monotonic()
+        with pytest.raises(sync.SyncError, match=f"failed on rank {rank}: ") as info:
+            communicator.exchange(counts, version, torch.empty_like(counts))
+        # The first domain can't know which of the second's ranks is right.
+        assert info.value.ranks == ((2, 3), (2, 3), (3,), (2,))[rank]
+        assert time.monotonic() - begun < 6
+
+
 def check_death(group, rank, ranks, victim):
     """One rank is killed between two batches."""
     balancer = Balancer(placement_of(ranks), group=group, device="cpu", timeout=BOUND)
@@ -157,6 +172,8 @@ def work(rank, ranks, path):
     if ranks > 2:
         check_domains(world, rank, ranks)
     check_confusion(dist.new_group(list(range(ranks))), rank, ranks)
+    if ranks == 4:
+        check_confusion_in_a_domain(dist.new_group(list(range(ranks))), rank)
     with pytest.raises(ValueError, match="^placement, quotas and solver"):
         Balancer(
             placement_of(ranks, 0), group=world, device="cpu", quotas=("local", "global")[rank == 1]
