@@ -16,8 +16,7 @@ from helpers.batches import EXPERTS, count, ids_of, placement_of
 
 from lplb_triton import Balancer, Placement, sync
 from lplb_triton.sync import _connect, _rendezvous
-from lplb_triton.sync._connect import deep_ep_domain, shared_communicators, split_group
-from lplb_triton.sync._hierarchical import HierarchicalCommunicator
+from lplb_triton.sync._connect import deep_ep_domain, shared_communicators
 
 BOUND = 4.0
 
@@ -71,14 +70,12 @@ def check_quotas(group, rank, ranks):
 
 def check_domains(group, rank, ranks):
     """Two communicators in a row give what one gives."""
-    pair = split_group(group, 2, torch.device("cpu"))
+    # torch names a group after the number of groups of its ranks, here another one on rank 0.
+    dist.new_group([0])
     with (
         sync.connect(group, device="cpu", timeout=60) as flat,
-        HierarchicalCommunicator(
-            group, torch.device("cpu"), 2,
-            *(sync.connect(g, "distributed", device="cpu", timeout=60) for g in pair),
-        ) as tree,
-    ):  # fmt: skip
+        sync.connect(group, "hierarchical", device="cpu", timeout=60, domain_size=2) as tree,
+    ):
         for step in range(3):
             counts = torch.arange(20, dtype=torch.int32) * (rank + 1) + step
             version = torch.tensor([step], dtype=torch.int32)
@@ -93,18 +90,19 @@ def check_domains(group, rank, ranks):
                 results.append((total, rows))
             for a, b in zip(*results, strict=True):
                 assert torch.equal(a, b)
+        check_large(tree)
         assert repr(tree).startswith("hierarchical(torch.distributed(gloo) x 2")
 
 
-def check_large(group, rank, ranks):
+def check_large(communicator):
     """No sum wraps around, and what one rank has no count for has no sum."""
-    most = 2**31 - 1
-    mine = [most, most, -1, 5] if rank == 0 else [0, 1, 100, 6]
-    with sync.connect(group, device="cpu", timeout=60) as communicator:
+    most, ranks = 2**31 - 1, communicator.n_ranks
+    mine = [-1, most, most, 5] if communicator.rank == 0 else [100, 0, 1, 6]
+    counts, version = torch.tensor(mine, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    for rows in (None, torch.empty(ranks, 4, dtype=torch.int32)):
         total = torch.empty(4, dtype=torch.int32)
-        version = torch.zeros(1, dtype=torch.int32)
-        communicator.exchange(torch.tensor(mine, dtype=torch.int32), version, total)
-    assert total.tolist() == [most, -2, -2, 5 + 6 * (ranks - 1)]
+        communicator.exchange(counts, version, total, rows)
+        assert total.tolist() == [-2, most, -2, 5 + 6 * (ranks - 1)]
 
 
 def check_confusion(group, rank, ranks):
@@ -128,6 +126,21 @@ def check_confusion(group, rank, ranks):
         Balancer(placement_of(ranks), group=group, device="cpu")
 
 
+def check_confusion_in_a_domain(group, rank):
+    """A rank of the second domain comes with another call; every rank's call ends with a name."""
+    version = torch.tensor([rank == 3], dtype=torch.int32)
+    with sync.connect(
+        group, "hierarchical", device="cpu", timeout=0.5, domain_size=2
+    ) as communicator:
+        counts = torch.ones(4, dtype=torch.int32)
+        begun = time.monotonic()
+        with pytest.raises(sync.SyncError, match=f"failed on rank {rank}: ") as info:
+            communicator.exchange(counts, version, torch.empty_like(counts))
+        # The first domain can't know which of the second's ranks is right.
+        assert info.value.ranks == ((2, 3), (2, 3), (3,), (2,))[rank]
+        assert time.monotonic() - begun < 6
+
+
 def check_death(group, rank, ranks, victim):
     """One rank is killed between two batches."""
     balancer = Balancer(placement_of(ranks), group=group, device="cpu", timeout=BOUND)
@@ -149,7 +162,8 @@ def work(rank, ranks, path):
     world = dist.group.WORLD
     assert sync.connect(world, device="cpu").timeout == 1800
     check_quotas(world, rank, ranks)
-    check_large(world, rank, ranks)
+    with sync.connect(world, device="cpu", timeout=60) as communicator:
+        check_large(communicator)
     # Closed without a fault: the same group serves again.
     assert not shared_communicators
     with Balancer(placement_of(ranks), group=world, device="cpu") as balancer:
@@ -158,6 +172,8 @@ def work(rank, ranks, path):
     if ranks > 2:
         check_domains(world, rank, ranks)
     check_confusion(dist.new_group(list(range(ranks))), rank, ranks)
+    if ranks == 4:
+        check_confusion_in_a_domain(dist.new_group(list(range(ranks))), rank)
     with pytest.raises(ValueError, match="^placement, quotas and solver"):
         Balancer(
             placement_of(ranks, 0), group=world, device="cpu", quotas=("local", "global")[rank == 1]

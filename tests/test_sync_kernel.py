@@ -222,3 +222,7 @@ def test_rows_gathered_elsewhere(gather):
             assert (total == FAILED).all()
             assert not gather or torch.equal(gathered[1], own) and (gathered[bad] == 0).all()
             assert fault_error(Sync(1, 1.0), status.numpy()).ranks == (bad,)
+            # In a domain whose first rank is the EP group's 8.
+            error = fault_error(Sync(1, 1.0, first=8), status.numpy())
+            assert error.ranks == (8 + bad,) and "failed on rank 9: " in str(error)
+            assert f"rank {8 + bad} came" in str(error)

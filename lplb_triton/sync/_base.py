@@ -52,6 +52,9 @@ class Communicator(ABC):
         Ranks that take part.
     rank, n_ranks : int
         This rank's number in the group, and the group's size.
+    members : tuple of int
+        Numbers in the EP group of the ranks of ``group``, by which errors name them. They differ
+        from the numbers in ``group`` where that is a part of the EP group.
     ranks_per_node : int
         Consecutive ranks that share a node.
     timeout : float
@@ -69,6 +72,7 @@ class Communicator(ABC):
         self.device = device
         self.rank = dist.get_rank(group)
         self.n_ranks = group.size()
+        self.members = tuple(range(self.n_ranks))
         self.timeout = timeout
         self.ranks_per_node = ranks_per_node
         self.closed = False

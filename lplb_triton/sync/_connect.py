@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import socket
 import weakref
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ import torch.distributed as dist
 from lplb_triton._checks import check_choice, check_integer, check_timeout, resolve_device
 from lplb_triton.sync._base import Communicator, failed_groups, group_timeout
 from lplb_triton.sync._distributed import DistributedCommunicator
+from lplb_triton.sync._groups import split_group
 from lplb_triton.sync._hierarchical import HierarchicalCommunicator
 from lplb_triton.sync._memory import allocate
 from lplb_triton.sync._peer import Endpoint, PeerCommunicator
-from lplb_triton.sync._rendezvous import all_gather_objects, barrier, count_ranks_per_node
+from lplb_triton.sync._rendezvous import all_gather_objects, count_ranks_per_node
 
 __all__ = ["KINDS", "acquire", "choose_sync", "connect", "deep_ep_domain", "release"]
 
@@ -53,7 +53,8 @@ def connect(
         ``"distributed"``: all-gather by torch.distributed. ``"symmetric"``, ``"nvshmem"``: a
         kernel that writes into every rank's memory, from torch's symmetric memory or from
         nvshmem4py; at most 128 ranks, all of them within reach of one another.
-        ``"hierarchical"``: ``"symmetric"`` within each domain, then torch.distributed across.
+        ``"hierarchical"``: ``"symmetric"`` within each domain (on a CPU ``"distributed"``), then
+        torch.distributed across.
         ``"auto"``: on a CPU, and in a group of one, ``"distributed"``; if all ranks are on one
         host, each with a GPU of its own, and every GPU can do atomics on every other's memory,
         ``"symmetric"``; if that holds within each of several hosts with equally many consecutive
@@ -101,9 +102,11 @@ def connect(
         )
     bound = group_timeout(group, on) if timeout is None else timeout
     if on.type == "cpu":
-        if sync not in ("auto", "distributed"):
+        if sync in ("symmetric", "nvshmem"):
             raise ValueError(f"sync={sync!r} needs a GPU, got device {on}")
         domain = domain_size or count_ranks_per_node(group, bound)
+        if sync == "hierarchical":
+            return _make_hierarchical(group, on, bound, capacity, domain)
         return DistributedCommunicator(group, on, timeout, domain)
     with torch.cuda.device(on):
         domain = domain_size or count_ranks_per_node(group, bound)
@@ -148,25 +151,17 @@ def _make_hierarchical(
             f"sync='hierarchical' needs several domains of several ranks, got {size} ranks in "
             f"domains of {domain}"
         )
-    barrier(group, "making groups of a domain's ranks", timeout)
-    inner_group, outer_group = split_group(group, domain, device)
-    inner = _make_peer("symmetric", inner_group, device, timeout, capacity, domain)
-    outer = DistributedCommunicator(outer_group, device, None, 1)
+    on_cpu = device.type == "cpu"
+    longest_wait = timeout if on_cpu else group_timeout(group, device)
+    inner_group, outer_group = split_group(group, domain, timeout, longest_wait)
+    inner: Communicator
+    if on_cpu:
+        inner = DistributedCommunicator(inner_group, device, timeout, domain)
+        outer = DistributedCommunicator(outer_group, device, timeout, 1)
+    else:
+        inner = _make_peer("symmetric", inner_group, device, timeout, capacity, domain)
+        outer = DistributedCommunicator(outer_group, device, None, 1)
     return HierarchicalCommunicator(group, device, domain, inner, outer)
-
-
-def split_group(
-    group: dist.ProcessGroup, domain: int, device: torch.device
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Make two groups: this domain's ranks, and the ranks with this number in each domain."""
-    timeout = timedelta(seconds=group_timeout(group, device))
-    backend = dist.get_backend(group)
-    ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
-    first = rank - rank % domain
-    made = []
-    for members in (ranks[first : first + domain], ranks[rank % domain :: domain]):
-        made.append(dist.new_group(members, timeout, backend, use_local_synchronization=True))
-    return made[0], made[1]
 
 
 def choose_sync(

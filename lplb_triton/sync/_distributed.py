@@ -39,6 +39,8 @@ class DistributedCommunicator(Communicator):
         super().__init__(group, device, bound, ranks_per_node)
         self.kind = f"torch.distributed({backend})"
         self._flat = backend == "nccl"
+        self.whole_group = group
+        """Ranks that report a failed call: the EP group, of which ``group`` may be a part."""
         self._calls = 0
         self._headers: dict[int, torch.Tensor] = {}
         self._error: SyncError | None = None
@@ -80,8 +82,10 @@ class DistributedCommunicator(Communicator):
         self._gather_on_host(rows, message)
         wrong = (rows[:, 1:3] != message[1:3]).any(1)
         if wrong.any():
-            blamed = tuple(torch.nonzero(wrong).flatten().tolist())
-            theirs = {r: tuple(rows[r, 1:3].tolist()) for r in blamed}
+            theirs = {
+                self.members[r]: tuple(rows[r, 1:3].tolist())
+                for r in torch.nonzero(wrong).flatten().tolist()
+            }
             self._error = mismatch_error(self, self._calls, theirs, (int(version), n))
             raise self._error
         everyone = rows[:, HEADER:].long()
@@ -96,7 +100,8 @@ class DistributedCommunicator(Communicator):
         try:
             gather_rows(
                 rows, message, self.group, timeout=self.timeout, call=repr(self),
-                epoch=self._calls, key="failed",
+                epoch=self._calls, key="failed", members=self.members,
+                whole_group=self.whole_group,
             )  # fmt: skip
         except SyncError as error:
             self._error = error

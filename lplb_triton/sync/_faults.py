@@ -18,17 +18,21 @@ def mismatch_error(
     theirs: Mapping[int, Sequence[int]],
     mine: tuple[int, int] | None,
 ) -> SyncError:
-    """Return the error for ranks whose placement version or number of counts differs."""
+    """Return the error for ranks whose placement version or number of counts differs.
+
+    ``theirs`` has what each of them came with, by its number in the EP group.
+    """
     calls = ", ".join(
         f"rank {rank} came with placement version {version & 0xFFFFFFFF:08x} and {n} counts"
         for rank, (version, n) in theirs.items()
     )
-    own = ""
+    here = ""
     if mine is not None:
-        own = f"; here it was version {mine[0] & 0xFFFFFFFF:08x} and {mine[1]} counts"
+        here = f"; here it was version {mine[0] & 0xFFFFFFFF:08x} and {mine[1]} counts"
     return SyncError(
-        f"epoch {epoch} of {sync!r} failed on rank {sync.rank}: {calls}{own} (a version is of the "
-        "placement and, with live slots, of their rules and the plan of the batch before)",
+        f"epoch {epoch} of {sync!r} failed on rank {sync.members[sync.rank]}: {calls}{here} "
+        "(a version is of the placement and, with live slots, of their rules and the plan of the "
+        "batch before)",
         tuple(theirs),
         epoch,
     )
@@ -51,10 +55,14 @@ def fault_error(
     epoch, channel = int(status[STATUS_EPOCH]), int(status[STATUS_CHANNEL])
     fault = kernels.FAULTS[int(status[STATUS_FAULT])]
     by_rank = status[kernels.STATUS_FIRST :].reshape(STATUS_FIELDS, -1)
-    blamed = [int(rank) for rank in by_rank[0].nonzero()[0]]
-    where = f"epoch {epoch} on channel {channel} of {sync!r} failed on rank {sync.rank}"
+    reported = [int(rank) for rank in by_rank[0].nonzero()[0]]
+    blamed = [sync.members[rank] for rank in reported]
+    own_rank = sync.members[sync.rank]
+    where = f"epoch {epoch} on channel {channel} of {sync!r} failed on rank {own_rank}"
     if fault == "mismatch":
-        theirs = {rank: (int(by_rank[1, rank]), int(by_rank[2, rank])) for rank in blamed}
+        theirs = {
+            sync.members[rank]: (int(by_rank[1, rank]), int(by_rank[2, rank])) for rank in reported
+        }
         if openings is None:
             return mismatch_error(sync, epoch, theirs, None)
         mine = openings.get(channel, 0)
@@ -68,7 +76,7 @@ def fault_error(
         return SyncError(
             f"{where}: two calls were under way at once. Graphs that may be replayed at once are "
             "captured on different streams; streams that share a channel (bind) take turns",
-            (sync.rank,),
+            (own_rank,),
             epoch,
         )
     names = f"ranks {blamed} did not come" if blamed else "the last rank came just too late, not"

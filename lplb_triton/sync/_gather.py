@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import datetime
 import time
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from lplb_triton.sync._base import SyncError
-from lplb_triton.sync._rendezvous import group_store
+from lplb_triton.sync._reports import GRACE, find_ranks_without_answer, find_ranks_without_report
 
 __all__ = ["gather_rows"]
-
-# Seconds that ranks wait for one another's reports after a failure on the host.
-GRACE = 2.0
 
 
 def gather_rows(
@@ -27,6 +24,8 @@ def gather_rows(
     call: str,
     epoch: int,
     key: str,
+    members: Sequence[int] | None = None,
+    whole_group: dist.ProcessGroup | None = None,
 ) -> None:
     """Gather tensors on CPUs within the time-out.
 
@@ -46,49 +45,53 @@ def gather_rows(
         Number of the call.
     key : str
         Where ranks report a failure in the group's store: a name for this kind of call.
+    members : sequence of int or None
+        By which numbers errors name the ranks, by default their own.
+    whole_group : torch.distributed.ProcessGroup or None
+        Ranks that make these calls at the same time, of which ``group`` is a part; by default
+        there are no others.
 
     Raises
     ------
     SyncError
         If a rank didn't come, or died; naming it if it can be found.
     """
+    rank = dist.get_rank(group)
+    names = tuple(range(group.size())) if members is None else tuple(members)
     begun = time.monotonic()
     try:
         work = dist.all_gather(list(rows.unbind(0)), message, group=group, async_op=True)
         if work is not None:
             work.wait(datetime.timedelta(seconds=timeout))
     except Exception as error:
-        left = timeout - (time.monotonic() - begun)
-        where = f"lplb_triton/{key}/{epoch}/"
-        absent = _find_ranks_without_report(group, where, max(0.0, left) + GRACE)
-        names = f"ranks {list(absent)}" if absent else "a rank that could not be found"
+        others = tuple(name for i, name in enumerate(names) if i != rank)
+        absent, text = _find_absent(
+            group, whole_group or group, f"{key}/{epoch}", begun + timeout + GRACE, others
+        )
         raise SyncError(
-            f"epoch {epoch} of {call} failed on rank {dist.get_rank(group)}: {names} did not "
-            f"come within {timeout:g} s, or died ({error})",
+            f"epoch {epoch} of {call} failed on rank {names[rank]}: {text} did not come within "
+            f"{timeout:g} s, or died ({error})",
             absent,
             epoch,
         ) from error
 
 
-def _find_ranks_without_report(
-    group: dist.ProcessGroup, key: str, patience: float
-) -> tuple[int, ...]:
-    """Return the ranks that don't report this failure within ``patience`` seconds."""
-    try:
-        store: Any = group_store(group)
-        store.set(f"{key}{dist.get_rank(group)}", b"1")
-        absent = set(range(group.size()))
-        begun = quiet_since = time.monotonic()
-        while absent and time.monotonic() - begun < patience:
-            reported = {r for r in absent if store.check([f"{key}{r}"])}
-            if reported:
-                absent -= reported
-                quiet_since = time.monotonic()
-            # All ranks but one have reported, so the remaining one is the absent rank.
-            if len(absent) <= 1 and time.monotonic() - quiet_since > GRACE / 2:
-                break
-            time.sleep(0.02)
-    except Exception:
-        # The store ended with the rank that serves it, so no report can be read.
-        return ()
-    return tuple(sorted(absent))
+def _find_absent(
+    group: dist.ProcessGroup,
+    whole_group: dist.ProcessGroup,
+    call: str,
+    deadline: float,
+    others: tuple[int, ...],
+) -> tuple[tuple[int, ...], str]:
+    """Return the ranks that are surely absent from a failed call, and a description."""
+    patience = max(GRACE, deadline - time.monotonic())
+    reported = find_ranks_without_report(whole_group, call, patience)
+    if reported is not None:
+        return reported, f"ranks {list(reported)}" if reported else f"one of ranks {list(others)}"
+    absent: tuple[int, ...] = others if len(others) == 1 else ()
+    if whole_group is not group:
+        # Every rank gives up the store at most GRACE after the deadline, and then answers.
+        seconds = max(GRACE, deadline + 2 * GRACE - time.monotonic())
+        absent = find_ranks_without_answer(whole_group, seconds) or absent
+    unsure = f"ranks {list(absent)}" if absent else f"one of ranks {list(others)}"
+    return absent, f"the store of the process group can't be reached from here; {unsure}"

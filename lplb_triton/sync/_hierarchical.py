@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from lplb_triton._layout import NO_COUNT
+from lplb_triton._layout import MAX_COUNT, NO_COUNT
 from lplb_triton.sync._base import Communicator
+from lplb_triton.sync._distributed import DistributedCommunicator
 
 
 class HierarchicalCommunicator(Communicator):
     """Two communicators, one after the other.
 
     ``inner`` joins the consecutive ranks of a domain, ``outer`` the ranks with the same number
-    in every domain. Both belong to this one, and are closed with it.
+    in every domain. Both belong to this one, and are closed with it. Their errors name ranks by
+    their numbers in ``group``.
     """
-
-    waits_on_device = True
 
     def __init__(
         self,
@@ -33,6 +33,14 @@ class HierarchicalCommunicator(Communicator):
                 f"{outer.n_ranks}"
             )
         self.kind = f"hierarchical({inner!r} x {inner.n_ranks}, {outer!r} x {outer.n_ranks})"
+        self.waits_on_device = inner.waits_on_device or outer.waits_on_device
+        size = inner.n_ranks
+        first = self.rank - self.rank % size
+        inner.members = tuple(range(first, first + size))
+        outer.members = tuple(range(self.rank % size, self.n_ranks, size))
+        for part in (inner, outer):
+            if isinstance(part, DistributedCommunicator):
+                part.whole_group = group
         self._inner, self._outer = inner, outer
 
     def exchange(
@@ -44,6 +52,9 @@ class HierarchicalCommunicator(Communicator):
     ) -> None:
         """See `Communicator.exchange`."""
         self._check_open()
+        if self.failed():
+            # After a failure across domains, the ranks of a domain mustn't wait for one another.
+            self.check()
         n, size = counts.numel(), self._inner.n_ranks
         partial = torch.empty_like(counts)
         if gathered is None:
@@ -59,9 +70,10 @@ class HierarchicalCommunicator(Communicator):
             by_rank,
             gathered.view(-1, size * n),
         )
-        torch.sum(by_rank.view(size, n), 0, dtype=torch.int32, out=total)
-        # A sum of several NO_COUNT is set back to NO_COUNT.
-        total.clamp_(min=NO_COUNT)
+        parts = by_rank.view(size, n).long()
+        sums = parts.sum(0)
+        invalid = (parts < 0).any(0) | (sums > MAX_COUNT)
+        total.copy_(torch.where(invalid, NO_COUNT, sums))
 
     def bind(self, channel: int) -> None:
         """See `Communicator.bind`."""
@@ -96,6 +108,9 @@ class HierarchicalCommunicator(Communicator):
 def _version_of_sum(version: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
     """Return the version for the second exchange.
 
-    If the domain's sum failed it is a wrong one, so that other ranks refuse the sum.
+    If the domain's exchange failed on the device it is a wrong one, so that other ranks refuse the
+    sum. Single counts without a sum are no failure. On a CPU a failed exchange has raised.
     """
-    return torch.where(partial[:1] < 0, version + 1, version)
+    if partial.device.type == "cpu":
+        return version
+    return torch.where((partial < 0).all(), version + 1, version)

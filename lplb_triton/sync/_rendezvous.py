@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from lplb_triton.sync._base import SyncError
+from lplb_triton.sync._reports import GRACE, group_store, run_within
 
-__all__ = ["all_gather_objects", "barrier", "count_ranks_per_node", "group_store"]
+__all__ = ["all_gather_objects", "barrier", "count_ranks_per_node"]
 
 # Seconds between two polls of the store: at first, and at most.
 FIRST_PAUSE, LONGEST_PAUSE = 0.0005, 0.05
-# Seconds beyond the time-out in which the outcome of rank 0 may still arrive.
-GRACE = 2.0
 
 # Number of rendezvous so far by group. The references are weak, so that no process group is kept
 # alive by this table.
@@ -65,7 +64,8 @@ def all_gather_objects(
     Raises
     ------
     SyncError
-        On every rank, naming the ranks that did not arrive in time or had another purpose.
+        On every rank, naming the ranks that did not arrive in time or had another purpose. No
+        rank is named where the store of the process group can't be reached.
     """
     size = group.size()
     if size == 1:
@@ -75,11 +75,16 @@ def all_gather_objects(
         number = rendezvous_counts[group] = rendezvous_counts.get(group, 0) + 1
     message = pickle.dumps((purpose, value))
     try:
-        outcome = _wait_for_outcome(group_store(group), number, rank, size, timeout, message)
-    except dist.DistError as error:
+        store = group_store(group)
+        outcome = run_within(
+            timeout + 2 * GRACE,
+            lambda: _wait_for_outcome(store, number, rank, size, timeout, message),
+        )
+    except (dist.DistError, TimeoutError) as error:
         raise SyncError(
             f"{purpose} failed on rank {rank}: the store of the process group can't be reached, so "
-            f"the process that serves it has probably ended ({error})",
+            "the process that serves it has probably ended, or the network between has failed "
+            f"({error})",
             (),
             number,
         ) from error
@@ -115,11 +120,6 @@ def count_ranks_per_node(group: dist.ProcessGroup, timeout: float) -> int:
     even = all(len(set(block)) == 1 for block in blocks)
     distinct = len({block[0] for block in blocks}) == len(blocks)
     return size if even and distinct else 1
-
-
-def group_store(group: dist.ProcessGroup) -> Any:
-    """Return the key-value store that the group's ranks share."""
-    return dist.distributed_c10d._get_process_group_store(group)
 
 
 def _wait_for_outcome(

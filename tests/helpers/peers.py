@@ -62,8 +62,9 @@ class Ranks:
 class Sync:
     """What an error needs to know of a communicator."""
 
-    def __init__(self, rank, timeout):
+    def __init__(self, rank, timeout, first=0):
         self.rank, self.timeout, self.device = rank, timeout, DEVICE
+        self.members = range(first, first + 256)
 
     def __repr__(self):
         return "p2p(test)"
@@ -80,6 +81,7 @@ class Member(PeerCommunicator):
     def __init__(self, ranks, rank, timeout):
         self.kind, self.device, self.timeout = "p2p(test)", DEVICE, timeout
         self.rank, self.n_ranks, self.ranks_per_node = rank, ranks.n_ranks, 1
+        self.members = range(ranks.n_ranks)
         self.capacity, self.endpoint = ranks.capacity, ranks.endpoints[rank]
         self.closed, self._error = False, None
         self._channels = Channels(self.kind, self._stream)
