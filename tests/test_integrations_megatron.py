@@ -34,7 +34,7 @@ class Writer:
         self.scalars.append((name, value, iteration))
 
 
-def compare(make, run, crowd=False):
+def compare(make, run, crowd=False, **slots):
     """Differences from the plain framework's gradients before and after two new placements."""
     from lplb_triton.integrations.megatron import balance
 
@@ -47,7 +47,7 @@ def compare(make, run, crowd=False):
                     parameter[:2] = 0.1
     before = dict(ours.named_parameters())
     names = list(ours.state_dict())
-    balancing = balance(ours, every=1)
+    balancing = balance(ours, every=1, **slots)
     assert names == list(ours.state_dict())
     assert all(one is before[name] for name, one in ours.named_parameters())
     rows = []
@@ -87,6 +87,7 @@ def list_refusals():
     attempt("patched", layer)
     del layer.experts.forward
     attempt("redundant", layer, redundant=0)
+    attempt("live", layer, live=3)
     attempt("model", 3)
     balance(layer)
     attempt("twice", layer)
@@ -127,6 +128,8 @@ def check(rank, group, folder):
     results = {
         "layer": compare(megatron_cpu.make_layer, layer_loss),
         "crowded": compare(megatron_cpu.make_layer, crowded_loss, crowd=True),
+        "live": compare(megatron_cpu.make_layer, layer_loss, redundant=0, live=1),
+        "grouped live": compare(megatron_cpu.make_grouped_layer, layer_loss, live=1),
         "grouped": compare(megatron_cpu.make_grouped_layer, layer_loss),
         "model": compare(megatron_cpu.make_model, megatron_cpu.run_model),
         "refusals": list_refusals(),
@@ -146,7 +149,7 @@ def results(tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("what", ["layer", "crowded", "grouped", "model"])
+@pytest.mark.parametrize("what", ["layer", "crowded", "live", "grouped live", "grouped", "model"])
 def test_gradients_equal_those_of_plain_megatron_under_every_placement(results, what):
     """Gradients of all parameters in float64 differ by rounding only, also after new placements."""
     for rows in results:
@@ -162,7 +165,7 @@ def test_a_rank_takes_part_where_all_tokens_go_to_one_rank(results):
     assert last["moe_imbalance_after"] < 1.3
 
 
-@pytest.mark.parametrize("name", [*REFUSED, "patched", "redundant", "model", "twice"])
+@pytest.mark.parametrize("name", [*REFUSED, "patched", "redundant", "live", "model", "twice"])
 def test_what_cannot_be_balanced_is_refused_by_name(results, name):
     """Each setting that copies can't be had with raises an error that names it, on all ranks."""
     named = {"patched": "experts", "twice": "once"}.get(name, name)

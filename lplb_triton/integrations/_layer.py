@@ -12,6 +12,7 @@ from lplb_triton._checks import check_integer, check_number
 from lplb_triton._torch_op import outside_modes
 from lplb_triton._updates import update_placements
 from lplb_triton.balancer import Balancer
+from lplb_triton.live import LivePlan
 from lplb_triton.placement import Placement
 from lplb_triton.placement.arguments import check_live_slots
 from lplb_triton.placement.chaining import chain
@@ -106,6 +107,7 @@ class LayerBalance:
             )
             self.plan = SpreadPlan(self.balancer.placement, group=group, device=device)
             self.batch_plan = self.plan
+            self._filled: LivePlan | None = None
             self._make_counters()
 
     @property
@@ -157,12 +159,25 @@ class LayerBalance:
             )
         slots = self._keep_home(ids) if self.idle else self.balancer.run(ids.contiguous())
         if self.live and not self.idle:
-            with outside_modes():
-                self.batch_plan = self.plan.fill(self.balancer.live)
+            self._fill_slots()
         if not recomputed:
             with outside_modes(), torch.no_grad():
                 self._count(ids.detach(), slots.detach())
         return slots
+
+    def _fill_slots(self) -> None:
+        """Make the plan of the batch that was routed last."""
+        with outside_modes():
+            live = self.balancer.live
+            last, self._filled = self._filled, live
+            # Every run makes a new tensor, and the last one is still alive here.
+            if last is not None and last.experts.data_ptr() == live.experts.data_ptr():
+                raise RuntimeError(
+                    "the ids of a recomputed region were kept from its forward pass, so what live "
+                    "slots held there is unknown: with live slots, let checkpointing recompute "
+                    "lplb_triton.balance too"
+                )
+            self.batch_plan = self.plan.fill(live)
 
     @property
     def idle(self) -> bool:

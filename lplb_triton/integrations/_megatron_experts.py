@@ -31,7 +31,7 @@ def replace_grouped_forward(experts: Any, balance: LayerBalance) -> None:
         slots.clear()
         try:
             output, bias = type(experts).forward(experts, *args, **kwargs)
-            return attach(output, slots, balance.plan), bias
+            return attach(output, slots, balance.batch_plan), bias
         finally:
             slots.clear()
 
@@ -78,7 +78,7 @@ class _SequentialSlots:
             output, bias = type(self.experts).forward(self.view, hidden, tokens_per_expert, probs)
         finally:
             self.view.__dict__["local_experts"] = []
-        return attach(output, slots, self.balance.plan), bias
+        return attach(output, slots, self.balance.batch_plan), bias
 
     def _call_copy(
         self, slots: list[torch.Tensor], number: int, tokens: torch.Tensor, probs: torch.Tensor
@@ -88,7 +88,7 @@ class _SequentialSlots:
             return tokens, None  # all tokens are at home
         if not slots:
             weights = [[module._parameters[name] for module, name in row] for row in self.sources]
-            slots.extend(copy_weights(self.balance.plan, weights))
+            slots.extend(copy_weights(self.balance.batch_plan, weights))
         if not len(tokens):
             return tokens, None
         for (parameters, name), stacked in zip(self.targets, slots, strict=True):
@@ -140,7 +140,7 @@ def _call_grouped_linear(
 ) -> Any:
     """Call a grouped linear whose parameters are ``weight{i}`` and, with a bias, ``bias{i}``."""
     kinds = [kind for kind in ("weight", "bias") if f"{kind}0" in linear._parameters]
-    plan = balance.plan
+    plan = balance.batch_plan
     weights = [[linear._parameters[f"{kind}{i}"] for i in range(plan.n_local)] for kind in kinds]
     copies = copy_weights(plan, weights)
     slots.extend(copies)

@@ -20,7 +20,9 @@ from lplb_triton.integrations._megatron_experts import (
 __all__ = ["balance_layer"]
 
 
-def balance_layer(label: str, layer: Any, redundant: int, balance_above: float) -> LayerBalance:
+def balance_layer(
+    label: str, layer: Any, redundant: int, live: int, balance_above: float
+) -> LayerBalance:
     """Balance an MoE layer in place, and return what rebalances it; collective over its EP group.
 
     Its modules, parameters and configuration stay as they are. The token dispatcher is replaced by
@@ -34,6 +36,7 @@ def balance_layer(label: str, layer: Any, redundant: int, balance_above: float) 
         group=layer.ep_group,
         device=device,
         redundant=redundant,
+        live=live,
         balance_above=balance_above,
     )
     _replace_dispatcher(layer, balance)

@@ -28,6 +28,7 @@ from lplb_triton.integrations._layer import (
 )
 from lplb_triton.integrations._megatron_checks import check_layer, import_megatron
 from lplb_triton.integrations._megatron_layer import balance_layer
+from lplb_triton.placement.arguments import check_live_slots
 
 __all__ = ["Balancing", "balance"]
 
@@ -118,6 +119,7 @@ def balance(
     model: nn.Module | Sequence[nn.Module],
     redundant: int = 1,
     *,
+    live: int = 0,
     every: int = 100,
     balance_above: float = BALANCE_ABOVE,
 ) -> Balancing:
@@ -131,7 +133,10 @@ def balance(
     model : torch.nn.Module, or sequence of torch.nn.Module
         A model, or the chunks of a virtual pipeline.
     redundant : int
-        Slots for copies per rank and layer, at least 1.
+        Slots for copies per rank and layer, at least 1, or 0 with live slots.
+    live : int
+        Live slots per rank and layer, 0 to 2, which each batch fills with the experts that it
+        needs. The host waits for the device in every layer then.
     every : int
         Steps after which `Balancing.step` places copies anew.
     balance_above : float
@@ -162,13 +167,14 @@ def balance(
         optimizer.step()
         balancing.step(iteration, writer=tensorboard_writer)
     """
-    redundant = check_integer("redundant", redundant, 1)
+    live = check_live_slots(live, 1, "live")
+    redundant = check_integer("redundant", redundant, 0 if live else 1)
     every = check_integer("every", every, 1)
     found = list(_find_layers(model))
     for label, layer in found:
         check_layer(label, layer)
     above = check_number("balance_above", balance_above)
-    layers = {label: balance_layer(label, layer, redundant, above) for label, layer in found}
+    layers = {label: balance_layer(label, layer, redundant, live, above) for label, layer in found}
     return Balancing(layers, every)
 
 
