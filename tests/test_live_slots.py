@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_triton import Balancer, Placement, Replicas, SpreadPlan, chain, place, plan_moves, solve
+from lplb_triton import Balancer, Placement, Replicas, chain, place, plan_moves, solve
 
 LIVE = pytest.mark.parametrize("live", [1, 2])
 
@@ -164,14 +164,12 @@ def test_an_update_keeps_the_number_of_live_slots(backend):
         plain.update_placement(first)
 
 
-def test_training_refuses_live_slots_by_name():
-    """`Replicas` and `SpreadPlan` take placements without live slots only."""
+def test_replicas_refuse_live_slots_by_name():
+    """`Replicas` takes placements without live slots only."""
     static = chain(torch.rand(8), 1, redundant_per_rank=1, keep_home=True)
     p, rows = static.with_live_slots(1), torch.nn.Parameter(torch.randn(8, 3))
     with pytest.raises(ValueError, match="^placement must have no live slots here, got Placement"):
         Replicas(p, {"w": rows})
-    with pytest.raises(ValueError, match="^placement must have no live slots here, got Placement"):
-        SpreadPlan(p, device="cpu")
     replicas = Replicas(static, {"w": rows})
     with pytest.raises(ValueError, match="^placement must have no live slots here, got Placement"):
         replicas.move(p, None)

@@ -81,7 +81,7 @@ def test_every_section_on_a_cpu(quick_start, tmp_path, capsys):
     assert sections["train:even"]["runs"][0]["imbalance"] == 1.0
     for routing, row in sections["live:layer"]["routings"].items():
         forms = row["forms"]
-        assert set(forms) == {"none", "eplb", "lplb", "even", *LIVE_FORMS}
+        assert set(forms) == {"none", "eplb", "lplb", "even ranks", "even", *LIVE_FORMS}
         assert all(form["us"]["median"] > 0 for form in forms.values())
         for name in LIVE_FORMS:
             if name.startswith("live"):
