@@ -172,8 +172,14 @@ class LivePull:
             its live slots, ``[live_per_rank, ...]``. Slots that the plan leaves empty hold zeros
             or weights of earlier batches. Rows of live slots are at multiples of 16 bytes, so
             these tensors aren't contiguous where rows are not. They hold this batch's weights
-            until the next `pull` of any layer; `attach` fetches them again for the backward pass.
-            With ``backward="keep"`` they are memory of this call.
+            until the next `pull` or backward pass of any layer; `attach` fetches them again for
+            the backward pass. With ``backward="keep"`` they are memory of this call.
+
+        Raises
+        ------
+        RuntimeError
+            If another pull, a backward pass or an update has come between this pull and the first
+            call of `wait`, unless each call or layer has memory of its own.
         """
         if self._pairs is None:
             fetch, layer = self._fetch, self._fetch.layer
@@ -258,6 +264,7 @@ class _Attach(torch.autograd.Function):
         return output.detach()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         fetch: LiveFetch = ctx.fetch
         fetch.require_same_step()

@@ -127,6 +127,11 @@ class LiveSlots:
                 raise ValueError(f"n_sms must be at most {MOST_SMS}, got {n_sms}")
             self.reuse_gradients = check_flag("reuse_gradients", reuse_gradients)
             self.resident = check_flag("resident", resident)
+            if self.resident and backward == "keep":
+                raise ValueError(
+                    "backward must be 'pull' with resident=True, whose slots later batches "
+                    "overwrite, got 'keep'"
+                )
             self.timeout = check_timeout(timeout)
             if transport == "symmetric" and (group is None or self.device.type != "cuda"):
                 raise ValueError(
@@ -293,6 +298,8 @@ class LiveSlots:
             if memory is None:
                 memory = self.make_memory(layer.rows) if self._memory is None else self._memory
             fetch = LiveFetch(layer, plan, memory, self.step)
+            # Should this fail, nobody knows what the memory holds.
+            self._holder = None
             self._transport.start(fetch)
         self._pending = self._holder = fetch
         return fetch
@@ -301,6 +308,12 @@ class LiveSlots:
         """Wait for a pull; see `LivePull.wait`."""
         if fetch is self._pending:
             self._join()
+        if not self._keep and not self.resident and fetch is not self._holder:
+            raise RuntimeError(
+                "another pull, a backward pass or an update has followed since this pull began, "
+                "so the live slots hold other weights: wait for a pull before the next one, or "
+                "use backward='keep'"
+            )
 
     def _join(self) -> None:
         """Have the current stream wait for the pull that is under way, if there is one."""
@@ -315,6 +328,7 @@ class LiveSlots:
         self._join()
         if self._keep or fetch is self._holder:
             return
+        self._holder = None
         self._transport.refill(fetch)
         self._holder = fetch
 
@@ -351,6 +365,8 @@ class LiveSlots:
         self._updating = True
         self._transport.enter_update()
         yield
+        # After a failed wait another rank may still have read what was written.
+        self._transport.raise_on_failure()
         with outside_modes_and_grad():
             self._transport.exit_update(self._layers)
         for layer in self._layers:

@@ -104,6 +104,11 @@ class SymmetricTransport(Transport):
                 self._staged[layer.number].append((number, view))
                 found.append([(memory, 16 * offsets[number])] * len(everyone))
             else:
+                if any(at[1] % 16 for at in (theirs[number] for theirs in everyone) if at):
+                    raise ValueError(
+                        f"sources[{number}] must begin at a multiple of 16 bytes in memory of "
+                        "LiveSlots.empty on all ranks"
+                    )
                 _require_units(number, rows)
                 places_there = [theirs[number] for theirs in everyone]
                 found.append([(self._memories[at[0]], at[1]) for at in places_there if at])

@@ -97,6 +97,12 @@ class MessageTransport(Transport):
     def start(self, fetch: LiveFetch) -> None:
         """See `Transport.start`."""
         experts = fetch.plan.cpu().numpy()
+        n_logical = fetch.layer.placement.n_logical
+        if ((experts < -1) | (experts >= n_logical)).any():
+            raise ValueError(
+                f"live must hold experts in [0, {n_logical}), or -1 for none, got "
+                f"{experts.min()}..{experts.max()}"
+            )
         self._compare(fetch, experts)
         self._route(fetch, experts)
         self._begin(fetch)
@@ -112,7 +118,8 @@ class MessageTransport(Transport):
         except SyncError as error:
             self._error = error
             raise
-        others = tuple(rank for rank, one in enumerate(theirs) if one != mine)
+        # All ranks name the same ones.
+        others = tuple(rank for rank, one in enumerate(theirs) if one != theirs[0])
         if others:
             rank = dist.get_rank(self._group)
             self._error = SyncError(
