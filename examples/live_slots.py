@@ -39,21 +39,12 @@ def compute(x: torch.Tensor, slot: torch.Tensor, w_in: list, w_out: list) -> tor
     return y
 
 
-def main() -> None:
-    """Train, and print the loss and the imbalance of each step."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--live", type=int, default=1, help="live slots of a rank, 0 to 2")
-    parser.add_argument("--steps", type=int, default=5)
-    args = parser.parse_args()
-    dist.init_process_group()
-    group, rank, ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", rank % torch.cuda.device_count()) if on_gpu else "cpu"
-    device = torch.device(device)
-    if on_gpu:
-        torch.cuda.set_device(device)
-
-    placement = Placement.from_phy2log(torch.arange(EXPERTS), ranks).with_live_slots(args.live)
+def train(
+    group: dist.ProcessGroup, device: torch.device, live: int, steps: int
+) -> list[tuple[float, float]]:
+    """Train with ``live`` live slots a rank; returns loss and imbalance of each step."""
+    rank, ranks = dist.get_rank(group), group.size()
+    placement = Placement.from_phy2log(torch.arange(EXPERTS), ranks).with_live_slots(live)
     balancer = Balancer(placement, group=group, device=device)
     # This rank's originals, in the order of its static slots.
     mine = placement.phy2log.view(ranks, -1)[rank, : placement.static_per_rank].long()
@@ -62,18 +53,19 @@ def main() -> None:
     w_out = torch.nn.Parameter((torch.randn(EXPERTS, INNER, HIDDEN) / 8)[mine].to(device))
     optimizer = torch.optim.SGD([w_in, w_out], lr=0.5)
     slots = layer = None
-    if args.live:
-        slots = LiveSlots(args.live, group=group, device=device)
+    if live:
+        slots = LiveSlots(live, group=group, device=device)
         layer = slots.add(balancer, w_in, w_out)
 
-    for step in range(args.steps):
+    found = []
+    for step in range(steps):
         x, logical_ids = draw_batch(step, rank, device)
         physical_ids = balancer.run(logical_ids).flatten().long()
         # Rows go to the rank of their slot, in the order of slots.
         order = physical_ids.argsort(stable=True)
         sent = torch.bincount(physical_ids, minlength=placement.n_physical).view(ranks, -1)
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent)
+        dist.all_to_all_single(received, sent, group=group)
         out, into = sent.sum(1).tolist(), received.sum(1).tolist()
         rows = Exchange.apply(x[order // TOP_K], out, into, group)
         # Beside the tokens that are on their way now.
@@ -99,15 +91,31 @@ def main() -> None:
             with slots.update():
                 optimizer.step()
         total = loss.detach().clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
         loads = sent.sum(1)
-        dist.all_reduce(loads)
-        if rank == 0:
-            imbalance = float(loads.max() / loads.double().mean())
-            print(f"step {step}: loss {float(total):.6f}, imbalance {imbalance:.3f}")
+        dist.all_reduce(loads, group=group)
+        found.append((float(total), float(loads.max() / loads.double().mean())))
     if slots is not None:
         slots.close()
     balancer.close()
+    return found
+
+
+def main() -> None:
+    """Train, and print the loss and the imbalance of each step."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--live", type=int, default=1, help="live slots of a rank, 0 to 2")
+    parser.add_argument("--steps", type=int, default=5)
+    args = parser.parse_args()
+    dist.init_process_group()
+    rank, device = dist.get_rank(), torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    found = train(dist.group.WORLD, device, args.live, args.steps)
+    if rank == 0:
+        for step, (loss, imbalance) in enumerate(found):
+            print(f"step {step}: loss {loss:.6f}, imbalance {imbalance:.3f}")
     dist.destroy_process_group()
 
 

@@ -1,5 +1,8 @@
 """Live slots' weights and gradients by messages between four processes, against dense sums."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lplb_triton import LiveSlots, Placement
 from lplb_triton.sync import SyncError
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 RANKS, LOCAL, WIDTH, LAYERS = 4, 2, 6, 2
 EXPERTS = RANKS * LOCAL
@@ -160,7 +165,18 @@ def check_absence(rank, group):
     slots.close()
 
 
+def check_example(rank, group):
+    """examples/live_slots.py has the same losses with live slots, and evener ranks."""
+    from live_slots import train
+
+    runs = [train(group, torch.device("cpu"), live, 3) for live in (0, 1)]
+    for (loss, imbalance), (with_live, evener) in zip(*runs, strict=True):
+        assert with_live == pytest.approx(loss, rel=1e-5)
+        assert evener <= 1.05 < imbalance
+
+
 def check_ranks(rank, group):
+    check_example(rank, group)
     check_gradients(rank, group)
     check_steps(rank, group)
     check_refusals(rank, group)
