@@ -289,6 +289,7 @@ def test_advice_says_for_which_experts_balancing_pays():
     assert "(64 x 32) it pays from 512 tokens a rank on; your batches have 300." in answer
     assert f"For batches that large use {use}" in answer
     assert f"<li>Use {use}" in make_advice((256, None, None), 300.0)
+    assert "on (your batches have 32): use" in make_advice((None, 256, 1024), 32.0)
     for starts, names in (((None, None), ("this model", "a")), ((None, None), ("a", "b"))):
         answer = make_advice(starts, None, names)
         assert never in answer and "othing" in answer and "slots" not in answer

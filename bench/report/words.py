@@ -281,8 +281,12 @@ def _advise_use(saving: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     if not paying:
         return advice or f"Nothing. {_say_never(saving['sizes'][0], saving['grid'])}"
     least = min(paying, key=lambda size: int(size["pays_from"]["eplb"]))
-    start = int(least["pays_from"]["eplb"])
-    return f"{advice}For {name_size(least)} it pays from {start:,} tokens a rank on: use {plan}"
+    start, tokens = int(least["pays_from"]["eplb"]), saving["tokens"]
+    few = tokens is not None and tokens < start
+    have = f" (your batches have {tokens:,.0f})" if few else ""
+    return (
+        f"{advice}For {name_size(least)} it pays from {start:,} tokens a rank on{have}: use {plan}"
+    )
 
 
 def _say_never(size: Mapping[str, Any], grid: Sequence[int]) -> str:
