@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lplb_triton.bench.balance import find_typical
 from lplb_triton.bench.tables import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lplb_triton.bench.balance import Cell
+    from lplb_triton.bench.balance import Cell, Example
 
 __all__ = ["LINES", "balance_png", "placement_png"]
 
@@ -29,6 +30,8 @@ LINES: dict[str, tuple[str, str, float, str]] = {
 
 def balance_png(cells: Sequence[Cell], *, title: str) -> bytes:
     """Draw each combination: sorted rank loads of a typical batch, and imbalance over the batches.
+
+    All rows show the same batch, the one whose mean gain over EPLB is the median.
 
     Parameters
     ----------
@@ -56,8 +59,8 @@ def balance_png(cells: Sequence[Cell], *, title: str) -> bytes:
     # A file name may hold dollar signs, which start a formula in matplotlib.
     figure.suptitle(title, parse_math=False)
     axes = figure.subplots(len(drawn), 2, squeeze=False)
-    for (left, right), cell in zip(axes, drawn, strict=True):
-        _draw_loads(left, cell)
+    for (left, right), cell, example in zip(axes, drawn, find_typical(drawn), strict=True):
+        _draw_loads(left, cell, example)
         _draw_batches(right, cell)
     return _png(figure)
 
@@ -117,13 +120,14 @@ def _png(figure: Figure) -> bytes:
 
 
 def _name(cell: Cell) -> str:
-    slots = "no slots" if cell.slots == 0 else f"{cell.slots} redundant per rank"
-    return f"EP {cell.ep}, {cell.placement}, {slots}"
+    if cell.slots == 0:
+        return f"EP {cell.ep}, {cell.placement}, no slots"
+    slots = "slot" if cell.slots == 1 else "slots"
+    return f"EP {cell.ep}, {cell.placement}, {cell.slots} redundant {slots} per rank"
 
 
-def _draw_loads(ax: Axes, cell: Cell) -> None:
-    """Draw the ranks of the typical batch, the most loaded first."""
-    example = cell.typical()
+def _draw_loads(ax: Axes, cell: Cell, example: Example) -> None:
+    """Draw the ranks of one batch, the most loaded first."""
     mean = max(float(example.loads["none"].mean()), 1e-12)
     ranks = np.arange(1, cell.ep + 1)
     for name, (label, color, width, style) in LINES.items():
@@ -132,9 +136,9 @@ def _draw_loads(ax: Axes, cell: Cell) -> None:
                 markersize=width + 1, label=f"{label}: {loads[0]:.2f}")  # fmt: skip
     ax.axhline(1.0, color="black", linewidth=0.8)
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("ranks, the most loaded first (each line in its own order)")
+    ax.set_xlabel("ranks, the most loaded first, for which all wait (each line in its own order)")
     ax.set_ylabel("load of a rank / mean load")
-    title = f"One batch (layer {example.layer}, batch {example.batch}): all wait for the first rank"
+    title = f"{_name(cell)}: one batch (layer {example.layer}, batch {example.batch})"
     _add_title_and_legend(ax, title)
 
 

@@ -38,6 +38,14 @@ def figures(result):
     return json.loads((result / "balance.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def fetching_text(figures):
+    """The page of figures in which live slots are filled in one of six batches."""
+    live = {**figures["live"], "fetching": 1 / 6, "pieces": 0.02}
+    live["imbalance"] = {"lp": [1.001] * 5 + [1.2], "live": [1.001] * 5 + [1.105]}
+    return report.html({**figures, "live": live})
+
+
 def shown_cell(figures):
     """Return the combination that the page is about."""
     return figures["cells"][figures["shown"]["cell"]]
@@ -52,7 +60,7 @@ def test_the_headline_says_what_is_gained(text, figures):
     head = page.texts["summary"]
     assert f"The slowest rank gets {over['eplb']} fewer tokens than with EPLB" in head
     assert f"{over['none']} fewer than with no balancing" in head
-    assert f"\N{MINUS SIGN}{over['eplb']}" in head
+    assert f"\N{MINUS SIGN}{over['eplb']}" in head and "in tokens, not in time" in head
     assert f"{100 * (1 - p95['integer'] / p95['eplb']):.0f}% fewer tokens than with EPLB" in head
     bound = np.mean([layer["bound"] for layer in cell["by_layer"]])
     assert f"can do better than {100 * (1 - bound / mean['eplb']):.0f}% fewer tokens than" in head
@@ -93,9 +101,9 @@ def test_the_sections(text, figures):
     assert "a&b.npz" in page.text and "not the GPU kernel's time" in page.texts["details"]
 
 
-def test_every_picture_has_a_text_and_units(text):
+def test_every_picture_has_a_text_and_units(fetching_text):
     """Pictures have a title and a description, figures a caption, and axes their units."""
-    page = Page(text)
+    page = Page(fetching_text)
     pictures = [attrs for tag, attrs in page.tags if tag == "svg" and attrs.get("role") == "img"]
     assert len(pictures) > 20
     for attrs in pictures:
@@ -120,9 +128,9 @@ def test_every_picture_has_a_text_and_units(text):
         assert all(axis in page.texts[name] for axis in axes), name
 
 
-def test_lines_on_top_of_each_other_stay_visible(text):
+def test_lines_on_top_of_each_other_stay_visible(fetching_text):
     """Of the lines of a picture each is narrower than those that are drawn before it."""
-    page = Page(text)
+    page = Page(fetching_text)
     for name in ("over-time-picture-t", "one-batch-picture-t", "saving-picture-t"):
         assert name in page.ids
     for name in ("over-time", "one-batch", "saving", "live-slots"):
@@ -132,7 +140,7 @@ def test_lines_on_top_of_each_other_stay_visible(text):
         assert len(widths) >= 2 and widths == sorted(set(widths), reverse=True)
 
 
-def test_the_page_says_what_live_slots_would_add(text, figures):
+def test_the_page_says_what_live_slots_would_add(text, fetching_text, figures):
     """A section has both imbalances of each batch, and how many batches would fetch."""
     found, cell = figures["live"], shown_cell(figures)
     assert all(found[name] == cell[name] for name in ("ep", "placement", "slots"))
@@ -142,9 +150,14 @@ def test_the_page_says_what_live_slots_would_add(text, figures):
     assert (live[lp <= 1.01] == lp[lp <= 1.01]).all() and (live < lp).mean() == found["fetching"]
     (layer,) = (row for row in cell["by_layer"] if row["layer"] == found["layer"])
     assert lp == pytest.approx(np.array(layer["imbalance"]["lp"]), abs=0.05)
-    page = Page(text)
+    page = Page(fetching_text)
     assert page.count("live", "path", "line") == 2 * 2 + 2
-    assert f"{100 * found['fetching']:.1f}% of the batches would fetch" in page.text
+    assert "16.7% of the batches would fetch" in page.text
+    assert "1.018 instead of 1.034" in page.text and "(without the time of fetching)" in page.text
+    # Where nothing is fetched there is a sentence in place of two equal lines.
+    page = Page(text)
+    assert found["fetching"] == 0 and page.count("live", "path", "line") == 0
+    assert "would fetch nothing in any of the 6 test batches" in page.texts["live-slots"]
     # Figures of a version without live slots have no such section.
     for older in ({k: v for k, v in figures.items() if k != "live"}, {**figures, "live": None}):
         assert "live" not in Page(report.html(older)).ids

@@ -258,6 +258,93 @@ def test_advice_without_a_gain(trace, cells):
     assert "--slots 1,2" in words.answer_changes(report_of, {**cell, "slots": 0})
 
 
+def make_advice(starts, tokens, names=("this model", "mixtral-8x7b", "deepseek-v3")):
+    """Answer what to change where balancing pays from given sizes of batches on."""
+    figures = {"none": 1.5, "eplb": 1.2, "integer": 1.01}
+    cell = {
+        **{"ep": 8, "slots": 2, "placement": "eplb", "by_layer": [{"bound": [1.0]}]},
+        "imbalance": {name: {"mean": v, "p95": v} for name, v in figures.items()},
+    }
+    sizes = [
+        {"name": name, "hidden": 64, "inner": 32, "net": [-1.0, 0.0 if start is None else 0.1],
+         "pays_from": {"eplb": start}}
+        for name, start in zip(names, starts, strict=True)
+    ]  # fmt: skip
+    saving = {"grid": [16, 131072], "tokens": tokens, "sizes": sizes}
+    fresh = {"change": "fresh", "slots": 2, "imbalance": 0.95}
+    shown = {"changes": [{"imbalance": 1.01}, fresh], "saving": saving}
+    return words.answer_changes({"shown": shown}, cell)
+
+
+def test_advice_says_for_which_experts_balancing_pays():
+    """What doesn't pay for the model's own experts or in its batches is not recommended."""
+    use = "EPLB's placement with 2 slots per rank for copies"
+    never = "takes longer than it saves at every batch size up to 131,072 tokens a rank"
+    answer = make_advice((None, 256, 1024), 300.0)
+    assert f"model's size (64 x 32): nothing. Balancing {never}. For experts as large" in answer
+    assert f"mixtral-8x7b it pays from 256 tokens a rank on: use {use}" in answer
+    assert "What follows is for those experts too." in answer
+    assert "Newer loads, roughly: EPLB's placement made from these very batches" in answer
+    answer = make_advice((512, 256, 1024), 300.0)
+    assert "(64 x 32) it pays from 512 tokens a rank on; your batches have 300." in answer
+    assert f"For batches that large use {use}" in answer
+    assert f"<li>Use {use}" in make_advice((256, None, None), 300.0)
+    assert "on (your batches have 32): use" in make_advice((None, 256, 1024), 32.0)
+    for starts, names in (((None, None), ("this model", "a")), ((None, None), ("a", "b"))):
+        answer = make_advice(starts, None, names)
+        assert never in answer and "othing" in answer and "slots" not in answer
+    assert make_advice((1024, 512), None, ("a", "b")).startswith(
+        f"<ol><li>For experts as large as those of b it pays from 512 tokens a rank on: use {use}"
+    )
+
+
+def test_equal_figures_are_said_once():
+    """Figures that read the same are not set against each other."""
+    cell = {"imbalance": {name: {"mean": 1.001} for name in ("none", "eplb", "integer")}}
+    answer = words.answer_gain(cell)
+    assert "has 1.00 times the mean load, as with EPLB and with no balancing." in answer
+    assert "waits less than 1% of the time" in answer and "instead" not in answer
+    cell["imbalance"]["none"]["mean"] = 1.5
+    answer = words.answer_gain(cell)
+    assert "as with EPLB, instead of 1.50 times with no balancing." in answer
+    sizes = [{"batches": n, "integer": 1.001, "eplb": 1 + 0.1 / n} for n in (1, 2)]
+    answer = words.answer_batch_size({"grid": [1], "sizes": [], "tokens": None}, sizes)
+    assert "rank stays at 1.00 times the mean load; with EPLB it goes from 1.10 to 1.05" in answer
+
+
+def test_changes_without_a_gain_are_named():
+    """A change that leaves as much as before has no gain, and a newer placement is no bound."""
+    layer = {"bound": [1.0]}
+    cell = {
+        **{"applicable": True, "ep": 8, "slots": 1, "placement": "eplb", "by_layer": [layer]},
+        "imbalance": {name: {"mean": 1.02} for name in ("lp", "integer")},
+    }
+    rows = (("nothing", 1.02), ("slots", 1.01), ("fresh", 1.03))
+    changes = [{"change": name, "slots": 1, "imbalance": value} for name, value in rows]
+    shown = report.sections.show_remainder({"cells": [cell], "shown": {"changes": changes}}, cell)
+    assert "3.0%, no gain" in shown and shown.count("no gain") == 4
+    assert "roughly what newer loads could give; it can be worse" in shown
+    assert "at most." not in shown
+
+
+def test_maps_say_how_far_loads_are_from_the_mean():
+    """Over a map that shows nothing stands the largest deviation."""
+    layer = {"layer": 0, "eplb": [[60.0, 140.0]], "integer": [[99.6, 100.4]]}
+    shown = report.sections.show_ranks({"batches": [0], "layers": [layer]})
+    assert "All ranks within 0.4% of the mean." in shown
+    assert "From 60% to 140% of the mean." in shown
+
+
+def test_all_rows_show_the_same_batch(cells):
+    """One batch under each combination has the median of the gains that they have together."""
+    first, second = balance.find_typical(cells)
+    assert (first.layer, first.batch) == (second.layer, second.batch)
+    assert first.loads["none"].tolist() == second.loads["none"].tolist()
+    gains = np.mean([c.imbalance("eplb") - c.imbalance("integer") for c in cells], axis=0)
+    own = gains[first.layer, first.batch - 6]
+    assert (gains < own - 1e-9).sum() <= gains.size / 2 >= (gains > own + 1e-9).sum()
+
+
 def test_topologies_of_several_groups_have_no_live_slots():
     """Where every placement has several groups of ranks, nothing is said of live slots."""
     trace = make_trace(sources=1)

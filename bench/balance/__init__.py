@@ -23,7 +23,14 @@ from lplb_triton.bench.balance.changes import (
 from lplb_triton.bench.balance.history import Stretch, find_stretches
 from lplb_triton.bench.balance.placements import BY_HISTORY, make_placement
 from lplb_triton.bench.balance.replay import Options, combinations, run
-from lplb_triton.bench.balance.results import VARIANTS, Cell, Example, LayerResult, imbalance
+from lplb_triton.bench.balance.results import (
+    VARIANTS,
+    Cell,
+    Example,
+    LayerResult,
+    find_typical,
+    imbalance,
+)
 from lplb_triton.bench.balance.whole_tokens import check_tokens, compute_token_loads, merge_sources
 
 __all__ = [
@@ -45,4 +52,5 @@ __all__ = [
     "make_placement",
     "run",
     "find_stretches",
+    "find_typical",
 ]

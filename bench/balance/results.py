@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ from lplb_triton import Placement, Status
 from lplb_triton.bench.balance.history import Stretch
 from lplb_triton.bench.types import Floats
 
-__all__ = ["VARIANTS", "Cell", "Example", "LayerResult", "imbalance"]
+__all__ = ["VARIANTS", "Cell", "Example", "LayerResult", "find_typical", "imbalance"]
 
 VARIANTS = ("none", "reordered", "even", "lp", "integer")
 
@@ -131,17 +132,15 @@ class Cell:
     def worst(self) -> Example:
         """Return the test batch that an even split leaves the most imbalanced."""
         values = self.imbalance("even")
-        return self._example(int(values.argmax()), values.shape[1])
+        return self.example_at(int(values.argmax()))
 
     def typical(self) -> Example:
         """Return the test batch whose gain of the LP over EPLB is the median of all."""
-        gain = self.imbalance("eplb") - self.imbalance("integer")
-        order = gain.flatten().argsort(kind="stable")
-        return self._example(int(order[len(order) // 2]), gain.shape[1])
+        return find_typical([self])[0]
 
-    def _example(self, at: int, batches: int) -> Example:
+    def example_at(self, at: int) -> Example:
         """Return the rank loads of one place of `imbalance`, flattened."""
-        number, offset = divmod(at, batches)
+        number, offset = divmod(at, self.imbalance("even").shape[1])
         layer = list(dict.fromkeys(result.layer for result in self.results))[number]
         for result in self.results:
             if result.layer != layer:
@@ -152,6 +151,24 @@ class Cell:
                 return Example(result.layer, result.stretch.split + offset, loads)
             offset -= size
         raise RuntimeError("results do not hold the batches they were indexed by")
+
+
+def find_typical(cells: Sequence[Cell]) -> list[Example]:
+    """Return one test batch under each cell: the one whose mean gain over EPLB is the median.
+
+    Parameters
+    ----------
+    cells
+        Results on the same batches and layers of one trace, none of them impossible.
+
+    Returns
+    -------
+    list of Example
+        The same layer and batch for each cell.
+    """
+    gain = np.mean([cell.imbalance("eplb") - cell.imbalance("integer") for cell in cells], axis=0)
+    order = gain.flatten().argsort(kind="stable")
+    return [cell.example_at(int(order[len(order) // 2])) for cell in cells]
 
 
 def imbalance(loads: npt.NDArray[np.floating] | npt.NDArray[np.integer]) -> Floats:

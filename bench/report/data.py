@@ -60,7 +60,7 @@ def rank_loads(cell: Cell) -> Row:
     dict
         ``batches`` (numbers of the test batches that are shown, at most 48, evenly spread) and
         ``layers``, at most 8 and evenly spread: ``layer``, and by ``eplb`` and ``integer`` the
-        load of each rank in each of the batches, in percent of the mean load
+        load of each rank in each of the batches, in percent of the mean load with one decimal
         ``[batches][ranks]``.
     """
     by_layer: dict[int, dict[str, list[Any]]] = {}
@@ -78,7 +78,7 @@ def rank_loads(cell: Cell) -> Row:
         for name, parts in by_layer[layer].items():
             loads = np.concatenate(parts)[chosen]
             mean = np.maximum(loads.mean(1, keepdims=True), 1e-12)
-            percent[name] = (100 * loads / mean).round().astype(int).tolist()
+            percent[name] = (100 * loads / mean).round(1).tolist()
         rows.append({"layer": layer, **percent})
     return {"batches": chosen.tolist(), "layers": rows}
 

@@ -131,8 +131,8 @@ def _show_head(report: Mapping[str, Any], cell: Mapping[str, Any], source: str) 
         f'<header id="summary">\n<p class="source">Load balance of {source}: '
         f"{words.name_cell(cell)}</p>\n"
         f"<h1>{headline}</h1>\n"
-        f'<p class="number">{number}</p>\n<p class="note">{unit}, mean over {batches} of {layers}'
-        f"</p>\n<p>{text}</p>\n"
+        f'<p class="number">{number}</p>\n<p class="note">{unit}, in tokens, not in time; '
+        f"mean over {batches} of {layers}</p>\n<p>{text}</p>\n"
         f"{sections.show_waiting(cell)}\n"
         f'<div class="answers">{cards}</div>\n</header>'
     )

@@ -207,7 +207,8 @@ def show_ranks(found: Mapping[str, Any]) -> str:
                 charts.color_loads(percent.T / 100, MOST_RANK), "rank", "test batch",
                 (str(batches[0]), str(batches[-1])), height=170,
             )  # fmt: skip
-            caption = f"<figcaption><b>{escape(title)}</b></figcaption>"
+            range_text = _say_range(percent)
+            caption = f"<figcaption><b>{escape(title)}</b>{range_text}</figcaption>"
             maps.append(f"<figure>{caption}{picture}</figure>")
     scale = charts.draw_scale("ranks-scale", MOST_RANK)
     return (
@@ -217,6 +218,14 @@ def show_ranks(found: Mapping[str, Any]) -> str:
         f'<div class="pairs">{"".join(maps)}</div>\n<figure><figcaption>Load of a rank over the '
         f"mean load of its batch</figcaption>{scale}</figure>"
     )
+
+
+def _say_range(percent: Floats) -> str:
+    """Say how far loads are from the mean, which a map of small differences hardly shows."""
+    most = float(np.abs(percent - 100).max())
+    if most < 5:
+        return f"All ranks within {max(most, 0.1):.1f}% of the mean."
+    return f"From {percent.min():.0f}% to {percent.max():.0f}% of the mean."
 
 
 def show_remainder(report: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
@@ -248,33 +257,45 @@ def show_remainder(report: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
         ]),
     )  # fmt: skip
     header = ["", "placement and slots", "solver", "whole tokens", "together"]
-    return "\n".join([made_of, draw_table(header, rows), _show_changes(report["shown"]["changes"])])
+    return "\n".join(
+        [made_of, draw_table(header, rows), _show_changes(report["shown"]["changes"], cell)]
+    )
 
 
-def _show_changes(changes: Sequence[Mapping[str, Any]]) -> str:
+def _show_changes(changes: Sequence[Mapping[str, Any]], cell: Mapping[str, Any]) -> str:
     names = {
         "nothing": "as it is",
         "slots": "one more slot per rank",
         "chain": "placement chain, same slots",
         "fresh": "placed by these very batches",
     }
-    bars = [
-        charts.Bar(
-            names[change["change"]],
-            [("lp", 100 * (float(change["imbalance"]) - 1))],
-            f"{100 * (float(change['imbalance']) - 1):.1f}%",
-        )
-        for change in changes
-    ]
+    left = [100 * (float(change["imbalance"]) - 1) for change in changes]
+    bars: list[charts.Bar] = []
+    for change, percent in zip(changes, left, strict=True):
+        gains = not bars or round(percent, 1) < round(left[0], 1)
+        text = f"{percent:.1f}%" if gains else f"{percent:.1f}%, no gain"
+        bars.append(charts.Bar(names[change["change"]], [("lp", percent)], text))
     told = "; ".join(f"{bar.name}: {bar.text}" for bar in bars)
     title = "What one change would leave above the mean load"
     return draw_figure(
         "changes", title,
-        "The same batches, at most about 128 of them, with one thing changed. “Placed by these "
-        "very batches” knows the future: it says how much newer loads could help at most.",
+        "The same batches, at most about 128 of them, with one thing changed."
+        + _explain_fresh(changes, cell),
         charts.draw_bars("changes-picture", title, f"Part above the mean load. {told}.", bars,
                          "above the mean load, %"),
     )  # fmt: skip
+
+
+def _explain_fresh(changes: Sequence[Mapping[str, Any]], cell: Mapping[str, Any]) -> str:
+    if all(change["change"] != "fresh" for change in changes):
+        return ""
+    why = "it is made for the loads of all batches together"
+    if cell["placement"] == "eplb":
+        why = "EPLB doesn't know of the linear program"
+    return (
+        f" “Placed by these very batches”: {words.name_method(cell)} made from these very batches, "
+        f"roughly what newer loads could give; it can be worse, since {why}."
+    )
 
 
 def show_batch_sizes(shown: Mapping[str, Any]) -> str:
@@ -380,6 +401,12 @@ def show_live(found: Mapping[str, Any]) -> str:
     lp, live = (np.array(found["imbalance"][name], dtype=np.float64) for name in ("lp", "live"))
     thin, each = charts.thin_out(np.stack([lp, live]))
     title = f"Most loaded rank of layer {int(found['layer'])} with and without live slots"
+    if not found["fetching"]:
+        return (
+            f'<p id="live-slots">{words.count_slots(int(found["live"]))} more on each rank, to be '
+            f"filled where a batch needs it, would fetch nothing in any of the {len(lp):,} test "
+            f"batches of layer {int(found['layer'])}: {words.name_cell(found)}.</p>"
+        )
     legend = (("lp", "line0", "linear program"), ("size3", "line1", "the same with live slots"))
     return draw_figure(
         "live-slots", title,

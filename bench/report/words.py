@@ -20,8 +20,9 @@ __all__ = [
     "count_things",
     "find_headline",
     "name_cell",
-    "say_headline",
+    "name_method",
     "name_size",
+    "say_headline",
     "sort_changes",
 ]
 
@@ -31,6 +32,8 @@ METHODS = {
     "place": "the placement <code>place</code>",
     "none": "experts in order",
 }
+# Name of the sizes that a trace says of its own model.
+OWN = "this model"
 # A change is worth naming from this part on.
 WORTH = 0.01
 
@@ -88,6 +91,12 @@ def name_cell(cell: Mapping[str, Any], short: bool = False) -> str:
     return f"{int(cell['ep'])} ranks, {method}, {copies}"
 
 
+def name_method(cell: Mapping[str, Any]) -> str:
+    """Name the placement of a combination, as escaped text."""
+    method = str(cell["placement"])
+    return METHODS.get(method, f"the topology <code>{escape(method)}</code>")
+
+
 def count_slots(number: int) -> str:
     """Say how many slots."""
     return count_things(number, "slot")
@@ -126,20 +135,38 @@ def say_headline(cell: Mapping[str, Any]) -> tuple[str, str, str, str]:
 def answer_gain(cell: Mapping[str, Any]) -> str:
     """Answer what balancing gains."""
     mean = {k: float(cell["imbalance"][k]["mean"]) for k in ("none", "eplb", "integer")}
-    wait = {name: 100 * (1 - 1 / value) for name, value in mean.items()}
+    wait = {name: _say_percent(100 * (1 - 1 / value)) for name, value in mean.items()}
+    load = {name: f"{value:.2f}" for name, value in mean.items()}
+    loads = _say_beside(load, " times")
+    waits = _say_beside(wait, "")
     return (
-        f"<p>The most loaded rank has {mean['integer']:.2f} times the mean load. With EPLB, whose "
-        f"copies share evenly, it has {mean['eplb']:.2f} times, with no balancing "
-        f"{mean['none']:.2f} times.</p><p>All other ranks wait for it: a rank waits "
-        f"{wait['integer']:.0f}% of the time of the experts' products, instead of "
-        f"{wait['eplb']:.0f}% with EPLB and {wait['none']:.0f}% with no balancing.</p>"
+        f"<p>The most loaded rank has {load['integer']} times the mean load{loads} EPLB's copies "
+        f"share evenly.</p><p>All other ranks wait for it: a rank waits {wait['integer']} of the "
+        f"time of the experts' products{waits}</p>"
     )
+
+
+def _say_percent(value: float) -> str:
+    return "less than 1%" if value < 0.5 else f"{value:.0f}%"
+
+
+def _say_beside(texts: Mapping[str, str], unit: str) -> str:
+    """Say what a figure is with EPLB and with no balancing, unless it reads the same there."""
+    others = {"eplb": "with EPLB", "none": "with no balancing"}
+    same = [name for key, name in others.items() if texts[key] == texts["integer"]]
+    changed = [
+        f"{texts[key]}{unit} {name}"
+        for key, name in others.items()
+        if texts[key] != texts["integer"]
+    ]
+    said = f", as {' and '.join(same)}" if same else ""
+    return said + (f", instead of {' and '.join(changed)}." if changed else ".")
 
 
 def name_size(size: Mapping[str, Any]) -> str:
     """Name the sizes of a layer, as escaped text."""
     name = str(size["name"])
-    if name == "this model":
+    if name == OWN:
         return "this model's experts"
     return f"experts as large as those of {escape(name)}"
 
@@ -161,11 +188,18 @@ def answer_batch_size(saving: Mapping[str, Any], sizes: Sequence[Mapping[str, An
     first, largest = sizes[0], sizes[-1]
     if len(sizes) > 1:
         text += (
-            f"<p>In batches {int(largest['batches'])} times as large the most loaded rank has "
-            f"{largest['integer']:.2f} times the mean load instead of {first['integer']:.2f} "
-            f"(EPLB: {largest['eplb']:.2f} instead of {first['eplb']:.2f}).</p>"
+            f"<p>In batches {int(largest['batches'])} times as large the most loaded rank "
+            f"{_say_change(first['integer'], largest['integer'])} the mean load; with EPLB it "
+            f"{_say_change(first['eplb'], largest['eplb'])}.</p>"
         )
     return text
+
+
+def _say_change(before: float, after: float) -> str:
+    """Say how a load over the mean changes, or that it reads the same."""
+    if f"{before:.2f}" == f"{after:.2f}":
+        return f"stays at {after:.2f} times"
+    return f"goes from {before:.2f} to {after:.2f} times"
 
 
 def _say_from(tokens: Any, last: int) -> str:
@@ -192,42 +226,82 @@ def sort_changes(changes: Sequence[Mapping[str, Any]]) -> list[tuple[float, Mapp
 
 def answer_changes(report: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     """Answer what to change: what to use, and what would gain more, the best first."""
-    method = str(cell["placement"])
-    slots = int(cell["slots"])
     steps = []
-    if not slots:
+    if not int(cell["slots"]):
         steps.append("Compare placements with redundant slots, such as <code>--slots 1,2</code>.")
     elif find_headline(cell).eplb < WORTH:
         steps.append(
             "Splitting by the linear program gains less than 1% here: EPLB alone is enough."
         )
     else:
-        named = METHODS.get(method, f"the topology <code>{escape(method)}</code>")
-        steps.append(
-            f"Use {named} with {count_slots(slots)} per rank for copies, and let "
-            "<code>Balancer.run</code> split each batch."
-        )
+        saving = report["shown"]["saving"]
+        steps.append(_advise_use(saving, cell))
+        if all(size["pays_from"]["eplb"] is None for size in saving["sizes"]):
+            # More copies would only be of use to what doesn't pay.
+            return f"<p>{steps[0]}</p>"
     now = report["shown"]["changes"][0]["imbalance"]
     for saved, change in sort_changes(report["shown"]["changes"]):
         if saved >= WORTH:
             steps.append(
-                f"{_advise(change)}: {change['imbalance']:.3f} instead of {now:.3f} times the mean "
-                f"load, {100 * saved:.1f}% less."
+                f"{_advise(change, cell)}: {change['imbalance']:.3f} instead of {now:.3f} times "
+                f"the mean load, {100 * saved:.1f}% less."
             )
     steps += _advise_live(report.get("live"))
+    if len(steps) > 1 and "nothing" in steps[0]:
+        steps[0] += " What follows is for those experts too."
     if len(steps) < 2:
         steps.append(
-            "Another placement, one more slot per rank or newer loads would each gain less than 1%."
+            "Another placement, one more slot per rank or a placement made from newer loads would "
+            "each gain less than 1%."
         )
     return "<ol>" + "".join(f"<li>{step}</li>" for step in steps) + "</ol>"
 
 
-def _advise(change: Mapping[str, Any]) -> str:
+def _advise_use(saving: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
+    """Say whether to balance: for the model's own experts if they are known, else for others."""
+    plan = (
+        f"{name_method(cell)} with {count_slots(int(cell['slots']))} per rank for copies, and let "
+        "<code>Balancer.run</code> split each batch."
+    )
+    paying = [size for size in saving["sizes"] if size["pays_from"]["eplb"] is not None]
+    own = next((size for size in saving["sizes"] if size["name"] == OWN), None)
+    advice = ""
+    if own is not None:
+        name = f"For experts of this model's size ({int(own['hidden'])} x {int(own['inner'])})"
+        if own["pays_from"]["eplb"] is None:
+            advice = f"{name}: nothing. {_say_never(own, saving['grid'])} "
+        elif saving["tokens"] is None or own["pays_from"]["eplb"] <= saving["tokens"]:
+            return f"Use {plan}"
+        else:
+            start, tokens = int(own["pays_from"]["eplb"]), float(saving["tokens"])
+            return (
+                f"{name} it pays from {start:,} tokens a rank on; your batches have {tokens:,.0f}. "
+                f"For batches that large use {plan}"
+            )
+    if not paying:
+        return advice or f"Nothing. {_say_never(saving['sizes'][0], saving['grid'])}"
+    least = min(paying, key=lambda size: int(size["pays_from"]["eplb"]))
+    start, tokens = int(least["pays_from"]["eplb"]), saving["tokens"]
+    few = tokens is not None and tokens < start
+    have = f" (your batches have {tokens:,.0f})" if few else ""
+    return (
+        f"{advice}For {name_size(least)} it pays from {start:,} tokens a rank on{have}: use {plan}"
+    )
+
+
+def _say_never(size: Mapping[str, Any], grid: Sequence[int]) -> str:
+    last = f"{int(grid[-1]):,} tokens a rank"
+    if max(size["net"]) <= 0:
+        return f"Balancing takes longer than it saves at every batch size up to {last}."
+    return f"Balancing takes longer than it saves in batches of {last}."
+
+
+def _advise(change: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     slots = int(change["slots"])
     return {
         "slots": f"One more slot per rank ({slots}), which takes the memory of one more expert",
         "chain": "The placement <code>chain</code> with as many slots, which costs no more",
-        "fresh": "Placing experts anew more often, at the very most",
+        "fresh": f"Newer loads, roughly: {name_method(cell)} made from these very batches",
     }[change["change"]]
 
 
@@ -239,5 +313,6 @@ def _advise_live(found: Mapping[str, Any] | None) -> list[str]:
         return []
     return [
         f'<a href="#live">Live slots</a>, {int(found["live"])} on each rank: {live:.3f} instead of '
-        f"{lp:.3f} in layer {int(found['layer'])}, {100 * (1 - live / lp):.1f}% less."
+        f"{lp:.3f} in layer {int(found['layer'])}, {100 * (1 - live / lp):.1f}% less "
+        "(without the time of fetching)."
     ]
