@@ -12,6 +12,11 @@ __all__ = [
     "make_advise_grids",
 ]
 
+_LIVE_QUANTITIES = (
+    *("pieces", "fetching", "sent/received", "fetch", "static", "with live"),
+    *("break-even", "live_above", "live_cost", "live MiB", "static MiB"),
+)
+
 
 def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench advise``.
@@ -87,12 +92,12 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
 def _make_live_grid(report: dict[str, Any]) -> Grid:
     """Lay out what live slots are predicted to save over the best static placement."""
     o = report["options"]
-    lines = []
+    columns = []
     for row in report["live"]:
         layer, sizes = row["layer_us"], row["bytes"]
-        lines.append(
+        columns.append(
             (
-                *(str(row["live"]), f"{row['pieces']:.1f}", f"{row['fetching']:.0%}"),
+                *(f"{row['pieces']:.1f}", f"{row['fetching']:.0%}"),
                 f"{row['sent']:.1f}/{row['received']:.1f}",
                 *(format_us(us) for us in (row["fetch_us"], layer["static"], layer["live"])),
                 "never" if row["break_even"] is None else str(row["break_even"]),
@@ -101,13 +106,12 @@ def _make_live_grid(report: dict[str, Any]) -> Grid:
                 *(f"{sizes[k] / 2**20:.0f}" for k in ("live", "static")),
             )
         )
+    # A row for each quantity: so many columns would be cut on a terminal of 80 characters.
+    lines = list(zip(_LIVE_QUANTITIES, *columns, strict=True))
     first = report["live"][0]
     return Grid(
         "Predicted: live slots on top of the best static placement, microseconds",
-        (
-            *("live", "pieces", "fetching", "sent/received", "fetch", "static", "with live"),
-            *("break-even", "live_above", "live_cost", "live MiB", "static MiB"),
-        ),
+        ("live slots per rank", *(str(row["live"]) for row in report["live"])),
         lines,
         (
             f"On {first['placement']}, {first['slots']} slots per rank, by the twin of the plan, "
