@@ -102,8 +102,9 @@ def test_command(capsys):
     report = json.loads(out.out)
     assert [row["live"] for row in report["live"]] == [1, 2]
     assert report["live"][0]["cost"] == advise.suggest_live_cost(gigabytes_per_second=100)
-    assert "live slots on top of the best static placement" in out.err and "100 GB/s" in out.err
-    (row,) = [line.split() for line in out.err.splitlines() if line.startswith("live_cost ")]
+    printed = " ".join(out.err.split())
+    assert "live slots on top of the best static placement" in printed and "100 GB/s" in printed
+    (row,) = [r for r in map(str.split, out.err.splitlines()) if r[:1] == ["live_cost"]]
     assert row[1:] == [str(row["cost"]) for row in report["live"]]
     assert cli.main(["advise", "--check", "--live", "1"]) == cli.USAGE
     assert "argument --live: --check" in capsys.readouterr().err

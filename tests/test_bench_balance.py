@@ -440,7 +440,7 @@ def test_kernel_on_a_gpu(trace_path, tmp_path):
 
 
 def test_the_default_ranks_are_named_where_they_do_not_fit(tmp_path, capsys, monkeypatch):
-    """Where 32 ranks, the default, don't divide the experts, that and the sizes that do are said."""
+    """Where the default of 32 ranks doesn't divide the experts, the message says what would."""
     monkeypatch.chdir(tmp_path)
     np.savez("t.npz", counts=np.ones((4, 16), dtype=int))
     assert cli.main(["report", "t.npz", "--device", "cpu"]) == cli.USAGE

@@ -10,6 +10,7 @@ import torch
 from helpers.traces import make_trace
 
 from lplb_triton import Placement, chain, load_placements, place, save_placements, topologies
+from lplb_triton.traces import trace as traces
 
 LOAD = torch.linspace(1, 9, 16)
 

@@ -56,16 +56,16 @@ def add(commands: Any) -> None:
             "each batch saves over EPLB's even split, what it costs, and from how many tokens per\n"
             "rank on it pays. Times of a rank's products are measured on this machine's GPU, or\n"
             "come from a packaged table of one H100. Communication is left out.\n"
-            "With --trace the number of experts, and top_k where the trace's meta has it, are the\n"
-            "trace's. So are hidden and inner where its meta has them, unless --model, --hf-config\n"
-            "or --hidden and --inner say others; --top-k gives what the meta lacks."
+            "With --trace the number of experts, and top_k where the trace's meta has it, are\n"
+            "the trace's. So are hidden and inner where its meta has them, unless --model,\n"
+            "--hf-config, --hidden or --inner say others; --top-k gives what the meta lacks."
         ),
         examples=(
             "  lplb-bench advise --model deepseek-v3 --ep 32 --tokens 4096\n"
             "  lplb-bench advise --model qwen3-235b-a22b --ep 16 --tokens 2048\n"
             "  lplb-bench advise --hf-config path/to/config.json --ep 8 --tokens 8192\n"
             "  lplb-bench advise --trace trace.npz --hidden 4096 --inner 1536 --top-k 8 --ep 16\n"
-            "  lplb-bench advise --trace packaged --ep 16\n"
+            "  lplb-bench advise --trace packaged --model deepseek-v3 --ep 16\n"
             "  lplb-bench advise --check       on a GPU: hold predictions against measured times"
         ),
     )

@@ -55,9 +55,7 @@ def add(commands: Any) -> None:
         ),
         examples=_EXAMPLES,
     )
-    sub.add_argument(
-        "--trace", type=Path, metavar="PATH", help=f"{options.TRACE_HELP} (default)"
-    )
+    sub.add_argument("--trace", type=Path, metavar="PATH", help=f"{options.TRACE_HELP} (default)")
     options.add_balance(sub)
     sub.add_argument(
         "--report", action=argparse.BooleanOptionalAction, default=None,

@@ -138,9 +138,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return OK
 
 
-def _cut_trace(
-    args: argparse.Namespace, trace: Trace, source: str
-) -> tuple[Stretch, list[_Loads]]:
+def _cut_trace(args: argparse.Namespace, trace: Trace, source: str) -> tuple[Stretch, list[_Loads]]:
     """Cut the layers' batches since the last gap into history and test."""
     layers = range(trace.layers) if args.layers is None else sorted(args.layers)
     if max(layers) >= trace.layers:

@@ -52,9 +52,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     try:
         found = reports.read(args.file)
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"argument FILE: {options.describe_error(error, args.file)}"
-        ) from error
+        raise UsageError(f"argument FILE: {options.describe_error(error, args.file)}") from error
     if found is None:
         if args.json is not None and args.out is None:
             raise UsageError("argument --json: needs --out beside it, for report.html")

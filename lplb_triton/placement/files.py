@@ -48,8 +48,8 @@ ARGUMENTS = ("phy2log", "ep_size", "n_logical", "n_group", "max_columns", "live_
 
 # What users of a trace are told, who may take it for a placement.
 TRACE_HINT = (
-    "not a file of placements, but like a trace: `lplb-bench place` makes a file of placements "
-    "from a trace"
+    "not a JSON file of placements, but like a trace: `lplb-bench place` makes a file of "
+    "placements from a trace"
 )
 
 P = TypeVar("P", bound="PlacementFile")
@@ -219,7 +219,7 @@ def _read(path: Path, kind: type[P]) -> dict[int, P]:
     data = path.read_bytes()
     # An .npz file is a zip archive. A trace in JSON is nested lists, or an object with counts.
     archive = data.startswith(b"PK")
-    content = None if archive else parse_json(data, str(path))
+    content: Any = None if archive else parse_json(data, str(path))
     nested = isinstance(content, list) and content and isinstance(content[0], list)
     if archive or nested or (isinstance(content, dict) and "counts" in content):
         raise ValueError(f"{path}: {TRACE_HINT}")
