@@ -22,14 +22,18 @@ __all__ = [
     "BALANCE_DEFAULTS",
     "EP",
     "HISTORY",
+    "PACKAGED",
     "SLOTS",
+    "TRACE_HELP",
     "UsageError",
     "add_balance",
     "add_command",
     "add_ep",
     "add_placement",
     "add_slots",
+    "check_batches",
     "check_divides",
+    "describe_error",
     "choose_device",
     "count",
     "fill",
@@ -39,6 +43,7 @@ __all__ = [
     "layers",
     "load_trace",
     "names",
+    "name_divisors",
     "output_files",
     "penalty",
     "placements",
@@ -63,6 +68,9 @@ BALANCE_DEFAULTS: Mapping[str, Any] = {
     "history": HISTORY,
     "tolerance": DEFAULT_TOLERANCE,
 }
+# The word for the packaged trace; every file of a trace has an ending.
+PACKAGED = "packaged"
+TRACE_HELP = f".npz or .json, or {PACKAGED!r}: the trace that comes with the package"
 # Largest integer of an option: sizes are int32, as tokens are.
 MOST = 2**31 - 1
 # Numbers of layers and of seeds that a range may have.
@@ -424,18 +432,42 @@ def check_divides(sizes: Sequence[int], experts: int) -> None:
     """Raise unless every EP size divides the experts."""
     for ep in sizes:
         if experts % ep:
-            raise UsageError(f"argument --ep: {ep} does not divide the {experts} experts")
+            what = f"{ep} does not divide the {experts} experts"
+            raise UsageError(f"argument --ep: {what}; {name_divisors(experts)}")
+
+
+def name_divisors(experts: int) -> str:
+    """Say which EP sizes divide the experts."""
+    found = [str(ep) for ep in range(2, experts + 1) if experts % ep == 0] or ["1"]
+    return f"{', '.join(found)} would do" if len(found) < 16 else "give one of its divisors"
+
+
+def describe_error(error: OSError | ValueError, path: Path) -> str:
+    """Say why a file can't be read, without the name of an argument that users don't see."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        missing = isinstance(error, FileNotFoundError)
+        return f"{'no such file' if missing else error.strerror}: {str(path)!r}"
+    return str(error).removeprefix("path: ")
 
 
 def load_trace(path: Path | None, option: str = "--trace") -> tuple[traces.Trace, str]:
     """Load the trace of an option, or the packaged one; return it with its name."""
     try:
-        if path is None:
+        if path is None or str(path) == PACKAGED:
             return traces.packaged(), "packaged trace"
         # Bytes of the name that are no text are shown as question marks.
         return traces.load(path), path.name.encode(errors="replace").decode()
     except (OSError, ValueError) as error:
-        raise UsageError(f"argument {option}: {error}") from error
+        text = str(error) if path is None else describe_error(error, path)
+        raise UsageError(f"argument {option}: {text}") from error
+
+
+def check_batches(trace: traces.Trace, name: str) -> None:
+    """Raise unless a trace has a batch to place by and another one to balance."""
+    if trace.batches < 2:
+        raise UsageError(
+            f"{name} has 1 batch; at least 2 are needed, one to place by and one to balance"
+        )
 
 
 def choose_device(device: str | None, backend: str | None) -> tuple[str, str]:

@@ -70,7 +70,9 @@ class LoadHistory:
             ``[n_logical]`` float64 on the device, fresh: choices of each logical expert over the
             whole group (of what this process gave, without a group), decayed. It is the same on
             all ranks if all started, and reset, before the same batch. Calls on other streams are
-            in it as far as the current stream has waited for them.
+            in it as far as the current stream has waited for them. All are 0 where no batch came
+            since `record_loads` or the last reset: a placement made from that is one for equal
+            loads, so look at ``loads.any()`` first, which waits for the device.
 
         Raises
         ------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,16 @@ class Metrics(NamedTuple):
     """Part of this rank's tokens that stayed on it; NaN unless ``quotas="global"``."""
     kept_on_node: float
     """The same for its node."""
+
+    def __str__(self) -> str:
+        """Return one line: batches, imbalance before and after, its bound, and certificates."""
+        if not self.batches:
+            return "no batches since the last reading"
+        return (
+            f"{self.batches} batch{'es' if self.batches > 1 else ''}, imbalance "
+            f"{self.imbalance_before:.3f} -> {self.imbalance_after:.3f} (bound {self.bound:.3f}), "
+            f"{_format_percent(self.certified)} certified"
+        )
 
 
 class MetricsReader:
@@ -107,6 +118,11 @@ class MetricsReader:
             mean(Metric.BOUND), mean(Metric.GAP), _divide(certified, solves), mean(Metric.STEPS),
             mean(Metric.FETCHED), _divide(on_rank, tokens), _divide(on_node, tokens),
         )  # fmt: skip
+
+
+def _format_percent(part: float) -> str:
+    """Return a part as a whole percentage that is 100 only where nothing is missing."""
+    return f"{math.floor(100 * part)}%" if part == part else "n/a"
 
 
 def _divide(part: float, whole: float) -> float:

@@ -216,11 +216,13 @@ def test_command(tmp_path, capsys):
 
 @pytest.fixture
 def recorded(tmp_path):
-    """Traces of 32 and 256 experts, the latter with top_k in its meta."""
+    """Traces of 32 and 256 experts, the latter with top_k in its meta, and one with all sizes."""
     traces.save(tmp_path / "t.npz", make_trace(batches=6, layers=1))
     wide = make_trace(batches=6, layers=1, experts=256)
     traces.save(tmp_path / "k.npz", traces.Trace(wide.counts, wide.steps, {"top_k": 4}))
-    return {name: str(tmp_path / name) for name in ("t.npz", "k.npz")}
+    sizes = {"top_k": 4, "hidden": 128, "inner": 96}
+    traces.save(tmp_path / "s.npz", traces.Trace(wide.counts, wide.steps, sizes))
+    return {name: str(tmp_path / name) for name in ("t.npz", "k.npz", "s.npz")}
 
 
 SIZES = ["--hidden", "64", "--inner", "32"]
@@ -240,6 +242,7 @@ SIZES = ["--hidden", "64", "--inner", "32"]
         ("t.npz", [*SIZES, "--top-k", "2", "--experts", "64"],
          "argument --experts: the trace t.npz has experts 32"),
         ("k.npz", [*SIZES, "--top-k", "8"], "argument --top-k: the trace k.npz has top_k 4"),
+        ("s.npz", ["--model", "deepseek-v3"], "has top_k 8, the trace s.npz 4; give --top-k 4"),
         ("t.npz", [*SIZES, "--top-k", "500"], "a token can't have 500 of 32 experts"),
     ],
 )  # fmt: skip
@@ -262,6 +265,10 @@ def test_sizes_are_never_mixed_silently(recorded, capsys, name, options, message
          ["mixtral-8x7b", "mixtral-8x7b", "--experts", "mixtral-8x7b"], (4096, 14336, 32, 2)),
         ("k.npz", ["--model", "deepseek-v3", "--top-k", "4"],
          ["deepseek-v3", "deepseek-v3", "k.npz", "--top-k"], (7168, 2048, 256, 4)),
+        ("s.npz", [], ["s.npz"] * 4, (128, 96, 256, 4)),
+        ("s.npz", ["--hidden", "64"], ["--hidden", "s.npz", "s.npz", "s.npz"], (64, 96, 256, 4)),
+        ("s.npz", ["--model", "deepseek-v3", "--top-k", "4"],
+         ["deepseek-v3", "deepseek-v3", "s.npz", "--top-k"], (7168, 2048, 256, 4)),
     ],
 )  # fmt: skip
 def test_it_says_where_sizes_come_from(recorded, capsys, name, options, sources, model):

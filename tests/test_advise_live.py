@@ -102,6 +102,19 @@ def test_command(capsys):
     report = json.loads(out.out)
     assert [row["live"] for row in report["live"]] == [1, 2]
     assert report["live"][0]["cost"] == advise.suggest_live_cost(gigabytes_per_second=100)
-    assert "live slots on top of the best static placement" in out.err and "100 GB/s" in out.err
+    printed = " ".join(out.err.split())
+    assert "live slots on top of the best static placement" in printed and "100 GB/s" in printed
+    (row,) = [r for r in map(str.split, out.err.splitlines()) if r[:1] == ["live_cost"]]
+    assert row[1:] == [str(row["cost"]) for row in report["live"]]
     assert cli.main(["advise", "--check", "--live", "1"]) == cli.USAGE
     assert "argument --live: --check" in capsys.readouterr().err
+
+
+def test_no_cell_is_cut_at_80_columns(capsys, monkeypatch):
+    """Every table, with the longest numbers that it may have, fits a pipe's 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    command = "advise --gemm table --ep 32 --tokens 65536 --live 1,2 --training --pull-rate 0.5"
+    assert cli.main(command.split()) == cli.OK
+    shown = capsys.readouterr().out
+    assert "static MiB" in shown and "sent/received" in shown
+    assert "\u2026" not in shown

@@ -299,7 +299,7 @@ def test_failed_certificate_is_exit_code_1(trace_path, tmp_path, capsys, monkeyp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--ep", "5"), "EP size 5 does not divide the 32 experts"),
+        (("--ep", "5"), "EP size 5 does not divide the 32 experts; 2, 4, 8, 16, 32 would do"),
         (("--ep", "4", "--placement", "cube"), "cube has groups of 8 ranks"),
         (("--ep", "8", "--placement", "cube", "--slots", "1"), "multiple of 2"),
         (("--ep", "8", "--slots", "100"), "redundant slots"),
@@ -437,3 +437,12 @@ def test_kernel_on_a_gpu(trace_path, tmp_path):
     report = json.loads((out / "balance.json").read_text())
     assert report["options"]["backend"] == "triton"
     assert report["environment"]["gpu"]
+
+
+def test_the_default_ranks_are_named_where_they_do_not_fit(tmp_path, capsys, monkeypatch):
+    """Where the default of 32 ranks doesn't divide the experts, the message says what would."""
+    monkeypatch.chdir(tmp_path)
+    np.savez("t.npz", counts=np.ones((4, 16), dtype=int))
+    assert cli.main(["report", "t.npz", "--device", "cpu"]) == cli.USAGE
+    message = "argument --ep: EP size 32 (the default) does not divide the 16 experts; 2, 4, 8, 16"
+    assert message in capsys.readouterr().err

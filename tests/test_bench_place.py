@@ -73,17 +73,19 @@ def test_layers_and_all_batches(trace, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--ep", "3"], "arguments --ep, --slots: EP size 3 does not divide the 16 experts"),
+        (["--ep", "3"], "arguments --ep, --slots: EP size 3 does not divide the 16 experts; "
+         "2, 4, 8, 16 would do"),
         (["--slots", "13"], "more than copies can fill (12)"),
         (["--layers", "0,2"], "argument --layers: the trace has layers 0 to 1, got 2"),
         (["--history", "4"], "argument --history: history must leave test batches"),
         (["--trials", "3"], "argument --trials: only for the methods place and home-place"),
         (["-o", "t.npz"], "argument --output would replace 't.npz'"),
+        (["-o", "p.txt"], "argument --output: must end in .json, got 'p.txt'"),
         (["-o", "-"], "argument --output: give a path, not -"),
         (["--json", "p.json"], "argument --output and --json would both write"),
         (["--quiet", "--progress"], "argument --progress: not with --quiet"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_refused(trace, tmp_path, capsys, options, message):
     """Options that don't fit the trace or each other are refused, and nothing is written."""
     assert cli.main([*LINE, *options]) == cli.USAGE
@@ -92,6 +94,27 @@ def test_what_does_not_fit_is_refused(trace, tmp_path, capsys, options, message)
     np.savez("zero.npz", counts=np.zeros((4, 16), dtype=int))
     assert cli.main(["place", "zero.npz", *LINE[2:]]) == cli.USAGE
     assert "no test batch of layer 0 has tokens" in capsys.readouterr().err
+    np.savez("one.npz", counts=np.ones((1, 16), dtype=int))
+    needed = "one.npz has 1 batch; at least 2 are needed, one to place by and one to balance"
+    for line in (["place", "one.npz", *LINE[2:]], ["report", "one.npz", "--ep", "4"]):
+        assert cli.main(line) == cli.USAGE
+        assert needed in capsys.readouterr().err
+    for command in ("place", "report"):
+        assert cli.main([command, "l.npz", *(LINE[2:] if command == "place" else ())]) == cli.USAGE
+        assert ": no such file: 'l.npz'" in (shown := capsys.readouterr().err)
+        assert "path:" not in shown
+
+
+def test_the_packaged_trace_has_a_name(trace, capsys):
+    """`packaged` stands for the trace of the package where a command takes one."""
+    line = ["place", "packaged", "--method", "eplb", *LINE[2:], "--layers", "0"]
+    assert cli.main([*line, "--history", "2", "--json", "-"]) == cli.OK
+    assert json.loads(capsys.readouterr().out)["source"] == "packaged trace"
+    recorded = traces.packaged()
+    assert Placement.load("p.json").n_logical == recorded.experts
+    line = "report packaged --ep 7 --device cpu"
+    assert cli.main(line.split()) == cli.USAGE
+    assert f"does not divide the {recorded.experts} experts" in capsys.readouterr().err
 
 
 class Terminal:

@@ -134,12 +134,17 @@ LLAMA = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008}
         ({**GOOD, "num_experts_per_tok": 500}, "'num_experts_per_tok' is 500, of 256 experts"),
         ({**GOOD, "hidden_size": True}, "'hidden_size' must be one integer"),
         ({**GOOD, "moe_intermediate_size": [1, 2]}, "'moe_intermediate_size' must be one integer"),
+        ({**GOOD, "moe_intermediate_size": None, "intermediate_size": 18432},
+         "'moe_intermediate_size' is missing, and 'intermediate_size' is that of dense layers; "
+         "give --inner"),
+        ({**LLAMA, "num_experts": 8, "num_experts_per_tok": 2,
+          "shared_expert_intermediate_size": 64}, "'moe_intermediate_size' is missing"),
         ({**GOOD, "first_k_dense_replace": "x"}, "'first_k_dense_replace' must be one integer"),
         ([], "expected an object, got list"),
         ("{", "not valid JSON"),
         ("\ufeff{}", "not valid JSON"),
     ],
-)
+)  # fmt: skip
 def test_what_has_no_sizes_is_refused_with_what_was_looked_for(save, capsys, content, message):
     """A dense, unknown or broken configuration is refused by the command, which says why."""
     path = save(content)
@@ -167,6 +172,12 @@ def test_the_command_takes_a_configuration(save, tmp_path, capsys):
     assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main([*command, "--model", "deepseek-v3"])
+    assert cli.main([*common, "--hf-config", "nope"]) == cli.USAGE
+    assert "argument --hf-config: no such file: 'nope'" in capsys.readouterr().err
+    path = save({**GOOD, "n_routed_experts": 32, "moe_intermediate_size": None})
+    assert cli.main([*command, "--inner", "512", "--json", "-"]) == cli.OK
+    found = json.loads(capsys.readouterr().out)["options"]
+    assert found["model"]["inner"] == 512 and found["sizes_from"]["inner"] == "--inner"
 
 
 # Parameters of each model in all, in thousand millions, as published.

@@ -152,3 +152,17 @@ def test_replays_add_to_metrics():
     found = balancer.metrics(wait=False)
     assert found.batches == 5
     assert found.imbalance_after == pytest.approx(reference.imbalance_after, rel=1e-9)
+
+
+def test_metrics_print_as_one_line():
+    """Printed metrics say batches, imbalance, its bound and certificates, or that none came."""
+    balancer = balance(chain(torch.ones(EXPERTS), RANKS, redundant_per_rank=1))
+    assert str(balancer.metrics()) == "no batches since the last reading"
+    for idx in draw(2):
+        balancer.run(idx)
+    found = balancer.metrics()
+    before, after, bound = found.imbalance_before, found.imbalance_after, found.bound
+    line = f"2 batches, imbalance {before:.3f} -> {after:.3f} (bound {bound:.3f}), 100% certified"
+    assert str(found) == line
+    assert str(found._replace(batches=1, certified=0.9999)).startswith("1 batch, ")
+    assert str(found._replace(certified=0.9999)).endswith(" 99% certified")

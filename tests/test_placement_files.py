@@ -10,6 +10,7 @@ import torch
 from helpers.traces import make_trace
 
 from lplb_triton import Placement, chain, load_placements, place, save_placements, topologies
+from lplb_triton.traces import trace as traces
 
 LOAD = torch.linspace(1, 9, 16)
 
@@ -163,3 +164,14 @@ def test_loads_of_a_trace_go_into_every_way_of_placing():
     assert torch.equal(make_trace(layers=1).loads(), make_trace(layers=1).loads(0))
     with pytest.raises(ValueError, match="finite and non-negative"):
         Placement.from_history(-loads, 4)
+
+
+def test_a_trace_is_told_from_a_placement(tmp_path):
+    """A trace, in either format, is refused with the command that makes placements of it."""
+    recorded = make_trace(batches=2, layers=1, experts=4)
+    traces.save(tmp_path / "t.npz", recorded)
+    (tmp_path / "t.json").write_text(json.dumps(recorded.counts.tolist()))
+    (tmp_path / "o.json").write_text(json.dumps({"counts": recorded.counts.tolist()}))
+    for name in ("t.npz", "t.json", "o.json"):
+        with pytest.raises(ValueError, match=f"{name}: .* like a trace: `lplb-bench place` makes"):
+            Placement.load(tmp_path / name)

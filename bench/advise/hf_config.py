@@ -30,6 +30,13 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         *("moe_k", "moe_top_k", "top_k_experts", "num_selected_experts"),
     ),
 }
+# Names of the width of dense layers, and members of models that have dense layers, or experts that
+# are shared, beside routed experts of another width.
+DENSE_WIDTHS = ("intermediate_size", "ffn_hidden_size")
+MIXED = (
+    *("n_routed_experts", "first_k_dense_replace", "n_shared_experts"),
+    "shared_expert_intermediate_size",
+)
 LAYER_NAMES = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 # Parts of a configuration that hold the language model's.
 SECTIONS = ("text_config", "language_config", "llm_config", "thinker_config", "ffn_config")
@@ -45,13 +52,15 @@ class ConfigSizes(NamedTuple):
     """Name that each size has in the configuration, by name in `Model`."""
 
 
-def read_config(path: Path) -> ConfigSizes:
+def read_config(path: Path, *, inner: int | None = None) -> ConfigSizes:
     """Read a configuration of Mixtral, Qwen, DeepSeek, GLM, gpt-oss, Llama 4 and many others.
 
     Parameters
     ----------
     path
         The ``config.json``, or the folder that holds it.
+    inner
+        Inner width of an expert, instead of the one in the configuration.
 
     Returns
     -------
@@ -63,7 +72,8 @@ def read_config(path: Path) -> ConfigSizes:
         If there is no such file.
     ValueError
         If it is no JSON object, the model is dense, or a size is missing or of the wrong kind; the
-        message says which names were looked for.
+        message says which names were looked for. So it is where a model with dense layers too
+        doesn't say the width of an expert, and ``inner`` is None.
     """
     if path.is_dir():
         path = path / "config.json"
@@ -71,7 +81,7 @@ def read_config(path: Path) -> ConfigSizes:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
     try:
-        return _read_sizes(_choose_section(content))
+        return _read_sizes(_choose_section(content), inner)
     except ValueError as error:
         kind = content.get("model_type")
         what = f" (model_type {kind!r})" if isinstance(kind, str) else ""
@@ -101,14 +111,22 @@ def _choose_section(content: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _read_sizes(section: dict[str, Any]) -> ConfigSizes:
+def _read_sizes(section: dict[str, Any], inner: int | None) -> ConfigSizes:
     """Read all sizes of a section."""
     found: dict[str, int] = {}
     used: dict[str, str] = {}
     for field, names in NAMES.items():
+        if field == "inner" and inner is not None:
+            found[field], used[field] = inner, field
+            continue
         name = next((n for n in names if section.get(n) is not None), None)
         if name is None:
             raise ValueError(f"no {field}: looked for {', '.join(names)}")
+        if name in DENSE_WIDTHS and any(section.get(mark) is not None for mark in MIXED):
+            raise ValueError(
+                f"'moe_intermediate_size' is missing, and {name!r} is that of dense layers; give "
+                "--inner"
+            )
         found[field], used[field] = _take_number(section, name, 1), name
     sizes = Model(**found)
     if sizes.experts == 1:

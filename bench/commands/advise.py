@@ -30,6 +30,8 @@ CHECK_MODELS = ("deepseek-v3", "qwen3-235b-a22b", "mixtral-8x7b")
 DEFAULT_MODEL = "deepseek-v3"
 TOKENS = 4096
 FIELDS = ("hidden", "inner", "experts", "top_k")
+# Sizes that loads don't depend on, so that other ones than the trace's may be given.
+FREE = ("hidden", "inner")
 
 
 class Sizes(NamedTuple):
@@ -54,15 +56,16 @@ def add(commands: Any) -> None:
             "each batch saves over EPLB's even split, what it costs, and from how many tokens per\n"
             "rank on it pays. Times of a rank's products are measured on this machine's GPU, or\n"
             "come from a packaged table of one H100. Communication is left out.\n"
-            "With --trace the number of experts, and top_k where the trace's meta has it, are the\n"
-            "trace's; the other sizes come from --model, --hf-config, or --hidden, --inner and\n"
-            "--top-k."
+            "With --trace the number of experts, and top_k where the trace's meta has it, are\n"
+            "the trace's. So are hidden and inner where its meta has them, unless --model,\n"
+            "--hf-config, --hidden or --inner say others; --top-k gives what the meta lacks."
         ),
         examples=(
             "  lplb-bench advise --model deepseek-v3 --ep 32 --tokens 4096\n"
             "  lplb-bench advise --model qwen3-235b-a22b --ep 16 --tokens 2048\n"
             "  lplb-bench advise --hf-config path/to/config.json --ep 8 --tokens 8192\n"
             "  lplb-bench advise --trace trace.npz --hidden 4096 --inner 1536 --top-k 8 --ep 16\n"
+            "  lplb-bench advise --trace packaged --model deepseek-v3 --ep 16\n"
             "  lplb-bench advise --check       on a GPU: hold predictions against measured times"
         ),
     )
@@ -106,7 +109,8 @@ def _add_batches(sub: argparse.ArgumentParser) -> None:
     """Add the loads, the ranks and what is done with a batch."""
     sub.add_argument(
         "--trace", type=Path, metavar="PATH",
-        help="recorded loads (default: synthetic, lognormal(0, 1) with jitter 0.3: an assumption)",
+        help=f"recorded loads, {options.TRACE_HELP} (default: synthetic, lognormal(0, 1) with "
+        "jitter 0.3: an assumption)",
     )  # fmt: skip
     sub.add_argument(
         "--ep", type=options.count, metavar="N",
@@ -177,6 +181,7 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
     trace, loads = None, "synthetic loads, lognormal(0, 1), jitter 0.3 (an assumption)"
     if args.trace is not None:
         trace, loads = options.load_trace(args.trace)
+        options.check_batches(trace, loads)
     model, source, layers = sizes(args, trace, loads)
     ep = args.ep or min(options.EP[0], model.experts)
     options.check_divides((ep,), model.experts)
@@ -275,6 +280,10 @@ def sizes(args: argparse.Namespace, trace: traces.Trace | None, name: str) -> Si
     model, option, known, source, layers = _start_sizes(args, trace is None)
     options_given = {k: getattr(args, k) for k in FIELDS if getattr(args, k) is not None}
     for field, value in ({} if trace is None else _read_sizes(trace)).items():
+        if field in FREE:
+            if field not in known and field not in options_given:
+                known[field], source[field] = value, name
+            continue
         label = field.replace("_", "-")
         if options_given.get(field, value) != value:
             raise UsageError(f"argument --{label}: the trace {name} has {field} {value}")
@@ -307,9 +316,10 @@ def _start_sizes(
     """Return a model's name, its option, its sizes, their sources and its layers with experts."""
     if args.hf_config is not None:
         try:
-            found = advise.read_config(args.hf_config)
+            found = advise.read_config(args.hf_config, inner=args.inner)
         except (OSError, ValueError) as error:
-            raise UsageError(f"argument --hf-config: {error}") from error
+            text = options.describe_error(error, args.hf_config)
+            raise UsageError(f"argument --hf-config: {text}") from error
         file = args.hf_config.name.encode(errors="replace").decode()
         source = {field: f"{file}: {name}" for field, name in found.names.items()}
         return file, "--hf-config", found.sizes._asdict(), source, found.layers
@@ -324,9 +334,10 @@ def _start_sizes(
 def _read_sizes(trace: traces.Trace) -> dict[str, int]:
     """Return the sizes that a trace records."""
     found = {"experts": trace.experts}
-    top_k = trace.meta.get("top_k")
-    if isinstance(top_k, int) and not isinstance(top_k, bool) and top_k > 0:
-        found["top_k"] = top_k
+    for name in ("hidden", "inner", "top_k"):
+        value = trace.meta.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            found[name] = value
     return found
 
 

@@ -55,9 +55,7 @@ def add(commands: Any) -> None:
         ),
         examples=_EXAMPLES,
     )
-    sub.add_argument(
-        "--trace", type=Path, metavar="PATH", help=".npz or .json (default: the packaged trace)"
-    )
+    sub.add_argument("--trace", type=Path, metavar="PATH", help=f"{options.TRACE_HELP} (default)")
     options.add_balance(sub)
     sub.add_argument(
         "--report", action=argparse.BooleanOptionalAction, default=None,
@@ -67,6 +65,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace, out: Output, option: str = "--trace") -> int:
     """Balance the trace that came by this option, write every file, print the tables."""
+    default = "" if args.ep is not None else " (the default)"
     options.fill(args, options.BALANCE_DEFAULTS)
     folder, paths = _paths(args)
     tables.require("rich")
@@ -85,12 +84,13 @@ def run(args: argparse.Namespace, out: Output, option: str = "--trace") -> int:
         backend=backend,
         device=device,
     )
+    options.check_batches(trace, source)
     parts, layers = _check(trace, chosen)
     labels = {"png": "--out", "html": "--out", "json": "--out" if args.json is None else "--json"}
     output.check_files([(labels[k], path) for k, path in paths.items()], [(option, args.trace)])
 
     begin = time.perf_counter()
-    cells = _balance_trace(args, trace, chosen, layers)
+    cells = _balance_trace(args, trace, chosen, layers, default)
     seconds = time.perf_counter() - begin
     time_label = _time_label(backend, device)
     shown = balance.choose_shown(cells)
@@ -124,6 +124,7 @@ def _balance_trace(
     trace: traces.Trace,
     chosen: balance.Options,
     layers: tuple[int, ...],
+    default: str,
 ) -> tuple[balance.Cell, ...]:
     """Compare every combination, or raise a message that says why all of them are impossible."""
     names = [
@@ -133,6 +134,14 @@ def _balance_trace(
     with progress(names, args.progress) as advance:
         cells = balance.run(trace, chosen, advance)
     if all(cell.reason is not None for cell in cells):
+        wrong = [ep for ep in chosen.ep if trace.experts % ep]
+        if len(wrong) == len(chosen.ep):
+            sizes = ", ".join(map(str, wrong))
+            verb = "does" if len(wrong) == 1 else "do"
+            raise UsageError(
+                f"argument --ep: EP size {sizes}{default} {verb} not divide the {trace.experts} "
+                f"experts; {options.name_divisors(trace.experts)}"
+            )
         raise UsageError(
             "; ".join(dict.fromkeys(f"{cell.placement}: {cell.reason}" for cell in cells))
         )

@@ -81,7 +81,7 @@ def add(commands: Any) -> None:
     )
     sub.add_argument(
         "--trace", type=Path, action="append", metavar="PATH",
-        help=".npz or .json; may be given several times (default: the packaged trace)",
+        help=f"{options.TRACE_HELP} (default); may be given several times",
     )  # fmt: skip
     options.trace_options(sub)
     sub.add_argument(

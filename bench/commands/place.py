@@ -50,13 +50,14 @@ def add(commands: Any) -> None:
         ),
         examples=(
             "  lplb-bench place trace.npz --ep 32 --slots 2 -o placement.json\n"
+            "  lplb-bench place packaged --ep 32 --slots 2 -o placement.json\n"
             "  lplb-bench place trace.npz --ep 32 --slots 2 --method home-chain -o placement.json\n"
             "  lplb-bench place trace.npz --ep 16 --slots 1 --layers 0,4-7 --all-batches -o p.json"
         ),
     )
-    sub.add_argument("trace", type=Path, metavar="TRACE", help=".npz or .json")
+    sub.add_argument("trace", type=Path, metavar="TRACE", help=options.TRACE_HELP)
     sub.add_argument(
-        "--output", "-o", type=Path, required=True, metavar="PATH", help="file to write"
+        "--output", "-o", type=Path, required=True, metavar="PATH", help="file to write, .json"
     )
     sub.add_argument(
         "--ep", type=options.count, required=True, metavar="N", help="expert-parallel ranks"
@@ -92,12 +93,16 @@ def run(args: argparse.Namespace, out: Output) -> int:
         raise UsageError("argument --output: give a path, not -")
     files = ("--json", args.json), ("--markdown", args.markdown), ("--output", args.output)
     output.check_files(files, [("TRACE", args.trace)])
+    if args.output.suffix != ".json":
+        raise UsageError(f"argument --output: must end in .json, got {str(args.output)!r}")
     device = torch.device(options.choose_device(args.device, None)[0])
     trace, source = options.load_trace(args.trace, "TRACE")
     reason = placement.explain_impossible(trace.experts, args.ep, args.slots)
     if reason is not None:
+        if trace.experts % args.ep:
+            reason += f"; {options.name_divisors(trace.experts)}"
         raise UsageError(f"arguments --ep, --slots: {reason}")
-    stretch, layers = _cut_trace(args, trace)
+    stretch, layers = _cut_trace(args, trace, source)
     begin = time.perf_counter()
     made: dict[int, Placement] = {}
     rows = []
@@ -133,13 +138,14 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return OK
 
 
-def _cut_trace(args: argparse.Namespace, trace: Trace) -> tuple[Stretch, list[_Loads]]:
+def _cut_trace(args: argparse.Namespace, trace: Trace, source: str) -> tuple[Stretch, list[_Loads]]:
     """Cut the layers' batches since the last gap into history and test."""
     layers = range(trace.layers) if args.layers is None else sorted(args.layers)
     if max(layers) >= trace.layers:
         raise UsageError(
             f"argument --layers: the trace has layers 0 to {trace.layers - 1}, got {max(layers)}"
         )
+    options.check_batches(trace, source)
     try:
         stretch = find_stretches(trace.steps, args.history)[-1]
     except ValueError as error:

@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     )
     source = sub.add_mutually_exclusive_group()
     source.add_argument(
-        "--trace", type=Path, metavar="PATH", help=".npz or .json (default: the packaged trace)"
+        "--trace", type=Path, metavar="PATH", help=f"{options.TRACE_HELP} (default)"
     )
     source.add_argument(
         "--synthetic", type=partial(options.count, most=options.MOST_EXPERTS), metavar="EXPERTS",

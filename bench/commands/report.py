@@ -37,10 +37,13 @@ def add(commands: Any) -> None:
         ),
         examples=(
             "  lplb-bench report lplb-bench-results/balance.json\n"
-            "  lplb-bench report trace.npz --ep 16 --slots 1 --out results"
+            "  lplb-bench report trace.npz --ep 16 --slots 1 --out results\n"
+            "  lplb-bench report packaged"
         ),
     )
-    sub.add_argument("file", type=Path, metavar="FILE", help="trace, or balance.json")
+    sub.add_argument(
+        "file", type=Path, metavar="FILE", help=f"trace ({options.TRACE_HELP}), or balance.json"
+    )
     options.add_balance(sub)
 
 
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     try:
         found = reports.read(args.file)
     except (OSError, ValueError) as error:
-        raise UsageError(f"argument FILE: {error}") from error
+        raise UsageError(f"argument FILE: {options.describe_error(error, args.file)}") from error
     if found is None:
         if args.json is not None and args.out is None:
             raise UsageError("argument --json: needs --out beside it, for report.html")

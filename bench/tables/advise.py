@@ -12,6 +12,11 @@ __all__ = [
     "make_advise_grids",
 ]
 
+_LIVE_QUANTITIES = (
+    *("pieces", "fetching", "sent/received", "fetch", "static", "with live"),
+    *("break-even", "live_above", "live_cost", "live MiB", "static MiB"),
+)
+
 
 def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
     """Lay out the report of ``lplb-bench advise``.
@@ -33,16 +38,16 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
         rows.append(
             (
                 *head,
-                *(format_us(layer[name]) for name in ("in_order", "even", "lp")),
+                *(_format_time(layer[name]) for name in ("in_order", "even", "lp")),
                 f"{saving['mean']:.0f} ({saving['low']:.0f} .. {saving['high']:.0f})",
-                format_us(row["net_us"]["mean"]),
+                _format_time(row["net_us"]["mean"]),
             )
         )
         shown = ["never" if even[k] is None else str(even[k]) for k in ("mean", "high", "low")]
         costs.append(
             (
                 *head,
-                *(format_us(v) for v in row["overhead_us"].values()),
+                *(_format_time(v) for v in row["overhead_us"].values()),
                 f"{shown[0]} ({shown[1]} .. {shown[2]})",
                 f"{row['replica_bytes'] / 2**20:.0f}",
             )
@@ -87,31 +92,31 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
 def _make_live_grid(report: dict[str, Any]) -> Grid:
     """Lay out what live slots are predicted to save over the best static placement."""
     o = report["options"]
-    lines = []
+    columns = []
     for row in report["live"]:
         layer, sizes = row["layer_us"], row["bytes"]
-        lines.append(
+        columns.append(
             (
-                *(str(row["live"]), f"{row['pieces']:.1f}", f"{row['fetching']:.0%}"),
+                *(f"{row['pieces']:.1f}", f"{row['fetching']:.0%}"),
                 f"{row['sent']:.1f}/{row['received']:.1f}",
-                *(format_us(us) for us in (row["fetch_us"], layer["static"], layer["live"])),
+                *(_format_time(us) for us in (row["fetch_us"], layer["static"], layer["live"])),
                 "never" if row["break_even"] is None else str(row["break_even"]),
                 "none" if row["above"] is None else f"{row['above']:.3f}",
                 str(row["cost"]),
                 *(f"{sizes[k] / 2**20:.0f}" for k in ("live", "static")),
             )
         )
+    # A row for each quantity: so many columns would be cut on a terminal of 80 characters.
+    lines = list(zip(_LIVE_QUANTITIES, *columns, strict=True))
     first = report["live"][0]
     return Grid(
         "Predicted: live slots on top of the best static placement, microseconds",
-        (
-            *("live", "pieces", "fetching", "sent/received", "fetch", "static", "with live"),
-            *("break-even", "live_above", "live_cost", "live MiB", "static MiB"),
-        ),
+        ("live", *(str(row["live"]) for row in report["live"])),
         lines,
         (
             f"On {first['placement']}, {first['slots']} slots per rank, by the twin of the plan, "
-            "means over the batches. pieces: live slots filled on all ranks. fetching: part of the "
+            "means over the batches. live: live slots per rank. pieces: those filled on all ranks. "
+            "fetching: part of the "
             "batches that fetch any. sent/received: experts at the busiest rank. fetch: their time "
             f"at {o['pull_rate']:g} GB/s, in training for weights twice and for gradients; with "
             "live includes it, as if nothing overlapped. break-even: tokens per rank from which on "
@@ -147,6 +152,11 @@ def _describe_recommendation(report: dict[str, Any]) -> str:
         f"{pays} here. Recommended: {best}; lplb_triton.place, which is slower, may find a better "
         "placement."
     )
+
+
+def _format_time(value: float) -> str:
+    """Return microseconds, with a decimal below 10,000: more digits would not fit the columns."""
+    return format_us(value) if abs(value) < 10_000 else f"{value:.0f}"
 
 
 def make_advice_check_grids(report: dict[str, Any]) -> list[Grid]:

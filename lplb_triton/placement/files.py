@@ -46,6 +46,12 @@ FORMAT, FORMAT_VERSION = "lplb_triton placements", 1
 MEMBERS = ("format", "format_version", "created_by", "note", "placements", "sha256")
 ARGUMENTS = ("phy2log", "ep_size", "n_logical", "n_group", "max_columns", "live_per_rank")
 
+# What users of a trace are told, who may take it for a placement.
+TRACE_HINT = (
+    "not a JSON file of placements, but like a trace: `lplb-bench place` makes a file of "
+    "placements from a trace"
+)
+
 P = TypeVar("P", bound="PlacementFile")
 
 
@@ -210,7 +216,13 @@ def _read(path: Path, kind: type[P]) -> dict[int, P]:
     """Read a file and check all of it, naming it in every message."""
     if not path.is_file():
         raise FileNotFoundError(f"path: no such file: {str(path)!r}")
-    content = parse_json(path.read_bytes(), str(path))
+    data = path.read_bytes()
+    # An .npz file is a zip archive. A trace in JSON is nested lists, or an object with counts.
+    archive = data.startswith(b"PK")
+    content: Any = None if archive else parse_json(data, str(path))
+    nested = isinstance(content, list) and content and isinstance(content[0], list)
+    if archive or nested or (isinstance(content, dict) and "counts" in content):
+        raise ValueError(f"{path}: {TRACE_HINT}")
     try:
         _check_content(content)
         return _make_placements(content["placements"], kind)
