@@ -10,6 +10,7 @@ on CPUs over gloo, and on GPUs over NCCL.
 from __future__ import annotations
 
 import argparse
+import gc
 
 import torch
 import torch.distributed as dist
@@ -116,6 +117,8 @@ def main() -> None:
     if rank == 0:
         for step, (loss, imbalance) in enumerate(found):
             print(f"step {step}: loss {loss:.6f}, imbalance {imbalance:.3f}")
+    # A process that still holds a process group when it ends may be aborted by torch.
+    gc.collect()
     dist.destroy_process_group()
 
 
