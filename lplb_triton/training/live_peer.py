@@ -24,12 +24,10 @@ from lplb_triton._layout import (
 )
 from lplb_triton.sync import SyncError
 from lplb_triton.training.live_engines import HostTables, PlanReader, copy_live_rows
-from lplb_triton.training.live_rows import LiveRows
+from lplb_triton.training.live_rows import DEFAULT_SMS, LiveRows
 
-__all__ = ["DEFAULT_SMS", "LivePeer", "LiveTables", "fault_error"]
+__all__ = ["LivePeer", "LiveTables", "fault_error"]
 
-# Programs that copy by default: more are no faster over NVLink.
-DEFAULT_SMS = 24
 # Gradients return when no products run beside, so more programs write and add them: so many times
 # those that copy.
 WRITERS = 4

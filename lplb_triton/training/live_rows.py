@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["LiveRows", "RowKind"]
+__all__ = ["DEFAULT_SMS", "LiveRows", "RowKind"]
+
+# Programs that copy by default: more are no faster over NVLink.
+DEFAULT_SMS = 24
 
 # Rows begin at multiples of so many bytes, the size of one access.
 UNIT = 16

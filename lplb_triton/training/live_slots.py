@@ -23,7 +23,7 @@ from lplb_triton.sync._connect import choose_sync
 from lplb_triton.sync._rendezvous import count_ranks_per_node
 from lplb_triton.training.checks import TRAINABLE, Spec, check_on_all_ranks, describe_placement
 from lplb_triton.training.live_layer import LiveFetch, LiveLayer
-from lplb_triton.training.live_rows import LiveRows, RowKind
+from lplb_triton.training.live_rows import DEFAULT_SMS, LiveRows, RowKind
 from lplb_triton.training.live_transport import MessageTransport, Transport
 from lplb_triton.training.rows import check_rows, describe_tensor, ordinary_tensors
 
@@ -109,7 +109,7 @@ class LiveSlots:
         group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
         transport: str = "auto",
-        n_sms: int = 24,
+        n_sms: int = DEFAULT_SMS,
         backward: str = "pull",
         reuse_gradients: bool = False,
         resident: bool = False,

@@ -9,6 +9,7 @@ from typing import Any
 from lplb_triton._layout import MAX_COUNT
 from lplb_triton.live import LEAST_ABOVE, MOST_ABOVE
 from lplb_triton.placement.arguments import MOST_LIVE
+from lplb_triton.training.live_rows import DEFAULT_SMS
 
 __all__ = ["LAYER_SIZES", "ROUTINGS", "TRANSPORTS", "LayerSizes", "check_layer", "read_fields"]
 
@@ -67,7 +68,7 @@ class LayerSizes:
     above: float = 1.02
     cost: int | None = None
     transports: tuple[str, ...] = ("symmetric", "spread")
-    n_sms: int = 24
+    n_sms: int = DEFAULT_SMS
     backward: str = "pull"
 
 
