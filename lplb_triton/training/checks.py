@@ -105,9 +105,13 @@ def check_group(name: str, group: object) -> None:
     raise TypeError(f"{name} must be a ProcessGroup or None, got {type(group).__name__}")
 
 
-def check_placement(placement: Placement, group: dist.ProcessGroup | None) -> None:
-    """Raise unless ``placement`` is for the ranks of ``group``."""
-    placement = require_static_slots("placement", require_placement("placement", placement))
+def check_placement(
+    placement: Placement, group: dist.ProcessGroup | None, *, live: bool = False
+) -> None:
+    """Raise unless ``placement`` is for the ranks of ``group``, with live slots if ``live``."""
+    placement = require_placement("placement", placement)
+    if not live:
+        require_static_slots("placement", placement)
     if group is None and placement.ep_size > 1:
         raise ValueError(
             f"placement is for {placement.ep_size} ranks (its ep_size): give group=, the process "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lplb_triton.sync import SyncError
-from lplb_triton.sync._rendezvous import all_gather_objects
+from lplb_triton.training.live_agreement import checksum_experts, require_same_plan
 from lplb_triton.training.routes import add_way_back, plan_routes
 from lplb_triton.training.transfer import start_copies, start_sums
 
@@ -105,24 +104,12 @@ class MessageTransport(Transport):
         """Raise a SyncError unless all ranks pull for the same layer by the same plan."""
         if self._group is None:
             return
-        mine = (fetch.layer.number, zlib.crc32(np.ascontiguousarray(experts).tobytes()))
-        purpose = f"a pull of {self._name}"
+        mine = (fetch.layer.number, checksum_experts(experts))
         try:
-            theirs = all_gather_objects(self._group, purpose, self._timeout, mine)
+            require_same_plan(self._group, f"a pull of {self._name}", self._timeout, mine)
         except SyncError as error:
             self._error = error
             raise
-        others = tuple(rank for rank, one in enumerate(theirs) if one != mine)
-        if others:
-            rank = dist.get_rank(self._group)
-            self._error = SyncError(
-                f"{purpose} failed on rank {rank}: ranks {list(others)} came with another plan or "
-                "for another layer: all ranks pull the same layers in the same order, by the plan "
-                "of the same batch",
-                others,
-                0,
-            )
-            raise self._error
 
     def _route(self, fetch: LiveFetch, experts: np.ndarray) -> None:
         """Plan what this rank sends, unless the layer's last pull had the same plan."""

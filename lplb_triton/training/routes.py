@@ -153,21 +153,31 @@ def add_way_back(weight_routes: Routes, device: torch.device) -> Traffic:
 
 
 def plan_redundant_traffic(
-    placement: Placement, rank: int, device: torch.device, *, idle: bool = False
+    placement: Placement,
+    rank: int,
+    device: torch.device,
+    *,
+    idle: bool = False,
+    live: NDArray[np.int32] | None = None,
 ) -> Traffic:
     """Plan what ``rank`` sends between its experts and redundant slots, where experts stay at home.
 
-    With ``idle`` it sends nothing, and redundant slots stay empty.
+    With ``idle`` it sends nothing, and redundant slots stay empty. Live slots are redundant ones,
+    the last of each rank, and ``live`` ``[ep_size, live_per_rank]`` is what they hold; without it
+    they stay empty.
     Sources are rows of the ranks' own experts, targets are rows of their redundant slots, both in
     order.
     """
     n_own = placement.n_logical // placement.ep_size
     n_redundant = placement.slots_per_rank - n_own
-    slots = placement.phy2log.numpy().astype(np.int64)
-    experts = slots.reshape(placement.ep_size, -1)[:, n_own:].reshape(-1)
-    target = np.arange(len(experts))
+    slots = placement.phy2log.numpy().astype(np.int64).reshape(placement.ep_size, -1)
+    if live is not None:
+        slots[:, placement.static_per_rank :] = live
+    experts = slots[:, n_own:].reshape(-1)
+    target = np.flatnonzero(experts >= 0)
     if idle:
-        experts, target = experts[:0], target[:0]
+        target = target[:0]
+    experts = experts[target]
     routes = plan_routes(
         experts, n_own, target, max(n_redundant, 1), placement.ep_size, rank, device
     )

@@ -432,6 +432,8 @@ def _return_gradients_fake(
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     """Keep what the backward pass needs; no tensor is among it."""
     _, ctx.by_expert, ctx.plan = inputs
+    # The caller may have let the plan of a batch go by the time of the backward pass.
+    ctx.found = find_plan(ctx.plan)
     ctx.kinds = [(one.shape, one.dtype, one.device) for one in output]
 
 
