@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lplb_triton.bench.advise.gemm import GemmModel
+from lplb_triton.costs.gemm import GemmModel
 from lplb_triton.bench.advise.gpu_times import time_rank
 from lplb_triton.bench.advise.models import Model
 from lplb_triton.bench.measure.simulate import split_tokens

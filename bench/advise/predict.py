@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lplb_triton.bench.advise.gemm import GemmModel
+from lplb_triton.costs.gemm import GemmModel
 from lplb_triton.bench.advise.models import BYTES, MATRICES, Model
 from lplb_triton.bench.advise.overhead import predict_overhead_us
 from lplb_triton.bench.measure.simulate import split_tokens
