@@ -7,13 +7,13 @@ All figures are predictions. Communication, routing and attention are left out.
 from __future__ import annotations
 
 from lplb_triton.bench.advise.check import compare_times
-from lplb_triton.costs.gemm import GemmModel, Point, fit
 from lplb_triton.bench.advise.gpu_times import measure
 from lplb_triton.bench.advise.hf_config import ConfigSizes, read_config
 from lplb_triton.bench.advise.models import MODELS, PUBLISHED, Model, Published
 from lplb_triton.bench.advise.overhead import predict_overhead_us
 from lplb_triton.bench.advise.predict import advise, select_slots
 from lplb_triton.bench.advise.table import packaged
+from lplb_triton.costs.gemm import GemmModel, Point, fit
 
 __all__ = [
     "MODELS",

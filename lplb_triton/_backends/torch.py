@@ -6,14 +6,14 @@ import numpy as np
 import torch
 
 from lplb_triton import reference
-from lplb_triton._objective import choose_margin
 from lplb_triton._backends.base import Backend, chunk_size
 from lplb_triton._backends.counters import add_metrics, count_statuses
 from lplb_triton._backends.layer import Layer
 from lplb_triton._backends.tables import DeviceTables
 from lplb_triton._layout import Metric
-from lplb_triton.reference import levelling
+from lplb_triton._objective import choose_margin
 from lplb_triton.placement import Placement
+from lplb_triton.reference import levelling
 from lplb_triton.reference.live import LiveCase, list_copies, plan_live
 from lplb_triton.reference.time import plan_time, write_shares
 from lplb_triton.reference.time_tables import TimeTables, make_time_tables

@@ -122,7 +122,8 @@ def _unpack(name: str, packed: object) -> NDArray[np.float32]:
         raise ValueError(f"{name!r} must be an object")
     _check_names(packed, ("shape", "base64"), repr(name))
     values = np.frombuffer(base64.b64decode(packed["base64"], validate=True), dtype="<f4")
-    return values.reshape(packed["shape"]).astype(np.float32)
+    table: NDArray[np.float32] = values.reshape(packed["shape"]).astype(np.float32)
+    return table
 
 
 def _compute_checksum(content: Mapping[str, Any]) -> str:

@@ -142,7 +142,7 @@ def find_starts(
 
 def _close_small(tables: TimeTables, rows: Ints, least: int) -> Ints:
     """Move rows of cells with fewer than ``least`` to the expert's largest cell, the first."""
-    closed = rows.copy()
+    closed: Ints = rows.copy()
     for begin, end in zip(tables.start[:-1], tables.start[1:], strict=True):
         mine = closed[begin:end]
         largest = int(mine.argmax())

@@ -159,7 +159,7 @@ def balance_homes(start: Ints, rank: Ints, home: Ints, n_ranks: int) -> Ints:
     numpy.ndarray
         ``[E]`` int64 cells.
     """
-    chosen = home.copy()
+    chosen: Ints = home.copy()
     counts = np.bincount(rank[chosen], minlength=n_ranks)
     while True:
         for top in range(int(counts.max()), int(counts.min()) + 1, -1):
@@ -167,11 +167,12 @@ def balance_homes(start: Ints, rank: Ints, home: Ints, n_ranks: int) -> Ints:
             if path:
                 break
         else:
-            return chosen
+            break
         counts[rank[path[0][1]]] += 1
         for expert, cell in path:
             source, chosen[expert] = chosen[expert], cell
         counts[rank[source]] -= 1
+    return chosen
 
 
 def _find_path(
