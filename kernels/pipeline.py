@@ -58,7 +58,8 @@ class Pipeline:
     Counts may be summed over ranks within the second launch (``exchange``), or by the caller
     between two launches; the latter takes one more launch, which sums this rank's own counts.
 
-    On GPUs that support it, solve, the plan by time and select start early and do what needs no counts or shares.
+    On GPUs that support it, solve, the plan by time and select start early and do what needs no
+    counts or shares.
 
     Parameters
     ----------

@@ -134,7 +134,8 @@ def check_pull_words(name, ptx):
 def time_jobs(capability):
     """Yield the kernel that plans by time: one and two slices of ranks, and many ranks."""
     for ranks, steps in ((32, 12), (64, 8), (512, 8)):
-        constants = {"MOST_STEPS": steps, "G": ranks, "SLICES": 2 if ranks == 64 else 1}
+        slices, lanes = time_launch.cut_slices(ranks)
+        constants = {"MOST_STEPS": steps, "SLICES": slices, "LANES": lanes}
         constants |= {"BLOCK": 512, "MARGIN": 4, "NARROW": 7, "WIDE": 8, "ACTIVE": 11}
         constants |= {"TILES": 256, "PDL": capability >= 90}
         yield plan_time_kernel, constants, time_launch.make_options(ranks)

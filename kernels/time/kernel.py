@@ -11,7 +11,7 @@ import triton.language as tl
 from lplb_triton import _layout
 from lplb_triton.kernels.pdl import await_previous, start_dependents
 from lplb_triton.kernels.time.cost import find_times
-from lplb_triton.kernels.time.moves import count_ranks, improve_cells
+from lplb_triton.kernels.time.moves import count_ranks, improve_cells, number_ranks
 from lplb_triton.kernels.time.starts import write_closed, write_shares, write_starts
 
 CANDIDATES = tl.constexpr(_layout.TIME_CANDIDATES)
@@ -30,16 +30,18 @@ N_SMOOTHED = tl.constexpr(2)
 
 @triton.jit
 def _find_slowest(
-    ranks, inside, table, slopes, wide_rows, SLICES: tl.constexpr, ACTIVE: tl.constexpr,
-    TILES: tl.constexpr,
+    active, narrow, wide, total, table, slopes, wide_rows, n_ranks, SLICES: tl.constexpr,
+    LANES: tl.constexpr, ACTIVE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Return the time of the slowest rank of every candidate, [CANDIDATES]."""
-    active, narrow, wide, total = ranks
-    t = find_times(active, narrow, wide, total, table, slopes, wide_rows, ACTIVE, TILES)
-    slowest = tl.max(tl.where(inside, t, 0.0), 1)
-    if SLICES == 2:
-        slowest = tl.max(slowest, 1)
-    return slowest
+    slowest = tl.zeros((CANDIDATES, LANES), tl.float32)
+    for h in tl.static_range(SLICES):
+        t = find_times(
+            active[h], narrow[h], wide[h], total[h], table, slopes, wide_rows, ACTIVE, TILES
+        )
+        inside = number_ranks(h, LANES, CANDIDATES) < n_ranks
+        slowest = tl.maximum(slowest, tl.where(inside, t, 0.0))
+    return tl.max(slowest, 1)
 
 
 @triton.jit
@@ -93,8 +95,8 @@ def plan_time_kernel(
     n_places,  # slots of a rank
     wide_from,  # average rows of a rank's slots from which tiles are wide
     MOST_STEPS: tl.constexpr,
-    G: tl.constexpr,  # ranks, padded to whole warps and to a power of two
-    SLICES: tl.constexpr,  # 2 if ranks are handled in two slices of 32, else 1
+    SLICES: tl.constexpr,  # slices that ranks are handled in
+    LANES: tl.constexpr,  # ranks of a slice
     BLOCK: tl.constexpr,  # slots that are handled at once
     MARGIN: tl.constexpr,  # rows by which tiles end early
     NARROW: tl.constexpr,  # a narrow tile has 2**NARROW rows
@@ -117,19 +119,13 @@ def plan_time_kernel(
     multiplicity = tl.load(time_extents_ptr + MULTIPLICITY)
     slopes = tl.load(slopes_ptr), tl.load(slopes_ptr + 1), tl.load(slopes_ptr + 2)
     wide_rows = wide_from * n_places
-    if SLICES == 2:
-        k = tl.arange(0, CANDIDATES)[:, None, None]
-        rank = tl.arange(0, G // 2)[None, :, None] + tl.arange(0, 2)[None, None, :] * (G // 2)
-    else:
-        k = tl.arange(0, CANDIDATES)[:, None]
-        rank = tl.arange(0, G)[None, :]
-    rank += k * 0
-    inside = rank < n_ranks
-    exact = cost_ptr + rank * 0
-    smoothed = cost_ptr + 2 * ACTIVE * TILES + rank * 0
-    is_smoothed = (rank * 0 + k) < N_SMOOTHED
-    words_ptr = time_steps_ptr + tl.where(is_smoothed, MOST_STEPS * n_ranks, 0) + rank
-    before_ptr = plans_ptr + k * n_slots + rank
+    k = tl.arange(0, CANDIDATES)[:, None]
+    exact = cost_ptr + k * 0
+    smoothed = exact + 2 * ACTIVE * TILES
+    is_smoothed = k < N_SMOOTHED
+    table = tl.where(is_smoothed, smoothed, exact)
+    words_ptr = time_steps_ptr + tl.where(is_smoothed, MOST_STEPS * n_ranks, 0)
+    before_ptr = plans_ptr + k * n_slots
     await_previous(PDL)
 
     total = write_starts(
@@ -141,19 +137,33 @@ def plan_time_kernel(
     tl.debug_barrier()
     write_closed(time_cells_ptr, time_lists_ptr, plans_ptr, n_slots, most_cells, least, BLOCK)
     tl.debug_barrier()
-    ranks = count_ranks(before_ptr, inside, n_ranks, n_places, NARROW, WIDE)
-    before = _find_slowest(ranks, inside, smoothed, slopes, wide_rows, SLICES, ACTIVE, TILES)
-    before_exact = _find_slowest(ranks, inside, exact, slopes, wide_rows, SLICES, ACTIVE, TILES)
-
-    after_ptr = before_ptr + JUDGED * n_slots
-    ranks = count_ranks(after_ptr, inside, n_ranks, n_places, NARROW, WIDE)
-    table = tl.where(is_smoothed, 2 * ACTIVE * TILES, 0) + cost_ptr
-    ranks = improve_cells(
-        after_ptr, words_ptr, ranks, rank, inside, table, slopes, wide_rows, n_ranks, n_steps,
-        SLICES, MARGIN, NARROW, WIDE, ACTIVE, TILES,
+    active, narrow, wide, rows = count_ranks(
+        before_ptr, n_ranks, n_places, SLICES, LANES, CANDIDATES, NARROW, WIDE
+    )
+    before = _find_slowest(
+        active, narrow, wide, rows, smoothed, slopes, wide_rows, n_ranks,
+        SLICES, LANES, ACTIVE, TILES,
     )  # fmt: skip
-    after = _find_slowest(ranks, inside, smoothed, slopes, wide_rows, SLICES, ACTIVE, TILES)
-    after_exact = _find_slowest(ranks, inside, exact, slopes, wide_rows, SLICES, ACTIVE, TILES)
+    before_exact = _find_slowest(
+        active, narrow, wide, rows, exact, slopes, wide_rows, n_ranks,
+        SLICES, LANES, ACTIVE, TILES,
+    )  # fmt: skip
+    after_ptr = before_ptr + JUDGED * n_slots
+    active, narrow, wide, rows = count_ranks(
+        after_ptr, n_ranks, n_places, SLICES, LANES, CANDIDATES, NARROW, WIDE
+    )
+    active, narrow, wide, rows = improve_cells(
+        after_ptr, words_ptr, active, narrow, wide, rows, table, slopes, wide_rows,
+        n_ranks, n_steps, SLICES, LANES, CANDIDATES, MARGIN, NARROW, WIDE, ACTIVE, TILES,
+    )  # fmt: skip
+    after = _find_slowest(
+        active, narrow, wide, rows, smoothed, slopes, wide_rows, n_ranks,
+        SLICES, LANES, ACTIVE, TILES,
+    )  # fmt: skip
+    after_exact = _find_slowest(
+        active, narrow, wide, rows, exact, slopes, wide_rows, n_ranks,
+        SLICES, LANES, ACTIVE, TILES,
+    )  # fmt: skip
 
     choice, token_time, time, token_smoothed, time_smoothed = _choose(
         before, before_exact, after, after_exact

@@ -13,8 +13,9 @@ from lplb_triton.kernels.time.kernel import plan_time_kernel
 
 # Slots that are handled at once, at most.
 MOST_SLOTS_AT_ONCE = 1024
-# Ranks from which on there are several in a lane, by two slices of a warp up to PAIRS_OF_LANES.
-WARP, PAIRS_OF_LANES = 32, 64
+# Ranks of a warp's slice, and the most slices. More ranks than these hold are one large slice, and
+# what a rank reads of another one goes through shared memory.
+WARP, MOST_SLICES = 32, 4
 
 
 class TimeTables(NamedTuple):
@@ -71,19 +72,25 @@ def plan_time_call(
     slots = triton.next_power_of_2(n_places * n_ranks)
     narrow, wide = (side.bit_length() - 1 for side in rules.sides)
     constants = (
-        tables.time_steps.shape[2], ranks, 2 if ranks == PAIRS_OF_LANES else 1,
+        tables.time_steps.shape[2], *cut_slices(ranks),
         min(MOST_SLOTS_AT_ONCE, max(128, slots)), rules.margin, narrow, wide,
         *rules.table.shape[2:], supports_pdl(counts.device),
     )  # fmt: skip
     return KernelCall(plan_time_kernel, n_group, args, constants, make_options(ranks))
 
 
+def cut_slices(ranks: int) -> tuple[int, int]:
+    """Return the slices that padded ranks are handled in, and the ranks of each."""
+    slices = ranks // WARP
+    return (slices, WARP) if slices <= MOST_SLICES else (1, ranks)
+
+
 def make_options(ranks: int) -> dict[str, int | bool]:
-    """Return compile options: a warp for each candidate, and no fused multiply-add.
+    """Return compile options: a warp for each candidate, or two, and no fused multiply-add.
 
     Both ends of an edge compute the same times, and must round them alike.
     """
-    warps = _layout.TIME_CANDIDATES * (1 if ranks <= PAIRS_OF_LANES else 2)
+    warps = _layout.TIME_CANDIDATES * (1 if ranks <= MOST_SLICES * WARP else 2)
     return {"num_warps": warps, "enable_fp_fusion": False, "num_stages": 1}
 
 
