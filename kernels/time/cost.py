@@ -28,6 +28,12 @@ def find_times(
 
 
 @triton.jit
+def count_active(rows):
+    """Return 1 for a cell with rows, else 0."""
+    return (rows > 0).to(tl.int32)
+
+
+@triton.jit
 def count_tiles(rows, BITS: tl.constexpr):
     """Count the tiles of 2**BITS rows that ``rows`` take."""
     # The shift keeps the sign, so 0 rows take none.

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from lplb_triton import _layout
-from lplb_triton.kernels.time.cost import count_tiles, find_times
+from lplb_triton.kernels.time.cost import count_active, count_tiles, find_times
 
 RANK_BITS = tl.constexpr(_layout.TIME_RANK_BITS)
 RANK_MASK = tl.constexpr(_layout.TIME_RANK_MASK)
@@ -53,7 +53,7 @@ def count_ranks(
                 at = (first + i) * n_ranks + rank
                 loaded += (tl.load(rows_ptr + at, mask=there, other=0),)
             for i in tl.static_range(PLACES_AT_ONCE):
-                active += (loaded[i] > 0).to(tl.int32)
+                active += count_active(loaded[i])
                 narrow += count_tiles(loaded[i], NARROW)
                 wide += count_tiles(loaded[i], WIDE)
                 total += loaded[i]
@@ -95,7 +95,7 @@ def _try_split(
     WIDE: tl.constexpr, ACTIVE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Return the times of ranks once a cell of each goes from ``x`` to ``tried`` rows."""
-    active += (tried > 0).to(tl.int32) - (x > 0).to(tl.int32)
+    active += count_active(tried) - count_active(x)
     narrow += count_tiles(tried, NARROW) - count_tiles(x, NARROW)
     wide += count_tiles(tried, WIDE) - count_tiles(x, WIDE)
     total += tried - x
@@ -233,12 +233,11 @@ def improve_cells(
         )  # fmt: skip
         to_active, to_narrow, to_wide, to_total = (), (), (), ()
         for h in tl.static_range(SLICES):
-            x, rows = xs[h], new[h]
-            to_active += (active[h] + (rows > 0).to(tl.int32) - (x > 0).to(tl.int32),)
-            to_narrow += (narrow[h] + count_tiles(rows, NARROW) - count_tiles(x, NARROW),)
-            to_wide += (wide[h] + count_tiles(rows, WIDE) - count_tiles(x, WIDE),)
-            to_total += (total[h] + rows - x,)
+            to_active += (active[h] + count_active(new[h]) - count_active(xs[h]),)
+            to_narrow += (narrow[h] + count_tiles(new[h], NARROW) - count_tiles(xs[h], NARROW),)
+            to_wide += (wide[h] + count_tiles(new[h], WIDE) - count_tiles(xs[h], WIDE),)
+            to_total += (total[h] + new[h] - xs[h],)
             is_edge = partners[h] != number_ranks(h, LANES, CANDIDATES)
-            tl.store(cells[h], rows, mask=is_edge)
+            tl.store(cells[h], new[h], mask=is_edge)
         active, narrow, wide, total, words = to_active, to_narrow, to_wide, to_total, ahead
     return active, narrow, wide, total
