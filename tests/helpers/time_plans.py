@@ -53,77 +53,94 @@ def by_slot(tables, rows):
     return slots
 
 
-def find_best_time(tables, cost, counts, seconds=5.0):
-    """Find the least time of the slowest rank by a MILP, and a bound for it; small cases only.
+class Program:
+    """The MILP of a small case: rows, active cells, tiles of both sizes, a point for each rank.
 
-    Every rank is one of the points (size, active cells, tiles) of the table, whose time is exact.
+    A point is a size, active cells and tiles, whose time is exact. The last variable is the time of
+    the slowest rank.
     """
-    n, points, ends = tables.n_cells, [], np.diff(tables.start)
-    expert = np.arange(len(ends)).repeat(ends)
-    total = counts[tables.experts][expert].astype(float)
-    most = int(sum(-(-counts // cost.sides[0]))) + tables.n_slots
-    for size in range(2):
-        for active in range(1, tables.n_slots + 1):
-            points += [(size, active, tiles) for tiles in range(active, most + 1)]
-    n_points, n_ranks = len(points), tables.n_ranks
-    # Variables: rows, whether a cell is active, tiles of both sizes, points of ranks, time.
-    active_at, tiles_at = n, (2 * n, 3 * n)
-    point_at, time_at = 4 * n, 4 * n + n_ranks * n_points
-    entries, low, high = [], [], []
 
-    def constrain(terms, least, largest):
-        entries.extend((len(low), column, value) for column, value in terms)
-        low.append(least)
-        high.append(largest)
+    def __init__(self, tables, cost, counts):
+        self.tables, self.cost, self.counts = tables, cost, counts
+        self.most = int((-(-counts // cost.sides[0])).sum()) + tables.n_slots
+        self.points = [
+            (size, active, tiles)
+            for size in range(2)
+            for active in range(1, tables.n_slots + 1)
+            for tiles in range(active, self.most + 1)
+        ]
+        n = tables.n_cells
+        self.active_at, self.tiles_at, self.point_at = n, (2 * n, 3 * n), 4 * n
+        self.time_at = 4 * n + tables.n_ranks * len(self.points)
+        self.entries, self.low, self.high = [], [], []
+        expert = np.arange(len(tables.experts)).repeat(np.diff(tables.start))
+        self.total = counts[tables.experts][expert].astype(float)
 
-    for e in range(len(ends)):
-        cells = range(int(tables.start[e]), int(tables.start[e + 1]))
-        constrain([(c, 1.0) for c in cells], total[cells[0]], total[cells[0]])
-    for c in range(n):
-        constrain([(c, 1.0), (active_at + c, -max(total[c], 1.0))], -np.inf, 0)
-        for side, at in zip(cost.sides, tiles_at, strict=True):
-            constrain([(c, 1.0), (at + c, -side)], -np.inf, 0)
-    everything = float(counts.sum()) + 1
-    for rank in range(n_ranks):
-        cells = np.flatnonzero(tables.rank == rank)
-        at = point_at + rank * n_points
-        constrain([(at + i, 1.0) for i in range(n_points)], 0, 1)
-        rows = [(c, 1.0) for c in cells]
-        constrain(rows + [(at + i, -everything) for i in range(n_points)], -np.inf, 0)
-        wanted = [(active_at + c, 1.0) for c in cells]
-        constrain(wanted + [(at + i, -float(p[1])) for i, p in enumerate(points)], -np.inf, 0)
-        border = float(cost.wide_from * tables.n_slots)
-        for size, place in enumerate(tiles_at):
+    def constrain(self, terms, low, high):
+        """Bound a sum of variables, given as pairs of variable and factor."""
+        self.entries += [(len(self.low), column, factor) for column, factor in terms]
+        self.low.append(low)
+        self.high.append(high)
+
+    def add_cells(self):
+        """Bound the rows of every expert, and the activity and tiles of every cell."""
+        start = self.tables.start
+        for begin, end in zip(start[:-1], start[1:], strict=True):
+            total = self.total[begin]
+            self.constrain([(c, 1.0) for c in range(begin, end)], total, total)
+        for c, total in enumerate(self.total):
+            self.constrain([(c, 1.0), (self.active_at + c, -max(total, 1.0))], -np.inf, 0)
+            for side, at in zip(self.cost.sides, self.tiles_at, strict=True):
+                self.constrain([(c, 1.0), (at + c, -side)], -np.inf, 0)
+
+    def add_rank(self, rank):
+        """Bound the sums over a rank's cells by its point, and its time."""
+        cells = np.flatnonzero(self.tables.rank == rank)
+        at = self.point_at + rank * len(self.points)
+        rows, everything = [(c, 1.0) for c in cells], float(self.counts.sum()) + 1
+
+        def weigh(weights):
+            return [(at + i, float(w)) for i, w in enumerate(weights)]
+
+        self.constrain(weigh([1] * len(self.points)), 0, 1)
+        self.constrain(rows + weigh([-everything] * len(self.points)), -np.inf, 0)
+        active = [(self.active_at + c, 1.0) for c in cells]
+        self.constrain(active + weigh([-p[1] for p in self.points]), -np.inf, 0)
+        for size, place in enumerate(self.tiles_at):
             # Of the other size nothing is asked.
-            terms = [(place + c, 1.0) for c in cells]
-            terms += [
-                (at + i, -float(p[2]) if p[0] == size else -float(most))
-                for i, p in enumerate(points)
-            ]
-            constrain(terms, -np.inf, 0)
-            sign = [(at + i, 1.0) for i, p in enumerate(points) if p[0] == size]
-            if size == 0:
-                constrain(
-                    rows + [(i, everything) for i, _ in sign], -np.inf, everything + border - 1
-                )
-            else:
-                constrain(rows + [(i, -border) for i, _ in sign], 0, np.inf)
-        table = [float(cost.table[p]) for p in points]
-        terms = [(at + i, -t) for i, t in enumerate(table)] + [(time_at, 1.0)]
-        constrain(terms + [(c, -cost.per_row) for c in cells], 0, np.inf)
-    upper = np.full(time_at + 1, np.inf)
-    upper[:n], upper[active_at : 2 * n], upper[point_at:time_at] = total, 1, 1
-    whole = np.ones(time_at + 1)
-    whole[:n] = whole[time_at] = 0
-    objective = np.zeros(time_at + 1)
-    objective[time_at] = 1
-    row, column, value = zip(*entries, strict=True)
-    matrix = coo_matrix((value, (row, column)), (len(low), time_at + 1)).tocsr()
-    found = milp(
-        objective, constraints=LinearConstraint(matrix, low, high), integrality=whole,
-        bounds=Bounds(0, upper), options={"time_limit": seconds, "mip_rel_gap": 1e-3},
-    )  # fmt: skip
-    return found.fun, found.mip_dual_bound
+            tiles = weigh([-p[2] if p[0] == size else -self.most for p in self.points])
+            self.constrain([(place + c, 1.0) for c in cells] + tiles, -np.inf, 0)
+        border = float(self.cost.wide_from * self.tables.n_slots)
+        narrow = weigh([everything * (p[0] == 0) for p in self.points])
+        self.constrain(rows + narrow, -np.inf, everything + border - 1)
+        self.constrain(rows + weigh([-border * (p[0] == 1) for p in self.points]), 0, np.inf)
+        time = [*weigh([-self.cost.table[p] for p in self.points]), (self.time_at, 1.0)]
+        self.constrain(time + [(c, -self.cost.per_row) for c in cells], 0, np.inf)
+
+    def solve(self, seconds):
+        """Return the least time, and a bound for it."""
+        size = self.time_at + 1
+        upper, whole, objective = np.full(size, np.inf), np.ones(size), np.zeros(size)
+        upper[: self.active_at] = self.total
+        upper[self.active_at : self.tiles_at[0]] = upper[self.point_at : self.time_at] = 1
+        whole[: self.active_at] = whole[self.time_at] = 0
+        objective[self.time_at] = 1
+        row, column, value = zip(*self.entries, strict=True)
+        matrix = coo_matrix((value, (row, column)), (len(self.low), size)).tocsr()
+        found = milp(
+            objective, constraints=LinearConstraint(matrix, self.low, self.high), integrality=whole,
+            bounds=Bounds(0, upper), options={"time_limit": seconds, "mip_rel_gap": 1e-3},
+        )  # fmt: skip
+        return found.fun, found.mip_dual_bound
+
+
+def find_best_time(tables, cost, counts, seconds=5.0):
+    """Find the least time of the slowest rank by HiGHS, and a bound for it; small cases only."""
+    program = Program(tables, cost, counts)
+    program.add_cells()
+    for rank in range(tables.n_ranks):
+        program.add_rank(rank)
+    return program.solve(seconds)
 
 
 def exact_cost(hidden, inner, most_active=64):
