@@ -4,10 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from helpers.balancers import DEVICE
 from helpers.time_plans import COST
 
 from lplb_triton import TimeCost
+from lplb_triton.bench import cli
 from lplb_triton.bench.advise import packaged
+from lplb_triton.bench.advise.calibrate import calibrate
+from lplb_triton.bench.tables import make_calibration_grid
 from lplb_triton.costs.gemm import PACKAGED, GemmModel, Point
 
 
@@ -84,6 +88,35 @@ def test_bad_costs_are_refused_by_name(changes, match):
     TimeCost(**table_of())
     with pytest.raises(ValueError, match=match):
         TimeCost(**table_of(**changes))
+
+
+def test_calibration_predicts_the_times_that_it_was_given():
+    """`lplb-bench calibrate` finds the numbers of a made-up GPU from the times of its products."""
+    truth = GemmModel(30.0, 3e6, 3.5, 11.0, 0.0, 0.0, "made up")
+
+    def time_rows(rows):
+        return float(truth(2048, 768, np.array(rows, dtype=float)))
+
+    cost, points, predicted = calibrate(2048, 768, 6, time_rows, "a test")
+    assert cost.most_active == 6 and cost.wide_from == 129 and "a test" in cost.source
+    assert predicted == pytest.approx([point.us for point in points], rel=0.02)
+    rows = [
+        {"rows": p.rows, "us": p.us, "predicted": us}
+        for p, us in zip(points, predicted, strict=True)
+    ]
+    sizes = {"slots": 6, "hidden": 2048, "inner": 768, "cost": {"wide_from": 129}}
+    grid = make_calibration_grid({"rows": rows, **sizes})
+    assert len(grid.rows) == len(points) and "from 129 rows" in grid.notes[0]
+
+
+def test_calibrate_needs_a_gpu(tmp_path, capsys):
+    """Without a GPU the command ends with a message, and writes nothing."""
+    path = tmp_path / "cost.json"
+    if DEVICE == "cpu":
+        assert cli.main(["calibrate", "--slots", "4", "-o", str(path)]) == cli.USAGE
+        assert "GPU" in capsys.readouterr().err
+    assert cli.main(["calibrate", "--slots", "4", "-o", "-"]) == cli.USAGE
+    assert not path.exists()
 
 
 def test_bad_rows_are_refused():

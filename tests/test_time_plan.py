@@ -21,6 +21,7 @@ from lplb_triton.reference.time import (
     plan_time,
     write_shares,
 )
+from lplb_triton.reference.time_bound import bound_time
 
 SHAPES = [(2, 1, 6), (4, 1, 16), (8, 2, 32), (32, 2, 64)]
 
@@ -57,6 +58,19 @@ def test_plans_are_near_those_of_a_milp():
         ratios.append(plan.times[1] / best)
     assert max(ratios) < 1.05 and np.mean(ratios) < 1.01
     assert np.median(ratios) < 1.0005
+
+
+@pytest.mark.parametrize("rows", [4, 60, 150, 900])
+def test_no_plan_beats_the_bound(rows):
+    """The bound is below the best plan of a MILP and, in larger cases, near the plan by time."""
+    cost = exact_cost(2048, 768)
+    for ranks, slots, experts in ((3, 1, 6), (8, 2, 32)):
+        placement, counts, cumulative = draw_case(rows, ranks, slots, experts, rows)
+        ((tables, plan),) = plan_case(placement, counts, cumulative, cost)
+        bound = bound_time(tables, cost, counts, plan.rows, float(plan.times[1]))
+        assert 0.6 * plan.times[1] < bound <= plan.times[1] * (1 + 1e-6)
+        if ranks == 3 and rows < 200:
+            assert bound <= find_best_time(tables, cost, counts)[0] * 1.001
 
 
 @pytest.mark.parametrize(("ranks", "slots", "experts"), SHAPES)

@@ -7,7 +7,7 @@ All figures are predictions. Communication, routing and attention are left out.
 from __future__ import annotations
 
 from lplb_triton.bench.advise.check import compare_times
-from lplb_triton.bench.advise.gpu_times import measure
+from lplb_triton.bench.advise.gpu_times import measure, time_rank
 from lplb_triton.bench.advise.hf_config import ConfigSizes, read_config
 from lplb_triton.bench.advise.models import MODELS, PUBLISHED, Model, Published
 from lplb_triton.bench.advise.overhead import predict_overhead_us
@@ -31,4 +31,5 @@ __all__ = [
     "packaged",
     "read_config",
     "select_slots",
+    "time_rank",
 ]

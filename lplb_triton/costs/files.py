@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from lplb_triton._files import parse_json, replace_file
 from lplb_triton._version import __version__
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "CostFile"]
+__all__ = ["FORMAT", "FORMAT_VERSION", "CostFile", "lay_out_cost"]
 
 FORMAT, FORMAT_VERSION = "lplb_triton time cost", 1
 MEMBERS = ("format", "format_version", "created_by", "cost", "sha256")
@@ -59,17 +59,9 @@ class CostFile:
         OSError
             If the file can't be written.
         """
-        cost: dict[str, Any] = {name: getattr(self, name) for name in NUMBERS}
-        cost |= {name: _pack(getattr(self, name)) for name in TABLES}
-        content = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "created_by": f"lplb_triton {__version__}",
-            "cost": cost,
-        }
-        content["sha256"] = _compute_checksum(content)
+        text = lay_out_cost(self)
         with replace_file(Path(path)) as file:
-            file.write((json.dumps(content, indent=1) + "\n").encode())
+            file.write(text.encode())
 
     @classmethod
     def load(cls: type[C], path: str | os.PathLike[str]) -> C:
@@ -108,6 +100,20 @@ class CostFile:
         except (TypeError, ValueError, OverflowError) as error:
             # The caller passed a path, so every bad file is a bad value.
             raise ValueError(f"{path}: {error}") from error
+
+
+def lay_out_cost(cost: CostFile) -> str:
+    """Return the text that `CostFile.save` writes."""
+    arguments: dict[str, Any] = {name: getattr(cost, name) for name in NUMBERS}
+    arguments |= {name: _pack(getattr(cost, name)) for name in TABLES}
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "created_by": f"lplb_triton {__version__}",
+        "cost": arguments,
+    }
+    content["sha256"] = _compute_checksum(content)
+    return json.dumps(content, indent=1) + "\n"
 
 
 def _pack(table: NDArray[np.float32]) -> dict[str, Any]:

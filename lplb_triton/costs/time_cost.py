@@ -122,7 +122,12 @@ class TimeCost(CostFile):
 
     @classmethod
     def for_model(
-        cls, hidden: int, inner: int, *, most_active: int = MOST_ACTIVE, model: GemmModel = PACKAGED
+        cls,
+        hidden: int,
+        inner: int,
+        *,
+        most_active: int = MOST_ACTIVE,
+        model: GemmModel | None = None,
     ) -> TimeCost:
         """Make the cost of experts of these sizes, by default from the packaged times of one H100.
 
@@ -132,7 +137,7 @@ class TimeCost(CostFile):
             Width of the model, and inner width of an expert.
         most_active : int
             The most experts of a rank: at least the slots of a rank.
-        model : lplb_triton.costs.gemm.GemmModel
+        model : lplb_triton.costs.gemm.GemmModel or None
             Fitted times.
 
         Returns
@@ -147,6 +152,7 @@ class TimeCost(CostFile):
         check_integer("hidden", hidden)
         check_integer("inner", inner)
         check_integer("most_active", most_active)
+        model = PACKAGED if model is None else model
         sizes = hidden, inner, most_active, TILES
         # Powers may differ in the last bits from machine to machine, and tables must not.
         table, smoothed = (
