@@ -15,7 +15,7 @@ def make_calibration_grid(report: dict[str, Any]) -> Grid:
     """Lay out the report of ``lplb-bench calibrate``."""
     rows = report["rows"]
     errors = [abs(row["predicted"] / row["us"] - 1) for row in rows]
-    lines = [
+    lines: list[tuple[str, ...]] = [
         (
             str(sum(row["rows"])),
             str(sum(n > 0 for n in row["rows"])),
