@@ -165,6 +165,10 @@ class TimeField(enum.IntEnum):
     WORD = 4
     """From the lowest bit: whether the cell is the expert's home, whether it is its balanced home,
     the cell's number among those of the expert, and how many these are, ten bits each."""
+    BEFORE = 5
+    """The cumulative share of the copies before the cell's, if copies take even shares."""
+    END = 6
+    """That of the cell's last copy."""
 
 
 N_TIME_FIELDS = len(TimeField)

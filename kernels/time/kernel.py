@@ -73,7 +73,7 @@ def _choose(before, before_exact, after, after_exact):
 @triton.jit(
     do_not_specialize=["n_ranks", "n_places", "wide_from"],
     do_not_specialize_on_alignment=[
-        "counts_ptr", "cumulative_ptr", "status_ptr", "copy_start_ptr", "time_cells_ptr",
+        "counts_ptr", "cumulative_ptr", "status_ptr", "time_cells_ptr",
         "time_lists_ptr", "time_steps_ptr", "time_extents_ptr", "cost_ptr", "slopes_ptr",
         "plans_ptr", "times_ptr",
     ],
@@ -82,7 +82,6 @@ def plan_time_kernel(
     counts_ptr,  # [n_logical] int32: tokens of each expert over all ranks
     cumulative_ptr,  # [n_copies] int32: cumulative shares of the token plan; gets this plan's
     status_ptr,  # [n_group] int32: status of the solve
-    copy_start_ptr,  # [n_logical + 1] int32: first copy of each expert
     time_cells_ptr,  # [n_group, N_TIME_FIELDS, n_places, n_ranks] int32, see `TimeField`
     time_lists_ptr,  # [n_group, n_places n_ranks] int32: cells of each expert, as slots
     time_steps_ptr,  # [n_group, 2, MOST_STEPS, n_ranks] int32: partner, and above it the place
@@ -128,9 +127,7 @@ def plan_time_kernel(
     before_ptr = plans_ptr + k * n_slots
     await_previous(PDL)
 
-    total = write_starts(
-        counts_ptr, cumulative_ptr, copy_start_ptr, time_cells_ptr, plans_ptr, n_slots, BLOCK
-    )
+    total = write_starts(counts_ptr, cumulative_ptr, time_cells_ptr, plans_ptr, n_slots, BLOCK)
     is_wide = total >= wide_rows.to(tl.int64) * n_ranks
     least = (n_slots * 0 + 1) << (tl.where(is_wide, WIDE, NARROW) - 1)
     # From here on threads read what others have written.
@@ -173,7 +170,7 @@ def plan_time_kernel(
     if is_valid & ((choice > 0) | (multiplicity > 1)):
         tl.debug_barrier()
         write_shares(
-            counts_ptr, cumulative_ptr, copy_start_ptr, time_cells_ptr, time_lists_ptr,
+            counts_ptr, cumulative_ptr, time_cells_ptr, time_lists_ptr,
             plans_ptr + choice * n_slots, n_slots, most_cells, multiplicity, BLOCK,
         )  # fmt: skip
     times_ptr += group * REPORTED

@@ -21,8 +21,6 @@ WARP, MOST_SLICES = 32, 4
 class TimeTables(NamedTuple):
     """Device tables of a placement for plans by time, int32; see `plan_time_kernel`."""
 
-    copy_start: torch.Tensor
-    """[n_logical + 1]"""
     time_cells: torch.Tensor
     """[n_group, N_TIME_FIELDS, n_places, n_ranks]"""
     time_lists: torch.Tensor

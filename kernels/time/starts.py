@@ -20,12 +20,21 @@ FIRST = tl.constexpr(int(_layout.TimeField.FIRST))
 LAST = tl.constexpr(int(_layout.TimeField.LAST))
 AT = tl.constexpr(int(_layout.TimeField.AT))
 WORD = tl.constexpr(int(_layout.TimeField.WORD))
+BEFORE = tl.constexpr(int(_layout.TimeField.BEFORE))
+END = tl.constexpr(int(_layout.TimeField.END))
 NUMBER_BITS = tl.constexpr(_layout.TIME_RANK_BITS)
 NUMBER_MASK = tl.constexpr(_layout.TIME_RANK_MASK)
 # Numbers of the plans.
 TOKENS, EVEN, HOME = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FROM_TOKENS, FROM_BALANCED = tl.constexpr(3), tl.constexpr(4)
 FROM_CLOSED, FROM_EVEN = tl.constexpr(5), tl.constexpr(6)
+
+
+@triton.jit
+def _split_word(word):
+    """Return a cell's number among those of its expert, and how many these are."""
+    number = (word >> 2) & NUMBER_MASK
+    return number, word >> (NUMBER_BITS + 2)
 
 
 @triton.jit
@@ -41,9 +50,7 @@ def _count_between(total, share_before, share, offset, has_before, is_last):
 
 
 @triton.jit
-def write_starts(
-    counts_ptr, cumulative_ptr, copy_start_ptr, cells_ptr, plans_ptr, n_slots, BLOCK: tl.constexpr
-):
+def write_starts(counts_ptr, cumulative_ptr, cells_ptr, plans_ptr, n_slots, BLOCK: tl.constexpr):
     """Write all plans but the one of closed copies (equation 30); returns the group's tokens."""
     found = tl.zeros((), tl.int64)
     for begin in range(0, n_slots, BLOCK):
@@ -53,21 +60,19 @@ def write_starts(
         first = tl.load(cells_ptr + FIRST * n_slots + slot, mask=inside, other=0)
         last = tl.load(cells_ptr + LAST * n_slots + slot, mask=inside, other=0)
         word = tl.load(cells_ptr + WORD * n_slots + slot, mask=inside, other=0)
+        even_before = tl.load(cells_ptr + BEFORE * n_slots + slot, mask=inside, other=0)
+        even_end = tl.load(cells_ptr + END * n_slots + slot, mask=inside, other=0)
         there = expert >= 0
         expert = tl.maximum(expert, 0)
         total = tl.load(counts_ptr + expert, mask=there, other=0)
         total = tl.maximum(total, 0).to(tl.int64)
-        start = tl.load(copy_start_ptr + expert, mask=there, other=0)
-        n_copies = tl.load(copy_start_ptr + expert + 1, mask=there, other=1) - start
+        number, n_cells = _split_word(word)
+        has_before, is_last = there & (number > 0), number == n_cells - 1
+        before = tl.load(cumulative_ptr + first - 1, mask=has_before, other=0)
+        end = tl.load(cumulative_ptr + last, mask=there, other=0)
         offset = compute_rounding_offset(0, expert.to(tl.int64))
-        has_before = there & (first > start)
-        share = tl.load(cumulative_ptr + last, mask=there, other=0)
-        share_before = tl.load(cumulative_ptr + first - 1, mask=has_before, other=0)
-        is_last = last == start + n_copies - 1
-        tokens = _count_between(total, share_before, share, offset, has_before, is_last)
-        share = ((last - start + 1).to(tl.int64) << SHARE_BITS) // n_copies
-        share_before = ((first - start).to(tl.int64) << SHARE_BITS) // n_copies
-        even = _count_between(total, share_before, share, offset, has_before, is_last)
+        tokens = _count_between(total, before, end, offset, has_before, is_last)
+        even = _count_between(total, even_before, even_end, offset, has_before, is_last)
         everything = total.to(tl.int32)
         home = tl.where((word & 1) > 0, everything, 0)
         balanced = tl.where((word & 2) > 0, everything, 0)
@@ -79,13 +84,6 @@ def write_starts(
         tl.store(plans_ptr + FROM_EVEN * n_slots + slot, even, mask=inside)
         found += tl.sum(home.to(tl.int64), 0)
     return found
-
-
-@triton.jit
-def _split_word(word):
-    """Return a cell's number among those of its expert, and how many these are."""
-    number = (word >> 2) & NUMBER_MASK
-    return number, word >> (NUMBER_BITS + 2)
 
 
 @triton.jit
@@ -119,8 +117,8 @@ def write_closed(cells_ptr, lists_ptr, plans_ptr, n_slots, most_cells, least, BL
 
 @triton.jit
 def write_shares(
-    counts_ptr, cumulative_ptr, copy_start_ptr, cells_ptr, lists_ptr, rows_ptr, n_slots,
-    most_cells, multiplicity, BLOCK: tl.constexpr,
+    counts_ptr, cumulative_ptr, cells_ptr, lists_ptr, rows_ptr, n_slots, most_cells,
+    multiplicity, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the cumulative shares of a plan (equation 27); a cell's first copy gets its rows."""
     for begin in range(0, n_slots, BLOCK):
@@ -135,15 +133,14 @@ def write_shares(
         expert = tl.maximum(expert, 0)
         total = tl.load(counts_ptr + expert, mask=is_cell, other=0)
         total = tl.maximum(total, 0).to(tl.int64)
-        behind = tl.load(copy_start_ptr + expert + 1, mask=is_cell, other=0)
-        number, _ = _split_word(word)
+        number, n_cells = _split_word(word)
         end = tl.zeros_like(total)
         for j in range(0, most_cells):
             there = is_cell & (j <= number)
             other = tl.load(lists_ptr + at + j, mask=there, other=0)
             end += tl.load(rows_ptr + other, mask=there, other=0).to(tl.int64)
         share = make_share(end, expert, total)
-        share = tl.where(last == behind - 1, SHARE_ONE, share)
+        share = tl.where(number == n_cells - 1, SHARE_ONE, share)
         for copy in range(0, multiplicity):
             there = is_cell & (first + copy <= last)
             tl.store(cumulative_ptr + first + copy, share, mask=there)

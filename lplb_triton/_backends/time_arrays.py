@@ -13,6 +13,7 @@ from lplb_triton._layout import (
     TimeExtent,
     TimeField,
 )
+from lplb_triton.reference.time import split_evenly
 from lplb_triton.reference.time_tables import find_steps, make_time_tables, step_limit
 
 if TYPE_CHECKING:
@@ -41,8 +42,9 @@ def make_time_arrays(placement: Placement) -> dict[str, NDArray[Any]]:
     steps = np.zeros((sizes[0], 2, step_limit(sizes[2]), sizes[2]), dtype=np.int32)
     steps[:] = np.arange(sizes[2])
     extents = np.zeros((sizes[0], N_TIME_EXTENTS), dtype=np.int32)
+    even = np.append(split_evenly(placement.structure.copy_start.astype(np.int64)), 0)
     for group, tables in enumerate(groups):
-        _fill_cells(cells[group], lists[group], tables)
+        _fill_cells(cells[group], lists[group], tables, even)
         for backward in (False, True):
             order = find_steps(tables, backward)
             for step, k in enumerate(order):
@@ -59,8 +61,11 @@ def make_time_arrays(placement: Placement) -> dict[str, NDArray[Any]]:
     }
 
 
-def _fill_cells(cells: Words, lists: Words, tables: TimeTables) -> None:
-    """Fill a group's tables of cells, [fields, slots] and [slots]; slots count place by place."""
+def _fill_cells(cells: Words, lists: Words, tables: TimeTables, even: NDArray[np.int64]) -> None:
+    """Fill a group's tables of cells, [fields, slots] and [slots]; slots count place by place.
+
+    ``even`` [n_copies + 1] are the cumulative shares of the even split, and 0.
+    """
     n_cells = np.diff(tables.start)
     slot = tables.place * tables.n_ranks + tables.rank
     lists[: tables.n_cells] = slot
@@ -76,6 +81,8 @@ def _fill_cells(cells: Words, lists: Words, tables: TimeTables) -> None:
         TimeField.LAST: tables.last,
         TimeField.AT: at,
         TimeField.WORD: word,
+        TimeField.BEFORE: np.where(np.arange(tables.n_cells) > at, even[tables.first - 1], 0),
+        TimeField.END: even[tables.last],
     }
     for field, values in fields.items():
         cells[field, slot] = values
