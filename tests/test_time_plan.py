@@ -16,9 +16,11 @@ from helpers.time_plans import (
 )
 
 from lplb_triton import Balancer, Placement, kernels, reference
+from lplb_triton._layout import STATUS_INVALID
 from lplb_triton.reference.time import (
     find_starts,
     plan_time,
+    split_evenly,
     write_shares,
 )
 from lplb_triton.reference.time_bound import bound_time
@@ -153,14 +155,14 @@ def test_classes_name_no_rank_twice():
         assert (tables.rank[edges[:, 0]] < tables.rank[edges[:, 1]]).all()
 
 
-def run_kernel(placement, counts, cumulative, quotas="replicated"):
+def run_kernel(placement, counts, cumulative, quotas="replicated", status=0):
     """Plan by the kernel for given shares; returns shares and reported numbers."""
     balancer = Balancer(
         placement, device=DEVICE, backend="triton", objective="time", cost=COST, quotas=quotas,
         **({} if quotas == "replicated" else {"rank": 0}),
     )  # fmt: skip
     plan = balancer._backend.make_time_plan()
-    status = torch.zeros(placement.n_group, dtype=torch.int32, device=DEVICE)
+    status = torch.full((placement.n_group,), status, dtype=torch.int32, device=DEVICE)
     shares = torch.from_numpy(cumulative.astype(np.int32)).to(DEVICE)
     tokens = torch.from_numpy(counts.astype(np.int32)).to(DEVICE)
     kernels.plan_time(tokens, shares, status, plan)
@@ -182,6 +184,16 @@ def test_kernel_and_twin_plan_alike(ranks, slots, experts, rows, quotas, margin)
     shares, times = run_kernel(placement, counts, cumulative, quotas)
     assert torch.stack([t.double() for t in times], 1).tolist() == expected
     assert (shares == written).all()
+
+
+def test_invalid_counts_keep_the_shares_of_the_solve():
+    """A group that the solve found invalid keeps its even split, whatever the plan."""
+    placement, counts = double_up(), np.array([-2, 9, 5, 7])
+    even = split_evenly(copy_starts(placement))
+    shares, _ = run_kernel(placement, counts, even, status=STATUS_INVALID)
+    assert (shares == even).all()
+    changed, _ = run_kernel(placement, np.abs(counts), even)
+    assert (changed != even).any()
 
 
 def test_groups_are_planned_on_their_own():
