@@ -14,7 +14,7 @@ from lplb_triton.kernels.time.kernel import plan_time_kernel
 # Slots that are handled at once, at most.
 MOST_SLOTS_AT_ONCE = 1024
 # Ranks of a warp's slice, and the most slices. More ranks than these hold are one large slice, and
-# what a rank reads of another one goes through shared memory.
+# several ranks share a lane.
 WARP, MOST_SLICES = 32, 4
 
 
