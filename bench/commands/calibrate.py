@@ -65,7 +65,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Measure, fit and save."""
     if str(args.output) == "-":
         raise UsageError("argument --output: give a path, not -")
-    output.check_files([("--output", args.output)])
+    files = ("--json", args.json), ("--markdown", args.markdown), ("--output", args.output)
+    output.check_files(files)
     device, timer = gpu.start(args)
     model = advise.MODELS[args.model or DEFAULT_MODEL]
     hidden, inner = args.hidden or model.hidden, args.inner or model.inner
