@@ -36,6 +36,7 @@ BASE = {
     "frameworks": "frameworks --framework megatron --device cpu",
     "record": "record t.npz",
     "completion": "completion bash",
+    "calibrate": "calibrate --hidden 8 --inner 8 --slots 2 -o c.json",
     "advise": "advise --gemm table --ep 8 --experts 32 --slots 1",
 }
 # What no option takes: neither a number in any range, nor a name, nor a file or its folder.
