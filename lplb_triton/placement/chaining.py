@@ -34,8 +34,16 @@ from lplb_triton.placement import Placement
 from lplb_triton.placement.arguments import average_batches
 from lplb_triton.placement.home import choose_home_slots
 from lplb_triton.placement.moves import number_domains
+from lplb_triton.placement.node_slots import choose_node_slots
+from lplb_triton.placement.nodes import (
+    NodeTraffic,
+    assign_groups,
+    average_demand,
+    check_nodes,
+    sum_by_node,
+)
 
-__all__ = ["chain"]
+__all__ = ["chain", "check_load", "check_ranks", "read_traffic", "scale_rows"]
 
 # Steps of the second and later rounds of the walk, as fractions of the ranks. They are far from
 # simple ratios, so that rounds join different ranks.
@@ -49,6 +57,9 @@ def chain(
     redundant_per_rank: int = 1,
     ranks_per_domain: int | None = None,
     keep_home: bool = False,
+    ranks_per_node: int | None = None,
+    traffic_price: float | None = None,
+    num_groups: int | None = None,
 ) -> Placement:
     """Place and replicate experts along a closed walk over the ranks, by their mean loads.
 
@@ -56,12 +67,17 @@ def chain(
     a rank that has one already: an expert is repeated on a rank only if the rank has all others
     too. It takes about as long as EPLB. `lplb_triton.place` starts its search from here.
 
+    With `ranks_per_node`, tokens that leave their node have a price: hot experts get a copy in
+    every node that sends them many tokens, and experts lie in the nodes that use them most.
+
     Parameters
     ----------
     load : torch.Tensor
         ``[n_logical]``, mean load of each logical expert, finite and non-negative, any real dtype,
         any device; or ``[batches, n_logical]``, of which each batch counts equally, whatever its
-        total.
+        total. With `ranks_per_node` also ``[batches, sources, n_logical]``, by the ranks or nodes
+        that the tokens come from, in order: as many sources for each node. Without sources all
+        nodes are taken to send the same.
     ep_size : int
         Number of ranks; divides ``n_logical``.
     redundant_per_rank : int
@@ -74,11 +90,22 @@ def chain(
         ``r * n_logical / ep_size`` and following, in order, as frameworks shard them. Only the
         redundant slots are chosen then: every further copy lies on a nearly empty rank far from
         the expert's other copies, and another such placement moves nothing but copies.
+    ranks_per_node : int or None
+        Consecutive ranks of a node; divides `ep_size`, and isn't combined with
+        `ranks_per_domain`. Copies may lie on any node.
+    traffic_price : float or None
+        Tokens of load that a token sent to another node is worth; 1 by default. Needs
+        `ranks_per_node`.
+    num_groups : int or None
+        Groups of consecutive experts, of which the router gives a token a few only: a multiple of
+        the number of nodes that divides ``n_logical``. All copies of a group's experts then lie in
+        one node, so that tokens go to no more nodes than groups, and the nodes are the groups of
+        the placement; the price decides which groups lie in which node. Needs `ranks_per_node`.
 
     Returns
     -------
     Placement
-        One LP group over all ranks, or one for each domain.
+        One LP group over all ranks, or one for each domain, or for each node with `num_groups`.
 
     Raises
     ------
@@ -90,17 +117,27 @@ def chain(
     >>> chain(torch.tensor([8.0, 1.0, 1.0, 2.0]), 2)
     Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
     """
-    batches = check_load("load", load, (1, 2))
+    by_source = ranks_per_node is not None
+    batches = check_load("load", load, (1, 2, 3) if by_source else (1, 2))
+    ranks = check_ranks(ep_size, ranks_per_domain, batches.shape[1])
+    traffic, groups, batches = read_traffic(
+        "load", load, batches, ranks, ranks_per_node, traffic_price, ranks_per_domain, num_groups
+    )
     # The loads of one batch stay as they are: an average would round them.
     if len(batches) > 1:
         batches = average_batches("load", torch.from_numpy(batches)).numpy().reshape(1, -1)
     weight = scale_rows(batches)[0]
     n_logical = len(weight)
-    ranks = check_ranks(ep_size, ranks_per_domain, n_logical)
     spare = check_integer("redundant_per_rank", redundant_per_rank, 0)
+    stay = check_flag("keep_home", keep_home)
+    if traffic is not None and groups is None and traffic.n_nodes > 1:
+        slots_by_rank = choose_node_slots(traffic, ranks, spare, keep_home=stay)
+        return Placement(slots_by_rank.reshape(-1), ranks, n_logical=n_logical)
+    if traffic is not None:
+        ranks_per_domain = traffic.ranks_per_node
     n_domains = int(number_domains(ranks, ranks_per_domain)[-1]) + 1
     size = ranks // n_domains
-    if check_flag("keep_home", keep_home):
+    if stay:
         slots_at_home = [
             part[0] + choose_home_slots(weight[part], size, spare, spread_out=True)
             for part in np.arange(n_logical).reshape(n_domains, -1)
@@ -108,7 +145,10 @@ def chain(
         flat = np.concatenate(slots_at_home).reshape(-1)
         return Placement(flat, ranks, n_logical=n_logical, n_group=n_domains)
     domains = np.arange(n_logical).reshape(1, -1)
-    if n_domains > 1:
+    if traffic is not None and groups is not None:
+        order = np.argsort(assign_groups(traffic, groups), kind="stable")
+        domains = np.arange(n_logical).reshape(groups, -1)[order].reshape(n_domains, -1)
+    elif n_domains > 1:
         even = Placement.from_history(torch.from_numpy(weight), n_domains, redundant_per_rank=0)
         domains = even.phy2log.long().numpy().reshape(n_domains, -1)
     slots = [
@@ -116,6 +156,35 @@ def chain(
         for experts in domains
     ]
     return Placement(np.concatenate(slots), ranks, n_logical=n_logical, n_group=n_domains)
+
+
+def read_traffic(
+    name: str,
+    load: torch.Tensor,
+    batches: NDArray[np.float64],
+    ranks: int,
+    ranks_per_node: int | None,
+    traffic_price: float | None,
+    ranks_per_domain: int | None,
+    num_groups: int | None,
+) -> tuple[NodeTraffic | None, int | None, NDArray[np.float64]]:
+    """Return the price of traffic, the groups of experts, and loads ``[batches, n_logical]``.
+
+    ``batches`` are the loads of `check_load`. The price is None without ``ranks_per_node``.
+    """
+    n_logical = batches.shape[1]
+    options = check_nodes(
+        ranks, ranks_per_node, traffic_price, ranks_per_domain, num_groups, n_logical
+    )
+    if options is None:
+        return None, None, batches
+    size, price, groups = options
+    by_node = None
+    if load.ndim == 3:
+        by_node = sum_by_node(name, load, batches, ranks // size)
+        batches = by_node.sum(1)
+    demand = average_demand(scale_rows(batches), by_node, ranks // size)
+    return NodeTraffic(demand, price, size), groups, batches
 
 
 def check_ranks(ep_size: object, ranks_per_domain: int | None, n_logical: int) -> int:
@@ -131,10 +200,18 @@ def check_ranks(ep_size: object, ranks_per_domain: int | None, n_logical: int) -
 
 
 def check_load(name: str, load: object, dimensions: tuple[int, ...]) -> NDArray[np.float64]:
-    """Return loads as ``[batches, n_logical]`` float64 on the CPU, or raise naming them."""
+    """Return loads as ``[batches, n_logical]`` float64 on the CPU, or raise naming them.
+
+    Loads by source give ``[batches * sources, n_logical]``.
+    """
     load = check_real(name, load)
     if load.ndim not in dimensions or load.numel() == 0:
-        shapes = " or ".join({1: "[n_logical]", 2: "[batches, n_logical]"}[n] for n in dimensions)
+        names = {
+            1: "[n_logical]",
+            2: "[batches, n_logical]",
+            3: "[batches, sources, n_logical]",
+        }
+        shapes = " or ".join(names[n] for n in dimensions)
         raise ValueError(
             f"{name} must have shape {shapes}, without an axis of length 0, got {list(load.shape)}"
         )

@@ -1,0 +1,177 @@
+"""Traffic between nodes: what a placement makes tokens travel, and arguments about it.
+
+A token leaves its node for an expert that has no copy there. With the part `d[e, n]` of all tokens
+that the ranks of node n send to expert e, the least part that any plan sends to other nodes is
+
+    far = sum of d[e, n] over experts e and nodes n without a copy of e.
+
+Plans that also level the loads send somewhat more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lplb_triton._checks import check_integer, check_number, nearest_divisors, would_do
+
+__all__ = [
+    "DEFAULT_TRAFFIC_PRICE",
+    "NodeTraffic",
+    "assign_groups",
+    "average_demand",
+    "check_nodes",
+    "sum_by_node",
+]
+
+_Double = NDArray[np.float64]
+_Bool = NDArray[np.bool_]
+_Int = NDArray[np.int64]
+
+# Tokens of load that a token sent to another node is worth, if the caller names no price.
+DEFAULT_TRAFFIC_PRICE = 1.0
+# A node may exceed the mean load of the nodes by this part of it for tokens that are all near
+# there and nowhere else, if the price is 1.
+NODE_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class NodeTraffic:
+    """What tokens cost that leave their node.
+
+    Attributes
+    ----------
+    demand
+        ``[n_logical, nodes]`` float64, part of all tokens that the ranks of a node send to an
+        expert, in the mean over batches; the sum is 1.
+    price
+        Tokens of load on the most loaded rank that one token per rank, sent to another node, is
+        worth. A placement costs the mean of the optima, in mean rank loads, plus this number times
+        the part of the tokens that leave their node.
+    ranks_per_node
+        Consecutive ranks of a node.
+    """
+
+    demand: _Double
+    price: float
+    ranks_per_node: int
+
+    @property
+    def n_nodes(self) -> int:
+        """Number of nodes."""
+        return self.demand.shape[1]
+
+    def count_by_node(self, copies: NDArray[np.generic]) -> _Int:
+        """Count the copies ``[n_logical, ranks]`` of each node, ``[n_logical, nodes]``."""
+        by_node = copies.reshape(len(copies), self.n_nodes, self.ranks_per_node)
+        return np.asarray(by_node.sum(2, dtype=np.int64))
+
+    def price_copies(self, copies: NDArray[np.generic]) -> float:
+        """Price the tokens without a copy in their node, for copies ``[n_logical, ranks]``."""
+        return self.price * float(self.demand[self.count_by_node(copies) == 0].sum())
+
+
+def check_nodes(
+    ep_size: int,
+    ranks_per_node: object,
+    traffic_price: object,
+    ranks_per_domain: object,
+    num_groups: object,
+    n_logical: int,
+) -> tuple[int, float, int | None] | None:
+    """Return ranks of a node, price and groups, or None without nodes; raise naming the argument.
+
+    Only what has been given is checked, and ``ep_size`` must have been.
+    """
+    if ranks_per_node is None:
+        for name, value in (("traffic_price", traffic_price), ("num_groups", num_groups)):
+            if value is not None:
+                raise ValueError(f"{name} needs ranks_per_node, the ranks of a node")
+        return None
+    size = check_integer("ranks_per_node", ranks_per_node)
+    if ep_size % size:
+        raise ValueError(
+            f"ranks_per_node must divide the {ep_size} ranks, got {size}"
+            f"{would_do(nearest_divisors(ep_size, size))}"
+        )
+    if ranks_per_domain is not None:
+        raise ValueError(
+            "ranks_per_node can't be combined with ranks_per_domain, which keeps all copies of an "
+            "expert in one domain; num_groups keeps them in one node"
+        )
+    price = DEFAULT_TRAFFIC_PRICE
+    if traffic_price is not None:
+        price = check_number("traffic_price", traffic_price)
+    if num_groups is None:
+        return size, price, None
+    groups, n_nodes = check_integer("num_groups", num_groups), ep_size // size
+    if n_logical % groups or groups % n_nodes:
+        raise ValueError(
+            f"num_groups must divide the {n_logical} experts and be a multiple of the {n_nodes} "
+            f"nodes, got {groups}"
+        )
+    return size, price, groups
+
+
+def sum_by_node(name: str, load: torch.Tensor, rows: _Double, n_nodes: int) -> _Double:
+    """Add up the loads of the sources of each node, ``[batches, nodes, n_logical]``.
+
+    ``load`` is ``[batches, sources, n_logical]`` and ``rows`` its values as
+    ``[batches * sources, n_logical]``. Each batch is divided by a power of two, so that sums
+    don't overflow.
+    """
+    batches, sources, n_logical = load.shape
+    if sources % n_nodes:
+        raise ValueError(
+            f"{name} must have a multiple of {n_nodes} sources, the nodes of the group, in its "
+            f"second dimension, got {sources}"
+        )
+    by_batch = rows.reshape(batches, -1)
+    _, exponent = np.frexp(by_batch.max(1, keepdims=True))
+    scaled = np.ldexp(by_batch, -exponent)
+    summed: _Double = scaled.reshape(batches, n_nodes, sources // n_nodes, n_logical).sum(2)
+    return summed
+
+
+def average_demand(totals: _Double, by_node: _Double | None, n_nodes: int) -> _Double:
+    """Average the parts of batches that nodes send to experts, ``[n_logical, nodes]``.
+
+    Without loads by node (``[batches, nodes, n_logical]``) all nodes send the same part of the
+    ``totals`` ``[batches, n_logical]``. Without any load all experts get equally many tokens.
+    """
+    if by_node is None:
+        by_node = np.repeat(totals[:, None] / n_nodes, n_nodes, axis=1)
+    by_node = by_node[by_node.sum((1, 2)) > 0]
+    if not len(by_node):
+        by_node = np.ones((1, n_nodes, totals.shape[1]))
+    demand: _Double = (by_node / by_node.sum((1, 2), keepdims=True)).mean(0).T
+    return np.ascontiguousarray(demand / demand.sum())
+
+
+def assign_groups(traffic: NodeTraffic, num_groups: int) -> _Int:
+    """Choose a node for each group of consecutive experts, ``[num_groups]``.
+
+    Every node gets as many groups, heaviest first, by `choose_node`.
+    """
+    demand = traffic.demand.reshape(num_groups, -1, traffic.n_nodes).sum(1)
+    left = np.full(traffic.n_nodes, num_groups // traffic.n_nodes)
+    load = np.zeros(traffic.n_nodes)
+    node = np.zeros(num_groups, dtype=np.int64)
+    for group in np.argsort(-demand.sum(1), kind="stable"):
+        node[group] = choose_node(demand[group], load, left > 0, traffic.price)
+        load[node[group]] += demand[group].sum()
+        left[node[group]] -= 1
+    return node
+
+
+def choose_node(demand: _Double, load: _Double, allowed: _Bool, price: float) -> int:
+    """Choose the node of tokens, ``demand`` of each node ``[nodes]``: least loaded, near them.
+
+    ``load`` ``[nodes]`` is what the nodes have, in parts of all tokens.
+    """
+    nodes = len(demand)
+    cost = demand.sum() * (load - load.mean()) * nodes / NODE_TOLERANCE - price * demand
+    return int(np.where(allowed, cost, np.inf).argmin())
