@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from lplb_triton.placement import Placement
+from lplb_triton.placement.nodes import NodeTraffic
 from lplb_triton.solver import solve
 
 __all__ = ["CutSearch"]
@@ -57,6 +58,9 @@ PERFECT = 1e-4
 BY_LOAD_CHANCE, REASSIGN_CHANCE = 0.3, 0.4
 # Chance that a trial changes one slot only where experts stay at home.
 REASSIGN_HOME_CHANCE = 0.5
+# Where traffic has a price: chance that a trial brings a copy to a node without one, and chance
+# that it moves an expert with one copy there instead of copying it.
+NEARER_CHANCE, SWAP_NEARER_CHANCE = 0.3, 0.5
 
 
 class _Change(NamedTuple):
@@ -80,7 +84,9 @@ class CutSearch:
         domain: _Int,
         rng: np.random.Generator,
         fixed: _Bool | None = None,
+        traffic: NodeTraffic | None = None,
     ) -> None:
+        self.traffic = traffic  # price of tokens that leave their node, or None
         self.rng, self.ranks = rng, start.ep_size
         self.price = price  # [E, G] score that a copy on a rank costs
         self.domain = domain  # [G] domain of each rank
@@ -92,6 +98,10 @@ class CutSearch:
         self.fixed = fixed
         self.copies: _Int = np.zeros((load.shape[1], self.ranks), dtype=np.int64)
         np.add.at(self.copies, (self.expert, self.rank), 1)
+        # [B, G] tokens that are bound to each rank, see `NodeTraffic.bind_tokens`.
+        self.bound: _Double = np.zeros((len(load), self.ranks))
+        if traffic is not None:
+            self.bound += load @ traffic.bind_tokens(self.copies, slice(None))
         self.cuts: _Bool = np.zeros((0, self.ranks), dtype=np.bool_)  # [P, G]
         self.size: _Float = np.zeros(0, dtype=np.float32)  # [P] ranks in a cut
         # [P, E] 1 where all copies of an expert lie in a cut.
@@ -114,7 +124,8 @@ class CutSearch:
             kept += moved
             if self.trial % TRIM_INTERVAL == 0:
                 self.trim_pool()
-            perfect = not bool((self.value > 1.0 + PERFECT).any())
+            # A perfect balance may still be had with less traffic.
+            perfect = self.traffic is None and not bool((self.value > 1.0 + PERFECT).any())
             if perfect or (moved and kept % CHECKPOINT_CHANGES == 0) or self.trial == trials:
                 optimum = self.solve_batches()
                 score = self.score(optimum) + self.compute_price()
@@ -132,8 +143,11 @@ class CutSearch:
         return float(value.mean() + TAIL_WEIGHT * worst.mean())
 
     def compute_price(self) -> float:
-        """Sum of the prices of all copies of the placement."""
-        return float(self.price[self.expert, self.rank].sum())
+        """Sum of the prices of all copies of the placement and of its traffic."""
+        price = float(self.price[self.expert, self.rank].sum())
+        if self.traffic is None:
+            return price
+        return price + self.traffic.price_copies(self.copies, self.bound)
 
     def evaluate_cuts(self, cuts: _Bool) -> tuple[_Float, _Float]:
         """Compute rows of `confined` and `value_of` for cuts under the current placement."""
@@ -222,6 +236,10 @@ class CutSearch:
         Batches are drawn with chances in proportion to their excess over a perfect balance.
         """
         rng = self.rng
+        if self.traffic is not None:
+            level = not bool((self.value > 1.0 + PERFECT).any())
+            if level or rng.random() < NEARER_CHANCE:
+                return self.propose_nearer(self.traffic)
         batch = _draw_index(rng, self.value - 1.0)
         row = int(self.value_of[:, batch].argmax())
         in_cut = self.cuts[row][self.rank]
@@ -270,14 +288,46 @@ class CutSearch:
             return None
         return _Change([there, here], [expert, other])
 
+    def propose_nearer(self, traffic: NodeTraffic) -> _Change | None:
+        """Draw a change by which a node gets a copy that it lacks, with chances by its tokens.
+
+        An expert with one copy moves there by a swap; others get a copy in place of an expert with
+        several.
+        """
+        rng = self.rng
+        lacking = traffic.demand * (traffic.count_by_node(self.copies) == 0)
+        if not lacking.any():
+            return None
+        expert, node = divmod(_draw_index(rng, lacking.reshape(-1)), traffic.n_nodes)
+        in_node = self.rank // traffic.ranks_per_node == node
+        free = in_node if self.fixed is None else in_node & ~self.fixed
+        count = self.copies.sum(1)
+        if count[expert] == 1 and self.fixed is None and rng.random() < SWAP_NEARER_CHANCE:
+            here = int(np.flatnonzero(self.expert == expert)[0])
+            there = int(rng.choice(np.flatnonzero(in_node)))
+            other = int(self.expert[there])
+            if self.copies[other, self.rank[here]]:
+                return None
+            return _Change([there, here], [expert, other])
+        spare = np.flatnonzero(free & (count[self.expert] > 1))
+        if not spare.size:
+            return None
+        return _Change([int(rng.choice(spare))], [expert])
+
     def apply_change(self, change: _Change) -> _Change:
         """Put experts into slots, and return the change that undoes it."""
         undo = _Change(change.slots, [int(self.expert[slot]) for slot in change.slots])
+        experts = np.array(sorted({*change.experts, *undo.experts}))
+        if self.traffic is not None:
+            before = self.traffic.bind_tokens(self.copies[experts], experts)
         for slot, expert in zip(*change, strict=True):
             rank = self.rank[slot]
             self.copies[self.expert[slot], rank] -= 1
             self.copies[expert, rank] += 1
             self.expert[slot] = expert
+        if self.traffic is not None:
+            after = self.traffic.bind_tokens(self.copies[experts], experts)
+            self.bound += self.load[:, experts] @ (after - before)
         return undo
 
     def try_change(self) -> bool:
@@ -342,7 +392,7 @@ class CutSearch:
         return self.score(self.value) <= target
 
 
-def _draw_index(rng: np.random.Generator, weight: _Float) -> int:
+def _draw_index(rng: np.random.Generator, weight: _Float | _Double) -> int:
     """Draw an index with chances in proportion to the weights."""
     ends = np.cumsum(weight, dtype=np.float64)
     return min(int(np.searchsorted(ends, rng.random() * ends[-1], "right")), len(ends) - 1)

@@ -18,7 +18,13 @@ from numpy.typing import NDArray
 from lplb_triton._checks import check_flag, check_integer, check_number
 from lplb_triton._threads import one_thread
 from lplb_triton.placement import Placement
-from lplb_triton.placement.chaining import chain, check_load, check_ranks, scale_rows
+from lplb_triton.placement.chaining import (
+    chain,
+    check_load,
+    check_ranks,
+    read_traffic,
+    scale_rows,
+)
 from lplb_triton.placement.cut_search import CutSearch
 from lplb_triton.placement.exact_search import CANDIDATES, ExactSearch
 from lplb_triton.placement.home import is_at_home
@@ -28,6 +34,7 @@ from lplb_triton.placement.moves import (
     number_domains,
     require_placement,
 )
+from lplb_triton.placement.nodes import NodeTraffic
 from lplb_triton.solver import solve
 
 __all__ = ["place"]
@@ -67,6 +74,9 @@ def place(
     device: torch.device | str | None = None,
     seed: int = 0,
     keep_home: bool = False,
+    ranks_per_node: int | None = None,
+    traffic_price: float | None = None,
+    num_groups: int | None = None,
 ) -> Placement:
     """Place and replicate experts so that the program's optimum is low over recorded batches.
 
@@ -80,13 +90,17 @@ def place(
     larger deviations, as a margin for loads that drift. An expert is repeated on a rank only if the
     rank has all others (of its domain) too.
 
+    With `ranks_per_node`, the part of all tokens that leave their node, estimated as in
+    `lplb_triton.placement.nodes`, times the price, is added to the mean of the optima.
+
     Parameters
     ----------
     history : torch.Tensor
         ``[batches, n_logical]``, load (e.g. tokens) of each logical expert in each batch, finite
         and non-negative, any real dtype, any device; or ``[n_logical]``, the mean alone. Each
         batch counts equally, whatever its total; batches without load are left out. With fewer
-        than 8 batches the fluctuations are assumed, see `dispersion`.
+        than 8 batches the fluctuations are assumed, see `dispersion`. With `ranks_per_node` also
+        ``[batches, sources, n_logical]``, see `lplb_triton.chain`.
     ep_size : int
         Number of ranks; divides ``n_logical``.
     redundant_per_rank : int
@@ -122,13 +136,25 @@ def place(
         Whether the first ``n_logical / ep_size`` slots of rank r hold experts
         ``r * n_logical / ep_size`` and following, in order, as frameworks shard them (also in
         `previous`). Only the redundant slots are chosen then.
+    ranks_per_node : int or None
+        Consecutive ranks of a node; divides `ep_size`, and isn't combined with
+        `ranks_per_domain`. Copies may lie on any node.
+    traffic_price : float or None
+        Tokens of load that a token sent to another node is worth: 1, the default, takes 1% more
+        load on the most loaded rank for 1% of the tokens that no longer leave their node. Needs
+        `ranks_per_node`.
+    num_groups : int or None
+        Groups of consecutive experts, of which the router gives a token a few only: all copies of a
+        group's experts lie in one node then (also in `previous`), see `lplb_triton.chain`. Needs
+        `ranks_per_node`.
 
     Returns
     -------
     Placement
-        One LP group over all ranks, or one for each domain. The mean optimum over `history` (plus
-        the price of moves) is no larger than that of the start (so than EPLB's), up to the solver's
-        tolerance of 1e-3 and, where the search took a margin for drift, 5e-4.
+        One LP group over all ranks, or one for each domain, or for each node with `num_groups`. The
+        mean optimum over `history` (plus the prices of moves and of traffic) is no larger than that
+        of the start (so than EPLB's, where that is one), up to the solver's tolerance of 1e-3 and,
+        where the search took a margin for drift, 5e-4.
 
     Raises
     ------
@@ -143,10 +169,17 @@ def place(
     >>> place(history, 2, redundant_per_rank=1)
     Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
     """
-    load = scale_rows(check_load("history", history, (1, 2)))
+    rows = check_load("history", history, (1, 2) if ranks_per_node is None else (1, 2, 3))
     where = history.device if device is None else _check_device(device)
-    n_logical = load.shape[1]
+    n_logical = rows.shape[1]
     n_ranks = check_ranks(ep_size, ranks_per_domain, n_logical)
+    traffic, groups, rows = read_traffic(
+        *("history", history, rows, n_ranks),
+        *(ranks_per_node, traffic_price, ranks_per_domain, num_groups),
+    )
+    load = scale_rows(rows)
+    if traffic is not None and groups is not None:
+        ranks_per_domain = traffic.ranks_per_node
     redundant = check_integer("redundant_per_rank", redundant_per_rank, 0)
     effort = CPU_EFFORT if where.type == "cpu" else GPU_EFFORT
     n_samples = effort[0] if samples is None else check_integer("samples", samples, 1)
@@ -165,16 +198,30 @@ def place(
     elif penalty:
         raise ValueError("move_penalty needs previous, the placement that moves start from")
     else:
-        start = _choose_start(
-            torch.from_numpy(mean), counts, n_ranks, redundant, ranks_per_domain, stay
-        )
+        starts = _list_starts(torch.from_numpy(mean), n_ranks, redundant, ranks_per_domain, stay)
+        if traffic is not None:
+            near = chain(
+                history,
+                n_ranks,
+                redundant_per_rank=redundant,
+                keep_home=stay,
+                ranks_per_node=ranks_per_node,
+                traffic_price=traffic_price,
+                num_groups=groups,
+            )
+            # The other starts don't know which groups belong together.
+            starts = [near] if groups is not None else [near, *starts]
+        free = np.zeros((n_logical, n_ranks), dtype=np.float32)
+        start = min(starts, key=lambda one: _compute_cost(one, counts, free, traffic))
     if stay and not is_at_home(start):
         raise ValueError("previous must have every expert at home, see keep_home")
     if n_ranks == 1 or not len(load) or not n_trials:
         return start
     fixed = np.arange(start.n_physical) % start.slots_per_rank < n_logical // n_ranks
     price = _price_moves(start, penalty)
-    search = _Search(load, counts, price, domain, where, rng, fixed if stay else None)
+    if groups is not None:
+        price = np.maximum(price, _bar_nodes(start, groups))
+    search = _Search(load, counts, price, domain, where, rng, fixed if stay else None, traffic)
     best = search.improve(start, n_samples, n_trials, dispersion)
     phy2log = keep_slots(best.phy2log.long()[None], start.phy2log.long()[None], n_ranks)[0]
     return Placement(phy2log, n_ranks, n_logical=n_logical, n_group=start.n_group)
@@ -204,21 +251,15 @@ def _start_from(
     return _replace_repeats(start, mean) if may_replace else start
 
 
-def _choose_start(
-    mean: torch.Tensor,
-    counts: torch.Tensor,
-    ranks: int,
-    redundant: int,
-    ranks_per_domain: int | None,
-    stay: bool,
-) -> Placement:
-    """Choose the better placement to start from of EPLB's and the chained one.
+def _list_starts(
+    mean: torch.Tensor, ranks: int, redundant: int, ranks_per_domain: int | None, stay: bool
+) -> list[Placement]:
+    """List placements to start from: the chained one and EPLB's.
 
-    If experts are to ``stay`` at home, it is the better of two that keep them there.
+    If experts are to ``stay`` at home, they are two that keep them there.
     """
     n_domains = ranks // (ranks_per_domain or ranks)
     n_logical = len(mean)
-    free = np.zeros((n_logical, ranks), dtype=np.float32)
     if stay:
         starts = [
             chain(
@@ -233,7 +274,7 @@ def _choose_start(
             starts.append(
                 Placement.from_history(mean, ranks, redundant_per_rank=redundant, keep_home=True)
             )
-        return min(starts, key=lambda one: _compute_cost(one, counts, free))
+        return starts
     # With groups of one expert each, EPLB packs single experts onto domains by load.
     groups = n_logical if n_domains > 1 else 1
     eplb = Placement.from_history(
@@ -243,9 +284,9 @@ def _choose_start(
     eplb = _replace_repeats(eplb, mean.numpy())
     # With more slots than this, every rank has every expert of its domain.
     if redundant * ranks > n_logical * (ranks // n_domains - 1):
-        return eplb
+        return [eplb]
     chained = chain(mean, ranks, redundant_per_rank=redundant, ranks_per_domain=ranks_per_domain)
-    return min((chained, eplb), key=lambda one: _compute_cost(one, counts, free))
+    return [chained, eplb]
 
 
 def _replace_repeats(placement: Placement, mean: _Double) -> Placement:
@@ -317,6 +358,21 @@ def _price_moves(start: Placement, penalty: float) -> _Float:
     return price
 
 
+def _bar_nodes(start: Placement, num_groups: int) -> _Float:
+    """Price a copy on a rank out of its group's node, ``[n_logical, ranks]``, beyond any gain.
+
+    The LP groups of the start are the nodes; raises naming ``previous`` unless each group of
+    experts lies in one of them.
+    """
+    node_of = start.structure.cell_group.reshape(num_groups, -1)
+    if (node_of != node_of[:, :1]).any():
+        raise ValueError("previous must have all experts of a group in one node, see num_groups")
+    of_rank = np.arange(start.ep_size) // start.group_size
+    outside = start.structure.cell_group[:, None] != of_rank
+    price: _Float = outside.astype(np.float32) * np.float32(2.0 * start.ep_size)
+    return price
+
+
 class _Search(NamedTuple):
     """What the searches at all powers of the fluctuations have in common."""
 
@@ -334,17 +390,19 @@ class _Search(NamedTuple):
     """Source of all random choices."""
     fixed: NDArray[np.bool_] | None
     """``[n_physical]`` slots whose experts stay at home, or None."""
+    traffic: NodeTraffic | None
+    """Price of tokens that leave their node, or None."""
 
     def improve(
         self, start: Placement, n_samples: int, n_trials: int, dispersion: float
     ) -> Placement:
         """Search from a start, with larger fluctuations while the placement is nearly perfect."""
-        best, limit = start, _compute_cost(start, self.counts, self.price)
+        best, limit = start, _compute_cost(start, self.counts, self.price, self.traffic)
         for power in FLUCTUATION_POWERS:
             batches = draw_batches(self.load, n_samples, dispersion, power, self.rng)
             found, excess, used = self.run(best, batches, n_trials)
             n_trials -= used
-            cost = _compute_cost(found, self.counts, self.price)
+            cost = _compute_cost(found, self.counts, self.price, self.traffic)
             if cost <= limit + STRESS_COST / len(FLUCTUATION_POWERS):
                 best, limit = found, min(limit, cost)
             n_trials = min(n_trials, STRESS_TRIALS)
@@ -355,7 +413,9 @@ class _Search(NamedTuple):
     def run(self, start: Placement, batches: _Float, n_trials: int) -> tuple[Placement, float, int]:
         """Search by cuts or exactly; return the placement, its mean excess and the trials used."""
         if self.device.type == "cpu":
-            by_cuts = CutSearch(start, batches, self.price, self.domain, self.rng, self.fixed)
+            by_cuts = CutSearch(
+                start, batches, self.price, self.domain, self.rng, self.fixed, self.traffic
+            )
             with one_thread():
                 found, excess = by_cuts.run(n_trials)
             return found, excess, by_cuts.trial
@@ -367,18 +427,27 @@ class _Search(NamedTuple):
             torch.from_numpy(self.domain),
             torch.Generator(self.device).manual_seed(seed),
             None if self.fixed is None else torch.from_numpy(self.fixed),
+            self.traffic,
         )
         found, excess = exact.run(max(1, n_trials // CANDIDATES))
         return found, excess, exact.steps * CANDIDATES
 
 
-def _compute_cost(placement: Placement, counts: torch.Tensor, price: _Float) -> float:
-    """Add the mean optimum over batches, in mean rank loads, and the price of moves."""
+def _compute_cost(
+    placement: Placement, counts: torch.Tensor, price: _Float, traffic: NodeTraffic | None
+) -> float:
+    """Add the mean optimum over batches, in mean rank loads, the moves' price and the traffic's."""
     if not len(counts):
         return 0.0
     parts = [
         solve(placement.problem(part)).max_load.reshape(len(part), -1).amax(1)
         for part in torch.split(counts, 256)
     ]
-    moves = price[placement.phy2log.numpy(), placement.rank_of_slot.numpy()].sum()
-    return float(torch.cat(parts).mean() + moves)
+    expert, rank = placement.phy2log.numpy(), placement.rank_of_slot.numpy()
+    cost = float(torch.cat(parts).mean() + price[expert, rank].sum())
+    if traffic is None:
+        return cost
+    copies = np.zeros((placement.n_logical, placement.ep_size), dtype=np.int64)
+    np.add.at(copies, (expert, rank), 1)
+    bound = counts.cpu().numpy() @ traffic.bind_tokens(copies, slice(None))
+    return cost + traffic.price_copies(copies, bound)
