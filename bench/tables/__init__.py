@@ -14,6 +14,7 @@ from lplb_triton.bench.tables.grid import (
     show_grids,
 )
 from lplb_triton.bench.tables.live import make_live_grids
+from lplb_triton.bench.tables.nodes import make_nodes_grid
 from lplb_triton.bench.tables.pipeline import make_pipeline_grids
 from lplb_triton.bench.tables.placement import (
     make_place_grid,
@@ -37,6 +38,7 @@ __all__ = [
     "make_frameworks_grids",
     "make_live_grids",
     "markdown",
+    "make_nodes_grid",
     "make_pipeline_grids",
     "make_place_grid",
     "make_placement_grids",

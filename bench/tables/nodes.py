@@ -1,0 +1,60 @@
+"""Make the table of `lplb-bench nodes`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lplb_triton.bench.tables.grid import Grid
+
+__all__ = ["make_nodes_grid"]
+
+_NAMES = {
+    "eplb": "EPLB",
+    "chain": "chain",
+    "home-chain": "chain, at home",
+    "hottest": "at home, hottest foreign",
+    "node-chain": "chain, priced",
+    "node-home-chain": "chain, at home, priced",
+    "node-place": "place, priced",
+    "node-home-place": "place, at home, priced",
+}
+_PARTS = ("local", "own", "slack 0", "slack 0.01", "slack 0.02")
+
+
+def make_nodes_grid(report: dict[str, Any]) -> Grid:
+    """Lay out the report of ``lplb-bench nodes``."""
+    lines = []
+    for row in report["rows"]:
+        for method, name in _NAMES.items():
+            mean = {key: float(np.mean(of)) for key, of in row["methods"][method].items()}
+            lines.append(
+                (
+                    *(str(row["ep"]), str(row["slots"]), name, f"{mean['imbalance']:.4f}"),
+                    *(f"{mean[part]:.3f}" for part in _PARTS),
+                    *(f"{mean['pairs_local']:.2f}", f"{mean['pairs']:.2f}"),
+                    f"{1e3 * mean['seconds']:.0f}",
+                )
+            )
+    cases = len(report["rows"][0]["cases"])
+    parts = ("local quotas", "own node first", "optimal, +0", "+1%", "+2%")
+    return Grid(
+        f"Assignments that leave their node, {report['ranks_per_node']} ranks a node, "
+        f"{report['source']}",
+        (
+            *("EP", "slots", "placement", "LP imbalance", *parts),
+            *("nodes, local", "nodes, +1%", "ms"),
+        ),
+        lines,
+        (
+            f"Mean over {cases} cases (layers, and parts of the trace without a gap), each placed "
+            "by its first batches and judged by following ones. LP imbalance: largest over mean "
+            "rank load at the optimum. Then parts of all assignments that leave their node: by the "
+            "LP's plan with local quotas, and with tokens to copies in their own node first; by "
+            "the plan that keeps most in their node at the LP's optimum, and with 1% and 2% more "
+            "load (all by HiGHS). nodes: other nodes that a token is sent to, of "
+            f"{report['top_k']} simulated experts, by the LP's plan with local quotas and by the "
+            "optimal plan at +1%. ms: to make the placement.",
+        ),
+    )
