@@ -6,7 +6,7 @@ import importlib.util
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -158,9 +158,15 @@ def make_by_history(
     device: torch.device,
     trials: int | None,
     previous: Placement | None = None,
+    nodes: Mapping[str, Any] | None = None,
 ) -> Placement:
-    """Make a placement from history by one of `METHODS`; `place` starts from ``previous``."""
+    """Make a placement from history by one of `METHODS`; `place` starts from ``previous``.
+
+    ``nodes`` are ``ranks_per_node`` and ``traffic_price`` of the chain and of `place`, whose
+    history may be by source then, ``[batches, sources, experts]``.
+    """
     keep_home, method = method in _AT_HOME, _AT_HOME.get(method, method)
+    nodes = {} if nodes is None else nodes
     if method == "place":
         return place(
             history.to(device),
@@ -169,7 +175,10 @@ def make_by_history(
             trials=trials,
             previous=previous,
             keep_home=keep_home,
+            **nodes,
         )
+    if nodes and method == "chain":
+        return chain(history, ep, redundant_per_rank=slots, keep_home=keep_home, **nodes)
     load = history.double()
     load = (load / load.sum(1, keepdim=True).clamp(min=1)).mean(0)
     if method == "chain":

@@ -32,6 +32,8 @@ class _Loads(NamedTuple):
     """``[batches, experts]`` that the placement is made from."""
     test: torch.Tensor
     """``[batches, sources, experts]`` that it is judged by."""
+    by_source: torch.Tensor
+    """``[batches, sources, experts]``, the history by source."""
 
 
 def add(commands: Any) -> None:
@@ -76,6 +78,15 @@ def add(commands: Any) -> None:
         help="write placements made from all batches of that part; the figures remain those of "
         "placements made from the first ones",
     )  # fmt: skip
+    sub.add_argument(
+        "--ranks-per-node", type=options.count, metavar="N",
+        help="ranks of a node: tokens that leave their node have a price, for the methods of "
+        "chain and place; the recorded sources are divided among the nodes in order",
+    )  # fmt: skip
+    sub.add_argument(
+        "--traffic-price", type=options.penalty, metavar="PRICE",
+        help="tokens of load that a token sent to another node is worth (default 1)",
+    )  # fmt: skip
     sub.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     sub.add_argument(
         "--trials", type=options.count, metavar="N",
@@ -102,6 +113,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         if trace.experts % args.ep:
             reason += f"; {options.name_divisors(trace.experts)}"
         raise UsageError(f"arguments --ep, --slots: {reason}")
+    _check_nodes(args, trace)
     stretch, layers = _cut_trace(args, trace, source)
     begin = time.perf_counter()
     made: dict[int, Placement] = {}
@@ -120,6 +132,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         "ep": args.ep,
         "slots": args.slots,
         "trials": args.trials,
+        "ranks_per_node": args.ranks_per_node,
+        "traffic_price": args.traffic_price,
         "all_batches": args.all_batches,
         "placed_by_steps": [first, last],
         "batches": {"history": stretch.split - stretch.start, "test": stretch.stop - stretch.split},
@@ -155,7 +169,9 @@ def _cut_trace(args: argparse.Namespace, trace: Trace, source: str) -> tuple[Str
         test = torch.from_numpy(trace.counts[stretch.split : stretch.stop, layer]).long()
         if not bool(test.any()):
             raise UsageError(f"argument --history: no test batch of layer {layer} has tokens")
-        found.append(_Loads(layer, trace.loads(layer)[stretch.start : stretch.split], test))
+        by_source = torch.from_numpy(trace.counts[stretch.start : stretch.split, layer]).long()
+        history = trace.loads(layer)[stretch.start : stretch.split]
+        found.append(_Loads(layer, history, test, by_source))
     return stretch, found
 
 
@@ -167,18 +183,47 @@ def _place_layer(
     chosen = None
     for method in dict.fromkeys((BASE, args.method)):
         trials = args.trials if method.endswith("place") else None
+        nodes = _choose_nodes(args) if method == args.method else None
+        history = loads.by_source if nodes else loads.history
         chosen = placement.make_by_history(
-            method, loads.history, args.ep, args.slots, device, trials
+            method, history, args.ep, args.slots, device, trials, nodes=nodes
         )
         excess = placement.judge(chosen, loads.test, device)
         figures[method] = {name: 1 + value for name, value in excess.items()}
     if chosen is None or args.all_batches:
+        nodes = _choose_nodes(args)
         everything = torch.cat([loads.history, loads.test.sum(1).double()])
+        if nodes:
+            everything = torch.cat([loads.by_source, loads.test])
         chosen = placement.make_by_history(
-            args.method, everything, args.ep, args.slots, device, args.trials
+            args.method, everything, args.ep, args.slots, device, args.trials, nodes=nodes
         )
     counts = loads.test.sum(1)
     in_order = Placement.from_phy2log(torch.arange(counts.shape[1]), args.ep).even_loads(counts)
     some = counts.sum(1) > 0
     ratio = in_order[some].amax(1) / in_order[some].mean(1)
     return chosen, {"layer": loads.layer, "in_order": float(ratio.mean()), "methods": figures}
+
+
+def _choose_nodes(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Return the options of nodes for `chain` and `place`, or None without nodes."""
+    if args.ranks_per_node is None:
+        return None
+    return {"ranks_per_node": args.ranks_per_node, "traffic_price": args.traffic_price}
+
+
+def _check_nodes(args: argparse.Namespace, trace: Trace) -> None:
+    """Raise a `UsageError` unless the ranks make nodes that the method and the sources fit."""
+    if args.ranks_per_node is None:
+        options.refuse(args, ("traffic_price",), "only with --ranks-per-node")
+        return
+    if args.method in ("eplb", "home"):
+        raise UsageError("argument --ranks-per-node: not for EPLB's methods, eplb and home")
+    if args.ep % args.ranks_per_node:
+        raise UsageError(f"argument --ranks-per-node: must divide the {args.ep} ranks")
+    nodes = args.ep // args.ranks_per_node
+    if trace.sources % nodes:
+        raise UsageError(
+            f"argument --ranks-per-node: the trace's {trace.sources} sources can't be divided "
+            f"among {nodes} nodes"
+        )

@@ -19,7 +19,7 @@ import torch
 
 from lplb_triton._torch_op import opaque
 from lplb_triton.placement import Placement
-from lplb_triton.placement.nodes import MOVED_PER_EXCESS, NodeTraffic
+from lplb_triton.placement.nodes import DeviceTraffic, NodeTraffic
 from lplb_triton.problem import Problem
 from lplb_triton.solution import Solution
 from lplb_triton.solver import solve
@@ -53,56 +53,6 @@ def _join_optima(max_loads: list[torch.Tensor], n_placements: int) -> torch.Tens
     return torch.cat(max_loads).reshape(n_placements, -1).float().clamp(min=1.0)
 
 
-class _DeviceTraffic:
-    """`NodeTraffic` for many placements at once, on a device.
-
-    Notation: E experts, G ranks, N nodes, S slots, K placements, b batches.
-    """
-
-    def __init__(self, traffic: NodeTraffic, device: torch.device) -> None:
-        self.price, self.ranks_per_node = traffic.price, traffic.ranks_per_node
-        self.demand = torch.from_numpy(traffic.demand).float().to(device)  # [E, N]
-        total = self.demand.sum(1, keepdim=True)
-        # Without tokens the share doesn't matter.
-        self.share = self.demand / torch.where(total > 0, total, 1.0)
-
-    def count_by_node(self, copies: torch.Tensor) -> torch.Tensor:
-        """Count copies ``[..., G]`` by node, ``[..., N]``."""
-        return copies.reshape(*copies.shape[:-1], -1, self.ranks_per_node).sum(-1)
-
-    def price_copies(self, copies: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
-        """Do what `NodeTraffic.price_copies` does, for ``[K, E, G]`` and batches ``[b, E]``."""
-        by_node = self.count_by_node(copies)
-        lacking = (self.demand * (by_node == 0)).sum((1, 2))
-        single = by_node.sum(2, keepdim=True) == 1
-        part = torch.where(single, by_node, self.share * (by_node > 0)) / by_node.clamp(min=1)
-        per_copy = part.repeat_interleave(self.ranks_per_node, 2)
-        excess = (load.float() @ (per_copy * copies) - 1).clamp(min=0).mean((1, 2))
-        return self.price * (lacking + MOVED_PER_EXCESS * excess)
-
-    def price_leaving(
-        self, copies: torch.Tensor, expert: torch.Tensor, rank: torch.Tensor
-    ) -> torch.Tensor:
-        """Price the tokens without a copy in their node if a slot's copy moves to a rank, [S, G].
-
-        It is one half of a swap, to first order.
-        """
-        by_node, node = self.count_by_node(copies), rank // self.ranks_per_node
-        to_node = self.demand * (by_node == 0)
-        lost = torch.where(by_node[expert, node] == 1, self.demand[expert, node], 0.0)
-        change = (lost.unsqueeze(1) - to_node[expert]).repeat_interleave(self.ranks_per_node, 1)
-        to = torch.arange(copies.shape[1], device=copies.device) // self.ranks_per_node
-        return self.price * change.masked_fill(to == node.unsqueeze(1), 0.0)
-
-    def price_giving(
-        self, copies: torch.Tensor, expert: torch.Tensor, rank: torch.Tensor
-    ) -> torch.Tensor:
-        """Price the tokens without a copy in their node if a slot is given to an expert, [E, S]."""
-        by_node, node = self.count_by_node(copies), rank // self.ranks_per_node
-        lost = torch.where(by_node[expert, node] == 1, self.demand[expert, node], 0.0)
-        return self.price * (lost - (self.demand * (by_node == 0))[:, node])
-
-
 class ExactSearch:
     """A local search that changes a placement.
 
@@ -123,7 +73,7 @@ class ExactSearch:
     ) -> None:
         device = load.device
         # Price of tokens that leave their node, or None.
-        self.traffic = None if traffic is None else _DeviceTraffic(traffic, device)
+        self.traffic = None if traffic is None else DeviceTraffic(traffic, device)
         self.load, self.generator = load, generator  # [B, E]
         self.price = price.to(device)  # [E, G] score that a copy on a rank costs
         self.domain = domain.to(device)  # [G] domain of each rank
@@ -235,12 +185,12 @@ class ExactSearch:
         alone = (part * (copies_outside == 1))[:, expert] * outer[:, rank]
         alone = alone * (self.copies[expert, rank] == 1)
         leave = alone.T @ cut - gain[expert] + price[expert] - price[expert, rank].unsqueeze(1)
+        if self.traffic is not None:
+            leave = leave + self.traffic.price_leaving(self.copies, expert, rank)
         count = self.copies.sum(1)
         same = domain[rank].unsqueeze(1) == domain  # [S, G]
         barred = (self.copies[expert] > 0) | (~same & (count[expert] > 1).unsqueeze(1))
         leave = leave.masked_fill(barred, torch.inf)[:, rank]  # [S, S] one half of a swap
-        if self.traffic is not None:
-            leave = leave + self.traffic.price_leaving(self.copies, expert, rank)
         swap = (leave + leave.T).masked_fill(
             torch.ones_like(leave, dtype=torch.bool).tril(), torch.inf
         )

@@ -23,6 +23,7 @@ from lplb_triton._checks import check_integer, check_number, nearest_divisors, w
 __all__ = [
     "DEFAULT_TRAFFIC_PRICE",
     "MOVED_PER_EXCESS",
+    "DeviceTraffic",
     "NodeTraffic",
     "assign_groups",
     "average_demand",
@@ -39,6 +40,8 @@ DEFAULT_TRAFFIC_PRICE = 1.0
 # A node may exceed the mean load of the nodes by this part of it for tokens that are all near
 # there and nowhere else, if the price is 1.
 NODE_TOLERANCE = 0.1
+# Smallest gain for which two groups change places.
+MIN_GAIN = 1e-9
 # Tokens that leave their node for each bound token beyond the mean load of its rank. The number is
 # a fit to optima of the packaged trace: free tokens don't fill all ranks to the mean.
 MOVED_PER_EXCESS = 1.5
@@ -97,6 +100,56 @@ class NodeTraffic:
         lacking = self.demand[self.count_by_node(copies) == 0].sum()
         excess = np.maximum(bound - 1.0, 0.0).mean() if bound.size else 0.0
         return self.price * float(lacking + MOVED_PER_EXCESS * excess)
+
+
+class DeviceTraffic:
+    """`NodeTraffic` for many placements at once, on a device.
+
+    Notation: E experts, G ranks, N nodes, S slots, K placements, b batches.
+    """
+
+    def __init__(self, traffic: NodeTraffic, device: torch.device) -> None:
+        self.price, self.ranks_per_node = traffic.price, traffic.ranks_per_node
+        self.demand = torch.from_numpy(traffic.demand).float().to(device)  # [E, N]
+        total = self.demand.sum(1, keepdim=True)
+        # Without tokens the share doesn't matter.
+        self.share = self.demand / torch.where(total > 0, total, 1.0)
+
+    def count_by_node(self, copies: torch.Tensor) -> torch.Tensor:
+        """Count copies ``[..., G]`` by node, ``[..., N]``."""
+        return copies.reshape(*copies.shape[:-1], -1, self.ranks_per_node).sum(-1)
+
+    def price_copies(self, copies: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
+        """Do what `NodeTraffic.price_copies` does, for ``[K, E, G]`` and batches ``[b, E]``."""
+        by_node = self.count_by_node(copies)
+        lacking = (self.demand * (by_node == 0)).sum((1, 2))
+        single = by_node.sum(2, keepdim=True) == 1
+        part = torch.where(single, by_node, self.share * (by_node > 0)) / by_node.clamp(min=1)
+        per_copy = part.repeat_interleave(self.ranks_per_node, 2)
+        excess = (load.float() @ (per_copy * copies) - 1).clamp(min=0).mean((1, 2))
+        return self.price * (lacking + MOVED_PER_EXCESS * excess)
+
+    def price_leaving(
+        self, copies: torch.Tensor, expert: torch.Tensor, rank: torch.Tensor
+    ) -> torch.Tensor:
+        """Price the tokens without a copy in their node if a slot's copy moves to a rank, [S, G].
+
+        It is one half of a swap, to first order.
+        """
+        by_node, node = self.count_by_node(copies), rank // self.ranks_per_node
+        to_node = self.demand * (by_node == 0)
+        lost = torch.where(by_node[expert, node] == 1, self.demand[expert, node], 0.0)
+        change = (lost.unsqueeze(1) - to_node[expert]).repeat_interleave(self.ranks_per_node, 1)
+        to = torch.arange(copies.shape[1], device=copies.device) // self.ranks_per_node
+        return self.price * change.masked_fill(to == node.unsqueeze(1), 0.0)
+
+    def price_giving(
+        self, copies: torch.Tensor, expert: torch.Tensor, rank: torch.Tensor
+    ) -> torch.Tensor:
+        """Price the tokens without a copy in their node if a slot is given to an expert, [E, S]."""
+        by_node, node = self.count_by_node(copies), rank // self.ranks_per_node
+        lost = torch.where(by_node[expert, node] == 1, self.demand[expert, node], 0.0)
+        return self.price * (lost - (self.demand * (by_node == 0))[:, node])
 
 
 def check_nodes(
@@ -179,17 +232,35 @@ def average_demand(totals: _Double, by_node: _Double | None, n_nodes: int) -> _D
 def assign_groups(traffic: NodeTraffic, num_groups: int) -> _Int:
     """Choose a node for each group of consecutive experts, ``[num_groups]``.
 
-    Every node gets as many groups, heaviest first, by `choose_node`.
+    Every node gets as many groups, heaviest first, by `choose_node`. Then two groups change places
+    as long as that helps.
     """
     demand = traffic.demand.reshape(num_groups, -1, traffic.n_nodes).sum(1)
+    weight = demand.sum(1)
     left = np.full(traffic.n_nodes, num_groups // traffic.n_nodes)
     load = np.zeros(traffic.n_nodes)
     node = np.zeros(num_groups, dtype=np.int64)
-    for group in np.argsort(-demand.sum(1), kind="stable"):
+    for group in np.argsort(-weight, kind="stable"):
         node[group] = choose_node(demand[group], load, left > 0, traffic.price)
-        load[node[group]] += demand[group].sum()
+        load[node[group]] += weight[group]
         left[node[group]] -= 1
-    return node
+    unit = traffic.n_nodes / NODE_TOLERANCE
+    while True:
+        # [groups, groups] what it costs that one of two groups goes to the node of the other.
+        near = demand[:, node]
+        more = weight[None] - weight[:, None]
+        gap = load[node][:, None] - load[node][None]
+        loads = unit * more * (gap + more)
+        change = loads - traffic.price * (
+            near + near.T - near.diagonal()[:, None] - near.diagonal()
+        )
+        one, other = divmod(int(change.argmin()), num_groups)
+        if change[one, other] >= -MIN_GAIN:
+            return node
+        moved = weight[other] - weight[one]
+        load[node[one]] += moved
+        load[node[other]] -= moved
+        node[one], node[other] = node[other], node[one]
 
 
 def choose_node(demand: _Double, load: _Double, allowed: _Bool, price: float) -> int:
