@@ -198,21 +198,8 @@ def place(
     elif penalty:
         raise ValueError("move_penalty needs previous, the placement that moves start from")
     else:
-        starts = _list_starts(torch.from_numpy(mean), n_ranks, redundant, ranks_per_domain, stay)
-        if traffic is not None:
-            near = chain(
-                history,
-                n_ranks,
-                redundant_per_rank=redundant,
-                keep_home=stay,
-                ranks_per_node=ranks_per_node,
-                traffic_price=traffic_price,
-                num_groups=groups,
-            )
-            # The other starts don't know which groups belong together.
-            starts = [near] if groups is not None else [near, *starts]
-        free = np.zeros((n_logical, n_ranks), dtype=np.float32)
-        start = min(starts, key=lambda one: _compute_cost(one, counts, free, traffic))
+        sizes = (n_ranks, redundant, ranks_per_domain, stay)
+        start = _choose_start(history, mean, counts, sizes, traffic, groups)
     if stay and not is_at_home(start):
         raise ValueError("previous must have every expert at home, see keep_home")
     if n_ranks == 1 or not len(load) or not n_trials:
@@ -249,6 +236,31 @@ def _start_from(
     except ValueError as error:
         raise ValueError(f"ranks_per_domain is {ranks_per_domain}, but previous.{error}") from error
     return _replace_repeats(start, mean) if may_replace else start
+
+
+def _choose_start(
+    history: torch.Tensor,
+    mean: _Double,
+    counts: torch.Tensor,
+    sizes: tuple[int, int, int | None, bool],
+    traffic: NodeTraffic | None,
+    num_groups: int | None,
+) -> Placement:
+    """Choose the best placement to start from, with the ``sizes`` of `_list_starts`."""
+    starts = _list_starts(torch.from_numpy(mean), *sizes)
+    if traffic is not None:
+        near = chain(
+            *(history, sizes[0]),
+            redundant_per_rank=sizes[1],
+            keep_home=sizes[3],
+            ranks_per_node=traffic.ranks_per_node,
+            traffic_price=traffic.price,
+            num_groups=num_groups,
+        )
+        # The other starts don't know which groups belong together.
+        starts = [near] if num_groups is not None else [near, *starts]
+    free = np.zeros((len(mean), sizes[0]), dtype=np.float32)
+    return min(starts, key=lambda one: _compute_cost(one, counts, free, traffic))
 
 
 def _list_starts(
