@@ -40,7 +40,8 @@ class NearPlans:
         self.rank_of_single = held[self.single].argmax(1)
         # Cells, and pairs of a shared expert and a node with copies of it.
         self.cell_expert, self.cell_rank = np.nonzero(held[self.shared])
-        by_node = held.reshape(n_logical, -1, ranks_per_node).any(2)[self.shared]
+        in_node: NDArray[np.bool_] = np.any(held.reshape(n_logical, -1, ranks_per_node), axis=2)
+        by_node = in_node[self.shared]
         self.pair_expert, self.pair_node = np.nonzero(by_node)
         number = np.zeros(by_node.shape, dtype=np.int64)
         number[self.pair_expert, self.pair_node] = np.arange(len(self.pair_expert))

@@ -205,9 +205,7 @@ def place(
     if n_ranks == 1 or not len(load) or not n_trials:
         return start
     fixed = np.arange(start.n_physical) % start.slots_per_rank < n_logical // n_ranks
-    price = _price_moves(start, penalty)
-    if groups is not None:
-        price = np.maximum(price, _bar_nodes(start, groups))
+    price = _price_moves(start, penalty, groups)
     search = _Search(load, counts, price, domain, where, rng, fixed if stay else None, traffic)
     best = search.improve(start, n_samples, n_trials, dispersion)
     phy2log = keep_slots(best.phy2log.long()[None], start.phy2log.long()[None], n_ranks)[0]
@@ -360,13 +358,18 @@ def draw_batches(
     return scaled
 
 
-def _price_moves(start: Placement, penalty: float) -> _Float:
-    """Price a copy on a rank, ``[n_logical, ranks]``; the copies of the start cost nothing."""
+def _price_moves(start: Placement, penalty: float, num_groups: int | None) -> _Float:
+    """Price a copy on a rank, ``[n_logical, ranks]``; the copies of the start cost nothing.
+
+    Copies out of their group's node cost more than any gain.
+    """
     price = np.zeros((start.n_logical, start.ep_size), dtype=np.float32)
     if penalty:
         # No move pays for more: an optimum is at most as many mean rank loads as there are ranks.
         price += np.float32(min(penalty, 2.0 * start.ep_size))
         price[start.phy2log.numpy(), start.rank_of_slot.numpy()] = 0.0
+    if num_groups is not None:
+        price = np.maximum(price, _bar_nodes(start, num_groups))
     return price
 
 
