@@ -7,7 +7,7 @@ All figures are predictions. Communication, routing and attention are left out.
 from __future__ import annotations
 
 from lplb_triton.bench.advise.check import compare_times
-from lplb_triton.bench.advise.gpu_times import measure, time_rank
+from lplb_triton.bench.advise.gpu_times import RankTimer, measure, time_rank
 from lplb_triton.bench.advise.hf_config import ConfigSizes, read_config
 from lplb_triton.bench.advise.live import (
     GIGABYTES_PER_SECOND,
@@ -31,6 +31,7 @@ __all__ = [
     "Model",
     "Point",
     "Published",
+    "RankTimer",
     "advise",
     "advise_live",
     "compare_times",

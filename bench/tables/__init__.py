@@ -22,6 +22,7 @@ from lplb_triton.bench.tables.placement import (
 )
 from lplb_triton.bench.tables.simulate import make_simulate_grids
 from lplb_triton.bench.tables.simulate_live import make_simulate_live_grids
+from lplb_triton.bench.tables.simulate_time import make_simulate_time_grids
 from lplb_triton.bench.tables.solve import make_solve_grids
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "show_verdicts",
     "make_simulate_grids",
     "make_simulate_live_grids",
+    "make_simulate_time_grids",
     "make_solve_grids",
     "make_workloads_grids",
 ]
