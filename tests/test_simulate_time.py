@@ -42,7 +42,7 @@ def planned(drawn):
     """A batch at EP 8 with two slots and 16 tokens, and its plans."""
     wanted = ("gpt-oss-120b", 8, 2, 16)
     batch = next(b for b in drawn[0] if (b.name, b.ep, b.slots, b.tokens) == wanted)
-    return batch, objectives.plan_batch(batch.place(), COST, batch.count())
+    return batch, objectives.plan_batch(batch.place(COST), COST, batch.count())
 
 
 def model_time(rows, about_us=None):
@@ -77,7 +77,7 @@ def test_every_way_computes_every_token(planned):
     """All ways have the tokens of every expert, and by time no rank takes longer than by tokens."""
     batch, plans = planned
     counts = batch.count()
-    expert = batch.place().phy2log.numpy()
+    expert = batch.place(COST).phy2log.numpy()
     for way in ("even", "tokens", "time"):
         assert plans[way].rows.shape == (8, 18)
         found = np.bincount(expert, plans[way].rows.reshape(-1), batch.model.experts)

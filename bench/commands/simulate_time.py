@@ -25,7 +25,7 @@ __all__ = ["add", "run"]
 MODELS = ("deepseek-v3", "qwen3-235b-a22b", "minimax-m2")
 EP, SLOTS = (8, 32, 64), (1, 2)
 TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
-PLACEMENTS = objectives.PLACEMENTS[:2]
+PLACEMENTS = ("time", "home-chain", "eplb")
 MOST_TOKENS, MOST_BATCHES, MOST_RANKS, MOST_ROUNDS = 2**17, 100, 1024, 100
 # Whose cost holds for all ranks of a model: experts of a rank.
 Costs = dict[tuple[str, int], TimeCost]
@@ -238,7 +238,7 @@ def _compare(
                 say(f"{len(batches) - len(rows)} of {len(batches)} batches are left: time is up")
                 break
             cost = costs[batch.name, batch.ep]
-            plans = objectives.plan_batch(batch.place(), cost, batch.count())
+            plans = objectives.plan_batch(batch.place(cost), cost, batch.count())
             measured = None
             if timers is not None:
                 measured = objectives.time_plans(plans, timers[batch.name], args.ranks, args.rounds)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lplb_triton import TimeCost, place
 from lplb_triton.bench.advise.models import MODELS, Model
 from lplb_triton.bench.placement import (
     Case,
@@ -26,7 +27,11 @@ __all__ = ["LOADS", "PLACEMENTS", "Batch", "Grid", "draw_batches"]
 # ``trace``: the packaged trace, of a model with fewer experts the first ones. ``skewed``: lognormal
 # popularity with jitter from batch to batch, as `synthetic_cases` draws it.
 LOADS = ("trace", "skewed")
-PLACEMENTS = ("home-chain", "eplb", "chain", "home")
+# Placements made from the history, ``time`` and ``home-time`` for batches of the same size.
+PLACEMENTS = ("time", "home-time", "chain", "home-chain", "eplb", "home")
+BY_TIME = ("time", "home-time")
+# Batches by which placements for plans by time are judged.
+SAMPLES = 12
 # Part of a trace's batches that placements are made from.
 HISTORY = 0.5
 
@@ -53,7 +58,7 @@ class Grid:
     ep: tuple[int, ...]
     slots: tuple[int, ...]
     tokens: tuple[int, ...]
-    placements: tuple[str, ...] = PLACEMENTS[:2]
+    placements: tuple[str, ...] = PLACEMENTS
     loads: tuple[str, ...] = LOADS
     batches: int = 1
 
@@ -74,10 +79,12 @@ class Batch:
     """Of a rank."""
     number: int
 
-    def place(self) -> Placement:
-        """Make the placement from the history of the load."""
-        case = self._case
-        return _place(self.method, self.load, case, self.model.experts, self.ep, self.slots)
+    def place(self, cost: TimeCost) -> Placement:
+        """Make the placement from the history of the load; ``cost`` is for those by time."""
+        by_time = self.method in BY_TIME
+        rows = self.tokens * self.model.top_k if by_time else None
+        key = self.load, self._case, self.model.experts
+        return _place(self.method, key, self.ep, self.slots, rows, cost if by_time else None)
 
     def count(self) -> NDArray[np.int64]:
         """Draw the tokens of every expert, ``[n_logical]``, by the loads of a test batch."""
@@ -108,9 +115,23 @@ def _list_cases(load: str, experts: int) -> tuple[Case, ...]:
 
 
 @lru_cache(maxsize=256)
-def _place(method: str, load: str, case: int, experts: int, ep: int, slots: int) -> Placement:
+def _place(
+    method: str,
+    source: tuple[str, int, int],
+    ep: int,
+    slots: int,
+    rows: int | None,
+    cost: TimeCost | None,
+) -> Placement:
+    """Make a placement; ``source`` are the load, its case and the experts."""
+    load, case, experts = source
     history = _list_cases(load, experts)[case].history
-    return make_by_history(method, history, ep, slots, torch.device("cpu"), None)
+    if method not in BY_TIME:
+        return make_by_history(method, history, ep, slots, torch.device("cpu"), None)
+    return place(
+        history.double(), ep, redundant_per_rank=slots, samples=SAMPLES,
+        keep_home=method == "home-time", objective="time", cost=cost, rows_per_rank=rows,
+    )  # fmt: skip
 
 
 def draw_batches(grid: Grid, seed: int = 0) -> tuple[list[Batch], list[dict[str, object]]]:
