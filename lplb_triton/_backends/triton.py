@@ -134,6 +134,16 @@ class TritonBackend(Backend):
             scratch = torch.empty(shape, dtype=torch.int32, device=layer.device)
         return kernels.TimePlan(tables, rules, scratch, layer.times if times is None else times)
 
+    def plan_by_time(
+        self, counts: torch.Tensor, cumulative: torch.Tensor, status: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Backend.plan_by_time`."""
+        plan = self.make_time_plan()
+        if plan is None:
+            raise RuntimeError("the balancer has no cost")
+        kernels.plan_time(counts, cumulative, status, plan)
+        return cumulative
+
     def warmup(self) -> None:
         """See `Backend.warmup`."""
         layer = self.layer
