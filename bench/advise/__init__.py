@@ -17,6 +17,7 @@ from lplb_triton.bench.advise.live import (
     suggest_live_cost,
 )
 from lplb_triton.bench.advise.models import MODELS, PUBLISHED, Model, Published
+from lplb_triton.bench.advise.objective import TIME_US, advise_objective
 from lplb_triton.bench.advise.overhead import predict_overhead_us
 from lplb_triton.bench.advise.predict import advise, select_slots
 from lplb_triton.bench.advise.table import packaged
@@ -32,8 +33,10 @@ __all__ = [
     "Point",
     "Published",
     "RankTimer",
+    "TIME_US",
     "advise",
     "advise_live",
+    "advise_objective",
     "compare_times",
     "count_live_bytes",
     "fit",

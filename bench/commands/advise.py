@@ -198,6 +198,9 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
+    objective = advise.advise_objective(
+        model, gemm, cases, ep, args.tokens, possible, training=args.training
+    )
     live = _predict_live(args, model, layers or 1, gemm, cases, ep, advice["best"])
     report = {
         "command": "advise",
@@ -219,6 +222,7 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
         "seconds": time.perf_counter() - begin,
         "left_out": sorted(set(args.slots) - set(possible)),
         **advice,
+        "objective": objective,
         "live": live,
     }
     output.finish(args, out, report, tables.make_advise_grids(report))
