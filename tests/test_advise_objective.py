@@ -11,13 +11,16 @@ from lplb_triton.costs.gemm import PACKAGED
 MODEL = advise.Model(7168, 2048, 32, 4)
 
 
-@pytest.fixture(autouse=True)
-def few_sizes(monkeypatch):
-    """Three sizes are enough."""
-    monkeypatch.setattr(objective, "OBJECTIVE_GRID", (8, 256, 16384))
+@pytest.fixture(autouse=True, scope="module")
+def few_sizes():
+    """Two sizes and one batch are enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objective, "OBJECTIVE_GRID", (8, 16384))
+        patch.setattr(objective, "BATCHES", 1)
+        yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rows(few_sizes):
     """Advice for eight ranks, one or two slots."""
     return advise.advise_objective(MODEL, PACKAGED, synthetic_cases(32, (0,)), 8, 100, (1, 2))
