@@ -44,7 +44,7 @@ def plan_batch(
     Parameters
     ----------
     placement
-        Of one group, without live slots; ``none`` doesn't use it.
+        Without live slots; ``none`` doesn't use it.
     cost
         By which ``time`` plans, and all are predicted.
     counts
@@ -72,10 +72,10 @@ def plan_batch(
     )
     shares = cumulative.reshape(-1).numpy().astype(np.int64)
     copy_start = s.copy_start.astype(np.int64)
-    (time_tables,) = make_time_tables(placement)
-    plan = plan_time(time_tables, cost, counts, shares, copy_start)
     by_time = np.zeros((placement.ep_size, placement.slots_per_rank), dtype=np.int64)
-    by_time[time_tables.rank, time_tables.place] = plan.rows
+    for group, cells in enumerate(make_time_tables(placement)):
+        plan = plan_time(cells, cost, counts, shares, copy_start)
+        by_time[group * placement.group_size + cells.rank, cells.place] = plan.rows
     rows = {
         "none": counts.reshape(placement.ep_size, -1),
         "even": _split(placement, counts, split_evenly(copy_start)),

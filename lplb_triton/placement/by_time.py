@@ -36,6 +36,9 @@ Doubles = NDArray[np.float64]
 
 # Batches that placements are judged by, unless the caller says how many.
 SAMPLES = 32
+# A placement that is slower by this factor than another in a quarter of the batches, but at least
+# in so many, isn't judged by the others.
+MOST_BEHIND, LEAST_JUDGED = 1.03, 4
 # With fewer recorded batches than this, `dispersion` states how loads fluctuate.
 MIN_BATCHES = 8
 
@@ -94,6 +97,7 @@ def place_by_time(
     rng = np.random.default_rng(options["seed"])
     counts = sample_counts(load, rows * ep_size, samples, options["dispersion"], rng)
     made = [by_tokens, *_make_candidates(load, counts, cost, ep_size, options)]
+    made = _keep_fast(made, counts[: max(LEAST_JUDGED, samples // 4)], cost)
     return _choose(made, counts, cost, options["previous"], options["move_penalty"])
 
 
@@ -135,6 +139,13 @@ def _make_candidates(
             for one in copied
         ]
     return found
+
+
+def _keep_fast(made: list[Placement], counts: Ints, cost: TimeCost) -> list[Placement]:
+    """Keep placements that are near the fastest one in some of the batches."""
+    means = [float(predict_times(one, counts, cost).mean()) for one in made]
+    limit = MOST_BEHIND * min(means)
+    return [one for one, mean in zip(made, means, strict=True) if mean <= limit]
 
 
 def _choose(
