@@ -98,6 +98,22 @@ def test_ranks_near_the_slowest_are_timed():
     assert objectives.select_ranks(plan._replace(us=plan.us * 100), 6) == ([0, 1], 1)
 
 
+def test_of_a_way_that_is_far_behind_one_rank_is_timed():
+    """The way that is predicted to take twice as long has one rank timed, and the others all."""
+    rows = np.array([[5, 0], [3, 2], [4, 1]])
+    us = np.array([100, 95, 90], dtype=np.float32)
+    plans = {"none": objectives.WayPlan(rows, 2 * us), "time": objectives.WayPlan(rows, us)}
+    assert objectives.choose_ranks(plans, 3) == {"none": ([0], 2), "time": ([0, 1, 2], 0)}
+
+
+def test_long_ranks_take_two_rounds():
+    """Ranks of some milliseconds are timed twice, and the mean counts."""
+    plan = objectives.WayPlan(np.array([[5, 1]]), np.array([5000], dtype=np.float32))
+    taken = iter((5000.0, 5200.0))
+    found = objectives.time_plans({"time": plan}, lambda rows, about: next(taken), rounds=5)
+    assert found == {"time": 5100.0}
+
+
 def test_ways_are_timed_in_turn(planned):
     """Times come round by round, each round through all ways, and the slowest rank counts."""
     asked = []

@@ -3,7 +3,14 @@
 from lplb_triton.bench.objectives.batches import LOADS, PLACEMENTS, Batch, Grid, draw_batches
 from lplb_triton.bench.objectives.plans import WAYS, WayPlan, choose_way, plan_batch
 from lplb_triton.bench.objectives.results import make_row, summarize_rows
-from lplb_triton.bench.objectives.timing import MOST_RANKS, NEAR, ROUNDS, select_ranks, time_plans
+from lplb_triton.bench.objectives.timing import (
+    MOST_RANKS,
+    NEAR,
+    ROUNDS,
+    choose_ranks,
+    select_ranks,
+    time_plans,
+)
 
 __all__ = [
     "LOADS",
@@ -15,6 +22,7 @@ __all__ = [
     "Batch",
     "Grid",
     "WayPlan",
+    "choose_ranks",
     "choose_way",
     "draw_batches",
     "make_row",

@@ -9,7 +9,7 @@ import numpy as np
 
 from lplb_triton.bench.objectives.batches import Batch
 from lplb_triton.bench.objectives.plans import WAYS, WayPlan, choose_way
-from lplb_triton.bench.objectives.timing import select_ranks
+from lplb_triton.bench.objectives.timing import choose_ranks
 from lplb_triton.bench.types import Row
 
 __all__ = ["make_row", "summarize_rows"]
@@ -42,8 +42,8 @@ def make_row(
         ``time`` that is predicted to be the fastest.
     """
     ways: Row = {}
-    for way, plan in plans.items():
-        ranks, left_out = select_ranks(plan, most)
+    for way, (ranks, left_out) in choose_ranks(plans, most).items():
+        plan = plans[way]
         ways[way] = {
             "predicted_us": float(plan.us.max()),
             "measured_us": None if measured is None else measured[way],

@@ -8,12 +8,15 @@ import numpy as np
 
 from lplb_triton.bench.objectives.plans import WayPlan
 
-__all__ = ["MOST_RANKS", "NEAR", "ROUNDS", "select_ranks", "time_plans"]
+__all__ = ["MOST_RANKS", "NEAR", "ROUNDS", "choose_ranks", "select_ranks", "time_plans"]
 
 # Ranks predicted to take more than this part of the slowest rank's time are timed, at most so many.
 NEAR, MOST_RANKS = 0.85, 6
-# Of ranks that take longer than this, at most so many are timed: rows decide which is the slowest.
-LONG_US, MOST_LONG = 2000.0, 2
+# Of ranks that take longer than this, at most so many are timed, since rows decide which is the
+# slowest, and in at most so many rounds, the second in opposite order.
+LONG_US, MOST_LONG, LONG_ROUNDS = 2000.0, 2, 2
+# Of a way that is predicted to take so many times as long as the fastest, one rank is timed.
+FAR_BEHIND = 1.5
 # Rounds through all ranks of all ways, of which the median counts.
 ROUNDS = 3
 
@@ -48,6 +51,16 @@ def select_ranks(plan: WayPlan, most: int = MOST_RANKS) -> tuple[list[int], int]
     return list(near.values())[:most], max(len(near) - most, 0)
 
 
+def choose_ranks(
+    plans: dict[str, WayPlan], most: int = MOST_RANKS
+) -> dict[str, tuple[list[int], int]]:
+    """Select the ranks of every way as `select_ranks` does; one of a way that is far behind."""
+    far = FAR_BEHIND * min(float(plan.us.max()) for plan in plans.values())
+    return {
+        way: select_ranks(plan, 1 if plan.us.max() > far else most) for way, plan in plans.items()
+    }
+
+
 def _make_key(plan: WayPlan, rank: int) -> Key:
     """Return what decides a rank's time: its rows in order."""
     return tuple(sorted(plan.rows[rank].tolist(), reverse=True))
@@ -79,8 +92,8 @@ def time_plans(
         different ways.
     """
     keys = {
-        way: [_make_key(plan, rank) for rank in select_ranks(plan, most)[0]]
-        for way, plan in plans.items()
+        way: [_make_key(plans[way], rank) for rank in ranks]
+        for way, (ranks, _) in choose_ranks(plans, most).items()
     }
     about = {
         _make_key(plan, rank): float(plan.us[rank])
@@ -93,5 +106,6 @@ def time_plans(
     times: dict[Key, list[float]] = {key: [] for key in order}
     for at in range(rounds):
         for key in order if at % 2 == 0 else reversed(order):
-            times[key].append(time_rows(key, about[key]))
+            if at < LONG_ROUNDS or about[key] <= LONG_US:
+                times[key].append(time_rows(key, about[key]))
     return {way: max(float(np.median(times[key])) for key in mine) for way, mine in keys.items()}
