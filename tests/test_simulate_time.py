@@ -12,6 +12,7 @@ from helpers.timers import FakeTimer
 from lplb_triton import TimeCost
 from lplb_triton.bench import advise, cli, objectives
 from lplb_triton.bench.commands import gpu
+from lplb_triton.bench.tables import make_simulate_time_grids
 from lplb_triton.costs.gemm import PACKAGED
 
 SIZES = advise.MODELS["gpt-oss-120b"]
@@ -144,6 +145,10 @@ def test_sums_of_rows(planned):
     assert {"16 tokens, EP 8", "4,096+ tokens", "all, home-chain"} <= set(found["sums"])
     off = float(plans["time"].us.max()) / 80 - 1
     assert found["errors"]["time"]["bias"] == pytest.approx(off)
+    options = {**dict.fromkeys(("loads", "placements", "models"), ()), "ranks": 6, "rounds": 3}
+    report = {"summary": found, "options": options, "not_begun": 0, "left_out": [], "rows": []}
+    winners = make_simulate_time_grids(report)[1]
+    assert winners.rows == [("16", "time -20.0%"), ("4096", "time -20.0%")]
     predicted = objectives.summarize_rows([objectives.make_row(batch, plans, None, 6)])
     assert predicted["basis"] == "predicted" and predicted["errors"] is None
 

@@ -24,7 +24,7 @@ def make_simulate_time_grids(report: dict[str, Any]) -> list[Grid]:
     list of Grid
     """
     is_measured = report["summary"]["basis"] == "measured"
-    grids = [_make_sizes(report), _make_sums(report)]
+    grids = [_make_sizes(report), _make_winners(report), _make_sums(report)]
     if is_measured:
         grids += [_make_errors(report), _make_batches(report)]
     return grids
@@ -61,6 +61,31 @@ def _make_sizes(report: dict[str, Any]) -> Grid:
             "predicted to be the fastest. fastest: how often time is, ties too.",
             *([f"{left} batches were not begun in {o['seconds']:g} s."] if left else []),
             *(f"n/a: {reason}." for reason in reasons),
+        ),
+    )
+
+
+def _make_winners(report: dict[str, Any]) -> Grid:
+    """Lay out which way has the least mean time, and by how much."""
+    cells: dict[str, dict[str, str]] = {}
+    heads: dict[str, None] = {}
+    for row in report["summary"]["table"]:
+        over = row["over_tokens"]
+        first, second = sorted(_WAYS, key=lambda way: (over[way], _WAYS.index(way)))[:2]
+        head = f"EP {row['ep']}, {row['slots']}"
+        heads[head] = None
+        less = f"{100 * (over[first] / over[second] - 1):.1f}%"
+        cells.setdefault(str(row["tokens"]), {})[head] = f"{first} {less}"
+    return Grid(
+        f"Where each objective wins, {report['summary']['basis']}",
+        ("tokens", *heads),
+        [
+            (tokens, *(by_head.get(head, "n/a") for head in heads))
+            for tokens, by_head in sorted(cells.items(), key=lambda item: int(item[0]))
+        ],
+        (
+            "The way with the least geometric mean of the slowest rank's time, and how much less "
+            "than the next one's that is. Columns: ranks, redundant slots of each.",
         ),
     )
 
