@@ -208,3 +208,17 @@ def test_a_limit_in_seconds_is_said(monkeypatch, capsys):
     line = "simulate-time --model mixtral-8x7b --ep 4 --slots 1 --seconds 1e-9"
     assert cli.main(line.split()) == 2
     assert "argument --seconds: calibration took longer" in capsys.readouterr().err
+
+
+def test_runs_are_timed_by_both_objectives(monkeypatch, capsys):
+    """With --runs, whole runs are timed by tokens, by time and by tokens again."""
+    monkeypatch.setattr(gpu, "start", lambda args: (torch.device("cpu"), FakeTimer()))
+    monkeypatch.setitem(advise.MODELS, "mixtral-8x7b", advise.Model(16, 8, 8, 2))
+    line = "simulate-time --runs --model mixtral-8x7b --ep 4 --slots 1 --tokens 16 --loads skewed"
+    assert cli.main([*line.split(), "--placement", "home-chain", "--batches", "2", "--json=-"]) == 0
+    out = capsys.readouterr()
+    (row,) = json.loads(out.out)["rows"]
+    assert [row["us"][name]["median"] for name in objectives.RUNS] == [1.5, 3.5, 5.5]
+    assert "Balancer.run by tokens and by time" in out.err
+    assert cli.main([*line.split(), "--seconds", "3"]) == 2
+    assert "argument --seconds: not with --runs" in capsys.readouterr().err

@@ -20,9 +20,9 @@ from lplb_triton.costs.gemm import GemmModel
 __all__ = ["OBJECTIVE_GRID", "TIME_US", "advise_objective"]
 
 # Tokens of a rank that are predicted, beside those asked for.
-OBJECTIVE_GRID = (8, 16, 64, 256, 1024, 4096, 16384)
+OBJECTIVE_GRID = (8, 16, 64, 256, 1024, 4096)
 # Placements that are compared, and batches in all, evenly spread over the cases.
-PLACEMENTS, BATCHES = ("eplb", "chain"), 4
+PLACEMENTS, BATCHES = ("eplb", "chain"), 3
 # Microseconds that planning by time adds to a run: estimated from instructions, not measured.
 TIME_US = 3.0
 # Products of both passes, in forward passes.

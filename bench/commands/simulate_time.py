@@ -59,6 +59,10 @@ def add(commands: Any) -> None:
         help="measure nothing: predict all times by the packaged times of one H100",
     )  # fmt: skip
     sub.add_argument(
+        "--runs", action="store_true",
+        help="time Balancer.run by tokens and by time instead, of one rank, by the packaged cost",
+    )  # fmt: skip
+    sub.add_argument(
         "--seconds", type=options.seconds, metavar="N",
         help="begin no further batch so many seconds after the start (default: no limit)",
     )  # fmt: skip
@@ -101,8 +105,11 @@ def _add_grid(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Output) -> int:
     """Plan, predict and measure."""
     tables.require("rich")
-    if args.predict:
-        options.refuse(args, ("seconds", "ranks", "rounds"), "not with --predict")
+    for name in ("predict", "runs"):
+        if getattr(args, name):
+            options.refuse(args, ("seconds", "ranks", "rounds"), f"not with --{name}")
+    if args.predict and args.runs:
+        raise UsageError("argument --runs: not with --predict")
     options.fill(args, {"ranks": objectives.MOST_RANKS, "rounds": objectives.ROUNDS})
     gpu.check_files(args)
     grid = objectives.Grid(
@@ -113,6 +120,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if not batches:
         raise UsageError(f"nothing can be laid out: {left_out[0]['reason']}")
     begin = time.perf_counter()
+    if args.runs:
+        return _time_runs(args, out, batches, begin)
     if args.predict:
         device, (costs, fits), timers = "cpu", _predict_costs(batches), None
     else:
@@ -125,12 +134,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         raise UsageError("argument --seconds: calibration took longer; no batch was measured")
     report = {
         "command": "simulate-time",
-        "options": {
-            "models": list(args.model),
-            **{name: list(getattr(args, name)) for name in ("ep", "slots", "tokens", "loads")},
-            "placements": list(args.placement),
-            **{name: getattr(args, name) for name in ("batches", "seconds", "ranks", "rounds")},
-        },
+        "options": _list_options(args),
         "environment": machine.environment(device),
         "seconds": time.perf_counter() - begin,
         "costs": fits,
@@ -140,6 +144,41 @@ def run(args: argparse.Namespace, out: Output) -> int:
         "rows": rows,
     }
     output.finish(args, out, report, tables.make_simulate_time_grids(report))
+    return OK
+
+
+def _list_options(args: argparse.Namespace) -> Row:
+    """Return what the options say."""
+    return {
+        "models": list(args.model),
+        **{name: list(getattr(args, name)) for name in ("ep", "slots", "tokens", "loads")},
+        "placements": list(args.placement),
+        **{name: getattr(args, name) for name in ("batches", "seconds", "ranks", "rounds")},
+    }
+
+
+def _time_runs(
+    args: argparse.Namespace, out: Output, batches: Sequence[objectives.Batch], begin: float
+) -> int:
+    """Time `Balancer.run` for every combination, whose batches are drawn by the first one's."""
+    device, timer = gpu.start(args)
+    costs, _ = _predict_costs(batches)
+    firsts = [batch for batch in batches if batch.number == 0]
+    with progress([("runs", len(firsts))], args.progress) as advance:
+        rows = []
+        for batch in sorted(firsts, key=lambda one: (one.name, one.ep, one.slots, one.tokens)):
+            cost = costs[batch.name, batch.ep]
+            rows.append(objectives.time_runs(batch, args.batches, cost, timer, device))
+            advance()
+    report = {
+        "command": "simulate-time",
+        "runs": True,
+        "options": _list_options(args),
+        "environment": machine.environment(device.type),
+        "seconds": time.perf_counter() - begin,
+        "rows": rows,
+    }
+    output.finish(args, out, report, [tables.make_objective_runs_grid(report)])
     return OK
 
 

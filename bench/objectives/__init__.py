@@ -3,6 +3,7 @@
 from lplb_triton.bench.objectives.batches import LOADS, PLACEMENTS, Batch, Grid, draw_batches
 from lplb_triton.bench.objectives.plans import WAYS, WayPlan, choose_way, plan_batch
 from lplb_triton.bench.objectives.results import make_row, summarize_rows
+from lplb_triton.bench.objectives.runs import RUNS, time_runs
 from lplb_triton.bench.objectives.timing import (
     MOST_RANKS,
     NEAR,
@@ -18,6 +19,7 @@ __all__ = [
     "NEAR",
     "PLACEMENTS",
     "ROUNDS",
+    "RUNS",
     "WAYS",
     "Batch",
     "Grid",
@@ -30,4 +32,5 @@ __all__ = [
     "select_ranks",
     "summarize_rows",
     "time_plans",
+    "time_runs",
 ]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from lplb_triton.bench.tables.cells import format_us
 from lplb_triton.bench.tables.grid import Grid
 
-__all__ = ["make_simulate_time_grids"]
+__all__ = ["make_objective_runs_grid", "make_simulate_time_grids"]
 
 _WAYS = ("none", "even", "tokens", "time")
 
@@ -142,3 +143,31 @@ def _make_batches(report: dict[str, Any]) -> Grid:
         rows,
         ("off: predicted over measured times, of none/even/tokens/time.",),
     )
+
+
+def make_objective_runs_grid(report: dict[str, Any]) -> Grid:
+    """Lay out the report of ``lplb-bench simulate-time --runs``."""
+    return Grid(
+        "Balancer.run by tokens and by time, microseconds",
+        ("model EP/slots", "tokens", "by tokens", "by time", "again", "added"),
+        [
+            (
+                f"{row['model']} {row['ep']}/{row['slots']} {row['placement']}",
+                str(row["tokens"]),
+                *(format_us(row["us"][name]["median"]) for name in ("tokens", "time", "again")),
+                format_us(_add_up(row["us"])),
+            )
+            for row in report["rows"]
+        ],
+        (
+            f"Medians over {report['options']['batches']} batches of one rank, whose counts are "
+            "not summed. again: by tokens once more, after by time. added: by time less the mean "
+            "of both by tokens. Every run was made twice, with the same ids.",
+        ),
+    )
+
+
+def _add_up(us: dict[str, Any]) -> float:
+    """Return the median time that planning by time adds."""
+    before, after = us["tokens"]["median"], us["again"]["median"]
+    return float(us["time"]["median"] - (before + after) / 2)
