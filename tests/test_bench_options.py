@@ -61,7 +61,7 @@ def valued(kind):
             if not action.option_strings or action.nargs == 0:
                 continue
             option = action.option_strings[0]
-            path = option in (*FILES, "--out", "--trace", "--published", "--hf-config")
+            path = option in (*FILES, "--out", "--trace", "--published", "--hf-config", "--cost")
             if path == (kind == "paths"):
                 found.append(pytest.param(name, option, id=f"{name}{option}"))
     return found
