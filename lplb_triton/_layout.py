@@ -187,6 +187,70 @@ class TimeExtent(enum.IntEnum):
 
 N_TIME_EXTENTS = len(TimeExtent)
 
+# Plans that keep tokens near.
+
+# The most ranks of a group and slots of a rank: fields of the words of ``near_steps``, which hold,
+# from the lowest, the other rank, the own place, whether both ranks are on one node, whether moves
+# are relaxed, and the shift of the price.
+NEAR_MOST_RANKS = 512
+NEAR_MOST_SLOTS = 1023
+NEAR_RANK_BITS = 10
+NEAR_RANK_MASK = (1 << NEAR_RANK_BITS) - 1
+NEAR_WITHIN_AT = 2 * NEAR_RANK_BITS
+NEAR_RELAXED_AT = NEAR_WITHIN_AT + 1
+NEAR_SHIFT_AT = NEAR_WITHIN_AT + 2
+# The tokens of a group are so many bits of units, or one more.
+NEAR_UNIT_BITS = 28
+# The price of a token that leaves its node ends at the mean load over 2 to this power.
+NEAR_LAST_SHIFT = 9
+# Parts that plans are blended in, and the allowance for rounding: the mean load over 2 to this
+# power.
+NEAR_BLEND_BITS = 11
+NEAR_BLEND = 1 << NEAR_BLEND_BITS
+NEAR_ALLOWANCE_BITS = 14
+# Plans that are compared beside the token plan, rows of scratch, and numbers that are reported.
+NEAR_CANDIDATES = 4
+NEAR_ROWS = 2 + 2 * NEAR_CANDIDATES
+NEAR_REPORTED = 7
+
+
+class NearField(enum.IntEnum):
+    """Rows of the table ``near_cells``, which has a column for each slot of a group's ranks."""
+
+    EXPERT = 0
+    """The expert, -1 if the slot is no cell's first one."""
+    FIRST = 1
+    """The first copy of the cell."""
+    LAST = 2
+    """The last one."""
+    AT = 3
+    """The place in ``near_lists`` of the expert's first cell."""
+    NUMBER = 4
+    """The cell's number among those of the expert, and above it how many these are."""
+    NODE = 5
+    """The cell's number among those of the expert on its node, and above it how many these are."""
+    SOURCE = 6
+    """The first rank of the node, over all ranks."""
+
+
+N_NEAR_FIELDS = len(NearField)
+
+
+class NearExtent(enum.IntEnum):
+    """Columns of the table ``near_extents``, which has a row for each group."""
+
+    N_STEPS = 0
+    """Steps of classes."""
+    MOST_CELLS = 1
+    """The most cells of an expert."""
+    MOST_ON_NODE = 2
+    """The most cells of an expert on one node."""
+    MULTIPLICITY = 3
+    """The most copies of an expert on a rank."""
+
+
+N_NEAR_EXTENTS = len(NearExtent)
+
 # Exchange of counts between ranks.
 
 # The largest count, and the largest sum of counts: they are int32.
