@@ -1,0 +1,90 @@
+"""What the kernel that keeps tokens near reads of a placement, as numpy arrays."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lplb_triton._layout import (
+    N_NEAR_EXTENTS,
+    N_NEAR_FIELDS,
+    NEAR_RANK_BITS,
+    NEAR_RELAXED_AT,
+    NEAR_SHIFT_AT,
+    NEAR_WITHIN_AT,
+    NearExtent,
+    NearField,
+)
+from lplb_triton.reference.near_tables import find_steps, make_near_tables, step_limit
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lplb_triton.placement import Placement
+    from lplb_triton.reference.near_tables import NearTables, Step
+
+    Words = NDArray[np.int32]
+
+__all__ = ["make_near_arrays"]
+
+
+def make_near_arrays(placement: Placement, ranks_per_node: int) -> dict[str, NDArray[Any]]:
+    """Make what near plans read of a placement; see `NearTables` of the kernels.
+
+    Shapes depend on the placement's sizes alone.
+    """
+    groups = make_near_tables(placement, ranks_per_node)
+    sizes = placement.n_group, placement.static_per_rank, placement.group_size
+    n_slots = sizes[1] * sizes[2]
+    cells = np.zeros((sizes[0], N_NEAR_FIELDS, n_slots), dtype=np.int32)
+    cells[:, NearField.EXPERT] = -1
+    lists = np.zeros((sizes[0], n_slots), dtype=np.int32)
+    steps = np.zeros((sizes[0], 2, step_limit(sizes[2]), sizes[2]), dtype=np.int32)
+    steps[:] = np.arange(sizes[2])
+    extents = np.zeros((sizes[0], N_NEAR_EXTENTS), dtype=np.int32)
+    for group, tables in enumerate(groups):
+        _fill_cells(cells[group], lists[group], tables)
+        for backward in (False, True):
+            order = find_steps(tables, backward)
+            for number, step in enumerate(order):
+                _fill_step(steps[group, int(backward), number], tables, step)
+        extents[group, NearExtent.N_STEPS] = len(find_steps(tables, False))
+        extents[group, NearExtent.MOST_CELLS] = np.diff(tables.start).max(initial=0)
+        extents[group, NearExtent.MOST_ON_NODE] = tables.node_cells.max(initial=0)
+        extents[group, NearExtent.MULTIPLICITY] = 1 + (tables.last - tables.first).max(initial=0)
+    return {
+        "near_cells": cells.reshape(sizes[0], N_NEAR_FIELDS, sizes[1], sizes[2]),
+        "near_lists": lists,
+        "near_steps": steps,
+        "near_extents": extents,
+    }
+
+
+def _fill_cells(cells: Words, lists: Words, tables: NearTables) -> None:
+    """Fill a group's tables of cells, [fields, slots] and [slots]; slots count place by place."""
+    n_cells = np.diff(tables.start)
+    slot = tables.place * tables.n_ranks + tables.rank
+    lists[: tables.n_cells] = slot
+    at = tables.start[:-1].repeat(n_cells)
+    number = np.arange(tables.n_cells)
+    fields = {
+        NearField.EXPERT: tables.experts.repeat(n_cells),
+        NearField.FIRST: tables.first,
+        NearField.LAST: tables.last,
+        NearField.AT: at,
+        NearField.NUMBER: (number - at) | n_cells.repeat(n_cells) << NEAR_RANK_BITS,
+        NearField.NODE: (number - tables.node_first) | tables.node_cells << NEAR_RANK_BITS,
+        NearField.SOURCE: tables.node * tables.ranks_per_node,
+    }
+    for field, values in fields.items():
+        cells[field, slot] = values
+
+
+def _fill_step(words: Words, tables: NearTables, step: Step) -> None:
+    """Fill the words of one step, [group_size]; see `_layout`."""
+    a, b = tables.classes[step.number].T
+    word = (tables.node[a] == tables.node[b]).astype(np.int64) << NEAR_WITHIN_AT
+    word |= int(step.relaxed) << NEAR_RELAXED_AT | step.shift << NEAR_SHIFT_AT
+    words[tables.rank[a]] = word | tables.rank[b] | tables.place[a] << NEAR_RANK_BITS
+    words[tables.rank[b]] = word | tables.rank[a] | tables.place[b] << NEAR_RANK_BITS
