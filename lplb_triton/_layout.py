@@ -189,9 +189,10 @@ N_TIME_EXTENTS = len(TimeExtent)
 
 # Plans that keep tokens near.
 
-# The most ranks of a group and slots of a rank: fields of the words of ``near_steps``, which hold,
-# from the lowest, the other rank, the own place, whether both ranks are on one node, whether moves
+# The most static slots of a group, which the kernel handles at once, and the most ranks and slots of
+# a rank: fields of the words of ``near_steps``, which hold, from the lowest, the other rank, the own place, whether both ranks are on one node, whether moves
 # are relaxed, and the shift of the price.
+NEAR_MOST_CELLS = 1 << 13
 NEAR_MOST_RANKS = 512
 NEAR_MOST_SLOTS = 1023
 NEAR_RANK_BITS = 10
@@ -210,26 +211,34 @@ NEAR_BLEND = 1 << NEAR_BLEND_BITS
 NEAR_ALLOWANCE_BITS = 14
 # Plans that are compared beside the token plan, rows of scratch, and numbers that are reported.
 NEAR_CANDIDATES = 4
-NEAR_ROWS = 2 + 2 * NEAR_CANDIDATES
+NEAR_ROWS = 2 * NEAR_CANDIDATES
 NEAR_REPORTED = 7
 
 
 class NearField(enum.IntEnum):
-    """Rows of the table ``near_cells``, which has a column for each slot of a group's ranks."""
+    """Rows of the table ``near_cells``, which has a column for each static slot of a group's ranks.
+
+    The first columns are the cells, by expert and rank; the others are slots that are no cell's
+    first one.
+    """
 
     EXPERT = 0
-    """The expert, -1 if the slot is no cell's first one."""
-    FIRST = 1
+    """The expert, -1 where no cell is."""
+    SLOT = 1
+    """The slot, places of all ranks one after the other."""
+    FIRST = 2
     """The first copy of the cell."""
-    LAST = 2
+    LAST = 3
     """The last one."""
-    AT = 3
-    """The place in ``near_lists`` of the expert's first cell."""
-    NUMBER = 4
-    """The cell's number among those of the expert, and above it how many these are."""
-    NODE = 5
-    """The cell's number among those of the expert on its node, and above it how many these are."""
-    SOURCE = 6
+    BEGIN = 4
+    """The expert's first cell."""
+    END = 5
+    """The expert's last cell."""
+    NODE_BEGIN = 6
+    """The expert's first cell on the same node."""
+    NODE_CELLS = 7
+    """How many these are."""
+    SOURCE = 8
     """The first rank of the node, over all ranks."""
 
 
@@ -241,11 +250,7 @@ class NearExtent(enum.IntEnum):
 
     N_STEPS = 0
     """Steps of classes."""
-    MOST_CELLS = 1
-    """The most cells of an expert."""
-    MOST_ON_NODE = 2
-    """The most cells of an expert on one node."""
-    MULTIPLICITY = 3
+    MULTIPLICITY = 1
     """The most copies of an expert on a rank."""
 
 

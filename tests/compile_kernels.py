@@ -148,11 +148,11 @@ def time_jobs(capability):
 
 def near_jobs(capability):
     """Yield the kernel that keeps tokens near: one and two slices of ranks, and many slots."""
-    for ranks, steps, block in ((32, 24, 512), (64, 24, 512), (512, 24, 8192)):
+    for ranks, steps, block in ((32, 24, 512), (64, 24, 512), (512, 24, 4096)):
         slices, lanes = time_launch.cut_slices(ranks)
         constants = {"MOST_STEPS": steps, "SLICES": slices, "LANES": lanes, "BLOCK": block}
         constants |= {"PDL": capability >= 90}
-        yield plan_near_kernel, constants, near_launch.make_options(block)
+        yield plan_near_kernel, constants, near_launch.make_options(ranks)
 
 
 def jobs(capability):

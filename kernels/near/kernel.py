@@ -13,15 +13,14 @@ import triton.language as tl
 
 from lplb_triton import _layout
 from lplb_triton.kernels.near.cells import (
-    OWN,
     SURPLUS,
-    TOKENS,
     UNITS,
     count_node,
     divide_by_shares,
     divide_node,
     load_cells,
     scale,
+    start_near,
     sum_far,
     write_near_shares,
     write_starts,
@@ -35,8 +34,6 @@ ROWS = tl.constexpr(_layout.NEAR_ROWS)
 N_FIELDS = tl.constexpr(_layout.N_NEAR_FIELDS)
 N_EXTENTS = tl.constexpr(_layout.N_NEAR_EXTENTS)
 N_STEPS = tl.constexpr(int(_layout.NearExtent.N_STEPS))
-MOST_CELLS = tl.constexpr(int(_layout.NearExtent.MOST_CELLS))
-MOST_ON_NODE = tl.constexpr(int(_layout.NearExtent.MOST_ON_NODE))
 MULTIPLICITY = tl.constexpr(int(_layout.NearExtent.MULTIPLICITY))
 UNIT_BITS = tl.constexpr(_layout.NEAR_UNIT_BITS)
 BLEND = tl.constexpr(_layout.NEAR_BLEND)
@@ -125,7 +122,7 @@ def _report(near_ptr, group, is_valid, choice, amounts, shift):
     do_not_specialize=["n_ranks", "n_places", "n_sources", "n_logical", "ranks_per_node"],
     do_not_specialize_on_alignment=[
         "gathered_ptr", "counts_ptr", "cumulative_ptr", "stats_ptr", "status_ptr",
-        "near_cells_ptr", "near_lists_ptr", "near_steps_ptr", "near_extents_ptr", "rows_ptr",
+        "near_cells_ptr", "near_steps_ptr", "near_extents_ptr", "rows_ptr",
         "near_ptr",
     ],
 )  # fmt: skip
@@ -135,8 +132,7 @@ def plan_near_kernel(
     cumulative_ptr,  # [n_copies] int32: cumulative shares of the token plan; gets this plan's
     stats_ptr,  # [3, n_group] float32: largest load, lower bound, gap; gets this plan's
     status_ptr,  # [n_group] int32: status of the solve
-    near_cells_ptr,  # [n_group, N_NEAR_FIELDS, n_places, n_ranks] int32, see `NearField`
-    near_lists_ptr,  # [n_group, n_places n_ranks] int32: cells of each expert, as slots
+    near_cells_ptr,  # [n_group, N_NEAR_FIELDS, n_places n_ranks] int32, see `NearField`
     near_steps_ptr,  # [n_group, 2, MOST_STEPS, n_ranks] int32: words, see `_layout`
     near_extents_ptr,  # [n_group, N_NEAR_EXTENTS] int32, see `NearExtent`
     rows_ptr,  # [n_group, NEAR_ROWS, n_places n_ranks] int32: scratch
@@ -159,13 +155,10 @@ def plan_near_kernel(
     n_group = tl.num_programs(0)
     n_slots = n_places * n_ranks
     near_cells_ptr += group * N_FIELDS * n_slots
-    near_lists_ptr += group * n_slots
     near_steps_ptr += group * 2 * MOST_STEPS * n_ranks
     near_extents_ptr += group * N_EXTENTS
     rows_ptr += group * ROWS * n_slots
     n_steps = tl.load(near_extents_ptr + N_STEPS)
-    most_cells = tl.load(near_extents_ptr + MOST_CELLS)
-    most_on_node = tl.load(near_extents_ptr + MOST_ON_NODE)
     multiplicity = tl.load(near_extents_ptr + MULTIPLICITY)
     cells = load_cells(near_cells_ptr, n_slots, BLOCK)
     k = tl.arange(0, CANDIDATES)[:, None]
@@ -176,25 +169,22 @@ def plan_near_kernel(
     bound = tl.load(stats_ptr + n_group + group)
     is_valid = tl.load(status_ptr + group) != INVALID
     near_tokens = count_node(gathered_ptr, cells, n_sources, n_logical, ranks_per_node)
-    has_before = cells.is_cell & (cells.number > 0)
+    is_first = cells.is_cell & (cells.number == cells.begin)
+    has_before = cells.is_cell & (cells.number > cells.begin)
     share_before = tl.load(cumulative_ptr + cells.first - 1, mask=has_before, other=0)
     share = tl.load(cumulative_ptr + cells.last, mask=cells.is_cell, other=0)
-    is_first = cells.is_cell & (cells.number == 0)
     every = tl.sum(tl.where(is_first, tokens, 0).to(tl.int64), 0)
     is_valid = is_valid & (every > 0)
     shift = _find_shift(every)
     total = scale(tokens, shift)
     own = divide_node(scale(near_tokens, shift), cells)
-    units = divide_by_shares(total, share_before, share, cells)
+    before, end = divide_by_shares(total, share_before, share, cells)
+    units = end - before
     mean = scale(every, shift).to(tl.int32) // n_ranks
     all_units = tl.sum(tl.where(is_first, total, 0).to(tl.int64), 0)
     least = all_units - tl.sum(own.to(tl.int64), 0)
-    inside = cells.slot < n_slots
-    tl.store(rows_ptr + OWN * n_slots + cells.slot, own, mask=inside)
-    tl.store(rows_ptr + TOKENS * n_slots + cells.slot, units, mask=inside)
+    write_starts(rows_ptr, cells, start_near(cells, total, own, units), own, units, n_slots)
     # From here on threads read what others have written.
-    tl.debug_barrier()
-    write_starts(rows_ptr, near_lists_ptr, cells, total, own, units, n_slots, most_cells)
     tl.debug_barrier()
 
     x_ptr = rows_ptr + (UNITS + k) * n_slots
@@ -214,7 +204,7 @@ def plan_near_kernel(
     tl.debug_barrier()
     parts = _find_parts(loads, token_loads, aim, SLICES)
     peaks = _blend_loads(loads, token_loads, parts, SLICES)
-    far, token_far = sum_far(rows_ptr, near_lists_ptr, cells, parts, n_slots, most_on_node)
+    far, token_far = sum_far(rows_ptr, cells, units - own, parts, n_slots)
     best = tl.min(far, 0)
     candidate = tl.min(tl.where(far == best, tl.arange(0, CANDIDATES), CANDIDATES), 0)
     is_nearer = best < token_far
@@ -222,8 +212,8 @@ def plan_near_kernel(
     peak = tl.where(is_nearer, _pick(peaks, candidate), most)
     if is_valid & is_nearer:
         write_near_shares(
-            rows_ptr, near_lists_ptr, cumulative_ptr, cells, total, candidate,
-            _pick(parts, candidate), n_slots, most_cells, multiplicity,
+            rows_ptr, cumulative_ptr, cells, total, before, end, candidate,
+            _pick(parts, candidate), n_slots, multiplicity,
         )  # fmt: skip
         max_load = peak.to(tl.float32) * _raise_two(-shift)
         tl.store(stats_ptr + group, max_load)

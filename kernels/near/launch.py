@@ -10,19 +10,17 @@ import triton
 from lplb_triton import _layout
 from lplb_triton.kernels.launch import KernelCall, launch_call, supports_pdl
 from lplb_triton.kernels.near.kernel import plan_near_kernel
-from lplb_triton.kernels.time.launch import cut_slices
+from lplb_triton.kernels.time.launch import MOST_SLICES, WARP, cut_slices
 
-# Ranks of a warp's slice, and the fewest slots that are handled at once.
-WARP, LEAST_SLOTS = 32, 128
+# The fewest slots that are handled at once.
+LEAST_SLOTS = 128
 
 
 class NearTables(NamedTuple):
     """Device tables of a placement for near plans, int32; see `plan_near_kernel`."""
 
     near_cells: torch.Tensor
-    """[n_group, N_NEAR_FIELDS, n_places, n_ranks]"""
-    near_lists: torch.Tensor
-    """[n_group, n_places n_ranks]"""
+    """[n_group, N_NEAR_FIELDS, slots of a group]"""
     near_steps: torch.Tensor
     """[n_group, 2, most_steps, n_ranks]"""
     near_extents: torch.Tensor
@@ -52,22 +50,27 @@ def plan_near_call(
 ) -> KernelCall:
     """Prepare `plan_near`."""
     tables = plan.tables
-    n_group, _, n_places, n_ranks = tables.near_cells.shape
+    n_group, _, n_slots = tables.near_cells.shape
+    n_ranks = tables.near_steps.shape[-1]
     args = (
         gathered, counts, cumulative, stats, status, *tables, plan.scratch, plan.numbers,
-        1.0 + plan.slack, n_ranks, n_places, *gathered.shape, plan.ranks_per_node,
+        1.0 + plan.slack, n_ranks, n_slots // n_ranks, *gathered.shape, plan.ranks_per_node,
     )  # fmt: skip
     ranks = max(WARP, triton.next_power_of_2(n_ranks))
-    block = max(LEAST_SLOTS, triton.next_power_of_2(n_places * n_ranks))
+    block = max(LEAST_SLOTS, triton.next_power_of_2(n_slots))
     constants = (
         tables.near_steps.shape[2], *cut_slices(ranks), block, supports_pdl(counts.device),
     )  # fmt: skip
-    return KernelCall(plan_near_kernel, n_group, args, constants, make_options(block))
+    return KernelCall(plan_near_kernel, n_group, args, constants, make_options(ranks))
 
 
-def make_options(block: int) -> dict[str, int | bool]:
-    """Return compile options: a warp for each candidate, or more to handle many slots."""
-    return {"num_warps": _layout.NEAR_CANDIDATES if block <= 1024 else 16, "num_stages": 1}
+def make_options(ranks: int) -> dict[str, int | bool]:
+    """Return compile options: a warp for each candidate, or two.
+
+    There are never more lanes than ranks of all candidates: a cell is one thread's alone.
+    """
+    warps = _layout.NEAR_CANDIDATES * (1 if ranks <= MOST_SLICES * WARP else 2)
+    return {"num_warps": warps, "num_stages": 1}
 
 
 def plan_near(

@@ -39,46 +39,42 @@ def make_near_arrays(placement: Placement, ranks_per_node: int) -> dict[str, NDA
     n_slots = sizes[1] * sizes[2]
     cells = np.zeros((sizes[0], N_NEAR_FIELDS, n_slots), dtype=np.int32)
     cells[:, NearField.EXPERT] = -1
-    lists = np.zeros((sizes[0], n_slots), dtype=np.int32)
     steps = np.zeros((sizes[0], 2, step_limit(sizes[2]), sizes[2]), dtype=np.int32)
     steps[:] = np.arange(sizes[2])
     extents = np.zeros((sizes[0], N_NEAR_EXTENTS), dtype=np.int32)
     for group, tables in enumerate(groups):
-        _fill_cells(cells[group], lists[group], tables)
+        _fill_cells(cells[group], tables)
         for backward in (False, True):
             order = find_steps(tables, backward)
             for number, step in enumerate(order):
                 _fill_step(steps[group, int(backward), number], tables, step)
         extents[group, NearExtent.N_STEPS] = len(find_steps(tables, False))
-        extents[group, NearExtent.MOST_CELLS] = np.diff(tables.start).max(initial=0)
-        extents[group, NearExtent.MOST_ON_NODE] = tables.node_cells.max(initial=0)
         extents[group, NearExtent.MULTIPLICITY] = 1 + (tables.last - tables.first).max(initial=0)
     return {
-        "near_cells": cells.reshape(sizes[0], N_NEAR_FIELDS, sizes[1], sizes[2]),
-        "near_lists": lists,
+        "near_cells": cells,
         "near_steps": steps,
         "near_extents": extents,
     }
 
 
-def _fill_cells(cells: Words, lists: Words, tables: NearTables) -> None:
-    """Fill a group's tables of cells, [fields, slots] and [slots]; slots count place by place."""
-    n_cells = np.diff(tables.start)
+def _fill_cells(cells: Words, tables: NearTables) -> None:
+    """Fill a group's table of cells, [fields, slots]; slots count place by place."""
+    n, n_cells = tables.n_cells, np.diff(tables.start)
     slot = tables.place * tables.n_ranks + tables.rank
-    lists[: tables.n_cells] = slot
-    at = tables.start[:-1].repeat(n_cells)
-    number = np.arange(tables.n_cells)
     fields = {
         NearField.EXPERT: tables.experts.repeat(n_cells),
+        NearField.SLOT: slot,
         NearField.FIRST: tables.first,
         NearField.LAST: tables.last,
-        NearField.AT: at,
-        NearField.NUMBER: (number - at) | n_cells.repeat(n_cells) << NEAR_RANK_BITS,
-        NearField.NODE: (number - tables.node_first) | tables.node_cells << NEAR_RANK_BITS,
+        NearField.BEGIN: tables.start[:-1].repeat(n_cells),
+        NearField.END: tables.start[1:].repeat(n_cells) - 1,
+        NearField.NODE_BEGIN: tables.node_first,
+        NearField.NODE_CELLS: tables.node_cells,
         NearField.SOURCE: tables.node * tables.ranks_per_node,
     }
     for field, values in fields.items():
-        cells[field, slot] = values
+        cells[field, :n] = values
+    cells[NearField.SLOT, n:] = np.setdiff1d(np.arange(cells.shape[1]), slot)
 
 
 def _fill_step(words: Words, tables: NearTables, step: Step) -> None:
