@@ -189,10 +189,9 @@ N_TIME_EXTENTS = len(TimeExtent)
 
 # Plans that keep tokens near.
 
-# The most static slots of a group, which the kernel handles at once, and the most ranks and slots of
-# a rank: fields of the words of ``near_steps``, which hold, from the lowest, the other rank, the own place, whether both ranks are on one node, whether moves
+# The most ranks of a group and slots of a rank: fields of the words of ``near_steps``, which hold,
+# from the lowest, the other rank, the own place, whether both ranks are on one node, whether moves
 # are relaxed, and the shift of the price.
-NEAR_MOST_CELLS = 1 << 13
 NEAR_MOST_RANKS = 512
 NEAR_MOST_SLOTS = 1023
 NEAR_RANK_BITS = 10
@@ -216,16 +215,12 @@ NEAR_REPORTED = 7
 
 
 class NearField(enum.IntEnum):
-    """Rows of the table ``near_cells``, which has a column for each static slot of a group's ranks.
-
-    The first columns are the cells, by expert and rank; the others are slots that are no cell's
-    first one.
-    """
+    """Rows of the table ``near_cells``, which has a column for each cell of a group."""
 
     EXPERT = 0
     """The expert, -1 where no cell is."""
     SLOT = 1
-    """The slot, places of all ranks one after the other."""
+    """Where its numbers are in a row of scratch: first cells of all ranks, then second ones."""
     FIRST = 2
     """The first copy of the cell."""
     LAST = 3
@@ -252,6 +247,10 @@ class NearExtent(enum.IntEnum):
     """Steps of classes."""
     MULTIPLICITY = 1
     """The most copies of an expert on a rank."""
+    MOST_CELLS = 2
+    """The most cells of a rank."""
+    MOST_LONE = 3
+    """The most experts of a rank that are there only."""
 
 
 N_NEAR_EXTENTS = len(NearExtent)

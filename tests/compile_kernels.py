@@ -147,8 +147,8 @@ def time_jobs(capability):
 
 
 def near_jobs(capability):
-    """Yield the kernel that keeps tokens near: one and two slices of ranks, and many slots."""
-    for ranks, steps, block in ((32, 24, 512), (64, 24, 512), (512, 24, 4096)):
+    """Yield the kernel that keeps tokens near: one and two slices of ranks, and many cells."""
+    for ranks, steps, block in ((32, 24, 128), (64, 24, 256), (512, 24, 2048)):
         slices, lanes = time_launch.cut_slices(ranks)
         constants = {"MOST_STEPS": steps, "SLICES": slices, "LANES": lanes, "BLOCK": block}
         constants |= {"PDL": capability >= 90}

@@ -2,7 +2,7 @@
 
 Equation numbers refer to docs/method.md. Cells are handled in order of experts and ranks, all of
 them at once, so that sums over an expert's cells are differences of running sums. Rows of scratch
-are [NEAR_ROWS, slots] int32, by slot: units and surpluses of the candidates.
+are [NEAR_ROWS, slots] int32: units and surpluses of the candidates.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ class Cells(NamedTuple):
 
     number: Any
     """[BLOCK] of each column."""
-    is_slot: Any
     is_cell: Any
     expert: Any
     slot: Any
@@ -53,23 +52,23 @@ class Cells(NamedTuple):
 
 
 @triton.jit
-def load_cells(cells_ptr, n_slots, BLOCK: tl.constexpr):
+def load_cells(cells_ptr, most_cells, BLOCK: tl.constexpr):
     """Load the table of cells."""
     number = tl.arange(0, BLOCK)
-    inside = number < n_slots
-    expert = tl.load(cells_ptr + EXPERT * n_slots + number, mask=inside, other=-1)
-    slot = tl.load(cells_ptr + SLOT * n_slots + number, mask=inside, other=0)
-    first = tl.load(cells_ptr + FIRST * n_slots + number, mask=inside, other=0)
-    last = tl.load(cells_ptr + LAST * n_slots + number, mask=inside, other=0)
-    begin = tl.load(cells_ptr + BEGIN * n_slots + number, mask=inside, other=0)
-    end = tl.load(cells_ptr + END * n_slots + number, mask=inside, other=0)
-    node_begin = tl.load(cells_ptr + NODE_BEGIN * n_slots + number, mask=inside, other=0)
-    node_cells = tl.load(cells_ptr + NODE_CELLS * n_slots + number, mask=inside, other=0)
-    source = tl.load(cells_ptr + SOURCE * n_slots + number, mask=inside, other=0)
+    inside = number < most_cells
+    expert = tl.load(cells_ptr + EXPERT * most_cells + number, mask=inside, other=-1)
+    slot = tl.load(cells_ptr + SLOT * most_cells + number, mask=inside, other=0)
+    first = tl.load(cells_ptr + FIRST * most_cells + number, mask=inside, other=0)
+    last = tl.load(cells_ptr + LAST * most_cells + number, mask=inside, other=0)
+    begin = tl.load(cells_ptr + BEGIN * most_cells + number, mask=inside, other=0)
+    end = tl.load(cells_ptr + END * most_cells + number, mask=inside, other=0)
+    node_begin = tl.load(cells_ptr + NODE_BEGIN * most_cells + number, mask=inside, other=0)
+    node_cells = tl.load(cells_ptr + NODE_CELLS * most_cells + number, mask=inside, other=0)
+    source = tl.load(cells_ptr + SOURCE * most_cells + number, mask=inside, other=0)
     is_cell = expert >= 0
     expert = tl.maximum(expert, 0)
     return Cells(
-        number, inside, is_cell, expert, slot, first, last, begin, end, node_begin, node_cells,
+        number, is_cell, expert, slot, first, last, begin, end, node_begin, node_cells,
         source,
     )  # fmt: skip
 
@@ -152,9 +151,9 @@ def write_starts(rows_ptr, cells, near, own, units, n_slots):
     for k in tl.static_range(CANDIDATES):
         # Every second candidate begins with the token plan.
         start = units if k % 2 else near
-        tl.store(rows_ptr + (UNITS + k) * n_slots + cells.slot, start, mask=cells.is_slot)
+        tl.store(rows_ptr + (UNITS + k) * n_slots + cells.slot, start, mask=cells.is_cell)
         at = rows_ptr + (SURPLUS + k) * n_slots + cells.slot
-        tl.store(at, start - own, mask=cells.is_slot)
+        tl.store(at, start - own, mask=cells.is_cell)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from lplb_triton.kernels.near.cells import (
     write_near_shares,
     write_starts,
 )
-from lplb_triton.kernels.near.moves import move_units, number_ranks, sum_loads
+from lplb_triton.kernels.near.moves import add_cells, move_units, number_ranks, sum_lone
 from lplb_triton.kernels.pdl import await_previous, start_dependents
 
 CANDIDATES = tl.constexpr(_layout.NEAR_CANDIDATES)
@@ -35,6 +35,8 @@ N_FIELDS = tl.constexpr(_layout.N_NEAR_FIELDS)
 N_EXTENTS = tl.constexpr(_layout.N_NEAR_EXTENTS)
 N_STEPS = tl.constexpr(int(_layout.NearExtent.N_STEPS))
 MULTIPLICITY = tl.constexpr(int(_layout.NearExtent.MULTIPLICITY))
+MOST_CELLS = tl.constexpr(int(_layout.NearExtent.MOST_CELLS))
+MOST_LONE = tl.constexpr(int(_layout.NearExtent.MOST_LONE))
 UNIT_BITS = tl.constexpr(_layout.NEAR_UNIT_BITS)
 BLEND = tl.constexpr(_layout.NEAR_BLEND)
 BLEND_BITS = tl.constexpr(_layout.NEAR_BLEND_BITS)
@@ -71,6 +73,15 @@ def _pick(values, chosen):
     """Return number ``chosen`` of [CANDIDATES] numbers."""
     k = tl.arange(0, CANDIDATES)
     return tl.sum(tl.where(k == chosen, values, 0), 0)
+
+
+@triton.jit
+def _sum_one(numbers, SLICES: tl.constexpr):
+    """Return the sum over ranks of numbers that are the same for all candidates, int64."""
+    total = numbers[0].to(tl.int64)
+    for h in tl.static_range(1, SLICES):
+        total += numbers[h].to(tl.int64)
+    return tl.max(tl.sum(total, 1), 0)
 
 
 @triton.jit
@@ -119,11 +130,13 @@ def _report(near_ptr, group, is_valid, choice, amounts, shift):
 
 
 @triton.jit(
-    do_not_specialize=["n_ranks", "n_places", "n_sources", "n_logical", "ranks_per_node"],
+    do_not_specialize=[
+        "n_ranks", "n_places", "most_cells", "n_sources", "n_logical", "ranks_per_node",
+    ],
     do_not_specialize_on_alignment=[
         "gathered_ptr", "counts_ptr", "cumulative_ptr", "stats_ptr", "status_ptr",
-        "near_cells_ptr", "near_steps_ptr", "near_extents_ptr", "rows_ptr",
-        "near_ptr",
+        "near_cells_ptr", "near_lone_ptr", "near_ranks_ptr", "near_steps_ptr", "near_extents_ptr",
+        "rows_ptr", "near_ptr",
     ],
 )  # fmt: skip
 def plan_near_kernel(
@@ -132,7 +145,9 @@ def plan_near_kernel(
     cumulative_ptr,  # [n_copies] int32: cumulative shares of the token plan; gets this plan's
     stats_ptr,  # [3, n_group] float32: largest load, lower bound, gap; gets this plan's
     status_ptr,  # [n_group] int32: status of the solve
-    near_cells_ptr,  # [n_group, N_NEAR_FIELDS, n_places n_ranks] int32, see `NearField`
+    near_cells_ptr,  # [n_group, N_NEAR_FIELDS, most_cells] int32, see `NearField`
+    near_lone_ptr,  # [n_group, n_places, n_ranks] int32: experts on one rank only, -1 for none
+    near_ranks_ptr,  # [n_group, n_ranks] int32: cells of each rank
     near_steps_ptr,  # [n_group, 2, MOST_STEPS, n_ranks] int32: words, see `_layout`
     near_extents_ptr,  # [n_group, N_NEAR_EXTENTS] int32, see `NearExtent`
     rows_ptr,  # [n_group, NEAR_ROWS, n_places n_ranks] int32: scratch
@@ -140,13 +155,14 @@ def plan_near_kernel(
     slack_factor,  # what a plan's largest load may be, over the bound
     n_ranks,  # ranks of a group
     n_places,  # static slots of a rank
+    most_cells,  # columns of the table of cells
     n_sources,  # ranks of all groups
     n_logical,
     ranks_per_node,
     MOST_STEPS: tl.constexpr,
     SLICES: tl.constexpr,  # slices that ranks are handled in
     LANES: tl.constexpr,  # ranks of a slice
-    BLOCK: tl.constexpr,  # slots of a group or more
+    BLOCK: tl.constexpr,  # most_cells or more, a power of two
     PDL: tl.constexpr,  # whether kernels may start before the one ahead of them has ended
 ):
     """Plan one group of a batch near its tokens (equations 33 to 38). Grid (n_group,)."""
@@ -154,13 +170,17 @@ def plan_near_kernel(
     group = tl.program_id(0).to(tl.int64)
     n_group = tl.num_programs(0)
     n_slots = n_places * n_ranks
-    near_cells_ptr += group * N_FIELDS * n_slots
+    near_cells_ptr += group * N_FIELDS * most_cells
+    near_lone_ptr += group * n_slots
+    near_ranks_ptr += group * n_ranks
     near_steps_ptr += group * 2 * MOST_STEPS * n_ranks
     near_extents_ptr += group * N_EXTENTS
     rows_ptr += group * ROWS * n_slots
     n_steps = tl.load(near_extents_ptr + N_STEPS)
     multiplicity = tl.load(near_extents_ptr + MULTIPLICITY)
-    cells = load_cells(near_cells_ptr, n_slots, BLOCK)
+    most_on_rank = tl.load(near_extents_ptr + MOST_CELLS)
+    most_lone = tl.load(near_extents_ptr + MOST_LONE)
+    cells = load_cells(near_cells_ptr, most_cells, BLOCK)
     k = tl.arange(0, CANDIDATES)[:, None]
     words_ptr = near_steps_ptr + tl.where(k >= FIRST_BACKWARD, MOST_STEPS * n_ranks, 0)
     await_previous(PDL)
@@ -173,7 +193,8 @@ def plan_near_kernel(
     has_before = cells.is_cell & (cells.number > cells.begin)
     share_before = tl.load(cumulative_ptr + cells.first - 1, mask=has_before, other=0)
     share = tl.load(cumulative_ptr + cells.last, mask=cells.is_cell, other=0)
-    every = tl.sum(tl.where(is_first, tokens, 0).to(tl.int64), 0)
+    fixed = sum_lone(counts_ptr, near_lone_ptr, n_ranks, most_lone, SLICES, LANES)
+    every = tl.sum(tl.where(is_first, tokens, 0).to(tl.int64), 0) + _sum_one(fixed, SLICES)
     is_valid = is_valid & (every > 0)
     shift = _find_shift(every)
     total = scale(tokens, shift)
@@ -188,8 +209,10 @@ def plan_near_kernel(
     tl.debug_barrier()
 
     x_ptr = rows_ptr + (UNITS + k) * n_slots
-    loads = sum_loads(x_ptr, n_ranks, n_places, SLICES, LANES)
-    token_loads = ()
+    loads, token_loads = (), ()
+    for h in tl.static_range(SLICES):
+        loads += (scale(fixed[h], shift),)
+    loads = add_cells(loads, x_ptr, near_ranks_ptr, n_ranks, most_on_rank, SLICES, LANES)
     for h in tl.static_range(SLICES):
         # The steady candidate begins with the token plan.
         token_loads += (_pick_rows(loads[h], STEADY) + number_ranks(h, LANES) * 0,)

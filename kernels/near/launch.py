@@ -12,15 +12,19 @@ from lplb_triton.kernels.launch import KernelCall, launch_call, supports_pdl
 from lplb_triton.kernels.near.kernel import plan_near_kernel
 from lplb_triton.kernels.time.launch import MOST_SLICES, WARP, cut_slices
 
-# The fewest slots that are handled at once.
-LEAST_SLOTS = 128
+# The fewest cells that are handled at once.
+LEAST_CELLS = 128
 
 
 class NearTables(NamedTuple):
     """Device tables of a placement for near plans, int32; see `plan_near_kernel`."""
 
     near_cells: torch.Tensor
-    """[n_group, N_NEAR_FIELDS, slots of a group]"""
+    """[n_group, N_NEAR_FIELDS, most_cells]"""
+    near_lone: torch.Tensor
+    """[n_group, n_places, n_ranks]"""
+    near_ranks: torch.Tensor
+    """[n_group, n_ranks]"""
     near_steps: torch.Tensor
     """[n_group, 2, most_steps, n_ranks]"""
     near_extents: torch.Tensor
@@ -50,14 +54,14 @@ def plan_near_call(
 ) -> KernelCall:
     """Prepare `plan_near`."""
     tables = plan.tables
-    n_group, _, n_slots = tables.near_cells.shape
-    n_ranks = tables.near_steps.shape[-1]
+    n_group, n_places, n_ranks = tables.near_lone.shape
+    most_cells = tables.near_cells.shape[2]
     args = (
         gathered, counts, cumulative, stats, status, *tables, plan.scratch, plan.numbers,
-        1.0 + plan.slack, n_ranks, n_slots // n_ranks, *gathered.shape, plan.ranks_per_node,
+        1.0 + plan.slack, n_ranks, n_places, most_cells, *gathered.shape, plan.ranks_per_node,
     )  # fmt: skip
     ranks = max(WARP, triton.next_power_of_2(n_ranks))
-    block = max(LEAST_SLOTS, triton.next_power_of_2(n_slots))
+    block = max(LEAST_CELLS, triton.next_power_of_2(most_cells))
     constants = (
         tables.near_steps.shape[2], *cut_slices(ranks), block, supports_pdl(counts.device),
     )  # fmt: skip

@@ -22,8 +22,9 @@ WITHIN_AT = tl.constexpr(_layout.NEAR_WITHIN_AT)
 RELAXED_AT = tl.constexpr(_layout.NEAR_RELAXED_AT)
 SHIFT_AT = tl.constexpr(_layout.NEAR_SHIFT_AT)
 LAST_SHIFT = tl.constexpr(_layout.NEAR_LAST_SHIFT)
-# Places whose units are loaded at once.
-PLACES_AT_ONCE = tl.constexpr(8)
+# Numbers of a rank that are loaded at once.
+AT_ONCE = tl.constexpr(8)
+LONE_AT_ONCE = tl.constexpr(16)
 
 
 @triton.jit
@@ -33,23 +34,56 @@ def number_ranks(H: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def sum_loads(x_ptr, n_ranks, n_places, SLICES: tl.constexpr, LANES: tl.constexpr):
-    """Sum up cells by rank. ``x_ptr`` [CANDIDATES, 1] are the addresses of candidates' units."""
-    loads = ()
+def sum_lone(
+    counts_ptr, lone_ptr, n_ranks, most_lone, SLICES: tl.constexpr, LANES: tl.constexpr
+):
+    """Sum up the tokens of experts that are on one rank only, by rank.
+
+    ``lone_ptr`` is the address of their numbers, [most_lone, n_ranks], -1 for none.
+    """
+    sums = ()
     for h in tl.static_range(SLICES):
         rank = number_ranks(h, LANES)
-        load = rank * 0
-        for first in range(0, n_places, PLACES_AT_ONCE):
+        found = rank * 0
+        for first in range(0, most_lone, LONE_AT_ONCE):
             # Loads of a block are under way at the same time.
-            loaded = ()
-            for i in tl.static_range(PLACES_AT_ONCE):
-                there = (rank < n_ranks) & (first + i < n_places)
+            experts, loaded = (), ()
+            for i in tl.static_range(LONE_AT_ONCE):
+                there = (rank < n_ranks) & (first + i < most_lone)
                 at = (first + i) * n_ranks + rank
-                loaded += (tl.load(x_ptr + at, mask=there, other=0),)
-            for i in tl.static_range(PLACES_AT_ONCE):
+                experts += (tl.load(lone_ptr + at, mask=there, other=-1),)
+            for i in tl.static_range(LONE_AT_ONCE):
+                there = experts[i] >= 0
+                loaded += (tl.load(counts_ptr + experts[i], mask=there, other=0),)
+            for i in tl.static_range(LONE_AT_ONCE):
+                found += tl.maximum(loaded[i], 0)
+        sums += (found,)
+    return sums
+
+
+@triton.jit
+def add_cells(
+    loads, x_ptr, on_rank_ptr, n_ranks, most_on_rank, SLICES: tl.constexpr, LANES: tl.constexpr
+):
+    """Add the units of cells to numbers by rank.
+
+    ``x_ptr`` [CANDIDATES, 1] are the addresses of the candidates' units, and ``on_rank_ptr`` is
+    that of the ranks' numbers of cells.
+    """
+    sums = ()
+    for h in tl.static_range(SLICES):
+        rank = number_ranks(h, LANES)
+        n_cells = tl.load(on_rank_ptr + rank, mask=rank < n_ranks, other=0)
+        load = loads[h]
+        for first in range(0, most_on_rank, AT_ONCE):
+            loaded = ()
+            for i in tl.static_range(AT_ONCE):
+                at = x_ptr + ((first + i) * n_ranks + rank)
+                loaded += (tl.load(at, mask=first + i < n_cells, other=0),)
+            for i in tl.static_range(AT_ONCE):
                 load += loaded[i]
-        loads += (load,)
-    return loads
+        sums += (load,)
+    return sums
 
 
 @triton.jit
@@ -168,7 +202,7 @@ def move_units(
     x_ptr,  # [CANDIDATES, 1] addresses of the candidates' units, by slot
     surplus_ptr,  # [CANDIDATES, 1] addresses of their surpluses
     words_ptr,  # [CANDIDATES, 1] addresses of the words of their first step
-    loads,  # of all ranks, see `sum_loads`
+    loads,  # of all ranks, see `add_cells`
     aim,
     mean,
     is_falling,  # [CANDIDATES, 1] whether a candidate's price falls

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lplb_triton._backends.cells import count_earlier
 from lplb_triton._layout import (
     N_NEAR_EXTENTS,
     N_NEAR_FIELDS,
@@ -35,35 +36,45 @@ def make_near_arrays(placement: Placement, ranks_per_node: int) -> dict[str, NDA
     Shapes depend on the placement's sizes alone.
     """
     groups = make_near_tables(placement, ranks_per_node)
-    sizes = placement.n_group, placement.static_per_rank, placement.group_size
-    n_slots = sizes[1] * sizes[2]
-    cells = np.zeros((sizes[0], N_NEAR_FIELDS, n_slots), dtype=np.int32)
+    n_group, n_places, n_ranks = placement.n_group, placement.static_per_rank, placement.group_size
+    # A cell is the first copy of its expert on its rank, and an expert with several has one more
+    # copy than it has redundant ones.
+    width = max(1, 2 * placement.redundant_per_group)
+    cells = np.zeros((n_group, N_NEAR_FIELDS, width), dtype=np.int32)
     cells[:, NearField.EXPERT] = -1
-    steps = np.zeros((sizes[0], 2, step_limit(sizes[2]), sizes[2]), dtype=np.int32)
-    steps[:] = np.arange(sizes[2])
-    extents = np.zeros((sizes[0], N_NEAR_EXTENTS), dtype=np.int32)
+    lone = np.full((n_group, n_places, n_ranks), -1, dtype=np.int32)
+    on_rank = np.zeros((n_group, n_ranks), dtype=np.int32)
+    steps = np.zeros((n_group, 2, step_limit(n_ranks), n_ranks), dtype=np.int32)
+    steps[:] = np.arange(n_ranks)
+    extents = np.zeros((n_group, N_NEAR_EXTENTS), dtype=np.int32)
     for group, tables in enumerate(groups):
         _fill_cells(cells[group], tables)
+        lone[group, count_earlier(tables.lone_rank), tables.lone_rank] = tables.lone_experts
+        on_rank[group] = np.bincount(tables.rank, minlength=n_ranks)
         for backward in (False, True):
             order = find_steps(tables, backward)
             for number, step in enumerate(order):
                 _fill_step(steps[group, int(backward), number], tables, step)
-        extents[group, NearExtent.N_STEPS] = len(find_steps(tables, False))
-        extents[group, NearExtent.MULTIPLICITY] = 1 + (tables.last - tables.first).max(initial=0)
+        of_group = extents[group]
+        of_group[NearExtent.N_STEPS] = len(find_steps(tables, False))
+        of_group[NearExtent.MULTIPLICITY] = 1 + (tables.last - tables.first).max(initial=0)
+        of_group[NearExtent.MOST_CELLS] = on_rank[group].max()
+        of_group[NearExtent.MOST_LONE] = (lone[group] >= 0).sum(0).max()
     return {
         "near_cells": cells,
+        "near_lone": lone,
+        "near_ranks": on_rank,
         "near_steps": steps,
         "near_extents": extents,
     }
 
 
 def _fill_cells(cells: Words, tables: NearTables) -> None:
-    """Fill a group's table of cells, [fields, slots]; slots count place by place."""
-    n, n_cells = tables.n_cells, np.diff(tables.start)
-    slot = tables.place * tables.n_ranks + tables.rank
+    """Fill a group's table of cells, [fields, cells]."""
+    n_cells = np.diff(tables.start)
     fields = {
         NearField.EXPERT: tables.experts.repeat(n_cells),
-        NearField.SLOT: slot,
+        NearField.SLOT: tables.place * tables.n_ranks + tables.rank,
         NearField.FIRST: tables.first,
         NearField.LAST: tables.last,
         NearField.BEGIN: tables.start[:-1].repeat(n_cells),
@@ -73,8 +84,7 @@ def _fill_cells(cells: Words, tables: NearTables) -> None:
         NearField.SOURCE: tables.node * tables.ranks_per_node,
     }
     for field, values in fields.items():
-        cells[field, :n] = values
-    cells[NearField.SLOT, n:] = np.setdiff1d(np.arange(cells.shape[1]), slot)
+        cells[field, : tables.n_cells] = values
 
 
 def _fill_step(words: Words, tables: NearTables, step: Step) -> None:

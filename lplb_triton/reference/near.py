@@ -71,6 +71,8 @@ class NearCase(NamedTuple):
     """[E] units from nodes without a copy, which leave their node by every plan."""
     tokens: Ints
     """[n] the token plan."""
+    fixed: Ints
+    """[G] loads by lone experts."""
     mean: int
     """Mean load of a rank."""
 
@@ -85,8 +87,9 @@ class NearPlan(NamedTuple):
     choice: int
     """0 is the token plan; otherwise one and the number of the candidate."""
     numbers: NDArray[np.float32]
-    """[NEAR_REPORTED] tokens that leave their node by the token plan, by this plan, and by every
-    plan; all tokens; the largest load; the load that it may have; and the choice."""
+    """[NEAR_REPORTED] tokens of experts with several cells that leave their node by the token plan,
+    by this plan, and by every plan; all of their tokens; the largest load; the load that it may
+    have; and the choice."""
 
 
 def _scale(values: Ints, shift: int) -> Ints:
@@ -129,7 +132,8 @@ def find_case(
     n_cells = np.diff(tables.start)
     expert = tables.experts.repeat(n_cells)
     counts = gathered.sum(0)
-    every = int(counts[tables.experts].sum())
+    fixed = np.bincount(tables.lone_rank, counts[tables.lone_experts], tables.n_ranks)
+    every = int(counts[tables.experts].sum() + fixed.sum())
     if every <= 0:
         return None
     exponent = int(np.float32(every).view(np.int32) >> 23) - 127
@@ -149,8 +153,9 @@ def find_case(
     ends = (total.repeat(n_cells) * cumulative[tables.last]) >> SHARE_BITS
     ends = np.where(tables.last == copy_start[expert + 1] - 1, total.repeat(n_cells), ends)
     tokens = _difference(ends, tables.start)
+    fixed = _scale(fixed.astype(np.int64), shift)
     mean = int(_scale(np.int64(every), shift)) // tables.n_ranks
-    return NearCase(shift, total, own, homeless, tokens, mean)
+    return NearCase(shift, total, own, homeless, tokens, fixed, mean)
 
 
 def _start_near(tables: NearTables, case: NearCase) -> Ints:
@@ -164,9 +169,9 @@ def _start_near(tables: NearTables, case: NearCase) -> Ints:
     return case.own + _difference(ends, tables.start)
 
 
-def _sum_by_rank(tables: NearTables, x: Ints) -> Ints:
+def _sum_by_rank(tables: NearTables, case: NearCase, x: Ints) -> Ints:
     """Return the load of each rank, [G]."""
-    return np.bincount(tables.rank, x, tables.n_ranks).astype(np.int64)
+    return case.fixed + np.bincount(tables.rank, x, tables.n_ranks).astype(np.int64)
 
 
 def _sum_far(tables: NearTables, surplus: Ints) -> int:
@@ -216,7 +221,7 @@ def _search(
 ) -> tuple[Ints, Ints, Ints]:
     """Make a candidate; returns its units and surpluses by cell, and its loads (equation 36)."""
     x = _start_near(tables, case) if candidate.near_first else case.tokens.copy()
-    surplus, load = x - case.own, _sum_by_rank(tables, x)
+    surplus, load = x - case.own, _sum_by_rank(tables, case, x)
     for step in find_steps(tables, candidate.backward):
         shift = step.shift if candidate.falling else NEAR_LAST_SHIFT
         price = max(case.mean >> shift, 1)
@@ -262,7 +267,7 @@ def plan_near(
     case = find_case(tables, gathered, cumulative, copy_start)
     if case is None:
         return None
-    token_load = _sum_by_rank(tables, case.tokens)
+    token_load = _sum_by_rank(tables, case, case.tokens)
     unit = np.float32(2.0**case.shift)
     allowed = np.float32(bound) * np.float32(1 + slack) * unit
     limit = max(int(token_load.max()), int(allowed))

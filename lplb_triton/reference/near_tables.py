@@ -1,8 +1,9 @@
 """What near plans read of a placement: cells, their nodes, and edges in classes.
 
 Equation numbers refer to docs/method.md. A *cell* is here a pair of an expert and a rank that has a
-copy of it; several copies of an expert on one rank are one cell. Cells of a group are numbered by
-expert, then by rank, so the cells of an expert on one node follow each other.
+copy of it, for experts with copies on several ranks; several copies of an expert on one rank are
+one cell. Cells of a group are numbered by expert, then by rank, so the cells of an expert on one
+node follow each other. Experts on one rank only are *lone*.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ class NearTables(NamedTuple):
     """Cells of one group, and the edges between them; int64."""
 
     start: Ints
-    """[E + 1] first cell of each expert of the group."""
+    """[E + 1] first cell of each expert of the group that has several."""
     experts: Ints
     """[E] their numbers, ascending."""
     rank: Ints
     """[n] rank of each cell within the group."""
     place: Ints
-    """[n] slot within the rank, the first of several."""
+    """[n] number of each cell among those of its rank."""
     first: Ints
     """[n] first copy of each cell among all copies of the placement."""
     last: Ints
@@ -53,6 +54,10 @@ class NearTables(NamedTuple):
     """[n] first cell of the same expert on the same node."""
     node_cells: Ints
     """[n] number of such cells."""
+    lone_experts: Ints
+    """[l] experts of the group that are on one rank only, ascending."""
+    lone_rank: Ints
+    """[l] their ranks within the group."""
     classes: tuple[Ints, ...]
     """[m, 2] cells that the edges of each class join, the lower rank first."""
     n_ranks: int
@@ -97,20 +102,22 @@ def make_near_tables(placement: Placement, ranks_per_node: int) -> list[NearTabl
     """Make the tables of every group of a placement."""
     s = placement.structure
     expert = np.arange(placement.n_logical).repeat(np.diff(s.copy_start))
-    rank, place = np.divmod(s.copy_slot.astype(np.int64), placement.slots_per_rank)
     first = np.flatnonzero(s.copy_index == 0)
     last = first + s.copy_multiplicity[first] - 1
+    is_lone = np.bincount(expert[first], minlength=placement.n_logical) == 1
+    rank = s.copy_slot.astype(np.int64) // placement.slots_per_rank
     tables = []
     for group in range(placement.n_group):
         here = s.cell_group[expert[first]] == group
-        mine, behind = first[here], last[here]
+        lone = first[here & is_lone[expert[first]]]
+        several = here & ~is_lone[expert[first]]
+        mine, behind = first[several], last[several]
         experts, start = np.unique(expert[mine], return_index=True)
         start = np.append(start, len(mine)).astype(np.int64)
         node = rank[mine] // ranks_per_node
         # A run is the cells of an expert on one node.
-        of = np.arange(len(experts)).repeat(np.diff(start))
         begins = np.ones(len(mine), dtype=np.bool_)
-        begins[1:] = (of[1:] != of[:-1]) | (node[1:] != node[:-1])
+        begins[1:] = (np.diff(expert[mine]) != 0) | (np.diff(node) != 0)
         run = begins.cumsum() - 1
         at = rank[mine] - group * placement.group_size
         tables.append(
@@ -118,12 +125,14 @@ def make_near_tables(placement: Placement, ranks_per_node: int) -> list[NearTabl
                 start,
                 experts.astype(np.int64),
                 at,
-                place[mine],
+                _count_earlier(at),
                 mine,
                 behind,
                 node,
                 np.flatnonzero(begins)[run],
                 np.bincount(run)[run],
+                expert[lone],
+                rank[lone] - group * placement.group_size,
                 _find_classes(start, at, node),
                 placement.group_size,
                 placement.static_per_rank,
@@ -131,6 +140,15 @@ def make_near_tables(placement: Placement, ranks_per_node: int) -> list[NearTabl
             )
         )
     return tables
+
+
+def _count_earlier(keys: Ints) -> Ints:
+    """Count the earlier entries that have the same key."""
+    order = keys.argsort(kind="stable")
+    per_key = np.bincount(keys)
+    nth = np.empty(len(keys), dtype=np.int64)
+    nth[order] = np.arange(len(keys)) - (per_key.cumsum() - per_key).repeat(per_key)
+    return nth
 
 
 @lru_cache(maxsize=64)
