@@ -1,9 +1,12 @@
-"""A batch in units by cell, the plans that the search begins with, and the shares that it ends with.
+"""A batch in units by cell, the plans that a search begins with, and the shares of its last one.
 
 Equation numbers refer to docs/method.md. Cells are handled in order of experts and ranks, all of
 them at once, so that sums over an expert's cells are differences of running sums. Rows of scratch
 are [NEAR_ROWS, slots] int32: units and surpluses of the candidates.
 """
+
+# A variable of type tuple[()] is extended in loops, which mypy takes for a change of type.
+# mypy: disable-error-code=assignment
 
 from __future__ import annotations
 

@@ -34,9 +34,7 @@ def number_ranks(H: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def sum_lone(
-    counts_ptr, lone_ptr, n_ranks, most_lone, SLICES: tl.constexpr, LANES: tl.constexpr
-):
+def sum_lone(counts_ptr, lone_ptr, n_ranks, most_lone, SLICES: tl.constexpr, LANES: tl.constexpr):
     """Sum up the tokens of experts that are on one rank only, by rank.
 
     ``lone_ptr`` is the address of their numbers, [most_lone, n_ranks], -1 for none.

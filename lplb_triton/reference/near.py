@@ -91,6 +91,12 @@ class NearPlan(NamedTuple):
     by this plan, and by every plan; all of their tokens; the largest load; the load that it may
     have; and the choice."""
 
+    @property
+    def max_load(self) -> np.float32:
+        """The largest load in tokens."""
+        found: np.float32 = self.numbers[4]
+        return found
+
 
 def _scale(values: Ints, shift: int) -> Ints:
     """Turn tokens into units, rounded down."""
