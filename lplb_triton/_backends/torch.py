@@ -146,7 +146,7 @@ class TorchBackend(Backend):
     def _plan_near(
         self, gathered: torch.Tensor, cumulative: torch.Tensor, solution: Solution
     ) -> tuple[torch.Tensor, Solution]:
-        """Plan a batch near its tokens on the host; returns shares, and the solution's new loads."""
+        """Plan a batch near its tokens on the host; returns shares and new loads."""
         layer, p = self.layer, self.layer.placement
         ranks_per_node, slack = layer.locality
         if slack is None or ranks_per_node is None or layer.node_traffic is None:
