@@ -28,7 +28,7 @@ __all__ = ["NearTables", "Step", "find_steps", "make_near_tables", "step_limit"]
 # Up to so many cells of an expert are joined each with each (equation 35).
 MOST_ALL_JOINED = 4
 # Steps of classes, at most: up to so many ranks of a group, and for more; and sweeps at most.
-FEW_RANKS, STEPS_OF_FEW, STEPS_OF_MANY, MOST_SWEEPS = 16, 48, 24, 8
+FEW_RANKS, STEPS_OF_FEW, STEPS_OF_MANY, MOST_SWEEPS = 16, 48, 16, 8
 # The price of a token that leaves its node begins at the mean load over 2 to this power.
 FIRST_SHIFT = 3
 
