@@ -136,7 +136,7 @@ def _divide_rest(rest, room, all_room):
 
 @triton.jit
 def start_near(cells, total, own, units):
-    """Return the units of each cell near first (equation 35)."""
+    """Return the units of each cell near first (equation 36)."""
     near = _accumulate(own, cells.begin)
     rest = tl.where(cells.is_cell, total - tl.gather(near, cells.end, 0), 0)
     here = tl.where(cells.is_cell, tl.maximum(units - own, 0) + 1, 0)

@@ -165,7 +165,7 @@ def find_case(
 
 
 def _start_near(tables: NearTables, case: NearCase) -> Ints:
-    """Put every node's tokens on its own copies, and the others as the token plan has room (35)."""
+    """Put every node's tokens on its own copies, and the others as the token plan has room (36)."""
     n_cells = np.diff(tables.start)
     room = _accumulate(np.maximum(case.tokens - case.own, 0) + 1, tables.start)
     all_room = room[tables.start[1:] - 1].repeat(n_cells)
