@@ -210,7 +210,7 @@ NEAR_BLEND = 1 << NEAR_BLEND_BITS
 NEAR_ALLOWANCE_BITS = 14
 # Plans that are compared beside the token plan, rows of scratch, and numbers that are reported.
 NEAR_CANDIDATES = 4
-NEAR_ROWS = 2 * NEAR_CANDIDATES
+NEAR_ROWS = 2 * NEAR_CANDIDATES + 1
 NEAR_REPORTED = 7
 
 
@@ -251,6 +251,8 @@ class NearExtent(enum.IntEnum):
     """The most cells of a rank."""
     MOST_LONE = 3
     """The most experts of a rank that are there only."""
+    MOST_ON_NODE = 4
+    """The most cells of an expert on one node."""
 
 
 N_NEAR_EXTENTS = len(NearExtent)

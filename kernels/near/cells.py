@@ -2,7 +2,8 @@
 
 Equation numbers refer to docs/method.md. Cells are handled in order of experts and ranks, all of
 them at once, so that sums over an expert's cells are differences of running sums. Rows of scratch
-are [NEAR_ROWS, slots] int32: units and surpluses of the candidates.
+are [NEAR_ROWS, slots] int32: units and surpluses of the candidates, and surpluses of the token
+plan.
 """
 
 # A variable of type tuple[()] is extended in loops, which mypy takes for a change of type.
@@ -33,8 +34,13 @@ BLEND = tl.constexpr(_layout.NEAR_BLEND)
 BLEND_BITS = tl.constexpr(_layout.NEAR_BLEND_BITS)
 # Rows of scratch.
 UNITS, SURPLUS = tl.constexpr(0), tl.constexpr(_layout.NEAR_CANDIDATES)
+TOKEN_SURPLUS = tl.constexpr(2 * _layout.NEAR_CANDIDATES)
+# Two numbers below 2**31 in one word of 64 bits are summed up at once.
+HIGH_BITS = tl.constexpr(32)
 # Ranks of a node whose counts are loaded at once.
 RANKS_AT_ONCE = tl.constexpr(8)
+# Cells of an expert on a node whose surpluses are loaded at once.
+CELLS_AT_ONCE = tl.constexpr(2)
 
 
 class Cells(NamedTuple):
@@ -137,11 +143,12 @@ def _divide_rest(rest, room, all_room):
 @triton.jit
 def start_near(cells, total, own, units):
     """Return the units of each cell near first (equation 36)."""
-    near = _accumulate(own, cells.begin)
-    rest = tl.where(cells.is_cell, total - tl.gather(near, cells.end, 0), 0)
     here = tl.where(cells.is_cell, tl.maximum(units - own, 0) + 1, 0)
-    room = _accumulate(here, cells.begin)
-    all_room = tl.maximum(tl.gather(room, cells.end, 0), 1)
+    both = _accumulate((own.to(tl.int64) << HIGH_BITS) + here, cells.begin)
+    all_both = tl.gather(both, cells.end, 0)
+    near = (all_both >> HIGH_BITS).to(tl.int32)
+    room, all_room = both.to(tl.int32), tl.maximum(all_both.to(tl.int32), 1)
+    rest = tl.where(cells.is_cell, total - near, 0)
     end = _divide_rest(rest, room, all_room)
     end = tl.where(cells.number == cells.end, rest, end)
     before = _divide_rest(rest, room - here, all_room)
@@ -157,28 +164,45 @@ def write_starts(rows_ptr, cells, near, own, units, n_slots):
         tl.store(rows_ptr + (UNITS + k) * n_slots + cells.slot, start, mask=cells.is_cell)
         at = rows_ptr + (SURPLUS + k) * n_slots + cells.slot
         tl.store(at, start - own, mask=cells.is_cell)
+    at = rows_ptr + TOKEN_SURPLUS * n_slots + cells.slot
+    tl.store(at, units - own, mask=cells.is_cell)
 
 
 @triton.jit
-def sum_far(rows_ptr, cells, token_surplus, parts, n_slots):
+def sum_far(cells_ptr, rows_ptr, parts, most_cells, most_on_node, n_slots, BLOCK: tl.constexpr):
     """Sum up the units that leave nodes with a copy (equation 33).
 
     ``parts`` [CANDIDATES] are how much of the token plan is blended into each candidate. Returns
-    the sums of all candidates, [CANDIDATES] int64, and that of the token plan.
+    the sums of all candidates and of the token plan, [CANDIDATES] int64 each. The warp of a
+    candidate does this alone, and so loads what it needs of all cells.
     """
-    # The last cell of an expert on a node sums up all of them.
-    counts = cells.is_cell & (cells.number == cells.node_begin + cells.node_cells - 1)
-    token_run = tl.where(counts, _accumulate(token_surplus, cells.node_begin), 0)
-    k = tl.arange(0, CANDIDATES)
-    far = parts.to(tl.int64) * 0
-    for candidate in tl.static_range(CANDIDATES):
-        at = rows_ptr + (SURPLUS + candidate) * n_slots + cells.slot
-        surplus = tl.load(at, mask=cells.is_cell, other=0)
-        run = tl.where(counts, _accumulate(surplus, cells.node_begin), 0).to(tl.int64)
-        part = tl.sum(tl.where(k == candidate, parts, 0), 0).to(tl.int64)
-        mixed = (run * (BLEND - part) + token_run.to(tl.int64) * part) >> BLEND_BITS
-        far = tl.where(k == candidate, tl.sum(tl.maximum(-mixed, 0), 0), far)
-    return far, tl.sum(tl.maximum(-token_run, 0).to(tl.int64), 0)
+    k = tl.arange(0, CANDIDATES)[:, None]
+    number = k * 0 + tl.arange(0, BLOCK)[None, :]
+    inside = number < most_cells
+    expert = tl.load(cells_ptr + EXPERT * most_cells + number, mask=inside, other=-1)
+    begin = tl.load(cells_ptr + NODE_BEGIN * most_cells + number, mask=inside, other=0)
+    n_cells = tl.load(cells_ptr + NODE_CELLS * most_cells + number, mask=inside, other=0)
+    # The first cell of an expert on a node sums up all of them.
+    counts = (expert >= 0) & (number == begin)
+    surplus_ptr = rows_ptr + (SURPLUS + k) * n_slots
+    token_ptr = rows_ptr + TOKEN_SURPLUS * n_slots
+    run, token_run = number * 0, number * 0
+    for first in range(0, most_on_node, CELLS_AT_ONCE):
+        # Loads of a block are under way at the same time.
+        loaded, tokens = (), ()
+        for i in tl.static_range(CELLS_AT_ONCE):
+            there = counts & (first + i < n_cells)
+            at = cells_ptr + SLOT * most_cells + number + (first + i)
+            slot = tl.load(at, mask=there, other=0)
+            loaded += (tl.load(surplus_ptr + slot, mask=there, other=0),)
+            tokens += (tl.load(token_ptr + slot, mask=there, other=0),)
+        for i in tl.static_range(CELLS_AT_ONCE):
+            run += loaded[i]
+            token_run += tokens[i]
+    part = parts.to(tl.int64)[:, None]
+    mixed = run.to(tl.int64) * (BLEND - part) + token_run.to(tl.int64) * part
+    far = tl.sum(tl.maximum(-(mixed >> BLEND_BITS), 0), 1)
+    return far, tl.sum(tl.maximum(-token_run, 0).to(tl.int64), 1)
 
 
 @triton.jit

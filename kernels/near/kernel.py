@@ -13,6 +13,7 @@ import triton.language as tl
 
 from lplb_triton import _layout
 from lplb_triton.kernels.near.cells import (
+    HIGH_BITS,
     SURPLUS,
     UNITS,
     count_node,
@@ -37,6 +38,7 @@ N_STEPS = tl.constexpr(int(_layout.NearExtent.N_STEPS))
 MULTIPLICITY = tl.constexpr(int(_layout.NearExtent.MULTIPLICITY))
 MOST_CELLS = tl.constexpr(int(_layout.NearExtent.MOST_CELLS))
 MOST_LONE = tl.constexpr(int(_layout.NearExtent.MOST_LONE))
+MOST_ON_NODE = tl.constexpr(int(_layout.NearExtent.MOST_ON_NODE))
 UNIT_BITS = tl.constexpr(_layout.NEAR_UNIT_BITS)
 BLEND = tl.constexpr(_layout.NEAR_BLEND)
 BLEND_BITS = tl.constexpr(_layout.NEAR_BLEND_BITS)
@@ -180,6 +182,7 @@ def plan_near_kernel(
     multiplicity = tl.load(near_extents_ptr + MULTIPLICITY)
     most_on_rank = tl.load(near_extents_ptr + MOST_CELLS)
     most_lone = tl.load(near_extents_ptr + MOST_LONE)
+    most_on_node = tl.load(near_extents_ptr + MOST_ON_NODE)
     cells = load_cells(near_cells_ptr, most_cells, BLOCK)
     k = tl.arange(0, CANDIDATES)[:, None]
     words_ptr = near_steps_ptr + tl.where(k >= FIRST_BACKWARD, MOST_STEPS * n_ranks, 0)
@@ -202,8 +205,9 @@ def plan_near_kernel(
     before, end = divide_by_shares(total, share_before, share, cells)
     units = end - before
     mean = scale(every, shift).to(tl.int32) // n_ranks
-    all_units = tl.sum(tl.where(is_first, total, 0).to(tl.int64), 0)
-    least = all_units - tl.sum(own.to(tl.int64), 0)
+    sums = tl.sum((tl.where(is_first, total, 0).to(tl.int64) << HIGH_BITS) + own, 0)
+    all_units = sums >> HIGH_BITS
+    least = all_units - (sums - (all_units << HIGH_BITS))
     write_starts(rows_ptr, cells, start_near(cells, total, own, units), own, units, n_slots)
     # From here on threads read what others have written.
     tl.debug_barrier()
@@ -227,8 +231,10 @@ def plan_near_kernel(
     tl.debug_barrier()
     parts = _find_parts(loads, token_loads, aim, SLICES)
     peaks = _blend_loads(loads, token_loads, parts, SLICES)
-    far, token_far = sum_far(rows_ptr, cells, units - own, parts, n_slots)
-    best = tl.min(far, 0)
+    far, token_far = sum_far(
+        near_cells_ptr, rows_ptr, parts, most_cells, most_on_node, n_slots, BLOCK
+    )
+    best, token_far = tl.min(far, 0), tl.max(token_far, 0)
     candidate = tl.min(tl.where(far == best, tl.arange(0, CANDIDATES), CANDIDATES), 0)
     is_nearer = best < token_far
     choice = tl.where(is_nearer, candidate + 1, 0)

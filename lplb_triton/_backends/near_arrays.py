@@ -59,6 +59,7 @@ def make_near_arrays(placement: Placement, ranks_per_node: int) -> dict[str, NDA
         of_group[NearExtent.N_STEPS] = len(find_steps(tables, False))
         of_group[NearExtent.MULTIPLICITY] = 1 + (tables.last - tables.first).max(initial=0)
         of_group[NearExtent.MOST_CELLS] = on_rank[group].max()
+        of_group[NearExtent.MOST_ON_NODE] = tables.node_cells.max(initial=0)
         of_group[NearExtent.MOST_LONE] = (lone[group] >= 0).sum(0).max()
     return {
         "near_cells": cells,
