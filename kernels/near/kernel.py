@@ -26,7 +26,14 @@ from lplb_triton.kernels.near.cells import (
     write_near_shares,
     write_starts,
 )
-from lplb_triton.kernels.near.moves import add_cells, move_units, number_ranks, sum_lone
+from lplb_triton.kernels.near.moves import (
+    add_cells,
+    load_lone,
+    load_words,
+    move_units,
+    number_ranks,
+    sum_lone,
+)
 from lplb_triton.kernels.pdl import await_previous, start_dependents
 
 CANDIDATES = tl.constexpr(_layout.NEAR_CANDIDATES)
@@ -186,6 +193,9 @@ def plan_near_kernel(
     cells = load_cells(near_cells_ptr, most_cells, BLOCK)
     k = tl.arange(0, CANDIDATES)[:, None]
     words_ptr = near_steps_ptr + tl.where(k >= FIRST_BACKWARD, MOST_STEPS * n_ranks, 0)
+    words = load_words(words_ptr, 0, n_steps, n_ranks, SLICES, LANES)
+    ahead = load_words(words_ptr, 1, n_steps, n_ranks, SLICES, LANES)
+    lone = load_lone(near_lone_ptr, 0, n_ranks, most_lone, SLICES, LANES)
     await_previous(PDL)
 
     tokens = tl.maximum(tl.load(counts_ptr + cells.expert, mask=cells.is_cell, other=0), 0)
@@ -196,7 +206,7 @@ def plan_near_kernel(
     has_before = cells.is_cell & (cells.number > cells.begin)
     share_before = tl.load(cumulative_ptr + cells.first - 1, mask=has_before, other=0)
     share = tl.load(cumulative_ptr + cells.last, mask=cells.is_cell, other=0)
-    fixed = sum_lone(counts_ptr, near_lone_ptr, n_ranks, most_lone, SLICES, LANES)
+    fixed = sum_lone(counts_ptr, near_lone_ptr, lone, n_ranks, most_lone, SLICES, LANES)
     every = tl.sum(tl.where(is_first, tokens, 0).to(tl.int64), 0) + _sum_one(fixed, SLICES)
     is_valid = is_valid & (every > 0)
     shift = _find_shift(every)
@@ -225,8 +235,8 @@ def plan_near_kernel(
     limit = tl.maximum(most, allowed.to(tl.int32))
     aim = limit - (mean >> ALLOWANCE_BITS) - n_places
     loads = move_units(
-        x_ptr, rows_ptr + (SURPLUS + k) * n_slots, words_ptr, loads, aim, mean, k != STEADY,
-        n_ranks, n_steps, SLICES, LANES,
+        x_ptr, rows_ptr + (SURPLUS + k) * n_slots, words_ptr, words, ahead, loads, aim, mean,
+        k != STEADY, n_ranks, n_steps, SLICES, LANES,
     )  # fmt: skip
     tl.debug_barrier()
     parts = _find_parts(loads, token_loads, aim, SLICES)

@@ -34,28 +34,47 @@ def number_ranks(H: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def sum_lone(counts_ptr, lone_ptr, n_ranks, most_lone, SLICES: tl.constexpr, LANES: tl.constexpr):
-    """Sum up the tokens of experts that are on one rank only, by rank.
+def load_lone(lone_ptr, first, n_ranks, most_lone, SLICES: tl.constexpr, LANES: tl.constexpr):
+    """Load a block of experts that are on one rank only, by slice, [LONE_AT_ONCE, LANES].
 
     ``lone_ptr`` is the address of their numbers, [most_lone, n_ranks], -1 for none.
     """
-    sums = ()
+    experts = ()
+    number = first + tl.arange(0, LONE_AT_ONCE)[:, None]
     for h in tl.static_range(SLICES):
-        rank = number_ranks(h, LANES)
-        found = rank * 0
-        for first in range(0, most_lone, LONE_AT_ONCE):
-            # Loads of a block are under way at the same time.
-            experts, loaded = (), ()
-            for i in tl.static_range(LONE_AT_ONCE):
-                there = (rank < n_ranks) & (first + i < most_lone)
-                at = (first + i) * n_ranks + rank
-                experts += (tl.load(lone_ptr + at, mask=there, other=-1),)
-            for i in tl.static_range(LONE_AT_ONCE):
-                there = experts[i] >= 0
-                loaded += (tl.load(counts_ptr + experts[i], mask=there, other=0),)
-            for i in tl.static_range(LONE_AT_ONCE):
-                found += tl.maximum(loaded[i], 0)
-        sums += (found,)
+        rank = h * LANES + tl.arange(0, LANES)[None, :]
+        there = (rank < n_ranks) & (number < most_lone)
+        experts += (tl.load(lone_ptr + number * n_ranks + rank, mask=there, other=-1),)
+    return experts
+
+
+@triton.jit
+def _count_lone(counts_ptr, experts, SLICES: tl.constexpr, LANES: tl.constexpr):
+    """Sum up the tokens of a block of such experts, by rank."""
+    loaded, sums = (), ()
+    for h in tl.static_range(SLICES):
+        loaded += (tl.load(counts_ptr + experts[h], mask=experts[h] >= 0, other=0),)
+    for h in tl.static_range(SLICES):
+        found = tl.sum(tl.maximum(loaded[h], 0), 0)
+        sums += (found[None, :] + number_ranks(h, LANES) * 0,)
+    return sums
+
+
+@triton.jit
+def sum_lone(
+    counts_ptr, lone_ptr, experts, n_ranks, most_lone, SLICES: tl.constexpr, LANES: tl.constexpr
+):
+    """Sum up the tokens of experts that are on one rank only, by rank.
+
+    ``experts`` is the first block of `load_lone`.
+    """
+    sums = _count_lone(counts_ptr, experts, SLICES, LANES)
+    for first in range(LONE_AT_ONCE, most_lone, LONE_AT_ONCE):
+        more = load_lone(lone_ptr, first, n_ranks, most_lone, SLICES, LANES)
+        added, new = _count_lone(counts_ptr, more, SLICES, LANES), ()
+        for h in tl.static_range(SLICES):
+            new += (sums[h] + added[h],)
+        sums = new
     return sums
 
 
@@ -114,7 +133,7 @@ def _choose_move(load, other_load, surplus, other_surplus, is_within, low, price
 
 
 @triton.jit
-def _load_words(words_ptr, step, n_steps, n_ranks, SLICES: tl.constexpr, LANES: tl.constexpr):
+def load_words(words_ptr, step, n_steps, n_ranks, SLICES: tl.constexpr, LANES: tl.constexpr):
     """Load the words of one step by slice; where none is, a rank is its own partner."""
     words = ()
     for h in tl.static_range(SLICES):
@@ -200,6 +219,8 @@ def move_units(
     x_ptr,  # [CANDIDATES, 1] addresses of the candidates' units, by slot
     surplus_ptr,  # [CANDIDATES, 1] addresses of their surpluses
     words_ptr,  # [CANDIDATES, 1] addresses of the words of their first step
+    words,  # those of the first step
+    ahead,  # and of the second
     loads,  # of all ranks, see `add_cells`
     aim,
     mean,
@@ -213,15 +234,13 @@ def move_units(
 
     Units and surpluses of cells change in memory.
     """
-    words = _load_words(words_ptr, 0, n_steps, n_ranks, SLICES, LANES)
     xs = _load_cells(x_ptr, words, n_ranks, SLICES, LANES)
     surpluses = _load_cells(surplus_ptr, words, n_ranks, SLICES, LANES)
-    ahead = _load_words(words_ptr, 1, n_steps, n_ranks, SLICES, LANES)
     for step in range(0, n_steps):
         # What the next step needs is under way while this one is made.
         next_xs = _load_cells(x_ptr, ahead, n_ranks, SLICES, LANES)
         next_surpluses = _load_cells(surplus_ptr, ahead, n_ranks, SLICES, LANES)
-        behind = _load_words(words_ptr, step + 2, n_steps, n_ranks, SLICES, LANES)
+        behind = load_words(words_ptr, step + 2, n_steps, n_ranks, SLICES, LANES)
         xs, surpluses, loads = _move(
             xs, surpluses, loads, words, aim, mean, is_falling, SLICES, LANES
         )
