@@ -46,7 +46,7 @@ from lplb_triton.kernels.pull.gradients import (
 from lplb_triton.kernels.pull.signals import Signals, meet
 from lplb_triton.kernels.quotas import Quotas, divide_quotas
 from lplb_triton.kernels.report import read_report
-from lplb_triton.kernels.rows import add_rows
+from lplb_triton.kernels.rows import add_rows, take_rows
 from lplb_triton.kernels.select import SelectTables, select
 from lplb_triton.kernels.solve.launch import (
     ExpandTables,
@@ -116,6 +116,7 @@ __all__ = [
     "solve_scratch",
     "status_words",
     "sum_by_program",
+    "take_rows",
     "sum_gathered",
     "sum_over_ranks",
     "write_gradients",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from lplb_triton._backends.base import Backend
 from lplb_triton._backends.layer import Layer
 from lplb_triton._locality import NodeTraffic, read_node_traffic
 from lplb_triton._objective import PlanTimes, read_times
 from lplb_triton._torch_op import opaque
-from lplb_triton.live import LivePlan, read_plan
+from lplb_triton.live import LivePlan, read_experts, read_plan
 from lplb_triton.metrics import Metrics, MetricsReader
 from lplb_triton.placement import Placement
 
@@ -38,12 +40,29 @@ class BatchReports:
         RuntimeError
             If the placement has no live slots, or before the first call.
         """
-        p, out = self.placement, self._backend.live_out
-        if not p.live_per_rank:
+        p = self.placement
+        return read_plan(self._require_live(), p.ep_size, p.live_per_rank)
+
+    @property
+    def live_experts(self) -> torch.Tensor:
+        """The ``experts`` of `live`, which take less host time when the rest isn't needed.
+
+        Raises
+        ------
+        RuntimeError
+            As for `live`.
+        """
+        p = self.placement
+        return read_experts(self._require_live(), p.ep_size, p.live_per_rank)
+
+    def _require_live(self) -> torch.Tensor:
+        """Return what the last batch wrote about live slots, or raise a RuntimeError."""
+        out = self._backend.live_out
+        if not self.placement.live_per_rank:
             raise RuntimeError("the placement has no live slots: see Placement.with_live_slots")
         if out is None:
             raise RuntimeError("no batch has been planned yet: call run first")
-        return read_plan(out, p.ep_size, p.live_per_rank)
+        return out
 
     @opaque
     def metrics(self, *, wait: bool = True) -> Metrics | None:

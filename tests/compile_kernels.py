@@ -43,7 +43,7 @@ from lplb_triton.kernels.pull.gradients import (
 from lplb_triton.kernels.pull.signals import WARPS as SIGNAL_WARPS
 from lplb_triton.kernels.pull.signals import meet_kernel
 from lplb_triton.kernels.quotas import divide_quotas_kernel
-from lplb_triton.kernels.rows import ROW_BLOCK, add_rows_kernel
+from lplb_triton.kernels.rows import ROW_BLOCK, add_rows_kernel, take_rows_kernel
 from lplb_triton.kernels.select import SELECT_BLOCK, select_kernel
 from lplb_triton.kernels.solve import launch as solve_launch
 from lplb_triton.kernels.solve.counts_kernel import solve_counts_kernel
@@ -192,6 +192,7 @@ def jobs(capability):
     for in_place in (0, 1):
         constants = {"UNIT": 8, "IN_PLACE": in_place, "DOUBLE": 0, "BLOCK": ROW_BLOCK}
         yield add_rows_kernel, constants, {"num_warps": 8}
+    yield take_rows_kernel, {"UNIT": 8, "BLOCK": ROW_BLOCK}, {"num_warps": 8}
     constants = {"N_ROWS": 9, "EXPERT_BINS": 512, "RANK_BINS": 128, "BLOCK": LOAD_BLOCK}
     yield record_loads_kernel, constants, {"num_warps": 8}
     bins = {"BINS": 256, "PDL": capability >= 90}
