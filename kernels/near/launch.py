@@ -69,12 +69,12 @@ def plan_near_call(
 
 
 def make_options(ranks: int) -> dict[str, int | bool]:
-    """Return compile options: a warp for each candidate, or two.
+    """Return compile options: a warp for each candidate, or two, and no fused multiply-add.
 
     There are never more lanes than ranks of all candidates: a cell is one thread's alone.
     """
     warps = _layout.NEAR_CANDIDATES * (1 if ranks <= MOST_SLICES * WARP else 2)
-    return {"num_warps": warps, "num_stages": 1}
+    return {"num_warps": warps, "enable_fp_fusion": False, "num_stages": 1}
 
 
 def plan_near(
