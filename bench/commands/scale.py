@@ -33,8 +33,8 @@ def add(commands: Any) -> None:
         description=(
             "A SIMULATION of hundreds of ranks. Imbalance of EPLB with an even split, of one LP\n"
             "of all ranks, of an LP for each group of ranks, and of two levels of LPs, by the\n"
-            "twins on the CPU; bytes of the solver's tables; counts on the wire, computed. Where there\n"
-            "is a GPU every plan's solve is checked and timed on it, and the last table says for\n"
+            "twins on the CPU; bytes of the solver's tables; counts on the wire, computed. Where\n"
+            "there is a GPU each solve is checked and timed on it, and the last table says for\n"
             "which layers groups are faster. Loads: the packaged trace, its sources spread over\n"
             "the ranks and its layers side by side for more than 256 experts; lognormal(0, 1) and\n"
             "Zipf (exponent 1) popularity with jitter 0.3."
