@@ -5,7 +5,7 @@ numbers in `lplb_triton._layout`. Launchers take tensors whose sizes and devices
 checked.
 """
 
-from lplb_triton._layout import COUNT_BITS, HEADER_WORDS, MAX_RANKS, STATUS_FIRST
+from lplb_triton._layout import COUNT_BITS, HEADER_WORDS, MAX_RANKS, STATUS_FIRST, TIME_PLANS
 from lplb_triton.kernels.count import count_by_program, sum_by_program
 from lplb_triton.kernels.exchange import (
     FIRST_CHANNEL,
@@ -38,7 +38,7 @@ from lplb_triton.kernels.pull.gradients import (
 from lplb_triton.kernels.pull.signals import Signals, meet
 from lplb_triton.kernels.quotas import Quotas, divide_quotas
 from lplb_triton.kernels.report import read_report
-from lplb_triton.kernels.rows import add_rows
+from lplb_triton.kernels.rows import add_rows, take_rows
 from lplb_triton.kernels.select import SelectTables, select
 from lplb_triton.kernels.solve.launch import (
     ExpandTables,
@@ -50,6 +50,7 @@ from lplb_triton.kernels.solve.launch import (
     solve_counts,
     solve_scratch,
 )
+from lplb_triton.kernels.time.launch import TimePlan, TimeRules, TimeTables, plan_time
 
 __all__ = [
     "COUNT_BITS",
@@ -59,11 +60,13 @@ __all__ = [
     "MAX_RANKS",
     "MOST_EXPERTS",
     "STATUS_FIRST",
-    "BatchMetrics",
+    "TIME_PLANS",
     "UNIT_BYTES",
+    "BatchMetrics",
     "Channel",
     "CopyTable",
     "Exchange",
+    "ExpandTables",
     "Live",
     "LiveCopies",
     "LiveRules",
@@ -75,29 +78,33 @@ __all__ = [
     "Signals",
     "SolveBuffers",
     "SolveTables",
-    "ExpandTables",
+    "TimePlan",
+    "TimeRules",
+    "TimeTables",
     "add_gradients",
     "add_rows",
     "channel_words",
     "count_by_program",
     "divide_quotas",
     "exchange_returns",
+    "expand_shares",
     "is_interpreted",
     "list_words",
+    "live_scratch_words",
     "make_copy_table",
     "meet",
     "plan_live",
+    "plan_time",
     "pull_rows",
     "read_report",
     "record_loads",
     "select",
-    "live_scratch_words",
     "solve",
     "solve_counts",
     "solve_scratch",
-    "expand_shares",
     "status_words",
     "sum_by_program",
+    "take_rows",
     "sum_gathered",
     "sum_over_ranks",
     "write_gradients",

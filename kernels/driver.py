@@ -145,13 +145,6 @@ class DriverLaunch:
         # Only the types are kept: a tensor of the first batch would never be freed.
         self._kinds = [type(arg) for arg in args]
         self.words = (ctypes.c_uint64 * len(sizes))()
-        for at, arg in enumerate(args):
-            if isinstance(arg, torch.Tensor):
-                self.words[at] = arg.data_ptr()
-            elif isinstance(arg, float):
-                self.words[at] = struct.unpack("<I", struct.pack("<f", arg))[0]
-            else:
-                self.words[at] = arg
         begin = ctypes.addressof(self.words)
         self._pointers = (ctypes.c_void_p * len(sizes))(*range(begin, begin + 8 * len(sizes), 8))
         self._attribute = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
@@ -159,10 +152,23 @@ class DriverLaunch:
         self._config = _Config(
             (grid, 1, 1), (threads, 1, 1), meta.shared, None, ctypes.pointer(self._attribute), early
         )
+        self.assign(args, grid)
         config, parameters = ctypes.addressof(self._config), ctypes.addressof(self._pointers)
         self._launch = functools.partial(
             _driver().cuLaunchKernelEx, config, function, parameters, None
         )
+
+    def assign(self, args: Sequence[Any], grid: int) -> None:
+        """Take over arguments of the same types, and the number of programs."""
+        words = self.words
+        for at, arg in enumerate(args):
+            if isinstance(arg, torch.Tensor):
+                words[at] = arg.data_ptr()
+            elif isinstance(arg, float):
+                words[at] = struct.unpack("<I", struct.pack("<f", arg))[0]
+            else:
+                words[at] = arg
+        self._config.grid[0] = grid
 
     def values(self) -> list[int | float]:
         """Return the arguments as Triton's own launch takes them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -23,6 +24,9 @@ PDL_DRIVER = 12030
 # Compiled kernels by what they were compiled for. Triton's own launch examines every argument each
 # time; no kernel here is specialised on values or alignment, so dtypes and constants suffice.
 compiled_kernels: dict[tuple[Any, ...], Any] = {}
+# The launches of `launch_call` by the same keys, and the lock under which one is given arguments.
+_launches: dict[tuple[Any, ...], PreparedKernel] = {}
+_launching = threading.Lock()
 
 
 class KernelCall(NamedTuple):
@@ -94,17 +98,25 @@ def compile_calls(calls: Sequence[KernelCall]) -> list[Any]:
     return [compiled_kernels[_key(call)] for call in calls]
 
 
-def launch_call(call: KernelCall) -> None:
-    """Launch on the GPU of the tensors and its current stream; the first call compiles."""
+def launch_call(call: KernelCall, stream: int | None = None) -> None:
+    """Launch on the GPU of the tensors, on its current stream or another; the first call compiles.
+
+    ``stream`` is the handle of a stream of that GPU.
+    """
     kernel, grid, args, constants, _ = call
     if isinstance(kernel, InterpretedFunction):
         kernel[(grid,)](*args, *constants)
         return
-    device = args[0].device.index
-    compiled = compiled_kernels.get(_key(call)) or compile_calls([call])[0]
-    with use_device(device):
+    device, key = args[0].device.index, _key(call)
+    if stream is None:
         stream = triton.runtime.driver.active.get_current_stream(device)
-        compiled[(grid, 1, 1)](*args, *constants, stream=stream)
+    if key not in _launches:
+        prepared = PreparedKernel(call, compile_calls([call])[0], early=False)
+        _launches.setdefault(key, prepared)
+    with use_device(device), _launching:
+        launch = _launches[key]
+        launch.assign(call)
+        launch.launch(stream, is_profiled())
 
 
 class PreparedKernel:
@@ -128,13 +140,15 @@ class PreparedKernel:
         launches.
     n_args : int
         The number of run-time arguments; `args` may be longer.
+    grid : int
+        Number of programs.
     """
 
     args: Any
 
     def __init__(self, call: KernelCall, compiled: Any, early: bool) -> None:
         self.n_args = len(call.args)
-        self._grid, self._constants, self._compiled = call.grid, call.constants, compiled
+        self.grid, self._constants, self._compiled = call.grid, call.constants, compiled
         early = early and supports_pdl(call.args[0].device)
         self._direct: DriverLaunch | None = None
         if torch.version.hip is None:
@@ -148,18 +162,27 @@ class PreparedKernel:
             self._launcher = copy.copy(compiled.run)
             self._launcher.launch_pdl = early
 
+    def assign(self, call: KernelCall) -> None:
+        """Take over all arguments and the grid of another call of the same kernel."""
+        self.grid = call.grid
+        if self._direct is not None:
+            self._direct.assign(call.args, call.grid)
+        else:
+            for at, arg in enumerate(call.args):
+                self.args[at] = arg.data_ptr() if isinstance(arg, torch.Tensor) else arg
+
     def launch(self, stream: int, profiled: bool) -> None:
         """Launch on a stream of the current device; ``profiled`` is what `is_profiled` returns."""
         if profiled:
             # Triton's own launch collects what its hooks are called with.
             args = self.args if self._direct is None else self._direct.values()
-            grid = self._grid, 1, 1
+            grid = self.grid, 1, 1
             self._compiled[grid](*args, *self._constants, stream=stream)
         elif self._direct is not None:
             self._direct.launch(stream)
         else:
             compiled = self._compiled
             self._launcher(
-                self._grid, 1, 1, stream, compiled.function, compiled.packed_metadata,
+                self.grid, 1, 1, stream, compiled.function, compiled.packed_metadata,
                 None, None, None, *self.args, *self._constants,
             )  # fmt: skip

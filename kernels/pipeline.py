@@ -47,15 +47,19 @@ from lplb_triton.kernels.solve.launch import (
     SolveTables,
     solve_counts_call,
 )
+from lplb_triton.kernels.time.launch import TimePlan, plan_time_call
 
 
 class Pipeline:
-    """Count, solve and select on fixed buffers: three launches, four with ``quotas``.
+    """Count, solve and select on fixed buffers: three launches.
+
+    With ``quotas`` there is one more, and with ``time``.
 
     Counts may be summed over ranks within the second launch (``exchange``), or by the caller
     between two launches; the latter takes one more launch, which sums this rank's own counts.
 
-    On GPUs that support it, solve and select start early and do what needs no counts or shares.
+    On GPUs that support it, solve, the plan by time and select start early and do what needs no
+    counts or shares.
 
     Parameters
     ----------
@@ -71,6 +75,8 @@ class Pipeline:
         For a placement with live slots; ``out`` of it is replaced in each run.
     metrics : BatchMetrics or None
         Sums that each run adds to; ``live_out`` of it is replaced likewise.
+    time : TimePlan or None
+        Replaces the shares of the solve by those of a plan by time.
     """
 
     def __init__(
@@ -85,8 +91,9 @@ class Pipeline:
         quotas: Quotas | None = None,
         live: Live | None = None,
         metrics: BatchMetrics | None = None,
+        time: TimePlan | None = None,
     ) -> None:
-        self._metrics = metrics
+        self._metrics, self._time = metrics, time
         self._running, self._report, self._buffers = running, report, buffers
         self._solve_tables, self._select_tables, self._rank = solve_tables, select_tables, rank
         self._exchange, self._quotas, self._live = exchange, quotas, live
@@ -180,6 +187,9 @@ class Pipeline:
             solve = solve_counts_call(running, *fixed, self._exchange, channel, self._live)
             calls.append((solve, True))
         cumulative = buffers.cumulative
+        if self._time is not None:
+            counts = buffers.counts if self._exchange is None else self._exchange.total
+            calls.append((plan_time_call(counts, cumulative, buffers.ints[1], self._time), True))
         if self._quotas is not None:
             calls.append((divide_call(cumulative, self._quotas), False))
             cumulative = self._quotas.mine

@@ -1,4 +1,4 @@
-"""Adding rows that other ranks sent to rows of this rank, in a fixed order."""
+"""Adding rows that other ranks sent to rows of this rank, and taking rows from two tensors."""
 
 from __future__ import annotations
 
@@ -89,3 +89,59 @@ def add_rows(
     constants = (unit, in_place, arrived.dtype == torch.float64, ROW_BLOCK)
     grid = len(rows) * blocks
     launch_call(KernelCall(add_rows_kernel, grid, args, constants, {"num_warps": 8}))
+
+
+@triton.jit(do_not_specialize=["n_one", "units"])
+def take_rows_kernel(
+    out_ptr,  # [n, width], is written
+    one_ptr,  # [n_one, width]
+    other_ptr,  # [n - n_one, width]
+    index_ptr,  # [n] int64, rows of both, those of `other` counted from n_one on
+    n_one,
+    units,  # width / UNIT
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Copy the rows that ``index`` names, one per program. Grid (n,)."""
+    row = tl.program_id(0).to(tl.int64)
+    width = units * UNIT
+    source = tl.load(index_ptr + row)
+    is_one = source < n_one
+    from_one = _align(one_ptr + source * width, UNIT)
+    from_other = _align(other_ptr + (source - n_one) * width, UNIT)
+    to = _align(out_ptr + row * width, UNIT)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        # Masks of whole vectors, since a row ends at a multiple of UNIT.
+        inside = column < width
+        values = tl.load(from_one + column, mask=inside & is_one, other=0)
+        values = tl.where(
+            is_one, values, tl.load(from_other + column, mask=inside & (source >= n_one), other=0)
+        )
+        tl.store(to + column, values, mask=inside)
+
+
+def take_rows(one: torch.Tensor, other: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return rows of two tensors as if ``other`` followed ``one``.
+
+    Parameters
+    ----------
+    one, other : torch.Tensor
+        ``[n_one, width]`` and ``[n_other, width]``, contiguous, of the same dtype.
+    index : torch.Tensor
+        ``[n]`` int64 in ``[0, n_one + n_other)``.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[n, width]``.
+    """
+    width = one.shape[1]
+    out = one.new_empty((len(index), width))
+    if not out.numel():
+        return out
+    aligned = not (one.data_ptr() | other.data_ptr() | out.data_ptr()) % 16
+    unit = ALIGNED_UNIT if aligned and not width % ALIGNED_UNIT else 1
+    args = (out, one, other, index, len(one), width // unit)
+    launch_call(KernelCall(take_rows_kernel, len(index), args, (unit, ROW_BLOCK), {"num_warps": 8}))
+    return out

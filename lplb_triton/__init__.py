@@ -7,6 +7,7 @@ The objects most scripts need are here; see `lplb_triton.topologies` for replica
 from lplb_triton._backends.workspace import workspace_bytes
 from lplb_triton._version import __version__
 from lplb_triton.balancer import Balancer
+from lplb_triton.costs import TimeCost
 from lplb_triton.eplb import rebalance_experts
 from lplb_triton.placement import Placement, load_placements, save_placements
 from lplb_triton.placement.chaining import chain
@@ -33,6 +34,7 @@ __all__ = [
     "SolveError",
     "SpreadPlan",
     "Status",
+    "TimeCost",
     "__version__",
     "chain",
     "load_placements",

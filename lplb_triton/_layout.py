@@ -136,6 +136,57 @@ LIVE_MISS_BITS = 7
 LIVE_CUTS = 8
 LIVE_HALVINGS = 12
 
+# Plans by time.
+
+# The most ranks of a group and slots of a rank: fields of the words of ``time_steps`` and of
+# ``time_cells``.
+TIME_MOST_RANKS = 512
+TIME_MOST_SLOTS = 1023
+TIME_RANK_BITS = 10
+TIME_RANK_MASK = (1 << TIME_RANK_BITS) - 1
+# Plans that are judged as they are, plans that are improved, and numbers that are reported.
+TIME_JUDGED = 3
+TIME_CANDIDATES = 4
+TIME_PLANS = TIME_JUDGED + TIME_CANDIDATES
+TIME_REPORTED = 5
+
+
+class TimeField(enum.IntEnum):
+    """Rows of the table ``time_cells``, which has a column for each slot of a group's ranks."""
+
+    EXPERT = 0
+    """The expert, -1 if the slot is no cell's first one."""
+    FIRST = 1
+    """The first copy of the cell."""
+    LAST = 2
+    """The last one."""
+    AT = 3
+    """The place in ``time_lists`` of the expert's first cell."""
+    WORD = 4
+    """From the lowest bit: whether the cell is the expert's home, whether it is its balanced home,
+    the cell's number among those of the expert, and how many these are, ten bits each."""
+    BEFORE = 5
+    """The cumulative share of the copies before the cell's, if copies take even shares."""
+    END = 6
+    """That of the cell's last copy."""
+
+
+N_TIME_FIELDS = len(TimeField)
+
+
+class TimeExtent(enum.IntEnum):
+    """Columns of the table ``time_extents``, which has a row for each group."""
+
+    N_STEPS = 0
+    """Steps of classes."""
+    MOST_CELLS = 1
+    """The most cells of an expert."""
+    MULTIPLICITY = 2
+    """The most copies of an expert on a rank."""
+
+
+N_TIME_EXTENTS = len(TimeExtent)
+
 # Exchange of counts between ranks.
 
 # The largest count, and the largest sum of counts: they are int32.

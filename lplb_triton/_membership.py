@@ -66,14 +66,16 @@ class Membership:
         self._n_copies = 0
 
     @property
-    def kinds(self) -> tuple[str, str, str]:
-        """Settings that must be the same on all ranks: quotas, solver and rules of live slots.
+    def kinds(self) -> tuple[str, ...]:
+        """Settings that are the same on all ranks: quotas, solver, rules of live slots, objective.
 
         Back ends make the checksum of a plan of live slots in different ways.
         """
         layer = self.layer
         live = "" if layer.live is None else f"{layer.live}, {layer.backend}"
-        return layer.quotas, layer.solver, live
+        cost = layer.cost
+        objective = "tokens" if cost is None else f"time, cost {cost.checksum & 0xFFFFFFFF:08x}"
+        return layer.quotas, layer.solver, live, objective
 
     @property
     def ranks(self) -> tuple[int, ...] | None:
@@ -162,6 +164,9 @@ class Membership:
         if self.layer.live is not None:
             # A rank with other rules would send tokens to other experts' weights.
             version = message_version(str((version, tuple(self.layer.live))).encode())
+        if self.layer.cost is not None:
+            # A rank with another cost would divide its tokens by another plan.
+            version = message_version(str((version, self.layer.cost.digest)).encode())
         self.layer.write_version(version)
         self.layer.placement, self.layer_id = agreed
 

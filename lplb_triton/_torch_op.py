@@ -6,7 +6,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -47,13 +47,32 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-@contextmanager
-def outside_modes() -> Iterator[None]:
+def outside_modes() -> AbstractContextManager[None]:
     """Turn off dispatch modes, function modes, inference mode and autocast within the context.
 
     A mode that is on while a balancer makes its state, such as selective checkpointing's, must not
     record, replay or replace that state.
     """
+    # Nearly always there is nothing to turn off, and the contexts take host time.
+    return _turn_off_modes() if _is_in_mode() else _NOTHING
+
+
+_NOTHING = nullcontext()
+
+
+def _is_in_mode() -> bool:
+    """Whether anything is on that `outside_modes` turns off."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.is_inference_mode_enabled()
+        or torch.is_autocast_enabled("cuda")
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+@contextmanager
+def _turn_off_modes() -> Iterator[None]:
     with ExitStack() as stack:
         if torch._C._len_torch_dispatch_stack():
             stack.enter_context(_disable_current_modes())

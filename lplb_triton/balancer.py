@@ -13,22 +13,23 @@ from lplb_triton._backends.layer import Layer, LayerAttribute, create_layer
 from lplb_triton._checks import (
     check_choice,
     check_counter,
-    check_dense_size,
     check_ids,
     check_integer,
     check_max_iterations,
-    check_placement_size,
     check_timeout,
     check_tolerance,
     resolve_device,
 )
 from lplb_triton._load_history import LoadHistory
 from lplb_triton._membership import Membership, wait_for_device, warn_if_no_group
+from lplb_triton._objective import resolve_cost
+from lplb_triton._reports import BatchReports
+from lplb_triton._settings import QUOTAS, SOLVERS, check_combination, check_size
 from lplb_triton._steps import BatchSteps
 from lplb_triton._torch_op import is_plain, opaque, register
 from lplb_triton._updates import update_placements
-from lplb_triton.live import LivePlan, LiveRules, make_rules, read_plan
-from lplb_triton.metrics import Metrics, MetricsReader
+from lplb_triton.costs import TimeCost
+from lplb_triton.live import LiveRules, make_rules
 from lplb_triton.placement import Placement
 from lplb_triton.placement.moves import require_placement
 from lplb_triton.solver import (
@@ -41,11 +42,8 @@ from lplb_triton.sync._base import Communicator
 
 __all__ = ["Balancer"]
 
-QUOTAS = ("local", "global", "replicated")
-SOLVERS = ("levelling", "interior_point")
 
-
-class Balancer(LoadHistory, BatchSteps):
+class Balancer(LoadHistory, BatchSteps, BatchReports):
     """Rewrites logical into physical expert ids so that the ranks of a group finish together.
 
     One balancer serves one MoE layer on one rank. Make it with the layer's `Placement`, call
@@ -98,7 +96,11 @@ class Balancer(LoadHistory, BatchSteps):
         plans are made by the kernel of `lplb_triton.solve`, which has limits on sizes; it is a
         launch of its own between torch operations, so a batch takes longer. The solver must be the
         same on every rank. Both solvers keep the tolerance, but their plans differ.
-
+    objective : {"tokens", "time"}
+        ``"tokens"``: the plan of the linear program. ``"time"``: a plan made from it, by which the
+        slowest rank's expert products take less time: see ``docs/time.md``. Not with live slots.
+    cost : TimeCost or None
+        What a rank's products take, with ``objective="time"``; the same on every rank.
     live_above : float
         With live slots (`Placement.with_live_slots`): they are filled in batches whose largest load
         would exceed this many times the mean otherwise, 1 to 2. The plan aims at half of that
@@ -160,6 +162,7 @@ class Balancer(LoadHistory, BatchSteps):
     rank = LayerAttribute[int]()
     quotas = LayerAttribute[str]()
     solver = LayerAttribute[str]()
+    cost = LayerAttribute["TimeCost | None"]()
     tolerance = LayerAttribute[float]()
     max_iterations = LayerAttribute[int]()
     default_n_sms = LayerAttribute[int]()
@@ -189,6 +192,8 @@ class Balancer(LoadHistory, BatchSteps):
         timeout: float | None = None,
         quotas: str = "local",
         solver: str = "levelling",
+        objective: str = "tokens",
+        cost: TimeCost | None = None,
         live_above: float = LiveRules().above,
         live_cost: int = 0,
         live_fanout: int | None = None,
@@ -201,7 +206,7 @@ class Balancer(LoadHistory, BatchSteps):
         chosen = resolve_backend(backend, device)
         check_choice("solver", solver, SOLVERS)
         if chosen == "triton":
-            _check_size(placement, solver, device)
+            check_size(placement, solver, device)
         tolerance = check_tolerance(tolerance, MIN_TOLERANCE_FLOAT32)
         check_choice("quotas", quotas, QUOTAS)
         if rank is not None and not 0 <= rank < placement.ep_size:
@@ -209,7 +214,7 @@ class Balancer(LoadHistory, BatchSteps):
         timeout = None if timeout is None else check_timeout(timeout)
         if isinstance(sync, Communicator) and group is None:
             group = sync.group
-        _check_combination(quotas, group, rank)
+        check_combination(quotas, group, rank)
         if group is None and rank is None and quotas == "local" and not self._expects_group_later:
             warn_if_no_group(placement, stacklevel=3)
         rules = make_rules(
@@ -218,6 +223,7 @@ class Balancer(LoadHistory, BatchSteps):
         layer = create_layer(
             placement, device, chosen, rank=rank or 0, quotas=quotas, solver=solver,
             tolerance=tolerance, max_iterations=max_iterations, live=rules,
+            cost=resolve_cost(placement, objective, cost),
         )  # fmt: skip
         self._set_up(layer, backend, rank, sync, timeout)
         self._membership.join("making a Balancer", group, sync, self.warmup)
@@ -232,7 +238,7 @@ class Balancer(LoadHistory, BatchSteps):
     ) -> None:
         """Make what belongs to this balancer alone; ``given_backend`` is the caller's argument."""
         self._layer, self._given_backend = layer, given_backend
-        self._metrics: MetricsReader | None = None
+        self._metrics = None
         self._backend = create_backend(layer)
         self._tables = self._backend.tables
         self._handle = register(self._backend)
@@ -241,17 +247,18 @@ class Balancer(LoadHistory, BatchSteps):
         )
 
     @property
-    def placement(self) -> Placement:
-        """The placement in use (immutable)."""
-        return self._layer.placement
+    def objective(self) -> str:
+        """What plans are made for: ``"tokens"`` or ``"time"``."""
+        return "tokens" if self._layer.cost is None else "time"
 
     def __repr__(self) -> str:
         """Placement, device, backend, group, solver and tolerance in one line."""
         sync = "none" if self.communicator is None else repr(self.communicator)
+        objective = "" if self.cost is None else ", objective=time"
         return (
             f"Balancer({self.placement!r}, device={self.device}, backend={self.backend}, "
             f"sync={sync}, quotas={self.quotas}, rank={self.rank}, solver={self.solver}, "
-            f"tolerance={self.tolerance:g})"
+            f"tolerance={self.tolerance:g}{objective})"
         )
 
     @opaque
@@ -345,43 +352,6 @@ class Balancer(LoadHistory, BatchSteps):
         """
         return update_placements([self], [placement], "Balancer.update_placement")[0]
 
-    @property
-    def live(self) -> LivePlan:
-        """What this rank's last call of `run` put into live slots; new tensors in every call.
-
-        A replay of a CUDA graph writes the plan of the call that was captured: keep what this
-        returns after each capture.
-
-        Raises
-        ------
-        RuntimeError
-            If the placement has no live slots, or before the first call.
-        """
-        p, out = self.placement, self._backend.live_out
-        if not p.live_per_rank:
-            raise RuntimeError("the placement has no live slots: see Placement.with_live_slots")
-        if out is None:
-            raise RuntimeError("no batch has been planned yet: call run first")
-        return read_plan(out, p.ep_size, p.live_per_rank)
-
-    @opaque
-    def metrics(self, *, wait: bool = True) -> Metrics | None:
-        """Return how well the batches since the last reading were balanced.
-
-        `run` adds to sums on the device in its last launch, in graph replays too.
-
-        Parameters
-        ----------
-        wait : bool
-            Whether to wait for the device. If not, a copy is started, and the result is what the
-            copy of an earlier call says: None as long as none has ended.
-        """
-        if self._metrics is None:
-            layer = self._layer
-            sources = layer.metrics, layer.certified, layer.solves, layer.traffic
-            self._metrics = MetricsReader(sources)
-        return self._metrics.read() if wait else self._metrics.poll()
-
     def run(
         self,
         idx: torch.Tensor,
@@ -473,21 +443,6 @@ class Balancer(LoadHistory, BatchSteps):
             layer.communicator.check()
         if certified:
             layer.raise_on_uncertified()
-
-
-def _check_size(placement: Placement, solver: str, device: torch.device) -> None:
-    """Raise a ValueError if the kernels of ``solver`` can't take the placement."""
-    check_placement_size(placement)
-    if solver == "interior_point":
-        check_dense_size(placement, device)
-
-
-def _check_combination(quotas: str, group: dist.ProcessGroup | None, rank: int | None) -> None:
-    """Raise a ValueError if quotas don't go with the group or rank that is given."""
-    if quotas == "global" and (group is None or rank is not None):
-        raise ValueError("quotas='global' needs a group, and no other rank than the group's")
-    if quotas == "replicated" and rank is not None:
-        raise ValueError("rank must not be given with quotas='replicated'")
 
 
 def _load(kind: type[Balancer], state: dict[str, Any]) -> Balancer:

@@ -10,7 +10,7 @@ from lplb_triton._checks import check_flag, check_integer, check_number
 from lplb_triton._layout import MAX_COUNT
 from lplb_triton.placement import Placement
 
-__all__ = ["LivePlan", "LiveRules", "make_rules", "read_plan"]
+__all__ = ["LivePlan", "LiveRules", "make_rules", "read_experts", "read_plan"]
 
 # Bounds of ``live_above``. A plan aims at half of what this allows above the mean.
 LEAST_ABOVE, MOST_ABOVE = 1.0, 2.0
@@ -92,8 +92,13 @@ def make_rules(
     return rules
 
 
+def read_experts(out: torch.Tensor, ep_size: int, live_per_rank: int) -> torch.Tensor:
+    """Return the experts of the plan that `read_plan` makes of ``out``, alone."""
+    return out.as_strided((ep_size, live_per_rank), (live_per_rank, 1))
+
+
 def read_plan(out: torch.Tensor, ep_size: int, live_per_rank: int) -> LivePlan:
     """Make the plan of what a back end has written, ``[ep_size * live_per_rank + 4]`` int32."""
     n_live = ep_size * live_per_rank
     numbers = out[n_live : n_live + 3].view(torch.float32)
-    return LivePlan(out[:n_live].view(ep_size, live_per_rank), *numbers.unbind())
+    return LivePlan(read_experts(out, ep_size, live_per_rank), *numbers.unbind())

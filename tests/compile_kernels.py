@@ -41,12 +41,14 @@ from lplb_triton.kernels.pull.gradients import (
 from lplb_triton.kernels.pull.signals import WARPS as SIGNAL_WARPS
 from lplb_triton.kernels.pull.signals import meet_kernel
 from lplb_triton.kernels.quotas import divide_quotas_kernel
-from lplb_triton.kernels.rows import ROW_BLOCK, add_rows_kernel
+from lplb_triton.kernels.rows import ROW_BLOCK, add_rows_kernel, take_rows_kernel
 from lplb_triton.kernels.select import SELECT_BLOCK, select_kernel
 from lplb_triton.kernels.solve import launch as solve_launch
 from lplb_triton.kernels.solve.counts_kernel import solve_counts_kernel
 from lplb_triton.kernels.solve.dense_kernel import solve_dense_kernel
 from lplb_triton.kernels.solve.expand_kernel import expand_kernel
+from lplb_triton.kernels.time import launch as time_launch
+from lplb_triton.kernels.time.kernel import plan_time_kernel
 
 POINTERS = {"mask_ptr": "*i8", "idx_ptr": "*i64", "out_ptr": "*i64", "status_ptr": "*i64"}
 POINTERS |= {"certified_ptr": "*i64", "solves_ptr": "*i64", "uncertified_ptr": "*i64"}
@@ -64,6 +66,9 @@ FLOATS = (
     "rank_parts_ptr",
     "copy_parts_ptr",
     "start_ptr",
+    "cost_ptr",
+    "slopes_ptr",
+    "times_ptr",
 )
 
 
@@ -127,8 +132,19 @@ def check_pull_words(name, ptx, copies=1):
         assert "st.release.sys.global.b64" in ptx and "ld.acquire.sys.global.b64" in ptx
 
 
+def time_jobs(capability):
+    """Yield the kernel that plans by time: one and two slices of ranks, and many ranks."""
+    for ranks, steps in ((32, 12), (64, 8), (512, 8)):
+        slices, lanes = time_launch.cut_slices(ranks)
+        constants = {"MOST_STEPS": steps, "SLICES": slices, "LANES": lanes}
+        constants |= {"BLOCK": 512, "MARGIN": 4, "NARROW": 7, "WIDE": 8, "ACTIVE": 11}
+        constants |= {"TILES": 256, "PDL": capability >= 90}
+        yield plan_time_kernel, constants, time_launch.make_options(ranks)
+
+
 def jobs(capability):
     yield from pull_jobs()
+    yield from time_jobs(capability)
     # And classes of pairs, 0 for a kernel without them.
     sizes = ((8, 32, 0), (8, 32, 2), (16, 32, 0), (32, 64, 0), (32, 64, 3))
     large = (64, 32, 0), (64, 128, 0), (64, 128, 4), (128, 128, 0)
@@ -162,6 +178,7 @@ def jobs(capability):
     for in_place in (0, 1):
         constants = {"UNIT": 8, "IN_PLACE": in_place, "DOUBLE": 0, "BLOCK": ROW_BLOCK}
         yield add_rows_kernel, constants, {"num_warps": 8}
+    yield take_rows_kernel, {"UNIT": 8, "BLOCK": ROW_BLOCK}, {"num_warps": 8}
     constants = {"N_ROWS": 9, "EXPERT_BINS": 512, "RANK_BINS": 128, "BLOCK": LOAD_BLOCK}
     yield record_loads_kernel, constants, {"num_warps": 8}
     bins = {"BINS": 256, "PDL": capability >= 90}

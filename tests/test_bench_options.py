@@ -37,6 +37,7 @@ BASE = {
     "record": "record t.npz",
     "completion": "completion bash",
     "scale": "scale --ep 8 --slots 1 --groups 4 --load zipf --experts 16 --batches 1 --no-time",
+    "calibrate": "calibrate --hidden 8 --inner 8 --slots 2 -o c.json",
     "advise": "advise --gemm table --ep 8 --experts 32 --slots 1",
 }
 # What no option takes: neither a number in any range, nor a name, nor a file or its folder.

@@ -23,12 +23,17 @@ pytestmark = pytest.mark.skipif(
 
 
 class Stream:
-    """A stream of a machine without a GPU: everything is done at once."""
+    """A stream or an event of a machine without a GPU: everything is done at once."""
+
+    cuda_stream = 0
 
     def __init__(self, *_, **__):
         pass
 
-    def wait_stream(self, _):
+    def wait_event(self, _):
+        pass
+
+    def record(self, _):
         pass
 
 
@@ -62,6 +67,7 @@ def use_files(folder, rank, patch):
     for name in ("stream", "device"):
         patch.setattr(torch.cuda, name, lambda _: nullcontext())
     patch.setattr(torch.cuda, "Stream", Stream)
+    patch.setattr(torch.cuda, "Event", Stream)
     patch.setattr(torch.cuda, "current_stream", Stream)
     patch.setattr(torch.cuda, "synchronize", lambda _: None)
 

@@ -34,6 +34,18 @@ def test_rows_are_added_in_order(width, dtype, in_place):
     torch.testing.assert_close(target, expected, rtol=2**-7 * inexact, atol=0)
 
 
+@pytest.mark.parametrize("width", [1, 24, 4100])
+@pytest.mark.parametrize("n_one", [0, 3, 5])
+def test_rows_are_taken_from_two_tensors(width, n_one):
+    """Rows of two tensors are those of both one after the other."""
+    from lplb_triton.kernels import take_rows
+
+    both = torch.arange(5 * width, device=DEVICE).view(5, width).to(torch.float16)
+    index = torch.tensor([4, 0, 3, 3, 1, 2], device=DEVICE)
+    taken = take_rows(both[:n_one], both[n_one:], index)
+    assert torch.equal(taken, both[index])
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("experts", "ranks"), [(8, 2), (60, 4), (512, 64)])
 def test_loads_are_counted(dtype, experts, ranks):

@@ -7,8 +7,7 @@ All figures are predictions. Communication, routing and attention are left out.
 from __future__ import annotations
 
 from lplb_triton.bench.advise.check import compare_times
-from lplb_triton.bench.advise.gemm import GemmModel, Point, fit
-from lplb_triton.bench.advise.gpu_times import measure
+from lplb_triton.bench.advise.gpu_times import measure, time_rank
 from lplb_triton.bench.advise.hf_config import ConfigSizes, read_config
 from lplb_triton.bench.advise.live import (
     GIGABYTES_PER_SECOND,
@@ -21,6 +20,7 @@ from lplb_triton.bench.advise.models import MODELS, PUBLISHED, Model, Published
 from lplb_triton.bench.advise.overhead import predict_overhead_us
 from lplb_triton.bench.advise.predict import advise, select_slots
 from lplb_triton.bench.advise.table import packaged
+from lplb_triton.costs.gemm import GemmModel, Point, fit
 
 __all__ = [
     "GIGABYTES_PER_SECOND",
@@ -43,4 +43,5 @@ __all__ = [
     "select_slots",
     "suggest_live_above",
     "suggest_live_cost",
+    "time_rank",
 ]

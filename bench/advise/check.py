@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from lplb_triton.bench.advise.gemm import GemmModel
 from lplb_triton.bench.advise.gpu_times import time_rank
 from lplb_triton.bench.advise.models import Model
 from lplb_triton.bench.measure.simulate import split_tokens
 from lplb_triton.bench.measure.timer import Timer
 from lplb_triton.bench.placement import Case, make_by_history
+from lplb_triton.costs.gemm import GemmModel
 
 __all__ = ["compare_times"]
 

@@ -8,11 +8,11 @@ from functools import partial
 
 import torch
 
-from lplb_triton.bench.advise.gemm import PAIRS, GemmModel, Point, fit
 from lplb_triton.bench.advise.models import Model
 from lplb_triton.bench.advise.table import split_rows
 from lplb_triton.bench.measure.simulate import run_experts
 from lplb_triton.bench.measure.timer import Timer
+from lplb_triton.costs.gemm import PAIRS, GemmModel, Point, fit
 
 __all__ = ["measure", "time_rank"]
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lplb_triton.bench.advise.gemm import GemmModel
 from lplb_triton.bench.advise.models import BYTES, MATRICES, Model
 from lplb_triton.bench.live.plans import StaticPlan, solve_batches
 from lplb_triton.bench.placement import Case, make_by_history
 from lplb_triton.bench.types import Floats
+from lplb_triton.costs.gemm import GemmModel
 from lplb_triton.live import LEAST_ABOVE, MOST_ABOVE, LiveRules
 from lplb_triton.reference.live import (
     Copies,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from lplb_triton.costs.gemm import BYTES
+
 __all__ = ["BYTES", "MATRICES", "MODELS", "PUBLISHED", "Model", "Published"]
 
-# Bytes of a weight, and of an expert's three matrices: 6 * hidden * inner.
-BYTES, MATRICES = 2, 3
+# Matrices of an expert: they take 6 * hidden * inner bytes.
+MATRICES = 3
 
 
 class Model(NamedTuple):

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lplb_triton.bench.advise.gemm import GemmModel
 from lplb_triton.bench.advise.models import BYTES, MATRICES, Model
 from lplb_triton.bench.advise.overhead import predict_overhead_us
 from lplb_triton.bench.measure.simulate import split_tokens
 from lplb_triton.bench.placement import Case, make_by_history
 from lplb_triton.bench.types import Floats
+from lplb_triton.costs.gemm import GemmModel
 from lplb_triton.placement import Placement
 
 __all__ = ["GRID", "advise", "find_break_even", "select_slots", "recommend"]

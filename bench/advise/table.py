@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lplb_triton.bench.advise.gemm import GemmModel, Point, fit
+from lplb_triton.costs.gemm import GemmModel, Point, fit
 
 __all__ = ["TABLE", "packaged", "split_rows"]
 

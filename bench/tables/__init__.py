@@ -2,6 +2,7 @@
 
 from lplb_triton.bench.tables.advise import make_advice_check_grids, make_advise_grids
 from lplb_triton.bench.tables.balance import LABELS, PARTS, show_balance, show_verdicts
+from lplb_triton.bench.tables.calibrate import make_calibration_grid
 from lplb_triton.bench.tables.ep import make_ep_grids
 from lplb_triton.bench.tables.frameworks import make_frameworks_grids
 from lplb_triton.bench.tables.grid import (
@@ -32,6 +33,7 @@ __all__ = [
     "make_advice_check_grids",
     "make_advise_grids",
     "console",
+    "make_calibration_grid",
     "make_ep_grids",
     "make_frameworks_grids",
     "make_live_grids",

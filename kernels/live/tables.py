@@ -42,7 +42,7 @@ def count_running(cumulative_ptr, copy, expert, total, is_inner):
 
 
 @triton.jit
-def _make_share(running, expert, total):
+def make_share(running, expert, total):
     """Make the cumulative share that equation 15 turns into ``running`` tokens (equation 27)."""
     offset = compute_rounding_offset(0, expert.to(tl.int64))
     size = tl.maximum(total, 1)
@@ -142,7 +142,7 @@ def _write_static_copies(
         to = begin[:, None] + k
         # Other threads have subtracted from these words, past the first cache.
         running = tl.load(scratch.running + to, mask=there, other=0, volatile=True)
-        share = _make_share(running.to(tl.int64), expert[:, None], total)
+        share = make_share(running.to(tl.int64), expert[:, None], total)
         tl.store(cumulative_ptr + n_copies + to, share, mask=there)
         _copy_slots(start[:, None] + k, to, there, scratch, tables)
 
@@ -204,7 +204,7 @@ def write_copies(
         )
     # A single static copy keeps what the live ones leave.
     is_single = is_leader & (n_static == 1)
-    kept = _make_share(total - every, expert, total)
+    kept = make_share(total - every, expert, total)
     tl.store(cumulative_ptr + n_copies + begin, kept, mask=is_single)
     _copy_slots(start, begin, is_single, scratch, tables)
     tl.debug_barrier()
@@ -221,7 +221,7 @@ def write_copies(
         )  # fmt: skip
     running = total - every + ahead + tokens
     to = first + n_static + n_ahead
-    tl.store(cumulative_ptr + n_copies + to, _make_share(running, expert, total), mask=is_piece)
+    tl.store(cumulative_ptr + n_copies + to, make_share(running, expert, total), mask=is_piece)
     slot = piece // LIVE * (sizes.n_slots + LIVE) + sizes.n_slots + piece % LIVE
     tl.store(scratch.slot + to, slot, mask=is_piece)
     tl.store(scratch.copy_index + to, tl.zeros((P,), tl.int32), mask=is_piece)

@@ -230,10 +230,12 @@ def pull_rows(
     n_sms: int,
     *,
     compare: bool,
+    stream: int | None = None,
 ) -> None:
     """Copy what ``plan`` names to the slots ``live``, int32 memory at a multiple of 16 bytes.
 
-    ``n_sms`` programs copy; with 0 the kernel ends once copies can begin. See `pull_kernel`.
+    ``n_sms`` programs copy; with 0 the kernel ends once copies can begin. See `pull_kernel`, and
+    `launch_call` about ``stream``.
     """
     slots = plan.shape[1]
     if slots > MOST_SLOTS:
@@ -247,4 +249,4 @@ def pull_rows(
     )  # fmt: skip
     grid = n_sms + int(compare) if n_sms else 1
     options = {"num_warps": COPY_WARPS if n_sms else WARPS}
-    launch_call(KernelCall(pull_kernel, grid, args, constants, options))
+    launch_call(KernelCall(pull_kernel, grid, args, constants, options), stream)

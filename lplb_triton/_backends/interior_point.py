@@ -39,7 +39,9 @@ class InteriorPointBackend(TritonBackend):
         layer = self.layer
         exchange = None if layer.communicator is None else layer.communicator.exchange
         counters = certified, layer.solves, layer.uncertified
-        out, total = self._balance(idx, counters, n_sms, layer.traffic, layer.metrics, exchange)
+        out, total = self._balance(
+            idx, counters, n_sms, layer.traffic, layer.metrics, exchange, layer.times
+        )
         self.record(total)
         return out
 
@@ -51,10 +53,11 @@ class InteriorPointBackend(TritonBackend):
         traffic: torch.Tensor,
         metrics: torch.Tensor,
         exchange: Callable[..., None] | None,
+        times: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Do what `balance` says with other counters (certified, solves, uncertified) and sums.
 
-        Returns physical ids, and the counts of all ranks.
+        ``times`` are as in `make_time_plan`. Returns physical ids, and the counts of all ranks.
         """
         layer, p = self.layer, self.layer.placement
         counts, running = self.count_by_program(idx, n_sms)
@@ -67,6 +70,9 @@ class InteriorPointBackend(TritonBackend):
         solution = self._solve(total, *counters)
         add_metrics(metrics, p, self.tables.views["home_rank"], total, solution)
         cumulative = self.cumulative_shares(solution.shares)
+        by_time = self.make_time_plan(times=times)
+        if by_time is not None:
+            kernels.plan_time(total, cumulative, solution.status, by_time)
         if gathered is not None:
             mine = torch.empty_like(cumulative)
             kernels.divide_quotas(cumulative, self.quotas_of(gathered, mine, traffic))
@@ -107,12 +113,13 @@ class InteriorPointBackend(TritonBackend):
         """See `TritonBackend.warmup_kernels`."""
         traffic, metrics = (torch.zeros_like(x) for x in (self.layer.traffic, self.layer.metrics))
         exchange = None if self.layer.communicator is None else self._exchange_alone
+        times = None if self.layer.times is None else torch.zeros_like(self.layer.times)
         for dtype in (torch.int64, torch.int32):
             idx = self.warmup_ids(dtype)
             for certified in (counters[0], narrow):
                 self._balance(
                     idx, (certified, counters[1], counters[2]), self.layer.default_n_sms, traffic,
-                    metrics, exchange,
+                    metrics, exchange, times,
                 )  # fmt: skip
 
     def _exchange_alone(

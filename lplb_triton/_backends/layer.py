@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 import torch
 
-from lplb_triton._layout import CHANNELS, N_METRICS
+from lplb_triton._layout import CHANNELS, N_METRICS, TIME_REPORTED
 from lplb_triton.placement import Placement
 from lplb_triton.solution import SolveError
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from lplb_triton._backends.recorder import LoadRecorder
+    from lplb_triton.costs import TimeCost
     from lplb_triton.live import LiveRules
     from lplb_triton.sync import Communicator
 
@@ -42,6 +43,10 @@ class Layer:
         last plan, by channel of the exchange; sent with the counts.
     resident : torch.Tensor or None
         ``[ep_size, live_per_rank]`` int32 on the device: what live slots hold, if they keep it.
+    cost : TimeCost or None
+        What plans are made by with ``objective="time"``; None with ``"tokens"``.
+    times : torch.Tensor or None
+        ``[n_group, TIME_REPORTED]`` float32 on the device, with a cost: see `PlanTimes`.
     recorder : LoadRecorder or None
         Adds up the loads of batches; None if that was never asked for.
     blocked : str or None
@@ -68,6 +73,8 @@ class Layer:
     live: LiveRules | None = None
     live_versions: torch.Tensor | None = None
     resident: torch.Tensor | None = None
+    cost: TimeCost | None = None
+    times: torch.Tensor | None = None
     group: dist.ProcessGroup | None = None
     communicator: Communicator | None = None
     recorder: LoadRecorder | None = None
@@ -113,6 +120,7 @@ def create_layer(
     tolerance: float,
     max_iterations: int,
     live: LiveRules | None = None,
+    cost: TimeCost | None = None,
     checked: tuple[int, int] = (0, 0),
 ) -> Layer:
     """Make a layer without a group, with counters at zero."""
@@ -132,6 +140,10 @@ def create_layer(
         live=live,
         live_versions=zeros(CHANNELS, torch.int32) if live else None,
         resident=_empty_slots(placement, device) if live and live.resident else None,
+        cost=cost,
+        times=zeros(placement.n_group * TIME_REPORTED, torch.float32).view(-1, TIME_REPORTED)
+        if cost
+        else None,
         checked=checked,
     )  # fmt: skip
 

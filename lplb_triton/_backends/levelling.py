@@ -158,7 +158,9 @@ class LevellingBackend(TritonBackend):
         traffic, sums = (torch.zeros_like(x) for x in (self.layer.traffic, self.layer.metrics))
         versions = self.layer.live_versions
         spare = None if versions is None else torch.zeros_like(versions)
-        pipeline = self._create_scratch(block, n_sms, endpoint, traffic, sums, spare).pipeline
+        times = None if self.layer.times is None else torch.zeros_like(self.layer.times)
+        made = self._create_scratch(block, n_sms, endpoint, traffic, sums, spare, times)
+        pipeline = made.pipeline
         live_out = self._new_live_out()
         for dtype in (torch.int64, torch.int32):
             idx = self.warmup_ids(dtype)
@@ -184,8 +186,8 @@ class LevellingBackend(TritonBackend):
     def _sync_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and dtype of total counts, and with global quotas of two more.
 
-        These are the counts of every rank and this rank's cumulative shares. With live slots, their
-        scratch follows.
+        These are the counts of every rank and this rank's cumulative shares. With live slots, or
+        with plans by time, their scratch follows.
         """
         p = self.layer.placement
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((p.n_logical,), torch.int32)]
@@ -195,6 +197,8 @@ class LevellingBackend(TritonBackend):
         if p.live_per_rank:
             sizes = p.n_logical, p.ep_size, p.static_per_rank, p.live_per_rank
             shapes.append(((kernels.live_scratch_words(*sizes),), torch.int32))
+        if self.layer.cost is not None:
+            shapes.append((self.time_plan_shape(), torch.int32))
         return shapes
 
     def count_shares(self) -> int:
@@ -244,8 +248,12 @@ class LevellingBackend(TritonBackend):
         traffic: torch.Tensor,
         sums: torch.Tensor,
         versions: torch.Tensor | None = None,
+        times: torch.Tensor | None = None,
     ) -> _Scratch:
-        """Make views of a block, and the pipeline on them; ``versions`` as in `make_live`."""
+        """Make views of a block, and the pipeline on them.
+
+        ``versions`` is as in `make_live`, and ``times`` as in `make_time_plan`.
+        """
         layer = self.layer
         running, *rest = (
             block[field.start : field.end].view(field.dtype).view(field.shape)
@@ -277,9 +285,10 @@ class LevellingBackend(TritonBackend):
             sums, buffers.counts if in_kernel is None else total, self.tables.views["home_experts"],
             buffers.stats, buffers.ints, None if live is None else live.out,
         )  # fmt: skip
+        by_time = self.make_time_plan(rest[-1], times) if layer.cost is not None else None
         pipeline = kernels.Pipeline(
             running, self.report, buffers, self.solve_tables, self.select_tables, layer.rank,
-            in_kernel, quotas, live, metrics,
+            in_kernel, quotas, live, metrics, by_time,
         )  # fmt: skip
         counts = buffers.counts if endpoint is None else total
         return _Scratch(block, pipeline, buffers, exchange, counts)

@@ -13,6 +13,7 @@ from lplb_triton._backends.arrays import (
     make_kernel_arrays,
     make_live_arrays,
 )
+from lplb_triton._backends.time_arrays import make_time_arrays
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,6 +41,8 @@ class DeviceTables:
         Whether Triton's kernels read the tables; the torch twin needs few of them.
     dense : bool
         Whether to add the tables of the interior-point kernel.
+    time : bool
+        Whether to add the tables of plans by time.
 
     Attributes
     ----------
@@ -54,8 +57,9 @@ class DeviceTables:
         *,
         kernels: bool = True,
         dense: bool = False,
+        time: bool = False,
     ) -> None:
-        self._kernels, self._dense = kernels, dense
+        self._kernels, self._dense, self._time = kernels, dense, time
         # Kernels are compiled for as many classes in the table of pairs as the first placement has.
         self._pair_classes: int | None = None
         arrays = self._make_arrays(placement)
@@ -98,6 +102,8 @@ class DeviceTables:
         arrays = make_kernel_arrays(placement, self._pair_classes)
         if self._dense:
             arrays |= make_dense_arrays(placement)
+        if self._time:
+            arrays |= make_time_arrays(placement)
         if placement.live_per_rank:
             arrays |= make_live_arrays(placement)
         return arrays

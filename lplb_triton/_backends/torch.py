@@ -11,8 +11,12 @@ from lplb_triton._backends.counters import add_metrics, count_statuses
 from lplb_triton._backends.layer import Layer
 from lplb_triton._backends.tables import DeviceTables
 from lplb_triton._layout import Metric
+from lplb_triton._objective import choose_margin
+from lplb_triton.placement import Placement
 from lplb_triton.reference import levelling
 from lplb_triton.reference.live import LiveCase, list_copies, plan_live
+from lplb_triton.reference.time import plan_time, write_shares
+from lplb_triton.reference.time_tables import TimeTables, make_time_tables
 from lplb_triton.solution import Solution
 from lplb_triton.sync._base import message_version
 
@@ -27,6 +31,8 @@ class TorchBackend(Backend):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer, DeviceTables(layer.placement, layer.device, kernels=False))
+        # Tables of the placement that batches were last planned by time for.
+        self._time_tables: tuple[Placement, list[TimeTables]] | None = None
 
     @property
     def checks_on_host(self) -> bool:
@@ -60,6 +66,8 @@ class TorchBackend(Backend):
         start, slot = views["copy_start"], views["copy_slot"]
         if layer.live is not None:
             start, slot, cumulative = self._plan_live_slots(total, cumulative, solution)
+        if layer.cost is not None:
+            cumulative = self._plan_by_time(total, cumulative)
         if gathered is not None and layer.communicator is not None:
             holder = slot // layer.placement.slots_per_rank
             quotas, kept = reference.divide_quotas(
@@ -106,6 +114,25 @@ class TorchBackend(Backend):
         moved = [torch.from_numpy(a.astype(np.int32)) for a in (*found, plan.cumulative)]
         moved = [tensor.to(layer.device) for tensor in moved]
         return moved[0], moved[1], moved[2]
+
+    def _plan_by_time(self, counts: torch.Tensor, cumulative: torch.Tensor) -> torch.Tensor:
+        """Plan a batch by time on the host; returns cumulative shares by copy."""
+        layer, p = self.layer, self.layer.placement
+        if layer.cost is None or layer.times is None:
+            raise RuntimeError("the balancer has no cost")
+        if self._time_tables is None or self._time_tables[0] is not p:
+            self._time_tables = p, make_time_tables(p)
+        tokens = counts.cpu().numpy().astype(np.int64)
+        start = p.structure.copy_start.astype(np.int64)
+        before = cumulative.cpu().numpy().astype(np.int64)
+        after, found = before.copy(), []
+        margin = choose_margin(layer.quotas)
+        for tables in self._time_tables[1]:
+            plan = plan_time(tables, layer.cost, tokens, before, start, margin)
+            write_shares(tables, plan, tokens, after, start)
+            found.append([*plan.times.tolist(), float(plan.choice)])
+        layer.times.copy_(torch.tensor(found, dtype=torch.float32, device="cpu"))
+        return torch.from_numpy(after.astype(np.int32)).to(layer.device)
 
     def solve(self, counts: torch.Tensor, certified: torch.Tensor) -> Solution:
         """See `Backend.solve`."""

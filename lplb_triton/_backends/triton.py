@@ -8,6 +8,9 @@ from lplb_triton import kernels
 from lplb_triton._backends.base import Backend, chunk_size
 from lplb_triton._backends.layer import Layer
 from lplb_triton._backends.tables import DeviceTables
+from lplb_triton._backends.time_arrays import make_cost_arrays
+from lplb_triton._objective import choose_margin
+from lplb_triton.costs import TimeCost
 
 __all__ = ["TritonBackend"]
 
@@ -25,8 +28,12 @@ class TritonBackend(Backend):
 
     def __init__(self, layer: Layer, *, dense: bool = False) -> None:
         device = layer.device
-        super().__init__(layer, DeviceTables(layer.placement, device, kernels=True, dense=dense))
+        tables = DeviceTables(
+            layer.placement, device, kernels=True, dense=dense, time=layer.cost is not None
+        )
+        super().__init__(layer, tables)
         views = self.tables.views
+        self._time_rules = None if layer.cost is None else self._make_time_rules(layer.cost)
         self.select_tables = kernels.SelectTables(
             *(views[name] for name in kernels.SelectTables._fields)
         )
@@ -93,6 +100,39 @@ class TritonBackend(Backend):
             p.redundant_per_group + 1 + (p.ep_size if p.live_per_rank else 0),
             None if live is None else live.copies,
         )  # fmt: skip
+
+    def _make_time_rules(self, cost: TimeCost) -> kernels.TimeRules:
+        """Copy a cost to the device."""
+        layer = self.layer
+        table, slopes = (
+            torch.from_numpy(values).to(layer.device)
+            for values in make_cost_arrays(cost, layer.placement.static_per_rank)
+        )
+        margin = choose_margin(layer.quotas)
+        return kernels.TimeRules(table, slopes, cost.sides, cost.wide_from, margin)
+
+    def time_plan_shape(self) -> tuple[int, int, int]:
+        """Return the shape of the scratch of plans by time, int32."""
+        p = self.layer.placement
+        return p.n_group, kernels.TIME_PLANS, p.group_size * p.static_per_rank
+
+    def make_time_plan(
+        self, scratch: torch.Tensor | None = None, times: torch.Tensor | None = None
+    ) -> kernels.TimePlan | None:
+        """Return what plans by time take besides counts and shares; None without a cost.
+
+        ``scratch`` has the shape of `time_plan_shape`, by default new memory. ``times`` stand for
+        the layer's own.
+        """
+        layer, rules = self.layer, self._time_rules
+        if rules is None or layer.times is None:
+            return None
+        views = self.tables.views
+        tables = kernels.TimeTables(*(views[name] for name in kernels.TimeTables._fields))
+        if scratch is None:
+            shape = self.time_plan_shape()
+            scratch = torch.empty(shape, dtype=torch.int32, device=layer.device)
+        return kernels.TimePlan(tables, rules, scratch, layer.times if times is None else times)
 
     def warmup(self) -> None:
         """See `Backend.warmup`."""

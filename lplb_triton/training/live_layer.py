@@ -56,6 +56,7 @@ class LiveLayer:
         self.routed: tuple[bytes, Traffic] | None = None
         self.held: torch.Tensor | None = None
         self.memory: torch.Tensor | None = None
+        self._views: tuple[torch.Tensor, list[torch.Tensor]] | None = None
         if slots.resident:
             self.memory = slots.make_memory(rows)
             shape = (slots.live_per_rank,)
@@ -71,6 +72,18 @@ class LiveLayer:
         """Return how often each source was written, and where it is."""
         # Torch doesn't count the writes of tensors made in inference mode.
         return [(0 if s.is_inference() else s._version, s.data_ptr()) for s in self.sources]
+
+    def view_live(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        """Return new tensors over the live slots in ``memory``, one for each source."""
+        if self._views is None or self._views[0] is not memory:
+            views = [self.rows.view(memory, number) for number in range(len(self.sources))]
+            if self.slots.keeps_memory:
+                # Nothing may hold the memory of one call.
+                return views
+            self._views = memory, views
+        # Each tensor counts its writes by itself: that the slots' memory is filled anew while a
+        # graph is alive is as it should be, so autograd must not know.
+        return [view.data for view in self._views[1]]
 
     def may_have_changed(self, number: int) -> bool:
         """Whether a source may differ from what was read of it before."""
@@ -99,7 +112,7 @@ class LiveLayer:
             self.placement = placement
             self.routed = None
 
-    def pull(self, live: LivePlan | torch.Tensor) -> LivePull:
+    def pull(self, live: LivePlan | torch.Tensor | None = None) -> LivePull:
         """Start to fetch the live experts of a batch; all ranks call it, in the same order.
 
         The copies run on a stream of their own, beside what is launched from here until
@@ -107,8 +120,9 @@ class LiveLayer:
 
         Parameters
         ----------
-        live : LivePlan or torch.Tensor
-            `Balancer.live`, or its ``experts``, ``[ep_size, live_per_rank]`` int32 on the device.
+        live : LivePlan, torch.Tensor or None
+            `Balancer.live`, or its ``experts``, ``[ep_size, live_per_rank]`` int32 on the device;
+            by default those of the last batch of the balancer that the layer was added with.
 
         Returns
         -------
@@ -117,12 +131,16 @@ class LiveLayer:
         Raises
         ------
         TypeError, ValueError
-            If ``live`` doesn't fit.
+            If ``live`` doesn't fit, or is missing where the layer was added with a placement.
         RuntimeError
             If weights changed outside of `LiveSlots.update`, or within it.
         SyncError
             If an earlier call failed, or, by messages, this one.
         """
+        if live is None:
+            if isinstance(self._balancer, Placement):
+                raise TypeError("live must be given: the layer was added with a Placement")
+            live = self._balancer.live_experts
         plan = live.experts if isinstance(live, LivePlan) else live
         return LivePull(self.slots.start(self, plan))
 
@@ -142,8 +160,7 @@ class LiveFetch:
     def list_weights(self) -> tuple[torch.Tensor, ...]:
         """Return new tensors over the weights: all static slots, then all live slots."""
         layer = self.layer
-        live = [layer.rows.view(self.memory, number) for number in range(len(layer.sources))]
-        return (*(source.detach() for source in layer.sources), *live)
+        return (*(source.detach() for source in layer.sources), *layer.view_live(self.memory))
 
     def require_same_step(self) -> None:
         """Raise a RuntimeError if weights may have changed since the forward pass."""

@@ -22,6 +22,7 @@ from lplb_triton._layout import (
     STATUS_FIELDS,
     STATUS_FIRST,
 )
+from lplb_triton._torch_op import outside_modes
 from lplb_triton.sync import SyncError
 from lplb_triton.training.live_engines import HostTables, PlanReader, copy_live_rows
 from lplb_triton.training.live_rows import DEFAULT_SMS, LiveRows
@@ -155,8 +156,9 @@ class LivePeer:
         held: torch.Tensor | None = None,
         compare: bool = True,
         experts: tuple[int, ...] | None = None,
+        stream: torch.cuda.Stream | None = None,
     ) -> tuple[int, ...] | None:
-        """Copy what ``plan`` names to the slots ``live`` on the current stream.
+        """Copy what ``plan`` names to the slots ``live``.
 
         With ``n_sms`` of 0 the host waits for the plan, unless it is given this rank's ``experts``.
 
@@ -174,26 +176,34 @@ class LivePeer:
             Whether to compare plans with other ranks, which all must do in the same calls.
         experts : tuple of int or None
             What an earlier call for the same plan has returned.
+        stream : torch.cuda.Stream or None
+            Where to copy, by default the current stream.
 
         Returns
         -------
         tuple of int or None
             With ``n_sms`` of 0, this rank's part of the plan.
         """
-        read = self.n_sms == 0 and experts is None
-        if read:
-            # Ahead of the kernel, so that the host doesn't wait for other ranks.
-            self._reader.start(plan[self.rank])
-        self._kernels.pull_rows(
-            self._signals, plan, tables.homes, held, tables.number, tables.copies, live, self.n_sms,
-            compare=compare,
-        )  # fmt: skip
+
+        def launch() -> None:
+            self._kernels.pull_rows(
+                self._signals, plan, tables.homes, held, tables.number, tables.copies, live,
+                self.n_sms, compare=compare, stream=None if stream is None else stream.cuda_stream,
+            )  # fmt: skip
+
         if self.n_sms:
+            launch()
             return None
-        if read:
-            experts = self._reader.finish()
-        assert experts is not None and tables.on_host is not None
-        copy_live_rows(tables.rows, tables.on_host, experts, live, resident=held is not None)
+        with outside_modes(), torch.no_grad(), torch.cuda.stream(stream):
+            if experts is not None:
+                launch()
+            else:
+                # Ahead of the kernel, so that the host doesn't wait for other ranks.
+                self._reader.start(plan[self.rank])
+                launch()
+                experts = self._reader.finish()
+            assert tables.on_host is not None
+            copy_live_rows(tables.rows, tables.on_host, experts, live, resident=held is not None)
         return experts
 
     def begin_return(

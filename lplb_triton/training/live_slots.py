@@ -278,6 +278,11 @@ class LiveSlots:
             )
         return rows
 
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether each pull has memory of its own, which lasts until its backward pass."""
+        return self._keep
+
     def make_memory(self, rows: LiveRows) -> torch.Tensor:
         """Make memory for the live slots of one layer, of int32, at first zero."""
         return torch.zeros(rows.words, dtype=torch.int32, device=self.device)
@@ -293,14 +298,14 @@ class LiveSlots:
                 "sources that don't require gradients"
             )
         self._join()
-        with outside_modes_and_grad():
-            memory = layer.memory
-            if memory is None:
-                memory = self.make_memory(layer.rows) if self._memory is None else self._memory
-            fetch = LiveFetch(layer, plan, memory, self.step)
-            # Should this fail, nobody knows what the memory holds.
-            self._holder = None
-            self._transport.start(fetch)
+        memory = layer.memory if self._memory is None else self._memory
+        if memory is None:
+            with outside_modes_and_grad():
+                memory = self.make_memory(layer.rows)
+        fetch = LiveFetch(layer, plan, memory, self.step)
+        # Should this fail, nobody knows what the memory holds.
+        self._holder = None
+        self._transport.start(fetch)
         self._pending = self._holder = fetch
         return fetch
 
@@ -319,8 +324,7 @@ class LiveSlots:
         """Have the current stream wait for the pull that is under way, if there is one."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            with outside_modes_and_grad():
-                self._transport.finish(pending)
+            self._transport.finish(pending)
 
     def refill(self, fetch: LiveFetch) -> None:
         """Fetch a pull's weights again if the memory has held others since."""

@@ -56,6 +56,9 @@ class SymmetricTransport(Transport):
         self._bytes = {"signals": 0, "gradients": 0, "staged": 0, "in_place": 0}
         # Copies take few multiprocessors, which products that were launched before would not free.
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        # A pull begins behind the first event and ends at the second one.
+        self._begin = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._end = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     @property
     def peer(self) -> LivePeer:
@@ -167,16 +170,19 @@ class SymmetricTransport(Transport):
         """See `Transport.start`."""
         self._require_startable()
         # Products that read what the slots held before have been launched by now.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            self._pull(fetch, compare=True)
+        self._begin.record(torch.cuda.current_stream(self._device.index))
+        self._stream.wait_event(self._begin)
+        self._pull(fetch, self._stream, compare=True)
+        self._end.record(self._stream)
 
-    def _pull(self, fetch: LiveFetch, *, compare: bool) -> None:
-        """Launch the copies of a pull on the current stream."""
+    def _pull(
+        self, fetch: LiveFetch, stream: torch.cuda.Stream | None = None, *, compare: bool
+    ) -> None:
+        """Launch the copies of a pull on a stream, by default the current one."""
         tables = self._tables[fetch.layer.number]
         fetch.experts = self.peer.pull(
             tables, fetch.plan, fetch.memory, held=fetch.layer.held, compare=compare,
-            experts=fetch.experts,
+            experts=fetch.experts, stream=stream,
         )  # fmt: skip
 
     def _require_startable(self) -> None:
@@ -186,7 +192,7 @@ class SymmetricTransport(Transport):
 
     def finish(self, fetch: LiveFetch) -> None:
         """See `Transport.finish`."""
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        torch.cuda.current_stream(self._device.index).wait_event(self._end)
 
     def refill(self, fetch: LiveFetch) -> None:
         """See `Transport.refill`."""

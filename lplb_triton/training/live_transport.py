@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lplb_triton._torch_op import outside_modes
 from lplb_triton.sync import SyncError
 from lplb_triton.sync._rendezvous import all_gather_objects
 from lplb_triton.training.routes import add_way_back, plan_routes
@@ -96,6 +97,11 @@ class MessageTransport(Transport):
 
     def start(self, fetch: LiveFetch) -> None:
         """See `Transport.start`."""
+        with outside_modes(), torch.no_grad():
+            self._start(fetch)
+
+    def _start(self, fetch: LiveFetch) -> None:
+        """Check and compare the plan, and start the messages."""
         experts = fetch.plan.cpu().numpy()
         n_logical = fetch.layer.placement.n_logical
         if ((experts < -1) | (experts >= n_logical)).any():
@@ -163,7 +169,8 @@ class MessageTransport(Transport):
         """See `Transport.finish`."""
         finish, self._finish = self._finish, None
         if finish is not None:
-            finish()
+            with outside_modes(), torch.no_grad():
+                finish()
 
     def refill(self, fetch: LiveFetch) -> None:
         """See `Transport.refill`."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from lplb_triton import kernels
 from lplb_triton.bench.ep.train import EXAMPLES
 
 __all__ = ["Layer", "Weights"]
@@ -28,16 +29,15 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, order: torch.Tensor, first: int
+        ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, first: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(order)
-        ctx.first = first
+        ctx.save_for_backward(inverse)
         return rows[order[:first]], rows[order[first:]]
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        return _scatter(grads, order, ctx.first), None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return _take(grads[0], grads[1], inverse), None, None, None
 
 
 class _Scatter(torch.autograd.Function):
@@ -45,23 +45,26 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, one: torch.Tensor, other: torch.Tensor, order: torch.Tensor
+        ctx: Any,
+        one: torch.Tensor,
+        other: torch.Tensor,
+        order: torch.Tensor,
+        inverse: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(order)
         ctx.first = len(one)
-        return _scatter((one, other), order, ctx.first)
+        return _take(one, other, inverse)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         (order,) = ctx.saved_tensors
-        return grads[0][order[: ctx.first]], grads[0][order[ctx.first :]], None
+        return grads[0][order[: ctx.first]], grads[0][order[ctx.first :]], None, None
 
 
-def _scatter(parts: Sequence[torch.Tensor], order: torch.Tensor, first: int) -> torch.Tensor:
-    rows = parts[0].new_empty((len(order), *parts[0].shape[1:]))
-    for part, places in zip(parts, (order[:first], order[first:]), strict=True):
-        rows.index_copy_(0, places, part)
-    return rows
+def _take(one: torch.Tensor, other: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    if one.is_cuda:
+        return kernels.take_rows(one.contiguous(), other.contiguous(), index)
+    return torch.cat((one, other))[index]
 
 
 class _Route(NamedTuple):
@@ -72,6 +75,8 @@ class _Route(NamedTuple):
     out: list[int]
     into: list[int]
     by_slot: torch.Tensor
+    by_source: torch.Tensor
+    """The inverse of ``by_slot``."""
     first: int
     """Rows of the first part."""
     ends: torch.Tensor
@@ -147,10 +152,11 @@ class Layer:
         if self.reverse:
             by_slot = slot.numel() - 1 - slot.flip(0).argsort(stable=True)
         ends = received.sum(0).cumsum(0).to(torch.int32)
-        route = _Route(order, inverse, out, into, by_slot, sum(first_rows), ends)
-        if route.first < sum(into):
-            return list(_Gather.apply(rows, by_slot, route.first)), route  # type: ignore[no-untyped-call]
         by_source = self._transports.invert(by_slot)
+        first = sum(first_rows)
+        route = _Route(order, inverse, out, into, by_slot, by_source, first, ends)
+        if first < sum(into):
+            return list(_Gather.apply(rows, by_slot, by_source, first)), route  # type: ignore[no-untyped-call]
         return [self._experts.Collect.apply(rows, by_source, by_slot)], route
 
     def compute(
@@ -180,10 +186,9 @@ class Layer:
         pass it comes before the products.
         """
         if len(outputs) == 2:
-            y = _Scatter.apply(*outputs, route.by_slot)  # type: ignore[no-untyped-call]
+            y = _Scatter.apply(*outputs, route.by_slot, route.by_source)  # type: ignore[no-untyped-call]
         else:
-            by_source = self._transports.invert(route.by_slot)
-            y = self._experts.Collect.apply(outputs[0], route.by_slot, by_source)
+            y = self._experts.Collect.apply(outputs[0], route.by_slot, route.by_source)
         y = self._transports.Exchange.apply(attach(y), route.into, route.out, self.group)
         y = self._experts.Collect.apply(y, route.order, route.inverse)
         y = y.view(*gates.shape, y.shape[-1])

@@ -257,7 +257,7 @@ class _ByLiveSlots(_Balanced):
 
     def start(self) -> None:
         """Begin the pull on a stream of its own."""
-        self._pull = self.layer.pull(self.balancer.live)
+        self._pull = self.layer.pull()
 
     def finish(self) -> Sequence[Weights]:
         """Wait for the pull."""

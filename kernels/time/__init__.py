@@ -1,0 +1,1 @@
+"""Plans by time, found on top of the token plan."""

@@ -1,0 +1,97 @@
+"""What a balancer says about the batches that it has balanced."""
+
+from __future__ import annotations
+
+import torch
+
+from lplb_triton._backends.base import Backend
+from lplb_triton._backends.layer import Layer
+from lplb_triton._objective import PlanTimes, read_times
+from lplb_triton._torch_op import opaque
+from lplb_triton.live import LivePlan, read_experts, read_plan
+from lplb_triton.metrics import Metrics, MetricsReader
+from lplb_triton.placement import Placement
+
+__all__ = ["BatchReports"]
+
+
+class BatchReports:
+    """The part of `Balancer` that reports plans, predicted times and sums over batches."""
+
+    _layer: Layer
+    _backend: Backend
+    _metrics: MetricsReader | None
+
+    @property
+    def placement(self) -> Placement:
+        """The placement in use (immutable)."""
+        return self._layer.placement
+
+    @property
+    def live(self) -> LivePlan:
+        """What this rank's last call of `run` put into live slots; new tensors in every call.
+
+        A replay of a CUDA graph writes the plan of the call that was captured: keep what this
+        returns after each capture.
+
+        Raises
+        ------
+        RuntimeError
+            If the placement has no live slots, or before the first call.
+        """
+        p = self.placement
+        return read_plan(self._require_live(), p.ep_size, p.live_per_rank)
+
+    @property
+    def live_experts(self) -> torch.Tensor:
+        """The ``experts`` of `live`, which take less host time when the rest isn't needed.
+
+        Raises
+        ------
+        RuntimeError
+            As for `live`.
+        """
+        p = self.placement
+        return read_experts(self._require_live(), p.ep_size, p.live_per_rank)
+
+    def _require_live(self) -> torch.Tensor:
+        """Return what the last batch wrote about live slots, or raise a RuntimeError."""
+        out = self._backend.live_out
+        if not self.placement.live_per_rank:
+            raise RuntimeError("the placement has no live slots: see Placement.with_live_slots")
+        if out is None:
+            raise RuntimeError("no batch has been planned yet: call run first")
+        return out
+
+    @opaque
+    def metrics(self, *, wait: bool = True) -> Metrics | None:
+        """Return how well the batches since the last reading were balanced.
+
+        `run` adds to sums on the device in its last launch, in graph replays too.
+
+        Parameters
+        ----------
+        wait : bool
+            Whether to wait for the device. If not, a copy is started, and the result is what the
+            copy of an earlier call says: None as long as none has ended.
+        """
+        if self._metrics is None:
+            layer = self._layer
+            sources = layer.metrics, layer.certified, layer.solves, layer.traffic
+            self._metrics = MetricsReader(sources)
+        return self._metrics.read() if wait else self._metrics.poll()
+
+    @property
+    def times(self) -> PlanTimes:
+        """Predicted times of the last batch's plan and of the token plan; new tensors.
+
+        They are 0 before the first batch. Batches on several streams write the same place.
+
+        Raises
+        ------
+        RuntimeError
+            With ``objective="tokens"``.
+        """
+        if self._layer.times is None:
+            raise RuntimeError("times are predicted with objective='time' only")
+        return read_times(self._layer.times)
