@@ -8,7 +8,8 @@ import torch
 
 from lplb_triton.bench import advise, cli, placement
 from lplb_triton.bench.advise.models import Model
-from lplb_triton.bench.advise.network import count_pairs, move_between_nodes, spread_sources
+from lplb_triton.bench.advise.network import count_pairs, move_between_nodes
+from lplb_triton.bench.balance import spread_sources
 from lplb_triton.costs.gemm import GemmModel
 
 GEMM = GemmModel(

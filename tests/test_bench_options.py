@@ -195,7 +195,8 @@ def test_refused_before_any_work(folder, capsys, arguments, message):
 @pytest.mark.parametrize(
     "option",
     ["--ep=16", "--slots=1", "--history=3", "--layers=0", "--placement=none", "--device=cpu"]
-    + ["--backend=torch", "--tolerance=1e-3", "--json=x.json", "--progress", "--no-progress"],
+    + ["--backend=torch", "--tolerance=1e-3", "--json=x.json", "--progress", "--no-progress"]
+    + ["--ranks-per-node=4"],
 )
 def test_a_report_is_only_laid_out(folder, capsys, option):
     """A saved report takes none of the options that would need a new run."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from lplb_triton.bench.advise.models import BYTES, Model
+from lplb_triton.bench.balance import spread_sources
 from lplb_triton.bench.measure.simulate import split_tokens
 from lplb_triton.bench.placement import Case, make_by_history
 from lplb_triton.bench.scale import count_wire_bytes
@@ -163,23 +164,6 @@ def _split_cases(
                 counts = (by_source.sum(0) * (1e8 / total)).round().long()
                 rows = split_tokens(placement, counts, split, tolerance).double().numpy() / 1e8
                 yield _Batch(sent, _sum_by_rank(placement, rows), rows)
-
-
-def spread_sources(by_source: Floats, nodes: int) -> Floats:
-    """Spread what sources send over nodes, in order, ``[nodes, experts]``.
-
-    Parameters
-    ----------
-    by_source
-        ``[sources, experts]``. Sources and nodes divide the same interval evenly.
-    nodes
-        Number of nodes.
-    """
-    ends = np.linspace(0, len(by_source), nodes + 1)
-    first = np.arange(len(by_source))
-    parts = np.minimum(ends[1:, None], first + 1) - np.maximum(ends[:-1, None], first)
-    spread: Floats = parts.clip(min=0) @ by_source
-    return spread
 
 
 def _sum_by_rank(placement: Placement, rows: Floats) -> Floats:

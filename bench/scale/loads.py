@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lplb_triton.bench.balance import find_stretches
+from lplb_triton.bench.balance import find_stretches, spread_sources
 from lplb_triton.bench.types import Floats
 from lplb_triton.traces import trace as traces
 
@@ -118,11 +118,6 @@ def _spread_trace(ep: int, experts: int, batches: int, nodes: int) -> ScaleLoads
     counts = counts.transpose(0, 2, 1, 3).reshape(recorded.batches, recorded.sources, experts)
     first_of = np.linspace(part.split, part.stop - TOGETHER, batches).round().astype(int)
     test = np.stack([counts[at : at + TOGETHER].sum(0) for at in first_of])
-    # Each node's part of each source: nodes and sources divide the same interval.
-    ends = np.linspace(0, recorded.sources, nodes + 1)
-    first = np.arange(recorded.sources)
-    low = np.maximum(ends[:-1, None], first)
-    parts = (np.minimum(ends[1:, None], first + 1) - low).clip(min=0)
     history = counts[part.start : part.split].sum(1).mean(0)
-    by_node = np.einsum("ns,bse->bne", parts, test)
+    by_node = np.stack([spread_sources(batch.astype(np.float64), nodes) for batch in test])
     return ScaleLoads(*map(torch.from_numpy, (history, test.sum(1), by_node)))

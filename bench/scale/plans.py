@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from lplb_triton import Balancer, Placement, Problem, Solution, solve
+from lplb_triton.bench.balance import expand_shares
 from lplb_triton.bench.scale.loads import ScaleLoads
 
 __all__ = ["Outcome", "join_ranks", "plan_even", "plan_levels", "plan_programs"]
@@ -141,14 +142,7 @@ def _held(placement: Placement) -> torch.Tensor:
 
 def _expand(placement: Placement, solution: Solution) -> torch.Tensor:
     """Return ``[ep_size, n_logical]`` float64, the part of an expert's tokens that a rank takes."""
-    column = torch.from_numpy(placement.structure.column_of.astype(np.int64))
-    group = torch.from_numpy(placement.structure.cell_group.astype(np.int64))
-    parts = _held(placement).double()
-    of = (column >= 0).nonzero()[:, 0]
-    parts[:, of] = 0.0
-    by_group = parts.reshape(placement.n_group, placement.group_size, -1)
-    by_group[group[of], :, of] = solution.shares.double()[group[of], :, column[of]]
-    return parts
+    return torch.from_numpy(expand_shares(placement, solution.shares))
 
 
 def _judge(parts: list[torch.Tensor], loads: ScaleLoads, gap: float) -> Outcome:
