@@ -135,7 +135,7 @@ def test_break_even(time, imbalance, expected):
 
 
 def test_dry_run_with_times():
-    """Plans are checked and timed, and two levels take both times."""
+    """Plans of one LP and of groups are checked and timed."""
     options = scale.Options(ep=(16,), slots=(1,), groups=(4, 64), loads=("zipf",), experts=32)
     rows, left_out = scale.run(options, FakeTimer(), "cpu")
     assert [(row["plan"], row["group"]) for row in rows] == [
@@ -143,14 +143,14 @@ def test_dry_run_with_times():
     ]  # fmt: skip
     by_plan = {row["plan"]: row for row in rows}
     assert left_out == [] and by_plan["even"]["us"] is None
-    # The n-th timed call takes n microseconds, and each of three plans has four batches.
+    # The n-th timed call takes n microseconds, and each of two plans has four batches.
     assert [by_plan[name]["us"]["median"] for name in ("one", "group")] == [2.5, 6.5]
-    assert by_plan["levels"]["us"]["median"] == 6.5 + 10.5
+    assert by_plan["levels"]["us"] is None
     grids = tables.make_scale_grids(
         {"options": {"loads": ["zipf"], "batches": 4, "ranks_per_node": 8}, "rows": rows,
          "wire": scale.count_wire_bytes(16, 32, 8), "left_out": left_out}
     )  # fmt: skip
-    assert [line[4] for line in grids[-1].rows] == ["one LP", "LPs of 4", "two levels of 4"]
+    assert [line[4] for line in grids[-1].rows] == ["one LP", "LPs of 4"]
 
 
 def test_a_wrong_plan_is_not_timed(loads, monkeypatch):

@@ -12,13 +12,7 @@ from lplb_triton import Placement, chain
 from lplb_triton.bench.measure.timer import Timer
 from lplb_triton.bench.placement import explain_impossible
 from lplb_triton.bench.scale.loads import LOADS, ScaleLoads, choose_experts, draw_loads
-from lplb_triton.bench.scale.plans import (
-    Outcome,
-    join_ranks,
-    plan_even,
-    plan_levels,
-    plan_programs,
-)
+from lplb_triton.bench.scale.plans import Outcome, plan_even, plan_levels, plan_programs
 from lplb_triton.bench.scale.sizes import explain_refusal, measure_sizes
 from lplb_triton.bench.scale.times import compile_solves, time_plans
 from lplb_triton.bench.types import Row
@@ -85,8 +79,8 @@ def run(
         ``levels``) and ``group`` (ranks of an LP); ``imbalance`` by ``mean`` and ``max`` over the
         batches, ``gap``, ``across`` by ``local`` and ``global`` quotas (see
         `lplb_triton.bench.scale.Outcome`); what `measure_sizes` returns; ``refused``, why the
-        Triton back end doesn't take it, or None; ``us``, statistics of the solve, or None where
-        it isn't timed; ``uncertified``, timed batches above the tolerance.
+        Triton back end doesn't take it, or None; ``us``, statistics of the solve of ``one`` and
+        ``group``, or None where it isn't timed; ``uncertified``, timed batches above the tolerance.
     left_out : list of dict
         ``ep``, ``slots``, ``load`` and ``reason``.
 
@@ -113,7 +107,6 @@ def run(
                         _compile(plans, device, options.tolerance)
                         compiled = True
                     found = [_measure(plan, loads, options, timer, device) for plan in plans]
-                    _add_times_of_groups(found)
                     rows += [{**head, **row} for row in found]
                 if progress is not None:
                     progress()
@@ -150,21 +143,13 @@ def _make_plans(options: Options, ep: int, slots: int, loads: ScaleLoads) -> Ite
             yield _Plan("levels", group, one)
 
 
-def _timed(plan: _Plan) -> Placement | None:
-    """Return the placement whose solve is timed for a plan; None if there is none.
-
-    Of two levels it is the LP between groups. That within groups takes as long as the LPs of
-    ``group``, which are as large.
-    """
-    if plan.name == "even":
-        return None
-    placement = join_ranks(plan.placement, plan.group) if plan.name == "levels" else plan.placement
-    return None if explain_refusal(placement) else placement
+def _is_timed(plan: _Plan) -> bool:
+    """Say whether a plan's solve is timed; two levels take longer than the LPs within groups."""
+    return plan.name in ("one", "group") and explain_refusal(plan.placement) is None
 
 
 def _compile(plans: Sequence[_Plan], device: torch.device | str, tolerance: float) -> None:
-    timed = [placement for plan in plans if (placement := _timed(plan)) is not None]
-    compile_solves(timed, device, tolerance)
+    compile_solves([plan.placement for plan in plans if _is_timed(plan)], device, tolerance)
 
 
 def _measure(
@@ -185,10 +170,9 @@ def _measure(
     if plan.name in ("one", "group"):
         row |= measure_sizes(plan.placement)
     row["refused"] = explain_refusal(plan.placement) if plan.name == "one" else None
-    timed = _timed(plan)
     row |= {"us": None, "uncertified": None}
-    if timer is not None and timed is not None:
-        row |= time_plans(timed, loads.test, timer, device, options.tolerance)
+    if timer is not None and _is_timed(plan):
+        row |= time_plans(plan.placement, loads.test, timer, device, options.tolerance)
     return row
 
 
@@ -201,15 +185,6 @@ def _report(outcome: Outcome) -> Row:
         "gap": outcome.gap,
         "across": {"local": outcome.across_local, "global": outcome.across_global},
     }
-
-
-def _add_times_of_groups(rows: Sequence[Row]) -> None:
-    """Add the time of the LPs within groups to that of the LP between them."""
-    within = {row["group"]: row["us"] for row in rows if row["plan"] == "group"}
-    for row in rows:
-        if row["plan"] == "levels" and row["us"] is not None:
-            inner = within[row["group"]]
-            row["us"] = {name: value + inner[name] for name, value in row["us"].items()}
 
 
 def find_break_even(one: Row, other: Row) -> tuple[str, float | None]:

@@ -167,7 +167,7 @@ def _show_times(rows: Sequence[Row]) -> Grid:
     for load in dict.fromkeys(row["load"] for row in rows):
         for key, by_plan in _by_sizes([row for row in rows if row["load"] == load]).items():
             for name, row in by_plan.items():
-                if row["plan"] == "even":
+                if row["plan"] not in ("one", "group"):
                     continue
                 one = by_plan["one LP"]
                 lines.append(
@@ -186,9 +186,9 @@ def _show_times(rows: Sequence[Row]) -> Grid:
         ("EP", "experts", "slots", "load", "plan", "median", "max", "faster for layers"),
         lines,
         (
-            "two levels: the solve between groups, and that of LPs as large as those within, added "
-            "up. faster for layers: where a rank's mean expert products take that many us, the "
-            "plan's layer, products times imbalance plus solve, ends before that of one LP.",
+            "Two levels take at least as long as LPs of as many ranks. faster for layers: those "
+            "whose mean expert products of a rank take less (below) or more (above) than that; "
+            "there products times imbalance, plus solve, are over before those of one LP.",
         ),
     )
 
