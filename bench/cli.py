@@ -32,6 +32,7 @@ from lplb_triton.bench.commands import (
     scale,
     simulate,
     simulate_live,
+    simulate_time,
     solve,
     verify,
     workloads,
@@ -116,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lplb_triton {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    timed = (solve, pipeline, simulate, simulate_live, ep, frameworks)
+    timed = (solve, pipeline, simulate, simulate_live, simulate_time, ep, frameworks)
     rest = (place, placement, live, workloads, record, advise, calibrate, scale)
     for module in (balance, report, verify, *timed, *rest):
         module.add(commands)

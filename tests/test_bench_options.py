@@ -26,6 +26,7 @@ BASE = {
     "--batches 1 --processes 1",
     "pipeline": "pipeline --shapes cube --tokens 8 --no-first-call --no-traffic",
     "simulate": "simulate --ep 8 --slots 1 --rows 64 --hidden 8 --inner 8",
+    "simulate-time": "simulate-time --model gpt-oss-120b --ep 32 --slots 1 --tokens 8 --rounds 1",
     "simulate-live": "simulate-live --pull-rate 300 --model gpt-oss-120b --ep 8 --tokens 64",
     "ep": "ep --device cpu --sections time,pipeline",
     "place": "place t.npz --ep 4 --slots 1 --device cpu --method home-place --trials 1 -o p.json",
@@ -61,7 +62,7 @@ def valued(kind):
             if not action.option_strings or action.nargs == 0:
                 continue
             option = action.option_strings[0]
-            path = option in (*FILES, "--out", "--trace", "--published", "--hf-config")
+            path = option in (*FILES, "--out", "--trace", "--published", "--hf-config", "--cost")
             if path == (kind == "paths"):
                 found.append(pytest.param(name, option, id=f"{name}{option}"))
     return found

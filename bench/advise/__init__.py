@@ -8,7 +8,7 @@ All figures are predictions. Routing and attention are left out, and so is commu
 from __future__ import annotations
 
 from lplb_triton.bench.advise.check import compare_times
-from lplb_triton.bench.advise.gpu_times import measure, time_rank
+from lplb_triton.bench.advise.gpu_times import RankTimer, measure, time_rank
 from lplb_triton.bench.advise.hf_config import ConfigSizes, read_config
 from lplb_triton.bench.advise.live import (
     GIGABYTES_PER_SECOND,
@@ -25,6 +25,7 @@ from lplb_triton.bench.advise.network import (
     advise_network,
     choose_network_row,
 )
+from lplb_triton.bench.advise.objective import TIME_US, advise_objective
 from lplb_triton.bench.advise.overhead import predict_overhead_us
 from lplb_triton.bench.advise.predict import advise, select_slots
 from lplb_triton.bench.advise.table import packaged
@@ -42,10 +43,13 @@ __all__ = [
     "Network",
     "Point",
     "Published",
+    "RankTimer",
+    "TIME_US",
     "advise",
     "advise_live",
     "advise_network",
     "choose_network_row",
+    "advise_objective",
     "compare_times",
     "count_live_bytes",
     "fit",

@@ -226,6 +226,9 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
     if network is not None:
         advice["best"] = {k: network["best"][k] for k in ("placement", "slots", "quotas")}
         advice["recommended"] = None if network["saved_us"] <= 0 else advice["best"]
+    objective = advise.advise_objective(
+        model, gemm, cases, ep, args.tokens, possible, training=args.training
+    )
     live = _predict_live(args, model, layers or 1, gemm, cases, ep, advice["best"])
     report = {
         "command": "advise",
@@ -251,6 +254,7 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
         "left_out": sorted(set(args.slots) - set(possible)),
         **advice,
         "network": network,
+        "objective": objective,
         "live": live,
     }
     output.finish(args, out, report, tables.make_advise_grids(report))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from lplb_triton.bench.advise.objective import TIME_US
 from lplb_triton.bench.tables.cells import format_us
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = [
     "make_advice_check_grids",
     "make_advise_grids",
+    "make_objective_grid",
 ]
 
 _NETWORK_TIMES = ("across", "within", "layer", "waiting", "total")
+_WAYS = ("none", "even", "tokens", "time")
 _LIVE_QUANTITIES = (
     *("pieces", "fetching", "sent/received", "fetch", "static", "with live"),
     *("break-even", "live_above", "live_cost", "live MiB", "static MiB"),
@@ -89,6 +92,7 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
             ),
         ),
         *([] if report["network"] is None else [_make_network_grid(report)]),
+        make_objective_grid(report),
         _make_live_grid(report),
     ]
 
@@ -135,6 +139,48 @@ def _make_network_grid(report: dict[str, Any]) -> Grid:
             verdict,
         ),
     )
+
+
+def make_objective_grid(report: dict[str, Any]) -> Grid:
+    """Lay out the layer's time under each objective, by tokens of a rank."""
+    rows = report["objective"]
+    (here,) = (row for row in rows if row["tokens"] == report["options"]["tokens"])
+    return Grid(
+        "Predicted: objectives, slowest rank, microseconds",
+        ("tokens", *_WAYS, "time on", "best"),
+        [
+            (
+                str(row["tokens"]),
+                *(_format_time(row["layer_us"][way]) for way in _WAYS),
+                _format_placed(row["placed"]["time"]),
+                row["best"],
+            )
+            for row in rows
+        ],
+        (
+            "tokens: of a rank in a batch, whole ones, with exact quotas. none: experts in order, "
+            "no copies. even, tokens, time: an even split, and objective= of Balancer, each on its "
+            "best placement of those above. best: the least, where tokens adds the time of sync "
+            f"and run, and time about {TIME_US:g} microseconds more (an estimate).",
+            _describe_objective(here),
+        ),
+    )
+
+
+def _format_placed(placed: dict[str, Any]) -> str:
+    """Return a placement with its slots, such as ``chain 1``."""
+    return f"{placed['placement']} {placed['slots']}"
+
+
+def _describe_objective(row: dict[str, Any]) -> str:
+    """Say which way is the best one for batches of the size asked for."""
+    head = f"With {row['tokens']} tokens per rank: "
+    if row["best"] in ("none", "even"):
+        least = "no copies" if row["best"] == "none" else "an even split"
+        return f"{head}{least}; no plan of a batch pays."
+    said = f"{head}objective={row['best']!r} on {_format_placed(row['placed'][row['best']])}"
+    more = "; lplb_triton.place(objective='time') may find a better placement"
+    return said + (more if row["best"] == "time" else "") + "."
 
 
 def _make_live_grid(report: dict[str, Any]) -> Grid:
