@@ -60,8 +60,8 @@ def communication(device: str) -> dict[str, Any]:
 def machine_line(report: dict[str, Any]) -> str:
     """Return hardware and versions of a report in one line."""
     e = report["environment"]
-    on_cpu = report["command"] == "simulate-time" and not e["gpu"]
-    if on_cpu or report["command"] in ("advise", "live", "place", "placement", "workloads"):
+    untimed = report["command"] in ("scale", "simulate-time") and not e["gpu"]
+    if untimed or report["command"] in ("advise", "live", "place", "placement", "workloads"):
         where = f"{e['gpu']}, {e['cpu']}" if e["gpu"] else e["cpu"]
         threads = f"{e['torch_threads']} thread" + ("s" if e["torch_threads"] > 1 else "")
         return f"{where}, {threads}, torch {e['torch']}; {report['seconds']:.0f} s in all"

@@ -20,6 +20,7 @@ from lplb_triton.bench.tables.placement import (
     make_placement_grids,
     make_workloads_grids,
 )
+from lplb_triton.bench.tables.scale import make_scale_grids
 from lplb_triton.bench.tables.simulate import make_simulate_grids
 from lplb_triton.bench.tables.simulate_live import make_simulate_live_grids
 from lplb_triton.bench.tables.simulate_time import (
@@ -44,6 +45,7 @@ __all__ = [
     "make_pipeline_grids",
     "make_objective_runs_grid",
     "make_place_grid",
+    "make_scale_grids",
     "make_placement_grids",
     "require",
     "show_balance",
