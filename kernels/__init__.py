@@ -5,7 +5,14 @@ numbers in `lplb_triton._layout`. Launchers take tensors whose sizes and devices
 checked.
 """
 
-from lplb_triton._layout import COUNT_BITS, HEADER_WORDS, MAX_RANKS, STATUS_FIRST, TIME_PLANS
+from lplb_triton._layout import (
+    COUNT_BITS,
+    HEADER_WORDS,
+    MAX_RANKS,
+    NEAR_ROWS,
+    STATUS_FIRST,
+    TIME_PLANS,
+)
 from lplb_triton.kernels.count import count_by_program, sum_by_program
 from lplb_triton.kernels.exchange import (
     FIRST_CHANNEL,
@@ -27,6 +34,7 @@ from lplb_triton.kernels.live.launch import (
 )
 from lplb_triton.kernels.loads import MOST_EXPERTS, record_loads
 from lplb_triton.kernels.metrics import BatchMetrics
+from lplb_triton.kernels.near.launch import NearPlan, NearTables, plan_near
 from lplb_triton.kernels.pipeline import Pipeline
 from lplb_triton.kernels.pull.copy import UNIT_BYTES, CopyTable, make_copy_table, pull_rows
 from lplb_triton.kernels.pull.gradients import (
@@ -71,6 +79,9 @@ __all__ = [
     "LiveCopies",
     "LiveRules",
     "LiveTables",
+    "NEAR_ROWS",
+    "NearPlan",
+    "NearTables",
     "Pipeline",
     "Quotas",
     "SelectTables",
@@ -94,6 +105,7 @@ __all__ = [
     "make_copy_table",
     "meet",
     "plan_live",
+    "plan_near",
     "plan_time",
     "pull_rows",
     "read_report",

@@ -26,6 +26,7 @@ from lplb_triton.kernels.launch import (
 )
 from lplb_triton.kernels.live.launch import Live
 from lplb_triton.kernels.metrics import BatchMetrics
+from lplb_triton.kernels.near.launch import NearPlan, plan_near_call
 from lplb_triton.kernels.quotas import Quotas, divide_call
 from lplb_triton.kernels.select import (
     SELECT_CHUNK_AT,
@@ -53,13 +54,13 @@ from lplb_triton.kernels.time.launch import TimePlan, plan_time_call
 class Pipeline:
     """Count, solve and select on fixed buffers: three launches.
 
-    With ``quotas`` there is one more, and with ``time``.
+    With ``quotas`` there is one more, and with ``time`` or ``near``.
 
     Counts may be summed over ranks within the second launch (``exchange``), or by the caller
     between two launches; the latter takes one more launch, which sums this rank's own counts.
 
-    On GPUs that support it, solve, the plan by time and select start early and do what needs no
-    counts or shares.
+    On GPUs that support it, solve, the plan that is made of its own, and select start early and do
+    what needs no counts or shares.
 
     Parameters
     ----------
@@ -77,6 +78,8 @@ class Pipeline:
         Sums that each run adds to; ``live_out`` of it is replaced likewise.
     time : TimePlan or None
         Replaces the shares of the solve by those of a plan by time.
+    near : NearPlan or None
+        Replaces them by those of a plan that keeps tokens near; needs ``quotas``.
     """
 
     def __init__(
@@ -92,8 +95,9 @@ class Pipeline:
         live: Live | None = None,
         metrics: BatchMetrics | None = None,
         time: TimePlan | None = None,
+        near: NearPlan | None = None,
     ) -> None:
-        self._metrics, self._time = metrics, time
+        self._metrics, self._time, self._near = metrics, time, near
         self._running, self._report, self._buffers = running, report, buffers
         self._solve_tables, self._select_tables, self._rank = solve_tables, select_tables, rank
         self._exchange, self._quotas, self._live = exchange, quotas, live
@@ -187,9 +191,15 @@ class Pipeline:
             solve = solve_counts_call(running, *fixed, self._exchange, channel, self._live)
             calls.append((solve, True))
         cumulative = buffers.cumulative
+        counts = buffers.counts if self._exchange is None else self._exchange.total
         if self._time is not None:
-            counts = buffers.counts if self._exchange is None else self._exchange.total
             calls.append((plan_time_call(counts, cumulative, buffers.ints[1], self._time), True))
+        if self._near is not None and self._quotas is not None:
+            near = plan_near_call(
+                self._quotas.gathered, counts, cumulative, buffers.stats, buffers.ints[1],
+                self._near,
+            )  # fmt: skip
+            calls.append((near, True))
         if self._quotas is not None:
             calls.append((divide_call(cumulative, self._quotas), False))
             cumulative = self._quotas.mine

@@ -60,7 +60,8 @@ def agree_on_placements(
     proposed : list of LayerPlacement
         This rank's, one for each layer.
     kinds : tuple of str
-        Quotas, solver, rules of live slots and objective, which must be the same on every rank.
+        Quotas, solver, rules of live slots, objective and locality, which must be the same on
+        every rank.
     problem : Exception or None
         What is wrong with this rank's arguments. It is raised here once the other ranks know of
         it, and they raise too.
@@ -118,7 +119,7 @@ def _raise_for_mismatch(proposals: list[_Proposal]) -> None:
             raise ValueError(
                 "placement, quotas and solver must be of the same sizes and kinds on every rank, "
                 f"got {list(facts)} (logical experts, slots, live slots of a rank, groups, "
-                "columns, quotas, solver, rules of live slots, objective)"
+                "columns, quotas, solver, rules of live slots, objective, locality)"
             )
 
 

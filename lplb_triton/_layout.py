@@ -187,6 +187,76 @@ class TimeExtent(enum.IntEnum):
 
 N_TIME_EXTENTS = len(TimeExtent)
 
+# Plans that keep tokens near.
+
+# The most ranks of a group and slots of a rank: fields of the words of ``near_steps``, which hold,
+# from the lowest, the other rank, the own place, whether both ranks are on one node, whether moves
+# are relaxed, and the shift of the price.
+NEAR_MOST_RANKS = 512
+NEAR_MOST_SLOTS = 1023
+NEAR_RANK_BITS = 10
+NEAR_RANK_MASK = (1 << NEAR_RANK_BITS) - 1
+NEAR_WITHIN_AT = 2 * NEAR_RANK_BITS
+NEAR_RELAXED_AT = NEAR_WITHIN_AT + 1
+NEAR_SHIFT_AT = NEAR_WITHIN_AT + 2
+# The tokens of a group are so many bits of units, or one more.
+NEAR_UNIT_BITS = 28
+# The price of a token that leaves its node ends at the mean load over 2 to this power.
+NEAR_LAST_SHIFT = 9
+# Parts that plans are blended in, and the allowance for rounding: the mean load over 2 to this
+# power.
+NEAR_BLEND_BITS = 11
+NEAR_BLEND = 1 << NEAR_BLEND_BITS
+NEAR_ALLOWANCE_BITS = 14
+# Plans that are compared beside the token plan, rows of scratch, and numbers that are reported.
+NEAR_CANDIDATES = 4
+NEAR_ROWS = 2 * NEAR_CANDIDATES + 1
+NEAR_REPORTED = 7
+
+
+class NearField(enum.IntEnum):
+    """Rows of the table ``near_cells``, which has a column for each cell of a group."""
+
+    EXPERT = 0
+    """The expert, -1 where no cell is."""
+    SLOT = 1
+    """Where its numbers are in a row of scratch: first cells of all ranks, then second ones."""
+    FIRST = 2
+    """The first copy of the cell."""
+    LAST = 3
+    """The last one."""
+    BEGIN = 4
+    """The expert's first cell."""
+    END = 5
+    """The expert's last cell."""
+    NODE_BEGIN = 6
+    """The expert's first cell on the same node."""
+    NODE_CELLS = 7
+    """How many these are."""
+    SOURCE = 8
+    """The first rank of the node, over all ranks."""
+
+
+N_NEAR_FIELDS = len(NearField)
+
+
+class NearExtent(enum.IntEnum):
+    """Columns of the table ``near_extents``, which has a row for each group."""
+
+    N_STEPS = 0
+    """Steps of classes."""
+    MULTIPLICITY = 1
+    """The most copies of an expert on a rank."""
+    MOST_CELLS = 2
+    """The most cells of a rank."""
+    MOST_LONE = 3
+    """The most experts of a rank that are there only."""
+    MOST_ON_NODE = 4
+    """The most cells of an expert on one node."""
+
+
+N_NEAR_EXTENTS = len(NearExtent)
+
 # Exchange of counts between ranks.
 
 # The largest count, and the largest sum of counts: they are int32.

@@ -67,7 +67,7 @@ class Membership:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Settings that are the same on all ranks: quotas, solver, rules of live slots, objective.
+        """Settings that are the same on all ranks, such as quotas, solver, objective and locality.
 
         Back ends make the checksum of a plan of live slots in different ways.
         """
@@ -75,7 +75,10 @@ class Membership:
         live = "" if layer.live is None else f"{layer.live}, {layer.backend}"
         cost = layer.cost
         objective = "tokens" if cost is None else f"time, cost {cost.checksum & 0xFFFFFFFF:08x}"
-        return layer.quotas, layer.solver, live, objective
+        ranks_per_node, slack = layer.locality
+        nodes = "" if ranks_per_node is None else f"{ranks_per_node} ranks a node"
+        locality = "none" if slack is None else f"node, slack {slack:g}"
+        return layer.quotas, layer.solver, live, objective, f"{locality} {nodes}".rstrip()
 
     @property
     def ranks(self) -> tuple[int, ...] | None:
@@ -167,6 +170,9 @@ class Membership:
         if self.layer.cost is not None:
             # A rank with another cost would divide its tokens by another plan.
             version = message_version(str((version, self.layer.cost.digest)).encode())
+        if self.layer.locality.slack is not None:
+            # So would a rank with another slack, or other nodes.
+            version = message_version(str((version, tuple(self.layer.locality))).encode())
         self.layer.write_version(version)
         self.layer.placement, self.layer_id = agreed
 

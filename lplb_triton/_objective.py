@@ -28,11 +28,11 @@ class PlanTimes(NamedTuple):
     tokens: torch.Tensor
     """float32: the time of the token plan, which ``objective="tokens"`` would have used."""
     plan: torch.Tensor
-    """float32: the time of the plan in use."""
+    """float32: the time of the plan in use; above ``tokens`` by 1% at most."""
     smoothed_tokens: torch.Tensor
     """float32: as ``tokens``, by the smoothed table, by which plans are compared."""
     smoothed_plan: torch.Tensor
-    """float32: as ``plan``, by the smoothed table; never above ``smoothed_tokens``."""
+    """float32: as ``plan``, by the smoothed table."""
     choice: torch.Tensor
     """int64: which plan is in use. 0 is the token plan, 1 the even split, 2 experts at home, and
     3 to 6 what moves have made of the token plan, balanced homes, the token plan without small
@@ -60,7 +60,7 @@ def resolve_cost(placement: Placement, objective: str, cost: TimeCost | None) ->
     if not isinstance(cost, TimeCost):
         raise TypeError(f"cost must be a TimeCost, got {type(cost).__name__}")
     if placement.live_per_rank:
-        raise ValueError("objective='time' with live slots is not there yet")
+        raise ValueError("objective='time' doesn't go with live slots, which are filled by tokens")
     if placement.slots_per_rank > cost.most_active:
         raise ValueError(
             f"cost must be for at least the {placement.slots_per_rank} slots of a rank, got one "

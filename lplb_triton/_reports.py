@@ -6,6 +6,7 @@ import torch
 
 from lplb_triton._backends.base import Backend
 from lplb_triton._backends.layer import Layer
+from lplb_triton._locality import NodeTraffic, read_node_traffic
 from lplb_triton._objective import PlanTimes, read_times
 from lplb_triton._torch_op import opaque
 from lplb_triton.live import LivePlan, read_experts, read_plan
@@ -16,7 +17,7 @@ __all__ = ["BatchReports"]
 
 
 class BatchReports:
-    """The part of `Balancer` that reports plans, predicted times and sums over batches."""
+    """The part of `Balancer` that reports plans, times, traffic and sums over batches."""
 
     _layer: Layer
     _backend: Backend
@@ -95,3 +96,19 @@ class BatchReports:
         if self._layer.times is None:
             raise RuntimeError("times are predicted with objective='time' only")
         return read_times(self._layer.times)
+
+    @property
+    def node_traffic(self) -> NodeTraffic:
+        """Tokens of the last batch that leave their node; new tensors.
+
+        They are 0 before the first batch, and for batches without tokens. Batches on several
+        streams write the same place.
+
+        Raises
+        ------
+        RuntimeError
+            With ``locality="none"``.
+        """
+        if self._layer.node_traffic is None:
+            raise RuntimeError("traffic between nodes is known with locality='node' only")
+        return read_node_traffic(self._layer.node_traffic)

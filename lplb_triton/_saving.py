@@ -9,6 +9,7 @@ import torch
 from lplb_triton._backends.layer import create_layer
 from lplb_triton._backends.recorder import LoadRecorder
 from lplb_triton._checks import resolve_device
+from lplb_triton._locality import Locality
 from lplb_triton._torch_op import opaque, outside_modes
 from lplb_triton.solver import resolve_backend
 
@@ -43,6 +44,7 @@ def saved_state(balancer: Balancer) -> dict[str, Any]:
             "solver": layer.solver,
             "live": layer.live,
             "cost": layer.cost,
+            "locality": tuple(layer.locality),
             "_given_backend": balancer._given_backend,
             "_own_rank": member.own_rank,
             "_timeout": member.timeout,
@@ -85,6 +87,7 @@ def _restore(kind: type[B], state: dict[str, Any], device: torch.device) -> B:
         solver=settings["solver"],
         live=settings.get("live"),
         cost=settings.get("cost"),
+        locality=Locality(*settings.get("locality", (None, None))),
         tolerance=settings["tolerance"],
         max_iterations=settings["max_iterations"],
         checked=settings["_checked"],

@@ -21,6 +21,7 @@ from lplb_triton._checks import (
     resolve_device,
 )
 from lplb_triton._load_history import LoadHistory
+from lplb_triton._locality import DEFAULT_SLACK, resolve_locality
 from lplb_triton._membership import Membership, wait_for_device, warn_if_no_group
 from lplb_triton._objective import resolve_cost
 from lplb_triton._reports import BatchReports
@@ -101,6 +102,16 @@ class Balancer(LoadHistory, BatchSteps, BatchReports):
         slowest rank's expert products take less time: see ``docs/time.md``. Not with live slots.
     cost : TimeCost or None
         What a rank's products take, with ``objective="time"``; the same on every rank.
+    locality : {"none", "node"}
+        ``"node"``: with ``quotas="global"``, a plan made from that of the linear program, by which
+        fewer tokens leave their node at nearly the same largest load: see ``docs/nodes.md``. Not
+        with live slots nor ``objective="time"``.
+    ranks_per_node : int or None
+        Consecutive ranks on a node, with ``quotas="global"``; by default as many as the
+        communicator finds on one host. Needed with ``locality="node"``.
+    slack : float
+        With ``locality="node"``: the part by which the largest load may be above the bound of the
+        linear program, 0 to 1. Where that plan's own largest load is more, it may be that.
     live_above : float
         With live slots (`Placement.with_live_slots`): they are filled in batches whose largest load
         would exceed this many times the mean otherwise, 1 to 2. The plan aims at half of that
@@ -194,6 +205,9 @@ class Balancer(LoadHistory, BatchSteps, BatchReports):
         solver: str = "levelling",
         objective: str = "tokens",
         cost: TimeCost | None = None,
+        locality: str = "none",
+        ranks_per_node: int | None = None,
+        slack: float = DEFAULT_SLACK,
         live_above: float = LiveRules().above,
         live_cost: int = 0,
         live_fanout: int | None = None,
@@ -224,6 +238,9 @@ class Balancer(LoadHistory, BatchSteps, BatchReports):
             placement, device, chosen, rank=rank or 0, quotas=quotas, solver=solver,
             tolerance=tolerance, max_iterations=max_iterations, live=rules,
             cost=resolve_cost(placement, objective, cost),
+            locality=resolve_locality(
+                placement, quotas, locality, ranks_per_node, slack, objective
+            ),
         )  # fmt: skip
         self._set_up(layer, backend, rank, sync, timeout)
         self._membership.join("making a Balancer", group, sync, self.warmup)
@@ -251,14 +268,20 @@ class Balancer(LoadHistory, BatchSteps, BatchReports):
         """What plans are made for: ``"tokens"`` or ``"time"``."""
         return "tokens" if self._layer.cost is None else "time"
 
+    @property
+    def locality(self) -> str:
+        """Where plans keep tokens: ``"none"`` or ``"node"``."""
+        return "none" if self._layer.locality.slack is None else "node"
+
     def __repr__(self) -> str:
         """Placement, device, backend, group, solver and tolerance in one line."""
         sync = "none" if self.communicator is None else repr(self.communicator)
-        objective = "" if self.cost is None else ", objective=time"
+        kinds = "" if self.cost is None else ", objective=time"
+        kinds += "" if self.locality == "none" else ", locality=node"
         return (
             f"Balancer({self.placement!r}, device={self.device}, backend={self.backend}, "
             f"sync={sync}, quotas={self.quotas}, rank={self.rank}, solver={self.solver}, "
-            f"tolerance={self.tolerance:g}{objective})"
+            f"tolerance={self.tolerance:g}{kinds})"
         )
 
     @opaque

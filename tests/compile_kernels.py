@@ -29,6 +29,8 @@ from lplb_triton.kernels.exchange import EXCHANGE_BLOCK, choose_block, sum_over_
 from lplb_triton.kernels.exchange_rows import WARPS
 from lplb_triton.kernels.gathered import sum_gathered_kernel
 from lplb_triton.kernels.loads import LOAD_BLOCK, record_loads_kernel
+from lplb_triton.kernels.near import launch as near_launch
+from lplb_triton.kernels.near.kernel import plan_near_kernel
 from lplb_triton.kernels.pull.copy import COPY_BLOCK, COPY_RUNS, COPY_WARPS, pull_kernel
 from lplb_triton.kernels.pull.gradients import (
     ADD_BYTES,
@@ -69,7 +71,9 @@ FLOATS = (
     "cost_ptr",
     "slopes_ptr",
     "times_ptr",
+    "near_ptr",
 )
+RATIOS = ("tolerance", "live_above", "slack_factor")
 
 
 # Live slots by ranks and classes of pairs.
@@ -88,7 +92,7 @@ def signature(kernel, constants):
         elif name.endswith("_ptr"):
             types[name] = POINTERS.get(name, "*fp32" if name in FLOATS else "*i32")
         else:
-            types[name] = "fp32" if name in ("tolerance", "live_above") else "i32"
+            types[name] = "fp32" if name in RATIOS else "i32"
     return types
 
 
@@ -142,9 +146,19 @@ def time_jobs(capability):
         yield plan_time_kernel, constants, time_launch.make_options(ranks)
 
 
+def near_jobs(capability):
+    """Yield the kernel that keeps tokens near: one and two slices of ranks, and many cells."""
+    for ranks, steps, block in ((32, 24, 128), (64, 24, 256), (512, 24, 2048)):
+        slices, lanes = time_launch.cut_slices(ranks)
+        constants = {"MOST_STEPS": steps, "SLICES": slices, "LANES": lanes, "BLOCK": block}
+        constants |= {"PDL": capability >= 90}
+        yield plan_near_kernel, constants, near_launch.make_options(ranks)
+
+
 def jobs(capability):
     yield from pull_jobs()
     yield from time_jobs(capability)
+    yield from near_jobs(capability)
     # And classes of pairs, 0 for a kernel without them.
     sizes = ((8, 32, 0), (8, 32, 2), (16, 32, 0), (32, 64, 0), (32, 64, 3))
     large = (64, 32, 0), (64, 128, 0), (64, 128, 4), (128, 128, 0)

@@ -19,7 +19,9 @@ from lplb_triton.traces.record import Recorder
 from lplb_triton.traces.trace import load as load_trace
 
 # These pages are run by two processes over gloo. A stand-in for a module stays in its process.
-GROUP_PAGES = ("docs/live-weights.md", "docs/serving.md", "docs/sync.md", "docs/training.md")
+GROUP_PAGES = (
+    "docs/live-weights.md", "docs/nodes.md", "docs/serving.md", "docs/sync.md", "docs/training.md",
+)  # fmt: skip
 
 
 def stand_in(name, **content):
@@ -328,6 +330,13 @@ def solved(names):
     assert int(names["topk_ids"].max()) < 6
 
 
+def nearer(names):
+    traffic = names["traffic"]
+    assert 0 < float(traffic.after) <= float(traffic.before) <= float(traffic.total)
+    physical_ids, placement = names["physical_ids"], names["placement"]
+    assert are_copies(physical_ids, names["logical_ids"], placement.phy2log)
+
+
 BEFORE = {
     ("docs/placement.md", "Loads"): traced,
     ("docs/live-weights.md", "A script"): layer_with_live_slots,
@@ -350,6 +359,7 @@ AFTER = {
     ("docs/live-weights.md", "A script"): trained_live_slots,
     ("docs/live.md", "A script"): fetched_experts,
     ("docs/live.md", "The weights"): fetched_experts,
+    ("docs/nodes.md", "Across nodes: tokens that stay near"): nearer,
     ("docs/placement.md", "Files"): read_back,
     ("docs/placement.md", "Experts at home"): placed_at_home,
     ("docs/placement.md", "Moves"): moved,

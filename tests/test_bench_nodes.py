@@ -143,7 +143,7 @@ def test_place_writes_placements_for_nodes(trace, capsys):
     expected = chain(_tensor(trace.counts[:, 0]), 4, ranks_per_node=2)
     assert load_placements("p.json")[0] == expected
     for wrong, message in (
-        (["--method", "eplb"], "argument --ranks-per-node: not for EPLB's methods"),
+        (["--method", "eplb"], "argument --ranks-per-node: only for the methods of chain"),
         (["--ranks-per-node", "3"], "argument --ranks-per-node: must divide the 4 ranks"),
         (["--ranks-per-node", "1", "--ep", "8"], "4 sources can't be divided among 8 nodes"),
     ):

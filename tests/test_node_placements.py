@@ -11,7 +11,7 @@ from lplb_triton.bench.near_plans import NearPlans
 from lplb_triton.bench.node_placements import sum_sources
 from lplb_triton.placement.cut_search import CutSearch
 from lplb_triton.placement.exact_search import ExactSearch
-from lplb_triton.placement.nodes import MOVED_PER_EXCESS, DeviceTraffic, NodeTraffic
+from lplb_triton.placement.nodes import MOVED_PER_EXCESS, DeviceTraffic, TrafficPrice
 from lplb_triton.traces import trace as traces
 
 
@@ -39,7 +39,7 @@ def find_lacking(placement, history, size):
 
 def make_traffic(history, price, size):
     part = history.double() / history.sum((1, 2), keepdim=True)
-    return NodeTraffic(part.mean(0).T.contiguous().numpy(), price, size)
+    return TrafficPrice(part.mean(0).T.contiguous().numpy(), price, size)
 
 
 def node_of_copies(placement, size):
@@ -184,7 +184,7 @@ def test_price_of_copies_by_hand():
     # Expert 0 has a copy in each of two nodes of two ranks, the others have one copy.
     demand = np.array([[0.3, 0.1], [0.1, 0.1], [0.2, 0.0], [0.1, 0.1]])
     copies = np.array([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]])
-    traffic = NodeTraffic(demand, 2.0, 2)
+    traffic = TrafficPrice(demand, 2.0, 2)
     part = traffic.bind_tokens(copies, slice(None))
     assert part[0].tolist() == pytest.approx([0.75, 0, 0.25, 0])
     assert (part[1:] == copies[1:]).all()
@@ -298,6 +298,13 @@ def test_wrong_arguments_are_named(make, error, message, options):
     """What doesn't fit is refused by its name."""
     with pytest.raises(error, match=message):
         make(torch.ones(8), 4, **options)
+
+
+@pytest.mark.parametrize("name", ["ranks_per_node", "traffic_price", "num_groups"])
+def test_traffic_has_no_price_in_time(name):
+    """Placements by time refuse what is about nodes."""
+    with pytest.raises(ValueError, match=name):
+        place(torch.ones(8), 4, objective="time", **{name: 2})
 
 
 @pytest.mark.parametrize("make", [chain, place])

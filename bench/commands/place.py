@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lplb_triton import Placement
+from lplb_triton import Placement, TimeCost, place
 from lplb_triton.bench import options, output, placement, tables
 from lplb_triton.bench.balance import Stretch, find_stretches
 from lplb_triton.bench.machine import environment
@@ -22,6 +22,8 @@ from lplb_triton.traces.trace import Trace
 __all__ = ["add", "run"]
 
 BASE = "eplb"
+# Methods for ``objective="time"``.
+BY_TIME = ("time", "home-time")
 
 
 class _Loads(NamedTuple):
@@ -68,9 +70,17 @@ def add(commands: Any) -> None:
         "--slots", type=options.slots, required=True, metavar="N", help="redundant slots per rank"
     )
     sub.add_argument(
-        "--method", choices=placement.METHODS, default="chain",
-        help="how to place: EPLB, lplb_triton.chain or lplb_triton.place; home, home-chain and "
-        "home-place leave experts at home and choose copies only (default %(default)s)",
+        "--method", choices=(*placement.METHODS, *BY_TIME), default="chain",
+        help="how to place: EPLB, lplb_triton.chain or lplb_triton.place, time for plans by time; "
+        "those with home leave experts at home and choose copies only (default %(default)s)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--cost", type=Path, metavar="PATH",
+        help="what a rank's products take, from lplb-bench calibrate; for time and home-time",
+    )  # fmt: skip
+    sub.add_argument(
+        "--rows", type=options.count, metavar="N",
+        help="tokens of a rank in a batch, times top-k; for time and home-time",
     )  # fmt: skip
     options.trace_options(sub)
     sub.add_argument(
@@ -99,11 +109,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
     tables.require("rich")
     if not args.method.endswith("place"):
         options.refuse(args, ("trials",), "only for the methods place and home-place")
+    _check_time_options(args)
     options.fill(args, {"history": options.HISTORY})
     if str(args.output) == "-":
         raise UsageError("argument --output: give a path, not -")
     files = ("--json", args.json), ("--markdown", args.markdown), ("--output", args.output)
-    output.check_files(files, [("TRACE", args.trace)])
+    output.check_files(files, [("TRACE", args.trace), ("--cost", args.cost)])
     if args.output.suffix != ".json":
         raise UsageError(f"argument --output: must end in .json, got {str(args.output)!r}")
     device = torch.device(options.choose_device(args.device, None)[0])
@@ -134,6 +145,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         "trials": args.trials,
         "ranks_per_node": args.ranks_per_node,
         "traffic_price": args.traffic_price,
+        "rows_per_rank": args.rows,
         "all_batches": args.all_batches,
         "placed_by_steps": [first, last],
         "batches": {"history": stretch.split - stretch.start, "test": stretch.stop - stretch.split},
@@ -150,6 +162,38 @@ def run(args: argparse.Namespace, out: Output) -> int:
     output.finish(args, out, report, [tables.make_place_grid(report)])
     written.close(out.console(args.json, args.markdown))
     return OK
+
+
+def _check_time_options(args: argparse.Namespace) -> None:
+    """Refuse options of placements by time where there is none, and none where there is."""
+    if args.method not in BY_TIME:
+        options.refuse(args, ("cost", "rows"), f"only for the methods {' and '.join(BY_TIME)}")
+    elif args.cost is None or args.rows is None:
+        raise UsageError(f"argument --method: {args.method} needs --cost and --rows")
+
+
+def _place(
+    args: argparse.Namespace,
+    method: str,
+    history: torch.Tensor,
+    by_source: torch.Tensor,
+    device: torch.device,
+) -> Placement:
+    """Make a placement of a layer by a method, for nodes by the history by source."""
+    if method not in BY_TIME:
+        trials = args.trials if method.endswith("place") else None
+        nodes = _choose_nodes(args) if method == args.method else None
+        return placement.make_by_history(
+            *(method, by_source if nodes else history, args.ep, args.slots, device, trials),
+            nodes=nodes,
+        )
+    try:
+        return place(
+            history, args.ep, redundant_per_rank=args.slots, keep_home=method == "home-time",
+            objective="time", cost=TimeCost.load(args.cost), rows_per_rank=args.rows,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise UsageError(f"argument --cost: {error}") from error
 
 
 def _cut_trace(args: argparse.Namespace, trace: Trace, source: str) -> tuple[Stretch, list[_Loads]]:
@@ -182,22 +226,13 @@ def _place_layer(
     figures: dict[str, dict[str, float]] = {}
     chosen = None
     for method in dict.fromkeys((BASE, args.method)):
-        trials = args.trials if method.endswith("place") else None
-        nodes = _choose_nodes(args) if method == args.method else None
-        history = loads.by_source if nodes else loads.history
-        chosen = placement.make_by_history(
-            method, history, args.ep, args.slots, device, trials, nodes=nodes
-        )
+        chosen = _place(args, method, loads.history, loads.by_source, device)
         excess = placement.judge(chosen, loads.test, device)
         figures[method] = {name: 1 + value for name, value in excess.items()}
     if chosen is None or args.all_batches:
-        nodes = _choose_nodes(args)
         everything = torch.cat([loads.history, loads.test.sum(1).double()])
-        if nodes:
-            everything = torch.cat([loads.by_source, loads.test])
-        chosen = placement.make_by_history(
-            args.method, everything, args.ep, args.slots, device, args.trials, nodes=nodes
-        )
+        by_source = torch.cat([loads.by_source, loads.test])
+        chosen = _place(args, args.method, everything, by_source, device)
     counts = loads.test.sum(1)
     in_order = Placement.from_phy2log(torch.arange(counts.shape[1]), args.ep).even_loads(counts)
     some = counts.sum(1) > 0
@@ -217,8 +252,8 @@ def _check_nodes(args: argparse.Namespace, trace: Trace) -> None:
     if args.ranks_per_node is None:
         options.refuse(args, ("traffic_price",), "only with --ranks-per-node")
         return
-    if args.method in ("eplb", "home"):
-        raise UsageError("argument --ranks-per-node: not for EPLB's methods, eplb and home")
+    if args.method in ("eplb", "home", *BY_TIME):
+        raise UsageError("argument --ranks-per-node: only for the methods of chain and place")
     if args.ep % args.ranks_per_node:
         raise UsageError(f"argument --ranks-per-node: must divide the {args.ep} ranks")
     nodes = args.ep // args.ranks_per_node

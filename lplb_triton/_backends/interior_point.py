@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -40,8 +41,9 @@ class InteriorPointBackend(TritonBackend):
         exchange = None if layer.communicator is None else layer.communicator.exchange
         counters = certified, layer.solves, layer.uncertified
         out, total = self._balance(
-            idx, counters, n_sms, layer.traffic, layer.metrics, exchange, layer.times
-        )
+            idx, counters, n_sms, layer.traffic, layer.metrics, exchange, layer.times,
+            layer.node_traffic,
+        )  # fmt: skip
         self.record(total)
         return out
 
@@ -54,10 +56,12 @@ class InteriorPointBackend(TritonBackend):
         metrics: torch.Tensor,
         exchange: Callable[..., None] | None,
         times: torch.Tensor | None,
+        numbers: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Do what `balance` says with other counters (certified, solves, uncertified) and sums.
 
-        ``times`` are as in `make_time_plan`. Returns physical ids, and the counts of all ranks.
+        ``times`` are as in `make_time_plan`, ``numbers`` as in `make_near_plan`. Returns physical
+        ids, and the counts of all ranks.
         """
         layer, p = self.layer, self.layer.placement
         counts, running = self.count_by_program(idx, n_sms)
@@ -68,8 +72,13 @@ class InteriorPointBackend(TritonBackend):
                 gathered = counts.new_empty(p.ep_size, p.n_logical)
             exchange(counts, layer.version, total, gathered)
         solution = self._solve(total, *counters)
-        add_metrics(metrics, p, self.tables.views["home_rank"], total, solution)
         cumulative = self.cumulative_shares(solution.shares)
+        near = self.make_near_plan(numbers=numbers)
+        if near is not None and gathered is not None:
+            stats = torch.stack((solution.max_load, solution.lower_bound, solution.gap)).float()
+            kernels.plan_near(gathered, total, cumulative, stats, solution.status, near)
+            solution = replace(solution, max_load=stats[0], gap=stats[2])
+        add_metrics(metrics, p, self.tables.views["home_rank"], total, solution)
         by_time = self.make_time_plan(times=times)
         if by_time is not None:
             kernels.plan_time(total, cumulative, solution.status, by_time)
@@ -113,13 +122,16 @@ class InteriorPointBackend(TritonBackend):
         """See `TritonBackend.warmup_kernels`."""
         traffic, metrics = (torch.zeros_like(x) for x in (self.layer.traffic, self.layer.metrics))
         exchange = None if self.layer.communicator is None else self._exchange_alone
-        times = None if self.layer.times is None else torch.zeros_like(self.layer.times)
+        times, numbers = (
+            None if own is None else torch.zeros_like(own)
+            for own in (self.layer.times, self.layer.node_traffic)
+        )
         for dtype in (torch.int64, torch.int32):
             idx = self.warmup_ids(dtype)
             for certified in (counters[0], narrow):
                 self._balance(
                     idx, (certified, counters[1], counters[2]), self.layer.default_n_sms, traffic,
-                    metrics, exchange, times,
+                    metrics, exchange, times, numbers,
                 )  # fmt: skip
 
     def _exchange_alone(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, overload
 import torch
 
 from lplb_triton._layout import CHANNELS, N_METRICS, TIME_REPORTED
+from lplb_triton._locality import Locality, new_traffic_numbers
 from lplb_triton.placement import Placement
 from lplb_triton.solution import SolveError
 
@@ -47,6 +48,10 @@ class Layer:
         What plans are made by with ``objective="time"``; None with ``"tokens"``.
     times : torch.Tensor or None
         ``[n_group, TIME_REPORTED]`` float32 on the device, with a cost: see `PlanTimes`.
+    locality : Locality
+        Ranks of a node, and whether plans keep tokens near.
+    node_traffic : torch.Tensor or None
+        ``[n_group, NEAR_REPORTED]`` float32 on the device, with near plans: see `NodeTraffic`.
     recorder : LoadRecorder or None
         Adds up the loads of batches; None if that was never asked for.
     blocked : str or None
@@ -75,6 +80,8 @@ class Layer:
     resident: torch.Tensor | None = None
     cost: TimeCost | None = None
     times: torch.Tensor | None = None
+    locality: Locality = Locality(None, None)
+    node_traffic: torch.Tensor | None = None
     group: dist.ProcessGroup | None = None
     communicator: Communicator | None = None
     recorder: LoadRecorder | None = None
@@ -121,6 +128,7 @@ def create_layer(
     max_iterations: int,
     live: LiveRules | None = None,
     cost: TimeCost | None = None,
+    locality: Locality = Locality(None, None),  # noqa: B008
     checked: tuple[int, int] = (0, 0),
 ) -> Layer:
     """Make a layer without a group, with counters at zero."""
@@ -144,6 +152,10 @@ def create_layer(
         times=zeros(placement.n_group * TIME_REPORTED, torch.float32).view(-1, TIME_REPORTED)
         if cost
         else None,
+        locality=locality,
+        node_traffic=None
+        if locality.slack is None
+        else new_traffic_numbers(placement.n_group, device),
         checked=checked,
     )  # fmt: skip
 

@@ -140,6 +140,14 @@ class LevellingBackend(TritonBackend):
         kernels.solve_counts(None, buffers, self.solve_tables, settings, self.report)
         return buffers
 
+    def plan_shares(self, counts: torch.Tensor, certified: torch.Tensor) -> torch.Tensor:
+        """See `Backend.plan_shares`."""
+        self.raise_on_report()
+        buffers = self.solve_by_copy(counts, certified)
+        if self.layer.cost is not None:
+            self.plan_by_time(buffers.counts, buffers.cumulative, buffers.ints[1])
+        return buffers.cumulative
+
     def settings(
         self, certified: torch.Tensor, solves: torch.Tensor, uncertified: torch.Tensor
     ) -> kernels.Settings:
@@ -158,8 +166,11 @@ class LevellingBackend(TritonBackend):
         traffic, sums = (torch.zeros_like(x) for x in (self.layer.traffic, self.layer.metrics))
         versions = self.layer.live_versions
         spare = None if versions is None else torch.zeros_like(versions)
-        times = None if self.layer.times is None else torch.zeros_like(self.layer.times)
-        made = self._create_scratch(block, n_sms, endpoint, traffic, sums, spare, times)
+        times, numbers = (
+            None if own is None else torch.zeros_like(own)
+            for own in (self.layer.times, self.layer.node_traffic)
+        )
+        made = self._create_scratch(block, n_sms, endpoint, traffic, sums, spare, times, numbers)
         pipeline = made.pipeline
         live_out = self._new_live_out()
         for dtype in (torch.int64, torch.int32):
@@ -186,8 +197,8 @@ class LevellingBackend(TritonBackend):
     def _sync_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and dtype of total counts, and with global quotas of two more.
 
-        These are the counts of every rank and this rank's cumulative shares. With live slots, or
-        with plans by time, their scratch follows.
+        These are the counts of every rank and this rank's cumulative shares. With live slots,
+        plans by time or near plans, their scratch follows.
         """
         p = self.layer.placement
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((p.n_logical,), torch.int32)]
@@ -199,6 +210,8 @@ class LevellingBackend(TritonBackend):
             shapes.append(((kernels.live_scratch_words(*sizes),), torch.int32))
         if self.layer.cost is not None:
             shapes.append((self.time_plan_shape(), torch.int32))
+        if self.layer.node_traffic is not None:
+            shapes.append((self.near_scratch_shape(), torch.int32))
         return shapes
 
     def count_shares(self) -> int:
@@ -249,10 +262,12 @@ class LevellingBackend(TritonBackend):
         sums: torch.Tensor,
         versions: torch.Tensor | None = None,
         times: torch.Tensor | None = None,
+        numbers: torch.Tensor | None = None,
     ) -> _Scratch:
         """Make views of a block, and the pipeline on them.
 
-        ``versions`` is as in `make_live`, and ``times`` as in `make_time_plan`.
+        ``versions`` is as in `make_live`, ``times`` as in `make_time_plan`, and ``numbers`` as in
+        `make_near_plan`.
         """
         layer = self.layer
         running, *rest = (
@@ -286,9 +301,10 @@ class LevellingBackend(TritonBackend):
             buffers.stats, buffers.ints, None if live is None else live.out,
         )  # fmt: skip
         by_time = self.make_time_plan(rest[-1], times) if layer.cost is not None else None
+        near = None if layer.node_traffic is None else self.make_near_plan(rest[-1], numbers)
         pipeline = kernels.Pipeline(
             running, self.report, buffers, self.solve_tables, self.select_tables, layer.rank,
-            in_kernel, quotas, live, metrics, by_time,
+            in_kernel, quotas, live, metrics, by_time, near,
         )  # fmt: skip
         counts = buffers.counts if endpoint is None else total
         return _Scratch(block, pipeline, buffers, exchange, counts)

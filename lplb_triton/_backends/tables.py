@@ -13,6 +13,7 @@ from lplb_triton._backends.arrays import (
     make_kernel_arrays,
     make_live_arrays,
 )
+from lplb_triton._backends.near_arrays import make_near_arrays
 from lplb_triton._backends.time_arrays import make_time_arrays
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class DeviceTables:
         Whether to add the tables of the interior-point kernel.
     time : bool
         Whether to add the tables of plans by time.
+    near : int or None
+        Ranks of a node, to add the tables of near plans.
 
     Attributes
     ----------
@@ -58,8 +61,9 @@ class DeviceTables:
         kernels: bool = True,
         dense: bool = False,
         time: bool = False,
+        near: int | None = None,
     ) -> None:
-        self._kernels, self._dense, self._time = kernels, dense, time
+        self._kernels, self._dense, self._time, self._near = kernels, dense, time, near
         # Kernels are compiled for as many classes in the table of pairs as the first placement has.
         self._pair_classes: int | None = None
         arrays = self._make_arrays(placement)
@@ -104,6 +108,8 @@ class DeviceTables:
             arrays |= make_dense_arrays(placement)
         if self._time:
             arrays |= make_time_arrays(placement)
+        if self._near is not None:
+            arrays |= make_near_arrays(placement, self._near)
         if placement.live_per_rank:
             arrays |= make_live_arrays(placement)
         return arrays

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -15,9 +17,11 @@ from lplb_triton._objective import choose_margin
 from lplb_triton.placement import Placement
 from lplb_triton.reference import levelling
 from lplb_triton.reference.live import LiveCase, list_copies, plan_live
+from lplb_triton.reference.near import plan_near, write_near_shares
+from lplb_triton.reference.near_tables import NearTables, make_near_tables
 from lplb_triton.reference.time import plan_time, write_shares
 from lplb_triton.reference.time_tables import TimeTables, make_time_tables
-from lplb_triton.solution import Solution
+from lplb_triton.solution import Solution, Status
 from lplb_triton.sync._base import message_version
 
 __all__ = ["TorchBackend"]
@@ -33,6 +37,8 @@ class TorchBackend(Backend):
         super().__init__(layer, DeviceTables(layer.placement, layer.device, kernels=False))
         # Tables of the placement that batches were last planned by time for.
         self._time_tables: tuple[Placement, list[TimeTables]] | None = None
+        # The same of near plans.
+        self._near_tables: tuple[Placement, list[NearTables]] | None = None
 
     @property
     def checks_on_host(self) -> bool:
@@ -59,19 +65,22 @@ class TorchBackend(Backend):
             layer.communicator.exchange(counts, version, total, gathered)
         solution = self.solve(total, certified)
         self.record(total)
+        cumulative = self.cumulative_shares(solution.shares)
+        if layer.node_traffic is not None and gathered is not None:
+            cumulative, solution = self._plan_near(gathered, cumulative, solution)
         home_rank = self.tables.views["home_rank"]
         add_metrics(layer.metrics, layer.placement, home_rank, total, solution)
-        cumulative = self.cumulative_shares(solution.shares)
         views = self.tables.views
         start, slot = views["copy_start"], views["copy_slot"]
         if layer.live is not None:
             start, slot, cumulative = self._plan_live_slots(total, cumulative, solution)
         if layer.cost is not None:
-            cumulative = self._plan_by_time(total, cumulative)
+            cumulative = self.plan_by_time(total, cumulative, solution.status)
         if gathered is not None and layer.communicator is not None:
             holder = slot // layer.placement.slots_per_rank
+            ranks_per_node = layer.locality.ranks_per_node or layer.communicator.ranks_per_node
             quotas, kept = reference.divide_quotas(
-                gathered, cumulative, start, holder, layer.communicator.ranks_per_node
+                gathered, cumulative, start, holder, ranks_per_node
             )
             cumulative = reference.shares_of_quotas(quotas[layer.rank], counts, start, layer.rank)
             layer.traffic += kept[layer.rank]
@@ -115,8 +124,10 @@ class TorchBackend(Backend):
         moved = [tensor.to(layer.device) for tensor in moved]
         return moved[0], moved[1], moved[2]
 
-    def _plan_by_time(self, counts: torch.Tensor, cumulative: torch.Tensor) -> torch.Tensor:
-        """Plan a batch by time on the host; returns cumulative shares by copy."""
+    def plan_by_time(
+        self, counts: torch.Tensor, cumulative: torch.Tensor, status: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Backend.plan_by_time`; plans on the host."""
         layer, p = self.layer, self.layer.placement
         if layer.cost is None or layer.times is None:
             raise RuntimeError("the balancer has no cost")
@@ -133,6 +144,36 @@ class TorchBackend(Backend):
             found.append([*plan.times.tolist(), float(plan.choice)])
         layer.times.copy_(torch.tensor(found, dtype=torch.float32, device="cpu"))
         return torch.from_numpy(after.astype(np.int32)).to(layer.device)
+
+    def _plan_near(
+        self, gathered: torch.Tensor, cumulative: torch.Tensor, solution: Solution
+    ) -> tuple[torch.Tensor, Solution]:
+        """Plan a batch near its tokens on the host; returns shares and new loads."""
+        layer, p = self.layer, self.layer.placement
+        ranks_per_node, slack = layer.locality
+        if slack is None or ranks_per_node is None or layer.node_traffic is None:
+            raise RuntimeError("the balancer has no locality")
+        if self._near_tables is None or self._near_tables[0] is not p:
+            self._near_tables = p, make_near_tables(p, ranks_per_node)
+        tokens = gathered.cpu().numpy().astype(np.int64)
+        start = p.structure.copy_start.astype(np.int64)
+        before = cumulative.cpu().numpy().astype(np.int64)
+        after, numbers = before.copy(), np.zeros(layer.node_traffic.shape, dtype=np.float32)
+        largest = solution.max_load.clone()
+        for group, tables in enumerate(self._near_tables[1]):
+            bound = float(solution.lower_bound[group])
+            plan = plan_near(tables, tokens, before, start, bound, slack)
+            if plan is None or int(solution.status[group]) == Status.INVALID:
+                continue
+            write_near_shares(tables, plan, after)
+            numbers[group] = plan.numbers
+            if plan.choice:
+                largest[group] = float(plan.max_load)
+        layer.node_traffic.copy_(torch.from_numpy(numbers))
+        gap = (largest - solution.lower_bound) / largest
+        gap = torch.where(largest == solution.max_load, solution.gap, gap)
+        shares = torch.from_numpy(after.astype(np.int32)).to(layer.device)
+        return shares, replace(solution, max_load=largest, gap=gap)
 
     def solve(self, counts: torch.Tensor, certified: torch.Tensor) -> Solution:
         """See `Backend.solve`."""

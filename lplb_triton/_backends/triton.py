@@ -28,9 +28,11 @@ class TritonBackend(Backend):
 
     def __init__(self, layer: Layer, *, dense: bool = False) -> None:
         device = layer.device
+        ranks_per_node, slack = layer.locality
         tables = DeviceTables(
-            layer.placement, device, kernels=True, dense=dense, time=layer.cost is not None
-        )
+            layer.placement, device, kernels=True, dense=dense, time=layer.cost is not None,
+            near=None if slack is None else ranks_per_node,
+        )  # fmt: skip
         super().__init__(layer, tables)
         views = self.tables.views
         self._time_rules = None if layer.cost is None else self._make_time_rules(layer.cost)
@@ -96,7 +98,8 @@ class TritonBackend(Backend):
         p, views = layer.placement, self.tables.views
         return kernels.Quotas(
             gathered, views["copy_start"], views["copy_slot"], views["copy_index"], mine,
-            traffic, layer.rank, p.slots_per_rank, layer.communicator.ranks_per_node,
+            traffic, layer.rank, p.slots_per_rank,
+            layer.locality.ranks_per_node or layer.communicator.ranks_per_node,
             p.redundant_per_group + 1 + (p.ep_size if p.live_per_rank else 0),
             None if live is None else live.copies,
         )  # fmt: skip
@@ -133,6 +136,40 @@ class TritonBackend(Backend):
             shape = self.time_plan_shape()
             scratch = torch.empty(shape, dtype=torch.int32, device=layer.device)
         return kernels.TimePlan(tables, rules, scratch, layer.times if times is None else times)
+
+    def near_scratch_shape(self) -> tuple[int, int, int]:
+        """Return the shape of the scratch of near plans, int32."""
+        p = self.layer.placement
+        return p.n_group, kernels.NEAR_ROWS, p.group_size * p.static_per_rank
+
+    def make_near_plan(
+        self, scratch: torch.Tensor | None = None, numbers: torch.Tensor | None = None
+    ) -> kernels.NearPlan | None:
+        """Return what near plans take besides counts and the LP's plan; None without them.
+
+        ``scratch`` has the shape of `near_scratch_shape`, by default new memory. ``numbers`` stand
+        for the layer's own.
+        """
+        layer, (ranks_per_node, slack) = self.layer, self.layer.locality
+        if slack is None or ranks_per_node is None or layer.node_traffic is None:
+            return None
+        views = self.tables.views
+        tables = kernels.NearTables(*(views[name] for name in kernels.NearTables._fields))
+        if scratch is None:
+            shape = self.near_scratch_shape()
+            scratch = torch.empty(shape, dtype=torch.int32, device=layer.device)
+        numbers = layer.node_traffic if numbers is None else numbers
+        return kernels.NearPlan(tables, scratch, numbers, slack, ranks_per_node)
+
+    def plan_by_time(
+        self, counts: torch.Tensor, cumulative: torch.Tensor, status: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Backend.plan_by_time`."""
+        plan = self.make_time_plan()
+        if plan is None:
+            raise RuntimeError("the balancer has no cost")
+        kernels.plan_time(counts, cumulative, status, plan)
+        return cumulative
 
     def warmup(self) -> None:
         """See `Backend.warmup`."""

@@ -36,7 +36,7 @@ from lplb_triton.placement.home import choose_home_slots
 from lplb_triton.placement.moves import number_domains
 from lplb_triton.placement.node_slots import choose_node_slots
 from lplb_triton.placement.nodes import (
-    NodeTraffic,
+    TrafficPrice,
     assign_groups,
     average_demand,
     check_nodes,
@@ -167,7 +167,7 @@ def read_traffic(
     traffic_price: float | None,
     ranks_per_domain: int | None,
     num_groups: int | None,
-) -> tuple[NodeTraffic | None, int | None, NDArray[np.float64]]:
+) -> tuple[TrafficPrice | None, int | None, NDArray[np.float64]]:
     """Return the price of traffic, the groups of experts, and loads ``[batches, n_logical]``.
 
     ``batches`` are the loads of `check_load`. The price is None without ``ranks_per_node``.
@@ -184,7 +184,7 @@ def read_traffic(
         by_node = sum_by_node(name, load, batches, ranks // size)
         batches = by_node.sum(1)
     demand = average_demand(scale_rows(batches), by_node, ranks // size)
-    return NodeTraffic(demand, price, size), groups, batches
+    return TrafficPrice(demand, price, size), groups, batches
 
 
 def check_ranks(ep_size: object, ranks_per_domain: int | None, n_logical: int) -> int:

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from lplb_triton.placement import Placement
-from lplb_triton.placement.nodes import NodeTraffic
+from lplb_triton.placement.nodes import TrafficPrice
 from lplb_triton.solver import solve
 
 __all__ = ["CutSearch"]
@@ -84,7 +84,7 @@ class CutSearch:
         domain: _Int,
         rng: np.random.Generator,
         fixed: _Bool | None = None,
-        traffic: NodeTraffic | None = None,
+        traffic: TrafficPrice | None = None,
     ) -> None:
         self.traffic = traffic  # price of tokens that leave their node, or None
         self.rng, self.ranks = rng, start.ep_size
@@ -98,7 +98,7 @@ class CutSearch:
         self.fixed = fixed
         self.copies: _Int = np.zeros((load.shape[1], self.ranks), dtype=np.int64)
         np.add.at(self.copies, (self.expert, self.rank), 1)
-        # [B, G] tokens that are bound to each rank, see `NodeTraffic.bind_tokens`.
+        # [B, G] tokens that are bound to each rank, see `TrafficPrice.bind_tokens`.
         self.bound: _Double = np.zeros((len(load), self.ranks))
         if traffic is not None:
             self.bound += load @ traffic.bind_tokens(self.copies, slice(None))
@@ -288,7 +288,7 @@ class CutSearch:
             return None
         return _Change([there, here], [expert, other])
 
-    def propose_nearer(self, traffic: NodeTraffic) -> _Change | None:
+    def propose_nearer(self, traffic: TrafficPrice) -> _Change | None:
         """Draw a change by which a node gets a copy that it lacks, with chances by its tokens.
 
         An expert with one copy moves there by a swap; others get a copy in place of an expert with

@@ -19,7 +19,7 @@ import torch
 
 from lplb_triton._torch_op import opaque
 from lplb_triton.placement import Placement
-from lplb_triton.placement.nodes import DeviceTraffic, NodeTraffic
+from lplb_triton.placement.nodes import DeviceTraffic, TrafficPrice
 from lplb_triton.problem import Problem
 from lplb_triton.solution import Solution
 from lplb_triton.solver import solve
@@ -69,7 +69,7 @@ class ExactSearch:
         domain: torch.Tensor,
         generator: torch.Generator,
         fixed: torch.Tensor | None = None,
-        traffic: NodeTraffic | None = None,
+        traffic: TrafficPrice | None = None,
     ) -> None:
         device = load.device
         # Price of tokens that leave their node, or None.

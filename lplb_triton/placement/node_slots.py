@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lplb_triton.placement.home import NEARLY_LEAST_LOAD
-from lplb_triton.placement.nodes import NodeTraffic, choose_node
+from lplb_triton.placement.nodes import TrafficPrice, choose_node
 
 __all__ = ["choose_node_slots"]
 
@@ -25,7 +25,7 @@ TIE = 1e-9
 
 
 def choose_node_slots(
-    traffic: NodeTraffic, ranks: int, spare: int, *, keep_home: bool
+    traffic: TrafficPrice, ranks: int, spare: int, *, keep_home: bool
 ) -> NDArray[np.int64]:
     """Choose the experts of every slot.
 
@@ -76,7 +76,7 @@ class _Slots:
     on its own copies where it has some, and divided evenly over all copies where it has none.
     """
 
-    def __init__(self, traffic: NodeTraffic, ranks: int, slots_per_rank: int) -> None:
+    def __init__(self, traffic: TrafficPrice, ranks: int, slots_per_rank: int) -> None:
         n_logical, n_nodes = traffic.demand.shape
         self.price, self.ranks_per_node = traffic.price, traffic.ranks_per_node
         self.demand = traffic.demand * ranks  # [E, N]

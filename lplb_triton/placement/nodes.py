@@ -24,7 +24,7 @@ __all__ = [
     "DEFAULT_TRAFFIC_PRICE",
     "MOVED_PER_EXCESS",
     "DeviceTraffic",
-    "NodeTraffic",
+    "TrafficPrice",
     "assign_groups",
     "average_demand",
     "check_nodes",
@@ -48,7 +48,7 @@ MOVED_PER_EXCESS = 1.5
 
 
 @dataclass(frozen=True, eq=False)
-class NodeTraffic:
+class TrafficPrice:
     """What tokens cost that leave their node.
 
     Attributes
@@ -103,12 +103,12 @@ class NodeTraffic:
 
 
 class DeviceTraffic:
-    """`NodeTraffic` for many placements at once, on a device.
+    """`TrafficPrice` for many placements at once, on a device.
 
     Notation: E experts, G ranks, N nodes, S slots, K placements, b batches.
     """
 
-    def __init__(self, traffic: NodeTraffic, device: torch.device) -> None:
+    def __init__(self, traffic: TrafficPrice, device: torch.device) -> None:
         self.price, self.ranks_per_node = traffic.price, traffic.ranks_per_node
         self.demand = torch.from_numpy(traffic.demand).float().to(device)  # [E, N]
         total = self.demand.sum(1, keepdim=True)
@@ -120,7 +120,7 @@ class DeviceTraffic:
         return copies.reshape(*copies.shape[:-1], -1, self.ranks_per_node).sum(-1)
 
     def price_copies(self, copies: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
-        """Do what `NodeTraffic.price_copies` does, for ``[K, E, G]`` and batches ``[b, E]``."""
+        """Do what `TrafficPrice.price_copies` does, for ``[K, E, G]`` and batches ``[b, E]``."""
         by_node = self.count_by_node(copies)
         lacking = (self.demand * (by_node == 0)).sum((1, 2))
         single = by_node.sum(2, keepdim=True) == 1
@@ -229,7 +229,7 @@ def average_demand(totals: _Double, by_node: _Double | None, n_nodes: int) -> _D
     return np.ascontiguousarray(demand / demand.sum())
 
 
-def assign_groups(traffic: NodeTraffic, num_groups: int) -> _Int:
+def assign_groups(traffic: TrafficPrice, num_groups: int) -> _Int:
     """Choose a node for each group of consecutive experts, ``[num_groups]``.
 
     Every node gets as many groups, heaviest first, by `choose_node`. Then two groups change places

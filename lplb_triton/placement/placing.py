@@ -9,7 +9,7 @@ whose optima over recorded and synthetic batches are low, on a CPU by the cuts t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lplb_triton._checks import check_flag, check_integer, check_number
 from lplb_triton._threads import one_thread
 from lplb_triton.placement import Placement
+from lplb_triton.placement.by_time import place_by_time
 from lplb_triton.placement.chaining import (
     chain,
     check_load,
@@ -34,8 +35,11 @@ from lplb_triton.placement.moves import (
     number_domains,
     require_placement,
 )
-from lplb_triton.placement.nodes import NodeTraffic
+from lplb_triton.placement.nodes import TrafficPrice
 from lplb_triton.solver import solve
+
+if TYPE_CHECKING:
+    from lplb_triton.costs import TimeCost
 
 __all__ = ["place"]
 
@@ -77,6 +81,9 @@ def place(
     ranks_per_node: int | None = None,
     traffic_price: float | None = None,
     num_groups: int | None = None,
+    objective: str = "tokens",
+    cost: TimeCost | None = None,
+    rows_per_rank: int | None = None,
 ) -> Placement:
     """Place and replicate experts so that the program's optimum is low over recorded batches.
 
@@ -147,6 +154,16 @@ def place(
         Groups of consecutive experts, of which the router gives a token a few only: all copies of a
         group's experts lie in one node then (also in `previous`), see `lplb_triton.chain`. Needs
         `ranks_per_node`.
+    objective : {"tokens", "time"}
+        ``"time"``: for a `Balancer` that makes plans by time, such as in decoding. Several
+        placements are judged by the predicted times of these plans in `samples` (32) batches, drawn
+        by recorded loads: the one by tokens, found with `trials` (0), and placements with equal
+        numbers of active experts on every rank. A move costs `move_penalty` times the mean time
+        with `previous`.
+    cost : TimeCost or None
+        What a rank's products take, with ``objective="time"``.
+    rows_per_rank : int or None
+        Tokens of a rank in a batch, times top-k, with ``objective="time"``.
 
     Returns
     -------
@@ -154,7 +171,8 @@ def place(
         One LP group over all ranks, or one for each domain, or for each node with `num_groups`. The
         mean optimum over `history` (plus the prices of moves and of traffic) is no larger than that
         of the start (so than EPLB's, where that is one), up to the solver's tolerance of 1e-3 and,
-        where the search took a margin for drift, 5e-4.
+        where the search took a margin for drift, 5e-4. With
+        ``objective="time"`` it is that of the placements judged whose mean time is the least.
 
     Raises
     ------
@@ -169,6 +187,16 @@ def place(
     >>> place(history, 2, redundant_per_rank=1)
     Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
     """
+    if objective != "tokens" or cost is not None or rows_per_rank is not None:
+        if (ranks_per_node, traffic_price, num_groups) != (None, None, None):
+            raise ValueError("ranks_per_node, traffic_price, num_groups need objective 'tokens'")
+        arguments = {
+            "redundant_per_rank": redundant_per_rank, "previous": previous,
+            "move_penalty": move_penalty, "ranks_per_domain": ranks_per_domain,
+            "samples": samples, "trials": trials, "dispersion": dispersion, "device": device,
+            "seed": seed, "keep_home": keep_home,
+        }  # fmt: skip
+        return place_by_time(place, history, ep_size, objective, cost, rows_per_rank, arguments)
     rows = check_load("history", history, (1, 2) if ranks_per_node is None else (1, 2, 3))
     where = history.device if device is None else _check_device(device)
     n_logical = rows.shape[1]
@@ -241,7 +269,7 @@ def _choose_start(
     mean: _Double,
     counts: torch.Tensor,
     sizes: tuple[int, int, int | None, bool],
-    traffic: NodeTraffic | None,
+    traffic: TrafficPrice | None,
     num_groups: int | None,
 ) -> Placement:
     """Choose the best placement to start from, with the ``sizes`` of `_list_starts`."""
@@ -405,7 +433,7 @@ class _Search(NamedTuple):
     """Source of all random choices."""
     fixed: NDArray[np.bool_] | None
     """``[n_physical]`` slots whose experts stay at home, or None."""
-    traffic: NodeTraffic | None
+    traffic: TrafficPrice | None
     """Price of tokens that leave their node, or None."""
 
     def improve(
@@ -449,7 +477,7 @@ class _Search(NamedTuple):
 
 
 def _compute_cost(
-    placement: Placement, counts: torch.Tensor, price: _Float, traffic: NodeTraffic | None
+    placement: Placement, counts: torch.Tensor, price: _Float, traffic: TrafficPrice | None
 ) -> float:
     """Add the mean optimum over batches, in mean rank loads, the moves' price and the traffic's."""
     if not len(counts):

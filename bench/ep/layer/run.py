@@ -203,14 +203,15 @@ def _measure_error(worker: Worker, found: torch.Tensor, expected: torch.Tensor) 
 
     Weights are compared expert by expert, so that one expert's gradient can't hide behind others.
     """
-    if found.dim() == 3:
-        pairs = [(one.float(), other.float()) for one, other in zip(found, expected, strict=True)]
-    else:
-        pairs = [(found.float(), expected.float())]
+    by_expert = found.dim() == 3
+    pairs = list(zip(found, expected, strict=True)) if by_expert else [(found, expected)]
+    # One expert at a time is made wider, since the gradients of all may take half of the memory.
+    norms = torch.stack([other.float().norm() for _, other in pairs])
     # An expert without tokens has no gradient, and those of few tokens are small beside the mean.
-    scale = float(expected.float().norm()) / len(pairs) ** 0.5
+    least = 0.1 * norms.square().mean().sqrt() + 1e-30
     errors = [
-        (one - other).norm() / other.norm().clamp(min=0.1 * scale + 1e-30) for one, other in pairs
+        (one.float() - other.float()).norm() / norm.clamp(min=least)
+        for (one, other), norm in zip(pairs, norms, strict=True)
     ]
     return worker.slowest([float(torch.stack(errors).max())])[0]
 

@@ -1,0 +1,1 @@
+"""Plans that keep tokens near, found on top of the token plan."""
