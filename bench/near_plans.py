@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from lplb_triton import Placement
+from lplb_triton import Balancer, Placement
+from lplb_triton._layout import SHARE_ONE
+from lplb_triton.reference.near import plan_near, write_near_shares
+from lplb_triton.reference.near_tables import make_near_tables
 from lplb_triton.testing.verify import NoOptimumError
 
-__all__ = ["NearPlans", "count_node_pairs", "draw_token_ids"]
+__all__ = ["SLACK", "LocalityTwin", "NearPlans", "count_node_pairs", "draw_token_ids"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+# Load above the optimum that the balancer's plan may take to keep tokens near, its default.
+SLACK = 0.01
 
 
 class NearPlans:
@@ -169,6 +175,48 @@ class NearPlans:
             raise NoOptimumError(f"HiGHS found no optimum: {found.message}")
         solution: Floats = found.x
         return solution
+
+
+class LocalityTwin:
+    """The plans of ``Balancer(locality="node", slack=0.01)``, by its twin on the host.
+
+    Parameters
+    ----------
+    placement
+        Of one group.
+    ranks_per_node
+        Consecutive ranks of a node.
+    """
+
+    def __init__(self, placement: Placement, ranks_per_node: int) -> None:
+        self.placement, self.ranks_per_node = placement, ranks_per_node
+        self.balancer = Balancer(placement, device="cpu", backend="torch", rank=0)
+        (self.tables,) = make_near_tables(placement, ranks_per_node)
+        s = placement.structure
+        self.copy_start = s.copy_start.astype(np.int64)
+        self.expert = np.arange(placement.n_logical).repeat(np.diff(self.copy_start))
+        self.rank = s.copy_slot.astype(np.int64) // placement.slots_per_rank
+
+    def plan(self, counts: Ints) -> tuple[float, float]:
+        """Return the largest load and the part of tokens that leave, for ``[nodes, n_logical]``."""
+        # Which rank of a node a token is on makes no difference to the plan.
+        gathered = np.zeros((self.placement.ep_size, counts.shape[1]), dtype=np.int64)
+        gathered[:: self.ranks_per_node] = counts
+        total = counts.sum(0)
+        solution = self.balancer.solve(torch.from_numpy(total))
+        cumulative = self.balancer.cumulative_shares(solution.shares).numpy().astype(np.int64)
+        bound = float(solution.lower_bound[0])
+        case = (self.tables, gathered, cumulative, self.copy_start)
+        plan = plan_near(*case, bound, SLACK)
+        if plan is not None:
+            write_near_shares(self.tables, plan, cumulative)
+        share = np.diff(cumulative, prepend=0)
+        share[self.copy_start[:-1]] = cumulative[self.copy_start[:-1]]
+        tokens = share / SHARE_ONE * total[self.expert]
+        loads = np.bincount(self.rank, tokens, self.placement.ep_size)
+        taken = np.zeros(counts.T.shape)
+        np.add.at(taken, (self.expert, self.rank // self.ranks_per_node), tokens)
+        return float(loads.max()), float(1 - np.minimum(taken, counts.T).sum() / total.sum())
 
 
 def draw_token_ids(counts: Ints, top_k: int, rng: np.random.Generator) -> Ints:

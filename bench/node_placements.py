@@ -12,7 +12,12 @@ from numpy.typing import NDArray
 
 from lplb_triton import Placement, chain, place
 from lplb_triton.bench.balance import find_stretches
-from lplb_triton.bench.near_plans import NearPlans, count_node_pairs, draw_token_ids
+from lplb_triton.bench.near_plans import (
+    LocalityTwin,
+    NearPlans,
+    count_node_pairs,
+    draw_token_ids,
+)
 from lplb_triton.traces.trace import Trace
 
 __all__ = ["METHODS", "SLACKS", "make", "measure_case", "run", "split_cases", "sum_sources"]
@@ -121,12 +126,14 @@ def measure_case(
         Means over the batches: ``imbalance`` of the LP's optimum; the parts of the assignments
         that leave their node, ``local`` and ``own`` by that plan with local quotas and with the
         own node first, ``slack 0``, ``slack 0.01`` and so on by the plan that keeps most near with
-        so much more load; ``pairs``, other nodes that a token is sent to by the plan with 1%, its
-        ids drawn by `draw_token_ids`, and ``pairs_local`` by the LP's plan with local quotas.
+        so much more load, and ``balancer`` by that of ``Balancer(locality="node")``, whose largest
+        load is ``balancer_imbalance``; ``pairs``, other nodes that a token is sent to by the plan
+        with 1%, its ids drawn by `draw_token_ids`, and ``pairs_local`` by the LP's plan with local
+        quotas.
     """
     rng = np.random.default_rng(seed)
     n_nodes = placement.ep_size // ranks_per_node
-    plans = NearPlans(placement, ranks_per_node)
+    plans, twin = NearPlans(placement, ranks_per_node), LocalityTwin(placement, ranks_per_node)
     found: dict[str, list[float]] = {}
     for by_source, counts in zip(test, sum_sources(test, n_nodes), strict=True):
         least, plan = plans.balance(counts)
@@ -135,6 +142,8 @@ def measure_case(
             "local": plans.measure_far(counts, plan, own_first=False),
             "own": plans.measure_far(counts, plan),
         }
+        load, values["balancer"] = twin.plan(counts)
+        values["balancer_imbalance"] = load / (counts.sum() / placement.ep_size)
         near = plan
         for slack in SLACKS:
             # HiGHS accepts loads that exceed a limit by 1e-7.

@@ -107,6 +107,8 @@ def test_command_compares_the_methods(trace, capsys):
         parts = [values[name] for name in order]
         assert parts == sorted(parts) and values["imbalance"] >= 1
         assert 0 <= values["pairs"] <= 1
+        assert values["slack 0.02"] - 1e-3 <= values["balancer"] <= values["own"] + 0.05
+        assert values["balancer_imbalance"] <= 1.011 * values["imbalance"]
     assert mean["node-chain"]["slack 0.01"] < mean["chain"]["slack 0.01"]
     line = f"| 4 | 1 | chain, priced | {mean['node-chain']['imbalance']:.4f} | "
     assert sum(each.startswith(line) for each in shown.splitlines()) == 1

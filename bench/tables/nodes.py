@@ -33,6 +33,7 @@ def make_nodes_grid(report: dict[str, Any]) -> Grid:
                 (
                     *(str(row["ep"]), str(row["slots"]), name, f"{mean['imbalance']:.4f}"),
                     *(f"{mean[part]:.3f}" for part in _PARTS),
+                    *(f"{mean['balancer_imbalance']:.4f}", f"{mean['balancer']:.3f}"),
                     *(f"{mean['pairs_local']:.2f}", f"{mean['pairs']:.2f}"),
                     f"{1e3 * mean['seconds']:.0f}",
                 )
@@ -44,6 +45,7 @@ def make_nodes_grid(report: dict[str, Any]) -> Grid:
         f"{report['source']}",
         (
             *("EP", "slots", "placement", "LP imbalance", *parts),
+            *("balancer: imbalance", "balancer"),
             *("nodes, local", "nodes, +1%", "ms"),
         ),
         lines,
@@ -53,8 +55,9 @@ def make_nodes_grid(report: dict[str, Any]) -> Grid:
             "rank load at the optimum. Then parts of all assignments that leave their node: by the "
             "LP's plan with local quotas, and with tokens to copies in their own node first; by "
             "the plan that keeps most in their node at the LP's optimum, and with 1% and 2% more "
-            "load (all by HiGHS). nodes: other nodes that a token is sent to, of "
-            f"{report['top_k']} simulated experts, by the LP's plan with local quotas and by the "
-            "optimal plan at +1%. ms: to make the placement.",
+            "load (all by HiGHS). balancer: the plan of locality='node' with slack 0.01. nodes: "
+            f"other nodes that a token is sent to, of {report['top_k']} simulated experts, by the "
+            "LP's plan with local quotas and by the optimal plan at +1%. ms: to make the "
+            "placement.",
         ),
     )
