@@ -113,6 +113,14 @@ def placed_at_home(names):
         assert at_home.tolist() == list(range(256))
 
 
+def placed_across_nodes(names):
+    hottest = names["by_source"].sum((0, 1)).topk(8).indices
+    for name in ("placement", "better"):
+        slots = names[name].log2phy[hottest].long()
+        # Every one of the four nodes has 80 slots.
+        assert all(len(set((row[row >= 0] // 80).tolist())) == 4 for row in slots)
+
+
 def placed(names):
     names["old"] = chain(names["history"].double().mean(0), 32)
     names["balancer"] = Balancer(names["old"])
@@ -363,6 +371,7 @@ AFTER = {
     ("docs/placement.md", "Files"): read_back,
     ("docs/placement.md", "Experts at home"): placed_at_home,
     ("docs/placement.md", "Moves"): moved,
+    ("docs/placement.md", "Across nodes"): placed_across_nodes,
     ("docs/quickstart.md", "A first script"): improved_a_batch,
     ("docs/quickstart.md", "A script that uses EPLB or LPLB"): planned_a_batch,
     ("docs/quickstart.md", "The linear program alone"): solved_counts,
