@@ -227,6 +227,25 @@ def test_wrong_settings_are_refused_by_name(settings, match, monkeypatch):
         )
 
 
+def test_pairs_of_tokens_and_nodes():
+    """A token counts once for each other node with any of its experts; dropped ids don't count."""
+    placement, counts, _ = draw_batch(9)
+    balancer = make(placement, 1, BACKENDS[-1], NEAR, Table(counts))
+    slots = placement.slots_per_rank
+    near, far, further = 0, 2 * slots, 3 * slots + 1
+    idx = [[near, far, further], [near, near, -1], [-1, far, far], [-1, -1, -1]]
+    found = balancer.count_node_pairs(torch.tensor(idx, device=DEVICE))
+    assert found.tolist() == [2] and found.dtype == torch.int64
+    by_rank = make(placement, 1, BACKENDS[-1], Locality(1, None), Table(counts))
+    # Of a rank's own tokens those to the other three ranks count.
+    assert by_rank.count_node_pairs(torch.tensor(idx, device=DEVICE)).tolist() == [3 + 1 + 1]
+    lonely = Balancer(placement, device=DEVICE, backend=BACKENDS[-1], rank=0)
+    with pytest.raises(RuntimeError, match="need ranks_per_node, or a group"):
+        lonely.count_node_pairs(torch.tensor(idx, device=DEVICE))
+    with pytest.raises(ValueError, match="^physical_ids must be"):
+        balancer.count_node_pairs(torch.tensor(3, device=DEVICE))
+
+
 def test_locality_is_part_of_what_ranks_compare():
     """Ranks with another slack, or other nodes, differ in their kinds and in the version."""
     placement, _, _ = draw_batch(6)
