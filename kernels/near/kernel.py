@@ -127,7 +127,7 @@ def _blend_loads(loads, token_loads, parts, SLICES: tl.constexpr):
 
 @triton.jit
 def _choose(far, token_far):
-    """Return the candidate with the least traffic, the first of equal ones, and both plans' traffic."""
+    """Return the first candidate with the least traffic, this, and that of the token plan."""
     best = tl.min(far, 0)
     candidate = tl.min(tl.where(far == best, tl.arange(0, CANDIDATES), CANDIDATES), 0)
     return candidate, best, tl.max(token_far, 0)
@@ -163,6 +163,29 @@ def _report(near_ptr, group, is_valid, choice, amounts, shift):
         tokens = amounts[i].to(tl.float32) * _raise_two(-shift)
         tl.store(near_ptr + i, tl.where(is_valid, tokens, 0.0))
     tl.store(near_ptr + REPORTED - 1, tl.where(is_valid, choice, 0).to(tl.float32))
+
+
+@triton.jit
+def _write_plan(
+    rows_ptr, cumulative_ptr, stats_ptr, near_ptr, cells, batch, far, token_far, parts, peaks,
+    most, limit, bound, is_valid, shift, group, n_group, n_slots, multiplicity,
+):  # fmt: skip
+    """Write the shares, the largest load and the gap of the best plan, and report on it."""
+    candidate, best, token_far = _choose(far, token_far)
+    is_nearer = best < token_far
+    peak = tl.where(is_nearer, _pick(peaks, candidate), most)
+    if is_valid & is_nearer:
+        part = _pick(parts, candidate)
+        write_near_shares(
+            rows_ptr, cumulative_ptr, cells, batch, candidate, part, n_slots, multiplicity
+        )
+        max_load = peak.to(tl.float32) * _raise_two(-shift)
+        tl.store(stats_ptr + group, max_load)
+        tl.store(stats_ptr + 2 * n_group + group, (max_load - bound) / max_load)
+    least, after = batch.least, batch.least + tl.minimum(best, token_far)
+    amounts = least + token_far, after, least, batch.every, peak, limit
+    choice = tl.where(is_nearer, candidate + 1, 0)
+    _report(near_ptr, group, is_valid, choice, amounts, shift)
 
 
 @triton.jit(
@@ -259,18 +282,7 @@ def plan_near_kernel(
     far, token_far = sum_far(
         near_cells_ptr, rows_ptr, parts, most_cells, most_on_node, n_slots, BLOCK
     )
-    candidate, best, token_far = _choose(far, token_far)
-    is_nearer = best < token_far
-    peak = tl.where(is_nearer, _pick(peaks, candidate), most)
-    if is_valid & is_nearer:
-        part = _pick(parts, candidate)
-        write_near_shares(
-            rows_ptr, cumulative_ptr, cells, batch, candidate, part, n_slots, multiplicity
-        )
-        max_load = peak.to(tl.float32) * _raise_two(-shift)
-        tl.store(stats_ptr + group, max_load)
-        tl.store(stats_ptr + 2 * n_group + group, (max_load - bound) / max_load)
-    least, after = batch.least, batch.least + tl.minimum(best, token_far)
-    amounts = least + token_far, after, least, batch.every, peak, limit
-    choice = tl.where(is_nearer, candidate + 1, 0)
-    _report(near_ptr, group, is_valid, choice, amounts, shift)
+    _write_plan(
+        rows_ptr, cumulative_ptr, stats_ptr, near_ptr, cells, batch, far, token_far, parts, peaks,
+        most, limit, bound, is_valid, shift, group, n_group, n_slots, multiplicity,
+    )  # fmt: skip
