@@ -29,8 +29,10 @@ from lplb_triton.bench.commands import (
     placement,
     record,
     report,
+    scale,
     simulate,
     simulate_live,
+    simulate_time,
     solve,
     verify,
     workloads,
@@ -115,8 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lplb_triton {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    timed = (solve, pipeline, simulate, simulate_live, ep, frameworks)
-    rest = (place, placement, live, workloads, record, advise, calibrate)
+    timed = (solve, pipeline, simulate, simulate_live, simulate_time, ep, frameworks)
+    rest = (place, placement, live, workloads, record, advise, calibrate, scale)
     for module in (balance, report, verify, *timed, *rest):
         module.add(commands)
     completion.add(commands, parser)

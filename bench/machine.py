@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from lplb_triton import __version__
+from lplb_triton.costs.gemm import PAIRS
 
-__all__ = ["communication", "environment", "find_version", "machine_line", "pairs"]
+__all__ = ["communication", "device_name", "environment", "find_version", "machine_line", "pairs"]
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -59,7 +60,8 @@ def communication(device: str) -> dict[str, Any]:
 def machine_line(report: dict[str, Any]) -> str:
     """Return hardware and versions of a report in one line."""
     e = report["environment"]
-    if report["command"] in ("advise", "live", "place", "placement", "workloads"):
+    untimed = report["command"] in ("scale", "simulate-time") and not e["gpu"]
+    if untimed or report["command"] in ("advise", "live", "place", "placement", "workloads"):
         where = f"{e['gpu']}, {e['cpu']}" if e["gpu"] else e["cpu"]
         threads = f"{e['torch_threads']} thread" + ("s" if e["torch_threads"] > 1 else "")
         return f"{where}, {threads}, torch {e['torch']}; {report['seconds']:.0f} s in all"
@@ -78,8 +80,15 @@ def machine_line(report: dict[str, Any]) -> str:
     )
 
 
+def device_name() -> str:
+    """Return the name of the GPU, or ``CPU`` without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
 def pairs() -> int:
-    """Return the number of pairs of SMs of the GPU."""
+    """Return the number of pairs of SMs of the GPU; those of an H100 without one."""
+    if not torch.cuda.is_available():
+        return PAIRS
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return int(properties.multi_processor_count) // 2
 

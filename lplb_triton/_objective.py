@@ -60,7 +60,7 @@ def resolve_cost(placement: Placement, objective: str, cost: TimeCost | None) ->
     if not isinstance(cost, TimeCost):
         raise TypeError(f"cost must be a TimeCost, got {type(cost).__name__}")
     if placement.live_per_rank:
-        raise ValueError("objective='time' with live slots is not there yet")
+        raise ValueError("objective='time' doesn't go with live slots, which are filled by tokens")
     if placement.slots_per_rank > cost.most_active:
         raise ValueError(
             f"cost must be for at least the {placement.slots_per_rank} slots of a rank, got one "

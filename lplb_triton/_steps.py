@@ -14,6 +14,7 @@ from lplb_triton._checks import (
     check_integer,
     counts_to_int32,
 )
+from lplb_triton._layout import SHARE_ONE
 from lplb_triton._torch_op import opaque
 from lplb_triton.solution import Solution
 
@@ -118,6 +119,44 @@ class BatchSteps:
         certified = layer.certified if certified is None else certified
         check_counter("certified", certified, layer.device)
         return self._backend.solve(self._counts_to_int32(counts), certified)
+
+    @opaque
+    def share_slots(
+        self, counts: torch.Tensor, *, certified: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the part of its expert's tokens that each slot gets, by the balancer's objective.
+
+        With ``objective="time"`` it is the plan by time, which `solve` doesn't return, and `times`
+        says what it takes.
+
+        Parameters
+        ----------
+        counts, certified
+            As for `solve`.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[n_physical]`` float32, fresh; the slots of an expert add up to 1.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As `solve` does; also with live slots, which only `run` plans.
+        """
+        layer, backend = self._layer, self._backend
+        if layer.placement.live_per_rank:
+            raise RuntimeError("live slots are planned by run only")
+        certified = layer.certified if certified is None else certified
+        check_counter("certified", certified, layer.device)
+        cumulative = backend.plan_shares(self._counts_to_int32(counts), certified)
+        views = backend.tables.views
+        before = cumulative.roll(1)
+        before.index_fill_(0, views["copy_start"][:-1].long(), 0)
+        parts = (cumulative - before).float() / SHARE_ONE
+        shares = torch.empty_like(parts)
+        shares[views["copy_slot"].long()] = parts
+        return shares
 
     @opaque
     def cumulative_shares(self, shares: torch.Tensor) -> torch.Tensor:

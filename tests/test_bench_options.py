@@ -26,6 +26,7 @@ BASE = {
     "--batches 1 --processes 1",
     "pipeline": "pipeline --shapes cube --tokens 8 --no-first-call --no-traffic",
     "simulate": "simulate --ep 8 --slots 1 --rows 64 --hidden 8 --inner 8",
+    "simulate-time": "simulate-time --model gpt-oss-120b --ep 32 --slots 1 --tokens 8 --rounds 1",
     "simulate-live": "simulate-live --pull-rate 300 --model gpt-oss-120b --ep 8 --tokens 64",
     "ep": "ep --device cpu --sections time,pipeline",
     "place": "place t.npz --ep 4 --slots 1 --device cpu --method home-place --trials 1 -o p.json",
@@ -36,6 +37,7 @@ BASE = {
     "frameworks": "frameworks --framework megatron --device cpu",
     "record": "record t.npz",
     "completion": "completion bash",
+    "scale": "scale --ep 8 --slots 1 --groups 4 --load zipf --experts 16 --batches 1 --no-time",
     "calibrate": "calibrate --hidden 8 --inner 8 --slots 2 -o c.json",
     "advise": "advise --gemm table --ep 8 --experts 32 --slots 1",
 }
@@ -60,7 +62,7 @@ def valued(kind):
             if not action.option_strings or action.nargs == 0:
                 continue
             option = action.option_strings[0]
-            path = option in (*FILES, "--out", "--trace", "--published", "--hf-config")
+            path = option in (*FILES, "--out", "--trace", "--published", "--hf-config", "--cost")
             if path == (kind == "paths"):
                 found.append(pytest.param(name, option, id=f"{name}{option}"))
     return found
@@ -194,7 +196,8 @@ def test_refused_before_any_work(folder, capsys, arguments, message):
 @pytest.mark.parametrize(
     "option",
     ["--ep=16", "--slots=1", "--history=3", "--layers=0", "--placement=none", "--device=cpu"]
-    + ["--backend=torch", "--tolerance=1e-3", "--json=x.json", "--progress", "--no-progress"],
+    + ["--backend=torch", "--tolerance=1e-3", "--json=x.json", "--progress", "--no-progress"]
+    + ["--ranks-per-node=4"],
 )
 def test_a_report_is_only_laid_out(folder, capsys, option):
     """A saved report takes none of the options that would need a new run."""
@@ -211,12 +214,12 @@ def test_a_report_is_only_laid_out(folder, capsys, option):
 
 
 def test_defaults_are_the_same_everywhere():
-    """One EP size, slots and history for all commands, in parsers and in calls."""
+    """One EP size, slots and history for all commands but `scale`, which is about many ranks."""
     expected = {"--ep": "32", "--slots": "1,2", "--history": "0.5", "--tolerance": "0.001"}
     shown = {name: set() for name in expected}
-    for sub in subcommands().values():
+    for name, sub in subcommands().items():
         for action in sub._actions:
-            if action.required:
+            if action.required or (name, action.dest) == ("scale", "ep"):
                 continue
             for option in set(action.option_strings) & set(expected):
                 help_text = action.help % {"default": action.default}

@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers.traces import make_trace
 
-from lplb_triton import Placement, chain, load_placements, place
+from lplb_triton import Placement, TimeCost, chain, load_placements, place
 from lplb_triton.bench import cli, placement
+from lplb_triton.placement import by_time
 from lplb_triton.traces import trace as traces
 
 LINE = "place t.npz --ep 4 --slots 1 --device cpu -o p.json".split()
@@ -26,6 +27,27 @@ def trace(tmp_path, monkeypatch):
     made = make_trace(batches=12, layers=2, experts=16, steps=steps)
     traces.save("t.npz", made)
     return made
+
+
+def test_placements_for_plans_by_time(trace, capsys, monkeypatch):
+    """The methods by time take a cost and rows, and no others do."""
+    monkeypatch.setattr(by_time, "SAMPLES", 2)
+    cost = TimeCost.for_model(64, 32)
+    cost.save("cost.json")
+    options = ["--method", "home-time", "--cost", "cost.json", "--rows", "8"]
+    assert cli.main([*LINE, *options, "--json", "-"]) == cli.OK
+    assert json.loads(capsys.readouterr().out)["rows_per_rank"] == 8
+    expected = place(
+        trace.loads(1)[4:8], 4, keep_home=True, objective="time", cost=cost, rows_per_rank=8
+    )
+    assert load_placements("p.json")[1] == expected
+    for wrong, message in (
+        (["--method", "time"], "argument --method: time needs --cost and --rows"),
+        (["--rows", "8"], "argument --rows: only for the methods time and home-time"),
+        (["--method", "time", "--cost", "t.npz", "--rows", "8"], "argument --cost: t.npz"),
+    ):
+        assert cli.main([*LINE, *wrong]) == cli.USAGE
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["eplb", "chain", "place", "home", "home-chain"])

@@ -1,6 +1,7 @@
 """Counts summed over ranks on several nodes, which are network namespaces of one machine."""
 
 import os
+import socket
 import time
 from datetime import timedelta
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.batches import EXPERTS, count, ids_of, placement_of
+from helpers.forwarder import LONGEST_QUEUE, Forwarder
 from helpers.nodes import Network, NetworkError, Ranks
 
 from lplb_triton import Balancer, sync
@@ -169,6 +171,55 @@ def check_failure(found, expected, phrase, bound):
         assert f"failed on rank {rank}:" in found[rank]["text"] or len(expected) == 1
         assert found[rank]["seconds"] < bound + SLACK
         assert found[rank].get("again", 0) < 1, found[rank]
+
+
+def make_packet(number, target, size=1000):
+    """A packet of IPv4 for a node, as far as a forwarder reads it."""
+    head = bytes([0x45]) + bytes(15) + bytes([10, 77, 0, target + 1]) + bytes([number])
+    return head + bytes(size - len(head))
+
+
+def test_the_forwarder_delays_limits_and_drops():
+    """Packets come late by delay and rate, in order, and not where the queue or the link drops."""
+    delay, rate = 0.05, 100_000
+    forwarder = Forwarder(delay, rate)
+    ends = []
+    for node in range(2):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        forwarder.add_device(theirs.detach(), f"10.77.0.{node + 1}")
+        ours.settimeout(5)
+        ends.append(ours)
+    forwarder.start()
+    try:
+        begun = time.monotonic()
+        ends[0].send(bytes([0x60]) + bytes(99))
+        for number in range(10):
+            ends[0].send(make_packet(number, 1))
+        seen = []
+        for number in range(10):
+            assert ends[1].recv(2000) == make_packet(number, 1)
+            seen.append(time.monotonic() - begun)
+        # Each takes 10 ms on the way out, and the last one as long on the way in.
+        assert seen[0] >= delay + 0.02 and seen[-1] >= delay + 10 * 0.01 + 0.01
+        # More than the queue holds.
+        most = int(LONGEST_QUEUE * rate / 1000)
+        for number in range(most + 20):
+            ends[1].send(make_packet(number, 0))
+        ends[0].settimeout(2 * delay)
+        time.sleep(LONGEST_QUEUE + 2 * delay)
+        arrived = 0
+        with pytest.raises(TimeoutError):
+            while ends[0].recv(2000):
+                arrived += 1
+        assert 0.5 * most < arrived <= most + 19
+        forwarder.dropped.add(0)
+        ends[1].send(make_packet(0, 0))
+        with pytest.raises(TimeoutError):
+            ends[0].recv(2000)
+    finally:
+        forwarder.close()
+        for end in ends:
+            end.close()
 
 
 @pytest.mark.slow

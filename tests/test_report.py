@@ -12,8 +12,8 @@ from helpers.traces import make_trace
 from lplb_triton.bench import cli, report
 from lplb_triton.traces import trace as traces
 
-SECTIONS = ["time", "by-layer", "ranks", "left", "batch-size", "experts", "live", "combinations",
-            "details", "words"]  # fmt: skip
+SECTIONS = ["time", "by-layer", "ranks", "left", "batch-size", "experts", "near", "live",
+            "combinations", "details", "words"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,10 @@ def test_times_are_predicted_for_the_models_own_sizes(trace, cells):
         first = GRID.index(size["pays_from"]["eplb"])
         assert min(size["net"][first:]) > 0 >= size["net"][first - 1]
         assert size["pays_from"]["none"] <= size["pays_from"]["eplb"]
+        # No plan by time is slower than the token plan but by what steps half as high allow.
+        assert len(size["by_time"]) == len(found["small"]) and min(size["by_time"]) > -0.05
+    answer = words.answer_batch_size(found, [{"batches": 1, "integer": 1, "eplb": 1}])
+    assert "In batches of 16, 64, 256 tokens of a rank" in answer
     # What is saved in large batches is what the imbalance says.
     imbalance = {name: cells[1].imbalance(name).mean() for name in ("eplb", "lp")}
     assert own["net"][-1] == pytest.approx(1 - imbalance["lp"] / imbalance["eplb"], abs=0.03)
@@ -139,6 +143,7 @@ def test_no_tokens_save_nothing():
     assert all(set(size["net"]) == {None} for size in saving["sizes"])
     answer = words.answer_batch_size(saving, balance.compare_batch_sizes(trace, cells[0], OPTIONS))
     assert answer.count("does not pay up to 131,072") == 3
+    assert {size["by_time"] for size in saving["sizes"]} == {None} and "plans by time" not in answer
 
 
 def test_maps_hold_rank_loads(cells):

@@ -135,7 +135,9 @@ def test_wrong_settings_are_refused_by_name():
     refuse("needs a cost", objective="time")
     refuse("cost must be a TimeCost, got int", TypeError, objective="time", cost=3)
     live = chain(torch.ones(16), 4, redundant_per_rank=1).with_live_slots(1)
-    refuse("live slots is not there yet", where=live, objective="time", cost=COST)
+    refuse(
+        "go with live slots, which are filled by tokens", where=live, objective="time", cost=COST
+    )
     narrow = TimeCost.for_model(64, 64, most_active=2)
     refuse("at least the 5 slots of a rank", objective="time", cost=narrow)
     with pytest.raises(RuntimeError, match="objective='time' only"):

@@ -31,10 +31,18 @@ from lplb_triton.bench.balance.results import (
     find_typical,
     imbalance,
 )
+from lplb_triton.bench.balance.traffic import (
+    RANKS_PER_NODE,
+    divide_assignments,
+    expand_shares,
+    find_traffic,
+    spread_sources,
+)
 from lplb_triton.bench.balance.whole_tokens import check_tokens, compute_token_loads, merge_sources
 
 __all__ = [
     "BY_HISTORY",
+    "RANKS_PER_NODE",
     "VARIANTS",
     "Cell",
     "Example",
@@ -44,7 +52,10 @@ __all__ = [
     "check_tokens",
     "choose_shown",
     "compare_batch_sizes",
+    "divide_assignments",
+    "expand_shares",
     "find_changes",
+    "find_traffic",
     "combinations",
     "merge_sources",
     "imbalance",
@@ -53,4 +64,5 @@ __all__ = [
     "run",
     "find_stretches",
     "find_typical",
+    "spread_sources",
 ]

@@ -17,7 +17,15 @@ from lplb_triton.bench.balance.whole_tokens import compute_token_loads, merge_so
 from lplb_triton.bench.types import Floats, Row
 from lplb_triton.traces.trace import MOST_TOKENS, Trace
 
-__all__ = ["BATCH_SIZES", "choose_shown", "compare_batch_sizes", "find_changes"]
+__all__ = [
+    "BATCH_SIZES",
+    "Part",
+    "choose_shown",
+    "compare_batch_sizes",
+    "find_changes",
+    "share_programs",
+    "take_parts",
+]
 
 # Linear programs that one alternative may take, and sums of recorded batches that stand for larger
 # ones.
@@ -51,7 +59,7 @@ def choose_shown(cells: tuple[Cell, ...]) -> int:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Some test batches of one layer in one stretch, int64 ``[batches, sources, experts]``."""
 
     history: torch.Tensor
@@ -79,14 +87,14 @@ def find_changes(trace: Trace, cell: Cell, options: Options) -> list[Row]:
         most about 128 batches. A change that isn't possible is left out; only placements that are
         made for a history have more than the first.
     """
-    parts = list(_take_parts(trace, cell, per_part=_share(cell)))
+    parts = list(take_parts(trace, cell, per_part=share_programs(cell)))
 
-    def remake(name: str, slots: int, fresh: bool = False) -> Callable[[_Part], Placement]:
+    def remake(name: str, slots: int, fresh: bool = False) -> Callable[[Part], Placement]:
         return lambda part: make_placement(
             name, part.later if fresh else part.history, cell.ep, slots
         )
 
-    ways: dict[str, tuple[int, Callable[[_Part], Placement]]] = {
+    ways: dict[str, tuple[int, Callable[[Part], Placement]]] = {
         "nothing": (cell.slots, lambda part: part.placement)
     }
     if cell.placement in BY_HISTORY:
@@ -128,7 +136,7 @@ def compare_batch_sizes(trace: Trace, cell: Cell, options: Options) -> list[Row]
     for size in BATCH_SIZES:
         found: dict[str, list[Floats]] = {"none": [], "eplb": [], "integer": []}
         assigned = []
-        for part in _take_parts(trace, cell, per_part=size * _share(cell), together=size):
+        for part in take_parts(trace, cell, per_part=size * share_programs(cell), together=size):
             totals = part.counts.sum(1)
             if not len(totals) or int(totals.max()) > MOST_TOKENS:
                 continue
@@ -144,12 +152,12 @@ def compare_batch_sizes(trace: Trace, cell: Cell, options: Options) -> list[Row]
     return rows
 
 
-def _share(cell: Cell) -> int:
+def share_programs(cell: Cell) -> int:
     """Batches of each layer and stretch, so that all together have about `MOST_PROGRAMS`."""
     return max(2, MOST_PROGRAMS // len(cell.results))
 
 
-def _take_parts(trace: Trace, cell: Cell, per_part: int, together: int = 1) -> Iterator[_Part]:
+def take_parts(trace: Trace, cell: Cell, per_part: int, together: int = 1) -> Iterator[Part]:
     """Yield some test batches of each result of a cell, evenly spread or ``together`` added up."""
     for result in cell.results:
         part: Stretch = result.stretch
@@ -162,7 +170,7 @@ def _take_parts(trace: Trace, cell: Cell, per_part: int, together: int = 1) -> I
             whole = min(len(tested), per_part) // together
             chosen = tested[: whole * together]
             chosen = chosen.reshape(whole, together, *tested.shape[1:]).sum(1)
-        yield _Part(
+        yield Part(
             history=counts[part.start : part.split].sum(1).double(),
             later=tested.sum(1).double(),
             counts=merge_sources(chosen, cell.ep),

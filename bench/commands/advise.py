@@ -32,6 +32,7 @@ TOKENS = 4096
 FIELDS = ("hidden", "inner", "experts", "top_k")
 # Sizes that loads don't depend on, so that other ones than the trace's may be given.
 FREE = ("hidden", "inner")
+BANDWIDTHS = ("node_bandwidth", "network_bandwidth")
 
 
 class Sizes(NamedTuple):
@@ -55,7 +56,9 @@ def add(commands: Any) -> None:
             "PREDICT the time of a layer's expert products on its slowest rank, what balancing\n"
             "each batch saves over EPLB's even split, what it costs, and from how many tokens per\n"
             "rank on it pays. Times of a rank's products are measured on this machine's GPU, or\n"
-            "come from a packaged table of one H100. Communication is left out.\n"
+            "come from a packaged table of one H100. Communication is left out, unless\n"
+            "--ranks-per-node says that ranks span nodes: then dispatch and combine are priced\n"
+            "too, and what is recommended has the least sum of both.\n"
             "With --trace the number of experts, and top_k where the trace's meta has it, are\n"
             "the trace's. So are hidden and inner where its meta has them, unless --model,\n"
             "--hf-config, --hidden or --inner say others; --top-k gives what the meta lacks."
@@ -66,6 +69,7 @@ def add(commands: Any) -> None:
             "  lplb-bench advise --hf-config path/to/config.json --ep 8 --tokens 8192\n"
             "  lplb-bench advise --trace trace.npz --hidden 4096 --inner 1536 --top-k 8 --ep 16\n"
             "  lplb-bench advise --trace packaged --model deepseek-v3 --ep 16\n"
+            "  lplb-bench advise --trace packaged --model deepseek-v3 --ranks-per-node 8\n"
             "  lplb-bench advise --check       on a GPU: hold predictions against measured times"
         ),
     )
@@ -131,6 +135,18 @@ def _add_batches(sub: argparse.ArgumentParser) -> None:
         f"live (default {advise.GIGABYTES_PER_SECOND:g}: an assumption)",
     )  # fmt: skip
     sub.add_argument(
+        "--ranks-per-node", type=options.count, metavar="N",
+        help="consecutive ranks of a node: price dispatch and combine across nodes",
+    )  # fmt: skip
+    for name, value, text in (
+        ("node", advise.NODE_GIGABYTES_PER_SECOND, "within its node"),
+        ("network", advise.NETWORK_GIGABYTES_PER_SECOND, "across nodes"),
+    ):
+        sub.add_argument(
+            f"--{name}-bandwidth", type=options.rate, metavar="GB/S",
+            help=f"rate of a rank {text}, with --ranks-per-node (default {value:g}: an assumption)",
+        )  # fmt: skip
+    sub.add_argument(
         "--training", action="store_true", default=None,
         help="count the backward pass too: three times the work",
     )  # fmt: skip
@@ -157,6 +173,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
             "gemm",
             "live",
             "pull_rate",
+            "ranks_per_node",
+            *BANDWIDTHS,
         )
         options.refuse(args, fixed, "--check has models, loads and batch sizes of its own")
         return _check(args, out)
@@ -167,11 +185,15 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
     """Predict for one model, one batch size and one load."""
     if args.trace is None:
         options.refuse(args, ("history",), "only with --trace")
+    if args.ranks_per_node is None:
+        options.refuse(args, BANDWIDTHS, "only with --ranks-per-node")
     options.fill(
         args,
         {
             "slots": options.SLOTS, "tokens": TOKENS, "history": options.HISTORY,
             "training": False, "live": (1,), "pull_rate": advise.GIGABYTES_PER_SECOND,
+            "node_bandwidth": advise.NODE_GIGABYTES_PER_SECOND,
+            "network_bandwidth": advise.NETWORK_GIGABYTES_PER_SECOND,
         },
     )  # fmt: skip
     output.check_files(
@@ -185,6 +207,8 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
     model, source, layers = sizes(args, trace, loads)
     ep = args.ep or min(options.EP[0], model.experts)
     options.check_divides((ep,), model.experts)
+    if args.ranks_per_node is not None and (ep % args.ranks_per_node or args.ranks_per_node == ep):
+        raise UsageError(f"argument --ranks-per-node: {ep} ranks don't make up several such nodes")
     begin = time.perf_counter()
     cases = _make_cases(args, trace, model.experts)
     possible = advise.select_slots(model, ep, args.slots)
@@ -198,6 +222,13 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
+    network = _predict_network(args, model, gemm, cases, ep, possible)
+    if network is not None:
+        advice["best"] = {k: network["best"][k] for k in ("placement", "slots", "quotas")}
+        advice["recommended"] = None if network["saved_us"] <= 0 else advice["best"]
+    objective = advise.advise_objective(
+        model, gemm, cases, ep, args.tokens, possible, training=args.training
+    )
     live = _predict_live(args, model, layers or 1, gemm, cases, ep, advice["best"])
     report = {
         "command": "advise",
@@ -212,6 +243,9 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
             "training": args.training,
             "live": list(args.live),
             "pull_rate": args.pull_rate,
+            "ranks_per_node": args.ranks_per_node,
+            "node_bandwidth": args.node_bandwidth,
+            "network_bandwidth": args.network_bandwidth,
         },
         "gemm": dataclasses.asdict(gemm),
         "points": [p._asdict() for p in points],
@@ -219,10 +253,33 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
         "seconds": time.perf_counter() - begin,
         "left_out": sorted(set(args.slots) - set(possible)),
         **advice,
+        "network": network,
+        "objective": objective,
         "live": live,
     }
     output.finish(args, out, report, tables.make_advise_grids(report))
     return OK
+
+
+def _predict_network(
+    args: argparse.Namespace,
+    model: advise.Model,
+    gemm: advise.GemmModel,
+    cases: tuple[placement.Case, ...],
+    ep: int,
+    slots: tuple[int, ...],
+) -> dict[str, Any] | None:
+    """Price dispatch and combine, and choose what has the least sum; None without nodes."""
+    if args.ranks_per_node is None:
+        return None
+    nodes = advise.Network(args.ranks_per_node, args.node_bandwidth, args.network_bandwidth)
+    rows = advise.advise_network(
+        model, gemm, cases, ep, args.tokens, slots, nodes, training=args.training
+    )
+    best = advise.choose_network_row(rows)
+    even = min(row["total_us"] for row in rows if row["quotas"] == "even")
+    run_us = advise.predict_overhead_us(ep, args.tokens)["run"]
+    return {"rows": rows, "best": best, "saved_us": even - best["total_us"] - run_us}
 
 
 def _predict_live(

@@ -21,7 +21,7 @@ from lplb_triton.bench.progress import progress
 from lplb_triton.solver import DEFAULT_MAX_ITERATIONS
 from lplb_triton.traces import trace as traces
 
-__all__ = ["DEFAULT_OUT", "add", "run"]
+__all__ = ["DEFAULT_OUT", "add", "add_nodes", "run"]
 
 DEFAULT_OUT = "lplb-bench-results"
 
@@ -57,16 +57,26 @@ def add(commands: Any) -> None:
     )
     sub.add_argument("--trace", type=Path, metavar="PATH", help=f"{options.TRACE_HELP} (default)")
     options.add_balance(sub)
+    add_nodes(sub)
     sub.add_argument(
         "--report", action=argparse.BooleanOptionalAction, default=None,
         help="write report.html beside the PNG (default, where there is a folder)",
     )  # fmt: skip
 
 
+def add_nodes(sub: argparse.ArgumentParser) -> None:
+    """Add the ranks of a node; None means `balance.RANKS_PER_NODE`."""
+    sub.add_argument(
+        "--ranks-per-node", type=options.count, metavar="N",
+        help="consecutive ranks of a node, for what the report says of tokens kept near (default "
+        f"{balance.RANKS_PER_NODE}; all ranks are on one node where that doesn't divide them)",
+    )  # fmt: skip
+
+
 def run(args: argparse.Namespace, out: Output, option: str = "--trace") -> int:
     """Balance the trace that came by this option, write every file, print the tables."""
     default = "" if args.ep is not None else " (the default)"
-    options.fill(args, options.BALANCE_DEFAULTS)
+    options.fill(args, {**options.BALANCE_DEFAULTS, "ranks_per_node": balance.RANKS_PER_NODE})
     folder, paths = _paths(args)
     tables.require("rich")
     if folder is not None:
@@ -101,7 +111,7 @@ def run(args: argparse.Namespace, out: Output, option: str = "--trace") -> int:
         "environment": environment(device),
         "seconds": seconds,
         "cells": [_cell_report(cell, time_label) for cell in cells],
-        "shown": reports.describe_shown(trace, cells, shown, chosen),
+        "shown": reports.describe_shown(trace, cells, shown, chosen, args.ranks_per_node),
         "heat": reports.heat(trace, cells[shown].worst().layer),
         "live": live.find_gain(trace, (cells[shown], *cells)),
     }

@@ -9,12 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lplb_triton.bench import advise, machine, options, output, tables
 from lplb_triton.bench.advise.calibrate import calibrate, list_rows
 from lplb_triton.bench.commands import gpu
-from lplb_triton.bench.measure.simulate import draw_experts
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import OK, Output
 from lplb_triton.bench.progress import progress
@@ -70,13 +67,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
     device, timer = gpu.start(args)
     model = advise.MODELS[args.model or DEFAULT_MODEL]
     hidden, inner = args.hidden or model.hidden, args.inner or model.inner
-    weights = draw_experts(hidden, inner, args.slots, device)
-    name = torch.cuda.get_device_name()
+    time_rank = advise.RankTimer(hidden, inner, args.slots, timer, device)
+    name = machine.device_name()
     begin = time.perf_counter()
     with progress([(name, len(list_rows(args.slots)))], args.progress) as advance:
 
         def time_rows(rows: Sequence[int]) -> float:
-            us = advise.time_rank(rows, weights, timer, device)
+            us = time_rank(rows)
             advance()
             return us
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lplb_triton import Placement
+from lplb_triton import Placement, TimeCost, place
 from lplb_triton.bench import options, output, placement, tables
 from lplb_triton.bench.balance import Stretch, find_stretches
 from lplb_triton.bench.machine import environment
@@ -22,6 +22,8 @@ from lplb_triton.traces.trace import Trace
 __all__ = ["add", "run"]
 
 BASE = "eplb"
+# Methods for ``objective="time"``.
+BY_TIME = ("time", "home-time")
 
 
 class _Loads(NamedTuple):
@@ -66,9 +68,17 @@ def add(commands: Any) -> None:
         "--slots", type=options.slots, required=True, metavar="N", help="redundant slots per rank"
     )
     sub.add_argument(
-        "--method", choices=placement.METHODS, default="chain",
-        help="how to place: EPLB, lplb_triton.chain or lplb_triton.place; home, home-chain and "
-        "home-place leave experts at home and choose copies only (default %(default)s)",
+        "--method", choices=(*placement.METHODS, *BY_TIME), default="chain",
+        help="how to place: EPLB, lplb_triton.chain or lplb_triton.place, time for plans by time; "
+        "those with home leave experts at home and choose copies only (default %(default)s)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--cost", type=Path, metavar="PATH",
+        help="what a rank's products take, from lplb-bench calibrate; for time and home-time",
+    )  # fmt: skip
+    sub.add_argument(
+        "--rows", type=options.count, metavar="N",
+        help="tokens of a rank in a batch, times top-k; for time and home-time",
     )  # fmt: skip
     options.trace_options(sub)
     sub.add_argument(
@@ -88,11 +98,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
     tables.require("rich")
     if not args.method.endswith("place"):
         options.refuse(args, ("trials",), "only for the methods place and home-place")
+    _check_time_options(args)
     options.fill(args, {"history": options.HISTORY})
     if str(args.output) == "-":
         raise UsageError("argument --output: give a path, not -")
     files = ("--json", args.json), ("--markdown", args.markdown), ("--output", args.output)
-    output.check_files(files, [("TRACE", args.trace)])
+    output.check_files(files, [("TRACE", args.trace), ("--cost", args.cost)])
     if args.output.suffix != ".json":
         raise UsageError(f"argument --output: must end in .json, got {str(args.output)!r}")
     device = torch.device(options.choose_device(args.device, None)[0])
@@ -120,6 +131,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         "ep": args.ep,
         "slots": args.slots,
         "trials": args.trials,
+        "rows_per_rank": args.rows,
         "all_batches": args.all_batches,
         "placed_by_steps": [first, last],
         "batches": {"history": stretch.split - stretch.start, "test": stretch.stop - stretch.split},
@@ -136,6 +148,30 @@ def run(args: argparse.Namespace, out: Output) -> int:
     output.finish(args, out, report, [tables.make_place_grid(report)])
     written.close(out.console(args.json, args.markdown))
     return OK
+
+
+def _check_time_options(args: argparse.Namespace) -> None:
+    """Refuse options of placements by time where there is none, and none where there is."""
+    if args.method not in BY_TIME:
+        options.refuse(args, ("cost", "rows"), f"only for the methods {' and '.join(BY_TIME)}")
+    elif args.cost is None or args.rows is None:
+        raise UsageError(f"argument --method: {args.method} needs --cost and --rows")
+
+
+def _place(
+    args: argparse.Namespace, method: str, history: torch.Tensor, device: torch.device
+) -> Placement:
+    """Make a placement of a layer by a method."""
+    if method not in BY_TIME:
+        trials = args.trials if method.endswith("place") else None
+        return placement.make_by_history(method, history, args.ep, args.slots, device, trials)
+    try:
+        return place(
+            history, args.ep, redundant_per_rank=args.slots, keep_home=method == "home-time",
+            objective="time", cost=TimeCost.load(args.cost), rows_per_rank=args.rows,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise UsageError(f"argument --cost: {error}") from error
 
 
 def _cut_trace(args: argparse.Namespace, trace: Trace, source: str) -> tuple[Stretch, list[_Loads]]:
@@ -166,17 +202,12 @@ def _place_layer(
     figures: dict[str, dict[str, float]] = {}
     chosen = None
     for method in dict.fromkeys((BASE, args.method)):
-        trials = args.trials if method.endswith("place") else None
-        chosen = placement.make_by_history(
-            method, loads.history, args.ep, args.slots, device, trials
-        )
+        chosen = _place(args, method, loads.history, device)
         excess = placement.judge(chosen, loads.test, device)
         figures[method] = {name: 1 + value for name, value in excess.items()}
     if chosen is None or args.all_batches:
         everything = torch.cat([loads.history, loads.test.sum(1).double()])
-        chosen = placement.make_by_history(
-            args.method, everything, args.ep, args.slots, device, args.trials
-        )
+        chosen = _place(args, args.method, everything, device)
     counts = loads.test.sum(1)
     in_order = Placement.from_phy2log(torch.arange(counts.shape[1]), args.ep).even_loads(counts)
     some = counts.sum(1) > 0

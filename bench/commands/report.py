@@ -16,7 +16,7 @@ __all__ = ["add", "run"]
 
 # Options for balancing a trace; they do not apply to a finished report of ``balance``.
 _FOR_TRACES = (
-    *("ep", "placement", "slots", "history", "layers", "progress"),
+    *("ep", "placement", "slots", "history", "layers", "progress", "ranks_per_node"),
     *("backend", "device", "tolerance", "json"),
 )
 
@@ -45,6 +45,7 @@ def add(commands: Any) -> None:
         "file", type=Path, metavar="FILE", help=f"trace ({options.TRACE_HELP}), or balance.json"
     )
     options.add_balance(sub)
+    balance.add_nodes(sub)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:

@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from lplb_triton.bench.balance import Cell, Options, compare_batch_sizes, find_changes
+from lplb_triton.bench.balance import (
+    RANKS_PER_NODE,
+    Cell,
+    Options,
+    compare_batch_sizes,
+    find_changes,
+    find_traffic,
+)
 from lplb_triton.bench.report.saving import predict_saving
 from lplb_triton.bench.types import Row
 from lplb_triton.traces.trace import Trace, parse_json
@@ -19,7 +26,13 @@ HEAT_BINS = 64
 MOST_LAYERS, MOST_BATCHES = 8, 48
 
 
-def describe_shown(trace: Trace, cells: tuple[Cell, ...], shown: int, options: Options) -> Row:
+def describe_shown(
+    trace: Trace,
+    cells: tuple[Cell, ...],
+    shown: int,
+    options: Options,
+    ranks_per_node: int = RANKS_PER_NODE,
+) -> Row:
     """Collect what a report says of one combination and not of the others.
 
     Parameters
@@ -30,12 +43,15 @@ def describe_shown(trace: Trace, cells: tuple[Cell, ...], shown: int, options: O
         Its results.
     shown
         Index of the combination.
+    ranks_per_node
+        Consecutive ranks of a node.
 
     Returns
     -------
     dict
-        ``cell`` (the index), ``ranks`` (`rank_loads`), ``changes``, ``batch_sizes`` and ``saving``
-        (see `find_changes`, `compare_batch_sizes` and `predict_saving`).
+        ``cell`` (the index), ``ranks`` (`rank_loads`), ``changes``, ``batch_sizes``, ``traffic``
+        and ``saving`` (see `find_changes`, `compare_batch_sizes`, `find_traffic` and
+        `predict_saving`).
     """
     cell = cells[shown]
     return {
@@ -43,6 +59,7 @@ def describe_shown(trace: Trace, cells: tuple[Cell, ...], shown: int, options: O
         "ranks": rank_loads(cell),
         "changes": find_changes(trace, cell, options),
         "batch_sizes": compare_batch_sizes(trace, cell, options),
+        "traffic": find_traffic(trace, cell, options, ranks_per_node),
         "saving": predict_saving(trace, cell, options.tolerance),
     }
 

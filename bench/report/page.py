@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lplb_triton.bench.report import sections, words
+from lplb_triton.bench.report import sections, traffic, words
 from lplb_triton.bench.report.style import STYLE
 
 __all__ = ["html"]
@@ -90,6 +90,8 @@ def _lay_out(report: Mapping[str, Any]) -> str:
         ("batch-size", "From which batch size on", sections.show_batch_sizes(shown)),
         ("experts", "Experts over time", sections.show_experts(report["heat"])),
     ]
+    if shown.get("traffic") is not None:
+        parts.append(("near", "Near and far", traffic.show_traffic(shown["traffic"])))
     # Live slots are for placements of one group only.
     if report.get("live") is not None:
         parts.append(("live", "Live slots", sections.show_live(report["live"])))

@@ -185,6 +185,7 @@ def answer_batch_size(saving: Mapping[str, Any], sizes: Sequence[Mapping[str, An
     )
     if saving["tokens"] is not None:
         text += _say_recorded(float(saving["tokens"]), saving["sizes"])
+    text += _say_by_time(saving)
     first, largest = sizes[0], sizes[-1]
     if len(sizes) > 1:
         text += (
@@ -193,6 +194,25 @@ def answer_batch_size(saving: Mapping[str, Any], sizes: Sequence[Mapping[str, An
             f"{_say_change(first['eplb'], largest['eplb'])}.</p>"
         )
     return text
+
+
+def _say_by_time(saving: Mapping[str, Any]) -> str:
+    """Say what plans by time save in small batches; nothing where that isn't predicted."""
+    lines = []
+    for size in saving["sizes"]:
+        # Reports of earlier versions don't have it.
+        saved = size.get("by_time")
+        if saved is not None:
+            parts = ", ".join(f"{100 * part:.0f}%" for part in saved)
+            lines.append(f"<li>{name_size(size)}: {parts}</li>")
+    if not lines:
+        return ""
+    small = ", ".join(f"{int(tokens):,}" for tokens in saving["small"])
+    return (
+        f"<p>In batches of {small} tokens of a rank, as in decoding, plans by time "
+        "(<code>Balancer(objective=&quot;time&quot;)</code>) are predicted to take so much less "
+        f"than plans by tokens:</p><ul>{''.join(lines)}</ul>"
+    )
 
 
 def _say_change(before: float, after: float) -> str:

@@ -20,8 +20,13 @@ from lplb_triton.bench.tables.placement import (
     make_placement_grids,
     make_workloads_grids,
 )
+from lplb_triton.bench.tables.scale import make_scale_grids
 from lplb_triton.bench.tables.simulate import make_simulate_grids
 from lplb_triton.bench.tables.simulate_live import make_simulate_live_grids
+from lplb_triton.bench.tables.simulate_time import (
+    make_objective_runs_grid,
+    make_simulate_time_grids,
+)
 from lplb_triton.bench.tables.solve import make_solve_grids
 
 __all__ = [
@@ -38,7 +43,9 @@ __all__ = [
     "make_live_grids",
     "markdown",
     "make_pipeline_grids",
+    "make_objective_runs_grid",
     "make_place_grid",
+    "make_scale_grids",
     "make_placement_grids",
     "require",
     "show_balance",
@@ -46,6 +53,7 @@ __all__ = [
     "show_verdicts",
     "make_simulate_grids",
     "make_simulate_live_grids",
+    "make_simulate_time_grids",
     "make_solve_grids",
     "make_workloads_grids",
 ]

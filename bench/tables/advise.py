@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from lplb_triton.bench.advise.objective import TIME_US
 from lplb_triton.bench.tables.cells import format_us
 from lplb_triton.bench.tables.grid import Grid
 
 __all__ = [
     "make_advice_check_grids",
     "make_advise_grids",
+    "make_objective_grid",
 ]
 
+_NETWORK_TIMES = ("across", "within", "layer", "waiting", "total")
+_WAYS = ("none", "even", "tokens", "time")
 _LIVE_QUANTITIES = (
     *("pieces", "fetching", "sent/received", "fetch", "static", "with live"),
     *("break-even", "live_above", "live_cost", "live MiB", "static MiB"),
@@ -53,6 +57,8 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
             )
         )
     per = "forward and backward" if o["training"] else "forward"
+    nodes = " (below)" if report["network"] else ""
+    left_out = f"communication{nodes}, routing, attention"
     return [
         Grid(
             f"Predicted: expert products of the slowest of {o['ep']} ranks, microseconds",
@@ -65,7 +71,7 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
                 "the fit's worst error).",
                 f"Times of a rank's products: {gemm['source']}. Fit: {gemm['error']:.0%} rms, "
                 f"{gemm['worst']:.0%} at worst. Predicted, not measured: every figure of this "
-                "table. Left out: communication, routing, attention.",
+                f"table. Left out: {left_out}.",
             ),
         ),
         Grid(
@@ -85,8 +91,96 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
                 ),
             ),
         ),
+        *([] if report["network"] is None else [_make_network_grid(report)]),
+        make_objective_grid(report),
         _make_live_grid(report),
     ]
+
+
+def _make_network_grid(report: dict[str, Any]) -> Grid:
+    """Lay out what dispatch and combine are predicted to cost, beside the products."""
+    o, found = report["options"], report["network"]
+    best = found["best"]
+    rows = [
+        (
+            row["placement"],
+            str(row["slots"]),
+            row["quotas"],
+            f"{row['across']:.3f}",
+            f"{row['nodes']:.2f}",
+            *(_format_time(row[f"{name}_us"]) for name in _NETWORK_TIMES),
+        )
+        for row in found["rows"]
+    ]
+    saved = found["saved_us"]
+    verdict = (
+        f"Least in all: {best['placement']}, {best['slots']} slots, quotas={best['quotas']!r}: "
+        f"{_format_time(best['total_us'])} us, "
+        + (
+            f"{_format_time(saved)} us less than EPLB's even split after the time of a run. "
+            if saved > 0
+            else "which with the time of a run is no less than EPLB's even split. "
+        )
+        + f"Rows to other nodes take {_format_time(best['across_us'])} us of it, and waiting for "
+        f"the slowest rank {_format_time(best['waiting_us'])} us."
+    )
+    return Grid(
+        "Predicted: with dispatch and combine across nodes, microseconds",
+        ("placement", "slots", "quotas", "leave", "nodes", *_NETWORK_TIMES),
+        rows,
+        (
+            f"Nodes of {o['ranks_per_node']} ranks; a rank moves {o['node_bandwidth']:g} GB/s "
+            f"within and {o['network_bandwidth']:g} GB/s across nodes (assumed unless given). "
+            "leave: part of the assignments to other nodes. nodes: other nodes that a token is "
+            "sent to, once each, as if its experts were independent. across, within: both "
+            "ways of bfloat16 rows of the busiest node and rank, at once, so that the slower "
+            "counts. layer: products of the slowest rank. waiting: the part of it above the mean. "
+            "total: layer, slower path, and counts across nodes. even: EPLB's copies share evenly.",
+            verdict,
+        ),
+    )
+
+
+def make_objective_grid(report: dict[str, Any]) -> Grid:
+    """Lay out the layer's time under each objective, by tokens of a rank."""
+    rows = report["objective"]
+    (here,) = (row for row in rows if row["tokens"] == report["options"]["tokens"])
+    return Grid(
+        "Predicted: objectives, slowest rank, microseconds",
+        ("tokens", *_WAYS, "time on", "best"),
+        [
+            (
+                str(row["tokens"]),
+                *(_format_time(row["layer_us"][way]) for way in _WAYS),
+                _format_placed(row["placed"]["time"]),
+                row["best"],
+            )
+            for row in rows
+        ],
+        (
+            "tokens: of a rank in a batch, whole ones, with exact quotas. none: experts in order, "
+            "no copies. even, tokens, time: an even split, and objective= of Balancer, each on its "
+            "best placement of those above. best: the least, where tokens adds the time of sync "
+            f"and run, and time about {TIME_US:g} microseconds more (an estimate).",
+            _describe_objective(here),
+        ),
+    )
+
+
+def _format_placed(placed: dict[str, Any]) -> str:
+    """Return a placement with its slots, such as ``chain 1``."""
+    return f"{placed['placement']} {placed['slots']}"
+
+
+def _describe_objective(row: dict[str, Any]) -> str:
+    """Say which way is the best one for batches of the size asked for."""
+    head = f"With {row['tokens']} tokens per rank: "
+    if row["best"] in ("none", "even"):
+        least = "no copies" if row["best"] == "none" else "an even split"
+        return f"{head}{least}; no plan of a batch pays."
+    said = f"{head}objective={row['best']!r} on {_format_placed(row['placed'][row['best']])}"
+    more = "; lplb_triton.place(objective='time') may find a better placement"
+    return said + (more if row["best"] == "time" else "") + "."
 
 
 def _make_live_grid(report: dict[str, Any]) -> Grid:
@@ -142,6 +236,8 @@ def _describe_layer(options: dict[str, Any]) -> str:
 def _describe_recommendation(report: dict[str, Any]) -> str:
     """Say whether balancing pays, and what is recommended."""
     best = f"{report['best']['placement']}, {report['best']['slots']} slots per rank"
+    if report["network"] is not None:
+        return "What is recommended with the network stands below."
     if report["pays"] == "no":
         return (
             "It does not pay here: nothing is recommended but EPLB's even split or no copies. "

@@ -120,6 +120,24 @@ class Backend(ABC):
         """Solve as `run` does, which may leave out what only `solve` returns."""
         return self.solve(counts, certified)
 
+    def plan_shares(self, counts: torch.Tensor, certified: torch.Tensor) -> torch.Tensor:
+        """Return cumulative shares by copy of the plan in use, by tokens or by time."""
+        solution = self.solve(counts, certified)
+        cumulative = self.cumulative_shares(solution.shares)
+        if self.layer.cost is None:
+            return cumulative
+        return self.plan_by_time(counts, cumulative, solution.status)
+
+    @abstractmethod
+    def plan_by_time(
+        self, counts: torch.Tensor, cumulative: torch.Tensor, status: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the cumulative shares of a plan by time, and write its times.
+
+        ``cumulative`` ``[n_copies]`` int32 and ``status`` ``[n_group]`` int32 are those of the
+        token plan; the former may be overwritten.
+        """
+
     @abstractmethod
     def select(
         self, idx: torch.Tensor, cumulative: torch.Tensor, running: torch.Tensor

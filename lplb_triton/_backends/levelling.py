@@ -140,6 +140,14 @@ class LevellingBackend(TritonBackend):
         kernels.solve_counts(None, buffers, self.solve_tables, settings, self.report)
         return buffers
 
+    def plan_shares(self, counts: torch.Tensor, certified: torch.Tensor) -> torch.Tensor:
+        """See `Backend.plan_shares`."""
+        self.raise_on_report()
+        buffers = self.solve_by_copy(counts, certified)
+        if self.layer.cost is not None:
+            self.plan_by_time(buffers.counts, buffers.cumulative, buffers.ints[1])
+        return buffers.cumulative
+
     def settings(
         self, certified: torch.Tensor, solves: torch.Tensor, uncertified: torch.Tensor
     ) -> kernels.Settings:

@@ -75,7 +75,7 @@ class TorchBackend(Backend):
         if layer.live is not None:
             start, slot, cumulative = self._plan_live_slots(total, cumulative, solution)
         if layer.cost is not None:
-            cumulative = self._plan_by_time(total, cumulative)
+            cumulative = self.plan_by_time(total, cumulative, solution.status)
         if gathered is not None and layer.communicator is not None:
             holder = slot // layer.placement.slots_per_rank
             ranks_per_node = layer.locality.ranks_per_node or layer.communicator.ranks_per_node
@@ -124,8 +124,10 @@ class TorchBackend(Backend):
         moved = [tensor.to(layer.device) for tensor in moved]
         return moved[0], moved[1], moved[2]
 
-    def _plan_by_time(self, counts: torch.Tensor, cumulative: torch.Tensor) -> torch.Tensor:
-        """Plan a batch by time on the host; returns cumulative shares by copy."""
+    def plan_by_time(
+        self, counts: torch.Tensor, cumulative: torch.Tensor, status: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Backend.plan_by_time`; plans on the host."""
         layer, p = self.layer, self.layer.placement
         if layer.cost is None or layer.times is None:
             raise RuntimeError("the balancer has no cost")

@@ -161,6 +161,16 @@ class TritonBackend(Backend):
         numbers = layer.node_traffic if numbers is None else numbers
         return kernels.NearPlan(tables, scratch, numbers, slack, ranks_per_node)
 
+    def plan_by_time(
+        self, counts: torch.Tensor, cumulative: torch.Tensor, status: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Backend.plan_by_time`."""
+        plan = self.make_time_plan()
+        if plan is None:
+            raise RuntimeError("the balancer has no cost")
+        kernels.plan_time(counts, cumulative, status, plan)
+        return cumulative
+
     def warmup(self) -> None:
         """See `Backend.warmup`."""
         layer = self.layer

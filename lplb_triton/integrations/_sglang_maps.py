@@ -26,9 +26,10 @@ class Maps(NamedTuple):
     """Index in the flat ``log2phy``, ascending."""
     slot: NDArray[np.int64]
     cell: NDArray[np.int64]
-    """The copy's index in the flat shares; one past them if the expert is on one rank only."""
+    """The copy's index in the flat shares; one past them if the expert is on one rank only. Where
+    shares are by slot, the slot."""
     part: NDArray[np.float32]
-    """The fraction of the rank's share that goes to this copy."""
+    """The fraction of that share that goes to this copy."""
     even: NDArray[np.float32]
     """One divided by the number of slots that the row lists."""
 
@@ -49,10 +50,12 @@ def read_maps(
     num_gpus: int,
     known: Placement | None,
     stacklevel: int,
+    by_slot: bool = False,
 ) -> Maps:
     """Check the maps of `LPLBSolver` against each other, or raise naming the argument.
 
-    ``known`` is a placement that is returned if ``phy2log`` is its slot map. Warns of rows that
+    ``known`` is a placement that is returned if ``phy2log`` is its slot map. Shares are by rank and
+    column, or ``by_slot``. Warns of rows that
     list only some of an expert's slots, on behalf of the caller ``stacklevel`` frames up.
     """
     n_physical, (n_logical, width) = len(phy2log), log2phy.shape
@@ -98,8 +101,8 @@ def read_maps(
         placement=placement,
         at=at,
         slot=slot,
-        cell=cell[slot],
-        part=one / multiplicity[slot].astype(np.float32),
+        cell=slot if by_slot else cell[slot],
+        part=one / (np.ones_like(slot) if by_slot else multiplicity[slot]).astype(np.float32),
         even=one / listed[expert].astype(np.float32),
     )
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from lplb_triton._checks import check_integer
+from lplb_triton._checks import check_choice, check_integer
 from lplb_triton._membership import warn_if_no_group
+from lplb_triton._objective import OBJECTIVES
 from lplb_triton._updates import update_placements
 from lplb_triton.balancer import Balancer
+from lplb_triton.costs import TimeCost
 from lplb_triton.integrations._checks import check_int_map
 from lplb_triton.integrations._sglang_maps import MAP_NAMES, Maps, Tables, read_maps
 from lplb_triton.placement import Placement
@@ -63,6 +65,12 @@ class LPLBSolver:
         are then global as they are, and `run` doesn't depend on the rank. The ids of a batch must
         be equal on all ranks, bit for bit. `solve` is equal on all ranks too, but sampling by it
         is not.
+    objective : {"tokens", "time"}
+        As for `lplb_triton.Balancer`. With ``"time"``, which is of use in decoding, `solve` returns
+        the shares of the plan by time: a closed copy has probability 0. Whole tiles need `run`,
+        since sampling is noisy.
+    cost : lplb_triton.TimeCost or None
+        What a rank's expert products take, with ``objective="time"``; the same on every rank.
 
     Attributes
     ----------
@@ -112,6 +120,8 @@ class LPLBSolver:
         backend: str | None = None,
         tolerance: float = DEFAULT_TOLERANCE,
         replicated_tokens: bool = False,
+        objective: str = "tokens",
+        cost: TimeCost | None = None,
     ) -> None:
         self.num_gpus = check_integer("num_gpus", num_gpus)
         self.ep_group = ep_group
@@ -131,7 +141,11 @@ class LPLBSolver:
         n_valid = logical_to_all_physical_map_num_valid
         if phy2log.device != log2phy.device:
             raise ValueError(f"log2phy is on {log2phy.device}, phy2log on {phy2log.device}")
-        maps = read_maps(phy2log, log2phy, n_valid, self.num_gpus, None, stacklevel=2)
+        check_choice("objective", objective, OBJECTIVES)
+        self._by_time = objective == "time"
+        maps = read_maps(
+            phy2log, log2phy, n_valid, self.num_gpus, None, stacklevel=2, by_slot=self._by_time
+        )
         if group is None and not replicated_tokens:
             warn_if_no_group(maps.placement, stacklevel=2, advice=_ALONE)
         # Tensors made in inference mode could not be used outside of it.
@@ -145,6 +159,8 @@ class LPLBSolver:
                 device=phy2log.device,
                 backend=backend,
                 tolerance=tolerance,
+                objective=objective,
+                cost=cost,
             )
             _check_same(maps.placement, self.balancer.placement)
             self._allocate(maps)
@@ -158,7 +174,7 @@ class LPLBSolver:
         if self.balancer.backend == "triton":
             self.balancer.warmup()
             no_counts = torch.zeros(self.num_logical, dtype=torch.int32, device=device)
-            self._write_probabilities(self.balancer.solve(no_counts).shares)
+            self._write_probabilities(self._find_shares(no_counts))
             self._probabilities.copy_(self._tables.even)
             self.balancer.certified.zero_()
             self.balancer.solves.zero_()
@@ -196,7 +212,13 @@ class LPLBSolver:
             counts, _ = self.balancer.count(topk_ids)
         except (TypeError, ValueError, RuntimeError) as error:
             raise _translate_error(error) from None
-        return self._write_probabilities(self.balancer.solve(self.balancer.sync(counts)).shares)
+        return self._write_probabilities(self._find_shares(self.balancer.sync(counts)))
+
+    def _find_shares(self, counts: torch.Tensor) -> torch.Tensor:
+        """Return the plan's shares: by slot if it is by time, else by rank and column."""
+        if self._by_time:
+            return self.balancer.share_slots(counts)
+        return self.balancer.solve(counts).shares
 
     def run(self, topk_ids: torch.Tensor) -> torch.Tensor:
         """Physical ids for this batch, in place of `solve` and sampling; quotas are met exactly.
@@ -271,7 +293,7 @@ class LPLBSolver:
             )
 
     def _write_probabilities(self, shares: torch.Tensor) -> torch.Tensor:
-        """Write shares ``[1, num_gpus, columns]`` by expert and copy into the fixed buffer."""
+        """Write shares of `_find_shares` by expert and copy into the fixed buffer."""
         tables = self._tables
         part = torch.cat([shares.reshape(-1), self._one])[tables.cell] * tables.part
         listed = part.sum(1, keepdim=True)
@@ -360,6 +382,7 @@ def _read_layers(
             first.num_gpus,
             solver.balancer.placement,
             stacklevel=4,
+            by_slot=solver._by_time,
         )
         for i, solver in enumerate(solvers)
     ]

@@ -9,7 +9,7 @@ whose optima over recorded and synthetic batches are low, on a CPU by the cuts t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lplb_triton._checks import check_flag, check_integer, check_number
 from lplb_triton._threads import one_thread
 from lplb_triton.placement import Placement
+from lplb_triton.placement.by_time import place_by_time
 from lplb_triton.placement.chaining import chain, check_load, check_ranks, scale_rows
 from lplb_triton.placement.cut_search import CutSearch
 from lplb_triton.placement.exact_search import CANDIDATES, ExactSearch
@@ -29,6 +30,9 @@ from lplb_triton.placement.moves import (
     require_placement,
 )
 from lplb_triton.solver import solve
+
+if TYPE_CHECKING:
+    from lplb_triton.costs import TimeCost
 
 __all__ = ["place"]
 
@@ -67,6 +71,9 @@ def place(
     device: torch.device | str | None = None,
     seed: int = 0,
     keep_home: bool = False,
+    objective: str = "tokens",
+    cost: TimeCost | None = None,
+    rows_per_rank: int | None = None,
 ) -> Placement:
     """Place and replicate experts so that the program's optimum is low over recorded batches.
 
@@ -122,13 +129,24 @@ def place(
         Whether the first ``n_logical / ep_size`` slots of rank r hold experts
         ``r * n_logical / ep_size`` and following, in order, as frameworks shard them (also in
         `previous`). Only the redundant slots are chosen then.
+    objective : {"tokens", "time"}
+        ``"time"``: for a `Balancer` that makes plans by time, such as in decoding. Several
+        placements are judged by the predicted times of these plans in `samples` (32) batches, drawn
+        by recorded loads: the one by tokens, found with `trials` (0), and placements with equal
+        numbers of active experts on every rank. A move costs `move_penalty` times the mean time
+        with `previous`.
+    cost : TimeCost or None
+        What a rank's products take, with ``objective="time"``.
+    rows_per_rank : int or None
+        Tokens of a rank in a batch, times top-k, with ``objective="time"``.
 
     Returns
     -------
     Placement
         One LP group over all ranks, or one for each domain. The mean optimum over `history` (plus
         the price of moves) is no larger than that of the start (so than EPLB's), up to the solver's
-        tolerance of 1e-3 and, where the search took a margin for drift, 5e-4.
+        tolerance of 1e-3 and, where the search took a margin for drift, 5e-4. With
+        ``objective="time"`` it is that of the placements judged whose mean time is the least.
 
     Raises
     ------
@@ -143,6 +161,14 @@ def place(
     >>> place(history, 2, redundant_per_rank=1)
     Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
     """
+    if objective != "tokens" or cost is not None or rows_per_rank is not None:
+        arguments = {
+            "redundant_per_rank": redundant_per_rank, "previous": previous,
+            "move_penalty": move_penalty, "ranks_per_domain": ranks_per_domain,
+            "samples": samples, "trials": trials, "dispersion": dispersion, "device": device,
+            "seed": seed, "keep_home": keep_home,
+        }  # fmt: skip
+        return place_by_time(place, history, ep_size, objective, cost, rows_per_rank, arguments)
     load = scale_rows(check_load("history", history, (1, 2)))
     where = history.device if device is None else _check_device(device)
     n_logical = load.shape[1]

@@ -1,4 +1,7 @@
-"""Nodes on one machine: network namespaces joined by a bridge, and ranks in them.
+"""Nodes on one machine: network namespaces that are joined, and ranks in them.
+
+A bridge joins them, whose links the kernel delays and limits; or where it can't delay them, a
+thread that forwards packets.
 
 The namespaces have no names. Each lives as long as a process in it, so the kernel takes it away,
 with its interfaces, when the processes that this file starts have ended, however the tests end.
@@ -15,8 +18,10 @@ import time
 
 from gloo import context
 
-CLONE_NEWUTS, CLONE_NEWNET = 0x04000000, 0x40000000
-RATE = "50mbit"
+from helpers.forwarder import CLONE_NEWNET, Forwarder
+
+CLONE_NEWUTS = 0x04000000
+RATE, BYTES_PER_SECOND, DELAY = "50mbit", 50e6 / 8, 0.001
 
 
 class NetworkError(Exception):
@@ -24,7 +29,7 @@ class NetworkError(Exception):
 
 
 class Network:
-    """Nodes 10.77.0.1, 10.77.0.2, ... with a link each to one bridge; a context manager."""
+    """Nodes 10.77.0.1, 10.77.0.2, ... with a link each to the others; a context manager."""
 
     def __init__(self, n_nodes):
         if not sys.platform.startswith("linux") or os.geteuid():
@@ -34,14 +39,28 @@ class Network:
             raise NetworkError(f"no program {missing}")
         self._holders = []
         self.nodes, self.limits = [], set()
+        self._forwarder = None
         try:
             self._switch = self._make_namespace()
-            self._set(self._switch, "ip link add br0 type bridge", "ip link set br0 up")
+            if not self._can_delay() and os.access("/dev/net/tun", os.R_OK | os.W_OK):
+                self._forwarder = Forwarder(DELAY, BYTES_PER_SECOND)
+                self.limits.add(f"a thread: {RATE}, {1e3 * DELAY:g} ms")
+            else:
+                self._set(self._switch, "ip link add br0 type bridge", "ip link set br0 up")
             for node in range(n_nodes):
                 self._add_node(node)
+            if self._forwarder:
+                self._forwarder.start()
         except BaseException:
             self.close()
             raise
+
+    def _can_delay(self):
+        """Say whether the kernel delays packets."""
+        with contextlib.suppress(NetworkError):
+            self._set(self._switch, "tc qdisc add dev lo root netem delay 1ms")
+            return True
+        return False
 
     def _make_namespace(self):
         """Start a process in a namespace of its own; return its process id."""
@@ -75,18 +94,21 @@ class Network:
     def _add_node(self, node):
         pid = self._make_namespace()
         self.nodes.append(pid)
+        address = f"ip address add {self.address(node)}/24 dev eth0"
+        if self._forwarder:
+            try:
+                self._forwarder.make_device(pid, "eth0", self.address(node))
+            except OSError as error:
+                raise NetworkError(f"no TUN device: {error}") from error
+            self._set(pid, "ip link set lo up", address, "ip link set eth0 mtu 9000 up")
+            return
         self._set(
             self._switch,
             f"ip link add port{node} type veth peer name eth0 netns {pid}",
             f"ip link set port{node} master br0",
             f"ip link set port{node} up",
         )
-        self._set(
-            pid,
-            "ip link set lo up",
-            f"ip address add {self.address(node)}/24 dev eth0",
-            "ip link set eth0 up",
-        )
+        self._set(pid, "ip link set lo up", address, "ip link set eth0 up")
         self._limit(self._switch, f"port{node}")
         self._limit(pid, "eth0")
 
@@ -110,18 +132,29 @@ class Network:
 
     def stall(self, node):
         """Let the link drop everything; the node still sees a carrier."""
-        self._set(self._switch, f"ip link set port{node} nomaster")
+        if self._forwarder:
+            self._forwarder.dropped.add(node)
+        else:
+            self._set(self._switch, f"ip link set port{node} nomaster")
 
     def resume(self, node):
         """Undo `stall`."""
-        self._set(self._switch, f"ip link set port{node} master br0")
+        if self._forwarder:
+            self._forwarder.dropped.discard(node)
+        else:
+            self._set(self._switch, f"ip link set port{node} master br0")
 
     def unplug(self, node):
         """Take the link down, so that nothing tells the others when processes of the node end."""
-        self._set(self._switch, f"ip link set port{node} down")
+        if self._forwarder:
+            self.stall(node)
+        else:
+            self._set(self._switch, f"ip link set port{node} down")
 
     def close(self):
         """End the processes that hold the namespaces; the namespaces end with their last rank."""
+        if self._forwarder:
+            self._forwarder.close()
         for holder in self._holders:
             holder.kill()
         for holder in self._holders:
