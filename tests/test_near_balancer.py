@@ -183,6 +183,8 @@ def test_copies_and_files_keep_the_locality():
     kind, state = balancer.__reduce__()[1]
     del state["settings"]["locality"]
     assert balancer.__reduce__()[0](kind, state).locality == "none"
+    with pytest.raises(RuntimeError, match="near are made by run only"):
+        balancer.share_slots(counts.sum(0))
     plain = make(placement, 0, BACKENDS[-1], NONE, Table(counts))
     with pytest.raises(RuntimeError, match="locality='node' only"):
         _ = plain.node_traffic
