@@ -28,11 +28,11 @@ class PlanTimes(NamedTuple):
     tokens: torch.Tensor
     """float32: the time of the token plan, which ``objective="tokens"`` would have used."""
     plan: torch.Tensor
-    """float32: the time of the plan in use."""
+    """float32: the time of the plan in use; above ``tokens`` by 1% at most."""
     smoothed_tokens: torch.Tensor
     """float32: as ``tokens``, by the smoothed table, by which plans are compared."""
     smoothed_plan: torch.Tensor
-    """float32: as ``plan``, by the smoothed table; never above ``smoothed_tokens``."""
+    """float32: as ``plan``, by the smoothed table."""
     choice: torch.Tensor
     """int64: which plan is in use. 0 is the token plan, 1 the even split, 2 experts at home, and
     3 to 6 what moves have made of the token plan, balanced homes, the token plan without small

@@ -41,7 +41,7 @@ def test_ids_have_the_predicted_time(backend, solver):
     assert torch.equal(experts[out >= 0], idx[idx >= 0])
     times = balancer.times
     assert float(times.plan) == COST.predict(rows_of(placement, out)).max()
-    assert float(times.smoothed_plan) <= float(times.smoothed_tokens)
+    assert float(times.smoothed_plan) < float(times.smoothed_tokens)
     assert float(times.plan) < 0.97 * float(times.tokens)
     assert times.plan.shape == (1,) and times.plan.device == idx.device
     assert int(balancer.certified) == int(balancer.solves) == 1

@@ -78,7 +78,7 @@ def test_no_plan_beats_the_bound(rows):
 @pytest.mark.parametrize(("ranks", "slots", "experts"), SHAPES)
 @pytest.mark.parametrize("rows", [1, 16, 90, 700])
 def test_no_plan_is_slower_than_what_it_began_with(ranks, slots, experts, rows):
-    """Every token is in one cell, and by the smoothed table no simple plan is faster."""
+    """Every token is in one cell, and no simple plan is faster by more than one percent."""
     placement, counts, cumulative = draw_case(rows, ranks, slots, experts, rows)
     start = copy_starts(placement)
     for tables, plan in plan_case(placement, counts, cumulative, margin=4):
@@ -86,10 +86,18 @@ def test_no_plan_is_slower_than_what_it_began_with(ranks, slots, experts, rows):
         assert (plan.rows >= 0).all() and (sums == counts[tables.experts]).all()
         simple = find_starts(tables, COST, counts, cumulative, start)
         for name in ("tokens", "even", "home"):
-            assert plan.times[3] <= find_slowest(tables, simple[name])
+            exact, smooth = (find_slowest(tables, simple[name], smoothed=s) for s in (False, True))
+            assert plan.times[1] <= 1.0101 * exact
+            # Of those within the limit, the plan is the first by the smoothed table.
+            assert plan.times[3] <= smooth or exact > 1.01 * find_least(tables, simple)
         assert plan.times[3] == find_slowest(tables, plan.rows)
         assert plan.times[1] == find_slowest(tables, plan.rows, smoothed=False)
         assert plan.times[2] == find_slowest(tables, simple["tokens"])
+
+
+def find_least(tables, simple):
+    """Return the least exact time of the plans that are judged as they are."""
+    return min(find_slowest(tables, simple[k], smoothed=False) for k in ("tokens", "even", "home"))
 
 
 def test_few_rows_gain_by_closing_copies():

@@ -24,6 +24,8 @@ N_STEPS = tl.constexpr(int(_layout.TimeExtent.N_STEPS))
 MOST_CELLS = tl.constexpr(int(_layout.TimeExtent.MOST_CELLS))
 MULTIPLICITY = tl.constexpr(int(_layout.TimeExtent.MULTIPLICITY))
 INVALID = tl.constexpr(_layout.STATUS_INVALID)
+# No plan is taken whose time is above this many times the least of the plans judged as they are.
+MOST_SLOWER = tl.constexpr(1.01)
 # Candidates before this one are improved by the smoothed table, and go through classes backward.
 N_SMOOTHED = tl.constexpr(2)
 
@@ -52,15 +54,18 @@ def _pick(values, k, chosen):
 
 @triton.jit
 def _choose(before, before_exact, after, after_exact):
-    """Choose the plan with the smallest time, the first of equal ones (equation 31).
+    """Choose the plan with the smallest smoothed time, the first of equal ones (equation 31).
 
-    Returns its number, and the times of the token plan and of this one, exact and smoothed.
+    Plans whose exact time is too far above that of simple ones are left out. Returns the number of
+    the plan, and the times of the token plan and of this one, exact and smoothed.
     """
     k = tl.arange(0, CANDIDATES)
-    judged = tl.where(k < JUDGED, before, float("inf"))
-    best_before, best_after = tl.min(judged, 0), tl.min(after, 0)
+    limit = tl.min(tl.where(k < JUDGED, before_exact, float("inf")), 0) * MOST_SLOWER
+    judged = tl.where((k < JUDGED) & (before_exact <= limit), before, float("inf"))
+    improved = tl.where(after_exact <= limit, after, float("inf"))
+    best_before, best_after = tl.min(judged, 0), tl.min(improved, 0)
     from_before = tl.min(tl.where(judged == best_before, k, CANDIDATES), 0)
-    from_after = tl.min(tl.where(after == best_after, k, CANDIDATES), 0)
+    from_after = tl.min(tl.where(improved == best_after, k, CANDIDATES), 0)
     as_it_was = best_before <= best_after
     choice = tl.where(as_it_was, from_before, from_after + JUDGED)
     exact = tl.where(

@@ -87,11 +87,13 @@ def place_by_time(
     options["trials"] = 0 if options["trials"] is None else options["trials"]
     samples = options.pop("samples")
     samples = SAMPLES if samples is None else check_integer("samples", samples, 1)
-    by_tokens = place(history, ep_size, **options)
-    cost = resolve_cost(by_tokens, objective, cost)
-    assert cost is not None
     load = scale_rows(check_load("history", history, (1, 2)))
     load = load[load.sum(1) > 0]
+    # Without a search, its start is as good as any by the mean, and is found much faster.
+    seen = _average(load) if len(load) and not options["trials"] else history
+    by_tokens = place(seen, ep_size, **options)
+    cost = resolve_cost(by_tokens, objective, cost)
+    assert cost is not None
     if not len(load):
         return by_tokens
     rng = np.random.default_rng(options["seed"])
@@ -101,23 +103,29 @@ def place_by_time(
     return _choose(made, counts, cost, options["previous"], options["move_penalty"])
 
 
+def _average(load: Doubles) -> torch.Tensor:
+    """Return the mean of loads, each batch counting equally, ``[n_logical]``."""
+    return torch.from_numpy((load / load.sum(1, keepdims=True)).mean(0))
+
+
 def _make_candidates(
     load: Doubles, counts: Ints, cost: TimeCost, ep_size: int, options: dict[str, Any]
 ) -> list[Placement]:
     """Make placements that may be faster than the one by tokens.
 
-    The copies of the chain, and on one domain those of EPLB, on originals where frameworks put
-    them, and, where originals may move, on levelled ones too.
+    The chain; and its copies, on one domain those of EPLB too, on originals where frameworks put
+    them and, where originals may move, on levelled ones.
     """
     redundant, domain = options["redundant_per_rank"], options["ranks_per_domain"]
-    mean = (load / load.sum(1, keepdims=True)).mean(0)
-    in_order = np.arange(len(mean))
-    orders = [in_order]
+    mean = _average(load)
+    found = []
+    orders = [np.arange(len(mean))]
     if not options["keep_home"]:
         orders.append(level_homes(estimate_weights(counts, cost, ep_size), ep_size))
-    found = []
+        found.append(chain(mean, ep_size, redundant_per_rank=redundant, ranks_per_domain=domain))
     for order in orders:
-        ordered = torch.from_numpy(mean[order])
+        names = torch.from_numpy(order)
+        ordered = mean[names]
         copied = [
             chain(
                 ordered,
@@ -133,7 +141,6 @@ def _make_candidates(
                     ordered, ep_size, redundant_per_rank=redundant, keep_home=True
                 )
             )
-        names = torch.from_numpy(order)
         found += [
             Placement(names[one.phy2log.long()], ep_size, n_logical=len(mean), n_group=one.n_group)
             for one in copied

@@ -45,6 +45,8 @@ CANDIDATES = (
 # Weight of both ranks' times beside that of the slower one, and what a split must win by (29).
 SUM_WEIGHT = np.float32(0.1)
 KEEP = np.float32(0.999999)
+# No plan is taken whose time is above the least of those of `JUDGED`, times this (31).
+MOST_SLOWER = np.float32(1.01)
 
 
 class TimePlan(NamedTuple):
@@ -279,7 +281,7 @@ def plan_time(
     Returns
     -------
     TimePlan
-        By the smoothed table no slower than the token plan, the even split, and experts at home.
+        Slower than the token plan, the even split or experts at home by 1% at most.
     """
     starts = find_starts(tables, cost, counts, cumulative, copy_start)
     plans = [starts[name] for name in JUDGED]
@@ -288,10 +290,13 @@ def plan_time(
         for name, smoothed, backward in CANDIDATES
     ]
     sums = [count_ranks(tables, cost, rows) for rows in plans]
-    judged = [_find_times(tables, cost, s, True).max() for s in sums]
-    choice = int(np.argmin(judged))
-    exact = [_find_times(tables, cost, sums[i], False).max() for i in (0, choice)]
-    times = np.array([*exact, judged[0], judged[choice]], dtype=np.float32)
+    exact, smoothed = (
+        np.array([_find_times(tables, cost, one, table).max() for one in sums])
+        for table in (False, True)
+    )
+    limit = exact[: len(JUDGED)].min() * MOST_SLOWER
+    choice = int(np.argmin(np.where(exact <= limit, smoothed, np.inf)))
+    times = np.array([exact[0], exact[choice], smoothed[0], smoothed[choice]], dtype=np.float32)
     return TimePlan(plans[choice], choice, times)
 
 
