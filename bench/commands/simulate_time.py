@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
             "Batches come in random order, so that those within --seconds are a sample of all."
         ),
         examples=(
-            "  lplb-bench simulate-time --ep 8,32,64 --seconds 200 --json time.json --markdown time.md\n"
+            "  lplb-bench simulate-time --ep 8,32,64 --seconds 200 --json time.json\n"
             "  lplb-bench simulate-time --model deepseek-v3 --ep 32,64 --tokens 16,64,256\n"
             "  lplb-bench simulate-time --predict     on a CPU, by the packaged times of one H100"
         ),
