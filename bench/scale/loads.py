@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -101,8 +102,14 @@ def draw_loads(
     return ScaleLoads(*map(torch.from_numpy, (rates[:HISTORY].mean(0), test, by_node)))
 
 
+@lru_cache(maxsize=1)
+def _load_packaged() -> traces.Trace:
+    """Load the packaged trace once: every number of ranks and slots takes it."""
+    return traces.packaged()
+
+
 def _spread_trace(ep: int, experts: int, batches: int, nodes: int) -> ScaleLoads:
-    recorded = traces.packaged()
+    recorded = _load_packaged()
     layers, rest = divmod(experts, recorded.experts)
     if rest or layers > recorded.layers:
         raise ValueError(
