@@ -6,6 +6,7 @@ import torch
 
 from lplb_triton._backends.base import Backend
 from lplb_triton._backends.layer import Layer
+from lplb_triton._checks import check_ids
 from lplb_triton._locality import NodeTraffic, read_node_traffic
 from lplb_triton._objective import PlanTimes, read_times
 from lplb_triton._torch_op import opaque
@@ -112,3 +113,47 @@ class BatchReports:
         if self._layer.node_traffic is None:
             raise RuntimeError("traffic between nodes is known with locality='node' only")
         return read_node_traffic(self._layer.node_traffic)
+
+    @opaque
+    def count_node_pairs(self, physical_ids: torch.Tensor) -> torch.Tensor:
+        """Count the pairs of a token of this rank and another node that it goes to.
+
+        An all-to-all that sends a token to a node once, however many of its experts are there,
+        sends so many over the network.
+
+        Parameters
+        ----------
+        physical_ids : torch.Tensor
+            ``[..., top_k]`` int, what `run` has returned; -1 counts nowhere.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[1]`` int64 on the device, without a wait for it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For ids of the wrong dtype or device, or without a dimension.
+        RuntimeError
+            If the balancer has neither ``ranks_per_node`` nor a group.
+        """
+        layer, p = self._layer, self.placement
+        check_ids("physical_ids", physical_ids, layer.device)
+        if physical_ids.ndim == 0:
+            raise ValueError("physical_ids must be [..., top_k], got a single number")
+        ranks_per_node = layer.locality.ranks_per_node
+        if ranks_per_node is None:
+            if layer.communicator is None:
+                raise RuntimeError("pairs of tokens and nodes need ranks_per_node, or a group")
+            ranks_per_node = layer.communicator.ranks_per_node
+        n_nodes = -(-p.ep_size // ranks_per_node)
+        top_k = physical_ids.shape[-1]
+        ids = physical_ids.reshape(-1, top_k).long()
+        # Dropped ones go to a node behind the last.
+        node = torch.where(ids < 0, n_nodes, ids // (p.slots_per_rank * ranks_per_node))
+        reached = torch.zeros(len(ids), n_nodes + 1, dtype=torch.bool, device=layer.device)
+        reached.scatter_(1, node, True)
+        reached[:, n_nodes] = False
+        reached[:, layer.rank // ranks_per_node] = False
+        return reached.sum().reshape(1)

@@ -142,11 +142,14 @@ class BatchSteps:
         Raises
         ------
         TypeError, ValueError, RuntimeError
-            As `solve` does; also with live slots, which only `run` plans.
+            As `solve` does; also with live slots and with ``locality="node"``, which only `run`
+            plans.
         """
         layer, backend = self._layer, self._backend
         if layer.placement.live_per_rank:
             raise RuntimeError("live slots are planned by run only")
+        if layer.locality.slack is not None:
+            raise RuntimeError("plans that keep tokens near are made by run only")
         certified = layer.certified if certified is None else certified
         check_counter("certified", certified, layer.device)
         cumulative = backend.plan_shares(self._counts_to_int32(counts), certified)

@@ -183,6 +183,8 @@ def test_copies_and_files_keep_the_locality():
     kind, state = balancer.__reduce__()[1]
     del state["settings"]["locality"]
     assert balancer.__reduce__()[0](kind, state).locality == "none"
+    with pytest.raises(RuntimeError, match="near are made by run only"):
+        balancer.share_slots(counts.sum(0))
     plain = make(placement, 0, BACKENDS[-1], NONE, Table(counts))
     with pytest.raises(RuntimeError, match="locality='node' only"):
         _ = plain.node_traffic
@@ -225,6 +227,25 @@ def test_wrong_settings_are_refused_by_name(settings, match, monkeypatch):
         Balancer(
             live, device="cpu", backend="torch", quotas="global", locality="node", ranks_per_node=2
         )
+
+
+def test_pairs_of_tokens_and_nodes():
+    """A token counts once for each other node with any of its experts; dropped ids don't count."""
+    placement, counts, _ = draw_batch(9)
+    balancer = make(placement, 1, BACKENDS[-1], NEAR, Table(counts))
+    slots = placement.slots_per_rank
+    near, far, further = 0, 2 * slots, 3 * slots + 1
+    idx = [[near, far, further], [near, near, -1], [-1, far, far], [-1, -1, -1]]
+    found = balancer.count_node_pairs(torch.tensor(idx, device=DEVICE))
+    assert found.tolist() == [2] and found.dtype == torch.int64
+    by_rank = make(placement, 1, BACKENDS[-1], Locality(1, None), Table(counts))
+    # Of a rank's own tokens those to the other three ranks count.
+    assert by_rank.count_node_pairs(torch.tensor(idx, device=DEVICE)).tolist() == [3 + 1 + 1]
+    lonely = Balancer(placement, device=DEVICE, backend=BACKENDS[-1], rank=0)
+    with pytest.raises(RuntimeError, match="need ranks_per_node, or a group"):
+        lonely.count_node_pairs(torch.tensor(idx, device=DEVICE))
+    with pytest.raises(ValueError, match="^physical_ids must be"):
+        balancer.count_node_pairs(torch.tensor(3, device=DEVICE))
 
 
 def test_locality_is_part_of_what_ranks_compare():

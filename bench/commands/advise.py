@@ -183,23 +183,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 def _predict(args: argparse.Namespace, out: Output) -> int:
     """Predict for one model, one batch size and one load."""
-    if args.trace is None:
-        options.refuse(args, ("history",), "only with --trace")
-    if args.ranks_per_node is None:
-        options.refuse(args, BANDWIDTHS, "only with --ranks-per-node")
-    options.fill(
-        args,
-        {
-            "slots": options.SLOTS, "tokens": TOKENS, "history": options.HISTORY,
-            "training": False, "live": (1,), "pull_rate": advise.GIGABYTES_PER_SECOND,
-            "node_bandwidth": advise.NODE_GIGABYTES_PER_SECOND,
-            "network_bandwidth": advise.NETWORK_GIGABYTES_PER_SECOND,
-        },
-    )  # fmt: skip
-    output.check_files(
-        [("--json", args.json), ("--markdown", args.markdown)],
-        [("--trace", args.trace), ("--hf-config", args.hf_config)],
-    )
+    _check_options(args)
     trace, loads = None, "synthetic loads, lognormal(0, 1), jitter 0.3 (an assumption)"
     if args.trace is not None:
         trace, loads = options.load_trace(args.trace)
@@ -238,14 +222,7 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
             "sizes_from": source,
             "loads": loads,
             "ep": ep,
-            "tokens": args.tokens,
-            "slots": list(args.slots),
-            "training": args.training,
-            "live": list(args.live),
-            "pull_rate": args.pull_rate,
-            "ranks_per_node": args.ranks_per_node,
-            "node_bandwidth": args.node_bandwidth,
-            "network_bandwidth": args.network_bandwidth,
+            **_list_options(args),
         },
         "gemm": dataclasses.asdict(gemm),
         "points": [p._asdict() for p in points],
@@ -259,6 +236,34 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
     }
     output.finish(args, out, report, tables.make_advise_grids(report))
     return OK
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse options without effect, set defaults, and check files."""
+    if args.trace is None:
+        options.refuse(args, ("history",), "only with --trace")
+    if args.ranks_per_node is None:
+        options.refuse(args, BANDWIDTHS, "only with --ranks-per-node")
+    options.fill(
+        args,
+        {
+            "slots": options.SLOTS, "tokens": TOKENS, "history": options.HISTORY,
+            "training": False, "live": (1,), "pull_rate": advise.GIGABYTES_PER_SECOND,
+            "node_bandwidth": advise.NODE_GIGABYTES_PER_SECOND,
+            "network_bandwidth": advise.NETWORK_GIGABYTES_PER_SECOND,
+        },
+    )  # fmt: skip
+    output.check_files(
+        [("--json", args.json), ("--markdown", args.markdown)],
+        [("--trace", args.trace), ("--hf-config", args.hf_config)],
+    )
+
+
+def _list_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options say, as far as it isn't chosen by other means."""
+    names = ("tokens", "training", "pull_rate", "ranks_per_node", *BANDWIDTHS)
+    lists = {name: list(getattr(args, name)) for name in ("slots", "live")}
+    return {**lists, **{name: getattr(args, name) for name in names}}
 
 
 def _predict_network(

@@ -23,7 +23,6 @@ from lplb_triton.bench.types import Row
 __all__ = ["add", "run"]
 
 MODELS = ("deepseek-v3", "qwen3-235b-a22b", "minimax-m2")
-EP, SLOTS = (8, 32, 64), (1, 2)
 TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 PLACEMENTS = ("time", "home-chain", "eplb")
 MOST_TOKENS, MOST_BATCHES, MOST_RANKS, MOST_ROUNDS = 2**17, 100, 1024, 100
@@ -48,7 +47,7 @@ def add(commands: Any) -> None:
             "Batches come in random order, so that those within --seconds are a sample of all."
         ),
         examples=(
-            "  lplb-bench simulate-time --seconds 200 --json time.json --markdown time.md\n"
+            "  lplb-bench simulate-time --ep 8,32,64 --seconds 200 --json time.json\n"
             "  lplb-bench simulate-time --model deepseek-v3 --ep 32,64 --tokens 16,64,256\n"
             "  lplb-bench simulate-time --predict     on a CPU, by the packaged times of one H100"
         ),
@@ -87,11 +86,8 @@ def _add_grid(sub: argparse.ArgumentParser) -> None:
             f"--{name}", type=options.names(known), default=default, metavar="NAME[,NAME...]",
             help=f"{text}: some of {', '.join(known)} (default {','.join(default)})",
         )  # fmt: skip
-    sub.add_argument(
-        "--ep", type=options.integers(1), default=EP, metavar="N[,N...]",
-        help=f"numbers of expert-parallel ranks (default {','.join(map(str, EP))})",
-    )  # fmt: skip
-    options.add_slots(sub, default=SLOTS)
+    options.add_ep(sub)
+    options.add_slots(sub)
     sub.add_argument(
         "--tokens", type=options.integers(1, MOST_TOKENS), default=TOKENS, metavar="N[,N...]",
         help=f"tokens of a rank in a batch (default {','.join(map(str, TOKENS))})",

@@ -34,67 +34,76 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
     -------
     list of Grid
     """
+    return [
+        _make_layer_grid(report),
+        _make_cost_grid(report),
+        *([] if report["network"] is None else [_make_network_grid(report)]),
+        make_objective_grid(report),
+        _make_live_grid(report),
+    ]
+
+
+def _make_layer_grid(report: dict[str, Any]) -> Grid:
+    """Lay out the times of the layer, and what the LP saves."""
     o, gemm = report["options"], report["gemm"]
-    rows, costs = [], []
+    rows = []
     for row in report["rows"]:
-        head = (row["placement"], str(row["slots"]))
-        layer, saving, even = row["layer_us"], row["saving_us"], row["break_even"]
+        saving = row["saving_us"]
         rows.append(
             (
-                *head,
-                *(_format_time(layer[name]) for name in ("in_order", "even", "lp")),
+                *(row["placement"], str(row["slots"])),
+                *(_format_time(row["layer_us"][name]) for name in ("in_order", "even", "lp")),
                 f"{saving['mean']:.0f} ({saving['low']:.0f} .. {saving['high']:.0f})",
                 _format_time(row["net_us"]["mean"]),
-            )
-        )
-        shown = ["never" if even[k] is None else str(even[k]) for k in ("mean", "high", "low")]
-        costs.append(
-            (
-                *head,
-                *(_format_time(v) for v in row["overhead_us"].values()),
-                f"{shown[0]} ({shown[1]} .. {shown[2]})",
-                f"{row['replica_bytes'] / 2**20:.0f}",
             )
         )
     per = "forward and backward" if o["training"] else "forward"
     nodes = " (below)" if report["network"] else ""
     left_out = f"communication{nodes}, routing, attention"
-    return [
-        Grid(
-            f"Predicted: expert products of the slowest of {o['ep']} ranks, microseconds",
-            ("placement", "slots", "in order", "even", "LP", "saving", "net"),
-            rows,
-            (
-                f"{_describe_layer(o)}, {o['tokens']} tokens per rank, {per}; loads: "
-                f"{o['loads']}. even: EPLB with as many slots, split evenly. saving: of the LP "
-                "over that, mean and range (10th to 90th percentile of the batches, widened by "
-                "the fit's worst error).",
-                f"Times of a rank's products: {gemm['source']}. Fit: {gemm['error']:.0%} rms, "
-                f"{gemm['worst']:.0%} at worst. Predicted, not measured: every figure of this "
-                f"table. Left out: {left_out}.",
-            ),
+    return Grid(
+        f"Predicted: expert products of the slowest of {o['ep']} ranks, microseconds",
+        ("placement", "slots", "in order", "even", "LP", "saving", "net"),
+        rows,
+        (
+            f"{_describe_layer(o)}, {o['tokens']} tokens per rank, {per}; loads: "
+            f"{o['loads']}. even: EPLB with as many slots, split evenly. saving: of the LP "
+            "over that, mean and range (10th to 90th percentile of the batches, widened by "
+            "the fit's worst error).",
+            f"Times of a rank's products: {gemm['source']}. Fit: {gemm['error']:.0%} rms, "
+            f"{gemm['worst']:.0%} at worst. Predicted, not measured: every figure of this "
+            f"table. Left out: {left_out}.",
         ),
-        Grid(
-            "What it costs",
-            ("placement", "slots", "sync", "run", "break-even", "MiB"),
-            costs,
+    )
+
+
+def _make_cost_grid(report: dict[str, Any]) -> Grid:
+    """Lay out what balancing takes, in time and memory, and from where on it pays."""
+    costs = []
+    for row in report["rows"]:
+        even = row["break_even"]
+        shown = ["never" if even[k] is None else str(even[k]) for k in ("mean", "high", "low")]
+        costs.append(
             (
-                "Microseconds a batch, from figures measured on H100s (sync: two GPUs over NVLink; "
-                "more GPUs or nodes take longer; run: count, solve and select). break-even: tokens "
-                "per rank from which on it pays, by mean (high .. low) saving. MiB: replicas of "
-                "one layer on a rank; in training as much again is sent and received "
-                "for weights and for gradients each step.",
-                _describe_recommendation(report),
-                *(
-                    f"n/a: {slots} slots are more than copies can fill."
-                    for slots in report["left_out"]
-                ),
-            ),
+                *(row["placement"], str(row["slots"])),
+                *(_format_time(v) for v in row["overhead_us"].values()),
+                f"{shown[0]} ({shown[1]} .. {shown[2]})",
+                f"{row['replica_bytes'] / 2**20:.0f}",
+            )
+        )
+    return Grid(
+        "What it costs",
+        ("placement", "slots", "sync", "run", "break-even", "MiB"),
+        costs,
+        (
+            "Microseconds a batch, from figures measured on H100s (sync: two GPUs over NVLink; "
+            "more GPUs or nodes take longer; run: count, solve and select). break-even: tokens "
+            "per rank from which on it pays, by mean (high .. low) saving. MiB: replicas of "
+            "one layer on a rank; in training as much again is sent and received "
+            "for weights and for gradients each step.",
+            _describe_recommendation(report),
+            *(f"n/a: {slots} slots are more than copies can fill." for slots in report["left_out"]),
         ),
-        *([] if report["network"] is None else [_make_network_grid(report)]),
-        make_objective_grid(report),
-        _make_live_grid(report),
-    ]
+    )
 
 
 def _make_network_grid(report: dict[str, Any]) -> Grid:

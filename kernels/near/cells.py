@@ -83,7 +83,7 @@ def load_cells(cells_ptr, most_cells, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def count_node(gathered_ptr, cells, n_sources, n_logical, ranks_per_node):
+def _count_node(gathered_ptr, cells, n_sources, n_logical, ranks_per_node):
     """Count the tokens of each cell's expert from the ranks of its node."""
     found = cells.expert * 0
     for first in range(0, ranks_per_node, RANKS_AT_ONCE):
@@ -114,7 +114,7 @@ def _accumulate(values, begin):
 
 
 @triton.jit
-def divide_by_shares(total, share_before, share, cells):
+def _divide_by_shares(total, share_before, share, cells):
     """Return the units of an expert before each cell and up to it, by the token plan (34)."""
     total = total.to(tl.int64)
     before = (total * share_before.to(tl.int64)) >> SHARE_BITS
@@ -125,7 +125,7 @@ def divide_by_shares(total, share_before, share, cells):
 
 
 @triton.jit
-def divide_node(there, cells):
+def _divide_node(there, cells):
     """Return the part of its node's units that each cell takes near first (equation 34)."""
     each = there // tl.maximum(cells.node_cells, 1)
     at = cells.number - cells.node_begin
@@ -141,7 +141,7 @@ def _divide_rest(rest, room, all_room):
 
 
 @triton.jit
-def start_near(cells, total, own, units):
+def _start_near(cells, total, own, units):
     """Return the units of each cell near first (equation 36)."""
     here = tl.where(cells.is_cell, tl.maximum(units - own, 0) + 1, 0)
     both = _accumulate((own.to(tl.int64) << HIGH_BITS) + here, cells.begin)
@@ -156,8 +156,53 @@ def start_near(cells, total, own, units):
 
 
 @triton.jit
-def write_starts(rows_ptr, cells, near, own, units, n_slots):
+def load_batch(
+    gathered_ptr, counts_ptr, cumulative_ptr, cells, n_sources, n_logical, ranks_per_node
+):
+    """Load each cell's tokens, all and those from its node, and the shares before and up to it."""
+    tokens = tl.maximum(tl.load(counts_ptr + cells.expert, mask=cells.is_cell, other=0), 0)
+    near = _count_node(gathered_ptr, cells, n_sources, n_logical, ranks_per_node)
+    has_before = cells.is_cell & (cells.number > cells.begin)
+    share_before = tl.load(cumulative_ptr + cells.first - 1, mask=has_before, other=0)
+    share = tl.load(cumulative_ptr + cells.last, mask=cells.is_cell, other=0)
+    return tokens, near, share_before, share
+
+
+class Batch(NamedTuple):
+    """A batch in units (equations 33 and 34)."""
+
+    total: Any
+    """[BLOCK] units of each cell's expert."""
+    own: Any
+    """[BLOCK] what each cell takes near first."""
+    before: Any
+    """[BLOCK] units of its expert before each cell, by the token plan."""
+    end: Any
+    """[BLOCK] units up to it."""
+    every: Any
+    """Units of experts with several cells, int64."""
+    least: Any
+    """Those of them that leave their node by every plan, int64."""
+
+
+@triton.jit
+def scale_batch(loaded, cells, shift):
+    """Turn what `load_batch` has loaded into units; returns `Batch`."""
+    tokens, near, share_before, share = loaded
+    total = scale(tokens, shift)
+    own = _divide_node(scale(near, shift), cells)
+    before, end = _divide_by_shares(total, share_before, share, cells)
+    firsts = tl.where(cells.is_cell & (cells.number == cells.begin), total, 0)
+    sums = tl.sum((firsts.to(tl.int64) << HIGH_BITS) + own, 0)
+    every = sums >> HIGH_BITS
+    return Batch(total, own, before, end, every, every - (sums - (every << HIGH_BITS)))
+
+
+@triton.jit
+def write_starts(rows_ptr, cells, batch, n_slots):
     """Write units and surpluses that the candidates begin with (equation 36)."""
+    own, units = batch.own, batch.end - batch.before
+    near = _start_near(cells, batch.total, own, units)
     for k in tl.static_range(CANDIDATES):
         # Every second candidate begins with the token plan.
         start = units if k % 2 else near
@@ -213,24 +258,17 @@ def _make_share(end, size):
 
 
 @triton.jit
-def write_near_shares(
-    rows_ptr, cumulative_ptr, cells, total, token_before, token_end, choice, part, n_slots,
-    multiplicity,
-):  # fmt: skip
-    """Write the cumulative shares of candidate ``choice`` (equations 37 and 38).
-
-    ``token_before`` and ``token_end`` are the units of an expert before each cell and up to it by
-    the token plan, of which ``part`` is blended in.
-    """
+def write_near_shares(rows_ptr, cumulative_ptr, cells, batch, choice, part, n_slots, multiplicity):
+    """Write the shares of candidate ``choice`` with ``part`` of the token plan (37 and 38)."""
     at = rows_ptr + (choice + UNITS) * n_slots + cells.slot
     units = tl.load(at, mask=cells.is_cell, other=0)
     end = _accumulate(units, cells.begin)
-    before = (end - units).to(tl.int64) * (BLEND - part) + token_before.to(tl.int64) * part
-    end = end.to(tl.int64) * (BLEND - part) + token_end.to(tl.int64) * part
-    size = tl.maximum(total, 1).to(tl.float64)
+    before = (end - units).to(tl.int64) * (BLEND - part) + batch.before.to(tl.int64) * part
+    end = end.to(tl.int64) * (BLEND - part) + batch.end.to(tl.int64) * part
+    size = tl.maximum(batch.total, 1).to(tl.float64)
     share = _make_share(end >> BLEND_BITS, size)
     # Experts without tokens keep their shares.
-    written = cells.is_cell & (total > 0)
+    written = cells.is_cell & (batch.total > 0)
     tl.store(cumulative_ptr + cells.last, share.to(tl.int32), mask=written)
     if multiplicity > 1:
         share_before = _make_share(before >> BLEND_BITS, size)

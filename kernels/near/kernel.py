@@ -13,15 +13,12 @@ import triton.language as tl
 
 from lplb_triton import _layout
 from lplb_triton.kernels.near.cells import (
-    HIGH_BITS,
     SURPLUS,
     UNITS,
-    count_node,
-    divide_by_shares,
-    divide_node,
+    load_batch,
     load_cells,
     scale,
-    start_near,
+    scale_batch,
     sum_far,
     write_near_shares,
     write_starts,
@@ -129,6 +126,36 @@ def _blend_loads(loads, token_loads, parts, SLICES: tl.constexpr):
 
 
 @triton.jit
+def _choose(far, token_far):
+    """Return the first candidate with the least traffic, this, and that of the token plan."""
+    best = tl.min(far, 0)
+    candidate = tl.min(tl.where(far == best, tl.arange(0, CANDIDATES), CANDIDATES), 0)
+    return candidate, best, tl.max(token_far, 0)
+
+
+@triton.jit
+def _find_loads(
+    fixed,
+    shift,
+    x_ptr,
+    on_rank_ptr,
+    n_ranks,
+    most_on_rank,
+    SLICES: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Return the loads of all candidates, and those of the token plan in each row."""
+    loads, token_loads = (), ()
+    for h in tl.static_range(SLICES):
+        loads += (scale(fixed[h], shift),)
+    loads = add_cells(loads, x_ptr, on_rank_ptr, n_ranks, most_on_rank, SLICES, LANES)
+    for h in tl.static_range(SLICES):
+        # The steady candidate begins with the token plan.
+        token_loads += (_pick_rows(loads[h], STEADY) + number_ranks(h, LANES) * 0,)
+    return loads, token_loads
+
+
+@triton.jit
 def _report(near_ptr, group, is_valid, choice, amounts, shift):
     """Write the numbers of a plan in tokens, and its choice; 0 for a group without tokens."""
     near_ptr += group * REPORTED
@@ -136,6 +163,29 @@ def _report(near_ptr, group, is_valid, choice, amounts, shift):
         tokens = amounts[i].to(tl.float32) * _raise_two(-shift)
         tl.store(near_ptr + i, tl.where(is_valid, tokens, 0.0))
     tl.store(near_ptr + REPORTED - 1, tl.where(is_valid, choice, 0).to(tl.float32))
+
+
+@triton.jit
+def _write_plan(
+    rows_ptr, cumulative_ptr, stats_ptr, near_ptr, cells, batch, far, token_far, parts, peaks,
+    most, limit, bound, is_valid, shift, group, n_group, n_slots, multiplicity,
+):  # fmt: skip
+    """Write the shares, the largest load and the gap of the best plan, and report on it."""
+    candidate, best, token_far = _choose(far, token_far)
+    is_nearer = best < token_far
+    peak = tl.where(is_nearer, _pick(peaks, candidate), most)
+    if is_valid & is_nearer:
+        part = _pick(parts, candidate)
+        write_near_shares(
+            rows_ptr, cumulative_ptr, cells, batch, candidate, part, n_slots, multiplicity
+        )
+        max_load = peak.to(tl.float32) * _raise_two(-shift)
+        tl.store(stats_ptr + group, max_load)
+        tl.store(stats_ptr + 2 * n_group + group, (max_load - bound) / max_load)
+    least, after = batch.least, batch.least + tl.minimum(best, token_far)
+    amounts = least + token_far, after, least, batch.every, peak, limit
+    choice = tl.where(is_nearer, candidate + 1, 0)
+    _report(near_ptr, group, is_valid, choice, amounts, shift)
 
 
 @triton.jit(
@@ -198,38 +248,26 @@ def plan_near_kernel(
     lone = load_lone(near_lone_ptr, 0, n_ranks, most_lone, SLICES, LANES)
     await_previous(PDL)
 
-    tokens = tl.maximum(tl.load(counts_ptr + cells.expert, mask=cells.is_cell, other=0), 0)
+    loaded = load_batch(
+        gathered_ptr, counts_ptr, cumulative_ptr, cells, n_sources, n_logical, ranks_per_node
+    )
     bound = tl.load(stats_ptr + n_group + group)
-    is_valid = tl.load(status_ptr + group) != INVALID
-    near_tokens = count_node(gathered_ptr, cells, n_sources, n_logical, ranks_per_node)
-    is_first = cells.is_cell & (cells.number == cells.begin)
-    has_before = cells.is_cell & (cells.number > cells.begin)
-    share_before = tl.load(cumulative_ptr + cells.first - 1, mask=has_before, other=0)
-    share = tl.load(cumulative_ptr + cells.last, mask=cells.is_cell, other=0)
+    status = tl.load(status_ptr + group)
     fixed = sum_lone(counts_ptr, near_lone_ptr, lone, n_ranks, most_lone, SLICES, LANES)
-    every = tl.sum(tl.where(is_first, tokens, 0).to(tl.int64), 0) + _sum_one(fixed, SLICES)
-    is_valid = is_valid & (every > 0)
+    firsts = tl.where(cells.is_cell & (cells.number == cells.begin), loaded[0], 0)
+    every = tl.sum(firsts.to(tl.int64), 0) + _sum_one(fixed, SLICES)
+    is_valid = (status != INVALID) & (every > 0)
     shift = _find_shift(every)
-    total = scale(tokens, shift)
-    own = divide_node(scale(near_tokens, shift), cells)
-    before, end = divide_by_shares(total, share_before, share, cells)
-    units = end - before
     mean = scale(every, shift).to(tl.int32) // n_ranks
-    sums = tl.sum((tl.where(is_first, total, 0).to(tl.int64) << HIGH_BITS) + own, 0)
-    all_units = sums >> HIGH_BITS
-    least = all_units - (sums - (all_units << HIGH_BITS))
-    write_starts(rows_ptr, cells, start_near(cells, total, own, units), own, units, n_slots)
+    batch = scale_batch(loaded, cells, shift)
+    write_starts(rows_ptr, cells, batch, n_slots)
     # From here on threads read what others have written.
     tl.debug_barrier()
 
     x_ptr = rows_ptr + (UNITS + k) * n_slots
-    loads, token_loads = (), ()
-    for h in tl.static_range(SLICES):
-        loads += (scale(fixed[h], shift),)
-    loads = add_cells(loads, x_ptr, near_ranks_ptr, n_ranks, most_on_rank, SLICES, LANES)
-    for h in tl.static_range(SLICES):
-        # The steady candidate begins with the token plan.
-        token_loads += (_pick_rows(loads[h], STEADY) + number_ranks(h, LANES) * 0,)
+    loads, token_loads = _find_loads(
+        fixed, shift, x_ptr, near_ranks_ptr, n_ranks, most_on_rank, SLICES, LANES
+    )
     most = tl.max(_find_largest(token_loads, SLICES), 0)
     allowed = (bound * slack_factor) * _raise_two(shift)
     limit = tl.maximum(most, allowed.to(tl.int32))
@@ -244,20 +282,7 @@ def plan_near_kernel(
     far, token_far = sum_far(
         near_cells_ptr, rows_ptr, parts, most_cells, most_on_node, n_slots, BLOCK
     )
-    best, token_far = tl.min(far, 0), tl.max(token_far, 0)
-    candidate = tl.min(tl.where(far == best, tl.arange(0, CANDIDATES), CANDIDATES), 0)
-    is_nearer = best < token_far
-    choice = tl.where(is_nearer, candidate + 1, 0)
-    peak = tl.where(is_nearer, _pick(peaks, candidate), most)
-    if is_valid & is_nearer:
-        write_near_shares(
-            rows_ptr, cumulative_ptr, cells, total, before, end, candidate,
-            _pick(parts, candidate), n_slots, multiplicity,
-        )  # fmt: skip
-        max_load = peak.to(tl.float32) * _raise_two(-shift)
-        tl.store(stats_ptr + group, max_load)
-        tl.store(stats_ptr + 2 * n_group + group, (max_load - bound) / max_load)
-    amounts = (
-        least + token_far, least + tl.minimum(best, token_far), least, all_units, peak, limit
+    _write_plan(
+        rows_ptr, cumulative_ptr, stats_ptr, near_ptr, cells, batch, far, token_far, parts, peaks,
+        most, limit, bound, is_valid, shift, group, n_group, n_slots, multiplicity,
     )  # fmt: skip
-    _report(near_ptr, group, is_valid, choice, amounts, shift)
