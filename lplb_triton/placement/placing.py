@@ -221,8 +221,9 @@ def place(
     mean = load.mean(0) if len(load) else np.ones(n_logical)
     counts = torch.from_numpy(load).to(where)
     if previous is not None:
-        sizes = (n_ranks, redundant, ranks_per_domain)
-        start = _start_from(previous, mean, *sizes, groups, not penalty)
+        start = _start_from(
+            previous, mean, n_ranks, redundant, ranks_per_domain, groups, not penalty
+        )
     elif penalty:
         raise ValueError("move_penalty needs previous, the placement that moves start from")
     else:
