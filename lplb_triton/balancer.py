@@ -277,7 +277,9 @@ class Balancer(LoadHistory, BatchSteps, BatchReports):
         """Placement, device, backend, group, solver and tolerance in one line."""
         sync = "none" if self.communicator is None else repr(self.communicator)
         kinds = "" if self.cost is None else ", objective=time"
-        kinds += "" if self.locality == "none" else ", locality=node"
+        ranks_per_node, slack = self._layer.locality
+        kinds += "" if ranks_per_node is None else f", ranks_per_node={ranks_per_node}"
+        kinds += "" if slack is None else f", locality=node, slack={slack:g}"
         return (
             f"Balancer({self.placement!r}, device={self.device}, backend={self.backend}, "
             f"sync={sync}, quotas={self.quotas}, rank={self.rank}, solver={self.solver}, "

@@ -177,7 +177,9 @@ def test_copies_and_files_keep_the_locality():
     """Copies and loaded balancers have the same locality; older files have none."""
     placement, counts, _ = draw_batch(4)
     balancer = make(placement, 1, BACKENDS[-1], NEAR, None)
-    assert balancer.locality == "node" and "locality=node" in repr(balancer)
+    assert balancer.locality == "node" and "ranks_per_node=2, locality=node, slack=0.01" in repr(
+        balancer
+    )
     for other in (copy.deepcopy(balancer), pickle.loads(pickle.dumps(balancer))):
         assert other._layer.locality == NEAR and other.node_traffic.total.shape == (1,)
     kind, state = balancer.__reduce__()[1]
