@@ -158,6 +158,22 @@ def test_kernels_that_exchange_counts_answer_as_the_twin():
     assert torch.equal(balancer._layer.node_traffic.cpu()[0], numbers)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="compares both back ends on a CPU")
+def test_the_last_node_may_have_fewer_ranks():
+    """With nodes of three ranks and of one, both back ends give the same ids and traffic."""
+    placement, counts, batch = draw_batch(1)
+    for locality in (Locality(3, None), Locality(3, 0.01)):
+        found = []
+        for backend in ("torch", "triton"):
+            balancer = make(placement, 3, backend, locality, Table(counts))
+            out = balancer.run(batch[3])
+            _, on_node, everything = balancer.traffic.tolist()
+            holder = placement.rank_of_slot[out.flatten()]
+            assert (on_node, everything) == (int((holder == 3).sum()), out.numel())
+            found.append(out)
+        assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_another_placement_is_planned_by_its_own_tables(backend):
     """After `update_placement` plans are those of a balancer that began with the placement."""
