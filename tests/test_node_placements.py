@@ -172,7 +172,7 @@ def test_search_lowers_load_and_traffic_together(home):
     for placement in (start, found):
         plans = NearPlans(placement, 4)
         parts = []
-        for counts in history.numpy()[::2]:
+        for counts in history.numpy():
             least, _ = plans.balance(counts)
             parts.append(least * 16 / counts.sum() + plans.keep_near(counts, least * 1.01)[0])
         costs.append(np.mean(parts))
