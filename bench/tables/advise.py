@@ -170,7 +170,7 @@ def make_objective_grid(report: dict[str, Any]) -> Grid:
             "tokens: of a rank in a batch, whole ones, with exact quotas. none: experts in order, "
             "no copies. even, tokens, time: an even split, and objective= of Balancer, each on its "
             "best placement of those above. best: the least, where tokens adds the time of sync "
-            f"and run, and time about {TIME_US:g} microseconds more (an estimate).",
+            f"and run, and time about {TIME_US:g} microseconds more.",
             _describe_objective(here),
         ),
     )
