@@ -162,12 +162,11 @@ def test_groups_stay_in_one_node(home, search):
 @pytest.mark.parametrize("home", [False, True])
 def test_search_lowers_load_and_traffic_together(home):
     """Optima and tokens that leave cost no more after a search, less with experts at home."""
-    history = draw_history(4, affinity=0.5, batches=16)
+    history = draw_history(4, affinity=0.5, batches=8)
     options = {"redundant_per_rank": 1, "keep_home": home, "ranks_per_node": 4}
     start = chain(history, 16, **options)
-    found = place(history, 16, samples=24, trials=120, **options)
-    again = place(history, 16, samples=24, trials=20, seed=1, **options)
-    assert again == place(history, 16, samples=24, trials=20, seed=1, **options)
+    found = place(history, 16, samples=16, trials=80, **options)
+    assert found == place(history, 16, samples=16, trials=80, **options)
     costs = []
     for placement in (start, found):
         plans = NearPlans(placement, 4)
