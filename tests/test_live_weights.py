@@ -295,3 +295,18 @@ def test_a_pull_that_was_overtaken_is_an_error():
         ahead.wait()
     with pytest.raises(ValueError, match=r"live must hold experts in \[0, 4\), or -1 .* 9\.\.9"):
         layers[0].pull(plan + 9)
+
+
+def test_training_follows_an_evaluation_in_inference_mode():
+    """A layer whose first pull was in inference mode is trained by later ones."""
+    slots = LiveSlots(1, device="cpu")
+    weight = torch.nn.Parameter(torch.ones(2, 4))
+    layer = slots.add(make_placement(1, 1), weight)
+    plan = torch.tensor([[1]], dtype=torch.int32)
+    with torch.inference_mode():
+        assert not layer.pull(plan).wait()[0][1].requires_grad
+    pull = layer.pull(plan)
+    ((static, live),) = pull.wait()
+    factor = torch.ones(4, requires_grad=True)
+    pull.attach((static * factor).sum() + 2 * (live * factor).sum()).backward()
+    assert weight.grad.tolist() == [[1.0] * 4, [3.0] * 4] and factor.grad.tolist() == [4.0] * 4

@@ -190,7 +190,7 @@ def place(
     Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
     """
     if objective != "tokens" or cost is not None or rows_per_rank is not None:
-        if (ranks_per_node, traffic_price, num_groups) != (None, None, None):
+        if objective == "time" and (ranks_per_node, traffic_price, num_groups) != (None,) * 3:
             raise ValueError("ranks_per_node, traffic_price, num_groups need objective 'tokens'")
         arguments = {
             "redundant_per_rank": redundant_per_rank, "previous": previous,

@@ -76,7 +76,9 @@ class LiveLayer:
     def view_live(self, memory: torch.Tensor) -> list[torch.Tensor]:
         """Return new tensors over the live slots in ``memory``, one for each source."""
         if self._views is None or self._views[0] is not memory:
-            views = [self.rows.view(memory, number) for number in range(len(self.sources))]
+            # Later calls get tensors of these, which must not be those of inference mode.
+            with outside_modes():
+                views = [self.rows.view(memory, number) for number in range(len(self.sources))]
             if self.slots.keeps_memory:
                 # Nothing may hold the memory of one call.
                 return views
