@@ -127,6 +127,12 @@ class TimeCost(CostFile):
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy's fields, whose tables are read-only too."""
+        self.__dict__.update(state)
+        for table in (self.table, self.smoothed):
+            table.setflags(write=False)
+
     @classmethod
     def for_model(
         cls,
