@@ -140,7 +140,9 @@ class LiveLayer:
             If an earlier call failed, or, by messages, this one.
         """
         if live is None:
-            if not hasattr(type(self._balancer), "live_experts"):
+            if isinstance(self._balancer, Placement) or not hasattr(
+                type(self._balancer), "live_experts"
+            ):
                 kind = type(self._balancer).__name__
                 raise TypeError(f"live must be given: the layer was added with {kind}, no balancer")
             live = self._balancer.live_experts
