@@ -133,7 +133,7 @@ def test_samples_are_of_the_size_asked_for():
         ({"cost": COST, "ranks_per_node": 2}, "cost needs objective='time'"),
         (
             {"objective": "time", "rows_per_rank": 3, "cost": COST, "ranks_per_node": 2},
-            "ranks_per_node, traffic_price, num_groups need objective 'tokens'",
+            "ranks_per_node needs objective=.tokens.",
         ),
         (
             {"objective": "time", "rows_per_rank": 3, "cost": SMALL},
