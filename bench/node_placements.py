@@ -14,10 +14,10 @@ from lplb_triton import Placement, chain, place
 from lplb_triton.bench.balance import find_stretches
 from lplb_triton.bench.near_plans import (
     LocalityTwin,
-    NearPlans,
     count_node_pairs,
     draw_token_ids,
 )
+from lplb_triton.placement.near_plans import NearPlans
 from lplb_triton.traces.trace import Trace
 
 __all__ = ["METHODS", "SLACKS", "make", "measure_case", "run", "split_cases", "sum_sources"]

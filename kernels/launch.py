@@ -22,11 +22,25 @@ from lplb_triton.kernels.pdl import await_previous
 PDL_DRIVER = 12030
 
 # Compiled kernels by what they were compiled for. Triton's own launch examines every argument each
-# time; no kernel here is specialised on values or alignment, so dtypes and constants suffice.
+# time; no kernel here is specialised on values or alignment, so types and constants suffice.
 compiled_kernels: dict[tuple[Any, ...], Any] = {}
-# The launches of `launch_call` by the same keys, and the lock under which one is given arguments.
-_launches: dict[tuple[Any, ...], PreparedKernel] = {}
-_launching = threading.Lock()
+# Integers outside of these are int64 arguments of a kernel, others int32.
+_LEAST_INT32, _MOST_INT32 = -(1 << 31), (1 << 31) - 1
+
+
+class _Launches(threading.local):
+    """The launches of `launch_call` by the same keys.
+
+    Each thread has its own: arguments are written to a launch before it is made. With a lock in
+    place of that, a thread whose GPU takes no further launch would hold up those of other GPUs,
+    which its own may be waiting for.
+    """
+
+    def __init__(self) -> None:
+        self.by_key: dict[tuple[Any, ...], PreparedKernel] = {}
+
+
+_launches = _Launches()
 
 
 class KernelCall(NamedTuple):
@@ -78,8 +92,17 @@ def is_profiled() -> bool:
 
 def _key(call: KernelCall) -> tuple[Any, ...]:
     """Return what the compiled kernel of a call depends on."""
-    dtypes = tuple([a.dtype for a in call.args if isinstance(a, torch.Tensor)])
-    return call.kernel, call.args[0].device.index, call.constants, dtypes
+    kinds = tuple(
+        [
+            a.dtype
+            if isinstance(a, torch.Tensor)
+            else torch.int64
+            if type(a) is int and not _LEAST_INT32 <= a <= _MOST_INT32
+            else type(a)
+            for a in call.args
+        ]
+    )
+    return call.kernel, call.args[0].device.index, call.constants, kinds
 
 
 def _compile(call: KernelCall) -> Any:
@@ -110,12 +133,13 @@ def launch_call(call: KernelCall, stream: int | None = None) -> None:
     device, key = args[0].device.index, _key(call)
     if stream is None:
         stream = triton.runtime.driver.active.get_current_stream(device)
-    if key not in _launches:
-        prepared = PreparedKernel(call, compile_calls([call])[0], early=False)
-        _launches.setdefault(key, prepared)
-    with use_device(device), _launching:
-        launch = _launches[key]
+    launch = _launches.by_key.get(key)
+    if launch is None:
+        launch = PreparedKernel(call, compile_calls([call])[0], early=False)
+        _launches.by_key[key] = launch
+    else:
         launch.assign(call)
+    with use_device(device):
         launch.launch(stream, is_profiled())
 
 
@@ -158,8 +182,10 @@ class PreparedKernel:
         if self._direct is None:
             self.args = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in call.args]
             # Whether a launch is early is an attribute of the launcher, not of the compiled code,
-            # which other launches share: this one gets a launcher of its own.
-            self._launcher = copy.copy(compiled.run)
+            # which other launches share: this one gets a launcher of its own. The first use of a
+            # kernel loads it, for the current device.
+            with use_device(call.args[0].device.index):
+                self._launcher = copy.copy(compiled.run)
             self._launcher.launch_pdl = early
 
     def assign(self, call: KernelCall) -> None:

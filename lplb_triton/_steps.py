@@ -154,9 +154,11 @@ class BatchSteps:
         check_counter("certified", certified, layer.device)
         cumulative = backend.plan_shares(self._counts_to_int32(counts), certified)
         views = backend.tables.views
-        before = cumulative.roll(1)
-        before.index_fill_(0, views["copy_start"][:-1].long(), 0)
-        parts = (cumulative - before).float() / SHARE_ONE
+        starts = views["copy_start"].long()
+        # An expert's last copy gets the rest, and its share needn't have been written.
+        ends = cumulative.index_fill(0, starts[1:] - 1, SHARE_ONE)
+        before = ends.roll(1).index_fill_(0, starts[:-1], 0)
+        parts = (ends - before).float() / SHARE_ONE
         shares = torch.empty_like(parts)
         shares[views["copy_slot"].long()] = parts
         return shares

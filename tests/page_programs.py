@@ -114,7 +114,7 @@ def placed_at_home(names):
 
 
 def placed_across_nodes(names):
-    hottest = names["by_source"].sum((0, 1)).topk(8).indices
+    hottest = names["by_source"].sum((0, 1)).topk(3).indices
     for name in ("placement", "better"):
         slots = names[name].log2phy[hottest].long()
         # Every one of the four nodes has 80 slots.

@@ -95,12 +95,19 @@ def test_wrong_arguments_are_named(options, message):
         LPLBSolver(*make_maps(), RANKS, replicated_tokens=True, **options)
 
 
-def test_shares_by_slot_by_tokens():
-    """By tokens, shares by slot are those of the solution."""
+@pytest.mark.parametrize(
+    ("backend", "solver"),
+    [("torch", "levelling"), ("triton", "levelling"), ("triton", "interior_point")],
+)
+@pytest.mark.parametrize("scale", [0, 1])
+def test_shares_by_slot_by_tokens(backend, solver, scale):
+    """By tokens, shares by slot are those of the solution, those of single copies 1."""
     phy2log, _ = make_maps()
     placement = Placement(phy2log, RANKS, n_logical=EXPERTS)
-    balancer = Balancer(placement, quotas="replicated", device=DEVICE, backend="torch")
-    counts = count_slots(draw_ids(), EXPERTS)
+    balancer = Balancer(
+        placement, quotas="replicated", device=DEVICE, backend=backend, solver=solver
+    )
+    counts = count_slots(draw_ids(), EXPERTS) * scale
     solution = balancer.solve(counts)
     cumulative = balancer.cumulative_shares(solution.shares).long()
     slots = balancer.share_slots(counts)
@@ -108,7 +115,10 @@ def test_shares_by_slot_by_tokens():
     torch.testing.assert_close(sums, torch.ones_like(sums), atol=1e-6, rtol=0)
     first = placement.structure.copy_slot[placement.structure.copy_start[:-1]].astype("int64")
     at = torch.from_numpy(placement.structure.copy_start[:-1].astype("int64"))
-    assert torch.equal(slots[torch.from_numpy(first)], cumulative[at].float() / 2**24)
+    expected = cumulative[at].float() / 2**24
+    single = placement.logcnt.to(DEVICE) == 1
+    assert single.any() and (slots[torch.from_numpy(first)][single] == 1).all()
+    assert torch.equal(slots[torch.from_numpy(first)][~single], expected[~single])
 
 
 def test_live_slots_have_no_shares_by_slot():

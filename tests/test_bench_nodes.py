@@ -10,7 +10,8 @@ from helpers.traces import make_trace
 
 from lplb_triton import Placement, chain, load_placements
 from lplb_triton.bench import cli, node_placements
-from lplb_triton.bench.near_plans import NearPlans, count_node_pairs, draw_token_ids
+from lplb_triton.bench.near_plans import count_node_pairs, draw_token_ids
+from lplb_triton.placement.near_plans import NearPlans
 from lplb_triton.testing.verify import highs_optimum
 from lplb_triton.traces import trace as traces
 

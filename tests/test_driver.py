@@ -1,6 +1,7 @@
 """Launches through the CUDA driver: what it is handed, and when Triton's launcher takes over."""
 
 import ctypes
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 import triton
 
 from lplb_triton import Balancer
-from lplb_triton.kernels import driver
+from lplb_triton.kernels import driver, launch
 from lplb_triton.kernels.launch import KernelCall, PreparedKernel
 from lplb_triton.testing.instances import shape_placement
 
@@ -22,6 +23,23 @@ class FakeDriver:
     def __init__(self, sizes, status=0):
         self.sizes, self.status = sizes, status
         self.shared, self.launched, self.loaded = [], [], 0
+        self.context, self.entered = 5, []
+
+    def cuCtxGetCurrent(self, context):  # noqa: N802
+        context._obj.value = self.context
+        return 0
+
+    def cuDeviceGet(self, device, number):  # noqa: N802
+        device._obj.value = 10 + number
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context, device):  # noqa: N802
+        context._obj.value = 100 + device.value
+        return 0
+
+    def cuCtxSetCurrent(self, context):  # noqa: N802
+        self.entered.append(context.value)
+        return 0
 
     def cuModuleLoadData(self, module, image):  # noqa: N802
         self.loaded += 1
@@ -115,6 +133,18 @@ def test_what_the_driver_is_handed(monkeypatch, early):
         launch.launch(0)
 
 
+def test_a_thread_without_a_context_gets_one(monkeypatch):
+    """A thread without a context enters that of the current device, others keep theirs."""
+    fake = FakeDriver([8, 4])
+    monkeypatch.setattr(driver, "_driver", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    driver.DriverLaunch(compiled([8, 4]), (torch.zeros(1), 4), 1, False)
+    assert fake.entered == []
+    fake.context = None
+    driver.DriverLaunch(compiled([8, 4]), (torch.zeros(1), 4), 1, False)
+    assert fake.entered == [113]
+
+
 def test_no_tensor_is_held(monkeypatch):
     """A prepared kernel keeps no tensor, not even one of the first batch."""
     fake = FakeDriver([8, 4])
@@ -126,6 +156,68 @@ def test_no_tensor_is_held(monkeypatch):
     assert prepared.args[0] == x.data_ptr()
     del x
     assert gone() is None
+
+
+@pytest.fixture
+def prepare(monkeypatch):
+    """Let `launch_call` find made-up kernels, on a made-up driver; returns both lists."""
+    fake, made = FakeDriver([8, 4]), []
+
+    def compile_calls(calls):
+        made.extend(calls)
+        return [compiled([8, 4]) for _ in calls]
+
+    monkeypatch.setattr(driver, "_driver", lambda: fake)
+    monkeypatch.setattr(launch, "compile_calls", compile_calls)
+    monkeypatch.setattr(launch, "is_profiled", lambda: False)
+    monkeypatch.setattr(launch, "_launches", launch._Launches())
+    return fake, made
+
+
+def call_of(*args, grid=1):
+    return KernelCall("kernel", grid, args, (64,), {})
+
+
+def test_launches_are_reused_for_arguments_of_the_same_types(prepare):
+    """A call takes over grid and arguments; another type or width of a number compiles anew."""
+    fake, made = prepare
+    x = torch.zeros(3)
+    for number, grid in ((1, 5), (-2, 6), (2**31 - 1, 7), (-(2**31), 8)):
+        launch.launch_call(call_of(x, number, grid=grid), 9)
+        how, values = fake.launched[-2:]
+        assert how[1] == [grid, 1, 1] and values == [x.data_ptr(), number % 2**32]
+    assert len(made) == 1
+    for number in (2**31, -(2**31) - 1, 0.5, True, None):
+        assert launch._key(call_of(x, number)) not in launch._launches.by_key
+    launch.launch_call(call_of(x, 0.5), 9)
+    launch.launch_call(call_of(x, 1), 9)
+    assert fake.launched[-3][1] == 0x3F000000 and fake.launched[-1][1] == 1 and len(made) == 2
+    launch.launch_call(call_of(x.double(), 1), 9)
+    assert len(made) == 3
+
+
+def test_threads_do_not_wait_for_each_others_launches(prepare):
+    """While a launch of one thread is held up, another thread launches the same kernel."""
+    fake, _ = prepare
+    x, held, go_on = torch.zeros(3), threading.Event(), threading.Event()
+    launch_at_once = fake.cuLaunchKernelEx
+
+    def launch_late(*args):
+        if not held.is_set():
+            held.set()
+            go_on.wait(30)
+        return launch_at_once(*args)
+
+    fake.cuLaunchKernelEx = launch_late
+    with ThreadPoolExecutor(2) as pool:
+        late = pool.submit(launch.launch_call, call_of(x, 1), 9)
+        held.wait(30)
+        try:
+            pool.submit(launch.launch_call, call_of(x, 2), 9).result(timeout=30)
+        finally:
+            go_on.set()
+        late.result(timeout=30)
+    assert [values[1] for values in fake.launched[1::2]] == [2, 1]
 
 
 @pytest.mark.parametrize(

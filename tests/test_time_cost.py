@@ -1,6 +1,8 @@
 """The cost of plans by time: tables, files, and fits to measured times."""
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -77,10 +79,16 @@ def test_costs_are_saved_and_loaded(tmp_path):
         ({"table": -np.ones((2, 3, 4))}, "table must hold finite times"),
         ({"table": np.ones((2, 3, 4)) * np.arange(4, 0, -1)}, "table must not fall"),
         ({"smoothed": np.ones((2, 4, 7))}, "smoothed must have the shape"),
+        ({"table": "many"}, "table must be an array of numbers"),
         ({"sides": (128, 200)}, "sides must be powers of two"),
-        ({"slopes": (1.0,)}, "slopes must be of narrow"),
+        ({"sides": (1, 2)}, "sides must be at least 2"),
+        ({"slopes": (1.0,)}, "slopes must be a pair"),
+        ({"slopes": 1.0}, "slopes must be a pair"),
+        ({"slopes": (1.0, 1e39)}, "slopes must be in"),
         ({"per_row": -1.0}, "per_row must be in"),
+        ({"per_row": float("nan")}, "per_row must be in"),
         ({"wide_from": 0}, "wide_from must be at least 1"),
+        ({"wide_from": 2**20 + 1}, "wide_from must be at most 1048576"),
     ],
 )
 def test_bad_costs_are_refused_by_name(changes, match):
@@ -88,6 +96,24 @@ def test_bad_costs_are_refused_by_name(changes, match):
     TimeCost(**table_of())
     with pytest.raises(ValueError, match=match):
         TimeCost(**table_of(**changes))
+
+
+def test_copies_are_read_only():
+    """Copies, like the cost itself, can't be changed behind the checksum's back."""
+    cost = TimeCost(**table_of())
+    for one in (cost, copy.deepcopy(cost), pickle.loads(pickle.dumps(cost))):
+        assert one == cost
+        with pytest.raises(ValueError, match="read-only"):
+            one.table[0, 1, 1] = 7.0
+
+
+def test_bad_fits_are_refused_by_name():
+    """Models that are none, and times that no fit can use, are named."""
+    with pytest.raises(TypeError, match="model must be a GemmModel, got str"):
+        TimeCost.for_model(64, 32, model="packaged")
+    for us in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="points must have positive times"):
+            TimeCost.fit([(64, 32, [1, 2], us)] * 8)
 
 
 def test_calibration_predicts_the_times_that_it_was_given():
@@ -117,6 +143,11 @@ def test_calibrate_needs_a_gpu(tmp_path, capsys, monkeypatch):
         assert cli.main(["calibrate", "--slots", "4", "-o", str(path)]) == cli.USAGE
         assert "GPU" in capsys.readouterr().err
     assert cli.main(["calibrate", "--slots", "4", "-o", "-"]) == cli.USAGE
+    capsys.readouterr()
+    # No cost has room for more, which is said before anything is measured.
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", "--slots", "1024", "-o", str(path)])
+    assert "1023" in capsys.readouterr().err
     assert not path.exists()
 
 

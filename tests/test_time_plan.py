@@ -202,6 +202,15 @@ def test_invalid_counts_keep_the_shares_of_the_solve():
     assert (shares == even).all()
     # The plan would have changed shares, since a rank has two copies of an expert.
     assert int(times.choice) >= 0 and (placement.structure.copy_multiplicity > 1).any()
+    balancer = Balancer(
+        placement, device="cpu", backend="torch", objective="time", cost=COST, quotas="replicated"
+    )
+    status = torch.tensor([STATUS_INVALID], dtype=torch.int32)
+    shares = torch.from_numpy(even.astype(np.int32))
+    found = balancer._backend.plan_by_time(torch.from_numpy(counts), shares, status)
+    assert torch.equal(found, shares)
+    for mine, other in zip(balancer.times, times, strict=True):
+        assert torch.equal(mine, other.cpu())
 
 
 def test_groups_are_planned_on_their_own():

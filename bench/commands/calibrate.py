@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lplb_triton._layout import TIME_MOST_SLOTS
 from lplb_triton.bench import advise, machine, options, output, tables
 from lplb_triton.bench.advise.calibrate import calibrate, list_rows
 from lplb_triton.bench.commands import gpu
@@ -50,7 +51,7 @@ def add(commands: Any) -> None:
             help=text,
         )  # fmt: skip
     sub.add_argument(
-        "--slots", type=partial(options.count, most=options.MOST_EXPERTS), required=True,
+        "--slots", type=partial(options.count, most=TIME_MOST_SLOTS), required=True,
         metavar="N", help="slots of a rank, redundant ones too",
     )  # fmt: skip
     sub.add_argument(

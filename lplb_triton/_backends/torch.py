@@ -133,14 +133,16 @@ class TorchBackend(Backend):
             raise RuntimeError("the balancer has no cost")
         if self._time_tables is None or self._time_tables[0] is not p:
             self._time_tables = p, make_time_tables(p)
-        tokens = counts.cpu().numpy().astype(np.int64)
+        tokens = counts.cpu().numpy().astype(np.int64).clip(0)
         start = p.structure.copy_start.astype(np.int64)
         before = cumulative.cpu().numpy().astype(np.int64)
         after, found = before.copy(), []
         margin = choose_margin(layer.quotas)
-        for tables in self._time_tables[1]:
+        for tables, state in zip(self._time_tables[1], status.tolist(), strict=True):
             plan = plan_time(tables, layer.cost, tokens, before, start, margin)
-            write_shares(tables, plan, tokens, after, start)
+            # Invalid counts keep the even split of the solve.
+            if state != Status.INVALID:
+                write_shares(tables, plan, tokens, after, start)
             found.append([*plan.times.tolist(), float(plan.choice)])
         layer.times.copy_(torch.tensor(found, dtype=torch.float32, device="cpu"))
         return torch.from_numpy(after.astype(np.int32)).to(layer.device)

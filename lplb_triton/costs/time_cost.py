@@ -43,6 +43,10 @@ SMOOTHED = 0.5
 GRID = 1024
 # The largest side of a tile, the most entries of a table by tiles, and the most active experts.
 MOST_SIDE, MOST_TILES, MOST_EXPERTS = 1 << 12, 1 << 12, 1 << 10
+# The most average rows from which tiles are wide: kernels count those of two ranks in int32.
+MOST_WIDE_FROM = 1 << 20
+# The most microseconds of a tile or of a row.
+MOST_US = 1e9
 # Average rows of a rank's experts at which `TimeCost.fit` looks for the change of tiles.
 THRESHOLDS = (16, 32, 64, 128, 256, 512)
 
@@ -62,13 +66,13 @@ class TimeCost(CostFile):
         active experts 0 to A and tiles 0 to T - 1. It may nowhere fall along the last two axes;
         row 0 is taken as 0.
     slopes : tuple of float
-        Microseconds of a further tile, narrow and wide.
+        Microseconds of a further tile, narrow and wide, up to 1e9.
     per_row : float
-        Microseconds of a row.
+        Microseconds of a row, up to 1e9.
     sides : tuple of int
-        Rows of a narrow and of a wide tile, powers of two.
+        Rows of a narrow and of a wide tile, powers of two from 2 to 4096.
     wide_from : int
-        Average rows of a rank's slots, rounded down, from which tiles are wide.
+        Average rows of a rank's slots, rounded down, from which tiles are wide; up to 2**20.
     smoothed : array_like or None
         As ``table``, with steps only half as high: plans are compared by it, so that little is
         lost where the steps lie elsewhere. By default the table itself.
@@ -103,22 +107,31 @@ class TimeCost(CostFile):
         if smoothed.shape != table.shape:
             raise ValueError(f"smoothed must have the shape {table.shape}, got {smoothed.shape}")
         for name in ("slopes", "sides"):
-            if len(getattr(self, name)) != 2:
-                raise ValueError(f"{name} must be of narrow and of wide tiles")
-        slopes = tuple(check_number("slopes", value) for value in self.slopes)
-        sides = tuple(check_integer("sides", side) for side in self.sides)
+            pair = getattr(self, name)
+            if not isinstance(pair, Sequence) or len(pair) != 2:
+                raise ValueError(f"{name} must be a pair, of narrow and wide tiles, got {pair!r}")
+        slopes = tuple(check_number("slopes", value, MOST_US) for value in self.slopes)
+        sides = tuple(check_integer("sides", side, 2) for side in self.sides)
         for side in sides:
             if side & (side - 1) or side > MOST_SIDE:
                 raise ValueError(f"sides must be powers of two up to {MOST_SIDE}, got {side}")
         if not isinstance(self.source, str):
             raise TypeError(f"source must be a str, got {type(self.source).__name__}")
         wide_from = check_integer("wide_from", self.wide_from)
+        if wide_from > MOST_WIDE_FROM:
+            raise ValueError(f"wide_from must be at most {MOST_WIDE_FROM}, got {wide_from}")
         checked = {
             "table": table, "smoothed": smoothed, "slopes": slopes, "sides": sides,
-            "per_row": check_number("per_row", self.per_row), "wide_from": wide_from,
+            "per_row": check_number("per_row", self.per_row, MOST_US), "wide_from": wide_from,
         }  # fmt: skip
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy's fields, whose tables are read-only too."""
+        self.__dict__.update(state)
+        for table in (self.table, self.smoothed):
+            table.setflags(write=False)
 
     @classmethod
     def for_model(
@@ -153,6 +166,8 @@ class TimeCost(CostFile):
         check_integer("inner", inner)
         check_integer("most_active", most_active)
         model = PACKAGED if model is None else model
+        if not isinstance(model, GemmModel):
+            raise TypeError(f"model must be a GemmModel, got {type(model).__name__}")
         sizes = hidden, inner, most_active, TILES
         # Powers may differ in the last bits from machine to machine, and tables must not.
         table, smoothed = (
@@ -208,7 +223,7 @@ class TimeCost(CostFile):
         sizes = {(p.hidden, p.inner, len(p.rows)) for p in points}
         if len(sizes) > 1:
             raise ValueError(f"points must be of one size and number of experts, got {sizes}")
-        if any(p.us <= 0 or sum(p.rows) <= 0 or min(p.rows) < 0 for p in points):
+        if not all(0 < p.us < np.inf and sum(p.rows) > 0 and min(p.rows) >= 0 for p in points):
             raise ValueError("points must have positive times, and rows")
         models = [fit(points, source, pairs, few_rows) for few_rows in THRESHOLDS]
         best = min(models, key=lambda model: (model.error, abs(model.few_rows - FEW_ROWS)))
@@ -306,7 +321,10 @@ class TimeCost(CostFile):
 
 def _check_table(name: str, values: object) -> Floats:
     """Return a read-only float32 copy of a table, or raise naming it."""
-    table = np.array(values, dtype=np.float32)
+    try:
+        table = np.array(values, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers: {error}") from error
     if table.ndim != 3 or len(table) != 2 or min(table.shape[1:]) < 2:
         raise ValueError(
             f"{name} must be [2, experts + 1, tiles] with two of each or more, got {table.shape}"

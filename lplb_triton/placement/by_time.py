@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lplb_triton import reference
 from lplb_triton._checks import check_choice, check_integer, check_number
+from lplb_triton._layout import MAX_COUNT
 from lplb_triton._objective import OBJECTIVES, resolve_cost
 from lplb_triton.placement import Placement
 from lplb_triton.placement.chaining import chain, check_load, scale_rows
@@ -87,6 +88,10 @@ def place_by_time(
             "objective='time' needs rows_per_rank: tokens of a rank in a batch, times top-k"
         )
     rows = check_integer("rows_per_rank", rows_per_rank)
+    if rows * check_integer("ep_size", ep_size) > MAX_COUNT:
+        raise ValueError(
+            f"rows_per_rank must be at most {MAX_COUNT // ep_size} on {ep_size} ranks, got {rows}"
+        )
     options["trials"] = 0 if options["trials"] is None else options["trials"]
     samples = options.pop("samples")
     samples = SAMPLES if samples is None else check_integer("samples", samples, 1)

@@ -4,10 +4,11 @@ A token leaves its node for an expert that has no copy there. With the part `d[e
 that the ranks of node n send to expert e, the least part that any plan sends to other nodes is the
 sum of d[e, n] over experts e and nodes n without a copy of e.
 
-Plans that level the loads send more. If every token whose expert has a copy in its node, or one
-copy only, goes there, some ranks get more than the mean load. That excess has to move, mostly to
-other nodes, so it is counted as traffic too. Tokens whose expert has several copies, none of them
-near, are free to fill the other ranks.
+Plans that level the loads send more. How many, two linear programs say
+(`lplb_triton.placement.near_plans`), too slow for every change of a search. The search counts an
+excess instead: if every token whose expert has a copy in its node, or one copy only, goes there,
+some ranks get more than the mean load, and a part of that has to move to other nodes. Tokens whose
+expert has several copies, none of them near, are free to fill the other ranks.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ NODE_TOLERANCE = 0.1
 # Smallest gain for which two groups change places, times the price where that is above 1: smaller
 # gains may be rounding, by which groups would change places for ever.
 MIN_GAIN = 1e-9
-# Tokens that leave their node for each bound token beyond the mean load of its rank. The number is
-# a fit to optima of the packaged trace: free tokens don't fill all ranks to the mean.
-MOVED_PER_EXCESS = 1.5
+# Tokens that a search counts as leaving their node for each bound token beyond the mean load of its
+# rank. More would make it drop copies that keep tokens near, which lowers the excess as well.
+MOVED_PER_EXCESS = 0.5
 
 
 @dataclass(frozen=True, eq=False)
