@@ -145,14 +145,25 @@ def load_words(words_ptr, step, n_steps, n_ranks, SLICES: tl.constexpr, LANES: t
 
 
 @triton.jit
+def _address_cells(rows_ptr, word, rank, n_ranks, LANES: tl.constexpr):
+    """Return the addresses of the cells that words name, and whether there is an edge, in a row.
+
+    Triton 3.6 spreads the rows of a block with such addresses over each warp, so that numbers
+    would go through shared memory, with barriers. A single row stays in its lanes.
+    """
+    cell = ((word >> RANK_BITS) & RANK_MASK) * n_ranks + rank
+    is_edge = (word & RANK_MASK) != rank
+    size: tl.constexpr = CANDIDATES * LANES
+    return tl.reshape(rows_ptr + cell, (size,)), tl.reshape(is_edge, (size,))
+
+
+@triton.jit
 def _load_cells(rows_ptr, words, n_ranks, SLICES: tl.constexpr, LANES: tl.constexpr):
     """Load a number of the cells that words name, by slice; 0 where there is no edge."""
     found = ()
     for h in tl.static_range(SLICES):
-        rank = number_ranks(h, LANES)
-        cell = ((words[h] >> RANK_BITS) & RANK_MASK) * n_ranks + rank
-        is_edge = (words[h] & RANK_MASK) != rank
-        found += (tl.load(rows_ptr + cell, mask=is_edge, other=0),)
+        at, is_edge = _address_cells(rows_ptr, words[h], number_ranks(h, LANES), n_ranks, LANES)
+        found += (tl.reshape(tl.load(at, mask=is_edge, other=0), (CANDIDATES, LANES)),)
     return found
 
 
@@ -160,9 +171,8 @@ def _load_cells(rows_ptr, words, n_ranks, SLICES: tl.constexpr, LANES: tl.conste
 def _store_cells(rows_ptr, words, values, n_ranks, SLICES: tl.constexpr, LANES: tl.constexpr):
     """Store a number of the cells that words name."""
     for h in tl.static_range(SLICES):
-        rank = number_ranks(h, LANES)
-        cell = ((words[h] >> RANK_BITS) & RANK_MASK) * n_ranks + rank
-        tl.store(rows_ptr + cell, values[h], mask=(words[h] & RANK_MASK) != rank)
+        at, is_edge = _address_cells(rows_ptr, words[h], number_ranks(h, LANES), n_ranks, LANES)
+        tl.store(at, tl.reshape(values[h], (CANDIDATES * LANES,)), mask=is_edge)
 
 
 @triton.jit
