@@ -34,6 +34,24 @@ def number_ranks(H: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def load_row(at, mask):
+    """Load a block of numbers, 0 where ``mask`` is false.
+
+    Triton 3.6 spreads the rows of a block of computed addresses over each warp, so that numbers
+    would go through shared memory, with barriers. A single row stays in its lanes.
+    """
+    flat = tl.reshape(at, (at.numel,))
+    return tl.reshape(tl.load(flat, mask=tl.reshape(mask, (at.numel,)), other=0), at.shape)
+
+
+@triton.jit
+def store_row(at, values, mask):
+    """Store a block of numbers in the way that `load_row` loads one."""
+    flat = tl.reshape(at, (at.numel,))
+    tl.store(flat, tl.reshape(values, (at.numel,)), mask=tl.reshape(mask, (at.numel,)))
+
+
+@triton.jit
 def load_lone(lone_ptr, first, n_ranks, most_lone, SLICES: tl.constexpr, LANES: tl.constexpr):
     """Load a block of experts that are on one rank only, by slice, [LONE_AT_ONCE, LANES].
 
@@ -53,7 +71,7 @@ def _count_lone(counts_ptr, experts, SLICES: tl.constexpr, LANES: tl.constexpr):
     """Sum up the tokens of a block of such experts, by rank."""
     loaded, sums = (), ()
     for h in tl.static_range(SLICES):
-        loaded += (tl.load(counts_ptr + experts[h], mask=experts[h] >= 0, other=0),)
+        loaded += (load_row(counts_ptr + experts[h], experts[h] >= 0),)
     for h in tl.static_range(SLICES):
         found = tl.sum(tl.maximum(loaded[h], 0), 0)
         sums += (found[None, :] + number_ranks(h, LANES) * 0,)
@@ -145,25 +163,13 @@ def load_words(words_ptr, step, n_steps, n_ranks, SLICES: tl.constexpr, LANES: t
 
 
 @triton.jit
-def _address_cells(rows_ptr, word, rank, n_ranks, LANES: tl.constexpr):
-    """Return the addresses of the cells that words name, and whether there is an edge, in a row.
-
-    Triton 3.6 spreads the rows of a block with such addresses over each warp, so that numbers
-    would go through shared memory, with barriers. A single row stays in its lanes.
-    """
-    cell = ((word >> RANK_BITS) & RANK_MASK) * n_ranks + rank
-    is_edge = (word & RANK_MASK) != rank
-    size: tl.constexpr = CANDIDATES * LANES
-    return tl.reshape(rows_ptr + cell, (size,)), tl.reshape(is_edge, (size,))
-
-
-@triton.jit
 def _load_cells(rows_ptr, words, n_ranks, SLICES: tl.constexpr, LANES: tl.constexpr):
     """Load a number of the cells that words name, by slice; 0 where there is no edge."""
     found = ()
     for h in tl.static_range(SLICES):
-        at, is_edge = _address_cells(rows_ptr, words[h], number_ranks(h, LANES), n_ranks, LANES)
-        found += (tl.reshape(tl.load(at, mask=is_edge, other=0), (CANDIDATES, LANES)),)
+        rank = number_ranks(h, LANES)
+        cell = ((words[h] >> RANK_BITS) & RANK_MASK) * n_ranks + rank
+        found += (load_row(rows_ptr + cell, (words[h] & RANK_MASK) != rank),)
     return found
 
 
@@ -171,8 +177,9 @@ def _load_cells(rows_ptr, words, n_ranks, SLICES: tl.constexpr, LANES: tl.conste
 def _store_cells(rows_ptr, words, values, n_ranks, SLICES: tl.constexpr, LANES: tl.constexpr):
     """Store a number of the cells that words name."""
     for h in tl.static_range(SLICES):
-        at, is_edge = _address_cells(rows_ptr, words[h], number_ranks(h, LANES), n_ranks, LANES)
-        tl.store(at, tl.reshape(values[h], (CANDIDATES * LANES,)), mask=is_edge)
+        rank = number_ranks(h, LANES)
+        cell = ((words[h] >> RANK_BITS) & RANK_MASK) * n_ranks + rank
+        store_row(rows_ptr + cell, values[h], (words[h] & RANK_MASK) != rank)
 
 
 @triton.jit

@@ -23,8 +23,11 @@ def find_times(
     tiles = tl.where(is_wide, wide, narrow)
     over = tl.maximum(tiles - (TILES - 1), 0)
     at = (tl.where(is_wide, ACTIVE, 0) + active) * TILES + (tiles - over)
+    # Triton 3.6 spreads the rows of a block with such addresses over each warp, so that numbers
+    # would go through shared memory, with barriers. A single row stays in its lanes.
+    exact = tl.reshape(tl.load(tl.reshape(table + at, (at.numel,))), at.shape)
     by_tile = over.to(tl.float32) * tl.where(is_wide, slopes[1], slopes[0])
-    return (tl.load(table + at) + rows.to(tl.float32) * slopes[2]) + by_tile
+    return (exact + rows.to(tl.float32) * slopes[2]) + by_tile
 
 
 @triton.jit

@@ -223,10 +223,14 @@ def improve_cells(
         for h in tl.static_range(SLICES):
             rank = number_ranks(h, LANES, CANDIDATES)
             partner = words[h] & RANK_MASK
-            cell_ptr = rows_ptr + ((words[h] >> RANK_BITS) * n_ranks + rank)
+            # Addresses are in a single row for the reason given in `find_times`.
+            cell_ptr = tl.reshape(
+                rows_ptr + ((words[h] >> RANK_BITS) * n_ranks + rank), (CANDIDATES * LANES,)
+            )
+            is_edge = tl.reshape(partner != rank, (CANDIDATES * LANES,))
             partners += (partner,)
             cells += (cell_ptr,)
-            xs += (tl.load(cell_ptr, mask=partner != rank, other=0),)
+            xs += (tl.reshape(tl.load(cell_ptr, mask=is_edge, other=0), (CANDIDATES, LANES)),)
         new, times = _choose_splits(
             xs, partners, times, active, narrow, wide, total, table, slopes, wide_rows,
             SLICES, LANES, CANDIDATES, MARGIN, NARROW, WIDE, ACTIVE, TILES,
@@ -238,6 +242,10 @@ def improve_cells(
             to_wide += (wide[h] + count_tiles(new[h], WIDE) - count_tiles(xs[h], WIDE),)
             to_total += (total[h] + new[h] - xs[h],)
             is_edge = partners[h] != number_ranks(h, LANES, CANDIDATES)
-            tl.store(cells[h], new[h], mask=is_edge)
+            tl.store(
+                cells[h],
+                tl.reshape(new[h], (CANDIDATES * LANES,)),
+                mask=tl.reshape(is_edge, (CANDIDATES * LANES,)),
+            )
         active, narrow, wide, total, words = to_active, to_narrow, to_wide, to_total, ahead
     return active, narrow, wide, total
