@@ -44,8 +44,15 @@ def split_cases(
         As for `lplb_triton.bench.placement.trace_cases`.
     every
         Of the test batches, one in so many is kept.
+
+    Raises
+    ------
+    ValueError
+        If a layer isn't there, or a case has no tokens to judge by.
     """
     found = []
+    if layers is not None and max(layers) >= trace.layers:
+        raise ValueError(f"the trace has layers 0 to {trace.layers - 1}, got {max(layers)}")
     for layer in range(trace.layers) if layers is None else layers:
         counts = trace.counts[:, layer].astype(np.int64)
         for part in find_stretches(trace.steps, history):

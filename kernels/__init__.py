@@ -116,8 +116,8 @@ __all__ = [
     "solve_scratch",
     "status_words",
     "sum_by_program",
-    "take_rows",
     "sum_gathered",
     "sum_over_ranks",
+    "take_rows",
     "write_gradients",
 ]

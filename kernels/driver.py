@@ -65,6 +65,23 @@ def _check(status: int, what: str) -> None:
         raise RuntimeError(f"{what} failed: {reason} (CUDA error {status})")
 
 
+def _enter_context() -> None:
+    """Give this thread the current device's context if it has none, as Triton's launcher does.
+
+    torch makes a context current by its first call that needs one, which may not have come yet in
+    a thread that was given tensors by another one.
+    """
+    driver, context, device = _driver(), ctypes.c_void_p(), ctypes.c_int()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "finding a context")
+    if not context.value:
+        _check(
+            driver.cuDeviceGet(ctypes.byref(device), torch.cuda.current_device()),
+            "finding a device",
+        )
+        _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "making a context")
+        _check(driver.cuCtxSetCurrent(context), "entering a context")
+
+
 class UnsupportedError(RuntimeError):
     """A kernel needs something that `DriverLaunch` does not provide."""
 
@@ -110,7 +127,7 @@ class DriverLaunch:
     Parameters
     ----------
     compiled : triton.compiler.CompiledKernel
-        The kernel; it is loaded into the current context.
+        The kernel; it is loaded into the current context, which this thread gets if it has none.
     args : sequence of int, float or torch.Tensor
         All run-time arguments in order: int32, float32 and addresses.
     grid : int
@@ -141,6 +158,7 @@ class DriverLaunch:
         # Triton's own parameters come last. They are addresses of scratch memory.
         if sizes[: len(args)] != wanted or any(size != 8 for size in sizes[len(args) :]):
             raise UnsupportedError(f"kernel {meta.name} takes {sizes} bytes, got {wanted}")
+        _enter_context()
         function = _load(compiled)
         # Only the types are kept: a tensor of the first batch would never be freed.
         self._kinds = [type(arg) for arg in args]

@@ -76,9 +76,10 @@ class Membership:
         cost = layer.cost
         objective = "tokens" if cost is None else f"time, cost {cost.checksum & 0xFFFFFFFF:08x}"
         ranks_per_node, slack = layer.locality
-        nodes = "" if ranks_per_node is None else f"{ranks_per_node} ranks a node"
-        locality = "none" if slack is None else f"node, slack {slack:g}"
-        return layer.quotas, layer.solver, live, objective, f"{locality} {nodes}".rstrip()
+        locality = "none" if slack is None else f"node, slack {slack!r}"
+        if ranks_per_node is not None:
+            locality += f", {ranks_per_node} ranks a node"
+        return layer.quotas, layer.solver, live, objective, locality
 
     @property
     def ranks(self) -> tuple[int, ...] | None:

@@ -6,7 +6,7 @@ import torch
 
 from lplb_triton._backends.base import Backend
 from lplb_triton._backends.layer import Layer
-from lplb_triton._checks import check_ids
+from lplb_triton._checks import check_id_values, check_ids
 from lplb_triton._locality import NodeTraffic, read_node_traffic
 from lplb_triton._objective import PlanTimes, read_times
 from lplb_triton._torch_op import opaque
@@ -124,7 +124,8 @@ class BatchReports:
         Parameters
         ----------
         physical_ids : torch.Tensor
-            ``[..., top_k]`` int, what `run` has returned; -1 counts nowhere.
+            ``[..., top_k]`` int, what `run` has returned; -1 counts nowhere. On a GPU ids out of
+            range count nowhere either.
 
         Returns
         -------
@@ -134,9 +135,10 @@ class BatchReports:
         Raises
         ------
         TypeError, ValueError
-            For ids of the wrong dtype or device, or without a dimension.
+            For ids of the wrong dtype or device, or without a dimension; on a CPU, and by the
+            torch backend, also for ids out of range.
         RuntimeError
-            If the balancer has neither ``ranks_per_node`` nor a group.
+            If the balancer has neither ``ranks_per_node`` nor a group that it sums counts over.
         """
         layer, p = self._layer, self.placement
         check_ids("physical_ids", physical_ids, layer.device)
@@ -145,13 +147,20 @@ class BatchReports:
         ranks_per_node = layer.locality.ranks_per_node
         if ranks_per_node is None:
             if layer.communicator is None:
-                raise RuntimeError("pairs of tokens and nodes need ranks_per_node, or a group")
+                raise RuntimeError(
+                    "pairs of tokens and nodes need ranks_per_node, or a group that counts are "
+                    "summed over"
+                )
             ranks_per_node = layer.communicator.ranks_per_node
+        if self._backend.checks_on_host:
+            check_id_values("physical_ids", physical_ids, p.n_physical)
+        if not physical_ids.numel():
+            return torch.zeros(1, dtype=torch.int64, device=layer.device)
         n_nodes = -(-p.ep_size // ranks_per_node)
-        top_k = physical_ids.shape[-1]
-        ids = physical_ids.reshape(-1, top_k).long()
-        # Dropped ones go to a node behind the last.
-        node = torch.where(ids < 0, n_nodes, ids // (p.slots_per_rank * ranks_per_node))
+        ids = physical_ids.reshape(-1, physical_ids.shape[-1]).long()
+        # Dropped ones, and those out of range on a GPU, go to a node behind the last.
+        known = (ids >= 0) & (ids < p.n_physical)
+        node = torch.where(known, ids // (p.slots_per_rank * ranks_per_node), n_nodes)
         reached = torch.zeros(len(ids), n_nodes + 1, dtype=torch.bool, device=layer.device)
         reached.scatter_(1, node, True)
         reached[:, n_nodes] = False

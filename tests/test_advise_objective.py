@@ -87,3 +87,14 @@ def test_what_is_said(best, said):
     grid = make_objective_grid({"objective": [row], "options": {"tokens": 9}})
     assert grid.notes[1].startswith(said)
     assert grid.rows == [("9", *["12346"] * 4, "chain 1", best)]
+
+
+@pytest.mark.parametrize(
+    "sizes", [["--experts", "4096", "--ep", "4"], ["--experts", "16", "--tokens", "2147483647"]]
+)
+def test_what_no_plan_by_time_takes_is_left_out(capsys, sizes):
+    """Where a rank has too many experts, or a batch too many rows, there is no such table."""
+    layer = ["advise", "--hidden", "64", "--inner", "64", "--top-k", "2", "--slots", "1"]
+    assert cli.main([*layer, *sizes, "--gemm", "table"]) == cli.OK
+    said = capsys.readouterr().out
+    assert "What it costs" in said and "objective=" not in said

@@ -118,18 +118,27 @@ def test_command_compares_the_methods(trace, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--ranks-per-node", "3"], "argument --ranks-per-node: must divide 4 ranks into nodes"),
-        (["--ranks-per-node", "4"], "argument --ranks-per-node: must divide 4 ranks into nodes"),
+        (["--ranks-per-node", "3"], "argument --ranks-per-node: must divide 4 ranks into several"),
+        (["--ranks-per-node", "4"], "argument --ranks-per-node: must divide 4 ranks into several"),
         (["--ep", "16", "--ranks-per-node", "2"], "4 recorded sources can't be divided among 8"),
         (["--ep", "3"], "arguments --ep, --slots: EP size 3 does not divide"),
-        (["--top-k", "17"], "argument --top-k: needed"),
-        (["--layers", "1"], "arguments --trace, --history, --layers"),
+        (["--top-k", "17"], "argument --top-k: a token has 1 to 16 experts, got 17"),
+        (["--layers", "1"], "the trace has layers 0 to 0, got 1"),
     ],
 )
 def test_wrong_use(trace, capsys, options, message):
     """Sizes that don't fit the trace or each other are refused."""
     assert cli.main([*LINE, *options]) == cli.USAGE
     assert message in capsys.readouterr().err
+
+
+def test_highest_price(trace, capsys):
+    """Prices that `chain` and `place` refuse are refused by the option's name."""
+    place = "place t.npz --ep 4 --slots 1 -o p.json --ranks-per-node 2".split()
+    for line in (LINE, place):
+        with pytest.raises(SystemExit):
+            cli.main([*line, "--traffic-price", "1e7"])
+        assert "argument --traffic-price: must be at most 1e+06" in capsys.readouterr().err
 
 
 def test_place_writes_placements_for_nodes(trace, capsys):

@@ -31,6 +31,7 @@ BASE = {
     "ep": "ep --device cpu --sections time,pipeline",
     "place": "place t.npz --ep 4 --slots 1 --device cpu --method home-place --trials 1 -o p.json",
     "placement": "placement --synthetic 8 --seeds 0 --ep 4 --slots 1 --device cpu --trials 1",
+    "nodes": "nodes --trace t.npz --ep 4 --slots 1 --ranks-per-node 2 --top-k 2 --trials 1",
     "live": "live --trace t.npz --workload uniform --experts 32 --batches 1 --ep 4 --base home",
     "workloads": "workloads --workload uniform --placement place --ep 4 --slots 1 --experts 32 "
     "--batches 1",

@@ -23,6 +23,23 @@ class FakeDriver:
     def __init__(self, sizes, status=0):
         self.sizes, self.status = sizes, status
         self.shared, self.launched, self.loaded = [], [], 0
+        self.context, self.entered = 5, []
+
+    def cuCtxGetCurrent(self, context):  # noqa: N802
+        context._obj.value = self.context
+        return 0
+
+    def cuDeviceGet(self, device, number):  # noqa: N802
+        device._obj.value = 10 + number
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context, device):  # noqa: N802
+        context._obj.value = 100 + device.value
+        return 0
+
+    def cuCtxSetCurrent(self, context):  # noqa: N802
+        self.entered.append(context.value)
+        return 0
 
     def cuModuleLoadData(self, module, image):  # noqa: N802
         self.loaded += 1
@@ -114,6 +131,18 @@ def test_what_the_driver_is_handed(monkeypatch, early):
     fake.status = 700
     with pytest.raises(RuntimeError, match=r"launching a kernel failed: no such luck.*700"):
         launch.launch(0)
+
+
+def test_a_thread_without_a_context_gets_one(monkeypatch):
+    """A thread without a context enters that of the current device, others keep theirs."""
+    fake = FakeDriver([8, 4])
+    monkeypatch.setattr(driver, "_driver", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    driver.DriverLaunch(compiled([8, 4]), (torch.zeros(1), 4), 1, False)
+    assert fake.entered == []
+    fake.context = None
+    driver.DriverLaunch(compiled([8, 4]), (torch.zeros(1), 4), 1, False)
+    assert fake.entered == [113]
 
 
 def test_no_tensor_is_held(monkeypatch):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from gloo import run_ranks
 from torch.utils.checkpoint import checkpoint
 
-from lplb_triton import LiveSlots, Placement
+from lplb_triton import Balancer, LiveSlots, Placement
 from lplb_triton.sync import SyncError
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -266,10 +266,25 @@ def test_homes_may_not_move():
     plan = torch.tensor([[2]], dtype=torch.int32)
     owner.placement = make_placement(1, 1, 4)
     assert float(layer.pull(plan).wait()[0][1]) == 2
+    with pytest.raises(TypeError, match="live must be given: the layer was added with Owner"):
+        layer.pull()
     moved = torch.tensor([1, 0, 2, 3])
     owner.placement = Placement(moved, ep_size=1).with_live_slots(1)
     with pytest.raises(RuntimeError, match="other homes of experts"):
         layer.pull(plan)
+
+
+def test_a_pull_takes_the_last_plan_of_its_balancer():
+    """Without a plan, a layer that was added with a balancer pulls what that planned last."""
+    balancer = Balancer(make_placement(1, 1, 4), device="cpu", backend="torch", rank=0)
+    slots = LiveSlots(1, device="cpu")
+    layer = slots.add(balancer, torch.arange(4.0)[:, None])
+    with pytest.raises(RuntimeError, match="no batch has been planned yet"):
+        layer.pull()
+    balancer.run(torch.tensor([[0, 1]]))
+    balancer._backend.live_out[0] = 3
+    assert balancer.live.experts.tolist() == [[3]]
+    assert float(layer.pull().wait()[0][1]) == 3
 
 
 def test_a_pull_that_was_overtaken_is_an_error():

@@ -246,18 +246,36 @@ def test_pairs_of_tokens_and_nodes():
         lonely.count_node_pairs(torch.tensor(idx, device=DEVICE))
     with pytest.raises(ValueError, match="^physical_ids must be"):
         balancer.count_node_pairs(torch.tensor(3, device=DEVICE))
+    for shape in ((0,), (0, 2), (3, 0)):
+        nothing = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+        assert balancer.count_node_pairs(nothing).tolist() == [0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ids_out_of_range_are_no_pairs(backend):
+    """Where the host reads ids, those out of range are refused; on a GPU they count nowhere."""
+    placement, counts, _ = draw_batch(9)
+    balancer = make(placement, 1, backend, NEAR, Table(counts))
+    for wrong in (placement.n_physical, 10**9, -2):
+        ids = torch.tensor([[0, wrong]], device=DEVICE)
+        if balancer._backend.checks_on_host:
+            with pytest.raises(ValueError, match="^physical_ids must hold ids in"):
+                balancer.count_node_pairs(ids)
+        else:
+            assert balancer.count_node_pairs(ids).tolist() == [1]
 
 
 def test_locality_is_part_of_what_ranks_compare():
     """Ranks with another slack, or other nodes, differ in their kinds and in the version."""
     placement, _, _ = draw_batch(6)
     kinds, versions = set(), set()
-    for locality in (NONE, NEAR, Locality(PER_NODE, 0.02), Locality(1, 0.01)):
+    close = Locality(PER_NODE, 0.01 * (1 + 1e-9))
+    for locality in (NONE, NEAR, close, Locality(PER_NODE, 0.02), Locality(1, 0.01)):
         member = make(placement, 0, BACKENDS[-1], locality, None)._membership
         member.write(LayerPlacement(placement, (0,)))
         kinds.add(member.kinds)
         versions.add(int(member.layer.version))
-    assert len(kinds) == len(versions) == 4
+    assert len(kinds) == len(versions) == 5
 
 
 @pytest.mark.gpu

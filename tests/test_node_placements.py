@@ -133,6 +133,33 @@ def test_one_node_is_no_node():
     for home in (False, True):
         plain = chain(history.sum(1), 8, keep_home=home)
         assert chain(history, 8, keep_home=home, ranks_per_node=8) == plain
+    options = {"samples": 8, "trials": 20}
+    plain = place(history.sum(1), 8, **options)
+    assert place(history, 8, ranks_per_node=8, num_groups=4, **options) == plain
+
+
+def test_no_price_makes_the_placement_without_nodes():
+    """At a price of 0 placements are those without nodes, bit for bit; groups stay together."""
+    history = draw_history(2, affinity=1.0)
+    free = {"ranks_per_node": 4, "traffic_price": 0}
+    for home in (False, True):
+        plain = chain(history.sum(1), 8, keep_home=home)
+        assert chain(history, 8, keep_home=home, **free) == plain
+        assert chain(history.sum(1), 8, keep_home=home, **free) == plain
+    options = {"samples": 8, "trials": 20}
+    assert place(history, 8, **free, **options) == place(history.sum(1), 8, **options)
+    assert chain(history, 8, num_groups=4, **free).n_group == 2
+
+
+@pytest.mark.parametrize("price", [1e3, 1e6])
+def test_groups_stay_in_one_node_at_any_price(price):
+    """However much near tokens are worth, the search takes no copy out of its group's node."""
+    history = draw_history(2, affinity=1.5)
+    options = {"ranks_per_node": 4, "num_groups": 4, "redundant_per_rank": 2}
+    found = place(history, 8, samples=8, trials=30, traffic_price=price, **options)
+    held = node_of_copies(found, 4)
+    node = held.argmax(1).reshape(4, 8)
+    assert (held.sum(1) == 1).all() and (node == node[:, :1]).all()
 
 
 @pytest.mark.parametrize("home", [False, True])
@@ -287,6 +314,7 @@ def test_packaged_trace_across_nodes():
         (ValueError, "ranks_per_node must divide the 4 ranks", {"ranks_per_node": 3}),
         (TypeError, "traffic_price must be", {"ranks_per_node": 2, "traffic_price": "high"}),
         (ValueError, "traffic_price must be in", {"ranks_per_node": 2, "traffic_price": -1.0}),
+        (ValueError, "traffic_price must be in", {"ranks_per_node": 2, "traffic_price": 1e7}),
         (ValueError, "can't be combined", {"ranks_per_node": 2, "ranks_per_domain": 2}),
         (ValueError, "num_groups must divide", {"ranks_per_node": 2, "num_groups": 3}),
         (ValueError, "num_groups must divide", {"ranks_per_node": 2, "num_groups": 1}),
@@ -301,9 +329,13 @@ def test_wrong_arguments_are_named(make, error, message, options):
 
 @pytest.mark.parametrize("name", ["ranks_per_node", "traffic_price", "num_groups"])
 def test_traffic_has_no_price_in_time(name):
-    """Placements by time refuse what is about nodes."""
-    with pytest.raises(ValueError, match=name):
-        place(torch.ones(8), 4, objective="time", **{name: 2})
+    """Placements by time refuse what is about nodes; a cost without them is what is refused."""
+    with pytest.raises(ValueError, match=f"^{name} needs objective='tokens'"):
+        place(torch.ones(8), 4, objective="time", **{name: 0})
+    with pytest.raises(ValueError, match="^rows_per_rank needs objective='time'"):
+        place(torch.ones(8), 4, rows_per_rank=8, **{name: 2})
+    with pytest.raises(ValueError, match="^objective must be one of"):
+        place(torch.ones(8), 4, objective="traffic", **{name: 2})
 
 
 @pytest.mark.parametrize("make", [chain, place])
@@ -320,6 +352,9 @@ def test_previous_must_keep_groups_together():
     """A previous placement whose groups are spread over nodes is refused, as with domains."""
     order = torch.tensor([0, 2, 1, 3, 0, 2, 4, 6, 5, 7, 4, 6])
     previous = Placement.from_phy2log(order, 4)
+    spread = Placement.from_phy2log(torch.tensor([0, 2, 4, 3, 1, 2, 4, 6, 5, 7, 0, 6]), 4)
+    with pytest.raises(ValueError, match="^num_groups is 2, but previous.phy2log spreads"):
+        place(torch.ones(8), 4, previous=spread, ranks_per_node=2, num_groups=2)
     with pytest.raises(ValueError, match="num_groups"):
         place(
             *(torch.ones(8), 4),

@@ -78,9 +78,15 @@ def test_traffic_of_a_trace():
     own = np.einsum("blnn->bl", by_node) / by_node.sum((2, 3))
     assert rows["home"]["across"] == pytest.approx(1 - own.mean(), abs=1e-6)
     # Nodes that don't divide the ranks are one.
-    assert balance.find_traffic(trace, cell, OPTIONS, 3)["rows"][0]["across"] == pytest.approx(0)
+    alone = balance.find_traffic(trace, cell, OPTIONS, 3)
+    assert (alone["ranks_per_node"], alone["nodes"], found["nodes"]) == (8, 1, 2)
+    assert alone["rows"][0]["across"] == pytest.approx(0)
     page = traffic.show_traffic(found)
     assert f"{100 * rows['global']['across']:.1f}% across" in page and "Nodes of 4" in page
+    assert "advise --trace FILE --ranks-per-node 4" in page
+    # `lplb-bench advise` refuses a single node.
+    page = traffic.show_traffic(alone)
+    assert "All 8 ranks on one node" in page and "lplb-bench advise" not in page
 
 
 def test_shares_by_expert():

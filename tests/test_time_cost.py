@@ -1,6 +1,8 @@
 """The cost of plans by time: tables, files, and fits to measured times."""
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -80,8 +82,8 @@ def test_costs_are_saved_and_loaded(tmp_path):
         ({"table": "many"}, "table must be an array of numbers"),
         ({"sides": (128, 200)}, "sides must be powers of two"),
         ({"sides": (1, 2)}, "sides must be at least 2"),
-        ({"slopes": (1.0,)}, "slopes must be a pair, of narrow"),
-        ({"slopes": 1.0}, "slopes must be a pair, of narrow"),
+        ({"slopes": (1.0,)}, "slopes must be a pair"),
+        ({"slopes": 1.0}, "slopes must be a pair"),
         ({"slopes": (1.0, 1e39)}, "slopes must be in"),
         ({"per_row": -1.0}, "per_row must be in"),
         ({"per_row": float("nan")}, "per_row must be in"),
@@ -94,6 +96,15 @@ def test_bad_costs_are_refused_by_name(changes, match):
     TimeCost(**table_of())
     with pytest.raises(ValueError, match=match):
         TimeCost(**table_of(**changes))
+
+
+def test_copies_are_read_only():
+    """Copies, like the cost itself, can't be changed behind the checksum's back."""
+    cost = TimeCost(**table_of())
+    for one in (cost, copy.deepcopy(cost), pickle.loads(pickle.dumps(cost))):
+        assert one == cost
+        with pytest.raises(ValueError, match="read-only"):
+            one.table[0, 1, 1] = 7.0
 
 
 def test_bad_fits_are_refused_by_name():

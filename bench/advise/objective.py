@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from lplb_triton import Placement, TimeCost
+from lplb_triton._layout import MAX_COUNT, TIME_MOST_SLOTS
 from lplb_triton.bench.advise.models import Model
 from lplb_triton.bench.advise.overhead import predict_overhead_us
 from lplb_triton.bench.objectives.plans import WAYS, plan_batch
@@ -55,12 +56,14 @@ def advise_objective(
         By rising ``tokens``: ``layer_us`` by ``none`` (experts in order, no copies), ``even``,
         ``tokens`` and ``time``, means over batches of whole tokens drawn by the cases' test
         batches; ``placed``, the ``placement`` and ``slots`` of each; ``added_us``, what each
-        adds to a layer; and ``best``, the way with the least sum of both.
+        adds to a layer; and ``best``, the way with the least sum of both. Empty where a rank has
+        more slots than a cost has room for, or a batch more than 2**31 - 1 rows.
     """
+    most_slots, most_tokens = model.experts // ep + max(slots), max(*OBJECTIVE_GRID, tokens)
+    if most_slots > TIME_MOST_SLOTS or most_tokens * ep * model.top_k > MAX_COUNT:
+        return []
     chosen = [cases[i] for i in _spread(len(cases), BATCHES)]
-    cost = TimeCost.for_model(
-        model.hidden, model.inner, most_active=model.experts // ep + max(slots), model=gemm
-    )
+    cost = TimeCost.for_model(model.hidden, model.inner, most_active=most_slots, model=gemm)
     placed = {
         (kind, spare): [
             make_by_history(kind, case.history, ep, spare, torch.device("cpu"), None)

@@ -42,10 +42,11 @@ def find_traffic(
     Returns
     -------
     dict or None
-        ``ranks_per_node`` and ``rows`` with parts of all assignments, means over at most about 128
-        batches: ``way`` (``"home"``, experts in order without copies; ``"local"`` and
-        ``"global"``, the LP with these quotas), ``rank``, ``node`` (another rank of it) and
-        ``across``. None where the trace has one source only, so that nobody knows who sends what.
+        ``ranks_per_node``, ``nodes`` (how many there are), and ``rows`` with parts of all
+        assignments, means over at most about 128 batches: ``way`` (``"home"``, experts in order
+        without copies; ``"local"`` and ``"global"``, the LP with these quotas), ``rank``, ``node``
+        (another rank of it) and ``across``. None where the trace has one source only, so that
+        nobody knows who sends what.
     """
     if trace.sources < 2:
         return None
@@ -68,7 +69,7 @@ def find_traffic(
     for way, values in found.items():
         rank, node, across = (float(value) for value in np.mean(values, axis=0))
         rows.append({"way": way, "rank": rank, "node": node, "across": across})
-    return {"ranks_per_node": size, "rows": rows}
+    return {"ranks_per_node": size, "nodes": cell.ep // size, "rows": rows}
 
 
 def _solve_parts(placement: Placement, totals: torch.Tensor, options: Options) -> list[Floats]:

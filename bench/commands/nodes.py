@@ -13,9 +13,10 @@ from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import OK, Output
 from lplb_triton.bench.placement import explain_impossible
 from lplb_triton.bench.progress import progress
+from lplb_triton.placement.nodes import MOST_TRAFFIC_PRICE
 from lplb_triton.traces.trace import Trace
 
-__all__ = ["add", "run"]
+__all__ = ["add", "add_traffic_price", "run"]
 
 
 def add(commands: Any) -> None:
@@ -44,10 +45,7 @@ def add(commands: Any) -> None:
         "--ranks-per-node", type=options.count, default=8, metavar="N",
         help="ranks of a node (default %(default)s)",
     )  # fmt: skip
-    sub.add_argument(
-        "--traffic-price", type=options.penalty, metavar="PRICE",
-        help="tokens of load that a token sent to another node is worth (default 1)",
-    )  # fmt: skip
+    add_traffic_price(sub)
     options.trace_options(sub)
     sub.add_argument(
         "--trials", type=options.count, metavar="N",
@@ -63,6 +61,21 @@ def add(commands: Any) -> None:
     )  # fmt: skip
 
 
+def add_traffic_price(sub: argparse.ArgumentParser) -> None:
+    """Add the price of `lplb_triton.chain` and `lplb_triton.place`."""
+
+    def price(text: str) -> float:
+        value = options.penalty(text)
+        if value > MOST_TRAFFIC_PRICE:
+            raise argparse.ArgumentTypeError(f"must be at most {MOST_TRAFFIC_PRICE:g}, got {text}")
+        return value
+
+    sub.add_argument(
+        "--traffic-price", type=price, metavar="PRICE",
+        help="tokens of load that a token sent to another node is worth (default 1)",
+    )  # fmt: skip
+
+
 def run(args: argparse.Namespace, out: Output) -> int:
     """Compare the placements."""
     tables.require("rich")
@@ -72,11 +85,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
     trace, source = options.load_trace(args.trace)
     _check_sizes(args, trace)
     top_k = args.top_k or trace.meta.get("top_k")
-    if not isinstance(top_k, int) or not 1 <= top_k <= trace.experts:
+    if not isinstance(top_k, int):
         raise UsageError("argument --top-k: needed, since the trace doesn't say it")
+    if not 1 <= top_k <= trace.experts:
+        raise UsageError(f"argument --top-k: a token has 1 to {trace.experts} experts, got {top_k}")
     try:
         cases = node_placements.split_cases(trace, args.history, args.layers, args.every)
-    except (IndexError, ValueError) as error:
+    except ValueError as error:
         raise UsageError(f"arguments --trace, --history, --layers: {error}") from error
     begin = time.perf_counter()
     names = [(f"EP {ep}, {slots} slots", len(cases)) for ep in args.ep for slots in args.slots]
@@ -108,7 +123,7 @@ def _check_sizes(args: argparse.Namespace, trace: Trace) -> None:
                 raise UsageError(f"arguments --ep, --slots: {reason}")
         if ep % args.ranks_per_node or ep == args.ranks_per_node:
             raise UsageError(
-                f"argument --ranks-per-node: must divide {ep} ranks into nodes, "
+                f"argument --ranks-per-node: must divide {ep} ranks into several nodes, "
                 f"got {args.ranks_per_node}"
             )
         nodes = ep // args.ranks_per_node

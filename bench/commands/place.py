@@ -12,6 +12,7 @@ import torch
 from lplb_triton import Placement, TimeCost, place
 from lplb_triton.bench import options, output, placement, tables
 from lplb_triton.bench.balance import Stretch, find_stretches
+from lplb_triton.bench.commands.nodes import add_traffic_price
 from lplb_triton.bench.machine import environment
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import OK, Output
@@ -93,10 +94,7 @@ def add(commands: Any) -> None:
         help="ranks of a node: tokens that leave their node have a price, for the methods of "
         "chain and place; the recorded sources are divided among the nodes in order",
     )  # fmt: skip
-    sub.add_argument(
-        "--traffic-price", type=options.penalty, metavar="PRICE",
-        help="tokens of load that a token sent to another node is worth (default 1)",
-    )  # fmt: skip
+    add_traffic_price(sub)
     sub.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     sub.add_argument(
         "--trials", type=options.count, metavar="N",

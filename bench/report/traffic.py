@@ -39,15 +39,22 @@ def show_traffic(found: Mapping[str, Any]) -> str:
         bars.append(charts.Bar(name, parts, f"{percent[-1]:.1f}% across"))
         rows.append([name, *(f"{value:.1f}%" for value in percent)])
     told = "; ".join(f"{bar.name}: {bar.text}" for bar in bars)
-    size = int(found["ranks_per_node"])
+    size, nodes = int(found["ranks_per_node"]), int(found["nodes"])
+    where = f"Nodes of {size} consecutive ranks" if nodes > 1 else f"All {size} ranks on one node"
+    # The command takes several nodes.
+    advice = (
+        "Where ranks span nodes, <code>lplb-bench advise --trace FILE --ranks-per-node "
+        f"{size}</code> prices it."
+        if nodes > 1
+        else "Another <code>--ranks-per-node</code> divides them."
+    )
     title = "Where tokens go, once for each of their experts"
     picture = draw_figure(
         "traffic", title,
-        f"Nodes of {size} consecutive ranks, whoever sends as recorded; means over at most about "
+        f"{where}, whoever sends as recorded; means over at most about "
         "128 batches. With local quotas each rank divides its own tokens by the plan's shares. "
         "With <code>quotas=&quot;global&quot;</code> ranks, then nodes, first keep what their "
-        "own copies take; loads are the same. Where ranks span nodes, <code>lplb-bench advise "
-        f"--trace FILE --ranks-per-node {size}</code> prices it.",
+        f"own copies take; loads are the same. {advice}",
         charts.draw_bars(
             "traffic-picture", title, f"Parts that leave their node. {told}.", bars,
             "part of the assignments, %",

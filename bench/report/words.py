@@ -203,7 +203,7 @@ def _say_by_time(saving: Mapping[str, Any]) -> str:
         # Reports of earlier versions don't have it.
         saved = size.get("by_time")
         if saved is not None:
-            parts = ", ".join(f"{100 * part:.0f}%" for part in saved)
+            parts = ", ".join(f"{round(100 * part)}%" for part in saved)
             lines.append(f"<li>{name_size(size)}: {parts}</li>")
     if not lines:
         return ""

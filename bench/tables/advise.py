@@ -38,7 +38,7 @@ def make_advise_grids(report: dict[str, Any]) -> list[Grid]:
         _make_layer_grid(report),
         _make_cost_grid(report),
         *([] if report["network"] is None else [_make_network_grid(report)]),
-        make_objective_grid(report),
+        *([make_objective_grid(report)] if report["objective"] else []),
         _make_live_grid(report),
     ]
 

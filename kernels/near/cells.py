@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from lplb_triton import _layout
-from lplb_triton.kernels.near.moves import load_row
 from lplb_triton.kernels.rounding import SHARE_BITS
 from lplb_triton.kernels.solve.tiles import SHARE_ONE
+from lplb_triton.kernels.time.cost import load_lanes
 
 EXPERT = tl.constexpr(int(_layout.NearField.EXPERT))
 SLOT = tl.constexpr(int(_layout.NearField.SLOT))
@@ -240,8 +240,8 @@ def sum_far(cells_ptr, rows_ptr, parts, most_cells, most_on_node, n_slots, BLOCK
             there = counts & (first + i < n_cells)
             at = cells_ptr + SLOT * most_cells + number + (first + i)
             slot = tl.load(at, mask=there, other=0)
-            loaded += (load_row(surplus_ptr + slot, there),)
-            tokens += (load_row(token_ptr + slot, there),)
+            loaded += (load_lanes(surplus_ptr + slot, there, CANDIDATES, BLOCK),)
+            tokens += (load_lanes(token_ptr + slot, there, CANDIDATES, BLOCK),)
         for i in tl.static_range(CELLS_AT_ONCE):
             run += loaded[i]
             token_run += tokens[i]

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from lplb_triton import _layout
+from lplb_triton.kernels.time.cost import load_lanes, store_lanes
 
 CANDIDATES = tl.constexpr(_layout.NEAR_CANDIDATES)
 RANK_BITS = tl.constexpr(_layout.NEAR_RANK_BITS)
@@ -31,24 +32,6 @@ LONE_AT_ONCE = tl.constexpr(16)
 def number_ranks(H: tl.constexpr, LANES: tl.constexpr):
     """Return the numbers of the ranks of slice H, [CANDIDATES, LANES]."""
     return tl.arange(0, CANDIDATES)[:, None] * 0 + (H * LANES + tl.arange(0, LANES)[None, :])
-
-
-@triton.jit
-def load_row(at, mask):
-    """Load a block of numbers, 0 where ``mask`` is false.
-
-    Triton 3.6 spreads the rows of a block of computed addresses over each warp, so that numbers
-    would go through shared memory, with barriers. A single row stays in its lanes.
-    """
-    flat = tl.reshape(at, (at.numel,))
-    return tl.reshape(tl.load(flat, mask=tl.reshape(mask, (at.numel,)), other=0), at.shape)
-
-
-@triton.jit
-def store_row(at, values, mask):
-    """Store a block of numbers in the way that `load_row` loads one."""
-    flat = tl.reshape(at, (at.numel,))
-    tl.store(flat, tl.reshape(values, (at.numel,)), mask=tl.reshape(mask, (at.numel,)))
 
 
 @triton.jit
@@ -71,7 +54,7 @@ def _count_lone(counts_ptr, experts, SLICES: tl.constexpr, LANES: tl.constexpr):
     """Sum up the tokens of a block of such experts, by rank."""
     loaded, sums = (), ()
     for h in tl.static_range(SLICES):
-        loaded += (load_row(counts_ptr + experts[h], experts[h] >= 0),)
+        loaded += (load_lanes(counts_ptr + experts[h], experts[h] >= 0, LONE_AT_ONCE, LANES),)
     for h in tl.static_range(SLICES):
         found = tl.sum(tl.maximum(loaded[h], 0), 0)
         sums += (found[None, :] + number_ranks(h, LANES) * 0,)
@@ -169,7 +152,8 @@ def _load_cells(rows_ptr, words, n_ranks, SLICES: tl.constexpr, LANES: tl.conste
     for h in tl.static_range(SLICES):
         rank = number_ranks(h, LANES)
         cell = ((words[h] >> RANK_BITS) & RANK_MASK) * n_ranks + rank
-        found += (load_row(rows_ptr + cell, (words[h] & RANK_MASK) != rank),)
+        is_edge = (words[h] & RANK_MASK) != rank
+        found += (load_lanes(rows_ptr + cell, is_edge, CANDIDATES, LANES),)
     return found
 
 
@@ -179,7 +163,8 @@ def _store_cells(rows_ptr, words, values, n_ranks, SLICES: tl.constexpr, LANES: 
     for h in tl.static_range(SLICES):
         rank = number_ranks(h, LANES)
         cell = ((words[h] >> RANK_BITS) & RANK_MASK) * n_ranks + rank
-        store_row(rows_ptr + cell, values[h], (words[h] & RANK_MASK) != rank)
+        is_edge = (words[h] & RANK_MASK) != rank
+        store_lanes(rows_ptr + cell, values[h], is_edge, CANDIDATES, LANES)
 
 
 @triton.jit

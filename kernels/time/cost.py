@@ -7,6 +7,27 @@ import triton.language as tl
 
 
 @triton.jit
+def load_lanes(pointers, mask, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Load a block [ROWS, LANES], 0 where ``mask`` is not set, so that lanes keep their numbers.
+
+    Triton 3.6 spreads the rows of a block over each warp where it doesn't see that addresses of a
+    row follow each other; the numbers would then go through shared memory, with barriers. It leaves
+    a single row as it is.
+    """
+    size: tl.constexpr = ROWS * LANES
+    flat = tl.load(tl.reshape(pointers, (size,)), mask=tl.reshape(mask, (size,)), other=0)
+    return tl.reshape(flat, (ROWS, LANES))
+
+
+@triton.jit
+def store_lanes(pointers, values, mask, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Store a block [ROWS, LANES] where ``mask`` is set; see `load_lanes`."""
+    size: tl.constexpr = ROWS * LANES
+    flat = tl.reshape(values, (size,))
+    tl.store(tl.reshape(pointers, (size,)), flat, mask=tl.reshape(mask, (size,)))
+
+
+@triton.jit
 def find_times(
     active,
     narrow,
@@ -15,19 +36,19 @@ def find_times(
     table,  # addresses of a [2, ACTIVE, TILES] float32 table, one for each rank
     slopes,  # what a narrow tile, a wide tile and a row add, microseconds
     wide_rows,  # rows of a rank from which tiles are wide
+    CANDIDATES: tl.constexpr,
+    LANES: tl.constexpr,
     ACTIVE: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Return the microseconds of ranks from the sums over their cells."""
+    """Return the microseconds of ranks from the sums over their cells, [CANDIDATES, LANES]."""
     is_wide = rows >= wide_rows
     tiles = tl.where(is_wide, wide, narrow)
     over = tl.maximum(tiles - (TILES - 1), 0)
     at = (tl.where(is_wide, ACTIVE, 0) + active) * TILES + (tiles - over)
-    # Triton 3.6 spreads the rows of a block with such addresses over each warp, so that numbers
-    # would go through shared memory, with barriers. A single row stays in its lanes.
-    exact = tl.reshape(tl.load(tl.reshape(table + at, (at.numel,))), at.shape)
     by_tile = over.to(tl.float32) * tl.where(is_wide, slopes[1], slopes[0])
-    return (exact + rows.to(tl.float32) * slopes[2]) + by_tile
+    base = load_lanes(table + at, at >= 0, CANDIDATES, LANES)
+    return (base + rows.to(tl.float32) * slopes[2]) + by_tile
 
 
 @triton.jit

@@ -39,8 +39,9 @@ def _find_slowest(
     slowest = tl.zeros((CANDIDATES, LANES), tl.float32)
     for h in tl.static_range(SLICES):
         t = find_times(
-            active[h], narrow[h], wide[h], total[h], table, slopes, wide_rows, ACTIVE, TILES
-        )
+            active[h], narrow[h], wide[h], total[h], table, slopes, wide_rows, CANDIDATES, LANES,
+            ACTIVE, TILES,
+        )  # fmt: skip
         inside = number_ranks(h, LANES, CANDIDATES) < n_ranks
         slowest = tl.maximum(slowest, tl.where(inside, t, 0.0))
     return tl.max(slowest, 1)

@@ -15,7 +15,13 @@ import triton
 import triton.language as tl
 
 from lplb_triton import _layout
-from lplb_triton.kernels.time.cost import count_active, count_tiles, find_times
+from lplb_triton.kernels.time.cost import (
+    count_active,
+    count_tiles,
+    find_times,
+    load_lanes,
+    store_lanes,
+)
 
 RANK_BITS = tl.constexpr(_layout.TIME_RANK_BITS)
 RANK_MASK = tl.constexpr(_layout.TIME_RANK_MASK)
@@ -51,7 +57,7 @@ def count_ranks(
             for i in tl.static_range(PLACES_AT_ONCE):
                 there = (rank < n_ranks) & (first + i < n_places)
                 at = (first + i) * n_ranks + rank
-                loaded += (tl.load(rows_ptr + at, mask=there, other=0),)
+                loaded += (load_lanes(rows_ptr + at, there, CANDIDATES, LANES),)
             for i in tl.static_range(PLACES_AT_ONCE):
                 active += count_active(loaded[i])
                 narrow += count_tiles(loaded[i], NARROW)
@@ -91,15 +97,18 @@ def _weigh(mine, other):
 
 @triton.jit
 def _try_split(
-    x, tried, active, narrow, wide, total, table, slopes, wide_rows, NARROW: tl.constexpr,
-    WIDE: tl.constexpr, ACTIVE: tl.constexpr, TILES: tl.constexpr,
+    x, tried, active, narrow, wide, total, table, slopes, wide_rows, LANES: tl.constexpr,
+    CANDIDATES: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, ACTIVE: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     """Return the times of ranks once a cell of each goes from ``x`` to ``tried`` rows."""
     active += count_active(tried) - count_active(x)
     narrow += count_tiles(tried, NARROW) - count_tiles(x, NARROW)
     wide += count_tiles(tried, WIDE) - count_tiles(x, WIDE)
     total += tried - x
-    return find_times(active, narrow, wide, total, table, slopes, wide_rows, ACTIVE, TILES)
+    return find_times(
+        active, narrow, wide, total, table, slopes, wide_rows, CANDIDATES, LANES, ACTIVE, TILES
+    )
 
 
 @triton.jit
@@ -136,7 +145,7 @@ def _load_words(
     for h in tl.static_range(SLICES):
         rank = number_ranks(h, LANES, CANDIDATES)
         there = (rank < n_ranks) & (step < n_steps)
-        word = tl.load(words_ptr + step * n_ranks + rank, mask=there, other=0)
+        word = load_lanes(words_ptr + step * n_ranks + rank, there, CANDIDATES, LANES)
         words += (tl.where(there, word, rank),)
     return words
 
@@ -167,7 +176,7 @@ def _choose_splits(
             tried_times += (
                 _try_split(
                     xs[h], rows, active[h], narrow[h], wide[h], total[h], table, slopes, wide_rows,
-                    NARROW, WIDE, ACTIVE, TILES,
+                    LANES, CANDIDATES, NARROW, WIDE, ACTIVE, TILES,
                 ),
             )  # fmt: skip
         kept, kept_times, least = (), (), ()
@@ -212,8 +221,9 @@ def improve_cells(
     times = ()
     for h in tl.static_range(SLICES):
         found = find_times(
-            active[h], narrow[h], wide[h], total[h], table, slopes, wide_rows, ACTIVE, TILES
-        )
+            active[h], narrow[h], wide[h], total[h], table, slopes, wide_rows, CANDIDATES, LANES,
+            ACTIVE, TILES,
+        )  # fmt: skip
         times += (found,)
     words = _load_words(words_ptr, 0, n_steps, n_ranks, SLICES, LANES, CANDIDATES)
     for step in range(0, n_steps):
@@ -223,14 +233,10 @@ def improve_cells(
         for h in tl.static_range(SLICES):
             rank = number_ranks(h, LANES, CANDIDATES)
             partner = words[h] & RANK_MASK
-            # Addresses are in a single row for the reason given in `find_times`.
-            cell_ptr = tl.reshape(
-                rows_ptr + ((words[h] >> RANK_BITS) * n_ranks + rank), (CANDIDATES * LANES,)
-            )
-            is_edge = tl.reshape(partner != rank, (CANDIDATES * LANES,))
+            cell_ptr = rows_ptr + ((words[h] >> RANK_BITS) * n_ranks + rank)
             partners += (partner,)
             cells += (cell_ptr,)
-            xs += (tl.reshape(tl.load(cell_ptr, mask=is_edge, other=0), (CANDIDATES, LANES)),)
+            xs += (load_lanes(cell_ptr, partner != rank, CANDIDATES, LANES),)
         new, times = _choose_splits(
             xs, partners, times, active, narrow, wide, total, table, slopes, wide_rows,
             SLICES, LANES, CANDIDATES, MARGIN, NARROW, WIDE, ACTIVE, TILES,
@@ -242,10 +248,6 @@ def improve_cells(
             to_wide += (wide[h] + count_tiles(new[h], WIDE) - count_tiles(xs[h], WIDE),)
             to_total += (total[h] + new[h] - xs[h],)
             is_edge = partners[h] != number_ranks(h, LANES, CANDIDATES)
-            tl.store(
-                cells[h],
-                tl.reshape(new[h], (CANDIDATES * LANES,)),
-                mask=tl.reshape(is_edge, (CANDIDATES * LANES,)),
-            )
+            store_lanes(cells[h], new[h], is_edge, CANDIDATES, LANES)
         active, narrow, wide, total, words = to_active, to_narrow, to_wide, to_total, ahead
     return active, narrow, wide, total

@@ -109,7 +109,7 @@ class TimeCost(CostFile):
         for name in ("slopes", "sides"):
             pair = getattr(self, name)
             if not isinstance(pair, Sequence) or len(pair) != 2:
-                raise ValueError(f"{name} must be a pair, of narrow and of wide tiles, got {pair!r}")
+                raise ValueError(f"{name} must be a pair, of narrow and wide tiles, got {pair!r}")
         slopes = tuple(check_number("slopes", value, MOST_US) for value in self.slopes)
         sides = tuple(check_integer("sides", side, 2) for side in self.sides)
         for side in sides:
@@ -126,6 +126,12 @@ class TimeCost(CostFile):
         }  # fmt: skip
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy's fields, whose tables are read-only too."""
+        self.__dict__.update(state)
+        for table in (self.table, self.smoothed):
+            table.setflags(write=False)
 
     @classmethod
     def for_model(

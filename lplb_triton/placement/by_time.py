@@ -79,6 +79,10 @@ def place_by_time(
     if objective == "tokens":
         name = "rows_per_rank" if cost is None else "cost"
         raise ValueError(f"{name} needs objective='time'")
+    options = dict(arguments)
+    for name in ("ranks_per_node", "traffic_price", "num_groups"):
+        if options.pop(name) is not None:
+            raise ValueError(f"{name} needs objective='tokens'")
     if rows_per_rank is None:
         raise ValueError(
             "objective='time' needs rows_per_rank: tokens of a rank in a batch, times top-k"
@@ -88,7 +92,6 @@ def place_by_time(
         raise ValueError(
             f"rows_per_rank must be at most {MAX_COUNT // ep_size} on {ep_size} ranks, got {rows}"
         )
-    options = dict(arguments)
     options["trials"] = 0 if options["trials"] is None else options["trials"]
     samples = options.pop("samples")
     samples = SAMPLES if samples is None else check_integer("samples", samples, 1)

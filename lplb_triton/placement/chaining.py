@@ -94,8 +94,8 @@ def chain(
         Consecutive ranks of a node; divides `ep_size`, and isn't combined with
         `ranks_per_domain`. Copies may lie on any node.
     traffic_price : float or None
-        Tokens of load that a token sent to another node is worth; 1 by default. Needs
-        `ranks_per_node`.
+        Tokens of load that a token sent to another node is worth, at most 1e6; 1 by default. With 0
+        the placement is the one without nodes. Needs `ranks_per_node`.
     num_groups : int or None
         Groups of consecutive experts, of which the router gives a token a few only: a multiple of
         the number of nodes that divides ``n_logical``. All copies of a group's experts then lie in
@@ -130,7 +130,7 @@ def chain(
     n_logical = len(weight)
     spare = check_integer("redundant_per_rank", redundant_per_rank, 0)
     stay = check_flag("keep_home", keep_home)
-    if traffic is not None and groups is None and traffic.n_nodes > 1:
+    if traffic is not None and groups is None:
         slots_by_rank = choose_node_slots(traffic, ranks, spare, keep_home=stay)
         return Placement(slots_by_rank.reshape(-1), ranks, n_logical=n_logical)
     if traffic is not None:
@@ -170,7 +170,8 @@ def read_traffic(
 ) -> tuple[TrafficPrice | None, int | None, NDArray[np.float64]]:
     """Return the price of traffic, the groups of experts, and loads ``[batches, n_logical]``.
 
-    ``batches`` are the loads of `check_load`. The price is None without ``ranks_per_node``.
+    ``batches`` are the loads of `check_load`. The price is None without ``ranks_per_node``, with
+    one node, and where it is 0 and no groups have to stay together.
     """
     n_logical = batches.shape[1]
     options = check_nodes(
@@ -183,6 +184,8 @@ def read_traffic(
     if load.ndim == 3:
         by_node = sum_by_node(name, load, batches, ranks // size)
         batches = by_node.sum(1)
+    if size == ranks or (not price and groups is None):
+        return None, None, batches
     demand = average_demand(scale_rows(batches), by_node, ranks // size)
     return TrafficPrice(demand, price, size), groups, batches
 

@@ -14,12 +14,16 @@ expert has several copies, none of them near, are free to fill the other ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lplb_triton._checks import check_integer, check_number, nearest_divisors, would_do
+
+if TYPE_CHECKING:
+    from lplb_triton.placement.placement import Placement
 
 __all__ = [
     "DEFAULT_TRAFFIC_PRICE",
@@ -29,6 +33,7 @@ __all__ = [
     "assign_groups",
     "average_demand",
     "check_nodes",
+    "find_ranks_outside",
     "sum_by_node",
 ]
 
@@ -36,12 +41,14 @@ _Double = NDArray[np.float64]
 _Bool = NDArray[np.bool_]
 _Int = NDArray[np.int64]
 
-# Tokens of load that a token sent to another node is worth, if the caller names no price.
-DEFAULT_TRAFFIC_PRICE = 1.0
+# Tokens of load that a token sent to another node is worth, if the caller names no price, and at
+# most. More would make no other placement, and loads would vanish beside it in float32.
+DEFAULT_TRAFFIC_PRICE, MOST_TRAFFIC_PRICE = 1.0, 1e6
 # A node may exceed the mean load of the nodes by this part of it for tokens that are all near
 # there and nowhere else, if the price is 1.
 NODE_TOLERANCE = 0.1
-# Smallest gain for which two groups change places.
+# Smallest gain for which two groups change places, times the price where that is above 1: smaller
+# gains may be rounding, by which groups would change places for ever.
 MIN_GAIN = 1e-9
 # Tokens that a search counts as leaving their node for each bound token beyond the mean load of its
 # rank. More would make it drop copies that keep tokens near, which lowers the excess as well.
@@ -183,7 +190,7 @@ def check_nodes(
         )
     price = DEFAULT_TRAFFIC_PRICE
     if traffic_price is not None:
-        price = check_number("traffic_price", traffic_price)
+        price = check_number("traffic_price", traffic_price, MOST_TRAFFIC_PRICE)
     if num_groups is None:
         return size, price, None
     groups, n_nodes = check_integer("num_groups", num_groups), ep_size // size
@@ -256,12 +263,25 @@ def assign_groups(traffic: TrafficPrice, num_groups: int) -> _Int:
             near + near.T - near.diagonal()[:, None] - near.diagonal()
         )
         one, other = divmod(int(change.argmin()), num_groups)
-        if change[one, other] >= -MIN_GAIN:
+        if change[one, other] >= -MIN_GAIN * max(1.0, traffic.price):
             return node
         moved = weight[other] - weight[one]
         load[node[one]] += moved
         load[node[other]] -= moved
         node[one], node[other] = node[other], node[one]
+
+
+def find_ranks_outside(placement: Placement, num_groups: int) -> _Bool:
+    """Find the ranks out of each expert's node, ``[n_logical, ranks]``.
+
+    The LP groups of the placement are the nodes; raises naming ``previous`` unless each group of
+    consecutive experts lies in one of them.
+    """
+    node_of = placement.structure.cell_group.reshape(num_groups, -1)
+    if (node_of != node_of[:, :1]).any():
+        raise ValueError("previous must have all experts of a group in one node, see num_groups")
+    of_rank = np.arange(placement.ep_size) // placement.group_size
+    return np.asarray(placement.structure.cell_group[:, None] != of_rank)
 
 
 def choose_node(demand: _Double, load: _Double, allowed: _Bool, price: float) -> int:

@@ -36,7 +36,7 @@ from lplb_triton.placement.moves import (
     require_placement,
 )
 from lplb_triton.placement.near_plans import measure_far
-from lplb_triton.placement.nodes import TrafficPrice
+from lplb_triton.placement.nodes import TrafficPrice, find_ranks_outside
 from lplb_triton.solver import solve
 
 if TYPE_CHECKING:
@@ -149,9 +149,9 @@ def place(
         Consecutive ranks of a node; divides `ep_size`, and isn't combined with
         `ranks_per_domain`. Copies may lie on any node.
     traffic_price : float or None
-        Tokens of load that a token sent to another node is worth: 1, the default, takes 1% more
-        load on the most loaded rank for 1% of the tokens that no longer leave their node. Needs
-        `ranks_per_node`.
+        Tokens of load that a token sent to another node is worth, at most 1e6: 1, the default,
+        takes 1% more load on the most loaded rank for 1% of the tokens that no longer leave their
+        node, and 0 makes the placement without nodes. Needs `ranks_per_node`.
     num_groups : int or None
         Groups of consecutive experts, of which the router gives a token a few only: all copies of a
         group's experts lie in one node then (also in `previous`), see `lplb_triton.chain`. Needs
@@ -190,13 +190,12 @@ def place(
     Placement(4 experts in 6 slots, 2 ranks, 1 group(s), up to 2 copies)
     """
     if objective != "tokens" or cost is not None or rows_per_rank is not None:
-        if objective == "time" and (ranks_per_node, traffic_price, num_groups) != (None,) * 3:
-            raise ValueError("ranks_per_node, traffic_price, num_groups need objective 'tokens'")
         arguments = {
             "redundant_per_rank": redundant_per_rank, "previous": previous,
             "move_penalty": move_penalty, "ranks_per_domain": ranks_per_domain,
             "samples": samples, "trials": trials, "dispersion": dispersion, "device": device,
-            "seed": seed, "keep_home": keep_home,
+            "seed": seed, "keep_home": keep_home, "ranks_per_node": ranks_per_node,
+            "traffic_price": traffic_price, "num_groups": num_groups,
         }  # fmt: skip
         return place_by_time(place, history, ep_size, objective, cost, rows_per_rank, arguments)
     rows = check_load("history", history, (1, 2) if ranks_per_node is None else (1, 2, 3))
@@ -224,7 +223,9 @@ def place(
     mean = load.mean(0) if len(load) else np.ones(n_logical)
     counts = torch.from_numpy(load).to(where)
     if previous is not None:
-        start = _start_from(previous, mean, n_ranks, redundant, ranks_per_domain, not penalty)
+        start = _start_from(
+            previous, mean, n_ranks, redundant, ranks_per_domain, groups, not penalty
+        )
     elif penalty:
         raise ValueError("move_penalty needs previous, the placement that moves start from")
     else:
@@ -235,7 +236,7 @@ def place(
     if n_ranks == 1 or not len(load) or not n_trials:
         return start
     fixed = np.arange(start.n_physical) % start.slots_per_rank < n_logical // n_ranks
-    price = _price_moves(start, penalty, groups)
+    price = _price_moves(start, penalty, traffic, groups)
     search = _Search(load, counts, price, domain, where, rng, fixed if stay else None, traffic)
     best = search.improve(start, n_samples, n_trials, dispersion)
     phy2log = keep_slots(best.phy2log.long()[None], start.phy2log.long()[None], n_ranks)[0]
@@ -248,6 +249,7 @@ def _start_from(
     ranks: int,
     redundant: int,
     ranks_per_domain: int | None,
+    num_groups: int | None,
     may_replace: bool,
 ) -> Placement:
     """Return the previous placement with the domains as groups, or raise naming the argument.
@@ -262,7 +264,10 @@ def _start_from(
     try:
         start = Placement(previous.phy2log, ranks, n_logical=n_logical, n_group=n_domains)
     except ValueError as error:
-        raise ValueError(f"ranks_per_domain is {ranks_per_domain}, but previous.{error}") from error
+        name, value = "ranks_per_domain", ranks_per_domain
+        if num_groups is not None:
+            name, value = "num_groups", num_groups
+        raise ValueError(f"{name} is {value}, but previous.{error}") from error
     return _replace_repeats(start, mean) if may_replace else start
 
 
@@ -388,33 +393,22 @@ def draw_batches(
     return scaled
 
 
-def _price_moves(start: Placement, penalty: float, num_groups: int | None) -> _Float:
+def _price_moves(
+    start: Placement, penalty: float, traffic: TrafficPrice | None, num_groups: int | None
+) -> _Float:
     """Price a copy on a rank, ``[n_logical, ranks]``; the copies of the start cost nothing.
 
     Copies out of their group's node cost more than any gain.
     """
     price = np.zeros((start.n_logical, start.ep_size), dtype=np.float32)
+    # No move pays for more: an optimum is at most as many mean rank loads as there are ranks, and
+    # traffic costs at most 2.5 times its price.
+    most = 2.0 * start.ep_size + (0.0 if traffic is None else 3.0 * traffic.price)
     if penalty:
-        # No move pays for more: an optimum is at most as many mean rank loads as there are ranks.
-        price += np.float32(min(penalty, 2.0 * start.ep_size))
+        price += np.float32(min(penalty, most))
         price[start.phy2log.numpy(), start.rank_of_slot.numpy()] = 0.0
     if num_groups is not None:
-        price = np.maximum(price, _bar_nodes(start, num_groups))
-    return price
-
-
-def _bar_nodes(start: Placement, num_groups: int) -> _Float:
-    """Price a copy on a rank out of its group's node, ``[n_logical, ranks]``, beyond any gain.
-
-    The LP groups of the start are the nodes; raises naming ``previous`` unless each group of
-    experts lies in one of them.
-    """
-    node_of = start.structure.cell_group.reshape(num_groups, -1)
-    if (node_of != node_of[:, :1]).any():
-        raise ValueError("previous must have all experts of a group in one node, see num_groups")
-    of_rank = np.arange(start.ep_size) // start.group_size
-    outside = start.structure.cell_group[:, None] != of_rank
-    price: _Float = outside.astype(np.float32) * np.float32(2.0 * start.ep_size)
+        price = np.maximum(price, np.float32(most) * find_ranks_outside(start, num_groups))
     return price
 
 

@@ -133,15 +133,18 @@ class LiveLayer:
         Raises
         ------
         TypeError, ValueError
-            If ``live`` doesn't fit, or is missing where the layer was added with a placement.
+            If ``live`` doesn't fit, or is missing where the layer was added without a balancer.
         RuntimeError
             If weights changed outside of `LiveSlots.update`, or within it.
         SyncError
             If an earlier call failed, or, by messages, this one.
         """
         if live is None:
-            if isinstance(self._balancer, Placement):
-                raise TypeError("live must be given: the layer was added with a Placement")
+            if isinstance(self._balancer, Placement) or not hasattr(
+                type(self._balancer), "live_experts"
+            ):
+                kind = type(self._balancer).__name__
+                raise TypeError(f"live must be given: the layer was added with {kind}, no balancer")
             live = self._balancer.live_experts
         plan = live.experts if isinstance(live, LivePlan) else live
         return LivePull(self.slots.start(self, plan))
