@@ -19,6 +19,7 @@ import triton.language as tl
 from lplb_triton import _layout
 from lplb_triton.kernels.rounding import SHARE_BITS
 from lplb_triton.kernels.solve.tiles import SHARE_ONE
+from lplb_triton.kernels.time.cost import load_lanes
 
 EXPERT = tl.constexpr(int(_layout.NearField.EXPERT))
 SLOT = tl.constexpr(int(_layout.NearField.SLOT))
@@ -239,8 +240,8 @@ def sum_far(cells_ptr, rows_ptr, parts, most_cells, most_on_node, n_slots, BLOCK
             there = counts & (first + i < n_cells)
             at = cells_ptr + SLOT * most_cells + number + (first + i)
             slot = tl.load(at, mask=there, other=0)
-            loaded += (tl.load(surplus_ptr + slot, mask=there, other=0),)
-            tokens += (tl.load(token_ptr + slot, mask=there, other=0),)
+            loaded += (load_lanes(surplus_ptr + slot, there, CANDIDATES, BLOCK),)
+            tokens += (load_lanes(token_ptr + slot, there, CANDIDATES, BLOCK),)
         for i in tl.static_range(CELLS_AT_ONCE):
             run += loaded[i]
             token_run += tokens[i]

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from lplb_triton import _layout
+from lplb_triton.kernels.time.cost import load_lanes, store_lanes
 
 CANDIDATES = tl.constexpr(_layout.NEAR_CANDIDATES)
 RANK_BITS = tl.constexpr(_layout.NEAR_RANK_BITS)
@@ -53,7 +54,7 @@ def _count_lone(counts_ptr, experts, SLICES: tl.constexpr, LANES: tl.constexpr):
     """Sum up the tokens of a block of such experts, by rank."""
     loaded, sums = (), ()
     for h in tl.static_range(SLICES):
-        loaded += (tl.load(counts_ptr + experts[h], mask=experts[h] >= 0, other=0),)
+        loaded += (load_lanes(counts_ptr + experts[h], experts[h] >= 0, LONE_AT_ONCE, LANES),)
     for h in tl.static_range(SLICES):
         found = tl.sum(tl.maximum(loaded[h], 0), 0)
         sums += (found[None, :] + number_ranks(h, LANES) * 0,)
@@ -152,7 +153,7 @@ def _load_cells(rows_ptr, words, n_ranks, SLICES: tl.constexpr, LANES: tl.conste
         rank = number_ranks(h, LANES)
         cell = ((words[h] >> RANK_BITS) & RANK_MASK) * n_ranks + rank
         is_edge = (words[h] & RANK_MASK) != rank
-        found += (tl.load(rows_ptr + cell, mask=is_edge, other=0),)
+        found += (load_lanes(rows_ptr + cell, is_edge, CANDIDATES, LANES),)
     return found
 
 
@@ -162,7 +163,8 @@ def _store_cells(rows_ptr, words, values, n_ranks, SLICES: tl.constexpr, LANES: 
     for h in tl.static_range(SLICES):
         rank = number_ranks(h, LANES)
         cell = ((words[h] >> RANK_BITS) & RANK_MASK) * n_ranks + rank
-        tl.store(rows_ptr + cell, values[h], mask=(words[h] & RANK_MASK) != rank)
+        is_edge = (words[h] & RANK_MASK) != rank
+        store_lanes(rows_ptr + cell, values[h], is_edge, CANDIDATES, LANES)
 
 
 @triton.jit
