@@ -18,10 +18,8 @@ sorted keys and without spaces.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lplb_triton._files import parse_json, replace_file
-from lplb_triton._version import __version__
+from lplb_triton._json_files import check_content, check_names, compute_checksum, make_head
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "CostFile", "lay_out_cost"]
 
@@ -91,7 +89,7 @@ class CostFile:
         try:
             _check_content(content)
             cost = content["cost"]
-            _check_names(cost, (*TABLES, *NUMBERS), "'cost'")
+            check_names(cost, (*TABLES, *NUMBERS), "'cost'")
             tables = {name: _unpack(name, cost[name]) for name in TABLES}
             numbers = {name: cost[name] for name in NUMBERS}
             for name in ("slopes", "sides"):
@@ -107,12 +105,10 @@ def lay_out_cost(cost: CostFile) -> str:
     arguments: dict[str, Any] = {name: getattr(cost, name) for name in NUMBERS}
     arguments |= {name: _pack(getattr(cost, name)) for name in TABLES}
     content = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "created_by": f"lplb_triton {__version__}",
+        **make_head(FORMAT, FORMAT_VERSION),
         "cost": arguments,
     }
-    content["sha256"] = _compute_checksum(content)
+    content["sha256"] = compute_checksum(content)
     return json.dumps(content, indent=1) + "\n"
 
 
@@ -126,43 +122,14 @@ def _unpack(name: str, packed: object) -> NDArray[np.float32]:
     """Return the table that `_pack` has packed."""
     if not isinstance(packed, dict):
         raise ValueError(f"{name!r} must be an object")
-    _check_names(packed, ("shape", "base64"), repr(name))
+    check_names(packed, ("shape", "base64"), repr(name))
     values = np.frombuffer(base64.b64decode(packed["base64"], validate=True), dtype="<f4")
     table: NDArray[np.float32] = values.reshape(packed["shape"]).astype(np.float32)
     return table
 
 
-def _compute_checksum(content: Mapping[str, Any]) -> str:
-    """Compute the checksum that the head of this module describes."""
-    covered = {name: value for name, value in content.items() if name != "sha256"}
-    text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _check_content(content: object) -> None:
     """Raise a ValueError that says what is wrong with the members of a file."""
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"not a file of a cost: 'format' must be {FORMAT!r}")
-    version = content.get("format_version")
-    if type(version) is not int or version < 1:
-        raise ValueError(f"'format_version' must be a positive integer, got {version!r}")
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"'format_version' is {version}, this version of the package reads up to "
-            f"{FORMAT_VERSION}; upgrade the package"
-        )
-    _check_names(content, MEMBERS, "the file")
-    if content["sha256"] != _compute_checksum(content):
-        raise ValueError("'sha256' does not match: the file is damaged, or was changed by hand")
-    if not isinstance(content["cost"], dict):
+    members = check_content(content, FORMAT, FORMAT_VERSION, MEMBERS, "a cost")
+    if not isinstance(members["cost"], dict):
         raise ValueError("'cost' must be an object")
-
-
-def _check_names(content: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
-    """Raise a ValueError unless exactly these members are there."""
-    missing = [repr(name) for name in names if name not in content]
-    unknown = [repr(name) for name in content if name not in names]
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
-    if unknown:
-        raise ValueError(f"{where} has unknown members: {', '.join(unknown)}")

@@ -18,7 +18,6 @@ sorted keys and without spaces.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lplb_triton._checks import check_integer
 from lplb_triton._files import parse_json, replace_file
-from lplb_triton._version import __version__
+from lplb_triton._json_files import check_content, check_names, compute_checksum, make_head
 
 if TYPE_CHECKING:
     from lplb_triton.placement.placement import Placement
@@ -158,13 +157,11 @@ def lay_out_placements(placements: Mapping[int, Placement], *, note: str = "") -
         number = check_integer("layer", layer, 0)
         entries.append({"layer": number, **placement.__getstate__()})
     content: dict[str, Any] = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "created_by": f"lplb_triton {__version__}",
+        **make_head(FORMAT, FORMAT_VERSION),
         "note": note,
         "placements": sorted(entries, key=lambda entry: entry["layer"]),
     }
-    content["sha256"] = _compute_checksum(content)
+    content["sha256"] = compute_checksum(content)
     return _lay_out(content)
 
 
@@ -192,13 +189,6 @@ def load_placements(path: str | os.PathLike[str]) -> dict[int, Placement]:
     from lplb_triton.placement.placement import Placement  # it is a subclass of this file's class
 
     return _read(Path(path), Placement)
-
-
-def _compute_checksum(content: Mapping[str, Any]) -> str:
-    """Compute the checksum that the head of this module describes."""
-    covered = {name: value for name, value in content.items() if name != "sha256"}
-    text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _lay_out(content: Mapping[str, Any]) -> str:
@@ -233,21 +223,8 @@ def _read(path: Path, kind: type[P]) -> dict[int, P]:
 
 def _check_content(content: object) -> None:
     """Raise a ValueError that says what is wrong with the members of a file."""
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"not a file of placements: 'format' must be {FORMAT!r}")
-    # A newer format may have other members, so its version comes first.
-    version = content.get("format_version")
-    if type(version) is not int or version < 1:
-        raise ValueError(f"'format_version' must be a positive integer, got {version!r}")
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"'format_version' is {version}, this version of the package reads up to "
-            f"{FORMAT_VERSION}; upgrade the package"
-        )
-    _check_names(content, MEMBERS, "the file")
-    if content["sha256"] != _compute_checksum(content):
-        raise ValueError("'sha256' does not match: the file is damaged, or was changed by hand")
-    if not isinstance(content["placements"], list) or not content["placements"]:
+    members = check_content(content, FORMAT, FORMAT_VERSION, MEMBERS, "placements")
+    if not isinstance(members["placements"], list) or not members["placements"]:
         raise ValueError("'placements' must be a list that is not empty")
 
 
@@ -258,7 +235,7 @@ def _make_placements(entries: list[Any], kind: type[P]) -> dict[int, P]:
         where = f"'placements'[{number}]"
         if not isinstance(entry, dict):
             raise ValueError(f"{where} must be an object, got {type(entry).__name__}")
-        _check_names(entry, ("layer", *ARGUMENTS), where)
+        check_names(entry, ("layer", *ARGUMENTS), where)
         layer, arguments = entry["layer"], {name: entry[name] for name in ARGUMENTS}
         try:
             check_integer("layer", layer, 0)
@@ -270,13 +247,3 @@ def _make_placements(entries: list[Any], kind: type[P]) -> dict[int, P]:
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{where}: {error}") from error
     return dict(sorted(found.items()))
-
-
-def _check_names(content: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
-    """Raise a ValueError unless exactly these members are there."""
-    missing = [repr(name) for name in names if name not in content]
-    unknown = [repr(name) for name in content if name not in names]
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
-    if unknown:
-        raise ValueError(f"{where} has unknown members: {', '.join(unknown)}")
