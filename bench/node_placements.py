@@ -20,7 +20,16 @@ from lplb_triton.bench.near_plans import (
 from lplb_triton.placement.near_plans import NearPlans
 from lplb_triton.traces.trace import Trace
 
-__all__ = ["METHODS", "SLACKS", "make", "measure_case", "run", "split_cases", "sum_sources"]
+__all__ = [
+    "METHODS",
+    "SLACKS",
+    "TIMED",
+    "make",
+    "measure_case",
+    "run",
+    "split_cases",
+    "sum_sources",
+]
 
 # Load above the optimum that a plan may take to keep tokens near, as a part of it.
 SLACKS = (0.0, 0.01, 0.02)
@@ -29,6 +38,8 @@ METHODS = (
     *("eplb", "chain", "home-chain", "hottest"),
     *("node-chain", "node-home-chain", "node-place", "node-home-place"),
 )
+# Methods whose plans are timed.
+TIMED = ("chain", "node-chain")
 
 Ints = NDArray[np.int64]
 

@@ -237,6 +237,19 @@ def check_barriers(name, constants, ptx):
         assert ptx.count("bar.sync") <= 60, (name, ptx.count("bar.sync"))
 
 
+def find_negated(ptx):
+    """Find smallest (or largest) numbers of three, the first two of which include a negated one.
+
+    ptxas 12.8 and 13.1 drop the minus sign of ``min(c, min(a, -b))`` and ``max(c, max(a, -b))``, for
+    32 bits with sign, on GPUs that do both at once (compute capabilities 9.0 and 10.0).
+    """
+    negated = set(re.findall(r"neg\.s32\s+(%r\d+),", ptx))
+    negated |= set(re.findall(r"sub\.s32\s+(%r\d+), 0,", ptx))
+    found = re.findall(r"(min|max)\.s32\s+(%r\d+), (%r?\d+), (%r?\d+);", ptx)
+    inner = {(op, to) for op, to, *operands in found if negated & set(operands)}
+    return [of for op, _, *operands in found for of in operands if (op, of) in inner]
+
+
 def check_parameters(compiled, types):
     """`DriverLaunch` takes every kernel."""
     wanted = [8 if kind.startswith("*") else 4 for kind in types if kind != "constexpr"]
@@ -260,6 +273,7 @@ def compile_job(capability, number):
     name = re.sub(r"^_|_kernel$", "", kernel.__name__)
     check_pull_words(name, compiled.asm["ptx"], constants.get("COPY", 1))
     check_barriers(name, constants, compiled.asm["ptx"])
+    assert not find_negated(compiled.asm["ptx"]), (name, find_negated(compiled.asm["ptx"]))
     return f"{name} {constants} {options}: {cubin} bytes, {time.monotonic() - begun:.1f} s"
 
 

@@ -6,12 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.timers import FakeTimer
 from helpers.traces import make_trace
 
 from lplb_triton import Placement, chain, load_placements
-from lplb_triton.bench import cli, node_placements
+from lplb_triton.bench import cli, near_times, node_placements
+from lplb_triton.bench.commands import gpu
+from lplb_triton.bench.measure.timer import compute_statistics
 from lplb_triton.bench.near_plans import count_node_pairs, draw_token_ids
 from lplb_triton.placement.near_plans import NearPlans
+from lplb_triton.reference import near_tables
 from lplb_triton.testing.verify import highs_optimum
 from lplb_triton.traces import trace as traces
 
@@ -123,6 +127,8 @@ def test_command_compares_the_methods(trace, capsys):
         (["--ep", "16", "--ranks-per-node", "2"], "4 recorded sources can't be divided among 8"),
         (["--ep", "3"], "arguments --ep, --slots: EP size 3 does not divide"),
         (["--top-k", "17"], "argument --top-k: a token has 1 to 16 experts, got 17"),
+        (["--tokens", "8"], "argument --tokens: only with --times"),
+        (["--times"], "argument --trials: not with --times"),
         (["--layers", "1"], "the trace has layers 0 to 0, got 1"),
     ],
 )
@@ -163,3 +169,39 @@ def test_place_writes_placements_for_nodes(trace, capsys):
         assert message in capsys.readouterr().err
     assert cli.main([*line[:-2], "--traffic-price", "2"]) == cli.USAGE
     assert "argument --traffic-price: only with --ranks-per-node" in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """Time on the CPU, by a timer that counts calls; plans make few steps."""
+    timer = FakeTimer()
+    monkeypatch.setattr(gpu, "start", lambda _: (torch.device("cpu"), timer))
+    monkeypatch.setattr(near_tables, "STEPS_OF_FEW", 4)
+
+
+def test_times_of_runs(trace, no_gpu, capsys):
+    """Runs with and without near plans are timed in turn, once for each batch."""
+    line = [*LINE[:-2], "--times", "--tokens", "16", "--batches", "2", "-q"]
+    assert cli.main([*line, "--json", "a.json", "--markdown", "-"]) == cli.OK
+    shown = capsys.readouterr().out
+    rows = json.loads(Path("a.json").read_text())["rows"]
+    assert [(row["method"], row["tokens"], row["batches"]) for row in rows] == [
+        ("chain", 16, 2), ("node-chain", 16, 2),
+    ]  # fmt: skip
+    for number, row in enumerate(rows):
+        begin = 1 + 6 * number
+        for at, name in enumerate(near_times.RUNS):
+            expected = compute_statistics([begin + 2 * at, begin + 2 * at + 1])
+            assert row["us"][name] == expected
+        assert 0 <= row["nearer"] <= 2 and 0 <= row["saved"] < 1
+    assert rows[1]["nearer"] and rows[1]["saved"] > 0
+    # With is timed two calls after without and two before again.
+    assert sum(each.rstrip(" |").endswith("| 0.0") for each in shown.splitlines()) == 2
+
+
+def test_wrong_near_plans_are_not_timed(trace, no_gpu, capsys, monkeypatch):
+    """Shares unlike the twin's end the command."""
+    monkeypatch.setattr(near_times, "write_near_shares", lambda *_: None)
+    line = [*LINE[:-2], "--times", "--tokens", "16", "--batches", "2", "-q"]
+    assert cli.main(line) != cli.OK
+    assert "shares of the near plan are not the twin's" in capsys.readouterr().err

@@ -120,9 +120,9 @@ def test_what_was_made_under_inference_mode_can_be_used_outside():
     with torch.inference_mode():
         placement = Placement.from_phy2log(flat, 3)
         placement.problem(torch.ones(6))
-        workspace.reserve(torch.device(DEVICE), 1 << 10)
+        workspace.reserve(torch.empty(0, device=DEVICE).device, 1 << 10)
         workspace._blocks.clear()
-        block, _ = workspace.scratch(torch.device(DEVICE))
+        block, _ = workspace.scratch(torch.empty(0, device=DEVICE).device)
     block.zero_()
     loads = torch.ones(6, dtype=torch.float64, requires_grad=True)
     placement.problem(loads).fixed.sum().backward()

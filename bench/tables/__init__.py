@@ -14,7 +14,7 @@ from lplb_triton.bench.tables.grid import (
     show_grids,
 )
 from lplb_triton.bench.tables.live import make_live_grids
-from lplb_triton.bench.tables.nodes import make_nodes_grid
+from lplb_triton.bench.tables.nodes import make_node_times_grid, make_nodes_grid
 from lplb_triton.bench.tables.pipeline import make_pipeline_grids
 from lplb_triton.bench.tables.placement import (
     make_place_grid,
@@ -43,6 +43,7 @@ __all__ = [
     "make_frameworks_grids",
     "make_live_grids",
     "markdown",
+    "make_node_times_grid",
     "make_nodes_grid",
     "make_pipeline_grids",
     "make_objective_runs_grid",

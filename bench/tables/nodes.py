@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from lplb_triton.bench.tables.cells import format_spread
 from lplb_triton.bench.tables.grid import Grid
 
-__all__ = ["make_nodes_grid"]
+__all__ = ["make_node_times_grid", "make_nodes_grid"]
 
 _NAMES = {
     "eplb": "EPLB",
@@ -59,5 +60,39 @@ def make_nodes_grid(report: dict[str, Any]) -> Grid:
             f"other nodes that a token is sent to, of {report['top_k']} simulated experts, by the "
             "LP's plan with local quotas and by the optimal plan at +1%. ms: to make the "
             "placement.",
+        ),
+    )
+
+
+def make_node_times_grid(report: dict[str, Any]) -> Grid:
+    """Lay out the report of ``lplb-bench nodes --times``."""
+    lines = []
+    for row in report["rows"]:
+        us = row["us"]
+        more = us["with"]["median"] - (us["without"]["median"] + us["again"]["median"]) / 2
+        lines.append(
+            (
+                *(str(row["ep"]), str(row["slots"]), _NAMES[row["method"]], str(row["tokens"])),
+                *(str(row["batches"]), str(row["nearer"]), f"{row['saved']:.3f}"),
+                *(" / ".join(format_spread(us[name])) for name in ("without", "with", "again")),
+                f"{more:.1f}",
+            )
+        )
+    return Grid(
+        f"Times on a GPU, microseconds, {report['ranks_per_node']} ranks a node, "
+        f"{report['source']}",
+        (
+            *("EP", "slots", "placement", "tokens", "batches", "nearer", "saved"),
+            *("without", "with", "again", "more"),
+        ),
+        lines,
+        (
+            "Balancer.run of one rank with exact quotas, all ranks' counts in its memory, so no "
+            "load sync: median / p99 / max over the batches; a batch's time is the median of at "
+            "least 20 replays of a CUDA graph. Every plan and id was held against the twin first. "
+            "tokens: of a rank; nearer: batches whose plan was changed; saved: the part of the "
+            "assignments that stay in their node by it, mean; with: locality='node'; again: "
+            "without it once more, timed after; more: median with less the mean of the medians "
+            "without.",
         ),
     )

@@ -121,10 +121,12 @@ def _divide(values, quarters):
 
 
 @triton.jit
-def _choose_move(load, other_load, surplus, other_surplus, is_within, low, price, quarters):
-    """Return the units that this rank gives to the other one, were there no limit."""
+def _choose_move(load, other_load, near, far, is_within, low, price, quarters):
+    """Return the units that this rank gives to the other one, were there no limit.
+
+    ``near`` is its own surplus, and ``far`` what the other one's is below 0.
+    """
     ahead = load - other_load
-    near, far = surplus, -other_surplus
     fewer = tl.maximum(low + price - other_load, _divide(ahead + price, quarters))
     same = _divide(ahead, quarters)
     more = tl.minimum(load - low - price, _divide(ahead - price, quarters))
@@ -185,7 +187,11 @@ def _move(
     xs, surpluses, loads, words, aim, mean, is_falling, SLICES: tl.constexpr, LANES: tl.constexpr
 ):
     """Make one step; returns new units and surpluses of the cells, and new loads of the ranks."""
-    new_xs, new_surpluses, new_loads = (), (), ()
+    new_xs, new_surpluses, new_loads, lacks = (), (), (), ()
+    for h in tl.static_range(SLICES):
+        # ptxas drops the sign of a number that is negated where it is compared (see
+        # tests/compile_kernels.py), so it is negated on the other rank.
+        lacks += (-surpluses[h],)
     for h in tl.static_range(SLICES):
         rank = number_ranks(h, LANES)
         word = words[h]
@@ -197,10 +203,10 @@ def _move(
         price = tl.maximum(mean >> shift, 1)
         low = aim - price - (price >> 1)
         other_x = _take(xs, partner, SLICES, LANES)
-        other_surplus = _take(surpluses, partner, SLICES, LANES)
+        far = _take(lacks, partner, SLICES, LANES)
         other_load = _take(loads, partner, SLICES, LANES)
         moved = _choose_move(
-            loads[h], other_load, surpluses[h], other_surplus, is_within, low, price,
+            loads[h], other_load, surpluses[h], far, is_within, low, price,
             tl.where(is_relaxed, 3, 2),
         )  # fmt: skip
         moved = tl.minimum(tl.maximum(moved, -other_x), xs[h])
@@ -208,7 +214,7 @@ def _move(
         surplus = surpluses[h] - moved
         # Cells of one node share what the node has above its own tokens; the lower rank rounds
         # its half down, the other one up.
-        both = surplus + other_surplus + moved
+        both = surplus - far + moved
         half = (both + (rank > partner).to(tl.int32)) >> 1
         new_xs += (xs[h] - moved,)
         new_surpluses += (tl.where(is_within, half, surplus),)
