@@ -240,8 +240,8 @@ def check_barriers(name, constants, ptx):
 def find_negated(ptx):
     """Find smallest (or largest) numbers of three, the first two of which include a negated one.
 
-    ptxas 12.8 and 13.1 drop the minus sign of ``min(c, min(a, -b))`` and ``max(c, max(a, -b))``, for
-    32 bits with sign, on GPUs that do both at once (compute capabilities 9.0 and 10.0).
+    ptxas 12.8 and 13.1 drop the minus sign of ``min(c, min(a, -b))`` and ``max(c, max(a, -b))``
+    of signed 32-bit integers on GPUs that do both at once (compute capabilities 9.0 and 10.0).
     """
     negated = set(re.findall(r"neg\.s32\s+(%r\d+),", ptx))
     negated |= set(re.findall(r"sub\.s32\s+(%r\d+), 0,", ptx))

@@ -45,8 +45,9 @@ class Table:
 
 def make(placement, rank, backend, locality, communicator, solver="levelling"):
     """Make the balancer of one rank with exact quotas, and give it a communicator."""
+    device = torch.empty(0, device=DEVICE).device
     layer = create_layer(
-        placement, torch.empty(0, device=DEVICE).device, backend, rank=rank, quotas="global", solver=solver,
+        placement, device, backend, rank=rank, quotas="global", solver=solver,
         tolerance=1e-3, max_iterations=40, locality=locality,
     )  # fmt: skip
     balancer = Balancer.__new__(Balancer)

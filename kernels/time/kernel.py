@@ -12,7 +12,7 @@ from lplb_triton import _layout
 from lplb_triton.kernels.pdl import await_previous, start_dependents
 from lplb_triton.kernels.time.cost import find_times
 from lplb_triton.kernels.time.moves import count_ranks, improve_cells, number_ranks
-from lplb_triton.kernels.time.starts import write_closed, write_shares, write_starts
+from lplb_triton.kernels.time.starts import load_cells, write_closed, write_shares, write_starts
 
 CANDIDATES = tl.constexpr(_layout.TIME_CANDIDATES)
 JUDGED = tl.constexpr(_layout.TIME_JUDGED)
@@ -131,18 +131,23 @@ def plan_time_kernel(
     table = tl.where(is_smoothed, smoothed, exact)
     words_ptr = time_steps_ptr + tl.where(is_smoothed, MOST_STEPS * n_ranks, 0)
     before_ptr = plans_ptr + k * n_slots
+    cells = load_cells(time_cells_ptr, 0, n_slots, BLOCK)
     await_previous(PDL)
 
-    total = write_starts(counts_ptr, cumulative_ptr, time_cells_ptr, plans_ptr, n_slots, BLOCK)
+    total = write_starts(
+        counts_ptr, cumulative_ptr, time_cells_ptr, plans_ptr, cells, n_slots, BLOCK
+    )
     is_wide = total >= wide_rows.to(tl.int64) * n_ranks
     least = (n_slots * 0 + 1) << (tl.where(is_wide, WIDE, NARROW) - 1)
     # From here on threads read what others have written.
     tl.debug_barrier()
     write_closed(time_cells_ptr, time_lists_ptr, plans_ptr, n_slots, most_cells, least, BLOCK)
     tl.debug_barrier()
-    active, narrow, wide, rows = count_ranks(
-        before_ptr, n_ranks, n_places, SLICES, LANES, CANDIDATES, NARROW, WIDE
+    after_ptr = before_ptr + JUDGED * n_slots
+    judged, improved = count_ranks(
+        before_ptr, after_ptr, n_ranks, n_places, SLICES, LANES, CANDIDATES, NARROW, WIDE
     )
+    active, narrow, wide, rows = judged
     before = _find_slowest(
         active, narrow, wide, rows, smoothed, slopes, wide_rows, n_ranks,
         SLICES, LANES, ACTIVE, TILES,
@@ -151,10 +156,7 @@ def plan_time_kernel(
         active, narrow, wide, rows, exact, slopes, wide_rows, n_ranks,
         SLICES, LANES, ACTIVE, TILES,
     )  # fmt: skip
-    after_ptr = before_ptr + JUDGED * n_slots
-    active, narrow, wide, rows = count_ranks(
-        after_ptr, n_ranks, n_places, SLICES, LANES, CANDIDATES, NARROW, WIDE
-    )
+    active, narrow, wide, rows = improved
     active, narrow, wide, rows = improve_cells(
         after_ptr, words_ptr, active, narrow, wide, rows, table, slopes, wide_rows,
         n_ranks, n_steps, SLICES, LANES, CANDIDATES, MARGIN, NARROW, WIDE, ACTIVE, TILES,

@@ -29,7 +29,7 @@ RANK_MASK = tl.constexpr(_layout.TIME_RANK_MASK)
 SUM_WEIGHT = tl.constexpr(0.1)
 KEEP = tl.constexpr(0.999999)
 # Places whose rows are loaded at once.
-PLACES_AT_ONCE = tl.constexpr(4)
+PLACES_AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
@@ -39,30 +39,53 @@ def number_ranks(H: tl.constexpr, LANES: tl.constexpr, CANDIDATES: tl.constexpr)
 
 
 @triton.jit
+def _count_rows(loaded, sums, NARROW: tl.constexpr, WIDE: tl.constexpr):
+    """Add the active cells, tiles and rows of a block of places to sums."""
+    active, narrow, wide, total = sums
+    for i in tl.static_range(PLACES_AT_ONCE):
+        active += count_active(loaded[i])
+        narrow += count_tiles(loaded[i], NARROW)
+        wide += count_tiles(loaded[i], WIDE)
+        total += loaded[i]
+    return active, narrow, wide, total
+
+
+@triton.jit
 def count_ranks(
-    rows_ptr, n_ranks, n_places, SLICES: tl.constexpr, LANES: tl.constexpr,
+    before_ptr, after_ptr, n_ranks, n_places, SLICES: tl.constexpr, LANES: tl.constexpr,
     CANDIDATES: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Sum up cells by rank: active ones, narrow and wide tiles, and rows (equation 28).
 
-    ``rows_ptr`` [CANDIDATES, 1] are the addresses of the candidates' rows.
+    ``before_ptr`` and ``after_ptr`` [CANDIDATES, 1] are the addresses of rows of two plans for each
+    candidate. Returns by slice the four sums of the first, then of the second.
     """
-    all_active, all_narrow, all_wide, all_rows = (), (), (), ()
+    befores, afters = (), ()
     for h in tl.static_range(SLICES):
         rank = number_ranks(h, LANES, CANDIDATES)
-        active, narrow, wide, total = rank * 0, rank * 0, rank * 0, rank * 0
+        none = rank * 0
+        before, after = (none, none, none, none), (none, none, none, none)
         for first in range(0, n_places, PLACES_AT_ONCE):
             # Loads of a block are under way at the same time.
-            loaded = ()
+            loaded, later = (), ()
             for i in tl.static_range(PLACES_AT_ONCE):
                 there = (rank < n_ranks) & (first + i < n_places)
                 at = (first + i) * n_ranks + rank
-                loaded += (load_lanes(rows_ptr + at, there, CANDIDATES, LANES),)
-            for i in tl.static_range(PLACES_AT_ONCE):
-                active += count_active(loaded[i])
-                narrow += count_tiles(loaded[i], NARROW)
-                wide += count_tiles(loaded[i], WIDE)
-                total += loaded[i]
+                loaded += (load_lanes(before_ptr + at, there, CANDIDATES, LANES),)
+                later += (load_lanes(after_ptr + at, there, CANDIDATES, LANES),)
+            before = _count_rows(loaded, before, NARROW, WIDE)
+            after = _count_rows(later, after, NARROW, WIDE)
+        befores += (before,)
+        afters += (after,)
+    return _split_sums(befores, SLICES), _split_sums(afters, SLICES)
+
+
+@triton.jit
+def _split_sums(slices, SLICES: tl.constexpr):
+    """Turn sums by slice into slices of each of the four sums."""
+    all_active, all_narrow, all_wide, all_rows = (), (), (), ()
+    for h in tl.static_range(SLICES):
+        active, narrow, wide, total = slices[h]
         all_active += (active,)
         all_narrow += (narrow,)
         all_wide += (wide,)

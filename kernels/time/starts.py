@@ -5,6 +5,9 @@ group's ranks one after the other. Plans of rows are [TIME_PLANS, slots] int32: 
 judged, then those that are improved.
 """
 
+# A variable of type tuple[()] is extended in loops, which mypy takes for a change of type.
+# mypy: disable-error-code=assignment
+
 from __future__ import annotations
 
 import triton
@@ -28,6 +31,8 @@ NUMBER_MASK = tl.constexpr(_layout.TIME_RANK_MASK)
 TOKENS, EVEN, HOME = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FROM_TOKENS, FROM_BALANCED = tl.constexpr(3), tl.constexpr(4)
 FROM_CLOSED, FROM_EVEN = tl.constexpr(5), tl.constexpr(6)
+# Cells of an expert whose rows are loaded at once.
+CELLS_AT_ONCE = tl.constexpr(4)
 
 
 @triton.jit
@@ -50,18 +55,32 @@ def _count_between(total, share_before, share, offset, has_before, is_last):
 
 
 @triton.jit
-def write_starts(counts_ptr, cumulative_ptr, cells_ptr, plans_ptr, n_slots, BLOCK: tl.constexpr):
-    """Write all plans but the one of closed copies (equation 30); returns the group's tokens."""
+def load_cells(cells_ptr, begin, n_slots, BLOCK: tl.constexpr):
+    """Load what `write_starts` reads of a block of cells: experts, copies, words, even shares."""
+    slot = begin + tl.arange(0, BLOCK)
+    inside = slot < n_slots
+    expert = tl.load(cells_ptr + EXPERT * n_slots + slot, mask=inside, other=-1)
+    first = tl.load(cells_ptr + FIRST * n_slots + slot, mask=inside, other=0)
+    last = tl.load(cells_ptr + LAST * n_slots + slot, mask=inside, other=0)
+    word = tl.load(cells_ptr + WORD * n_slots + slot, mask=inside, other=0)
+    even_before = tl.load(cells_ptr + BEFORE * n_slots + slot, mask=inside, other=0)
+    even_end = tl.load(cells_ptr + END * n_slots + slot, mask=inside, other=0)
+    return expert, first, last, word, even_before, even_end
+
+
+@triton.jit
+def write_starts(
+    counts_ptr, cumulative_ptr, cells_ptr, plans_ptr, cells, n_slots, BLOCK: tl.constexpr
+):
+    """Write all plans but the one of closed copies (equation 30); returns the group's tokens.
+
+    ``cells`` is the first block of `load_cells`, which needs nothing of the batch.
+    """
     found = tl.zeros((), tl.int64)
     for begin in range(0, n_slots, BLOCK):
         slot = begin + tl.arange(0, BLOCK)
         inside = slot < n_slots
-        expert = tl.load(cells_ptr + EXPERT * n_slots + slot, mask=inside, other=-1)
-        first = tl.load(cells_ptr + FIRST * n_slots + slot, mask=inside, other=0)
-        last = tl.load(cells_ptr + LAST * n_slots + slot, mask=inside, other=0)
-        word = tl.load(cells_ptr + WORD * n_slots + slot, mask=inside, other=0)
-        even_before = tl.load(cells_ptr + BEFORE * n_slots + slot, mask=inside, other=0)
-        even_end = tl.load(cells_ptr + END * n_slots + slot, mask=inside, other=0)
+        expert, first, last, word, even_before, even_end = cells
         there = expert >= 0
         expert = tl.maximum(expert, 0)
         total = tl.load(counts_ptr + expert, mask=there, other=0)
@@ -70,6 +89,7 @@ def write_starts(counts_ptr, cumulative_ptr, cells_ptr, plans_ptr, n_slots, BLOC
         has_before, is_last = there & (number > 0), number == n_cells - 1
         before = tl.load(cumulative_ptr + first - 1, mask=has_before, other=0)
         end = tl.load(cumulative_ptr + last, mask=there, other=0)
+        cells = load_cells(cells_ptr, begin + BLOCK, n_slots, BLOCK)
         offset = compute_rounding_offset(0, expert.to(tl.int64))
         tokens = _count_between(total, before, end, offset, has_before, is_last)
         even = _count_between(total, even_before, even_end, offset, has_before, is_last)
@@ -87,6 +107,20 @@ def write_starts(counts_ptr, cumulative_ptr, cells_ptr, plans_ptr, n_slots, BLOC
 
 
 @triton.jit
+def _load_rows(lists_ptr, rows_ptr, at, begin, n):
+    """Load the rows of CELLS_AT_ONCE cells of each expert, 0 from its ``n``-th on.
+
+    ``at`` is where the expert's cells begin in the lists. Loads are under way at the same time.
+    """
+    slots, found = (), ()
+    for i in tl.static_range(CELLS_AT_ONCE):
+        slots += (tl.load(lists_ptr + at + (begin + i), mask=begin + i < n, other=0),)
+    for i in tl.static_range(CELLS_AT_ONCE):
+        found += (tl.load(rows_ptr + slots[i], mask=begin + i < n, other=0),)
+    return found
+
+
+@triton.jit
 def write_closed(cells_ptr, lists_ptr, plans_ptr, n_slots, most_cells, least, BLOCK: tl.constexpr):
     """Write the token plan without cells of fewer than ``least`` rows (equation 30).
 
@@ -99,14 +133,15 @@ def write_closed(cells_ptr, lists_ptr, plans_ptr, n_slots, most_cells, least, BL
         word = tl.load(cells_ptr + WORD * n_slots + slot, mask=inside, other=0)
         number, n_cells = _split_word(word)
         largest, which, small = tl.zeros_like(at) - 1, tl.zeros_like(at), tl.zeros_like(at)
-        for j in range(0, most_cells):
-            there = inside & (j < n_cells)
-            other = tl.load(lists_ptr + at + j, mask=there, other=0)
-            rows = tl.load(plans_ptr + other, mask=there, other=0)
-            small += tl.where(there & (rows < least), rows, 0)
-            larger = there & (rows > largest)
-            which = tl.where(larger, j, which)
-            largest = tl.where(larger, rows, largest)
+        for begin_cell in range(0, most_cells, CELLS_AT_ONCE):
+            found = _load_rows(lists_ptr, plans_ptr, at, begin_cell, tl.where(inside, n_cells, 0))
+            for i in tl.static_range(CELLS_AT_ONCE):
+                rows = found[i]
+                # What is not there counts as 0 rows, and is no larger than the first cell.
+                small += tl.where(rows < least, rows, 0)
+                larger = rows > largest
+                which = tl.where(larger, begin_cell + i, which)
+                largest = tl.where(larger, rows, largest)
         rows = tl.load(plans_ptr + slot, mask=inside, other=0)
         others = small - tl.where(largest < least, largest, 0)
         kept = tl.where(rows < least, 0, rows)
@@ -135,10 +170,12 @@ def write_shares(
         total = tl.maximum(total, 0).to(tl.int64)
         number, n_cells = _split_word(word)
         end = tl.zeros_like(total)
-        for j in range(0, most_cells):
-            there = is_cell & (j <= number)
-            other = tl.load(lists_ptr + at + j, mask=there, other=0)
-            end += tl.load(rows_ptr + other, mask=there, other=0).to(tl.int64)
+        for begin_cell in range(0, most_cells, CELLS_AT_ONCE):
+            found = _load_rows(
+                lists_ptr, rows_ptr, at, begin_cell, tl.where(is_cell, number + 1, 0)
+            )
+            for i in tl.static_range(CELLS_AT_ONCE):
+                end += found[i].to(tl.int64)
         share = make_share(end, expert, total)
         share = tl.where(number == n_cells - 1, SHARE_ONE, share)
         for copy in range(0, multiplicity):
