@@ -16,6 +16,8 @@ from lplb_triton.kernels import driver, launch
 from lplb_triton.kernels.launch import KernelCall, PreparedKernel
 from lplb_triton.testing.instances import shape_placement
 
+pytestmark = pytest.mark.both
+
 
 class FakeDriver:
     """Keeps what it is told; a kernel has parameters of ``sizes`` bytes."""

@@ -24,8 +24,8 @@ __all__ = ["OBJECTIVE_GRID", "TIME_US", "advise_objective"]
 OBJECTIVE_GRID = (8, 16, 64, 256, 1024, 4096)
 # Placements that are compared, and batches in all, evenly spread over the cases.
 PLACEMENTS, BATCHES = ("eplb", "chain"), 3
-# Microseconds that planning by time adds to a run on one H200: 15 to 22, see docs/results/time.md.
-TIME_US = 18.0
+# Microseconds that planning by time adds to a run on one H200: 10 to 14, see docs/results/time.md.
+TIME_US = 12.0
 # Products of both passes, in forward passes.
 TRAINING = 3
 
