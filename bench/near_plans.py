@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,12 +13,23 @@ from lplb_triton._layout import SHARE_ONE
 from lplb_triton.reference.near import plan_near, write_near_shares
 from lplb_triton.reference.near_tables import make_near_tables
 
-__all__ = ["SLACK", "LocalityTwin", "count_node_pairs", "draw_token_ids"]
+__all__ = ["SLACK", "Judged", "LocalityTwin", "count_node_pairs", "draw_token_ids"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 # Load above the optimum that the balancer's plan may take to keep tokens near, its default.
 SLACK = 0.01
+
+
+class Judged(NamedTuple):
+    """How a batch is planned near its tokens."""
+
+    max_load: float
+    """Largest load of the near plan, in tokens."""
+    far: float
+    """The part of the assignments that leave their node by it."""
+    far_by_lp: float
+    """And by the LP's plan, with tokens to copies in their own node first."""
 
 
 class LocalityTwin:
@@ -39,8 +52,8 @@ class LocalityTwin:
         self.expert = np.arange(placement.n_logical).repeat(np.diff(self.copy_start))
         self.rank = s.copy_slot.astype(np.int64) // placement.slots_per_rank
 
-    def plan(self, counts: Ints) -> tuple[float, float]:
-        """Return the largest load and the part of tokens that leave, for ``[nodes, n_logical]``."""
+    def plan(self, counts: Ints) -> Judged:
+        """Judge both plans of a batch, of ``[nodes, n_logical]`` counts."""
         # Which rank of a node a token is on makes no difference to the plan.
         gathered = np.zeros((self.placement.ep_size, counts.shape[1]), dtype=np.int64)
         gathered[:: self.ranks_per_node] = counts
@@ -48,10 +61,15 @@ class LocalityTwin:
         solution = self.balancer.solve(torch.from_numpy(total))
         cumulative = self.balancer.cumulative_shares(solution.shares).numpy().astype(np.int64)
         bound = float(solution.lower_bound[0])
-        case = (self.tables, gathered, cumulative, self.copy_start)
-        plan = plan_near(*case, bound, SLACK)
+        plan = plan_near(self.tables, gathered, cumulative, self.copy_start, bound, SLACK)
+        _, by_lp = self._measure(counts, cumulative)
         if plan is not None:
             write_near_shares(self.tables, plan, cumulative)
+        return Judged(*self._measure(counts, cumulative), by_lp)
+
+    def _measure(self, counts: Ints, cumulative: Ints) -> tuple[float, float]:
+        """Return the largest load, and the part of tokens that leave, by cumulative shares."""
+        total = counts.sum(0)
         share = np.diff(cumulative, prepend=0)
         share[self.copy_start[:-1]] = cumulative[self.copy_start[:-1]]
         tokens = share / SHARE_ONE * total[self.expert]

@@ -156,6 +156,11 @@ def test_place_writes_placements_for_nodes(trace, capsys):
         value = float(price[1]) if price else None
         options = {"keep_home": True, "ranks_per_node": 2, "traffic_price": value}
         assert load_placements("p.json")[0] == chain(history, 4, **options)
+    assert cli.main([*line, "--traffic-price", "9", "--json", "p2.json", "-q"]) == cli.OK
+    (row,) = json.loads(Path("p2.json").read_text())["rows"]
+    for of in row["methods"].values():
+        assert 0 < of["far"] <= of["far_by_lp"] < 1
+    assert row["methods"]["chain"]["far"] < row["methods"]["eplb"]["far"]
     everything = [*line, "--all-batches", "-q"]
     assert cli.main(everything) == cli.OK
     expected = chain(_tensor(trace.counts[:, 0]), 4, ranks_per_node=2)
@@ -179,29 +184,26 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(near_tables, "STEPS_OF_FEW", 4)
 
 
-def test_times_of_runs(trace, no_gpu, capsys):
-    """Runs with and without near plans are timed in turn, once for each batch."""
-    line = [*LINE[:-2], "--times", "--tokens", "16", "--batches", "2", "-q"]
+def test_times_of_runs(trace, no_gpu, capsys, monkeypatch):
+    """Runs without and with near plans are timed in turn, for each number of tokens."""
+    monkeypatch.setattr(node_placements, "TIMED", ("node-chain",))
+    line = [*LINE[:-2], "--times", "--tokens", "16,8", "--batches", "1", "-q"]
     assert cli.main([*line, "--json", "a.json", "--markdown", "-"]) == cli.OK
     shown = capsys.readouterr().out
     rows = json.loads(Path("a.json").read_text())["rows"]
-    assert [(row["method"], row["tokens"], row["batches"]) for row in rows] == [
-        ("chain", 16, 2), ("node-chain", 16, 2),
-    ]  # fmt: skip
+    assert [row["tokens"] for row in rows] == [16, 8]
     for number, row in enumerate(rows):
-        begin = 1 + 6 * number
+        assert (row["method"], row["batches"]) == ("node-chain", 1)
         for at, name in enumerate(near_times.RUNS):
-            expected = compute_statistics([begin + 2 * at, begin + 2 * at + 1])
-            assert row["us"][name] == expected
-        assert 0 <= row["nearer"] <= 2 and 0 <= row["saved"] < 1
-    assert rows[1]["nearer"] and rows[1]["saved"] > 0
-    # With is timed two calls after without and two before again.
+            assert row["us"][name] == compute_statistics([1 + 3 * number + at])
+        assert row["nearer"] == 1 and 0 < row["saved"] < 1
+    # With is timed one call after without and one before again.
     assert sum(each.rstrip(" |").endswith("| 0.0") for each in shown.splitlines()) == 2
 
 
 def test_wrong_near_plans_are_not_timed(trace, no_gpu, capsys, monkeypatch):
     """Shares unlike the twin's end the command."""
     monkeypatch.setattr(near_times, "write_near_shares", lambda *_: None)
-    line = [*LINE[:-2], "--times", "--tokens", "16", "--batches", "2", "-q"]
+    line = [*LINE[:-2], "--times", "--tokens", "16", "--batches", "1", "-q"]
     assert cli.main(line) != cli.OK
     assert "shares of the near plan are not the twin's" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from lplb_triton import Placement, TimeCost, place
@@ -14,6 +15,8 @@ from lplb_triton.bench import options, output, placement, tables
 from lplb_triton.bench.balance import Stretch, find_stretches
 from lplb_triton.bench.commands.nodes import add_traffic_price
 from lplb_triton.bench.machine import environment
+from lplb_triton.bench.near_plans import LocalityTwin
+from lplb_triton.bench.node_placements import sum_sources
 from lplb_triton.bench.options import UsageError
 from lplb_triton.bench.output import OK, Output
 from lplb_triton.bench.progress import progress
@@ -25,6 +28,8 @@ __all__ = ["add", "run"]
 BASE = "eplb"
 # Methods for ``objective="time"``.
 BY_TIME = ("time", "home-time")
+# Test batches whose traffic between nodes is measured, at most, evenly spread.
+MOST_NEAR = 20
 
 
 class _Loads(NamedTuple):
@@ -227,6 +232,8 @@ def _place_layer(
         chosen = _place(args, method, loads.history, loads.by_source, device)
         excess = placement.judge(chosen, loads.test, device)
         figures[method] = {name: 1 + value for name, value in excess.items()}
+        if args.ranks_per_node is not None:
+            figures[method] |= _measure_traffic(chosen, loads.test, args.ranks_per_node)
     if chosen is None or args.all_batches:
         everything = torch.cat([loads.history, loads.test.sum(1).double()])
         by_source = torch.cat([loads.by_source, loads.test])
@@ -236,6 +243,26 @@ def _place_layer(
     some = counts.sum(1) > 0
     ratio = in_order[some].amax(1) / in_order[some].mean(1)
     return chosen, {"layer": loads.layer, "in_order": float(ratio.mean()), "methods": figures}
+
+
+def _measure_traffic(
+    chosen: Placement, test: torch.Tensor, ranks_per_node: int
+) -> dict[str, float]:
+    """Measure what leaves its node by the LP's and the near plan of test batches, mean parts.
+
+    A placement of one node has nothing that leaves.
+    """
+    nodes = chosen.ep_size // ranks_per_node
+    if nodes == 1:
+        return {"far_by_lp": 0.0, "far": 0.0}
+    some = test[test.sum((1, 2)) > 0].numpy()
+    at = np.unique(np.linspace(0, len(some) - 1, min(len(some), MOST_NEAR)).astype(np.int64))
+    twin = LocalityTwin(chosen, ranks_per_node)
+    judged = [twin.plan(counts) for counts in sum_sources(some[at], nodes)]
+    return {
+        "far_by_lp": float(np.mean([one.far_by_lp for one in judged])),
+        "far": float(np.mean([one.far for one in judged])),
+    }
 
 
 def _choose_nodes(args: argparse.Namespace) -> dict[str, Any] | None:
