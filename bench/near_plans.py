@@ -54,25 +54,41 @@ class LocalityTwin:
 
     def plan(self, counts: Ints) -> Judged:
         """Judge both plans of a batch, of ``[nodes, n_logical]`` counts."""
+        by_lp, near = self._find_shares(counts)
+        return Judged(*self._measure(counts, near), self._measure(counts, by_lp)[1])
+
+    def divide(self, counts: Ints) -> Floats:
+        """Divide a batch by the near plan; returns tokens of each slot, ``[ranks, slots]``."""
+        _, near = self._find_shares(counts)
+        p = self.placement
+        taken = np.zeros(p.ep_size * p.slots_per_rank)
+        np.add.at(taken, p.structure.copy_slot, self._divide_by(counts.sum(0), near))
+        return taken.reshape(p.ep_size, -1)
+
+    def _find_shares(self, counts: Ints) -> tuple[Ints, Ints]:
+        """Find the cumulative shares of the LP's plan and of the near plan."""
         # Which rank of a node a token is on makes no difference to the plan.
         gathered = np.zeros((self.placement.ep_size, counts.shape[1]), dtype=np.int64)
         gathered[:: self.ranks_per_node] = counts
-        total = counts.sum(0)
-        solution = self.balancer.solve(torch.from_numpy(total))
-        cumulative = self.balancer.cumulative_shares(solution.shares).numpy().astype(np.int64)
-        bound = float(solution.lower_bound[0])
-        plan = plan_near(self.tables, gathered, cumulative, self.copy_start, bound, SLACK)
-        _, by_lp = self._measure(counts, cumulative)
+        solution = self.balancer.solve(torch.from_numpy(counts.sum(0)))
+        by_lp = self.balancer.cumulative_shares(solution.shares).numpy().astype(np.int64)
+        bound, near = float(solution.lower_bound[0]), by_lp.copy()
+        plan = plan_near(self.tables, gathered, by_lp, self.copy_start, bound, SLACK)
         if plan is not None:
-            write_near_shares(self.tables, plan, cumulative)
-        return Judged(*self._measure(counts, cumulative), by_lp)
+            write_near_shares(self.tables, plan, near)
+        return by_lp, near
+
+    def _divide_by(self, total: Ints, cumulative: Ints) -> Floats:
+        """Return the tokens of each copy by cumulative shares."""
+        share = np.diff(cumulative, prepend=0)
+        share[self.copy_start[:-1]] = cumulative[self.copy_start[:-1]]
+        tokens: Floats = share / SHARE_ONE * total[self.expert]
+        return tokens
 
     def _measure(self, counts: Ints, cumulative: Ints) -> tuple[float, float]:
         """Return the largest load, and the part of tokens that leave, by cumulative shares."""
         total = counts.sum(0)
-        share = np.diff(cumulative, prepend=0)
-        share[self.copy_start[:-1]] = cumulative[self.copy_start[:-1]]
-        tokens = share / SHARE_ONE * total[self.expert]
+        tokens = self._divide_by(total, cumulative)
         loads = np.bincount(self.rank, tokens, self.placement.ep_size)
         taken = np.zeros(counts.T.shape)
         np.add.at(taken, (self.expert, self.rank // self.ranks_per_node), tokens)

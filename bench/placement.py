@@ -73,11 +73,14 @@ class Case:
         int64 [batches, experts] that placements are made from.
     test
         int64 [batches, sources, experts] that they are judged by.
+    by_source
+        int64 [batches, sources, experts], the history by source; None where that isn't known.
     """
 
     name: str
     history: torch.Tensor
     test: torch.Tensor
+    by_source: torch.Tensor | None = None
 
 
 def trace_cases(
@@ -110,12 +113,12 @@ def trace_cases(
     found = []
     for layer in range(trace.layers) if layers is None else layers:
         for part in find_stretches(trace.steps, history):
-            seen = counts[part.start : part.split, layer].sum(1)
+            by_source = counts[part.start : part.split, layer]
             name = f"layer {layer}, batches {part.start}-{part.stop - 1}"
             test = counts[part.split : part.stop, layer]
             if not bool(test.any()):
                 raise ValueError(f"{name}: no test batch has tokens")
-            found.append(Case(name, seen, test))
+            found.append(Case(name, by_source.sum(1), test, by_source))
     return tuple(found)
 
 

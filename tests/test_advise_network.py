@@ -57,16 +57,21 @@ def test_prices():
     assert names == [
         *[("eplb", "even"), ("eplb", "local"), ("eplb", "global")],
         *[("chain", "local"), ("chain", "global")],
+        *[("chain, priced", "local"), ("chain, priced", "global"), ("chain, priced", "near")],
     ]
     # Half of what is sent leaves its node, and a token with two experts has less than one pair.
     assert rows[0]["across"] == pytest.approx(0.5) and 0.7 < rows[0]["nodes"] < 0.8
     for row in rows:
         assert row["network_us"] >= max(row["across_us"], row["within_us"])
-        parts = row["layer_us"] + row["network_us"] + row["counts_us"]
+        parts = row["layer_us"] + row["network_us"] + row["counts_us"] + row["plan_us"]
         assert row["total_us"] == pytest.approx(parts)
-    local, exact = rows[3:]
-    assert exact["across"] < local["across"] and exact["layer_us"] == local["layer_us"]
-    assert exact["counts_us"] > local["counts_us"]
+        assert (row["plan_us"] > 0) == (row["quotas"] == "near")
+    for local, exact in (rows[3:5], rows[5:7]):
+        assert exact["across"] < local["across"] and exact["layer_us"] == local["layer_us"]
+        assert exact["counts_us"] > local["counts_us"]
+    chained, priced, near = rows[4], rows[6], rows[7]
+    assert near["across"] <= priced["across"] < chained["across"]
+    assert near["waiting_us"] <= 0.011 * near["layer_us"] + priced["waiting_us"]
     fast = price(advise.Network(4, 100.0, 20.0), training=True)
     for row, twice in zip(rows, fast, strict=True):
         # Twice the rows at twice the rate.
@@ -77,6 +82,31 @@ def test_prices():
         with pytest.raises(ValueError, match="must divide 8 ranks into several nodes"):
             price(advise.Network(size))
     assert price(advise.Network(1))[0]["across"] == pytest.approx(7 / 8)
+
+
+def test_a_history_by_source_is_priced_by_source():
+    """Where nodes want different experts, a placement by source keeps more than one without."""
+    rng = np.random.default_rng(0)
+    rates = rng.lognormal(0, 1.5, (2, 32))
+    counts = torch.from_numpy(rng.poisson(50 * rates, (12, 2, 32)))
+    found = []
+    for by_source in (None, counts[:8]):
+        case = placement.Case("two nodes", counts[:8].sum(1), counts[8:], by_source)
+        rows = advise.advise_network(
+            SMALL, GEMM, (case,), 8, 256, (2,), advise.Network(4, 100.0, 10.0)
+        )
+        found.append(rows[-2]["across"])
+    assert found[1] < found[0] - 0.02
+
+
+def test_slow_networks_are_worth_a_near_plan():
+    """Where rows take long, what the near plan keeps is worth its time, and the choice says so."""
+    cases = placement.synthetic_cases(32, (0,))
+    for rate, many in ((1e-3, True), (1e6, False)):
+        rows = advise.advise_network(SMALL, GEMM, cases, 8, 256, (1,), advise.Network(4, 1e6, rate))
+        by_way = {(row["placement"], row["quotas"]): row["total_us"] for row in rows}
+        near, exact = by_way["chain, priced", "near"], by_way["chain, priced", "global"]
+        assert (near < exact) == many
 
 
 def test_choice_between_rows():

@@ -9,6 +9,7 @@ at once, so the slower of them counts; neither is taken to overlap with expert p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from lplb_triton.bench.advise.models import BYTES, Model
 from lplb_triton.bench.balance import spread_sources
 from lplb_triton.bench.measure.simulate import split_tokens
+from lplb_triton.bench.near_plans import LocalityTwin
 from lplb_triton.bench.placement import Case, make_by_history
 from lplb_triton.bench.scale import count_wire_bytes
 from lplb_triton.bench.types import Floats, Row
@@ -37,8 +39,15 @@ __all__ = [
 NODE_GIGABYTES_PER_SECOND, NETWORK_GIGABYTES_PER_SECOND = 350.0, 50.0
 # Products of both passes take three times those of the forward pass, dispatch and combine twice.
 TRAINING_PRODUCTS, TRAINING_ROWS = 3, 2
-# Batches of each case.
-BATCHES = 4
+# Placements: EPLB's, and chains without and with a price on tokens that leave their node.
+PRICED = "chain, priced"
+KINDS = ("eplb", "chain", PRICED)
+_WAYS = (*((kind, quotas) for kind in KINDS for quotas in ("local", "global")), (PRICED, "near"))
+# Microseconds that a near plan adds to a run on one H200, up to so many ranks, and for more; see
+# docs/results/placement-nodes.md.
+FEW_RANKS, NEAR_US_OF_FEW, NEAR_US_OF_MANY = 16, 18.0, 13.0
+# Batches of each case, and how many tokens each is scaled to.
+BATCHES, WHOLE = 4, 10**8
 # Rows are worth a difference of half a percent.
 NEAR = 1.005
 
@@ -99,13 +108,14 @@ def advise_network(
     Returns
     -------
     list of dict
-        Means over the batches, by ``placement``, ``slots`` and ``quotas`` (``"even"`` for EPLB's
-        copies that share evenly): ``across``, the part of the assignments that leave their node;
+        Means over the batches, by ``placement`` (`KINDS`), ``slots`` and ``quotas`` (``"even"`` for
+        EPLB's copies that share evenly, ``"near"`` for exact ones by the plan of
+        ``locality="node"``): ``across``, the part of the assignments that leave their node;
         ``nodes``, other nodes that a token is sent to; ``across_us`` and ``within_us`` of the
         busiest node's ranks, ``network_us``, the larger of both for each batch; ``counts_us``, to
-        gather the counts across nodes; ``layer_us``, products of the slowest rank; ``waiting_us``,
-        the part of these that a perfect balance would save; ``total_us``, network, counts and
-        layer.
+        gather the counts across nodes; ``plan_us``, of the near plan; ``layer_us``, products of the
+        slowest rank; ``waiting_us``, the part of these that a perfect balance would save;
+        ``total_us``, network, counts, plan and layer.
 
     Raises
     ------
@@ -116,20 +126,21 @@ def advise_network(
     if ep % size or not 1 <= size < ep:
         raise ValueError(f"ranks_per_node must divide {ep} ranks into several nodes, got {size}")
     counts_us = _price_counts(ep, model.experts, network)
+    near_us = NEAR_US_OF_FEW if ep <= FEW_RANKS else NEAR_US_OF_MANY
     rows = []
-    for kind, spare, split in (("eplb", s, "even") for s in slots):
-        found = list(_split_cases(cases, ep, spare, kind, split, tolerance, size))
-        rows.append(_predict(model, gemm, tokens, network, found, "local", training))
-        rows[-1] |= {"placement": kind, "slots": spare, "quotas": "even", "counts_us": 0.0}
-    for spare in slots:
-        for kind in ("eplb", "chain"):
-            found = list(_split_cases(cases, ep, spare, kind, "lplb", tolerance, size))
-            for quotas in ("local", "global"):
-                rows.append(_predict(model, gemm, tokens, network, found, quotas, training))
-                rows[-1] |= {"placement": kind, "slots": spare, "quotas": quotas}
-                rows[-1] |= {"counts_us": counts_us[quotas]}
+    for kind, quotas, spare in (
+        *(("eplb", "even", spare) for spare in slots),
+        *((*way, spare) for spare in slots for way in _WAYS),
+    ):
+        found = list(_split_cases(cases, ep, spare, kind, quotas, tolerance, size))
+        exact = "global" if quotas == "near" else "local" if quotas == "even" else quotas
+        rows.append(_predict(model, gemm, tokens, network, found, exact, training))
+        rows[-1] |= {"placement": kind, "slots": spare, "quotas": quotas}
+        rows[-1]["counts_us"] = 0.0 if quotas == "even" else counts_us[exact]
+        rows[-1]["plan_us"] = near_us if quotas == "near" else 0.0
     for row in rows:
-        row["total_us"] = row["layer_us"] + row["network_us"] + row["counts_us"]
+        parts = ("layer_us", "network_us", "counts_us", "plan_us")
+        row["total_us"] = sum(row[part] for part in parts)
     return rows
 
 
@@ -144,26 +155,47 @@ def _price_counts(ep: int, experts: int, network: Network) -> dict[str, float]:
     return found
 
 
+@lru_cache(maxsize=64)
+def _place(case: Case, ep: int, spare: int, kind: str, ranks_per_node: int) -> Placement:
+    """Place experts by a case's history, for `PRICED` by source."""
+    device = torch.device("cpu")
+    if kind != PRICED:
+        return make_by_history(kind, case.history, ep, spare, device, None)
+    nodes = ep // ranks_per_node
+    by_source = case.history[:, None] if case.by_source is None else case.by_source
+    spread = np.stack([spread_sources(one, nodes) for one in by_source.double().numpy()])
+    price = {"ranks_per_node": ranks_per_node, "traffic_price": None}
+    return make_by_history(
+        "chain", torch.from_numpy(spread), ep, spare, device, None, nodes=price
+    )  # fmt: skip
+
+
 def _split_cases(
     cases: Sequence[Case],
     ep: int,
     spare: int,
     kind: str,
-    split: str,
+    quotas: str,
     tolerance: float,
     ranks_per_node: int,
 ) -> Iterator[_Batch]:
     """Place experts by each case's history, and divide a few of its batches."""
     for case in cases:
-        placement = make_by_history(kind, case.history, ep, spare, torch.device("cpu"), None)
+        placement = _place(case, ep, spare, kind, ranks_per_node)
+        twin = LocalityTwin(placement, ranks_per_node) if quotas == "near" else None
         chosen = np.linspace(0, len(case.test) - 1, min(BATCHES, len(case.test))).round()
         for by_source in case.test[torch.from_numpy(chosen.astype(np.int64))].double():
             total = float(by_source.sum())
-            if total > 0:
-                sent = spread_sources(by_source.numpy() / total, ep // ranks_per_node)
-                counts = (by_source.sum(0) * (1e8 / total)).round().long()
-                rows = split_tokens(placement, counts, split, tolerance).double().numpy() / 1e8
-                yield _Batch(sent, _sum_by_rank(placement, rows), rows)
+            if total == 0:
+                continue
+            sent = spread_sources(by_source.numpy() / total, ep // ranks_per_node)
+            if twin is not None:
+                rows = twin.divide((sent * WHOLE).round().astype(np.int64)) / WHOLE
+            else:
+                counts = (by_source.sum(0) * (WHOLE / total)).round().long()
+                split = "even" if quotas == "even" else "lplb"
+                rows = split_tokens(placement, counts, split, tolerance).double().numpy() / WHOLE
+            yield _Batch(sent, _sum_by_rank(placement, rows), rows)
 
 
 def _sum_by_rank(placement: Placement, rows: Floats) -> Floats:

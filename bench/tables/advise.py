@@ -123,7 +123,7 @@ def _make_network_grid(report: dict[str, Any]) -> Grid:
     ]
     saved = found["saved_us"]
     verdict = (
-        f"Least in all: {best['placement']}, {best['slots']} slots, quotas={best['quotas']!r}: "
+        f"Least in all: {best['placement']}, {best['slots']} slots, {_describe_quotas(best)}: "
         f"{_format_time(best['total_us'])} us, "
         + (
             f"{_format_time(saved)} us less than EPLB's even split after the time of a run. "
@@ -144,10 +144,24 @@ def _make_network_grid(report: dict[str, Any]) -> Grid:
             "sent to, once each, as if its experts were independent. across, within: both "
             "ways of bfloat16 rows of the busiest node and rank, at once, so that the slower "
             "counts. layer: products of the slowest rank. waiting: the part of it above the mean. "
-            "total: layer, slower path, and counts across nodes. even: EPLB's copies share evenly.",
+            "total: layer, slower path, and counts across nodes. even: EPLB's copies share evenly. "
+            "priced: with ranks_per_node and the default price; near: exact quotas by the plan of "
+            f"locality='node', whose {_find_plan_us(found):g} us are in the total.",
             verdict,
         ),
     )
+
+
+def _find_plan_us(found: dict[str, Any]) -> float:
+    """Return the microseconds that a near plan takes."""
+    return float(max(row["plan_us"] for row in found["rows"]))
+
+
+def _describe_quotas(row: dict[str, Any]) -> str:
+    """Say by which arguments of the balancer a row's quotas are made."""
+    if row["quotas"] == "near":
+        return "quotas='global', locality='node'"
+    return f"quotas={row['quotas']!r}"
 
 
 def make_objective_grid(report: dict[str, Any]) -> Grid:
