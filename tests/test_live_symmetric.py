@@ -3,6 +3,7 @@
 import random
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,3 +172,30 @@ def check_ranks(rank, group, folder):
 def test_two_processes(tmp_path):
     """Weights and gradients go through shared memory, in step, and a late rank is named."""
     run_ranks(check_ranks, RANKS, tmp_path, tmp_path)
+
+
+class Used:
+    """A tensor that keeps which streams it was used on."""
+
+    def __init__(self):
+        self.streams = []
+
+    def record_stream(self, stream):
+        self.streams.append(stream.cuda_stream)
+
+
+def test_memory_of_a_pull_stays_while_the_stream_that_waits_uses_it(monkeypatch):
+    """Torch learns of a stream that waits for a pull if the pull began on another one."""
+    current = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
+    transport = live_symmetric.SymmetricTransport.__new__(live_symmetric.SymmetricTransport)
+    transport._device, transport._n_sms = torch.device("cuda", 0), 2
+    transport._stream, transport._begin, transport._end = Stream(), Stream(), Stream()
+    transport._pull = lambda *_, **__: None
+    for waits_on, recorded in ((3, []), (5, [5])):
+        fetch = SimpleNamespace(memory=Used(), plan=Used())
+        current.cuda_stream = 3
+        transport.start(fetch)
+        current.cuda_stream = waits_on
+        transport.finish(fetch)
+        assert fetch.memory.streams == fetch.plan.streams == recorded

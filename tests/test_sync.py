@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pickle
 import signal
 import time
 from datetime import timedelta
@@ -428,3 +429,10 @@ def test_a_group_of_one_on_a_gpu(kind):
     if kind == "nvshmem":
         pytest.importorskip("nvshmem")
     mp.spawn(run_alone, (kind,), nprocs=1)
+
+
+def test_errors_cross_processes():
+    """An error that one process pickles tells another one all that it knows."""
+    error = pickle.loads(pickle.dumps(sync.SyncError("rank 3 did not come", (3,), 7)))
+    assert type(error) is sync.SyncError and str(error) == "rank 3 did not come"
+    assert (error.ranks, error.epoch) == ((3,), 7)

@@ -37,6 +37,10 @@ class SyncError(RuntimeError):
         self.ranks = ranks
         self.epoch = epoch
 
+    def __reduce__(self) -> tuple[type[SyncError], tuple[str, tuple[int, ...], int]]:
+        """Pickle all arguments, so that other processes can load what a worker has raised."""
+        return type(self), (str(self), self.ranks, self.epoch)
+
 
 class Communicator(ABC):
     """Sums int32 counts over the ranks of a group; made by `lplb_triton.sync.connect`.
