@@ -13,6 +13,7 @@ from lplb_triton import Balancer, Placement
 from lplb_triton._backends.layer import create_layer
 from lplb_triton._backends.levelling import LevellingBackend
 from lplb_triton._locality import Locality
+from lplb_triton._settings import check_size
 from lplb_triton.bench.measure.timer import Timer, WrongAnswerError, compute_statistics
 from lplb_triton.bench.near_plans import SLACK
 from lplb_triton.bench.node_placements import Ints, make, sum_sources
@@ -106,11 +107,11 @@ def time_cases(
     Returns
     -------
     dict
-        ``method``, ``tokens``; ``batches``, ``nearer`` (batches whose plan was changed), ``saved``
-        (the part of the assignments that leave their node by the LP's plan and stay by the near
-        plan, mean), and ``us`` by `RUNS`: statistics of `Balancer.run` over the batches. Quotas
-        are exact in all three, and every rank's counts come from the same memory, so no load sync
-        is in.
+        ``method``, ``tokens``; ``batches``, ``nearer`` (batches that ``saved`` is above 0 in),
+        ``saved`` (the part of the assignments that leave their node by the balancer's LP and stay
+        by its near plan, mean), and ``us`` by `RUNS`: statistics of `Balancer.run` over the
+        batches. Quotas are exact in all three. Two small launches of torch stand for load sync:
+        they copy and add up the counts of all ranks, which lie in this rank's memory.
 
     Raises
     ------
@@ -143,8 +144,13 @@ def time_cases(
 def _draw_counts(
     by_node: Ints, ranks_per_node: int, assignments: int, rng: np.random.Generator
 ) -> Ints:
-    """Draw every rank's counts in proportion to those of its node, ``[ranks, E]``."""
-    part = by_node / np.maximum(by_node.sum(1, keepdims=True), 1)
+    """Draw every rank's counts in proportion to those of its node, ``[ranks, E]``.
+
+    A node without any has those of all nodes.
+    """
+    total = by_node.sum(1, keepdims=True)
+    rates = np.where(total > 0, by_node, by_node.sum(0))
+    part = rates / rates.sum(1, keepdims=True)
     drawn: Ints = rng.multinomial(assignments, part.repeat(ranks_per_node, 0)).astype(np.int64)
     return drawn
 
@@ -187,6 +193,7 @@ def _lay_out(
 
 def _make_balancer(case: _Case, locality: Locality, words: torch.Tensor, n_ids: int) -> Balancer:
     """Make rank 0's balancer with exact quotas, whose other ranks are in ``words``."""
+    check_size(case.placement, "levelling", words.device)
     layer = create_layer(
         case.placement, words.device, "triton", rank=0, quotas="global", solver="levelling",
         tolerance=DEFAULT_TOLERANCE, max_iterations=MAX_ITERATIONS, locality=locality,
@@ -202,7 +209,10 @@ def _make_balancer(case: _Case, locality: Locality, words: torch.Tensor, n_ids: 
 def _check(
     case: _Case, runs: dict[float | None, Balancer], idx: torch.Tensor, counts: Ints
 ) -> float:
-    """Hold ids and shares of a batch against the twin; returns the part of tokens kept near."""
+    """Check the ids of a batch, and hold the shares of its near plan against the twin's.
+
+    Returns the part of all assignments that the near plan keeps in their node.
+    """
     placement, found = case.placement, {}
     for slack, balancer in runs.items():
         out = balancer.run(idx)

@@ -241,13 +241,31 @@ def find_negated(ptx):
     """Find smallest (or largest) numbers of three, the first two of which include a negated one.
 
     ptxas 12.8 and 13.1 drop the minus sign of ``min(c, min(a, -b))`` and ``max(c, max(a, -b))``
-    of signed 32-bit integers on GPUs that do both at once (compute capabilities 9.0 and 10.0).
+    of signed 32-bit integers on GPUs that do both at once (compute capabilities 9.0 and 10.0). They
+    keep that of ``min(-b, a)``, but which operand comes first is up to the compiler, so this finds
+    both.
     """
     negated = set(re.findall(r"neg\.s32\s+(%r\d+),", ptx))
     negated |= set(re.findall(r"sub\.s32\s+(%r\d+), 0,", ptx))
-    found = re.findall(r"(min|max)\.s32\s+(%r\d+), (%r?\d+), (%r?\d+);", ptx)
-    inner = {(op, to) for op, to, *operands in found if negated & set(operands)}
-    return [of for op, _, *operands in found for of in operands if (op, of) in inner]
+    negated |= set(re.findall(r"mul\.lo\.s32\s+(%r\d+), %r\d+, -1;", ptx))
+    found = re.findall(r"(min|max)\.s32\s+(%r\d+), (%r?-?\d+), (%r?-?\d+);", ptx)
+    moves = re.findall(r"mov\.[bsu]32\s+(%r\d+), (%r\d+);", ptx)
+    negated = _follow(negated, moves)
+    results = {}
+    for op, to, *operands in found:
+        if negated & set(operands):
+            results[op] = results.get(op, set()) | {to}
+    inner = {op: _follow(of, moves) for op, of in results.items()}
+    return [of for op, _, *operands in found for of in operands if of in inner.get(op, ())]
+
+
+def _follow(registers, moves):
+    """Return registers, and all that their values are moved to."""
+    reached, before = set(registers), -1
+    while len(reached) > before:
+        before = len(reached)
+        reached |= {to for to, of in moves if of in reached}
+    return reached
 
 
 def check_parameters(compiled, types):

@@ -34,7 +34,36 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
-def pytest_collection_modifyitems(items):
+# What a back end says to CPU tensors where kernels aren't interpreted.
+NOT_INTERPRETED = "backend='triton' needs GPU tensors"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--on-gpu", action="store_true", help="only tests that are for a GPU, too, on it"
+    )
+
+
+def is_for_gpu(item):
+    """Whether a test needs a GPU, or runs on one if there is one."""
+    marked = any(item.get_closest_marker(name) for name in ("gpu", "multigpu", "both"))
+    return marked or hasattr(item.module, "DEVICE")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    try:
+        return (yield)
+    except ValueError as error:
+        if N_GPUS and str(error).startswith(NOT_INTERPRETED):
+            pytest.skip("runs kernels on the CPU: with GPUs hidden (CUDA_VISIBLE_DEVICES=)")
+        raise
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--on-gpu"):
+        config.hook.pytest_deselected(items=[item for item in items if not is_for_gpu(item)])
+        items[:] = [item for item in items if is_for_gpu(item)]
     needs = {"gpu": 1, "multigpu": 2}
     for item in items:
         for marker, count in needs.items():

@@ -207,3 +207,27 @@ def test_wrong_near_plans_are_not_timed(trace, no_gpu, capsys, monkeypatch):
     line = [*LINE[:-2], "--times", "--tokens", "16", "--batches", "1", "-q"]
     assert cli.main(line) != cli.OK
     assert "shares of the near plan are not the twin's" in capsys.readouterr().err
+
+
+def test_nodes_without_tokens_have_those_of_all_nodes():
+    """Every rank has its tokens, in proportion to its node's counts or else to all."""
+    by_node = np.array([[0, 0, 0], [3, 0, 1]])
+    drawn = near_times._draw_counts(by_node, 2, 400, np.random.default_rng(0))
+    assert drawn.sum(1).tolist() == [400] * 4 and (drawn[:, 1] == 0).all()
+    assert (abs(drawn[:, 0] - 300) < 60).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--ep 1024", "near plans take at most 512 ranks, got 1024"),
+        ("--ep 512 --tokens 1048576", "assignments of all ranks, at most 2147483647"),
+    ],
+)
+def test_what_no_near_plan_takes_is_refused(options, message, tmp_path, monkeypatch, capsys):
+    """Too many ranks or assignments are refused by the options' names before anything is timed."""
+    monkeypatch.chdir(tmp_path)
+    traces.save("t.npz", make_trace(batches=4, layers=1, experts=1024))
+    line = "nodes --times --trace t.npz --slots 1 --ranks-per-node 256 --top-k 8".split()
+    assert cli.main([*line, *options.split()]) == cli.USAGE
+    assert message in capsys.readouterr().err

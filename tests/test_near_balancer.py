@@ -17,8 +17,6 @@ from lplb_triton._locality import Locality
 from lplb_triton.bench.measure.timer import copy_to_cpu
 from lplb_triton.reference import near_tables
 
-pytestmark = pytest.mark.both
-
 BACKENDS = ["triton"] if DEVICE == "cuda" else ["triton", "torch"]
 RANKS, PER_NODE, EXPERTS = 4, 2, 16
 STEPS = 4

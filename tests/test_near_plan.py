@@ -12,8 +12,6 @@ from lplb_triton._backends.near_arrays import make_near_arrays
 from lplb_triton._layout import NEAR_REPORTED, NEAR_ROWS, STATUS_INVALID
 from lplb_triton.reference import near_tables
 
-pytestmark = pytest.mark.both
-
 SLACK = 0.01
 # Of loads and of tokens that leave their node, for rounding to units and to shares.
 ROUNDING = 1e-5

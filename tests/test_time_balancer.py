@@ -11,8 +11,6 @@ from helpers.time_plans import COST
 from lplb_triton import Balancer, Placement, TimeCost, chain
 from lplb_triton._consensus import LayerPlacement
 
-pytestmark = pytest.mark.both
-
 BACKENDS = ["triton"] if DEVICE == "cuda" else ["triton", "torch"]
 OTHER = TimeCost.for_model(4096, 1536)
 

@@ -25,8 +25,6 @@ from lplb_triton.reference.time import (
 )
 from lplb_triton.reference.time_bound import bound_time
 
-pytestmark = pytest.mark.both
-
 SHAPES = [(2, 1, 6), (4, 1, 16), (8, 2, 32), (32, 2, 64)]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lplb_triton._layout import NEAR_MOST_RANKS, NEAR_MOST_SLOTS
 from lplb_triton.bench import near_times, node_placements, options, output, tables
 from lplb_triton.bench.commands import gpu
 from lplb_triton.bench.machine import environment
@@ -23,7 +24,7 @@ __all__ = ["add", "add_traffic_price", "run"]
 
 Cases = Sequence[tuple[str, node_placements.Ints, node_placements.Ints]]
 
-MOST_TOKENS = 2**20
+MOST_TOKENS, MOST_ASSIGNMENTS = 2**20, 2**31 - 1
 # With --times, and what doesn't go with it.
 TIMED, NOT_TIMED = ("tokens", "batches"), ("every", "trials")
 TOKENS, BATCHES, EVERY = (4096,), 8, 1
@@ -63,11 +64,11 @@ def add(commands: Any) -> None:
     options.trace_options(sub)
     sub.add_argument(
         "--trials", type=options.count, metavar="N",
-        help="effort of place (default: its own, 2000 on a CPU)",
+        help="effort of place (default: its own, 2000 on a CPU); not with --times",
     )  # fmt: skip
     sub.add_argument(
         "--every", type=options.count, metavar="N",
-        help="judge by one in N test batches (default: by all)",
+        help="judge by one in N test batches (default: by all); not with --times",
     )  # fmt: skip
     sub.add_argument(
         "--top-k", type=options.count, metavar="K",
@@ -78,7 +79,7 @@ def add(commands: Any) -> None:
     )
     sub.add_argument(
         "--tokens", type=options.integers(1, MOST_TOKENS), metavar="N[,N...]",
-        help=f"with --times: tokens of each rank (default {TOKENS[0]})",
+        help=f"with --times: tokens of each rank, times top-k assignments (default {TOKENS[0]})",
     )  # fmt: skip
     sub.add_argument(
         "--batches", type=options.count, metavar="N",
@@ -123,6 +124,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         cases = node_placements.split_cases(trace, args.history, args.layers, args.every)
     except ValueError as error:
         raise UsageError(f"arguments --trace, --history, --layers: {error}") from error
+    if args.times:
+        _check_assignments(args, top_k)
     begin = time.perf_counter()
     compute = _time_runs if args.times else _compare
     rows, device = compute(args, cases, top_k)
@@ -171,11 +174,24 @@ def _time_runs(args: argparse.Namespace, cases: Cases, top_k: int) -> tuple[list
     return rows, device.type
 
 
+def _check_assignments(args: argparse.Namespace, top_k: int) -> None:
+    """Raise a `UsageError` if a timed batch had more assignments than counts can hold."""
+    most = max(args.ep) * max(args.tokens) * top_k
+    if most > MOST_ASSIGNMENTS:
+        raise UsageError(
+            f"arguments --tokens, --ep: {most} assignments of all ranks, at most {MOST_ASSIGNMENTS}"
+        )
+
+
 def _check_sizes(args: argparse.Namespace, trace: Trace) -> None:
     """Raise a `UsageError` unless every number of ranks makes nodes that the sources fit."""
     for ep in args.ep:
         for slots in args.slots:
             reason = explain_impossible(trace.experts, ep, slots)
+            if reason is None and args.times and ep > NEAR_MOST_RANKS:
+                reason = f"near plans take at most {NEAR_MOST_RANKS} ranks, got {ep}"
+            if reason is None and args.times and trace.experts // ep + slots > NEAR_MOST_SLOTS:
+                reason = f"near plans take at most {NEAR_MOST_SLOTS} slots a rank"
             if reason is not None:
                 raise UsageError(f"arguments --ep, --slots: {reason}")
         if ep % args.ranks_per_node or ep == args.ranks_per_node:

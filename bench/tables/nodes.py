@@ -72,27 +72,25 @@ def make_node_times_grid(report: dict[str, Any]) -> Grid:
         more = us["with"]["median"] - (us["without"]["median"] + us["again"]["median"]) / 2
         lines.append(
             (
-                *(str(row["ep"]), str(row["slots"]), _NAMES[row["method"]], str(row["tokens"])),
-                *(str(row["batches"]), str(row["nearer"]), f"{row['saved']:.3f}"),
-                *(" / ".join(format_spread(us[name])) for name in ("without", "with", "again")),
+                *(f"{row['ep']}/{row['slots']}", _NAMES[row["method"]], str(row["tokens"])),
+                f"{row['saved']:.3f}",
+                *("/".join(format_spread(us[name])) for name in ("without", "with")),
                 f"{more:.1f}",
             )
         )
+    batches = report["rows"][0]["batches"]
     return Grid(
         f"Times on a GPU, microseconds, {report['ranks_per_node']} ranks a node, "
         f"{report['source']}",
-        (
-            *("EP", "slots", "placement", "tokens", "batches", "nearer", "saved"),
-            *("without", "with", "again", "more"),
-        ),
+        ("EP/slots", "placement", "tokens", "saved", "without", "with", "more"),
         lines,
         (
-            "Balancer.run of one rank with exact quotas, all ranks' counts in its memory, so no "
-            "load sync: median / p99 / max over the batches; a batch's time is the median of at "
-            "least 20 replays of a CUDA graph. Every plan and id was held against the twin first. "
-            "tokens: of a rank; nearer: batches whose plan was changed; saved: the part of the "
-            "assignments that stay in their node by it, mean; with: locality='node'; again: "
-            "without it once more, timed after; more: median with less the mean of the medians "
-            "without.",
+            f"Balancer.run of one rank with exact quotas, median/p99/max over {batches} batches; a "
+            "batch's time is the median of at least 20 replays of a CUDA graph. All ranks' counts "
+            "are in its memory, and two small launches of torch stand for load sync. Every near "
+            "plan was held against the twin, and every id is a copy of its expert. tokens: of a "
+            "rank; saved: the part of the assignments that leave their node by the balancer's LP "
+            "and stay by its near plan, mean; with: locality='node'; more: median with, less the "
+            "mean of the medians of two timings without, one before and one after.",
         ),
     )
