@@ -29,7 +29,7 @@ RUN_ARGS ?= --ep 32 --placement eplb --slots 1,2
 PYTEST_ARGS ?=
 TEST_JOBS ?= 2
 # Which torch fits a GPU depends on its driver, so versions are pinned only where there is none.
-CONSTRAINTS ?= $(if $(shell nvidia-smi -L 2>/dev/null),,-c constraints-ci.txt)
+CONSTRAINTS ?= $(if $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes),,-c constraints-ci.txt)
 
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) $(CONSTRAINTS)

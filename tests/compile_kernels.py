@@ -248,7 +248,7 @@ def find_negated(ptx):
     negated = set(re.findall(r"neg\.s32\s+(%r\d+),", ptx))
     negated |= set(re.findall(r"sub\.s32\s+(%r\d+), 0,", ptx))
     negated |= set(re.findall(r"mul\.lo\.s32\s+(%r\d+), %r\d+, -1;", ptx))
-    found = re.findall(r"(min|max)\.s32\s+(%r\d+), (%r?-?\d+), (%r?-?\d+);", ptx)
+    found = re.findall(r"(min|max)\.s32\s+(%r\d+), (%r\d+|-?\d+), (%r\d+|-?\d+);", ptx)
     moves = re.findall(r"mov\.[bsu]32\s+(%r\d+), (%r\d+);", ptx)
     negated = _follow(negated, moves)
     results = {}

@@ -44,10 +44,15 @@ def pytest_addoption(parser):
     )
 
 
+def needs_gpu(item):
+    """Whether a test needs a GPU."""
+    return any(item.get_closest_marker(name) for name in ("gpu", "multigpu"))
+
+
 def is_for_gpu(item):
     """Whether a test needs a GPU, or runs on one if there is one."""
-    marked = any(item.get_closest_marker(name) for name in ("gpu", "multigpu", "both"))
-    return marked or hasattr(item.module, "DEVICE")
+    both = item.get_closest_marker("both") or hasattr(item.module, "DEVICE")
+    return needs_gpu(item) or bool(both)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -55,7 +60,8 @@ def pytest_pyfunc_call(pyfuncitem):
     try:
         return (yield)
     except ValueError as error:
-        if N_GPUS and str(error).startswith(NOT_INTERPRETED):
+        hidden = N_GPUS and not needs_gpu(pyfuncitem)
+        if hidden and str(error).startswith(NOT_INTERPRETED):
             pytest.skip("runs kernels on the CPU: with GPUs hidden (CUDA_VISIBLE_DEVICES=)")
         raise
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lplb_triton.bench import advise, cli, placement
+from lplb_triton.bench.advise import network
 from lplb_triton.bench.advise.models import Model
 from lplb_triton.bench.advise.network import count_pairs, move_between_nodes
 from lplb_triton.bench.balance import spread_sources
@@ -57,7 +58,7 @@ def test_prices():
     assert names == [
         *[("eplb", "even"), ("eplb", "local"), ("eplb", "global")],
         *[("chain", "local"), ("chain", "global")],
-        *[("chain, priced", "local"), ("chain, priced", "global"), ("chain, priced", "near")],
+        *[("priced", "local"), ("priced", "global"), ("priced", "near")],
     ]
     # Half of what is sent leaves its node, and a token with two experts has less than one pair.
     assert rows[0]["across"] == pytest.approx(0.5) and 0.7 < rows[0]["nodes"] < 0.8
@@ -105,7 +106,7 @@ def test_slow_networks_are_worth_a_near_plan():
     for rate, many in ((1e-3, True), (1e6, False)):
         rows = advise.advise_network(SMALL, GEMM, cases, 8, 256, (1,), advise.Network(4, 1e6, rate))
         by_way = {(row["placement"], row["quotas"]): row["total_us"] for row in rows}
-        near, exact = by_way["chain, priced", "near"], by_way["chain, priced", "global"]
+        near, exact = by_way["priced", "near"], by_way["priced", "global"]
         assert (near < exact) == many
 
 
@@ -118,6 +119,30 @@ def test_choice_between_rows():
     rows = [row(1, 90.0, "even"), row(1, 100.4), row(1, 100.3, "local"), row(2, 100.0)]
     assert advise.choose_network_row(rows) is rows[2]
     assert advise.choose_network_row([*rows, row(2, 99.0)])["total_us"] == 99.0
+    # A near plan has to gain more than half a percent.
+    assert advise.choose_network_row([*rows, row(1, 99.6, "near")]) is rows[2]
+    assert advise.choose_network_row([*rows, row(1, 99.4, "near")])["quotas"] == "near"
+
+
+def test_no_near_plan_where_the_balancer_takes_none(monkeypatch):
+    """Beyond the ranks or slots that near plans take there is no row of them."""
+    cases = placement.synthetic_cases(32, (0,))
+    for name, most, there in (("RANKS", 8, True), ("RANKS", 7, False), ("SLOTS", 4, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(network, f"NEAR_MOST_{name}", most)
+            rows = advise.advise_network(SMALL, GEMM, cases, 8, 1, (1,), advise.Network(4))
+        assert ("near" in {row["quotas"] for row in rows}) == there
+
+
+def test_tables_fit_a_terminal(capsys, monkeypatch):
+    """No cell of the network's table is cut at 80 columns."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("COLUMNS", "80")
+    line = "advise --model deepseek-v3 --ep 32 --ranks-per-node 8 --slots 2 --tokens 4096"
+    assert cli.main(line.split()) == 0
+    shown = capsys.readouterr()
+    table = (shown.out + shown.err).split("dispatch and combine across nodes")[1]
+    assert "priced" in table and "…" not in table.split("Nodes of 8 ranks")[0]
 
 
 def test_command(capsys, monkeypatch):

@@ -161,6 +161,9 @@ def test_place_writes_placements_for_nodes(trace, capsys):
     for of in row["methods"].values():
         assert 0 < of["far"] <= of["far_by_lp"] < 1
     assert row["methods"]["chain"]["far"] < row["methods"]["eplb"]["far"]
+    capsys.readouterr()
+    assert cli.main([*line, "--markdown", "-", "-q"]) == cli.OK
+    assert f"| 0 | {row['methods']['eplb']['far_by_lp']:.3f} |" in capsys.readouterr().out
     everything = [*line, "--all-batches", "-q"]
     assert cli.main(everything) == cli.OK
     expected = chain(_tensor(trace.counts[:, 0]), 4, ranks_per_node=2)

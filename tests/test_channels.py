@@ -8,6 +8,8 @@ from helpers.peers import FAILED, Ranks, error_of
 
 from lplb_triton.sync._channels import CHANNELS, Channels, Stream, describe_mismatch
 
+pytestmark = pytest.mark.both
+
 
 class Streams:
     """A rank's streams by name, and its calls from them."""

@@ -35,5 +35,6 @@ def test_a_negated_number_among_three_is_found():
     assert find_negated(moved + outer.format("min", "%r8")) == ["%r8"]
     assert not find_negated(negate + inner.format("%r5") + outer.format("max", "%r6"))
     assert not find_negated(negate + inner.format("%r3") + outer.format("min", "%r6"))
+    assert find_negated(negate + inner.format("%r5") + "min.s32 %r7, %r6, 0;") == ["%r6"]
     # Negated outside of the first two it is right.
     assert not find_negated(negate + inner.format("%r4") + "min.s32 %r7, %r6, %r5;")

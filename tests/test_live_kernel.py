@@ -8,6 +8,8 @@ from helpers.live import assert_same_plan, loads_of, make_placement, plan_both
 from lplb_triton import Placement
 from lplb_triton._layout import LIVE_UNIT_BITS
 
+pytestmark = pytest.mark.both
+
 
 def draw_counts(placement, seed, scale=500.0, spread=1.0):
     """Draw lognormal tokens of each expert."""

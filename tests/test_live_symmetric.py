@@ -199,3 +199,16 @@ def test_memory_of_a_pull_stays_while_the_stream_that_waits_uses_it(monkeypatch)
         current.cuda_stream = waits_on
         transport.finish(fetch)
         assert fetch.memory.streams == fetch.plan.streams == recorded
+
+
+def test_a_stream_waits_for_a_pull_that_another_one_has_waited_for():
+    """With memory of its own a pull may be waited for after the next one, by any stream."""
+    slots, waited = LiveSlots.__new__(LiveSlots), []
+    slots._keep, slots.resident, slots._holder = True, False, None
+    slots._transport = SimpleNamespace(finish=waited.append)
+    first, second = object(), object()
+    slots._pending = second
+    slots.finish(first)
+    assert waited == [first] and slots._pending is second
+    slots.finish(second)
+    assert waited == [first, second] and slots._pending is None

@@ -9,12 +9,12 @@ at once, so the slower of them counts; neither is taken to overlap with expert p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from lplb_triton._layout import NEAR_MOST_RANKS, NEAR_MOST_SLOTS
 from lplb_triton.bench.advise.models import BYTES, Model
 from lplb_triton.bench.balance import spread_sources
 from lplb_triton.bench.measure.simulate import split_tokens
@@ -39,13 +39,13 @@ __all__ = [
 NODE_GIGABYTES_PER_SECOND, NETWORK_GIGABYTES_PER_SECOND = 350.0, 50.0
 # Products of both passes take three times those of the forward pass, dispatch and combine twice.
 TRAINING_PRODUCTS, TRAINING_ROWS = 3, 2
-# Placements: EPLB's, and chains without and with a price on tokens that leave their node.
-PRICED = "chain, priced"
+# Placements: EPLB's, a chain, and one with a price on tokens that leave their node.
+PRICED = "priced"
 KINDS = ("eplb", "chain", PRICED)
 _WAYS = (*((kind, quotas) for kind in KINDS for quotas in ("local", "global")), (PRICED, "near"))
-# Microseconds that a near plan adds to a run on one H200, up to so many ranks, and for more; see
+# Microseconds that a near plan adds to a run on one H200, by the ranks up to which it does; see
 # docs/results/placement-nodes.md.
-FEW_RANKS, NEAR_US_OF_FEW, NEAR_US_OF_MANY = 16, 18.0, 13.0
+NEAR_US = ((16, 18.0), (32, 10.0), (NEAR_MOST_RANKS, 15.0))
 # Batches of each case, and how many tokens each is scaled to.
 BATCHES, WHOLE = 4, 10**8
 # Rows are worth a difference of half a percent.
@@ -126,17 +126,22 @@ def advise_network(
     if ep % size or not 1 <= size < ep:
         raise ValueError(f"ranks_per_node must divide {ep} ranks into several nodes, got {size}")
     counts_us = _price_counts(ep, model.experts, network)
-    near_us = NEAR_US_OF_FEW if ep <= FEW_RANKS else NEAR_US_OF_MANY
+    made: dict[tuple[str, int], list[Placement]] = {}
     rows = []
     for kind, quotas, spare in (
         *(("eplb", "even", spare) for spare in slots),
         *((*way, spare) for spare in slots for way in _WAYS),
     ):
-        found = list(_split_cases(cases, ep, spare, kind, quotas, tolerance, size))
+        if quotas == "near" and not _takes_near_plans(ep, model.experts // ep + spare):
+            continue
+        if (kind, spare) not in made:
+            made[kind, spare] = [_place(case, ep, spare, kind, size) for case in cases]
+        found = list(_split_cases(cases, made[kind, spare], quotas, tolerance, size))
         exact = "global" if quotas == "near" else "local" if quotas == "even" else quotas
         rows.append(_predict(model, gemm, tokens, network, found, exact, training))
         rows[-1] |= {"placement": kind, "slots": spare, "quotas": quotas}
         rows[-1]["counts_us"] = 0.0 if quotas == "even" else counts_us[exact]
+        near_us = next((us for most, us in NEAR_US if ep <= most), 0.0)
         rows[-1]["plan_us"] = near_us if quotas == "near" else 0.0
     for row in rows:
         parts = ("layer_us", "network_us", "counts_us", "plan_us")
@@ -155,7 +160,11 @@ def _price_counts(ep: int, experts: int, network: Network) -> dict[str, float]:
     return found
 
 
-@lru_cache(maxsize=64)
+def _takes_near_plans(ep: int, slots: int) -> bool:
+    """Whether ``locality="node"`` takes so many ranks, with so many slots each."""
+    return ep <= NEAR_MOST_RANKS and slots <= NEAR_MOST_SLOTS
+
+
 def _place(case: Case, ep: int, spare: int, kind: str, ranks_per_node: int) -> Placement:
     """Place experts by a case's history, for `PRICED` by source."""
     device = torch.device("cpu")
@@ -172,23 +181,21 @@ def _place(case: Case, ep: int, spare: int, kind: str, ranks_per_node: int) -> P
 
 def _split_cases(
     cases: Sequence[Case],
-    ep: int,
-    spare: int,
-    kind: str,
+    placements: Sequence[Placement],
     quotas: str,
     tolerance: float,
     ranks_per_node: int,
 ) -> Iterator[_Batch]:
-    """Place experts by each case's history, and divide a few of its batches."""
-    for case in cases:
-        placement = _place(case, ep, spare, kind, ranks_per_node)
+    """Divide a few batches of each case by its placement."""
+    for case, placement in zip(cases, placements, strict=True):
+        n_nodes = placement.ep_size // ranks_per_node
         twin = LocalityTwin(placement, ranks_per_node) if quotas == "near" else None
         chosen = np.linspace(0, len(case.test) - 1, min(BATCHES, len(case.test))).round()
         for by_source in case.test[torch.from_numpy(chosen.astype(np.int64))].double():
             total = float(by_source.sum())
             if total == 0:
                 continue
-            sent = spread_sources(by_source.numpy() / total, ep // ranks_per_node)
+            sent = spread_sources(by_source.numpy() / total, n_nodes)
             if twin is not None:
                 rows = twin.divide((sent * WHOLE).round().astype(np.int64)) / WHOLE
             else:
@@ -297,6 +304,8 @@ def _predict(
 def choose_network_row(rows: Sequence[Row]) -> Row:
     """Choose the fewest slots whose total is within half a percent of the least.
 
+    A near plan, which live slots and plans by time exclude, is chosen only if it gains more.
+
     Parameters
     ----------
     rows
@@ -308,6 +317,9 @@ def choose_network_row(rows: Sequence[Row]) -> Row:
         One of the rows.
     """
     rows = [row for row in rows if row["quotas"] != "even"]
-    least = min(row["total_us"] for row in rows)
-    near = [row for row in rows if row["total_us"] <= NEAR * least]
-    return min(near, key=lambda row: (row["slots"], row["total_us"]))
+    plain = [row for row in rows if row["quotas"] != "near"]
+    least = min(row["total_us"] for row in plain)
+    if NEAR * min(row["total_us"] for row in rows) < least:
+        plain, least = rows, min(row["total_us"] for row in rows)
+    close = [row for row in plain if row["total_us"] <= NEAR * least]
+    return min(close, key=lambda row: (row["slots"], row["total_us"]))

@@ -213,7 +213,7 @@ def _predict(args: argparse.Namespace, out: Output) -> int:
     objective = advise.advise_objective(
         model, gemm, cases, ep, args.tokens, possible, training=args.training
     )
-    # Live slots have no near plans, and no placements of their own.
+    # Live slots aren't predicted on placements with a price, nor with near plans.
     best = advice["best"]
     static = {**best, "placement": "eplb" if best["placement"] == "eplb" else "chain"}
     live = _predict_live(args, model, layers or 1, gemm, cases, ep, static)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lplb_triton import Placement, TimeCost, place
+from lplb_triton._layout import NEAR_MOST_RANKS, NEAR_MOST_SLOTS
 from lplb_triton.bench import options, output, placement, tables
 from lplb_triton.bench.balance import Stretch, find_stretches
 from lplb_triton.bench.commands.nodes import add_traffic_price
@@ -162,7 +163,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
     )
     written = output.Files()
     written.add("placements", args.output, lay_out_placements(made, note=note))
-    output.finish(args, out, report, [tables.make_place_grid(report)])
+    grids = [tables.make_place_grid(report)]
+    if args.ranks_per_node is not None:
+        grids.append(tables.make_place_traffic_grid(report))
+    output.finish(args, out, report, grids)
     written.close(out.console(args.json, args.markdown))
     return OK
 
@@ -226,7 +230,7 @@ def _place_layer(
     args: argparse.Namespace, loads: _Loads, device: torch.device
 ) -> tuple[Placement, dict[str, Any]]:
     """Return the placement to write, and the figures of its method and of EPLB's."""
-    figures: dict[str, dict[str, float]] = {}
+    figures: dict[str, dict[str, float | None]] = {}
     chosen = None
     for method in dict.fromkeys((BASE, args.method)):
         chosen = _place(args, method, loads.history, loads.by_source, device)
@@ -247,14 +251,16 @@ def _place_layer(
 
 def _measure_traffic(
     chosen: Placement, test: torch.Tensor, ranks_per_node: int
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Measure what leaves its node by the LP's and the near plan of test batches, mean parts.
 
-    A placement of one node has nothing that leaves.
+    A placement of one node has nothing that leaves. None for sizes that near plans don't take.
     """
     nodes = chosen.ep_size // ranks_per_node
     if nodes == 1:
         return {"far_by_lp": 0.0, "far": 0.0}
+    if chosen.ep_size > NEAR_MOST_RANKS or chosen.slots_per_rank > NEAR_MOST_SLOTS:
+        return {"far_by_lp": None, "far": None}
     some = test[test.sum((1, 2)) > 0].numpy()
     at = np.unique(np.linspace(0, len(some) - 1, min(len(some), MOST_NEAR)).astype(np.int64))
     twin = LocalityTwin(chosen, ranks_per_node)

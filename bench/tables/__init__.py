@@ -18,6 +18,7 @@ from lplb_triton.bench.tables.nodes import make_node_times_grid, make_nodes_grid
 from lplb_triton.bench.tables.pipeline import make_pipeline_grids
 from lplb_triton.bench.tables.placement import (
     make_place_grid,
+    make_place_traffic_grid,
     make_placement_grids,
     make_workloads_grids,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "make_pipeline_grids",
     "make_objective_runs_grid",
     "make_place_grid",
+    "make_place_traffic_grid",
     "make_scale_grids",
     "make_placement_grids",
     "require",

@@ -144,9 +144,9 @@ def _make_network_grid(report: dict[str, Any]) -> Grid:
             "sent to, once each, as if its experts were independent. across, within: both "
             "ways of bfloat16 rows of the busiest node and rank, at once, so that the slower "
             "counts. layer: products of the slowest rank. waiting: the part of it above the mean. "
-            "total: layer, slower path, and counts across nodes. even: EPLB's copies share evenly. "
-            "priced: with ranks_per_node and the default price; near: exact quotas by the plan of "
-            f"locality='node', whose {_find_plan_us(found):g} us are in the total.",
+            "total: layer, slower path, counts across nodes, and near plan. even: EPLB's copies "
+            "share evenly. priced: chain with ranks_per_node and the default price; near: exact "
+            f"quotas by the plan of locality='node', taken to need {_find_plan_us(found):g} us.",
             verdict,
         ),
     )
@@ -183,7 +183,7 @@ def make_objective_grid(report: dict[str, Any]) -> Grid:
         (
             "tokens: of a rank in a batch, whole ones, with exact quotas. none: experts in order, "
             "no copies. even, tokens, time: an even split, and objective= of Balancer, each on its "
-            "best placement of those above. best: the least, where tokens adds the time of sync "
+            "best placement, EPLB or chain. best: the least, where tokens adds the time of sync "
             f"and run, and time about {TIME_US:g} microseconds more.",
             _describe_objective(here),
         ),
@@ -231,9 +231,9 @@ def _make_live_grid(report: dict[str, Any]) -> Grid:
         ("live", *(str(row["live"]) for row in report["live"])),
         lines,
         (
-            f"On {first['placement']}, {first['slots']} slots per rank, by the twin of the plan, "
-            "means over the batches. live: live slots per rank. pieces: those filled on all ranks. "
-            "fetching: part of the "
+            f"On {first['placement']}, {first['slots']} slots per rank, without a price on "
+            "traffic, by the twin of the plan, means over the batches. live: live slots per rank. "
+            "pieces: those filled on all ranks. fetching: part of the "
             "batches that fetch any. sent/received: experts at the busiest rank. fetch: their time "
             f"at {o['pull_rate']:g} GB/s, in training for weights twice and for gradients; with "
             "live includes it, as if nothing overlapped. break-even: tokens per rank from which on "

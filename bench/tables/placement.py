@@ -44,10 +44,7 @@ def make_placement_grids(report: dict[str, Any]) -> list[Grid]:
 def make_place_grid(report: dict[str, Any]) -> Grid:
     """Lay out the report of ``lplb-bench place``."""
     rows, methods = report["rows"], list(report["rows"][0]["methods"])
-    kinds = ["even", "lp", "integer"]
-    if report["ranks_per_node"] is not None:
-        kinds += ["far_by_lp", "far"]
-    columns = [(method, kind) for method in methods for kind in kinds]
+    columns = [(method, kind) for method in methods for kind in ("even", "lp", "integer")]
     values = [
         [row["in_order"], *(row["methods"][method][kind] for method, kind in columns)]
         for row in rows
@@ -58,7 +55,7 @@ def make_place_grid(report: dict[str, Any]) -> Grid:
     ]
     if len(rows) > 1:
         lines.append(("all", *(f"{value:.3f}" for value in np.mean(values, axis=0))))
-    names = {"even": "even", "lp": "LP", "integer": "tokens", "far_by_lp": "leave", "far": "near"}
+    names = {"even": "even", "lp": "LP", "integer": "tokens"}
     header = [f"{'EPLB' if m == 'eplb' else m} {names[kind]}" for m, kind in columns]
     batches = report["batches"]
     written = "all of these batches" if report["all_batches"] else "the first ones"
@@ -72,20 +69,38 @@ def make_place_grid(report: dict[str, Any]) -> Grid:
             f"{batches['history']} which experts were placed by. in order: experts by id, without "
             "copies; even: split evenly; LP: the fractional optimum, certified to 1e-3; tokens: in "
             f"whole tokens. The placements in the file are made from {written}.",
-            *_explain_traffic(report["ranks_per_node"]),
         ),
     )
 
 
-def _explain_traffic(ranks_per_node: int | None) -> tuple[str, ...]:
-    """Explain the columns of traffic between nodes, if they are there."""
-    if ranks_per_node is None:
-        return ()
-    return (
-        f"leave and near: the part of all assignments that leave their node of {ranks_per_node} "
-        "ranks, of up to 20 batches, by the LP's plan with exact quotas, and by that of "
-        "locality='node', with its default slack.",
+def make_place_traffic_grid(report: dict[str, Any]) -> Grid:
+    """Lay out what leaves its node, of a report of ``lplb-bench place`` with nodes."""
+    rows, methods = report["rows"], list(report["rows"][0]["methods"])
+    columns = [(method, kind) for method in methods for kind in ("far_by_lp", "far")]
+    lines = [
+        (
+            str(row["layer"]),
+            *(_format_part(row["methods"][method][kind]) for method, kind in columns),
+        )
+        for row in rows
+    ]
+    names = {"far_by_lp": "LP", "far": "near"}
+    header = [f"{'EPLB' if m == 'eplb' else m} {names[kind]}" for m, kind in columns]
+    return Grid(
+        f"Assignments that leave their node of {report['ranks_per_node']} ranks, "
+        f"{report['source']}",
+        ("layer", *header),
+        lines,
+        (
+            "Parts of all assignments, mean over up to 20 of these batches: by the LP's plan with "
+            "exact quotas, and by that of locality='node' with its default slack, n/a for sizes "
+            "that it doesn't take.",
+        ),
     )
+
+
+def _format_part(part: float | None) -> str:
+    return "n/a" if part is None else f"{part:.3f}"
 
 
 def _format_percent(value: float) -> str:

@@ -37,9 +37,9 @@ class SyncError(RuntimeError):
         self.ranks = ranks
         self.epoch = epoch
 
-    def __reduce__(self) -> tuple[type[SyncError], tuple[str, tuple[int, ...], int]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Pickle all arguments, so that other processes can load what a worker has raised."""
-        return type(self), (str(self), self.ranks, self.epoch)
+        return type(self), (str(self), self.ranks, self.epoch), self.__dict__
 
 
 class Communicator(ABC):

@@ -161,6 +161,8 @@ class LiveFetch:
         self.traffic: Traffic | None = None
         # This rank's part of the plan, where the host reads it.
         self.experts: tuple[int, ...] | None = None
+        # The stream, by its handle, that was the current one when the pull began.
+        self.begun_on = 0
 
     def list_weights(self) -> tuple[torch.Tensor, ...]:
         """Return new tensors over the weights: all static slots, then all live slots."""

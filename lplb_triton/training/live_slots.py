@@ -313,6 +313,9 @@ class LiveSlots:
         """Wait for a pull; see `LivePull.wait`."""
         if fetch is self._pending:
             self._join()
+        elif self._keep:
+            # Another stream may have waited for it.
+            self._transport.finish(fetch)
         if not self._keep and not self.resident and fetch is not self._holder:
             raise RuntimeError(
                 "another pull, a backward pass or an update has followed since this pull began, "

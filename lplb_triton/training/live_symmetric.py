@@ -59,8 +59,6 @@ class SymmetricTransport(Transport):
         # A pull begins behind the first event and ends at the second one.
         self._begin = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._end = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        # The stream, by its handle, that was the current one when the last pull began.
-        self._begun_on = 0
 
     @property
     def peer(self) -> LivePeer:
@@ -172,7 +170,7 @@ class SymmetricTransport(Transport):
         """See `Transport.start`."""
         self._require_startable()
         current = torch.cuda.current_stream(self._device.index)
-        self._begun_on = current.cuda_stream
+        fetch.begun_on = current.cuda_stream
         # Products that read what the slots held before have been launched by now.
         self._begin.record(current)
         self._stream.wait_event(self._begin)
@@ -197,8 +195,9 @@ class SymmetricTransport(Transport):
     def finish(self, fetch: LiveFetch) -> None:
         """See `Transport.finish`."""
         current = torch.cuda.current_stream(self._device.index)
+        # The event is that of the last pull, before which all others end.
         current.wait_event(self._end)
-        if current.cuda_stream != self._begun_on:
+        if current.cuda_stream != fetch.begun_on:
             # Torch would hand out their memory again, once they are dropped, to the stream that
             # they were made on, which doesn't wait for this one.
             for used in (fetch.memory, fetch.plan):
