@@ -245,6 +245,12 @@ def find_negated(ptx):
     keep that of ``min(-b, a)``, but which operand comes first is up to the compiler, so this finds
     both.
     """
+    # Every function has registers of its own.
+    bodies = re.split(r"^(?:\.\w+\s+)*\.(?:func|entry)\b", ptx, flags=re.MULTILINE)
+    return [register for body in bodies for register in _find_negated_in_function(body)]
+
+
+def _find_negated_in_function(ptx):
     negated = set(re.findall(r"neg\.s32\s+(%r\d+),", ptx))
     negated |= set(re.findall(r"sub\.s32\s+(%r\d+), 0,", ptx))
     negated |= set(re.findall(r"mul\.lo\.s32\s+(%r\d+), %r\d+, -1;", ptx))

@@ -38,3 +38,6 @@ def test_a_negated_number_among_three_is_found():
     assert find_negated(negate + inner.format("%r5") + "min.s32 %r7, %r6, 0;") == ["%r6"]
     # Negated outside of the first two it is right.
     assert not find_negated(negate + inner.format("%r4") + "min.s32 %r7, %r6, %r5;")
+    # Registers of another function are others.
+    other = inner.format("%r5") + outer.format("min", "%r6")
+    assert not find_negated(f".func one()\n{negate}.visible .entry two()\n{other}")
