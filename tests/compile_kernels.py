@@ -28,6 +28,7 @@ from lplb_triton.kernels.count import (
 from lplb_triton.kernels.exchange import EXCHANGE_BLOCK, choose_block, sum_over_ranks_kernel
 from lplb_triton.kernels.exchange_rows import WARPS
 from lplb_triton.kernels.gathered import sum_gathered_kernel
+from lplb_triton.kernels.lanes import cut_slices
 from lplb_triton.kernels.loads import LOAD_BLOCK, record_loads_kernel
 from lplb_triton.kernels.near import launch as near_launch
 from lplb_triton.kernels.near.kernel import plan_near_kernel
@@ -139,7 +140,7 @@ def check_pull_words(name, ptx, copies=1):
 def time_jobs(capability):
     """Yield the kernel that plans by time: one and two slices of ranks, and many ranks."""
     for ranks, steps in ((32, 12), (64, 8), (512, 8)):
-        slices, lanes = time_launch.cut_slices(ranks)
+        slices, lanes = cut_slices(ranks)
         constants = {"MOST_STEPS": steps, "SLICES": slices, "LANES": lanes}
         constants |= {"BLOCK": 512, "MARGIN": 4, "NARROW": 7, "WIDE": 8, "ACTIVE": 11}
         constants |= {"TILES": 256, "PDL": capability >= 90}
@@ -149,7 +150,7 @@ def time_jobs(capability):
 def near_jobs(capability):
     """Yield the kernel that keeps tokens near: one and two slices of ranks, and many cells."""
     for ranks, steps, block in ((32, 24, 128), (64, 24, 256), (512, 24, 2048)):
-        slices, lanes = time_launch.cut_slices(ranks)
+        slices, lanes = cut_slices(ranks)
         constants = {"MOST_STEPS": steps, "SLICES": slices, "LANES": lanes, "BLOCK": block}
         constants |= {"PDL": capability >= 90}
         yield plan_near_kernel, constants, near_launch.make_options(ranks)

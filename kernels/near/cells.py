@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from lplb_triton import _layout
+from lplb_triton.kernels.lanes import load_lanes
 from lplb_triton.kernels.rounding import SHARE_BITS
 from lplb_triton.kernels.solve.tiles import SHARE_ONE
-from lplb_triton.kernels.time.cost import load_lanes
 
 EXPERT = tl.constexpr(int(_layout.NearField.EXPERT))
 SLOT = tl.constexpr(int(_layout.NearField.SLOT))

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from lplb_triton import _layout
+from lplb_triton.kernels.lanes import number_ranks
 from lplb_triton.kernels.near.cells import (
     SURPLUS,
     UNITS,
@@ -28,7 +29,6 @@ from lplb_triton.kernels.near.moves import (
     load_lone,
     load_words,
     move_units,
-    number_ranks,
     sum_lone,
 )
 from lplb_triton.kernels.pdl import await_previous, start_dependents
@@ -151,7 +151,7 @@ def _find_loads(
     loads = add_cells(loads, x_ptr, on_rank_ptr, n_ranks, most_on_rank, SLICES, LANES)
     for h in tl.static_range(SLICES):
         # The steady candidate begins with the token plan.
-        token_loads += (_pick_rows(loads[h], STEADY) + number_ranks(h, LANES) * 0,)
+        token_loads += (_pick_rows(loads[h], STEADY) + number_ranks(h, LANES, CANDIDATES) * 0,)
     return loads, token_loads
 
 

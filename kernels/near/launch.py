@@ -8,9 +8,9 @@ import torch
 import triton
 
 from lplb_triton import _layout
+from lplb_triton.kernels.lanes import MOST_SLICES, WARP, cut_slices
 from lplb_triton.kernels.launch import KernelCall, launch_call, supports_pdl
 from lplb_triton.kernels.near.kernel import plan_near_kernel
-from lplb_triton.kernels.time.launch import MOST_SLICES, WARP, cut_slices
 
 # The fewest cells that are handled at once.
 LEAST_CELLS = 128

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from lplb_triton import _layout
-from lplb_triton.kernels.time.cost import load_lanes, store_lanes
+from lplb_triton.kernels.lanes import load_lanes, number_ranks, store_lanes, take_partners
 
 CANDIDATES = tl.constexpr(_layout.NEAR_CANDIDATES)
 RANK_BITS = tl.constexpr(_layout.NEAR_RANK_BITS)
@@ -26,12 +26,6 @@ LAST_SHIFT = tl.constexpr(_layout.NEAR_LAST_SHIFT)
 # Numbers of a rank that are loaded at once.
 AT_ONCE = tl.constexpr(8)
 LONE_AT_ONCE = tl.constexpr(16)
-
-
-@triton.jit
-def number_ranks(H: tl.constexpr, LANES: tl.constexpr):
-    """Return the numbers of the ranks of slice H, [CANDIDATES, LANES]."""
-    return tl.arange(0, CANDIDATES)[:, None] * 0 + (H * LANES + tl.arange(0, LANES)[None, :])
 
 
 @triton.jit
@@ -57,7 +51,7 @@ def _count_lone(counts_ptr, experts, SLICES: tl.constexpr, LANES: tl.constexpr):
         loaded += (load_lanes(counts_ptr + experts[h], experts[h] >= 0, LONE_AT_ONCE, LANES),)
     for h in tl.static_range(SLICES):
         found = tl.sum(tl.maximum(loaded[h], 0), 0)
-        sums += (found[None, :] + number_ranks(h, LANES) * 0,)
+        sums += (found[None, :] + number_ranks(h, LANES, CANDIDATES) * 0,)
     return sums
 
 
@@ -90,7 +84,7 @@ def add_cells(
     """
     sums = ()
     for h in tl.static_range(SLICES):
-        rank = number_ranks(h, LANES)
+        rank = number_ranks(h, LANES, CANDIDATES)
         n_cells = tl.load(on_rank_ptr + rank, mask=rank < n_ranks, other=0)
         load = loads[h]
         for first in range(0, most_on_rank, AT_ONCE):
@@ -102,16 +96,6 @@ def add_cells(
                 load += loaded[i]
         sums += (load,)
     return sums
-
-
-@triton.jit
-def _take(slices, partner, SLICES: tl.constexpr, LANES: tl.constexpr):
-    """Return the number of each rank's partner, from the same candidate."""
-    lane = partner & (LANES - 1)
-    found = tl.gather(slices[0], lane, 1)
-    for h in tl.static_range(1, SLICES):
-        found = tl.where(partner >= h * LANES, tl.gather(slices[h], lane, 1), found)
-    return found
 
 
 @triton.jit
@@ -140,7 +124,7 @@ def load_words(words_ptr, step, n_steps, n_ranks, SLICES: tl.constexpr, LANES: t
     """Load the words of one step by slice; where none is, a rank is its own partner."""
     words = ()
     for h in tl.static_range(SLICES):
-        rank = number_ranks(h, LANES)
+        rank = number_ranks(h, LANES, CANDIDATES)
         there = (rank < n_ranks) & (step < n_steps)
         word = tl.load(words_ptr + step * n_ranks + rank, mask=there, other=0)
         words += (tl.where(there, word, rank),)
@@ -152,7 +136,7 @@ def _load_cells(rows_ptr, words, n_ranks, SLICES: tl.constexpr, LANES: tl.conste
     """Load a number of the cells that words name, by slice; 0 where there is no edge."""
     found = ()
     for h in tl.static_range(SLICES):
-        rank = number_ranks(h, LANES)
+        rank = number_ranks(h, LANES, CANDIDATES)
         cell = ((words[h] >> RANK_BITS) & RANK_MASK) * n_ranks + rank
         is_edge = (words[h] & RANK_MASK) != rank
         found += (load_lanes(rows_ptr + cell, is_edge, CANDIDATES, LANES),)
@@ -163,7 +147,7 @@ def _load_cells(rows_ptr, words, n_ranks, SLICES: tl.constexpr, LANES: tl.conste
 def _store_cells(rows_ptr, words, values, n_ranks, SLICES: tl.constexpr, LANES: tl.constexpr):
     """Store a number of the cells that words name."""
     for h in tl.static_range(SLICES):
-        rank = number_ranks(h, LANES)
+        rank = number_ranks(h, LANES, CANDIDATES)
         cell = ((words[h] >> RANK_BITS) & RANK_MASK) * n_ranks + rank
         is_edge = (words[h] & RANK_MASK) != rank
         store_lanes(rows_ptr + cell, values[h], is_edge, CANDIDATES, LANES)
@@ -174,7 +158,7 @@ def _renew(loaded, ahead, words, values, SLICES: tl.constexpr, LANES: tl.constex
     """Return numbers that were loaded ahead, renewed where this step has changed the same cell."""
     found = ()
     for h in tl.static_range(SLICES):
-        rank = number_ranks(h, LANES)
+        rank = number_ranks(h, LANES, CANDIDATES)
         is_edge = (words[h] & RANK_MASK) != rank
         place = (words[h] >> RANK_BITS) & RANK_MASK
         is_same = is_edge & (((ahead[h] >> RANK_BITS) & RANK_MASK) == place)
@@ -193,7 +177,7 @@ def _move(
         # tests/compile_kernels.py), so it is negated on the other rank.
         lacks += (-surpluses[h],)
     for h in tl.static_range(SLICES):
-        rank = number_ranks(h, LANES)
+        rank = number_ranks(h, LANES, CANDIDATES)
         word = words[h]
         partner = word & RANK_MASK
         is_edge = partner != rank
@@ -202,9 +186,9 @@ def _move(
         shift = tl.where(is_falling, word >> SHIFT_AT, LAST_SHIFT)
         price = tl.maximum(mean >> shift, 1)
         low = aim - price - (price >> 1)
-        other_x = _take(xs, partner, SLICES, LANES)
-        far = _take(lacks, partner, SLICES, LANES)
-        other_load = _take(loads, partner, SLICES, LANES)
+        other_x = take_partners(xs, partner, SLICES, LANES)
+        far = take_partners(lacks, partner, SLICES, LANES)
+        other_load = take_partners(loads, partner, SLICES, LANES)
         moved = _choose_move(
             loads[h], other_load, surpluses[h], far, is_within, low, price,
             tl.where(is_relaxed, 3, 2),

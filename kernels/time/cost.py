@@ -5,26 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def load_lanes(pointers, mask, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Load a block [ROWS, LANES], 0 where ``mask`` is not set, so that lanes keep their numbers.
-
-    Triton 3.6 spreads the rows of a block over each warp where it doesn't see that addresses of a
-    row follow each other; the numbers would then go through shared memory, with barriers. It leaves
-    a single row as it is.
-    """
-    size: tl.constexpr = ROWS * LANES
-    flat = tl.load(tl.reshape(pointers, (size,)), mask=tl.reshape(mask, (size,)), other=0)
-    return tl.reshape(flat, (ROWS, LANES))
-
-
-@triton.jit
-def store_lanes(pointers, values, mask, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Store a block [ROWS, LANES] where ``mask`` is set; see `load_lanes`."""
-    size: tl.constexpr = ROWS * LANES
-    flat = tl.reshape(values, (size,))
-    tl.store(tl.reshape(pointers, (size,)), flat, mask=tl.reshape(mask, (size,)))
+from lplb_triton.kernels.lanes import load_lanes
 
 
 @triton.jit

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 from lplb_triton import _layout
+from lplb_triton.kernels.lanes import number_ranks
 from lplb_triton.kernels.pdl import await_previous, start_dependents
 from lplb_triton.kernels.time.cost import find_times
-from lplb_triton.kernels.time.moves import count_ranks, improve_cells, number_ranks
+from lplb_triton.kernels.time.moves import count_ranks, improve_cells
 from lplb_triton.kernels.time.starts import load_cells, write_closed, write_shares, write_starts
 
 CANDIDATES = tl.constexpr(_layout.TIME_CANDIDATES)

@@ -8,14 +8,12 @@ import torch
 import triton
 
 from lplb_triton import _layout
+from lplb_triton.kernels.lanes import MOST_SLICES, WARP, cut_slices
 from lplb_triton.kernels.launch import KernelCall, launch_call, supports_pdl
 from lplb_triton.kernels.time.kernel import plan_time_kernel
 
 # Slots that are handled at once, at most.
 MOST_SLOTS_AT_ONCE = 1024
-# Ranks of a warp's slice, and the most slices. More ranks than these hold are one large slice, and
-# several ranks share a lane.
-WARP, MOST_SLICES = 32, 4
 
 
 class TimeTables(NamedTuple):
@@ -75,12 +73,6 @@ def plan_time_call(
         *rules.table.shape[2:], supports_pdl(counts.device),
     )  # fmt: skip
     return KernelCall(plan_time_kernel, n_group, args, constants, make_options(ranks))
-
-
-def cut_slices(ranks: int) -> tuple[int, int]:
-    """Return the slices that padded ranks are handled in, and the ranks of each."""
-    slices = ranks // WARP
-    return (slices, WARP) if slices <= MOST_SLICES else (1, ranks)
 
 
 def make_options(ranks: int) -> dict[str, int | bool]:

@@ -15,13 +15,8 @@ import triton
 import triton.language as tl
 
 from lplb_triton import _layout
-from lplb_triton.kernels.time.cost import (
-    count_active,
-    count_tiles,
-    find_times,
-    load_lanes,
-    store_lanes,
-)
+from lplb_triton.kernels.lanes import load_lanes, number_ranks, store_lanes, take_partners
+from lplb_triton.kernels.time.cost import count_active, count_tiles, find_times
 
 RANK_BITS = tl.constexpr(_layout.TIME_RANK_BITS)
 RANK_MASK = tl.constexpr(_layout.TIME_RANK_MASK)
@@ -30,12 +25,6 @@ SUM_WEIGHT = tl.constexpr(0.1)
 KEEP = tl.constexpr(0.999999)
 # Places whose rows are loaded at once.
 PLACES_AT_ONCE = tl.constexpr(8)
-
-
-@triton.jit
-def number_ranks(H: tl.constexpr, LANES: tl.constexpr, CANDIDATES: tl.constexpr):
-    """Return the numbers of the ranks of slice H, [CANDIDATES, LANES]."""
-    return tl.arange(0, CANDIDATES)[:, None] * 0 + (H * LANES + tl.arange(0, LANES)[None, :])
 
 
 @triton.jit
@@ -94,16 +83,6 @@ def _split_sums(slices, SLICES: tl.constexpr):
 
 
 @triton.jit
-def _take(slices, partner, SLICES: tl.constexpr, LANES: tl.constexpr):
-    """Return the number of each rank's partner, from the same candidate."""
-    lane = partner & (LANES - 1)
-    found = tl.gather(slices[0], lane, 1)
-    for h in tl.static_range(1, SLICES):
-        found = tl.where(partner >= h * LANES, tl.gather(slices[h], lane, 1), found)
-    return found
-
-
-@triton.jit
 def _cut_last_tile(rows, is_wide, MARGIN: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr):
     """Return the rows that are left without the last tile, which may be a part of one."""
     before = tl.maximum(rows - 1 + MARGIN, 0)
@@ -146,9 +125,9 @@ def _find_splits(
     sums, thirds = (), ()
     for h in tl.static_range(SLICES):
         rank = number_ranks(h, LANES, CANDIDATES)
-        other_x = _take(xs, partners[h], SLICES, LANES)
-        other_t = _take(times, partners[h], SLICES, LANES)
-        rows = totals[h] + _take(totals, partners[h], SLICES, LANES)
+        other_x = take_partners(xs, partners[h], SLICES, LANES)
+        other_t = take_partners(times, partners[h], SLICES, LANES)
+        rows = totals[h] + take_partners(totals, partners[h], SLICES, LANES)
         slower = (times[h] > other_t) | ((times[h] == other_t) & (rank > partners[h]))
         source = tl.where(slower, xs[h], other_x)
         cut = _cut_last_tile(source, rows >= 2 * wide_rows, MARGIN, NARROW, WIDE)
@@ -185,7 +164,7 @@ def _choose_splits(
     )
     best = ()
     for h in tl.static_range(SLICES):
-        best += (_weigh(times[h], _take(times, partners[h], SLICES, LANES)) * KEEP,)
+        best += (_weigh(times[h], take_partners(times, partners[h], SLICES, LANES)) * KEEP,)
     new, new_times = xs, times
     for split in tl.static_range(3):
         tried, tried_times = (), ()
@@ -205,7 +184,7 @@ def _choose_splits(
         kept, kept_times, least = (), (), ()
         for h in tl.static_range(SLICES):
             is_edge = partners[h] != number_ranks(h, LANES, CANDIDATES)
-            value = _weigh(tried_times[h], _take(tried_times, partners[h], SLICES, LANES))
+            value = _weigh(tried_times[h], take_partners(tried_times, partners[h], SLICES, LANES))
             is_better = is_edge & (value < best[h])
             kept += (tl.where(is_better, tried[h], new[h]),)
             kept_times += (tl.where(is_better, tried_times[h], new_times[h]),)
