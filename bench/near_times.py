@@ -19,7 +19,7 @@ from lplb_triton.bench.near_plans import SLACK
 from lplb_triton.bench.node_placements import Ints, make, sum_sources
 from lplb_triton.bench.types import Row
 from lplb_triton.reference.near import plan_near, write_near_shares
-from lplb_triton.reference.near_tables import make_near_tables
+from lplb_triton.reference.near_tables import NearTables, make_near_tables
 from lplb_triton.solver import DEFAULT_TOLERANCE
 from lplb_triton.sync import Communicator
 
@@ -77,6 +77,7 @@ class _Case(NamedTuple):
     ranks_per_node: int
     batches: torch.Tensor
     """[batches, n] int32: ids of rank 0, then the counts of all ranks."""
+    tables: NearTables
     tokens: int
     top_k: int
 
@@ -188,7 +189,9 @@ def _lay_out(
     for counts in gathered:
         ids = rng.permutation(np.arange(counts.shape[1]).repeat(counts[0]))
         rows.append(np.concatenate([ids, counts.reshape(-1)]).astype(np.int32))
-    return _Case(placement, ranks_per_node, torch.from_numpy(np.stack(rows)), tokens, top_k)
+    (tables,) = make_near_tables(placement, ranks_per_node)
+    batches = torch.from_numpy(np.stack(rows))
+    return _Case(placement, ranks_per_node, batches, tables, tokens, top_k)
 
 
 def _make_balancer(case: _Case, locality: Locality, words: torch.Tensor, n_ids: int) -> Balancer:
@@ -225,14 +228,13 @@ def _check(
             raise TypeError(f"near plans are timed by the Triton back end, got {balancer!r}")
         found[slack] = backend.read_static_plan()[0].cpu().numpy().astype(np.int64)
         bound = float(backend._find_scratch(balancer._layer.default_n_sms).buffers.stats[1, 0])
-    (tables,) = make_near_tables(placement, case.ranks_per_node)
     start = placement.structure.copy_start.astype(np.int64)
     shares = found[None].copy()
-    plan = plan_near(tables, counts, shares, start, bound, SLACK)
+    plan = plan_near(case.tables, counts, shares, start, bound, SLACK)
     if plan is None:
         return 0.0
     before, after = plan.numbers[:2]
-    write_near_shares(tables, plan, shares)
+    write_near_shares(case.tables, plan, shares)
     if not np.array_equal(shares, found[SLACK]):
         raise WrongAnswerError(f"{placement!r}: shares of the near plan are not the twin's")
     return float(before - after) / float(counts.sum())

@@ -15,6 +15,7 @@ __all__ = [
     "LOCALITIES",
     "Locality",
     "NodeTraffic",
+    "explain_near_limits",
     "new_traffic_numbers",
     "read_node_traffic",
     "resolve_locality",
@@ -98,13 +99,20 @@ def resolve_locality(
         raise ValueError(f"locality='node' with objective={objective!r} is not there yet")
     if placement.live_per_rank:
         raise ValueError("locality='node' with live slots is not there yet")
-    if placement.group_size > NEAR_MOST_RANKS or placement.slots_per_rank > NEAR_MOST_SLOTS:
-        raise ValueError(
-            f"locality='node' takes up to {NEAR_MOST_RANKS} ranks in a group and "
-            f"{NEAR_MOST_SLOTS} slots a rank, got {placement.group_size} and "
-            f"{placement.slots_per_rank}"
-        )
+    reason = explain_near_limits(placement.group_size, placement.slots_per_rank)
+    if reason is not None:
+        raise ValueError(reason)
     return Locality(ranks_per_node, check_number("slack", slack, most=1.0))
+
+
+def explain_near_limits(group_size: int, slots_per_rank: int) -> str | None:
+    """Say why ``locality="node"`` doesn't take such sizes; None if it does."""
+    if group_size <= NEAR_MOST_RANKS and slots_per_rank <= NEAR_MOST_SLOTS:
+        return None
+    return (
+        f"locality='node' takes up to {NEAR_MOST_RANKS} ranks in a group and {NEAR_MOST_SLOTS} "
+        f"slots a rank, got {group_size} and {slots_per_rank}"
+    )
 
 
 def new_traffic_numbers(n_group: int, device: torch.device) -> torch.Tensor:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from lplb_triton import _locality
 from lplb_triton.bench import advise, cli, placement
-from lplb_triton.bench.advise import network
 from lplb_triton.bench.advise.models import Model
 from lplb_triton.bench.advise.network import count_pairs, move_between_nodes
 from lplb_triton.bench.balance import spread_sources
@@ -129,7 +129,7 @@ def test_no_near_plan_where_the_balancer_takes_none(monkeypatch):
     cases = placement.synthetic_cases(32, (0,))
     for name, most, there in (("RANKS", 8, True), ("RANKS", 7, False), ("SLOTS", 4, False)):
         with monkeypatch.context() as patch:
-            patch.setattr(network, f"NEAR_MOST_{name}", most)
+            patch.setattr(_locality, f"NEAR_MOST_{name}", most)
             rows = advise.advise_network(SMALL, GEMM, cases, 8, 1, (1,), advise.Network(4))
         assert ("near" in {row["quotas"] for row in rows}) == there
 

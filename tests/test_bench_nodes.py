@@ -223,7 +223,7 @@ def test_nodes_without_tokens_have_those_of_all_nodes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--ep 1024", "near plans take at most 512 ranks, got 1024"),
+        ("--ep 1024", "takes up to 512 ranks in a group and 1023 slots a rank, got 1024 and 2"),
         ("--ep 512 --tokens 1048576", "assignments of all ranks, at most 2147483647"),
     ],
 )

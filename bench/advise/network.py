@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lplb_triton._layout import NEAR_MOST_RANKS, NEAR_MOST_SLOTS
+from lplb_triton._layout import NEAR_MOST_RANKS
+from lplb_triton._locality import explain_near_limits
 from lplb_triton.bench.advise.models import BYTES, Model
 from lplb_triton.bench.balance import spread_sources
 from lplb_triton.bench.measure.simulate import split_tokens
@@ -127,16 +128,21 @@ def advise_network(
         raise ValueError(f"ranks_per_node must divide {ep} ranks into several nodes, got {size}")
     counts_us = _price_counts(ep, model.experts, network)
     made: dict[tuple[str, int], list[Placement]] = {}
+    divided: dict[tuple[str, int, str], list[_Batch]] = {}
     rows = []
     for kind, quotas, spare in (
         *(("eplb", "even", spare) for spare in slots),
         *((*way, spare) for spare in slots for way in _WAYS),
     ):
-        if quotas == "near" and not _takes_near_plans(ep, model.experts // ep + spare):
+        if quotas == "near" and explain_near_limits(ep, model.experts // ep + spare) is not None:
             continue
         if (kind, spare) not in made:
             made[kind, spare] = [_place(case, ep, spare, kind, size) for case in cases]
-        found = list(_split_cases(cases, made[kind, spare], quotas, tolerance, size))
+        split = quotas if quotas in ("even", "near") else "lplb"
+        if (kind, spare, split) not in divided:
+            batches = _split_cases(cases, made[kind, spare], split, tolerance, size)
+            divided[kind, spare, split] = list(batches)
+        found = divided[kind, spare, split]
         exact = "global" if quotas == "near" else "local" if quotas == "even" else quotas
         rows.append(_predict(model, gemm, tokens, network, found, exact, training))
         rows[-1] |= {"placement": kind, "slots": spare, "quotas": quotas}
@@ -160,11 +166,6 @@ def _price_counts(ep: int, experts: int, network: Network) -> dict[str, float]:
     return found
 
 
-def _takes_near_plans(ep: int, slots: int) -> bool:
-    """Whether ``locality="node"`` takes so many ranks, with so many slots each."""
-    return ep <= NEAR_MOST_RANKS and slots <= NEAR_MOST_SLOTS
-
-
 def _place(case: Case, ep: int, spare: int, kind: str, ranks_per_node: int) -> Placement:
     """Place experts by a case's history, for `PRICED` by source."""
     device = torch.device("cpu")
@@ -182,14 +183,14 @@ def _place(case: Case, ep: int, spare: int, kind: str, ranks_per_node: int) -> P
 def _split_cases(
     cases: Sequence[Case],
     placements: Sequence[Placement],
-    quotas: str,
+    split: str,
     tolerance: float,
     ranks_per_node: int,
 ) -> Iterator[_Batch]:
-    """Divide a few batches of each case by its placement."""
+    """Divide a few batches of each case by its placement: ``"even"``, ``"lplb"`` or ``"near"``."""
     for case, placement in zip(cases, placements, strict=True):
         n_nodes = placement.ep_size // ranks_per_node
-        twin = LocalityTwin(placement, ranks_per_node) if quotas == "near" else None
+        twin = LocalityTwin(placement, ranks_per_node) if split == "near" else None
         chosen = np.linspace(0, len(case.test) - 1, min(BATCHES, len(case.test))).round()
         for by_source in case.test[torch.from_numpy(chosen.astype(np.int64))].double():
             total = float(by_source.sum())
@@ -200,7 +201,6 @@ def _split_cases(
                 rows = twin.divide((sent * WHOLE).round().astype(np.int64)) / WHOLE
             else:
                 counts = (by_source.sum(0) * (WHOLE / total)).round().long()
-                split = "even" if quotas == "even" else "lplb"
                 rows = split_tokens(placement, counts, split, tolerance).double().numpy() / WHOLE
             yield _Batch(sent, _sum_by_rank(placement, rows), rows)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lplb_triton._layout import NEAR_MOST_RANKS, NEAR_MOST_SLOTS
+from lplb_triton._locality import explain_near_limits
 from lplb_triton.bench import near_times, node_placements, options, output, tables
 from lplb_triton.bench.commands import gpu
 from lplb_triton.bench.machine import environment
@@ -188,10 +188,8 @@ def _check_sizes(args: argparse.Namespace, trace: Trace) -> None:
     for ep in args.ep:
         for slots in args.slots:
             reason = explain_impossible(trace.experts, ep, slots)
-            if reason is None and args.times and ep > NEAR_MOST_RANKS:
-                reason = f"near plans take at most {NEAR_MOST_RANKS} ranks, got {ep}"
-            if reason is None and args.times and trace.experts // ep + slots > NEAR_MOST_SLOTS:
-                reason = f"near plans take at most {NEAR_MOST_SLOTS} slots a rank"
+            if reason is None and args.times:
+                reason = explain_near_limits(ep, trace.experts // ep + slots)
             if reason is not None:
                 raise UsageError(f"arguments --ep, --slots: {reason}")
         if ep % args.ranks_per_node or ep == args.ranks_per_node:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lplb_triton import Placement, TimeCost, place
-from lplb_triton._layout import NEAR_MOST_RANKS, NEAR_MOST_SLOTS
+from lplb_triton._locality import explain_near_limits
 from lplb_triton.bench import options, output, placement, tables
 from lplb_triton.bench.balance import Stretch, find_stretches
 from lplb_triton.bench.commands.nodes import add_traffic_price
@@ -259,7 +259,7 @@ def _measure_traffic(
     nodes = chosen.ep_size // ranks_per_node
     if nodes == 1:
         return {"far_by_lp": 0.0, "far": 0.0}
-    if chosen.ep_size > NEAR_MOST_RANKS or chosen.slots_per_rank > NEAR_MOST_SLOTS:
+    if explain_near_limits(chosen.ep_size, chosen.slots_per_rank) is not None:
         return {"far_by_lp": None, "far": None}
     some = test[test.sum((1, 2)) > 0].numpy()
     at = np.unique(np.linspace(0, len(some) - 1, min(len(some), MOST_NEAR)).astype(np.int64))

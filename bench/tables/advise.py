@@ -145,16 +145,18 @@ def _make_network_grid(report: dict[str, Any]) -> Grid:
             "ways of bfloat16 rows of the busiest node and rank, at once, so that the slower "
             "counts. layer: products of the slowest rank. waiting: the part of it above the mean. "
             "total: layer, slower path, counts across nodes, and near plan. even: EPLB's copies "
-            "share evenly. priced: chain with ranks_per_node and the default price; near: exact "
-            f"quotas by the plan of locality='node', taken to need {_find_plan_us(found):g} us.",
+            "share evenly. priced: chain with ranks_per_node and the default price"
+            + _explain_near(found["rows"]),
             verdict,
         ),
     )
 
 
-def _find_plan_us(found: dict[str, Any]) -> float:
-    """Return the microseconds that a near plan takes."""
-    return float(max(row["plan_us"] for row in found["rows"]))
+def _explain_near(rows: list[dict[str, Any]]) -> str:
+    """Explain the rows of near plans, if there are any, and end the sentence."""
+    us = max(row["plan_us"] for row in rows)
+    near = f"; near: exact quotas by the plan of locality='node', taken to need {us:g} us"
+    return f"{near if us else ''}."
 
 
 def _describe_quotas(row: dict[str, Any]) -> str:
